@@ -1,0 +1,54 @@
+"""The main job: dense -> Drop-Upcycling -> MoE on the embedded 19-language text, in minutes.
+
+    bash scripts/quickstart.sh
+    python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+A dense parent (0.85 M parameters) becomes a mixture of 8 experts, top-2 (5.0 M, 1.4 M active), in
+three ways; a fourth arm starts from scratch. All arms see the same text in the same order.
+Hardware and time: 2 CPU cores, about 9 minutes. Expect, in bits per byte of held-out text: TO FILL.
+"""
+
+from moe_jax import config as configs
+
+PARENT, ARMS = 0, 1  # seeds: the arms go on with text in another order than their parent's
+
+
+def get_config():
+    config = configs.default()
+    config.seed = PARENT
+    config.model.preset = "quickstart"
+    config.data.sequence_length = 128
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 40
+    config.training.num_steps = 1000
+    config.training.batch_size = 8
+    config.training.log_every = 20
+    config.evaluation.every_steps = 100
+    config.evaluation.max_batches = 8
+    config.evaluation.prompts = (
+        "To insert a table, ",
+        "Um eine Tabelle ",
+        "Чтобы ",
+        "Cliquez sur ",
+    )
+    config.checkpoint.every_steps = 250
+    return config
+
+
+def get_sweep():
+    arm = {
+        "seed": ARMS,
+        "model.num_experts": 8,
+        "model.num_experts_per_tok": 2,
+        "training.num_steps": 450,
+    }
+    upcycled = {**arm, "init.source": "@dense"}
+    drop = {**upcycled, "init.upcycle.recipe": "drop"}
+    return [
+        {"name": "dense", "overrides": {}, "after": []},
+        # Needs nothing of the parent: it waits so that the parent has all cores to itself.
+        {"name": "scratch", "overrides": arm, "after": ["dense"]},
+        {"name": "naive", "overrides": {**upcycled, "init.upcycle.recipe": "naive"}, "after": []},
+        {"name": "drop_0.5", "overrides": {**drop, "init.upcycle.ratio": 0.5}, "after": []},
+        {"name": "drop_1.0", "overrides": {**drop, "init.upcycle.ratio": 1.0}, "after": []},
+    ]

@@ -1,0 +1,278 @@
+"""The sections of a run's config, how a config file is read, and every refusal of a bad value.
+
+A config file has `get_config()`, which starts from `default()` and changes what it needs:
+
+    python scripts/train.py --config=configs/quickstart.py --config.training.num_steps=100
+"""
+
+import dataclasses
+import glob
+import json
+import math
+import os
+import pathlib
+import types
+import typing
+
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
+
+from moe_jax.data import sources, tokenizers
+from moe_jax.model.config import PRESETS, ModelConfig
+from moe_jax.parallel import mesh
+from moe_jax.upcycle import recipes, router_init
+
+
+class ConfigError(ValueError):
+    """A mistake in a config or on the command line; its text is the one line to print."""
+
+
+def default() -> ConfigDict:
+    """All sections with their defaults; a None is a typed place holder ("not set")."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            # A preset and what to change of it, or all the fields that ModelConfig has no default for.
+            "model": {"preset": "", **_model_placeholders()},
+            # Where parameters come from: "" is random, else a run's workdir. With a recipe the source is
+            # a dense parent; parameters left unset take the recipe's defaults.
+            "init": {
+                "source": "",
+                "upcycle": {
+                    "recipe": "",
+                    "router": "normal",
+                    "ratio": config_dict.placeholder(float),
+                    "index_sharing": config_dict.placeholder(str),
+                    "permute_neurons": config_dict.placeholder(bool),
+                },
+            },
+            "data": {
+                "source": "embedded",  # or "tfds:NAME", or a path or glob of .txt and .jsonl
+                "tokenizer": "bytes",  # or a SentencePiece model's path
+                "sequence_length": 256,
+                "validation_fraction": 0.02,  # of the documents of a path; other sources have a split
+                "cache_dir": "",  # "" is the user's cache folder
+            },
+            "mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1},
+            "optimizer": {
+                "learning_rate": 3e-4,
+                "schedule": "cosine",  # or "wsd": constant, then linear over the last decay_steps
+                "warmup_steps": 0,
+                "decay_steps": 0,
+                "final_learning_rate_ratio": 0.1,
+                "beta1": 0.9,
+                "beta2": 0.95,
+                "epsilon": 1e-8,
+                "weight_decay": 0.1,
+                "no_weight_decay": "norm/scale$",  # a regular expression of parameter paths
+                "gradient_clip_norm": 1.0,
+            },
+            "training": {
+                "num_steps": 1000,
+                "batch_size": 16,  # sequences a step, over all devices
+                "accumulation_steps": 1,
+                "log_every": 10,
+                "load_balancing_coefficient": 0.01,
+                "load_balancing_scope": "layer",  # or "all_layers"
+                "load_balancing_divide_by_k": True,
+                "router_z_coefficient": 0.0,
+                "max_nonfinite_steps": 3,  # skipped in a row before the run stops
+            },
+            "evaluation": {
+                "every_steps": 0,  # 0 is only at the end
+                "batch_size": 32,
+                "max_batches": 0,  # of the evaluations before the last; 0 is all of the held-out text
+                "prompts": (),
+                "continuation_tokens": 96,
+            },
+            "checkpoint": {"every_steps": 1000, "keep": 2},
+        }
+    )
+
+
+def _model_placeholders() -> dict:
+    hints = typing.get_type_hints(ModelConfig)
+    return {
+        field.name: config_dict.placeholder(_plain_type(hints[field.name]))
+        for field in dataclasses.fields(ModelConfig)
+    }
+
+
+def _plain_type(hint):
+    if isinstance(hint, types.UnionType):
+        hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
+    return typing.get_origin(hint) or hint
+
+
+def load(path: str, overrides: dict | None = None) -> ConfigDict:
+    """The config that FILE[:arg] makes, with dotted keys overridden. Runs the file's Python code.
+
+    Raises: ConfigError for a file that cannot be used, an unknown key or a value of a wrong type.
+    """
+    flag = [f"--config.{key}={value}" for key, value in (overrides or {}).items()]
+    return parse([f"--config={path}", *flag])
+
+
+def parse(arguments: list[str]) -> ConfigDict:
+    """`load` from command-line arguments: --config=FILE[:arg] and --config.section.key=value."""
+    path = next((a.removeprefix("--config=") for a in arguments if a.startswith("--config=")), "")
+    if not path:
+        raise ConfigError("--config=FILE is missing; for example --config=configs/quickstart.py")
+    if not os.path.isfile(path.split(":")[0]):
+        raise ConfigError(f"--config={path}: no such file; the examples are under configs/")
+    arguments = ["config", *arguments]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+        unused = values(arguments)[1:]
+    except (AttributeError, KeyError) as error:
+        raise ConfigError("unknown key " + " ".join(str(error).strip("\"'").split())) from error
+    except Exception as error:  # whatever the flag library or the file itself raises
+        raise ConfigError(" ".join(f"{error}".split()) or f"{path}: {error!r}") from error
+    if unused:
+        raise ConfigError(f"unexpected argument {unused[0]!r}; options are --config.section.key=value")
+    return values.config
+
+
+def model_config(config: ConfigDict) -> ModelConfig:
+    """The ModelConfig of a run's `model` section.
+
+    Raises: ConfigError.
+    """
+    section = {k: v for k, v in config.model.items() if v is not None}
+    preset = section.pop("preset")
+    if preset and preset not in PRESETS:
+        raise ConfigError(f"config.model.preset={preset!r} is unknown; use one of {', '.join(PRESETS)}")
+    base = dataclasses.asdict(PRESETS[preset]) if preset else {}
+    try:
+        return ModelConfig(**{**base, **section})
+    except TypeError as error:
+        missing = str(error).split("argument")[-1].strip("s: ")
+        raise ConfigError(f"config.model lacks {missing}; set them, or config.model.preset") from None
+    except ValueError as error:
+        raise ConfigError(f"config.model.{error}") from None
+
+
+def upcycle_parameters(config: ConfigDict) -> dict:
+    """The recipe's parameters that the config sets."""
+    section = config.init.upcycle.to_dict()
+    return {k: v for k, v in section.items() if k not in ("recipe", "router") and v is not None}
+
+
+POSITIVE = """data.sequence_length optimizer.learning_rate optimizer.epsilon training.num_steps
+    training.batch_size training.accumulation_steps training.log_every training.max_nonfinite_steps
+    evaluation.batch_size evaluation.continuation_tokens checkpoint.every_steps checkpoint.keep
+    optimizer.gradient_clip_norm""".split()
+NOT_NEGATIVE = """optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay
+    training.load_balancing_coefficient training.router_z_coefficient evaluation.every_steps
+    evaluation.max_batches""".split()
+SHARES = """data.validation_fraction optimizer.final_learning_rate_ratio optimizer.beta1
+    optimizer.beta2""".split()
+CHOICES = {
+    "optimizer.schedule": ("cosine", "wsd"),
+    "training.load_balancing_scope": ("layer", "all_layers"),
+    "init.upcycle.router": tuple(router_init.ROUTER_INITIALISERS),
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuses what can be seen from the config alone.
+
+    Raises: ConfigError, in one line that says what to change.
+    """
+    rules = (
+        (POSITIVE, lambda v: v > 0, "must be more than 0"),
+        (NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
+        (SHARES, lambda v: 0 <= v <= 1, "must be from 0 to 1"),
+    )
+    for keys, holds, complaint in rules:
+        for key in keys:
+            value = _get(config, key)
+            if not (math.isfinite(value) and holds(value)):
+                raise ConfigError(f"config.{key}={value} {complaint}")
+    for key, choices in CHOICES.items():
+        if _get(config, key) not in choices:
+            raise ConfigError(f"config.{key}={_get(config, key)!r} is unknown; use one of {choices}")
+    training, optimizer = config.training, config.optimizer
+    if optimizer.warmup_steps + optimizer.decay_steps > training.num_steps:
+        raise ConfigError(
+            f"config.optimizer: warmup_steps={optimizer.warmup_steps} and "
+            f"decay_steps={optimizer.decay_steps} exceed training.num_steps={training.num_steps}"
+        )
+    if training.batch_size % training.accumulation_steps:
+        raise ConfigError(
+            f"config.training.batch_size={training.batch_size} is not divisible by "
+            f"accumulation_steps={training.accumulation_steps}"
+        )
+    model = model_config(config)
+    recipe = config.init.upcycle.recipe
+    if recipe:
+        if not config.init.source:
+            raise ConfigError(
+                f"config.init.upcycle.recipe={recipe!r} needs a dense parent; set config.init.source"
+            )
+        if not model.num_experts:
+            raise ConfigError(
+                f"config.init.upcycle.recipe={recipe!r} makes a sparse model; "
+                "set config.model.num_experts"
+            )
+        try:
+            recipes.check(recipe, upcycle_parameters(config))
+        except ValueError as error:
+            raise ConfigError(f"config.init.upcycle: {error}") from None
+    elif upcycle_parameters(config):
+        given = ", ".join(upcycle_parameters(config))
+        raise ConfigError(f"config.init.upcycle sets {given} without a recipe; set recipe too")
+
+
+def validate_environment(config: ConfigDict, num_devices: int) -> None:
+    """Refuses what does not fit this machine: devices, data, tokenizer, parent.
+
+    Raises: ConfigError, in one line that says what to change.
+    """
+    try:
+        sizes = mesh.axis_sizes(config.mesh.to_dict(), num_devices)
+        sources.check(config.data.source)
+        tokenizer = tokenizers.load(config.data.tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"config: {error}") from None
+    shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    microbatch = config.training.batch_size // config.training.accumulation_steps
+    for key, size in (
+        ("training.batch_size (over accumulation_steps)", microbatch),
+        ("evaluation.batch_size", config.evaluation.batch_size),
+    ):
+        if size % shards:
+            raise ConfigError(
+                f"config.{key}={size} is not divisible by the {shards} batch shards of the mesh; "
+                f"use a multiple of {shards}"
+            )
+    vocab_size = model_config(config).vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} of tokenizer "
+            f"{config.data.tokenizer!r}; set config.model.vocab_size={tokenizer.vocab_size}"
+        )
+    source = config.init.source
+    if source and not glob.glob(os.path.join(glob.escape(source), "checkpoints", "*")):
+        raise ConfigError(
+            f"config.init.source={source!r} has no checkpoints; give the workdir of a run that saved one"
+        )
+
+
+def _get(config: ConfigDict, key: str):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def save_json(config: ConfigDict, workdir: pathlib.Path) -> None:
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+
+
+def load_json(workdir: pathlib.Path) -> ConfigDict:
+    """The config of the run that lives in `workdir`."""
+    config = default()
+    stored = json.loads((workdir / "config.json").read_text())
+    config.update(stored)
+    return config

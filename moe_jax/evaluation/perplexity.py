@@ -1,0 +1,79 @@
+"""Held-out loss: nats per token, bits per byte, language by language, and the experts' load."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import model
+from moe_jax.training import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Losses in nats per predicted token. `tokens_per_expert_LE` is None for a dense model."""
+
+    loss: float
+    bits_per_byte: float
+    per_language: dict[str, dict[str, float]]
+    tokens_per_expert_LE: np.ndarray | None
+
+    def row(self) -> dict:
+        """What a validation row of metrics.jsonl holds."""
+        fields = ("loss", "bits_per_byte", "per_language")
+        return {name: getattr(self, name) for name in fields}
+
+
+def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:
+    """(params, batch) to summed nats and tokens per label, and assignments per layer and expert."""
+
+    def eval_step(params, batch):
+        output = model.apply(
+            params,
+            batch["tokens"],
+            config,
+            positions_BT=batch["positions"],
+            segment_ids_BT=batch["segment_ids"],
+        )
+        nats_BT = losses.token_losses(output.logits_BTV, batch["targets"])
+        # Padding goes to a bin of its own, cut off below.
+        label_BT = jnp.where(batch["segment_ids"] > 0, batch["labels"], num_labels)
+        nats, tokens = (
+            jnp.bincount(label_BT.ravel(), weights=w_BT.ravel(), length=num_labels + 1)[:-1]
+            for w_BT in (nats_BT, jnp.ones_like(nats_BT))
+        )
+        stats = output.router
+        return nats, tokens, None if stats is None else stats.tokens_per_expert_E.sum(axis=1)
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: Callable, params: dict, batches: Iterable[dict], bytes_per_token: dict[str, float]
+) -> Evaluation:
+    """Averages `eval_step` over batches.
+
+    Args:
+      bytes_per_token: for each label, in the order of the batches' label ids, the mean bytes of
+        text per predicted token. Over the whole held-out text bits per byte are exact.
+    """
+    sums = jax.tree.map(
+        lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0),
+        *(jax.device_get(eval_step(params, batch)) for batch in batches),
+    )
+    nats, tokens, counts_LE = sums
+    num_bytes = tokens * np.array(list(bytes_per_token.values()))
+
+    def row(nats, tokens, num_bytes):
+        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes}
+
+    per_language = {
+        label: row(*values)
+        for label, *values in zip(bytes_per_token, nats, tokens, num_bytes, strict=True)
+        if values[1]
+    }
+    total = row(nats.sum(), tokens.sum(), num_bytes.sum())
+    return Evaluation(**total, per_language=per_language, tokens_per_expert_LE=counts_LE)

@@ -1,0 +1,59 @@
+"""Routing is data: which experts a token goes to and with what weight, and what to count of it."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Routing:
+    """The decision for M tokens. `weight` is what an expert's output is multiplied by."""
+
+    expert_index_MA: jax.Array
+    weight_MA: jax.Array
+    logits_ME: jax.Array
+    probabilities_ME: jax.Array
+
+
+@struct.dataclass
+class RouterStats:
+    """Sums over the tokens of a batch shard; padding is not counted.
+
+    In `model.Output` every field has two leading axes: sparse layers (in the order of the model)
+    and batch shards. They are not summed over shards, so that one step can compute a balance loss
+    over a device as well as over the global batch. `routing`, when asked for, has the leading axes
+    sparse layers, batch, time.
+    """
+
+    tokens_per_expert_E: jax.Array  # assignments, all A slots together
+    probability_sum_E: jax.Array
+    z_sum: jax.Array  # of logsumexp(logits)^2
+    num_tokens: jax.Array
+    routing: Routing | None = None
+
+
+def route(logits_ME: jax.Array, *, num_experts_per_tok: int, norm_topk_prob: bool) -> Routing:
+    """Softmax over all experts, then the top k; ties go to the lower index.
+
+    With `norm_topk_prob` the k weights are divided by their sum (Mixtral, Drop-Upcycling), which
+    equals a softmax over the k logits; without it they are the plain probabilities (OLMoE, Switch).
+    """
+    logits_ME = logits_ME.astype(jnp.float32)
+    probabilities_ME = jax.nn.softmax(logits_ME, axis=-1)
+    weight_MA, expert_index_MA = jax.lax.top_k(probabilities_ME, num_experts_per_tok)
+    if norm_topk_prob:
+        weight_MA = weight_MA / jnp.sum(weight_MA, axis=-1, keepdims=True)
+    return Routing(expert_index_MA, weight_MA, logits_ME, probabilities_ME)
+
+
+def statistics(routing: Routing, valid_M: jax.Array) -> RouterStats:
+    """Sums over the tokens where `valid_M` holds."""
+    E = routing.logits_ME.shape[-1]
+    counted_MA = jnp.where(valid_M[:, None], routing.expert_index_MA, E)
+    z_M = jax.nn.logsumexp(routing.logits_ME, axis=-1) ** 2
+    return RouterStats(
+        tokens_per_expert_E=jnp.bincount(counted_MA.ravel(), length=E),
+        probability_sum_E=jnp.sum(routing.probabilities_ME * valid_M[:, None], axis=0),
+        z_sum=jnp.sum(z_M * valid_M),
+        num_tokens=jnp.sum(valid_M),
+    )

@@ -1,0 +1,214 @@
+"""The transformer as a thin Linen shell: modules name and create parameters, functions compute."""
+
+import functools
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moe_jax.model import attention, layers, moe, router
+from moe_jax.model.config import DENSE, MOE, ModelConfig, Segment, segments
+from moe_jax.parallel import naming, sharding
+
+
+@struct.dataclass
+class Output:
+    """`router` is None for a dense model; its fields are described at `RouterStats`."""
+
+    logits_BTV: jax.Array
+    router: router.RouterStats | None
+
+
+@struct.dataclass
+class Shared:
+    """What every layer sees alike."""
+
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array  # 0 is padding
+
+
+class Parameters(nn.Module):
+    """Creates the arrays of a nested table name -> shape: scales one, all else normal.
+
+    Random values are in the order of the axes, so that of two stacks of experts the smaller one is
+    the beginning of the larger.
+    """
+
+    shapes: Mapping
+    standard_deviation: float
+
+    @nn.compact
+    def __call__(self) -> dict:
+        return {
+            name: Parameters(entry, self.standard_deviation, name=name)()
+            if isinstance(entry, Mapping)
+            else self.param(name, self._initializer(name), entry)
+            for name, entry in self.shapes.items()
+        }
+
+    def _initializer(self, name):
+        if name == "scale":
+            return nn.initializers.ones
+        if name == "kernel":  # a router's, drawn expert by expert: its columns do not depend on E
+            return lambda key, shape: self.standard_deviation * jax.random.normal(key, shape[::-1]).T
+        return nn.initializers.normal(self.standard_deviation)
+
+
+class Block(nn.Module):
+    """x + attention(x), then x + feed-forward(x).
+
+    `per_layer` is scanned along with the parameters, `shared` is the same for all layers. Returns x
+    and (statistics, cache): statistics are None for a dense block, the cache is None in training.
+    """
+
+    config: ModelConfig
+    kind: str
+    return_routing: bool = False
+
+    @nn.compact
+    def parameters(self) -> dict:
+        return {
+            name: Parameters(shapes, self.config.initializer_range, name=name)()
+            for name, shapes in block_shapes(self.config, self.kind).items()
+        }
+
+    def __call__(self, x_BTD, per_layer, shared):
+        params, config = self.parameters(), self.config
+        x_BTD += attention.attention(
+            x_BTD, params["attention"], shared.positions_BT, shared.segment_ids_BT, config
+        )
+        x_BTD = sharding.constrain_batch(x_BTD)
+        if self.kind == DENSE:
+            y_BTD, stats = layers.mlp(x_BTD, params["mlp"], config), None
+        else:
+            y_BTD, stats = moe.moe(
+                x_BTD,
+                params["moe"],
+                shared.segment_ids_BT > 0,
+                config,
+                return_routing=self.return_routing,
+            )
+        return sharding.constrain_batch(x_BTD + y_BTD), (stats, None)
+
+
+def block_shapes(config: ModelConfig, kind: str) -> dict:
+    feed_forward = {"mlp": layers.mlp_shapes} if kind == DENSE else {"moe": moe.shapes}
+    return {
+        "attention": attention.shapes(config),
+        **{name: shapes(config) for name, shapes in feed_forward.items()},
+    }
+
+
+def shell_shapes(config: ModelConfig) -> dict:
+    V, D = config.vocab_size, config.hidden_size
+    shapes = {"embed": {"tokens": (V, D)}, "final_norm": {"scale": (D,)}}
+    return shapes if config.tie_word_embeddings else {**shapes, "unembed": (D, V)}
+
+
+def init(config: ModelConfig, key: jax.Array) -> dict:
+    """Random float32 parameters: the tree of all families, block leaves stacked over their layers.
+
+    Keys are folded in by name and layer index, so a layer's parameters depend neither on the mesh
+    nor on the other layers, and an expert's not on the number of experts.
+    """
+    key_shell, key_blocks = (naming.fold_in(key, name) for name in ("shell", "blocks"))
+
+    def layer_params(kind, layer):
+        block, key_layer = Block(config, kind), jax.random.fold_in(key_blocks, layer)
+        return block.init(key_layer, method="parameters")["params"]
+
+    shell = Parameters(shell_shapes(config), config.initializer_range)
+    return {
+        **shell.init(key_shell)["params"],
+        "blocks": {
+            place: jax.lax.map(
+                functools.partial(layer_params, segment.kinds[place]), jnp.array(indices)
+            )
+            for segment in segments(config.layer_kinds)
+            for place, indices in segment.layers.items()
+        },
+    }
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """(total, active for one token), embeddings and the whole router included in both."""
+    tree = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    total = active = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        total += leaf.size
+        is_expert = "experts" in naming.path_name(path).split("/")
+        active += leaf.size * config.num_experts_per_tok // config.num_experts if is_expert else leaf.size
+    return total, active
+
+
+def apply(
+    params: dict,
+    tokens_BT: jax.Array,
+    config: ModelConfig,
+    *,
+    positions_BT: jax.Array | None = None,
+    segment_ids_BT: jax.Array | None = None,
+    return_routing: bool = False,
+) -> Output:
+    """Logits in float32 and the routers' statistics.
+
+    Without `segment_ids_BT` each row is one document; where they are 0 is padding. Positions
+    default to 0, 1, … along the row.
+    """
+    B, T = tokens_BT.shape
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.ones((B, T), jnp.int32)
+    x_BTD, stats = hidden_states(
+        params, tokens_BT, Shared(positions_BT, segment_ids_BT), config, return_routing
+    )
+    return Output(unembed(params, x_BTD), stats)
+
+
+def hidden_states(
+    params: dict, tokens_BT: jax.Array, shared: Shared, config: ModelConfig, return_routing: bool
+) -> tuple[jax.Array, router.RouterStats | None]:
+    """The final norm's output, and the statistics of the sparse layers in the model's order."""
+    x_BTD = params["embed"]["tokens"][tokens_BT].astype(config.dtype)
+    x_BTD = sharding.constrain_batch(x_BTD)
+    stats_of_layers, order = [], []
+    for segment in segments(config.layer_kinds):
+        per_layer = {place: {"index": jnp.array(ls)} for place, ls in segment.layers.items()}
+        blocks = {place: params["blocks"][place] for place in segment.kinds}
+        step = functools.partial(_segment_step, segment, config, return_routing, shared)
+        if config.remat == "full":
+            # prevent_cse only matters outside a scan.
+            step = jax.checkpoint(step, prevent_cse=False)
+        x_BTD, stats = jax.lax.scan(step, x_BTD, (blocks, per_layer))
+        stats_of_layers += stats.values()
+        order += [layer for place in stats for layer in segment.layers[place]]
+    x_BTD = layers.rms_norm(x_BTD, params["final_norm"]["scale"], config.rms_norm_eps)
+    if not order:
+        return x_BTD, None
+    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats_of_layers)
+    in_order = sorted(range(len(order)), key=order.__getitem__)
+    return x_BTD, jax.tree.map(lambda leaf: leaf[jnp.array(in_order)], stacked)
+
+
+def _segment_step(segment: Segment, config, return_routing, shared, x_BTD, scanned):
+    blocks, per_layer = scanned
+    stats = {}
+    for place, kind in segment.kinds.items():
+        block = Block(config, kind, return_routing)
+        x_BTD, (layer_stats, _) = block.apply(
+            {"params": blocks[place]}, x_BTD, per_layer[place], shared
+        )
+        if kind == MOE:
+            stats[place] = layer_stats
+    return x_BTD, stats
+
+
+def unembed(params: dict, x_BTD: jax.Array) -> jax.Array:
+    """Logits, accumulated and kept in float32; the embedding transposed where it is tied."""
+    weight_DV = params["unembed"] if "unembed" in params else params["embed"]["tokens"].T
+    return jnp.einsum(
+        "btd,dv->btv", x_BTD, weight_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+    )

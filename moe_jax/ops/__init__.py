@@ -1,0 +1,1 @@
+"""Kernels: a slow, obvious reference beside each fast path, one signature for both."""

@@ -1,0 +1,52 @@
+"""The device mesh: four axes, any of which may be 1.
+
+`data` copies parameters, `fsdp` cuts them, `expert` spreads experts; the batch is cut by all three.
+`tensor` cuts heads and neurons.
+"""
+
+import functools
+import math
+
+import jax
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def axis_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+    """The sizes with a -1 filled so that their product is the number of devices.
+
+    Raises: ValueError when there is more than one -1 or the product cannot be had.
+    """
+    sizes = {axis: sizes[axis] for axis in AXES}
+    shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh {shown}: an axis is at least 1, or -1 to fill")
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"mesh {shown}: only one axis may be -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if -1 in sizes.values() and num_devices % fixed == 0:
+        return {a: num_devices // fixed if size == -1 else size for a, size in sizes.items()}
+    if fixed != num_devices:
+        raise ValueError(
+            f"mesh {shown} does not fit {num_devices} device(s); "
+            f"the axes must multiply to {num_devices}, or set one of them to -1"
+        )
+    return sizes
+
+
+def make(sizes: dict[str, int]) -> jax.sharding.Mesh:
+    """A mesh over all devices, `sizes` as `axis_sizes` takes them."""
+    sizes = axis_sizes(sizes, jax.device_count())
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto)
+
+
+def under(mesh: jax.sharding.Mesh, function):
+    """`function` called with `mesh` set, and only then: Orbax has bugs under a set mesh."""
+
+    @functools.wraps(function)
+    def call(*arguments):
+        with jax.set_mesh(mesh):
+            return function(*arguments)
+
+    return call

@@ -1,0 +1,107 @@
+"""Which axis of which array lies along which axis of the mesh: one table of path rules."""
+
+import re
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.parallel import naming
+
+# The batch, and everything computed per token: experts are parallel where attention is
+# data-parallel.
+BATCH_AXES = ("data", "fsdp", "expert")
+BATCH = P(BATCH_AXES)
+
+# The first rule that matches decides. Leaves of the optimizer state carry the path of their
+# parameter as a suffix. Block leaves have a leading axis of layers.
+RULES = (
+    (r"(^|/)(step|count)$", P()),
+    (r"(norm|final_norm)/scale$", P()),
+    (r"embed/tokens$", P("tensor", "fsdp")),
+    (r"(^|/)unembed$", P("fsdp", "tensor")),
+    (r"attention/w[qkv]$", P(None, "fsdp", "tensor")),
+    (r"attention/wo$", P(None, "tensor", None, "fsdp")),
+    (r"mlp/(gate|up)$", P(None, "fsdp", "tensor")),
+    (r"mlp/down$", P(None, "tensor", "fsdp")),
+    (r"router/kernel$", P()),
+    (r"experts/(gate|up)$", P(None, "expert", "fsdp", "tensor")),
+    (r"experts/down$", P(None, "expert", "tensor", "fsdp")),
+)
+
+
+def spec_of(path: str) -> P:
+    """Raises: ValueError for a leaf that no rule matches."""
+    for pattern, spec in RULES:
+        if re.search(pattern, path):
+            return spec
+    raise ValueError(f"no sharding rule matches {path}; add one to parallel/sharding.py")
+
+
+def specs(tree) -> object:
+    """The tree of PartitionSpecs for a tree of parameters, optimizer state, or both."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: spec_of(naming.path_name(path)), tree)
+
+
+def shardings(tree, mesh: jax.sharding.Mesh) -> object:
+    """The tree of NamedShardings for arrays or their shapes.
+
+    Raises: ValueError naming the leaf when an axis of it is not divisible by the mesh's.
+    """
+
+    def check(path, leaf):
+        name = naming.path_name(path)
+        spec = spec_of(name)
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            parts = mesh.shape[axes] if axes else 1
+            if size % parts:
+                raise ValueError(
+                    f"{name}: its axis of size {size} is not divisible by the mesh's {axes} axis "
+                    f"({parts}); set config.mesh.{axes} to a divisor of {size}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(check, tree)
+
+
+def abstract(tree, mesh: jax.sharding.Mesh) -> object:
+    """Shapes and dtypes with the shardings of the rules: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def layer_specs(params: dict, prefix: str) -> object:
+    """Specs of one layer's parameters (no leading axis of layers), paths below `prefix`."""
+    return jax.tree.map(lambda spec: P(*spec[1:]), specs({prefix: params})[prefix])
+
+
+def all_gather(x: jax.Array, spec: P, *, keep: tuple[str, ...] = ()) -> jax.Array:
+    """Inside shard_map: the whole of an array that is cut by `spec`, but for the axes in `keep`."""
+    for axis, name in enumerate(spec):
+        if name is not None and name not in keep:
+            x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    return x
+
+
+def own_part(x: jax.Array, spec: P) -> jax.Array:
+    """Inside shard_map: this device's part of an array that is whole on every device."""
+    for axis, name in enumerate(spec):
+        if name is not None:
+            size = x.shape[axis] // jax.lax.axis_size(name)
+            start = jax.lax.axis_index(name) * size
+            x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+    return x
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keeps an activation cut along the batch only; nothing without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+    return mesh.size // mesh.shape["tensor"]

@@ -1,0 +1,201 @@
+"""One training run, from config to result: read this page top to bottom."""
+
+import fcntl
+import functools
+import json
+import pathlib
+import platform
+import time
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import moe_jax
+from moe_jax import config as configs
+from moe_jax import init, model
+from moe_jax.analysis import routing
+from moe_jax.data import pipeline, tokenizers
+from moe_jax.evaluation import generate, perplexity
+from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import sharding
+from moe_jax.training import checkpoint, flops, loop, metrics, optimizer, step
+from moe_jax.training.state import TrainState
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
+    """Trains as `config` says, or goes on where the run in `workdir` stopped; returns its result.
+
+    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and at the end result.json.
+    Raises: ConfigError before anything is written; SystemExit as `training.loop.run`.
+    """
+    began = time.monotonic()
+    configs.validate(config)
+    configs.validate_environment(config, jax.device_count())
+    model_config = configs.model_config(config)
+    training, evaluation = config.training, config.evaluation
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = _lock(workdir)
+
+    # mesh ------------------------------------------------------------------------------------------
+    mesh = meshes.make(config.mesh.to_dict())
+    on_mesh = functools.partial(meshes.under, mesh)
+    batch_sharding = jax.NamedSharding(mesh, sharding.BATCH)
+
+    # data ------------------------------------------------------------------------------------------
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    train_text, held_out = (
+        pipeline.open_corpus(
+            config.data.source,
+            split,
+            tokenizer,
+            validation_fraction=config.data.validation_fraction,
+            cache_dir=config.data.cache_dir,
+        )
+        for split in ("train", "validation")
+    )
+    to_device = functools.partial(pipeline.to_device, sharding=batch_sharding)
+
+    # state -----------------------------------------------------------------------------------------
+    tx = optimizer.adamw(config.optimizer, training.num_steps)
+    create_state = functools.partial(TrainState.create, optimizer=tx)
+    shapes = jax.eval_shape(
+        lambda: create_state(model.init(model_config, jax.random.key(config.seed)))
+    )
+    state_shardings = sharding.shardings(shapes, mesh)
+    restored = checkpoint.restore_latest(
+        workdir / "checkpoints", sharding.abstract(shapes, mesh)
+    )
+    if restored is None:
+        start = 0
+        state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
+            init.parameters(config, mesh)
+        )
+    else:
+        start, state = restored.step, restored.state
+    configs.save_json(config, workdir)
+    batches = map(
+        to_device,
+        pipeline.batches(
+            train_text,
+            sequence_length=config.data.sequence_length,
+            batch_size=training.batch_size,
+            seed=config.seed,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+    )
+
+    # step ------------------------------------------------------------------------------------------
+    train_step = jax.jit(
+        step.make_train_step(model_config, training, tx),
+        in_shardings=(state_shardings, batch_sharding),
+        out_shardings=(state_shardings, None),
+        donate_argnums=0,
+    )
+    eval_step = on_mesh(jax.jit(perplexity.make_eval_step(model_config, len(held_out.labels))))
+
+    def evaluate(params: dict, whole: bool) -> perplexity.Evaluation:
+        held_out_batches = pipeline.evaluation_batches(
+            held_out,
+            sequence_length=config.data.sequence_length,
+            batch_size=evaluation.batch_size,
+            max_batches=None if whole else evaluation.max_batches or None,
+        )
+        return perplexity.evaluate(
+            eval_step, params, map(to_device, held_out_batches), held_out.bytes_per_token
+        )
+
+    # loop ------------------------------------------------------------------------------------------
+    flops_per_token = flops.model_flops(model_config, config.data.sequence_length)
+    tokens_per_step = training.batch_size * config.data.sequence_length
+    with metrics.MetricsWriter(workdir, resume_step=start) as writer:
+        state, final = loop.run(
+            state,
+            start,
+            batches,
+            config,
+            loop.Parts(
+                train_step=on_mesh(train_step),
+                evaluate=evaluate,
+                save=functools.partial(_save, workdir, config),
+                learning_rate=optimizer.schedule(config.optimizer, training.num_steps),
+                writer=writer,
+                tokens_per_step=tokens_per_step,
+                model_flops_per_token=flops_per_token,
+                peak_flops=flops.peak_flops(jax.devices()[0]) * jax.device_count(),
+            ),
+        )
+
+    # result ----------------------------------------------------------------------------------------
+    counts_LE = final.tokens_per_expert_LE
+    health = {} if counts_LE is None else routing.health(counts_LE)
+    parent = init.lineage(config.init.source)
+    total, active = model.count_parameters(model_config)
+    result = {
+        "steps": training.num_steps,
+        "tokens": training.num_steps * tokens_per_step,
+        "training_flops": training.num_steps * tokens_per_step * flops_per_token,
+        "parent_tokens": parent.tokens,
+        "parent_training_flops": parent.training_flops,
+        **final.row(),
+        "byte_unigram_bits": held_out.byte_unigram_bits,
+        "tokens_per_expert": health.get("tokens_per_expert"),
+        "effective_experts": health.get("effective_experts"),
+        "samples": _samples(state.params, model_config, tokenizer, config),
+        "seconds": round(time.monotonic() - began, 1),
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "moe_jax": moe_jax.__version__,
+        },
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "parameters": total,
+        "active_parameters": active,
+    }
+    unfinished = workdir / "result.json.tmp"
+    unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    unfinished.replace(workdir / "result.json")
+    lock.close()
+    return result
+
+
+def _lock(workdir: pathlib.Path):
+    """Keeps a second run out of the workdir for as long as the returned file is open."""
+    lock = open(workdir / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise configs.ConfigError(f"--workdir={workdir}: another run is using it; wait or choose another")
+    return lock
+
+
+def _save(workdir: pathlib.Path, config: ConfigDict, at: int, state: TrainState) -> None:
+    checkpoint.save(
+        workdir / "checkpoints",
+        at,
+        state,
+        data={"step": at},
+        config=config.to_dict(),
+        keep=config.checkpoint.keep,
+    )
+
+
+def _samples(params: dict, model_config, tokenizer, config: ConfigDict) -> list[dict[str, str]]:
+    """Continuations of `evaluation.prompts`, on one device."""
+    prompts = list(config.evaluation.prompts)
+    if not prompts:
+        return []
+    continuations = generate.generate(
+        jax.device_get(params),
+        model_config,
+        [np.array([tokenizer.bos_id, *tokenizer.encode(prompt)]) for prompt in prompts],
+        num_tokens=config.evaluation.continuation_tokens,
+        temperature=0.7,
+        key=jax.random.key(config.seed),
+    )
+    return [
+        {"prompt": prompt, "continuation": tokenizer.decode(ids)}
+        for prompt, ids in zip(prompts, continuations, strict=True)
+    ]

@@ -1,0 +1,79 @@
+"""Two counts of floating-point operations, never mixed.
+
+`model_flops` is what the model needs and is the numerator of MFU; `analytic_flops` is what the
+compiled step should execute, and is what executed products are compared with.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.model.config import MOE, ModelConfig
+
+# Dense bfloat16 matrix-product peak of one chip, FLOP/s, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def _products(config: ModelConfig, context: float) -> dict[str, float]:
+    """Multiply-adds of one token's forward pass, by place, over all layers.
+
+    `context` is the number of positions a query is multiplied with.
+    """
+    D, H = config.hidden_size, config.head_size
+    N, K = config.num_attention_heads, config.num_kv_heads
+    sparse = config.layer_kinds.count(MOE)
+    dense = config.num_hidden_layers - sparse
+    expert_rows = sparse * config.num_experts_per_tok * config.expert_size
+    neurons = dense * config.intermediate_size + expert_rows
+    return {
+        "projections": config.num_hidden_layers * D * H * (2 * N + 2 * K),
+        "scores": config.num_hidden_layers * 2 * N * H * context,
+        "router": sparse * D * config.num_experts,
+        "gate_up": 2 * D * neurons,
+        "down": D * neurons,
+        "head": D * config.vocab_size,
+    }
+
+
+def model_flops(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs per trained token: active parameters, causal attention, backward = 2x forward."""
+    return 6 * sum(_products(config, (sequence_length + 1) / 2).values())
+
+
+def analytic_flops(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs per trained token that the compiled step should execute in matrix products.
+
+    Attention multiplies all pairs of a row. Full remat runs each block's forward again but for the
+    down projection, whose result no gradient needs.
+    """
+    products = _products(config, sequence_length)
+    again = 0.0
+    if config.remat == "full":
+        again = sum(products.values()) - products["head"] - products["down"]
+    return 6 * sum(products.values()) + 2 * again
+
+
+def peak_flops(device: jax.Device) -> float:
+    """The device's peak: from the table, else what a matrix product reaches here and now."""
+    for kind, peak in PEAK_FLOPS.items():
+        if device.device_kind.startswith(kind):
+            return peak
+    size = 1024
+    x = jax.device_put(jnp.ones((size, size)), device)
+    square = jax.jit(lambda x: x @ x)
+    square(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        square(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

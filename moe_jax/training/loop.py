@@ -1,0 +1,158 @@
+"""The training loop: steps, metrics read one step late, evaluation, checkpoints, preemption."""
+
+import contextlib
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+from ml_collections import ConfigDict
+
+from moe_jax.analysis import routing
+from moe_jax.evaluation.perplexity import Evaluation
+from moe_jax.training import metrics
+from moe_jax.training.state import TrainState
+from moe_jax.training.step import Batch, StepMetrics
+
+EXIT_NONFINITE, EXIT_PREEMPTED = 3, 75
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the loop calls; everything that knows of files, meshes or models is behind these."""
+
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    evaluate: Callable[[dict, bool], Evaluation]  # (params, whole held-out text?)
+    save: Callable[[int, TrainState], None]
+    learning_rate: Callable[[int], float]
+    writer: metrics.MetricsWriter
+    tokens_per_step: int
+    model_flops_per_token: float
+    peak_flops: float  # of all devices together
+
+
+def run(
+    state: TrainState, start: int, batches: Iterator[Batch], config: ConfigDict, parts: Parts
+) -> tuple[TrainState, Evaluation]:
+    """Trains from step `start` to `config.training.num_steps`; returns the last evaluation too.
+
+    At a step where several are due the order is checkpoint, evaluation, train step: a run restored
+    at that step goes on with the evaluation and writes the same rows.
+
+    Raises: SystemExit 75 after SIGTERM (a checkpoint is saved first), 3 when too many steps in a
+    row were not finite.
+    """
+    last = config.training.num_steps
+    log = _TrainingLog(config, parts, start)
+    every = config.evaluation.every_steps
+    evaluation = None
+    with _sigterm() as stop, metrics.progress(total=last, initial=start) as bar:
+        for step in range(start, last + 1):
+            due = step % config.checkpoint.every_steps == 0 or step == last or stop.requested
+            if step > start and due:
+                log.flush()
+                parts.save(step, state)
+            if stop.requested:
+                print(f"stopped by SIGTERM at step {step}; saved, run again to go on", file=sys.stderr)
+                raise SystemExit(EXIT_PREEMPTED)
+            if step == last or (every and step % every == 0):
+                log.flush()
+                with log.clock_stopped():
+                    evaluation = parts.evaluate(state.params, step == last)
+                    parts.writer.write(_validation_row(step, step * parts.tokens_per_step, evaluation))
+            if step < last:
+                state, step_metrics = parts.train_step(state, next(batches))
+                log.flush()
+                log.pending = (step + 1, step_metrics)
+                bar.update()
+                bar.set_postfix(log.shown, refresh=False)
+    return state, evaluation
+
+
+class _TrainingLog:
+    """Holds the metrics of the step that runs and writes those of the step before it.
+
+    Reading a metric waits for its step; one step late, the device never waits for the reader.
+    """
+
+    def __init__(self, config: ConfigDict, parts: Parts, start: int):
+        self.pending: tuple[int, StepMetrics] | None = None
+        self.shown: dict[str, str] = {}
+        self._config, self._parts = config, parts
+        self._nonfinite_in_a_row = 0
+        self._timed_step, self._since = start, time.monotonic()
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        (step, step_metrics), self.pending = self.pending, None
+        skipped = bool(step_metrics.skipped)
+        self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
+        if step % self._config.training.log_every == 0 or step == self._config.training.num_steps:
+            row = self._row(step, jax.device_get(step_metrics))
+            self._parts.writer.write(row)
+            self.shown = {
+                "loss": f"{row['loss']:.3f}",
+                "tokens/s": f"{row['tokens_per_second']:,.0f}",
+            }
+        if self._nonfinite_in_a_row >= self._config.training.max_nonfinite_steps:
+            print(
+                f"loss or gradient not finite for {self._nonfinite_in_a_row} steps up to {step}; their "
+                "updates were skipped. Lower config.optimizer.learning_rate and run again",
+                file=sys.stderr,
+            )
+            raise SystemExit(EXIT_NONFINITE)
+
+    @contextlib.contextmanager
+    def clock_stopped(self):
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
+
+    def _row(self, step: int, values: StepMetrics) -> dict:
+        parts = self._parts
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        tokens_per_second = (step - self._timed_step) * parts.tokens_per_step / seconds
+        self._timed_step, self._since = step, time.monotonic()
+        row = {
+            "step": step,
+            "tokens": step * parts.tokens_per_step,
+            "loss": values.loss,
+            "load_balancing_loss": values.load_balancing_loss,
+            "router_z_loss": values.router_z_loss,
+            "gradient_norm": values.gradient_norm,
+            "skipped": int(values.skipped),
+            "learning_rate": parts.learning_rate(step - 1),
+            "tokens_per_second": tokens_per_second,
+            "mfu": tokens_per_second * parts.model_flops_per_token / parts.peak_flops,
+        }
+        if values.tokens_per_expert_LE is None:
+            del row["load_balancing_loss"], row["router_z_loss"]
+        else:
+            row["router"] = routing.health(values.tokens_per_expert_LE)
+        return row
+
+
+def _validation_row(step: int, tokens: int, evaluation: Evaluation) -> dict:
+    row = {"step": step, "tokens": tokens, "validation": evaluation.row()}
+    if evaluation.tokens_per_expert_LE is not None:
+        row["router"] = routing.health(evaluation.tokens_per_expert_LE)
+    return row
+
+
+@dataclasses.dataclass
+class _Stop:
+    requested: bool = False
+
+
+@contextlib.contextmanager
+def _sigterm():
+    """Turns SIGTERM, a cloud's notice of preemption, into a request that the loop sees."""
+    stop = _Stop()
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(stop, "requested", True))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

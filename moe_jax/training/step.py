@@ -1,0 +1,97 @@
+"""The pure train step: state and batch in, state and metrics out."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from ml_collections import ConfigDict
+
+from moe_jax import model
+from moe_jax.training import losses
+from moe_jax.training.state import TrainState
+
+Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions: [B, T] int32
+
+
+@struct.dataclass
+class StepMetrics:
+    loss: jax.Array  # cross-entropy, nats per token
+    load_balancing_loss: jax.Array  # before its coefficient; 0 for a dense model
+    router_z_loss: jax.Array
+    gradient_norm: jax.Array  # before clipping
+    skipped: jax.Array  # loss or gradient were not finite, and the update was not made
+    tokens_per_expert_LE: jax.Array | None
+
+
+def make_train_step(
+    config: model.ModelConfig, training: ConfigDict, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The step for `training.accumulation_steps` microbatches of a batch."""
+
+    def objective(params, batch, num_tokens):
+        """Sums to the batch's loss over its microbatches, for each is divided by all tokens."""
+        output = model.apply(
+            params,
+            batch["tokens"],
+            config,
+            positions_BT=batch["positions"],
+            segment_ids_BT=batch["segment_ids"],
+        )
+        nats_BT = losses.token_losses(output.logits_BTV, batch["targets"])
+        loss = jnp.sum(nats_BT * (batch["segment_ids"] > 0)) / num_tokens
+        balance = z = jnp.zeros(())
+        counts_LE = None
+        if output.router is not None:
+            # Over one microbatch: averaged over several, this is not the loss over all of them.
+            share = 1 / training.accumulation_steps
+            balance = share * losses.load_balancing_loss(
+                output.router,
+                num_experts_per_tok=config.num_experts_per_tok,
+                scope=training.load_balancing_scope,
+                divide_by_k=training.load_balancing_divide_by_k,
+            )
+            z = share * losses.router_z_loss(output.router)
+            counts_LE = output.router.tokens_per_expert_E.sum(axis=1)
+        total = (
+            loss
+            + training.load_balancing_coefficient * balance
+            + training.router_z_coefficient * z
+        )
+        return total, (loss, balance, z, counts_LE)
+
+    gradient = jax.grad(objective, has_aux=True)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        num_tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
+        if training.accumulation_steps == 1:
+            grads, sums = gradient(state.params, batch, num_tokens)
+        else:
+            grads, sums = accumulate(state.params, batch, num_tokens)
+        loss, balance, z, counts_LE = sums
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = TrainState(state.step, optax.apply_updates(state.params, updates), opt_state)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        state = state.replace(step=state.step + 1)
+        return state, StepMetrics(loss, balance, z, norm, ~finite, counts_LE)
+
+    def accumulate(params, batch, num_tokens):
+        """Sums gradients and metrics over microbatches, each spread over all batch shards."""
+        N = training.accumulation_steps
+        microbatches = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // N, N, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def add(total, microbatch):
+            part = gradient(params, microbatch, num_tokens)
+            return jax.tree.map(jnp.add, total, part), None
+
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], microbatches), 1)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, microbatches)[0]
+
+    return train_step
