@@ -1,0 +1,1 @@
+"""Text to batches: sources, tokenizers, the row plan, the pipeline."""

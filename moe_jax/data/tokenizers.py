@@ -1,0 +1,126 @@
+"""Text to ids and back: raw bytes, or SentencePiece BPE with byte fallback."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+import sentencepiece
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer:
+    """Byte b is id b + 3; exact for every text."""
+
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    vocab_size: int = 259
+    fingerprint: str = "bytes"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3
+
+    def decode(self, ids: np.ndarray) -> str:
+        ids = np.asarray(ids)
+        return bytes((ids[ids >= 3] - 3).astype(np.uint8)).decode(errors="replace")
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePieceTokenizer:
+    path: str
+
+    @functools.cached_property
+    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_file=self.path)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(pathlib.Path(self.path).read_bytes()).hexdigest()
+
+    @property
+    def pad_id(self) -> int:
+        return self._processor.pad_id()
+
+    @property
+    def bos_id(self) -> int:
+        return self._processor.bos_id()
+
+    @property
+    def eos_id(self) -> int:
+        return self._processor.eos_id()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._processor.encode(text), np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        special = (self.pad_id, self.bos_id, self.eos_id)
+        return self._processor.decode([int(i) for i in ids if i not in special])
+
+
+Tokenizer = ByteTokenizer | SentencePieceTokenizer
+
+
+def load(name: str) -> Tokenizer:
+    """ "bytes", or the path of a SentencePiece model.
+
+    Raises: ValueError for a path that is not one.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    if not os.path.isfile(name):
+        raise ValueError(
+            f"data.tokenizer={name!r} is not a file; use 'bytes', or a model made by "
+            "scripts/train_tokenizer.py"
+        )
+    tokenizer = SentencePieceTokenizer(name)
+    try:
+        ids = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+    except RuntimeError:
+        raise ValueError(f"data.tokenizer={name!r} is not a SentencePiece model") from None
+    if min(ids[1:]) < 0:
+        raise ValueError(f"data.tokenizer={name!r} has no begin or end token; train it with both")
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> None:
+    """Trains a SentencePiece BPE model whose decode(encode(text)) is text, for every text.
+
+    Raises: ValueError when the texts do not allow `vocab_size` pieces.
+    """
+    unfinished = output.with_name(output.name + ".tmp")
+    try:
+        with open(unfinished, "wb") as model:
+            sentencepiece.SentencePieceTrainer.train(
+                # A line each: pieces never span lines, whose ends are a piece of their own.
+                sentence_iterator=(line for text in texts for line in text.splitlines()),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                pad_id=0,
+                bos_id=1,
+                eos_id=2,
+                unk_id=3,
+                byte_fallback=True,
+                character_coverage=0.9995,
+                split_digits=True,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=16384,
+                minloglevel=2,
+            )
+        unfinished.replace(output)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise ValueError(f"vocab_size={vocab_size} cannot be trained on this text: {reason}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
