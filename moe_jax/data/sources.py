@@ -65,25 +65,23 @@ def documents(
     if _is_tfds(source):
         yield from _tfds_documents(source, split, data_dir)
         return
-    from_builders = _corpora()
     for path in _files(source):
         for key, document in _file_documents(path):
-            if from_builders.is_held_out(key, validation_fraction) == (split == VALIDATION):
+            if is_held_out(key, validation_fraction) == (split == VALIDATION):
                 yield document
+
+
+def is_held_out(key: str, fraction: float) -> bool:
+    """Whether the document `key` is in the held-out split: a fixed pseudo-random choice."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
 def _is_tfds(source: str) -> bool:
     return source == "embedded" or source.startswith("tfds:")
 
 
-def _corpora():
-    # TFDS takes most of a second to import, and a person's own files need none of it.
-    from moe_jax.data.corpora import builders
-
-    return builders
-
-
 def _builder(source: str, data_dir: pathlib.Path):
+    # TFDS takes most of a second to import, and a person's own files need none of it.
     import tensorflow_datasets as tfds
 
     from moe_jax.data import corpora

@@ -1,6 +1,5 @@
 """TFDS builders over the package's compressed JSON Lines. Licences: LICENSES.md beside them."""
 
-import hashlib
 import json
 import lzma
 import pathlib
@@ -8,12 +7,10 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
+from moe_jax.data import sources
+
 FOLDER = pathlib.Path(__file__).parent
-
-
-def is_held_out(key: str, fraction: float) -> bool:
-    """Whether the document `key` belongs to the held-out split: a fixed pseudo-random choice."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
+HELD_OUT = 1 / 16  # of the pages
 
 
 def records(name: str) -> Iterator[dict]:
@@ -45,7 +42,7 @@ class LoParallel19(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split):
         for record in records("lo_parallel19"):
-            if is_held_out(record["doc"], 1 / 16) == (split == "validation"):
+            if sources.is_held_out(record["doc"], HELD_OUT) == (split == "validation"):
                 yield (
                     f"{record['doc']} {record['lang']}",
                     {
