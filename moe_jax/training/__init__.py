@@ -1,0 +1,1 @@
+"""Losses, optimizer, the pure step, and the loop around it."""

@@ -1,0 +1,160 @@
+"""Checkpoints that verify: Orbax files, and a digest of every leaf to hold them against.
+
+Orbax notices missing and truncated files, but not flipped bits, and takes any folder with a number
+for a checkpoint. Here the newest one is the newest whose leaves have the digests they were saved with.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import zlib
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint.experimental.v1 as ocp
+from absl import logging
+
+from moe_jax.parallel import naming
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    step: int
+    state: object
+    data: dict
+    config: dict
+
+
+class _Mismatch(ValueError):
+    """The checkpoint is sound but of another state than the one asked for."""
+
+
+def save(
+    directory: pathlib.Path, step: int, state, *, data: dict, config: dict, keep: int
+) -> None:
+    """Writes <directory>/<step> (a temporary folder, then renamed), then deletes all but `keep`."""
+    leaves = _flatten(state)
+    meta = {
+        "data": data,
+        "config": config,
+        "leaves": {path: [list(x.shape), str(x.dtype)] for path, x in leaves.items()},
+        "digests": digests(leaves),
+    }
+    ocp.save_checkpointables(
+        (directory / str(step)).absolute(), {"state": leaves, "meta": meta}, overwrite=True
+    )
+    for old in steps(directory)[:-keep]:
+        shutil.rmtree(directory / str(old))
+
+
+def steps(directory: pathlib.Path) -> list[int]:
+    """The steps that have a folder, oldest first; whether they verify is not looked at."""
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit() and p.is_dir())
+
+
+def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
+    """The newest checkpoint that verifies; None when there is none.
+
+    Args:
+      abstract_state: `jax.ShapeDtypeStruct`s with the shardings wanted, which need not be those it
+        was saved with.
+
+    Raises: ValueError when it holds other leaves than `abstract_state`.
+    """
+    abstract = _flatten(abstract_state)
+    found = _newest(directory, abstract)
+    if found is None:
+        return None
+    step, leaves, meta = found
+    if surplus := sorted(set(meta["leaves"]) - set(abstract)):
+        raise ValueError(f"{directory / str(step)} also holds {', '.join(surplus)}: another model?")
+    state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
+    return Restored(step, state, meta["data"], meta["config"])
+
+
+def load_params(directory: pathlib.Path, abstract_params: dict) -> dict:
+    """The parameters of the newest checkpoint that verifies, without reading the optimizer's state.
+
+    Raises: FileNotFoundError when there is none; ValueError when the model is another.
+    """
+    abstract = _flatten({"params": abstract_params})
+    found = _newest(directory, abstract)
+    if found is None:
+        raise FileNotFoundError(f"{directory} holds no checkpoint that verifies")
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), found[1].values())
+
+
+def digests(leaves: dict[str, jax.Array]) -> dict[str, int]:
+    """A 32-bit hash of each leaf's bits, computed where the leaf lies.
+
+    A sum over elements of a hash of value and position: the same for any sharding, changed by any one
+    bit. Not a defence against a forger.
+    """
+    return {path: int(x) for path, x in jax.device_get(_digests(leaves)).items()}
+
+
+@jax.jit
+def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: _digest(x) for path, x in leaves.items()}
+
+
+def _digest(x: jax.Array) -> jax.Array:
+    name = jnp.uint32(zlib.crc32(f"{x.shape} {x.dtype}".encode()))
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    # Axis by axis, for a flat position overflows 32 bits in a leaf of more than 4 G elements.
+    position = jnp.full(x.shape, name)
+    for axis in range(x.ndim):
+        position = _mix(position + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis))
+    return jnp.sum(_mix(words ^ position), dtype=jnp.uint32) + name
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """MurmurHash3's finaliser: a bijection of 32 bits in which every bit moves every other."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _flatten(tree) -> dict:
+    return {naming.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _newest(directory: pathlib.Path, abstract: dict) -> tuple[int, dict, dict] | None:
+    """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify."""
+    for step in reversed(steps(directory)):
+        try:
+            return step, *_load((directory / str(step)).absolute(), abstract)
+        except _Mismatch:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise what they like on damage
+            reason = " ".join(str(error).split())[:300]
+            logging.warning("checkpoint %s does not verify: %s", directory / str(step), reason)
+    return None
+
+
+def _load(folder: pathlib.Path, abstract: dict) -> tuple[dict, dict]:
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} is a link out of the checkpoint")
+    meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
+    problems = []
+    for path, leaf in abstract.items():
+        saved = meta["leaves"].get(path)
+        if saved is None:
+            problems.append(f"{path} is missing")
+        elif saved != [list(leaf.shape), str(leaf.dtype)]:
+            problems.append(f"{path} is {saved[1]}{saved[0]}, not {leaf.dtype}{list(leaf.shape)}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise _Mismatch(f"{folder} is of another model: {'; '.join(problems[:5])}{more}")
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        leaves = ocp.load_checkpointables(folder, {"state": abstract})["state"]
+    leaves = {path: leaves[path] for path in abstract}
+    for path, digest in digests(leaves).items():
+        if digest != meta["digests"][path]:
+            raise ValueError(f"{path} has another digest than it was saved with")
+    return leaves, meta
