@@ -166,7 +166,7 @@ PRESETS = {
     "quickstart": ModelConfig(
         vocab_size=259,
         hidden_size=128,
-        intermediate_size=384,
+        intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,

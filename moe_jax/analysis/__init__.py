@@ -1,0 +1,1 @@
+"""What the routers learned, in numbers, figures and one page."""
