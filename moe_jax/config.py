@@ -32,9 +32,9 @@ def default() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
-            # A preset and what to change of it, or all the fields that ModelConfig has no default for.
+            # A preset and what to change of it, or all fields that ModelConfig has no default for.
             "model": {"preset": "", **_model_placeholders()},
-            # Where parameters come from: "" is random, else a run's workdir. With a recipe the source is
+            # Where parameters come from: "" is random, else a run's workdir. With a recipe it is
             # a dense parent; parameters left unset take the recipe's defaults.
             "init": {
                 "source": "",
@@ -50,8 +50,8 @@ def default() -> ConfigDict:
                 "source": "embedded",  # or "tfds:NAME", or a path or glob of .txt and .jsonl
                 "tokenizer": "bytes",  # or a SentencePiece model's path
                 "sequence_length": 256,
-                "validation_fraction": 0.02,  # of the documents of a path; other sources have a split
-                "cache_dir": "",  # "" is the user's cache folder
+                "validation_fraction": 0.02,  # of a path's documents; other sources have a split
+                "cache_dir": "",  # of tokens and compiled steps; "" is the user's cache folder
             },
             "mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1},
             "optimizer": {
@@ -81,7 +81,8 @@ def default() -> ConfigDict:
             "evaluation": {
                 "every_steps": 0,  # 0 is only at the end
                 "batch_size": 32,
-                "max_batches": 0,  # of the evaluations before the last; 0 is all of the held-out text
+                "max_batches": 0,  # while training; 0 is all of the held-out text
+                "max_batches_at_end": 0,
                 "prompts": (),
                 "continuation_tokens": 96,
             },
@@ -130,7 +131,9 @@ def parse(arguments: list[str]) -> ConfigDict:
     except Exception as error:  # whatever the flag library or the file itself raises
         raise ConfigError(" ".join(f"{error}".split()) or f"{path}: {error!r}") from error
     if unused:
-        raise ConfigError(f"unexpected argument {unused[0]!r}; options are --config.section.key=value")
+        raise ConfigError(
+            f"unexpected argument {unused[0]!r}; options are --config.section.key=value"
+        )
     return values.config
 
 
@@ -142,13 +145,17 @@ def model_config(config: ConfigDict) -> ModelConfig:
     section = {k: v for k, v in config.model.items() if v is not None}
     preset = section.pop("preset")
     if preset and preset not in PRESETS:
-        raise ConfigError(f"config.model.preset={preset!r} is unknown; use one of {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"config.model.preset={preset!r} is unknown; use one of {', '.join(PRESETS)}"
+        )
     base = dataclasses.asdict(PRESETS[preset]) if preset else {}
     try:
         return ModelConfig(**{**base, **section})
     except TypeError as error:
         missing = str(error).split("argument")[-1].strip("s: ")
-        raise ConfigError(f"config.model lacks {missing}; set them, or config.model.preset") from None
+        raise ConfigError(
+            f"config.model lacks {missing}; set them, or config.model.preset"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"config.model.{error}") from None
 
@@ -165,7 +172,7 @@ POSITIVE = """data.sequence_length optimizer.learning_rate optimizer.epsilon tra
     optimizer.gradient_clip_norm""".split()
 NOT_NEGATIVE = """optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay
     training.load_balancing_coefficient training.router_z_coefficient evaluation.every_steps
-    evaluation.max_batches""".split()
+    evaluation.max_batches evaluation.max_batches_at_end""".split()
 SHARES = """data.validation_fraction optimizer.final_learning_rate_ratio optimizer.beta1
     optimizer.beta2""".split()
 CHOICES = {
@@ -192,7 +199,9 @@ def validate(config: ConfigDict) -> None:
                 raise ConfigError(f"config.{key}={value} {complaint}")
     for key, choices in CHOICES.items():
         if _get(config, key) not in choices:
-            raise ConfigError(f"config.{key}={_get(config, key)!r} is unknown; use one of {choices}")
+            raise ConfigError(
+                f"config.{key}={_get(config, key)!r} is unknown; use one of {choices}"
+            )
     training, optimizer = config.training, config.optimizer
     if optimizer.warmup_steps + optimizer.decay_steps > training.num_steps:
         raise ConfigError(
@@ -209,7 +218,8 @@ def validate(config: ConfigDict) -> None:
     if recipe:
         if not config.init.source:
             raise ConfigError(
-                f"config.init.upcycle.recipe={recipe!r} needs a dense parent; set config.init.source"
+                f"config.init.upcycle.recipe={recipe!r} needs a dense parent; "
+                "set config.init.source"
             )
         if not model.num_experts:
             raise ConfigError(
@@ -250,13 +260,14 @@ def validate_environment(config: ConfigDict, num_devices: int) -> None:
     vocab_size = model_config(config).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"config.model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} of tokenizer "
-            f"{config.data.tokenizer!r}; set config.model.vocab_size={tokenizer.vocab_size}"
+            f"config.model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} of "
+            f"tokenizer {config.data.tokenizer!r}; set it to {tokenizer.vocab_size}"
         )
     source = config.init.source
     if source and not glob.glob(os.path.join(glob.escape(source), "checkpoints", "*")):
         raise ConfigError(
-            f"config.init.source={source!r} has no checkpoints; give the workdir of a run that saved one"
+            f"config.init.source={source!r} has no checkpoints; "
+            "give the workdir of a run that saved one"
         )
 
 

@@ -38,7 +38,9 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
         try:
             return _jit_sharded(transform, mesh, params)
         except ValueError as error:
-            raise configs.ConfigError(f"config.init.source={config.init.source}: {error}") from error
+            raise configs.ConfigError(
+                f"config.init.source={config.init.source}: {error}"
+            ) from error
     if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(
         lambda x: x.shape, jax.eval_shape(create, key)
     ):
@@ -49,9 +51,7 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
     return params
 
 
-def load(
-    workdir: pathlib.Path, mesh: jax.sharding.Mesh
-) -> tuple[model.ModelConfig, dict]:
+def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelConfig, dict]:
     """The model config and the sharded parameters of the newest checkpoint in a run's workdir."""
     model_config = configs.model_config(configs.load_json(workdir))
     shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))

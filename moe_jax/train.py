@@ -34,38 +34,49 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     configs.validate_environment(config, jax.device_count())
     model_config = configs.model_config(config)
     training, evaluation = config.training, config.evaluation
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = _lock(workdir)
+    cache = pipeline.cache_folder(config.data.cache_dir)
+    # Runs of a sweep that differ in their parameters only share one compilation.
+    jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
-    # mesh ------------------------------------------------------------------------------------------
+    # mesh -----------------------------------------------------------------------------------
     mesh = meshes.make(config.mesh.to_dict())
     on_mesh = functools.partial(meshes.under, mesh)
     batch_sharding = jax.NamedSharding(mesh, sharding.BATCH)
-
-    # data ------------------------------------------------------------------------------------------
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    train_text, held_out = (
-        pipeline.open_corpus(
-            config.data.source,
-            split,
-            tokenizer,
-            validation_fraction=config.data.validation_fraction,
-            cache_dir=config.data.cache_dir,
-        )
-        for split in ("train", "validation")
-    )
-    to_device = functools.partial(pipeline.to_device, sharding=batch_sharding)
-
-    # state -----------------------------------------------------------------------------------------
     tx = optimizer.adamw(config.optimizer, training.num_steps)
     create_state = functools.partial(TrainState.create, optimizer=tx)
     shapes = jax.eval_shape(
         lambda: create_state(model.init(model_config, jax.random.key(config.seed)))
     )
-    state_shardings = sharding.shardings(shapes, mesh)
-    restored = checkpoint.restore_latest(
-        workdir / "checkpoints", sharding.abstract(shapes, mesh)
-    )
+    try:
+        abstract = sharding.abstract(shapes, mesh)
+    except ValueError as error:
+        raise configs.ConfigError(str(error)) from error
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    # data -----------------------------------------------------------------------------------
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    try:
+        train_text, held_out = (
+            pipeline.open_corpus(
+                config.data.source,
+                split,
+                tokenizer,
+                validation_fraction=config.data.validation_fraction,
+                cache=cache,
+            )
+            for split in ("train", "validation")
+        )
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise configs.ConfigError(" ".join(str(error).split())) from error
+    lock = _lock(workdir)
+    to_device = functools.partial(pipeline.to_device, sharding=batch_sharding)
+
+    # state ----------------------------------------------------------------------------------
+    try:
+        restored = checkpoint.restore_latest(workdir / "checkpoints", abstract)
+    except ValueError as error:
+        raise configs.ConfigError(f"{error}; give another --workdir or config") from error
     if restored is None:
         start = 0
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
@@ -87,7 +98,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         ),
     )
 
-    # step ------------------------------------------------------------------------------------------
+    # step -----------------------------------------------------------------------------------
     train_step = jax.jit(
         step.make_train_step(model_config, training, tx),
         in_shardings=(state_shardings, batch_sharding),
@@ -96,18 +107,18 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     )
     eval_step = on_mesh(jax.jit(perplexity.make_eval_step(model_config, len(held_out.labels))))
 
-    def evaluate(params: dict, whole: bool) -> perplexity.Evaluation:
+    def evaluate(params: dict, at_end: bool) -> perplexity.Evaluation:
         held_out_batches = pipeline.evaluation_batches(
             held_out,
             sequence_length=config.data.sequence_length,
             batch_size=evaluation.batch_size,
-            max_batches=None if whole else evaluation.max_batches or None,
+            max_batches=evaluation.max_batches_at_end if at_end else evaluation.max_batches,
         )
         return perplexity.evaluate(
             eval_step, params, map(to_device, held_out_batches), held_out.bytes_per_token
         )
 
-    # loop ------------------------------------------------------------------------------------------
+    # loop -----------------------------------------------------------------------------------
     flops_per_token = flops.model_flops(model_config, config.data.sequence_length)
     tokens_per_step = training.batch_size * config.data.sequence_length
     with metrics.MetricsWriter(workdir, resume_step=start) as writer:
@@ -128,7 +139,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
             ),
         )
 
-    # result ----------------------------------------------------------------------------------------
+    # result ---------------------------------------------------------------------------------
     counts_LE = final.tokens_per_expert_LE
     health = {} if counts_LE is None else routing.health(counts_LE)
     parent = init.lineage(config.init.source)
@@ -167,7 +178,9 @@ def _lock(workdir: pathlib.Path):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise configs.ConfigError(f"--workdir={workdir}: another run is using it; wait or choose another")
+        raise configs.ConfigError(
+            f"--workdir={workdir}: another run is using it; wait or choose another"
+        ) from None
     return lock
 
 

@@ -21,7 +21,9 @@ from moe_jax import config, train
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a file with get_config()")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="where the run is kept")

@@ -1,8 +1,8 @@
 """The row plan: which pieces of which records make up row g, for any g, without state.
 
 A record of n tokens (begin, text, end) holds n - 1 (input, target) pairs. Rows of T pairs are cut
-from the concatenation of the pairs of documents in a seeded order, so every pair is seen exactly once
-an epoch and only the last row of a block is padded.
+from the concatenation of the pairs of documents in a seeded order, so every pair is seen exactly
+once an epoch and only the last row of a block is padded.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class RowPlan:
     """Rows of an endless, seeded pass over records.
 
     Memory is bounded whatever the corpus: records lie in blocks of `block_size` neighbours, a block
-    is permuted by (seed, epoch, block) when one of its rows is asked for, and the rows of all blocks
+    is permuted by (seed, epoch, block) when a row of it is asked for, and the rows of all blocks
     are shuffled by a random-access permutation of (seed, epoch).
     """
 

@@ -76,27 +76,28 @@ class TokenizedCorpus:
         return float(-sum(p * math.log2(p) for p in share if p))
 
 
+def cache_folder(cache_dir: str) -> pathlib.Path:
+    """`cache_dir`, or for "" $XDG_CACHE_HOME/moe_jax (~/.cache/moe_jax)."""
+    user = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return pathlib.Path(cache_dir) if cache_dir else user / "moe_jax"
+
+
 def open_corpus(
     source: str,
     split: str,
     tokenizer: Tokenizer,
     *,
     validation_fraction: float,
-    cache_dir: str = "",
+    cache: pathlib.Path,
 ) -> TokenizedCorpus:
     """The tokenized documents of a split, tokenizing them unless that was done before.
 
     Args:
-      cache_dir: where it is kept, under a hash of text, tokenizer and options; "" is
-        $XDG_CACHE_HOME/moe_jax (~/.cache/moe_jax).
+      cache: where it is kept, under a hash of text, tokenizer and options.
 
     Raises: ValueError when the split is empty or the source cannot be used.
     """
-    if cache_dir:
-        root = pathlib.Path(cache_dir)
-    else:
-        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe_jax"
-    datasets = root / "tfds"
+    datasets = cache / "tfds"
     key = [
         FORMAT,
         sources.fingerprint(source, datasets),
@@ -104,7 +105,7 @@ def open_corpus(
         validation_fraction,
         tokenizer.fingerprint,
     ]
-    folder = root / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    folder = cache / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     if not folder.exists():
         documents = sources.documents(
             source, split, validation_fraction=validation_fraction, data_dir=datasets
@@ -243,13 +244,13 @@ def evaluation_batches(
     *,
     sequence_length: int,
     batch_size: int,
-    max_batches: int | None = None,
+    max_batches: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass over the corpus, always in the same shuffled order, the last batch padded.
 
-    The first `max_batches` of it are a fair sample of its documents.
+    The first `max_batches` of it (0 is all) are a fair sample of its documents.
     """
     plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=0)
     num_batches = -(-plan.rows_per_epoch // batch_size)

@@ -1,13 +1,16 @@
 """Where text comes from: the embedded corpus, a TFDS dataset, or a person's own files."""
 
+import contextlib
 import dataclasses
 import glob
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
 import pathlib
+import zlib
 from collections.abc import Iterator
 
 TRAIN, VALIDATION = "train", "validation"
@@ -91,11 +94,19 @@ def _builder(source: str, data_dir: pathlib.Path):
     if name in corpora.BUILDERS:
         builder = corpora.BUILDERS[name](data_dir=data_dir, file_format="array_record")
         # TFDS prepares in a temporary folder and renames it: another process may do so too.
-        builder.download_and_prepare()
+        tfds.disable_progress_bar()  # it takes two seconds
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
         return builder
     try:
         return tfds.builder(name, data_dir=data_dir)
-    except (tfds.core.DatasetNotFoundError, ModuleNotFoundError) as error:
+    # The last two for a name that cannot be one, and a version that does not exist.
+    except (
+        tfds.core.DatasetNotFoundError,
+        ModuleNotFoundError,
+        ValueError,
+        AssertionError,
+    ) as error:
         raise ValueError(
             f"data.source={source!r} is not a dataset prepared under {data_dir}; embedded ones are "
             f"{', '.join(corpora.BUILDERS)}"
@@ -116,14 +127,14 @@ def _tfds_documents(source: str, split: str, data_dir: pathlib.Path) -> Iterator
 def _files(source: str) -> list[pathlib.Path]:
     root = pathlib.Path(source)
     if root.is_dir():
-        found = [p for p in root.rglob("*") if p.name.endswith(SUFFIXES)]
+        found = [p for p in root.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()]
         if not found:
             raise ValueError(f"data.source={source!r} is a folder without {' or '.join(SUFFIXES)}")
     else:
         found = [pathlib.Path(p) for p in glob.glob(source)] or ([root] if root.exists() else [])
         if not found:
             raise ValueError(
-                f"data.source={source!r} matches no file; give a file, folder or glob, or 'embedded'"
+                f"data.source={source!r} matches no file; give a file, folder, glob or 'embedded'"
             )
     for path in found:
         if not path.name.endswith(SUFFIXES):
@@ -140,11 +151,15 @@ def _file_documents(path: pathlib.Path) -> Iterator[tuple[str, Document]]:
         with OPENERS[path.suffix](path, "rt", encoding="utf-8") as file:
             yield from read(path, file)
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.source: {path} is not UTF-8 ({error.reason}); convert it") from error
+        raise ValueError(
+            f"data.source: {path} is not UTF-8 ({error.reason}); convert it"
+        ) from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"data.source: {path} cannot be read ({error}); replace it") from error
 
 
 def _txt_documents(path: pathlib.Path, file) -> Iterator[tuple[str, Document]]:
-    """Parts of some 10,000 characters, cut at line ends, so that one big file has held-out parts."""
+    """Parts of some 10,000 characters, cut at line ends: one big file has held-out parts too."""
     lines, size, part = [], 0, 0
     for line in file:
         if lines and size + len(line) > PART_CHARACTERS:
@@ -163,11 +178,18 @@ def _jsonl_documents(path: pathlib.Path, file) -> Iterator[tuple[str, Document]]
         try:
             record = json.loads(line)
             text = record["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f'data.source: {path}:{number} is not a JSON object with "text"; mend the line'
             ) from None
         if not isinstance(text, str):
             raise ValueError(f'data.source: {path}:{number}: "text" is not a string; mend the line')
-        label = record.get("language") or record.get("lang") or "all"
-        yield str(record.get("doc") or record.get("id") or text), Document(text, str(label))
+        label = str(record.get("language") or record.get("lang") or "all")
+        key = str(next((record[k] for k in ("doc", "id") if record.get(k) not in (None, "")), text))
+        try:
+            f"{key}{label}{text}".encode()
+        except UnicodeEncodeError:  # JSON can escape what no text can hold
+            raise ValueError(
+                f"data.source: {path}:{number} has half a surrogate pair; mend the line"
+            ) from None
+        yield key, Document(text, label)

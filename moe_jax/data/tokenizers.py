@@ -10,6 +10,9 @@ from collections.abc import Iterable
 import numpy as np
 import sentencepiece
 
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
+LINE_CHARACTERS = 4096  # longer lines are trained on in pieces
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
@@ -58,7 +61,10 @@ class SentencePieceTokenizer:
         return self._processor.vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._processor.encode(text), np.int32)
+        # SPACE itself goes as its bytes, or it would come back as a space.
+        first, *others = map(self._processor.encode, text.split(SPACE))
+        mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        return np.array(first + [i for ids in others for i in (*mark, *ids)], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
         special = (self.pad_id, self.bos_id, self.eos_id)
@@ -95,12 +101,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> No
 
     Raises: ValueError when the texts do not allow `vocab_size` pieces.
     """
+    if vocab_size < 261:
+        raise ValueError(f"vocab_size={vocab_size} is less than 261: bytes, special ones, a space")
+    # By line: pieces never span lines, whose ends are a piece of their own. A list, because the
+    # trainer hides what an iterator raises.
+    lines = [
+        line[start : start + LINE_CHARACTERS]
+        for text in texts
+        for line in text.splitlines()
+        for start in range(0, len(line), LINE_CHARACTERS)
+    ]
     unfinished = output.with_name(output.name + ".tmp")
     try:
         with open(unfinished, "wb") as model:
             sentencepiece.SentencePieceTrainer.train(
-                # A line each: pieces never span lines, whose ends are a piece of their own.
-                sentence_iterator=(line for text in texts for line in text.splitlines()),
+                sentence_iterator=iter(lines),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -115,12 +130,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> No
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
-                max_sentence_length=16384,
+                max_sentence_length=4 * LINE_CHARACTERS,  # in bytes; longer ones would be skipped
                 minloglevel=2,
             )
         unfinished.replace(output)
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1]
-        raise ValueError(f"vocab_size={vocab_size} cannot be trained on this text: {reason}") from None
+        # Less the place in its source, the condition that did not hold, and an option of its own.
+        reason = str(error).splitlines()[-1].rpartition("] ")[2].partition(" or decrease ")[0]
+        reason = reason or "it has no usable lines"
+        raise ValueError(
+            f"vocab_size={vocab_size} cannot be trained on this text: {reason}"
+        ) from None
     finally:
         unfinished.unlink(missing_ok=True)

@@ -10,8 +10,8 @@ DENSE, MOE = "dense", "moe"
 class ModelConfig:
     """A decoder-only transformer, by its Hugging Face names.
 
-    Hashable, so it can be a static argument of a jitted function. A field left at None takes its value
-    from the others; the properties below give the value in force.
+    Hashable, so it can be a static argument of a jitted function. A field left at None takes its
+    value from the others; the properties below give the value in force.
 
     Raises: ValueError, in one line, for sizes that no model can have.
     """
@@ -109,7 +109,7 @@ class ModelConfig:
     def to_moe(
         self, *, num_experts: int, num_experts_per_tok: int, layers: tuple[str, ...] | None = None
     ) -> "ModelConfig":
-        """The config of this dense model upcycled: `layers` sparse where it says "moe", else all."""
+        """The config of this dense model upcycled, sparse where `layers` says so, else in all."""
         return dataclasses.replace(
             self, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok, layers=layers
         )
@@ -135,7 +135,7 @@ class Segment:
 def segments(kinds: tuple[str, ...]) -> tuple[Segment, ...]:
     """Cuts a model's layers into the segments that trace the fewest blocks.
 
-    A leading dense layer becomes a segment of its own, LOLA's alternation one segment of two places.
+    A leading dense layer becomes a segment of its own, LOLA's alternation one of two places.
     """
     # best[i] = (blocks traced, segments used, cuts) for the layers from i on.
     best = {len(kinds): (0, 0, ())}

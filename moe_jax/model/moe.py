@@ -79,8 +79,8 @@ def mix_experts(
 ) -> jax.Array:
     """Dropless mixture of SwiGLU experts: sum over a token's assignments of weight · expert(x).
 
-    The weight multiplies the hidden neurons, before the down projection: the same sum, but its gradient needs
-    no expert output, so nothing of width D is kept or computed again for it.
+    The weight multiplies the hidden neurons, before the down projection: the same sum, but its
+    gradient needs no expert output, so nothing of width D is kept or computed again for it.
     """
     E = routing.logits_ME.shape[-1]
     product = functools.partial(grouped_matmul.grouped_matmul, implementation=implementation)

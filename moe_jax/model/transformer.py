@@ -52,7 +52,9 @@ class Parameters(nn.Module):
         if name == "scale":
             return nn.initializers.ones
         if name == "kernel":  # a router's, drawn expert by expert: its columns do not depend on E
-            return lambda key, shape: self.standard_deviation * jax.random.normal(key, shape[::-1]).T
+            return lambda key, shape: (
+                self.standard_deviation * jax.random.normal(key, shape[::-1]).T
+            )
         return nn.initializers.normal(self.standard_deviation)
 
 
@@ -139,7 +141,9 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         total += leaf.size
         is_expert = "experts" in naming.path_name(path).split("/")
-        active += leaf.size * config.num_experts_per_tok // config.num_experts if is_expert else leaf.size
+        active += (
+            leaf.size * config.num_experts_per_tok // config.num_experts if is_expert else leaf.size
+        )
     return total, active
 
 

@@ -87,10 +87,10 @@ def _pad(x_MD: jax.Array, B: int) -> jax.Array:
 def blocked(x_MD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """A loop over blocks of B rows, each times its expert's matrix.
 
-    Blocks are written in order, so what the last block of a group writes beyond it is overwritten by
-    the next group: no row is gathered or masked. The padding is bounded by E blocks, at most 1/4 of
-    the due products for balanced groups of 32 rows or more. `jax.lax.ragged_dot` executes E times
-    the due ones on CPU.
+    Blocks are written in order, so what the last block of a group writes beyond it is overwritten
+    by the next group: no row is gathered or masked. The padding is bounded by E blocks, at most 1/4
+    of the due products for balanced groups of 32 rows or more. `jax.lax.ragged_dot` executes E
+    times the due ones on CPU.
     """
     return _blocked_product(x_MD, w_EDF, group_sizes_E, contract=0)
 
@@ -136,6 +136,7 @@ def _blocked_backward(residuals, grad_MF):
     )
     dx_MD = _blocked_product(grad_MF, w_EDF, group_sizes_E, contract=1)
     return dx_MD, dw_EDF.astype(w_EDF.dtype), None
+
 
 blocked.defvjp(_blocked_forward, _blocked_backward)
 

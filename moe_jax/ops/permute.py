@@ -12,7 +12,7 @@ from flax import struct
 
 @struct.dataclass
 class Permutation:
-    """M tokens x A assignments sorted by expert; R = M·A rows, tokens of an expert in their order."""
+    """M tokens x A assignments sorted by expert: R = M·A rows, an expert's tokens in order."""
 
     assignment_R: jax.Array  # sorted row -> assignment (token * A + slot)
     row_MA: jax.Array  # assignment -> sorted row
@@ -22,8 +22,10 @@ class Permutation:
 def sort_by_expert(expert_index_MA: jax.Array, num_experts: int) -> Permutation:
     expert_index_R = expert_index_MA.ravel()
     assignment_R = jnp.argsort(expert_index_R, stable=True)
-    row_R = jnp.zeros_like(assignment_R).at[assignment_R].set(
-        jnp.arange(assignment_R.size, dtype=assignment_R.dtype), unique_indices=True
+    row_R = (
+        jnp.zeros_like(assignment_R)
+        .at[assignment_R]
+        .set(jnp.arange(assignment_R.size, dtype=assignment_R.dtype), unique_indices=True)
     )
     return Permutation(
         assignment_R=assignment_R,
@@ -53,8 +55,12 @@ def _combine_forward(rows_RD, permutation):
     return combine(rows_RD, permutation), permutation
 
 
-dispatch.defvjp(_dispatch_forward, lambda permutation, grad_RD: (combine(grad_RD, permutation), None))
-combine.defvjp(_combine_forward, lambda permutation, grad_MD: (dispatch(grad_MD, permutation), None))
+dispatch.defvjp(
+    _dispatch_forward, lambda permutation, grad_RD: (combine(grad_RD, permutation), None)
+)
+combine.defvjp(
+    _combine_forward, lambda permutation, grad_MD: (dispatch(grad_MD, permutation), None)
+)
 
 
 @jax.custom_vjp

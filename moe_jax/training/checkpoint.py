@@ -1,7 +1,7 @@
 """Checkpoints that verify: Orbax files, and a digest of every leaf to hold them against.
 
 Orbax notices missing and truncated files, but not flipped bits, and takes any folder with a number
-for a checkpoint. Here the newest one is the newest whose leaves have the digests they were saved with.
+for a checkpoint. Here the newest is the newest whose leaves have the digests they were saved with.
 """
 
 import dataclasses
@@ -29,9 +29,7 @@ class _Mismatch(ValueError):
     """The checkpoint is sound but of another state than the one asked for."""
 
 
-def save(
-    directory: pathlib.Path, step: int, state, *, data: dict, config: dict, keep: int
-) -> None:
+def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict, keep: int) -> None:
     """Writes <directory>/<step> (a temporary folder, then renamed), then deletes all but `keep`."""
     leaves = _flatten(state)
     meta = {
@@ -87,8 +85,8 @@ def load_params(directory: pathlib.Path, abstract_params: dict) -> dict:
 def digests(leaves: dict[str, jax.Array]) -> dict[str, int]:
     """A 32-bit hash of each leaf's bits, computed where the leaf lies.
 
-    A sum over elements of a hash of value and position: the same for any sharding, changed by any one
-    bit. Not a defence against a forger.
+    A sum over elements of a hash of value and position: the same for any sharding, changed by any
+    one bit. Not a defence against a forger.
     """
     return {path: int(x) for path, x in jax.device_get(_digests(leaves)).items()}
 

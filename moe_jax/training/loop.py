@@ -24,7 +24,7 @@ class Parts:
     """What the loop calls; everything that knows of files, meshes or models is behind these."""
 
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-    evaluate: Callable[[dict, bool], Evaluation]  # (params, whole held-out text?)
+    evaluate: Callable[[dict, bool], Evaluation]  # (params, at the end?)
     save: Callable[[int, TrainState], None]
     learning_rate: Callable[[int], float]
     writer: metrics.MetricsWriter
@@ -55,13 +55,17 @@ def run(
                 log.flush()
                 parts.save(step, state)
             if stop.requested:
-                print(f"stopped by SIGTERM at step {step}; saved, run again to go on", file=sys.stderr)
+                print(
+                    f"stopped by SIGTERM at step {step}; saved, run again to go on", file=sys.stderr
+                )
                 raise SystemExit(EXIT_PREEMPTED)
             if step == last or (every and step % every == 0):
                 log.flush()
                 with log.clock_stopped():
                     evaluation = parts.evaluate(state.params, step == last)
-                    parts.writer.write(_validation_row(step, step * parts.tokens_per_step, evaluation))
+                    parts.writer.write(
+                        _validation_row(step, step * parts.tokens_per_step, evaluation)
+                    )
             if step < last:
                 state, step_metrics = parts.train_step(state, next(batches))
                 log.flush()
@@ -99,8 +103,8 @@ class _TrainingLog:
             }
         if self._nonfinite_in_a_row >= self._config.training.max_nonfinite_steps:
             print(
-                f"loss or gradient not finite for {self._nonfinite_in_a_row} steps up to {step}; their "
-                "updates were skipped. Lower config.optimizer.learning_rate and run again",
+                f"loss or gradient not finite for {self._nonfinite_in_a_row} steps up to {step}; "
+                "their updates were skipped. Lower config.optimizer.learning_rate and run again",
                 file=sys.stderr,
             )
             raise SystemExit(EXIT_NONFINITE)

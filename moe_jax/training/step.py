@@ -55,9 +55,7 @@ def make_train_step(
             z = share * losses.router_z_loss(output.router)
             counts_LE = output.router.tokens_per_expert_E.sum(axis=1)
         total = (
-            loss
-            + training.load_balancing_coefficient * balance
-            + training.router_z_coefficient * z
+            loss + training.load_balancing_coefficient * balance + training.router_z_coefficient * z
         )
         return total, (loss, balance, z, counts_LE)
 
@@ -70,7 +68,7 @@ def make_train_step(
         else:
             grads, sums = accumulate(state.params, batch, num_tokens)
         loss, balance, z, counts_LE = sums
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -43,7 +43,10 @@ def test_places_are_keyed_through_all_segments_and_hold_every_layer_once():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok=3 is more than num_exp"),
+        (
+            {"num_experts": 2, "num_experts_per_tok": 3},
+            "num_experts_per_tok=3 is more than num_exp",
+        ),
         ({"hidden_size": 30}, "hidden_size=30 is not divisible by num_attention_heads=4"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by"),
         ({"layers": (DENSE, MOE)}, "layers names 2 layers but num_hidden_layers=4"),

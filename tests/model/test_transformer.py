@@ -22,9 +22,7 @@ DENSE_CONFIG = model.ModelConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-MIXED_CONFIG = DENSE_CONFIG.to_moe(
-    num_experts=4, num_experts_per_tok=2, layers=(DENSE, MOE, MOE)
-)
+MIXED_CONFIG = DENSE_CONFIG.to_moe(num_experts=4, num_experts_per_tok=2, layers=(DENSE, MOE, MOE))
 TOKENS_BT = jax.random.randint(jax.random.key(1), (8, 16), 0, 64)
 
 
@@ -70,7 +68,9 @@ def test_the_parameter_tree_is_the_documented_one():
 
 
 def test_a_layer_and_an_expert_do_not_depend_on_how_many_others_there_are():
-    more = dataclasses.replace(MIXED_CONFIG, num_experts=6, num_hidden_layers=4, layers=(DENSE, MOE, MOE, MOE))
+    more = dataclasses.replace(
+        MIXED_CONFIG, num_experts=6, num_hidden_layers=4, layers=(DENSE, MOE, MOE, MOE)
+    )
     few, many = params_of(MIXED_CONFIG)["blocks"]["1"], params_of(more)["blocks"]["1"]
     np.testing.assert_array_equal(few["attention"]["wq"], many["attention"]["wq"][:2])
     np.testing.assert_array_equal(few["moe"]["experts"]["up"], many["moe"]["experts"]["up"][:2, :4])

@@ -1,0 +1,233 @@
+"""The figures of a report, each a function of plain records to a matplotlib Figure.
+
+Colours are those of Okabe & Ito, which people with colour blindness can tell apart; line styles and
+markers differ too, so that a figure also reads in grey.
+"""
+
+import dataclasses
+import io
+import itertools
+import pathlib
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "figure.dpi": 110,
+    "font.size": 10,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "savefig.dpi": 110,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A finished run: its config, result.json and metrics.jsonl rows."""
+
+    name: str
+    folder: pathlib.Path
+    config: dict
+    result: dict
+    rows: list[dict]
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.result["tokens_per_expert"] is not None
+
+    @property
+    def training_rows(self) -> list[dict]:
+        return [row for row in self.rows if "loss" in row]
+
+    @property
+    def validation_rows(self) -> list[dict]:
+        return [row for row in self.rows if "validation" in row]
+
+
+def styles(records: list[Record]) -> dict[str, dict]:
+    """Colour, marker and dash of each record, the same in all figures."""
+    looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), itertools.cycle(DASHES))  # noqa: B905
+    return {
+        record.name: {"color": colour, "marker": marker, "linestyle": dash}
+        for record, (colour, marker, dash) in zip(records, looks, strict=False)
+    }
+
+
+def draw(records: list[Record]) -> dict[str, bytes]:
+    """All figures that these records have something for, as PNG files by name."""
+    images = {}
+    with matplotlib.rc_context(STYLE):
+        for name, figure_of in FIGURES.items():
+            if figure := figure_of(records):
+                png = io.BytesIO()
+                figure.savefig(png, format="png")
+                images[name] = png.getvalue()
+    return images
+
+
+def _figure(columns: int, height: float = 4.2, width: float = 10.0):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def loss(records: list[Record]) -> Figure:
+    """Training and held-out loss of each sparse arm over its tokens, with its parents' level."""
+    figure, (left, right) = _figure(2)
+    looks, arms = styles(records), _arms(records)
+    for record in arms:
+        rows = record.training_rows
+        smooth = _smooth([row["loss"] for row in rows])
+        look = {**looks[record.name], "marker": None}
+        left.plot([r["tokens"] / 1e6 for r in rows], smooth, label=record.name, **look)
+        rows = record.validation_rows
+        bits = [row["validation"]["bits_per_byte"] for row in rows]
+        right.plot([r["tokens"] / 1e6 for r in rows], bits, label=record.name, **looks[record.name])
+    level = {"color": "#555555", "linewidth": 1.2, "linestyle": (0, (1, 1))}
+    for parent in [record for record in records if record not in arms]:
+        tokens = parent.result["tokens"] / 1e6
+        left.axhline(np.mean([row["loss"] for row in parent.training_rows[-20:]]), **level)
+        right.axhline(
+            parent.result["bits_per_byte"], label=f"{parent.name} ({tokens:.2f} M tokens)", **level
+        )
+    left.set_title("Training loss (smoothed)")
+    left.set_ylabel("nats per token")
+    right.set_title("Held-out text")
+    right.set_ylabel("bits per byte")
+    # What an untrained model needs would squeeze all else together.
+    trained = [row for r in arms for row in r.validation_rows if row["step"]]
+    right.set_ylim(top=1.05 * max(row["validation"]["bits_per_byte"] for row in trained))
+    for axes in (left, right):
+        axes.set_xlabel("million tokens" if arms == records else "million tokens as MoE")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    return figure
+
+
+def languages(records: list[Record]) -> Figure:
+    """Final bits per byte, one line per language and one marker per run."""
+    looks = styles(records)
+    values = {r.name: r.result["per_language"] for r in records}
+    labels = sorted(
+        set.intersection(*(set(v) for v in values.values())),
+        key=lambda label: np.mean([v[label]["bits_per_byte"] for v in values.values()]),
+    )
+    figure, (axes,) = _figure(1, height=1.4 + 0.28 * len(labels))
+    for record in records:
+        bits = [values[record.name][label]["bits_per_byte"] for label in labels]
+        look = {**looks[record.name], "linestyle": "none"}
+        axes.plot(bits, range(len(labels)), label=record.name, markersize=7, alpha=0.9, **look)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("bits per byte of held-out text (less is better)")
+    axes.legend(ncols=len(records), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def expert_load(records: list[Record]) -> Figure | None:
+    """Share of the assignments of each expert in each layer, on the held-out text."""
+    arms = [record for record in records if record.is_sparse]
+    if not arms:
+        return None
+    loads = [100 * np.array(record.result["tokens_per_expert"]) for record in arms]
+    L, E = loads[0].shape
+    figure, all_axes = _figure(len(arms), height=1.6 + 0.45 * L, width=max(10.0, 2.6 * len(arms)))
+    top = max(load.max() for load in loads)
+    for i, (record, load, axes) in enumerate(zip(arms, loads, all_axes, strict=True)):
+        image = axes.imshow(load, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+        axes.set_title(record.name)
+        axes.set_xlabel("expert")
+        axes.set_xticks(range(E) if E <= 16 else range(0, E, E // 8))
+        axes.set_yticks(range(L) if L <= 16 else range(0, L, L // 8))
+        axes.grid(False)
+        if i == 0:
+            axes.set_ylabel("sparse layer")
+        if E <= 8:
+            for (layer, expert), share in np.ndenumerate(load):
+                colour = "black" if share > 0.6 * top else "white"
+                axes.text(
+                    expert, layer, f"{share:.0f}", ha="center", va="center", color=colour, size=8
+                )
+    bar = figure.colorbar(image, ax=all_axes, fraction=0.03)
+    bar.set_label(f"% of assignments (even: {100 / E:.1f})")
+    return figure
+
+
+def router_health(records: list[Record]) -> Figure | None:
+    """How evenly the routers use their experts, over training: means and worst layers."""
+    arms = [record for record in records if record.is_sparse]
+    if not arms:
+        return None
+    looks = styles(records)
+    panels = (
+        ("effective_experts", np.mean, "Effective experts, mean of layers", "exp(entropy of load)"),
+        ("max_violation", np.max, "Max violation, worst layer", "(largest load − mean) / mean"),
+        ("dead_experts", np.sum, "Dead experts, all layers", "experts under 1 % of even load"),
+    )
+    figure, all_axes = _figure(len(panels), height=3.6, width=11.0)
+    for (key, reduce, title, label), axes in zip(panels, all_axes, strict=True):
+        for record in arms:
+            rows = [row for row in record.validation_rows if row["step"]]
+            values = [reduce(row["router"][key]) for row in rows]
+            tokens = [row["tokens"] / 1e6 for row in rows]
+            axes.plot(tokens, values, label=record.name, markersize=5, **looks[record.name])
+        axes.set_title(title)
+        axes.set_ylabel(label)
+        axes.set_xlabel("million tokens as MoE")
+        axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1))
+    num_experts = arms[0].config["model"]["num_experts"]
+    if num_experts:
+        all_axes[0].axhline(num_experts, color="#555555", linewidth=1, linestyle=(0, (1, 1)))
+    all_axes[0].legend(loc="lower right")
+    return figure
+
+
+def training_flops(records: list[Record]) -> Figure:
+    """What each run cost, without and with what its source had cost."""
+    figure, (axes,) = _figure(1, height=1.2 + 0.42 * len(records))
+    own = np.array([record.result["training_flops"] for record in records]) / 1e12
+    parent = np.array([record.result["parent_training_flops"] for record in records]) / 1e12
+    places = np.arange(len(records))
+    axes.barh(places, own, color=COLOURS[0], label="this run")
+    axes.barh(places, parent, left=own, color=COLOURS[1], hatch="//", label="its dense parent")
+    for place, (a, b) in enumerate(zip(own, parent, strict=True)):
+        text = f" {a:.1f}" + (f" + {b:.1f} = {a + b:.1f}" if b else "")
+        axes.text(a + b, place, text, va="center")
+    axes.set_yticks(places, [record.name for record in records])
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel("training TFLOP (model FLOPs: active parameters, causal attention)")
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower center", ncols=2, bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+FIGURES = {
+    "loss": loss,
+    "languages": languages,
+    "expert_load": expert_load,
+    "router_health": router_health,
+    "training_flops": training_flops,
+}
+
+
+def _arms(records: list[Record]) -> list[Record]:
+    """The sparse runs, or all where none is."""
+    return [record for record in records if record.is_sparse] or records
+
+
+def _smooth(values: list[float]) -> np.ndarray:
+    """A centred running mean over at most a tenth of the points; None counts as missing."""
+    values = np.array(values, np.float64)
+    half = max(1, len(values) // 20)
+    return np.array(
+        [np.nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    )

@@ -1,0 +1,259 @@
+"""A sweep: the runs of one config file, a process each, and the table of their results."""
+
+import concurrent.futures
+import csv
+import dataclasses
+import graphlib
+import hashlib
+import importlib.util
+import json
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+from moe_jax import config as configs
+
+DONE, FAILED, STOPPED, BLOCKED, PENDING = "done", "failed", "stopped", "blocked", "pending"
+EXIT_PREEMPTED = 75
+RESULT_COLUMNS = """steps tokens training_flops loss bits_per_byte parent_tokens
+    parent_training_flops parameters active_parameters seconds""".split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One entry of get_sweep(). Its id is a hash of its resolved config: equal work, equal id."""
+
+    name: str
+    run_id: str
+    workdir: pathlib.Path
+    flags: tuple[str, ...]  # --config and its overrides, as scripts/train.py takes them
+    source: str | None  # the run it starts from
+    after: tuple[str, ...]  # runs to wait for, however they end
+
+    def command(self, train_script: str) -> list[str]:
+        return ["python", train_script, f"--workdir={self.workdir}", *self.flags]
+
+    @property
+    def result(self) -> dict | None:
+        """What the finished run left; None for a run that is not finished."""
+        path = self.workdir / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def read(path: str, workdir: pathlib.Path) -> list[Run]:
+    """The runs of the sweep file FILE[:arg], in an order in which they can run.
+
+    An entry of get_sweep() is {"name", "overrides": {dotted key: value}, "after": [names]}; the
+    value "@NAME" of init.source means that run's workdir. A run lives in <workdir>/<name>-<id>.
+
+    Raises: ConfigError for a mistake in any of them, before anything runs.
+    """
+    entries = {}
+    for entry in _get_sweep(path):
+        if unknown := set(entry) - {"name", "overrides", "after"}:
+            raise configs.ConfigError(f"{path}: a sweep entry has the unknown key {min(unknown)!r}")
+        name = str(entry.get("name", ""))
+        if not re.fullmatch(r"[\w.+=-]+", name):
+            raise configs.ConfigError(f"{path}: name={name!r}; use letters, digits and ._+=- only")
+        if name in entries:
+            raise configs.ConfigError(f"{path}: two runs are named {name!r}; rename one")
+        entries[name] = entry
+    runs = {}
+    for name in _in_order(path, entries):
+        overrides = dict(entries[name].get("overrides", {}))
+        source = _source(overrides)
+        try:
+            config = configs.load(path, overrides)
+            configs.validate(config)
+        except configs.ConfigError as error:
+            raise configs.ConfigError(f"run {name!r}: {error}") from error
+        if source:
+            config.init.source = f"@{runs[source].run_id}"
+            overrides["init.source"] = str(runs[source].workdir)
+        resolved = json.dumps(config.to_dict(), sort_keys=True)
+        run_id = hashlib.sha256(resolved.encode()).hexdigest()[:10]
+        same = next((run for run in runs.values() if run.run_id == run_id), None)
+        kept = [] if same else sorted(workdir.glob(f"*-{run_id}"))
+        runs[name] = Run(
+            name=name,
+            run_id=run_id,
+            workdir=same.workdir if same else kept[0] if kept else workdir / f"{name}-{run_id}",
+            flags=(f"--config={path}", *(f"--config.{k}={v}" for k, v in overrides.items())),
+            source=source,
+            after=tuple(entries[name].get("after", ())),
+        )
+    return list(runs.values())
+
+
+def _get_sweep(path: str) -> list[dict]:
+    file, _, argument = path.partition(":")
+    if not pathlib.Path(file).is_file():
+        raise configs.ConfigError(f"--config={path}: no such file; the examples are under configs/")
+    spec = importlib.util.spec_from_file_location("sweep_config", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_sweep"):
+            raise configs.ConfigError(f"{file} has no get_sweep(); run it with scripts/train.py")
+        return list(module.get_sweep(argument) if argument else module.get_sweep())
+    except configs.ConfigError:
+        raise
+    except Exception as error:  # whatever a person's file raises
+        raise configs.ConfigError(f"{path}: {error!r}") from error
+
+
+def _in_order(path: str, entries: dict[str, dict]) -> list[str]:
+    needs = {}
+    for name, entry in entries.items():
+        source = _source(entry.get("overrides", {}))
+        needs[name] = [*entry.get("after", ()), *([source] if source else [])]
+        for other in needs[name]:
+            if other not in entries:
+                known = ", ".join(entries)
+                raise configs.ConfigError(
+                    f"{path}: run {name!r} waits for {other!r}, which is none of {known}"
+                )
+    try:
+        return list(graphlib.TopologicalSorter(needs).static_order())
+    except graphlib.CycleError as error:
+        circle = " -> ".join(error.args[1])
+        raise configs.ConfigError(f"{path}: runs wait for each other: {circle}") from None
+
+
+def _source(overrides: dict) -> str | None:
+    source = str(overrides.get("init.source", ""))
+    return source.removeprefix("@") if source.startswith("@") else None
+
+
+def execute(
+    runs: list[Run], train_script: str, workdir: pathlib.Path, *, max_parallel: int = 1
+) -> dict[str, str]:
+    """Runs what is not finished, at most `max_parallel` at a time; returns each run's status.
+
+    A run that fails ends only the runs that start from it. `results.csv` is written anew after
+    every run. What a run says goes to <its workdir>/log.txt, or with one at a time to a terminal.
+
+    Raises: SystemExit 75 after SIGTERM, which the running ones receive too, so that they save.
+    """
+    status = {run.name: DONE if run.result else PENDING for run in runs}
+    errors: dict[str, str] = {}
+    processes: list[subprocess.Popen] = []
+    stopping = False
+
+    def stop(*_):
+        nonlocal stopping
+        stopping = True
+        for process in processes:
+            process.terminate()
+
+    def ready(run: Run) -> bool:
+        waiting = any(status[name] == PENDING for name in run.after)
+        return status[run.name] == PENDING and not waiting and status.get(run.source, DONE) == DONE
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(max_parallel) as pool:
+            running: dict[concurrent.futures.Future, Run] = {}
+            while True:
+                for run in runs:
+                    if status.get(run.source) in (FAILED, BLOCKED) and status[run.name] == PENDING:
+                        status[run.name] = BLOCKED
+                        errors[run.name] = f"its source {run.source} {status[run.source]}"
+                    busy = any(run.run_id == other.run_id for other in running.values())
+                    room = len(running) < max_parallel and not busy and not stopping
+                    if run not in running.values() and ready(run) and room:
+                        in_terminal = max_parallel == 1 and sys.stderr.isatty()
+                        _announce(runs, run, "starts" if not _begun(run) else "goes on")
+                        task = pool.submit(_launch, run, train_script, in_terminal, processes)
+                        running[task] = run
+                write_results(workdir / "results.csv", runs, status, errors)
+                if not running:
+                    break
+                finished, _ = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for task in finished:
+                    run = running.pop(task)
+                    ended, error, seconds = task.result()
+                    for other in runs:
+                        if other.run_id == run.run_id:
+                            status[other.name] = ended
+                            errors[other.name] = error
+                    _announce(runs, run, _summary(run, ended, error, seconds))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if stopping:
+        print("stopped by SIGTERM; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(EXIT_PREEMPTED)
+    return status
+
+
+def _begun(run: Run) -> bool:
+    return (run.workdir / "config.json").exists()
+
+
+def _launch(
+    run: Run, train_script: str, in_terminal: bool, processes: list[subprocess.Popen]
+) -> tuple[str, str, float]:
+    """Runs one to its end: (status, last line of what it said if it failed, seconds)."""
+    began = time.monotonic()
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *run.command(train_script)[1:]]
+    log = run.workdir / "log.txt"
+    with open(log, "w") as output:
+        streams = {} if in_terminal else {"stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, **streams)
+        processes.append(process)
+        code = process.wait()
+        processes.remove(process)
+    seconds = time.monotonic() - began
+    if code == 0:
+        return DONE, "", seconds
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    error = f"exit {code}: {lines[-1] if lines else 'see the terminal'}"
+    return STOPPED if code == EXIT_PREEMPTED else FAILED, error, seconds
+
+
+def _announce(runs: list[Run], run: Run, what: str) -> None:
+    print(f"[{runs.index(run) + 1}/{len(runs)}] {run.name}: {what}", flush=True)
+
+
+def _summary(run: Run, status: str, error: str, seconds: float) -> str:
+    if status != DONE:
+        return f"{status} after {seconds:.0f} s ({error})"
+    result = run.result
+    return (
+        f"done in {seconds:.0f} s, held-out {result['loss']:.3f} nats/token, "
+        f"{result['bits_per_byte']:.3f} bits/byte"
+    )
+
+
+def write_results(
+    path: pathlib.Path, runs: list[Run], status: dict[str, str], errors: dict[str, str]
+) -> None:
+    """One row per run; the numbers of a run that is not done are empty."""
+    unfinished = path.with_suffix(".tmp")
+    with open(unfinished, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["name", "run_id", "status", *RESULT_COLUMNS, "workdir", "error"])
+        for run in runs:
+            result = run.result or {}
+            values = [result.get(column, "") for column in RESULT_COLUMNS]
+            error = errors.get(run.name, "")
+            rows.writerow([run.name, run.run_id, status[run.name], *values, run.workdir, error])
+    unfinished.replace(path)
+
+
+def listing(runs: list[Run], train_script: str) -> str:
+    """What `--list` prints: status, id, name and the command of each run."""
+    rows = []
+    for run in runs:
+        state = DONE if run.result else "begun" if _begun(run) else PENDING
+        rows.append(
+            f"{state:8} {run.run_id}  {run.name:12} {shlex.join(run.command(train_script))}"
+        )
+    return "\n".join(rows)

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The main job on the embedded text: a dense model, upcycled four ways, trained on, compared.
+#
+#   bash scripts/quickstart.sh     about 10 minutes on 2 CPU cores -> runs/quickstart/report.html
+#
+# Run it again to go on where it stopped. PYTHON=python3.13 chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ "${1:-}" = --help ]; then
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
+    exit 0
+fi
+source scripts/venv.sh
+activate_venv requirements.txt
+python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart

@@ -1,0 +1,87 @@
+"""Router health by hand, and a report of made-up runs: complete, self-contained, escaped."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from moe_jax.analysis import plots, report, routing
+
+
+def test_health_of_even_collapsed_and_mixed_layers():
+    health = routing.health(np.array([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]]))
+    assert health["effective_experts"] == [4, 1, 2]
+    assert health["max_violation"] == [0, 3, 1]
+    assert health["dead_experts"] == [0, 3, 2]
+    assert health["tokens_per_expert"][2] == [0.5, 0.5, 0, 0]
+
+
+def make_run(folder, *, num_experts, bits, source=""):
+    folder.mkdir()
+    load = np.full((2, num_experts), 1 / num_experts) if num_experts else None
+    languages = {"en": {"loss": bits, "bits_per_byte": bits}, "el": {"loss": 1, "bits_per_byte": 1}}
+    rows = []
+    for step in range(0, 41, 10):
+        rows.append({"step": step, "tokens": step * 100, "loss": 3 - step / 40})
+        row = {"step": step, "tokens": step * 100, "validation": {"bits_per_byte": bits}}
+        if num_experts:
+            row["router"] = routing.health(load)
+        rows.append(row)
+    result = {
+        "steps": 40, "tokens": 4000, "training_flops": 2e12, "loss": bits, "bits_per_byte": bits,
+        "parent_training_flops": 3e12 if source else 0, "per_language": languages,
+        "parameters": 1e6, "active_parameters": 5e5, "byte_unigram_bits": 4.5,
+        "tokens_per_expert": None if load is None else load.tolist(),
+        "effective_experts": [num_experts] * 2 if num_experts else None,
+        "samples": [{"prompt": "Click <here>", "continuation": f" & {folder.name}"}],
+        "versions": {"jax": "1.2.3"}, "device": "cpu",
+    }  # fmt: skip
+    config = {"data": {"source": "embedded"}, "model": {"num_experts": num_experts}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return {
+        "dense": make_run(root / "dense", num_experts=0, bits=3.5),
+        "naive": make_run(root / "naive", num_experts=4, bits=3.25, source="dense"),
+        "drop": make_run(root / "drop", num_experts=4, bits=3.125, source="dense"),
+    }
+
+
+def test_a_report_shows_every_run_and_needs_no_other_file(folders, tmp_path):
+    page = report.write(tmp_path, folders, ["python a.py --b='<c>'"])
+    text = page.read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    for shown in ("3.500", "3.250", "3.125", "4.500", "jax 1.2.3", "technical register only"):
+        assert shown in text
+    assert "python a.py --b=&#x27;&lt;c&gt;&#x27;" in text
+    for name in folders:
+        assert f"<b>Click &lt;here&gt;</b> &amp; {name}" in text
+    assert re.search(r'<tr class="best"><td>drop</td>', text)
+    pictures = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert pictures == set(plots.FIGURES)
+    assert text.count("data:image/png;base64,") == len(pictures)
+
+
+def test_figures_show_the_numbers_of_the_records(folders):
+    records = [report.read_record(name, folder) for name, folder in folders.items()]
+    left, right = plots.loss(records).axes
+    curves = {line.get_label(): line.get_ydata() for line in right.get_lines()}
+    np.testing.assert_array_equal(curves["drop"], [3.125] * 5)
+    np.testing.assert_array_equal(curves["dense (0.00 M tokens)"], [3.5, 3.5])
+    assert len(left.get_lines()) == 3
+    bars = [bar.get_width() for bar in plots.training_flops(records).axes[0].patches]
+    assert bars == [2, 2, 2, 0, 3, 3]
+    [dots] = plots.languages(records).axes
+    assert [tick.get_text() for tick in dots.get_yticklabels()] == ["el", "en"]
+
+
+def test_dense_runs_alone_have_no_router_figures(folders):
+    pictures = plots.draw([report.read_record("dense", folders["dense"])])
+    assert set(pictures) == {"loss", "languages", "training_flops"}

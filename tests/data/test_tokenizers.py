@@ -1,0 +1,234 @@
+"""Exactness of both tokenizers, what training and loading refuse, and the command line."""
+
+import pathlib
+import runpy
+import shutil
+import sys
+
+import hypothesis
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import strategies as st
+
+from moe_jax.data import tokenizers
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "train_tokenizer.py"
+LINES = [
+    "The house is small, the garden is not so small.\n",
+    "Das Haus ist klein, der Garten ist nicht so klein.\n",
+    "Дом маленький, сад не такой маленький.\n",
+    "Το σπίτι είναι μικρό, ο κήπος δεν είναι τόσο μικρός.\n",
+    "房子很小,花园没有那么小。\n",
+    "    if year == 1984:  return 2001\n",
+]
+VOCAB_SIZE = 420
+# What tokenizers like to normalise, drop, or take for their own.
+AWKWARD = [
+    "",
+    " ",
+    " lead, trail ",
+    "two  three   spaces",
+    "\ttab\t\ttabs",
+    "line\nline\r\nline\n\n",
+    "1234567890",
+    "🙂👩‍👩‍👧 🏳️‍🌈",
+    "e\u0301 \u00e9 ﬁ Å",  # two ways to write a letter, a ligature, a sign that NFKC replaces
+    "▁ ▁▁ a▁b",  # SentencePiece's own sign for a space
+    "<s></s><unk><pad><0x41>",
+    "\0 \x7f \u200b \ufeff \u2028 \u3000 \ufffd",
+]
+
+any_text = st.text(max_size=60)
+text_of_lines = st.lists(st.sampled_from([*"".join(LINES), *AWKWARD]), max_size=30).map("".join)
+
+
+def awkward_examples(test):
+    for text in AWKWARD:
+        test = hypothesis.example(text)(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def bpe_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bpe") / "small.model"
+    tokenizers.train_bpe(["".join(LINES)] * 3, VOCAB_SIZE, path)
+    assert [p.name for p in path.parent.iterdir()] == ["small.model"]
+    return path
+
+
+@pytest.fixture(scope="module")
+def bpe(bpe_path):
+    return tokenizers.load(str(bpe_path))
+
+
+@awkward_examples
+@hypothesis.given(any_text)
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_bytes_come_back_exactly_and_never_collide_with_special_ids(text):
+    tokenizer = tokenizers.load("bytes")
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert bytes((ids - 3).tolist()) == text.encode()
+    assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]) == text
+    assert all(3 <= i < tokenizer.vocab_size for i in ids)
+
+
+@awkward_examples
+@hypothesis.given(any_text | text_of_lines)
+@hypothesis.settings(deadline=None)
+def test_bpe_pieces_come_back_exactly_and_never_collide_with_special_ids(bpe, text):
+    ids = bpe.encode(text)
+    assert ids.dtype == np.int32
+    assert bpe.decode([bpe.bos_id, *ids, bpe.eos_id, bpe.pad_id]) == text
+    # 3 stands for a text that cannot be written in pieces: there is none.
+    assert all(3 < i < bpe.vocab_size for i in ids)
+    assert len(ids) <= len(text.encode())
+
+
+def test_bytes_cut_within_a_character_decode_to_a_replacement_and_not_to_an_error():
+    tokenizer = tokenizers.load("bytes")
+    assert tokenizer.decode(tokenizer.encode("aж")[:-1]) == "a\ufffd"
+
+
+def test_special_ids_are_fixed_and_the_vocabulary_has_the_size_asked_for(bpe):
+    for tokenizer in (bpe, tokenizers.load("bytes")):
+        assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert bpe.vocab_size == VOCAB_SIZE
+
+
+def test_bpe_learns_words_but_keeps_digits_and_line_ends_apart(bpe):
+    for line in LINES[:5]:
+        assert len(bpe.encode(line)) < 0.6 * len(line.encode())
+    assert len(bpe.encode("2001")) == 4
+    dot, end = bpe.encode("."), bpe.encode("\n")
+    assert bpe.encode(".\n.").tolist() == [*dot, *end, *dot]
+
+
+def test_lines_longer_than_the_trainer_takes_are_trained_on_all_the_same(tmp_path):
+    text = "0 " * 5000 + "Das Haus ist klein. " * 2000
+    tokenizers.train_bpe([text], 280, tmp_path / "long.model")
+    assert len(tokenizers.load(str(tmp_path / "long.model")).encode("Haus")) < 4
+
+
+def test_a_fingerprint_is_of_the_model_not_of_its_place(bpe, bpe_path, tmp_path):
+    moved = shutil.copy(bpe_path, tmp_path / "moved.model")
+    tokenizers.train_bpe(LINES * 3, VOCAB_SIZE - 1, tmp_path / "other.model")
+    assert tokenizers.load(str(moved)).fingerprint == bpe.fingerprint
+    other = tokenizers.load(str(tmp_path / "other.model"))
+    assert len({bpe.fingerprint, other.fingerprint, tokenizers.load("bytes").fingerprint}) == 3
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "message"),
+    [
+        (LINES, 5000, r"vocab_size=5000 .* too high .* value <= \d+"),
+        (LINES, 270, r"vocab_size=270 .* 270 vs \d+\. Increase vocab_size$"),
+        (LINES, 260, "vocab_size=260 is less than 261"),
+        (LINES, -1, "vocab_size=-1 is less than 261"),
+        ([], 300, "no usable lines"),
+        (["\n\n"], 300, "no usable lines"),
+    ],
+)
+def test_a_vocabulary_the_text_does_not_allow_is_refused_and_leaves_no_file(
+    texts, vocab_size, message, tmp_path
+):
+    (tmp_path / "good.model").write_text("of an earlier training")
+    with pytest.raises(ValueError, match=message) as error:
+        tokenizers.train_bpe(texts, vocab_size, tmp_path / "good.model")
+    assert "\n" not in str(error.value)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["of an earlier training"]
+
+
+def test_a_mistake_in_the_text_is_reported_as_it_is(tmp_path):
+    def texts():
+        yield LINES[0]
+        raise ValueError("a.jsonl:2 is bad")
+
+    with pytest.raises(ValueError, match=r"^a\.jsonl:2 is bad$"):
+        tokenizers.train_bpe(texts(), 300, tmp_path / "a.model")
+
+
+def test_files_that_are_no_tokenizer_are_refused(tmp_path):
+    (tmp_path / "empty.model").write_bytes(b"")
+    (tmp_path / "junk.model").write_bytes(b"junk" * 100)
+    with open(tmp_path / "endless.model", "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(LINES * 3),
+            model_writer=model,
+            vocab_size=80,
+            eos_id=-1,
+            minloglevel=2,
+        )
+    for name, message in {
+        "missing.model": "is not a file; use 'bytes', or a model made by",
+        ".": "is not a file",
+        "empty.model": "is not a SentencePiece model",
+        "junk.model": "is not a SentencePiece model",
+        "endless.model": "has no begin or end token",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            tokenizers.load(str(tmp_path / name))
+        assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Runs the script in an empty folder: (exit status, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        status = 0
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_trains_without_held_out_text_and_measures_on_it(command, monkeypatch):
+    folder = pathlib.Path("text")
+    folder.mkdir()
+    for i in range(100):
+        (folder / f"{i}.txt").write_text("".join(LINES))
+    trained_on = []
+
+    def train_bpe(texts, *arguments, train=tokenizers.train_bpe):
+        trained_on.extend(texts)
+        train(trained_on, *arguments)
+
+    monkeypatch.setattr(tokenizers, "train_bpe", train_bpe)
+    status, output, errors = command("--source=text", "--vocab_size=420", "--output=my own.model")
+    assert (status, errors) == (0, "")
+    assert 90 < len(trained_on) < 100  # 2 of 100 are held out on average
+    tokenizer = tokenizers.load("my own.model")
+    text = "".join(LINES)
+    bytes_per_token = len(text.encode()) / (len(tokenizer.encode(text)) + 1)
+    assert output == (
+        f"my own.model: 420 pieces, {bytes_per_token:.2f} bytes/token of held-out text; "
+        "use --config.data.tokenizer='my own.model' --config.model.vocab_size=420\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output=no/a.model"], "--output=no/a.model: no folder no"),
+        (["--output=."], "--output=. is a folder"),
+        (["--output=a.model", "--source=missing"], "data.source='missing' matches no file"),
+        (["--output=a.model", "--source=bad.jsonl"], "data.source: bad.jsonl:1 is not a JSON obj"),
+        (["--output=a.model", "--source=a.txt"], "vocab_size=4096 cannot be trained on this text"),
+        (["--output=a.model", "--source=a.txt", "--vocab_size=9"], "vocab_size=9 is less than 261"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(command, arguments, message):
+    pathlib.Path("a.txt").write_text("".join(LINES))
+    pathlib.Path("bad.jsonl").write_text("text\n")
+    status, output, errors = command(*arguments)
+    assert (status, output) == (2, "")
+    assert errors.startswith(f"train_tokenizer.py: {message}") and errors.count("\n") == 1
+    assert not pathlib.Path("a.model").exists()

@@ -1,0 +1,79 @@
+"""Held-out losses and continuations against what a plain loop over the logits gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import model
+from moe_jax.evaluation import generate, perplexity
+
+CONFIG = model.ModelConfig(
+    vocab_size=16,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_experts=2,
+    num_experts_per_tok=1,
+)
+B, T = 4, 12
+
+
+@pytest.fixture(scope="module")
+def params():
+    scaled = jax.jit(
+        lambda key: jax.tree.map(lambda x: 5 * x, model.init(CONFIG, key)), donate_argnums=()
+    )
+    return scaled(jax.random.key(0))
+
+
+def batch_of(seed):
+    tokens_BT = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, 16)
+    return {
+        "tokens": tokens_BT[:, :-1],
+        "targets": tokens_BT[:, 1:],
+        "segment_ids": (jnp.arange(T) < jnp.array([[12], [7], [0], [12]])).astype(jnp.int32),
+        "positions": jnp.tile(jnp.arange(T), (B, 1)),
+        "labels": jnp.tile(jnp.array([[0], [1], [1], [2]]), (1, T)),
+    }
+
+
+def test_losses_by_language_are_means_over_their_tokens_and_bits_are_per_byte(params):
+    batches = [batch_of(0), batch_of(1)]
+    bytes_per_token = {"en": 1.0, "ja": 3.0, "ru": 2.0, "unseen": 1.0}
+    eval_step = jax.jit(perplexity.make_eval_step(CONFIG, len(bytes_per_token)))
+    found = perplexity.evaluate(eval_step, params, batches, bytes_per_token)
+
+    nats = {label: [] for label in bytes_per_token}
+    for batch in batches:
+        logits_BTV = model.apply(params, batch["tokens"], CONFIG).logits_BTV
+        log_p_BTV = np.asarray(jax.nn.log_softmax(logits_BTV), np.float64)
+        for row, column in zip(*np.nonzero(batch["segment_ids"]), strict=True):
+            label = list(bytes_per_token)[batch["labels"][row, column]]
+            nats[label].append(-log_p_BTV[row, column, batch["targets"][row, column]])
+    assert set(found.per_language) == {"en", "ja", "ru"}
+    for label in found.per_language:
+        mean = np.mean(nats[label])
+        expected = {"loss": mean, "bits_per_byte": mean / np.log(2) / bytes_per_token[label]}
+        assert found.per_language[label] == pytest.approx(expected, rel=1e-5)
+    everything = [value for values in nats.values() for value in values]
+    num_bytes = sum(len(values) * bytes_per_token[label] for label, values in nats.items())
+    assert found.loss == pytest.approx(np.mean(everything), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(sum(everything) / np.log(2) / num_bytes, rel=1e-5)
+    assert found.tokens_per_expert_LE.sum() == len(everything)
+
+
+def test_greedy_continuation_is_the_likeliest_token_again_and_again(params):
+    prompts = [np.array([1, 2, 3]), np.array([4, 5, 6, 7, 8])]
+    found = generate.generate(
+        params, CONFIG, prompts, num_tokens=4, temperature=0.0, key=jax.random.key(0)
+    )
+    for prompt, continuation in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        for token in continuation:
+            padded = np.zeros((1, 9), np.int32)  # one shape, one compilation
+            padded[0, : len(ids)] = ids
+            logits_BTV = jax.jit(model.apply, static_argnums=2)(params, padded, CONFIG).logits_BTV
+            assert token == np.argmax(logits_BTV[0, len(ids) - 1])
+            ids.append(int(token))

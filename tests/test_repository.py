@@ -1,0 +1,38 @@
+"""What holds for the repository as a whole: lint, configs, sizes."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax import config as configs
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG_FILES = sorted((ROOT / "configs").rglob("*.py"))
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff_is_content(command):
+    ended = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_every_config_is_valid_short_and_says_its_command(path):
+    configs.validate(configs.load(str(path)))
+    spec = importlib.util.spec_from_file_location("config_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert str(path.relative_to(ROOT)) in module.__doc__
+    assert len(path.read_text().splitlines()) <= 100
+
+
+def test_every_package_is_installed_and_every_script_explains_itself():
+    folders = {path.parent for path in (ROOT / "moe_jax").rglob("*.py")}
+    assert all((folder / "__init__.py").exists() for folder in folders)
+    for script in sorted((ROOT / "scripts").glob("*.py")):
+        assert "Examples:\n  python scripts/" + script.name in script.read_text(), script

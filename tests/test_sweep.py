@@ -1,0 +1,179 @@
+"""Sweeps: ids that name the work, an order, what a failure stops and what it does not."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moe_jax import config as configs
+from moe_jax import sweep
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = """
+from moe_jax import config as configs
+
+def get_config():
+    config = configs.default()
+    config.model.preset = "quickstart"
+    return config
+
+def get_sweep():
+    return SWEEP
+"""
+# Stands in for scripts/train.py: fails at seed 13, waits at seed 60, leaves a result otherwise.
+TRAIN = """
+import json, pathlib, sys, time
+flags = dict(flag.removeprefix("--").split("=", 1) for flag in sys.argv[1:])
+workdir, seed = pathlib.Path(flags["workdir"]), flags.get("config.seed", "0")
+with open(workdir.parent / "order.txt", "a") as order:
+    order.write(workdir.name.rsplit("-", 1)[0] + chr(10))
+source = flags.get("config.init.source")
+if source is not None:
+    assert (pathlib.Path(source) / "result.json").exists()
+if seed == "13":
+    sys.exit("train.py: out of luck")
+(workdir / "config.json").write_text("{}")
+if seed == "60":
+    time.sleep(60)
+(workdir / "result.json").write_text(json.dumps({"steps": 1, "loss": 2.0, "bits_per_byte": 3.0}))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def read(folder, entries):
+    path = folder / "config.py"
+    path.write_text(CONFIG.replace("SWEEP", repr(entries)))
+    return sweep.read(str(path), folder / "out")
+
+
+def execute(folder, runs, **options):
+    return sweep.execute(runs, str(folder / "train.py"), folder / "out", **options)
+
+
+def order(folder):
+    return (folder / "out" / "order.txt").read_text().split()
+
+
+def entry(name, after=(), **overrides):
+    return {"name": name, "overrides": overrides, "after": list(after)}
+
+
+PARENT = entry("parent")
+CHILD = entry("child", **{"init.source": "@parent", "seed": 1})
+
+
+def test_an_id_names_the_resolved_work_and_not_the_name_or_the_place(folder, tmp_path_factory):
+    ids = {run.name: run.run_id for run in read(folder, [PARENT, CHILD])}
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    renamed = [entry("x"), entry("y", **{"init.source": "@x", "seed": 1})]
+    assert [run.run_id for run in read(elsewhere, renamed)] == [ids["parent"], ids["child"]]
+    # Another parent makes the child other work too.
+    changed = read(folder, [entry("parent", **{"seed": 5}), CHILD])
+    assert not {run.run_id for run in changed} & set(ids.values())
+
+
+def test_a_source_comes_before_its_children_and_is_given_as_its_workdir(folder):
+    runs = read(folder, [CHILD, PARENT])
+    assert [run.name for run in runs] == ["parent", "child"]
+    assert f"--config.init.source={runs[0].workdir}" in runs[1].flags
+    assert execute(folder, runs) == {"parent": "done", "child": "done"}
+    assert order(folder) == ["parent", "child"]
+
+
+def test_a_failed_run_ends_only_the_runs_that_start_from_it(folder):
+    runs = read(
+        folder,
+        [
+            entry("bad", seed=13),
+            entry("child", **{"init.source": "@bad", "seed": 2}),
+            entry("grandchild", **{"init.source": "@child", "seed": 3}),
+            entry("waits", after=["bad"], seed=4),
+            entry("other", seed=5),
+        ],
+    )
+    status = execute(folder, runs)
+    assert status == {
+        "bad": "failed",
+        "child": "blocked",
+        "grandchild": "blocked",
+        "waits": "done",
+        "other": "done",
+    }
+    with open(folder / "out" / "results.csv") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert {name: row["status"] for name, row in rows.items()} == status
+    assert rows["bad"]["error"] == "exit 1: train.py: out of luck"
+    assert (rows["other"]["loss"], rows["other"]["bits_per_byte"]) == ("2.0", "3.0")
+
+
+def test_finished_runs_are_skipped_and_equal_work_is_done_once(folder):
+    runs = read(folder, [entry("a", seed=1), entry("same", seed=1), entry("b", seed=2)])
+    assert set(execute(folder, runs).values()) == {"done"}
+    assert order(folder) == ["a", "b"]
+    again = read(folder, [entry("renamed", seed=1), entry("b", seed=2), entry("c", seed=3)])
+    assert set(execute(folder, again).values()) == {"done"}
+    assert order(folder) == ["a", "b", "c"]
+
+
+def test_several_runs_go_at_a_time_only_where_asked(folder):
+    # Two that would wait a minute each, stopped together: both have begun.
+    runs = read(folder, [entry("a", seed=60), entry("b", seed=60, **{"data.sequence_length": 9})])
+    script = f"""
+import pathlib
+from moe_jax import sweep
+folder = pathlib.Path({str(folder)!r})
+runs = sweep.read(str(folder / "config.py"), folder / "out")
+sweep.execute(runs, str(folder / "train.py"), folder / "out", max_parallel=2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    while not all((run.workdir / "config.json").exists() for run in runs):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 75
+    assert "run the same command again to go on" in said
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([entry("a"), entry("a", seed=1)], "two runs are named 'a'"),
+        ([entry("a/b")], "name='a/b'"),
+        ([entry("a", after=["b"])], "run 'a' waits for 'b', which is none of a"),
+        ([entry("a", after=["b"]), entry("b", after=["a"])], "runs wait for each other: "),
+        ([entry("a", **{"seeed": 1})], "run 'a': unknown key"),
+        ([entry("a", **{"training.num_steps": -1})], "run 'a': config.training.num_steps=-1"),
+        ([{"name": "a", "override": {}}], "unknown key 'override'"),
+    ],
+)
+def test_a_mistake_in_any_run_is_refused_before_the_first(folder, entries, message):
+    with pytest.raises(configs.ConfigError, match=message) as error:
+        read(folder, entries)
+    assert "\n" not in str(error.value)
+
+
+def test_list_shows_every_command_and_starts_nothing(tmp_path):
+    script = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--list"]
+    flags = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'out'}"]
+    listed = subprocess.run(
+        [*script, *flags], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True
+    )
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    assert [row[2] for row in rows] == ["dense", "scratch", "naive", "drop_0.5", "drop_1.0"]
+    assert {row[0] for row in rows} == {"pending"}
+    assert all("scripts/train.py" in row for row in rows)
+    assert not (tmp_path / "out").exists()
+    assert json.dumps(listed.stderr) == '""'

@@ -1,0 +1,210 @@
+"""Whole runs: broken off and gone on with, compiled once, and refused in one line."""
+
+import json
+import logging
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import config as configs
+from moe_jax import train
+from moe_jax.training import checkpoint, metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = """
+from moe_jax import config as configs
+
+def get_config():
+    config = configs.default()
+    config.model.update(
+        vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_experts=4, num_experts_per_tok=2,
+    )
+    config.data.update(source=SOURCE, sequence_length=32, validation_fraction=0.2, cache_dir=CACHE)
+    config.optimizer.learning_rate = 1e-2
+    config.training.update(num_steps=56, batch_size=8, log_every=2)
+    config.evaluation.update(every_steps=20, batch_size=8, max_batches=1, max_batches_at_end=2)
+    config.checkpoint.every_steps = 7
+    return config
+"""
+CLOCK_FIELDS = ("tokens_per_second", "mfu")
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    rng = random.Random(0)
+    words = [f"{rng.randrange(16**3):x}" for _ in range(50)]
+    for i in range(20):
+        text = " ".join(rng.choice(words) for _ in range(200))
+        (folder / f"{i}.txt").write_text(text)
+    path = folder / "config.py"
+    cache = os.path.join(folder, "cache")
+    path.write_text(CONFIG.replace("SOURCE", repr(str(folder))).replace("CACHE", repr(cache)))
+    return str(path)
+
+
+def command(config_file, workdir, *flags):
+    script = str(ROOT / "scripts" / "train.py")
+    return [sys.executable, script, f"--config={config_file}", f"--workdir={workdir}", *flags]
+
+
+def without_clock(workdir):
+    rows = metrics.read(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def unbroken(config_file, tmp_path_factory):
+    """A whole run in this process; its log of compilations beside it."""
+    workdir = tmp_path_factory.mktemp("runs") / "unbroken"
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("jax")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            result = train.run(configs.load(config_file), workdir)
+    finally:
+        logger.removeHandler(handler)
+    return workdir, result, messages
+
+
+def test_a_run_leaves_what_it_promises(unbroken):
+    workdir, result, _ = unbroken
+    for name in ("config.json", "metrics.jsonl", "tensorboard", "checkpoints/56", "result.json"):
+        assert (workdir / name).exists(), name
+    assert result["tokens"] == 56 * 8 * 32
+    rows = metrics.read(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(2, 57, 2))
+    assert [row["step"] for row in rows if "validation" in row] == [0, 20, 40, 56]
+    assert result["loss"] == rows[-1]["validation"]["loss"]
+    assert result["loss"] < rows[0]["validation"]["loss"] - 1
+    # Bytes are the tokens, but for one end in each of the documents.
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] / np.log(2), rel=0.01)
+    health = rows[-1]["router"]
+    np.testing.assert_allclose(np.sum(health["tokens_per_expert"], axis=1), 1, atol=1e-4)
+    assert 1 <= health["effective_experts"][0] <= 4
+
+
+def test_the_train_step_compiles_once(unbroken):
+    compiled = [m for m in unbroken[2] if "Finished XLA compilation of jit(train_step)" in m]
+    assert len(compiled) == 1
+
+
+def test_a_run_killed_and_stopped_at_random_steps_ends_bitwise_like_the_unbroken_one(
+    unbroken, config_file, tmp_path
+):
+    workdir = tmp_path / "broken"
+    rng = random.Random(time.time_ns())
+    killed_at, stopped_at = sorted(rng.sample(range(3, 50), 2))
+    assert interrupt(config_file, workdir, killed_at, signal.SIGKILL)[0] == -signal.SIGKILL
+    code, said = interrupt(config_file, workdir, stopped_at, signal.SIGTERM)
+    assert code == 75, said
+    saved = checkpoint.steps(workdir / "checkpoints")[-1]
+    assert f"stopped by SIGTERM at step {saved}; saved" in said
+    assert not (workdir / "result.json").exists()
+
+    train.run(configs.load(config_file), workdir)
+    whole = unbroken[0]
+    assert without_clock(workdir) == without_clock(whole)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(state_in(folder, config_file) for folder in (workdir, whole)),
+    )
+
+
+def interrupt(config_file, workdir, step, signal_number):
+    """Sends the run a signal when it has logged `step`; returns (exit status, stderr)."""
+    process = subprocess.Popen(
+        command(config_file, workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None:
+        if any(row["step"] >= step for row in metrics.read(workdir / "metrics.jsonl")):
+            process.send_signal(signal_number)
+            break
+        time.sleep(0.005)
+    _, said = process.communicate()
+    return process.returncode, said
+
+
+def state_in(workdir, config_file):
+    restored = {}
+
+    def keep(directory, abstract, original=checkpoint.restore_latest):
+        restored["state"] = original(directory, abstract).state
+        raise configs.ConfigError("seen")
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(checkpoint, "restore_latest", keep)
+        with pytest.raises(configs.ConfigError, match="seen"):
+            train.run(configs.load(config_file), workdir)
+    return restored["state"]
+
+
+BAD_FLAGS = {
+    "--config.optimizer.learning_rate=nan": "learning_rate=nan must be more than 0",
+    "--config.optimizer.learning_rat=1": 'unknown key .*Did you mean "learning_rate"',
+    "--config.training.num_steps=1.5": "num_steps",
+    "--config.training.batch_size=ten": "batch_size",
+    "--config.model.num_experts_per_tok=5": "num_experts_per_tok=5 is more than num_experts=4",
+    "--config.training.batch_size=12": "batch_size .*=12 is not divisible by the 8 batch shards",
+    "--config.mesh.data=3": "mesh data=3.* does not fit 8",
+    "--config.model.hidden_size=20": "axis of size 20 is not divisible by the mesh's fsdp axis",
+    "--config.data.source=does/not/exist": "'does/not/exist' matches no file",
+    "--config.training.load_balancing_scope=all": "use one of",
+    "--config.init.upcycle.recipe=drop": "needs a dense parent; set config.init.source",
+    "--config.init.source=does/not/exist": "has no checkpoints",
+    "--config.evaluation.batch_size=-8": "must be more than 0",
+    "--config.model.preset=llama": "is unknown; use one of",
+    "positional": "unexpected argument 'positional'",
+}
+
+
+@pytest.mark.parametrize("flag", BAD_FLAGS)
+def test_a_mistake_is_refused_in_one_line_before_anything_is_written(flag, config_file, tmp_path):
+    with pytest.raises(configs.ConfigError, match=BAD_FLAGS[flag]) as error:
+        train.run(configs.parse([f"--config={config_file}", flag]), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--config.optimizer.learning_rate=nan", "--config.seeed=1"])
+def test_the_command_line_says_it_in_under_five_seconds_and_exits_2(flag, config_file, tmp_path):
+    began = time.monotonic()
+    ended = subprocess.run(
+        command(config_file, tmp_path / "run", flag), capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("train.py: ")
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - began < 5
+
+
+def test_losses_that_stay_not_finite_end_the_run_with_3(unbroken, config_file, tmp_path):
+    config = configs.load(config_file, {"optimizer.learning_rate": 1e30, "training.num_steps": 30})
+    with pytest.raises(SystemExit) as ended:
+        train.run(config, tmp_path / "run")
+    assert ended.value.code == 3
+
+
+def test_a_workdir_in_use_and_one_of_another_model_are_refused(unbroken, config_file):
+    workdir, _, _ = unbroken
+    lock = train._lock(workdir)
+    with pytest.raises(configs.ConfigError, match="another run is using it"):
+        train.run(configs.load(config_file), workdir)
+    lock.close()
+    wider = configs.load(config_file, {"model.intermediate_size": 64})
+    with pytest.raises(configs.ConfigError, match="is of another model: .*give another --workdir"):
+        train.run(wider, workdir)
+    assert json.loads((workdir / "config.json").read_text())["model"]["intermediate_size"] == 32

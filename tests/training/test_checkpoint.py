@@ -1,0 +1,128 @@
+"""Checkpoints: damage is found, the newest sound one is taken, meshes may change."""
+
+import pathlib
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_jax.training import checkpoint
+
+
+def state_of(seed):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "step": jnp.int32(seed),
+        "w": jax.random.normal(keys[0], (16, 64)),
+        "half": jax.random.normal(keys[1], (8, 8)).astype(jnp.bfloat16),
+    }
+
+
+SHAPES = jax.eval_shape(state_of, 0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoints")
+    for step in (1, 2):
+        checkpoint.save(
+            directory, step, state_of(step), data={"step": step}, config={"seed": 0}, keep=2
+        )
+    return directory
+
+
+@pytest.fixture
+def directory(saved, tmp_path):
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def assert_is(restored, step):
+    assert restored.step == step
+    assert restored.data == {"step": step}
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state_of(step))
+
+
+def test_the_newest_is_restored_bitwise_with_its_data_and_config(directory):
+    restored = checkpoint.restore_latest(directory, SHAPES)
+    assert_is(restored, 2)
+    assert restored.config == {"seed": 0}
+    assert checkpoint.restore_latest(directory / "nothing", SHAPES) is None
+
+
+def test_only_the_newest_are_kept(directory):
+    checkpoint.save(directory, 3, state_of(3), data={"step": 3}, config={}, keep=2)
+    assert checkpoint.steps(directory) == [2, 3]
+
+
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(directory):
+    """In the data files, which Orbax reads without a check."""
+    files = sorted(p for p in (directory / "2").rglob("d/*") if p.stat().st_size > 1000)
+    assert files
+    rng = random.Random(0)
+    for path in files:
+        content = bytearray(path.read_bytes())
+        content[rng.randrange(len(content) // 4, 3 * len(content) // 4)] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+    assert_is(checkpoint.restore_latest(directory, SHAPES), 1)
+
+
+@pytest.mark.parametrize("damage", ["an empty folder", "a missing file", "a truncated file"])
+def test_a_broken_newest_checkpoint_is_passed_over(directory, damage):
+    newest = directory / "2"
+    if damage == "an empty folder":
+        (directory / "3").mkdir()
+        assert_is(checkpoint.restore_latest(directory, SHAPES), 2)
+        return
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    if damage == "a missing file":
+        largest.unlink()
+    else:
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    assert_is(checkpoint.restore_latest(directory, SHAPES), 1)
+
+
+def test_a_link_out_of_the_checkpoint_is_not_followed(directory, tmp_path):
+    largest = max((p for p in (directory / "2").rglob("d/*")), key=lambda p: p.stat().st_size)
+    shutil.move(largest, tmp_path / "elsewhere")
+    largest.symlink_to(tmp_path / "elsewhere")
+    assert_is(checkpoint.restore_latest(directory, SHAPES), 1)
+
+
+def test_another_model_is_refused_by_the_names_of_its_leaves(directory):
+    other = {**SHAPES, "w": jax.ShapeDtypeStruct((16, 32), jnp.float32), "more": SHAPES["step"]}
+    with pytest.raises(ValueError, match=r"more is missing; w is float32\[16, 64\], not"):
+        checkpoint.restore_latest(directory, other)
+    fewer = {name: leaf for name, leaf in SHAPES.items() if name != "half"}
+    with pytest.raises(ValueError, match="also holds half"):
+        checkpoint.restore_latest(directory, fewer)
+
+
+def test_a_state_is_restored_onto_another_mesh(directory):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {"step": P(), "w": P("b", "a"), "half": P(None, "a")}
+    abstract = {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, specs[name])
+        )
+        for name, leaf in SHAPES.items()
+    }
+    restored = checkpoint.restore_latest(directory, abstract)
+    assert_is(restored, 2)
+    assert restored.state["w"].sharding.spec == P("b", "a")
+
+
+def test_a_digest_is_the_same_for_any_sharding_and_differs_for_any_change():
+    x = jax.random.normal(jax.random.key(0), (8, 16))
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(x, NamedSharding(mesh, P("a")))
+    digest = checkpoint.digests({"x": x})
+    assert checkpoint.digests({"x": sharded}) == digest
+    swapped = x.at[jnp.array([0, 1])].set(x[jnp.array([1, 0])])
+    tiny = x.at[3, 4].set(np.nextafter(np.float32(x[3, 4]), np.float32(9)))
+    for other in (swapped, tiny, x.T, x.reshape(16, 8)):
+        assert checkpoint.digests({"x": other}) != digest

@@ -1,0 +1,62 @@
+"""metrics.jsonl: valid JSON always, and after a restart the rows of an unbroken run."""
+
+import json
+
+import numpy as np
+from tensorboardX.proto import event_pb2
+
+from moe_jax.training import metrics
+
+
+def rows_of(*steps):
+    return [{"step": step, "loss": float(step)} for step in steps]
+
+
+def write(folder, rows, resume_step=0):
+    with metrics.MetricsWriter(folder, resume_step=resume_step) as writer:
+        for row in rows:
+            writer.write(row)
+
+
+def test_values_are_plain_json_and_numbers_that_are_not_finite_are_null(tmp_path):
+    row = {
+        "step": np.int32(3),
+        "loss": np.float32(0.1),
+        "bad": np.float32("nan"),
+        "router": {"load": np.array([[0.5, np.inf]])},
+    }
+    write(tmp_path, [row])
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert line == '{"step": 3, "loss": 0.1, "bad": null, "router": {"load": [[0.5, null]]}}\n'
+
+
+def test_a_restart_removes_what_will_be_written_again(tmp_path):
+    validation = {"step": 20, "validation": {"loss": 1.0}}
+    write(tmp_path, [*rows_of(10, 20), validation, *rows_of(30)])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "lo')  # a kill in the middle of a line
+    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [10, 20, 20, 30]
+    write(tmp_path, [validation, *rows_of(30, 40)], resume_step=20)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        *rows_of(10, 20), validation, *rows_of(30, 40)
+    ]  # fmt: skip
+
+
+def test_a_run_from_the_start_begins_an_empty_file(tmp_path):
+    write(tmp_path, rows_of(1, 2))
+    write(tmp_path, rows_of(1))
+    assert metrics.read(tmp_path / "metrics.jsonl") == rows_of(1)
+
+
+def test_scalars_go_to_tensorboard_under_their_path(tmp_path):
+    write(tmp_path, [{"step": 7, "loss": 2.5, "validation": {"bits_per_byte": 1.5}}])
+    [file] = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    found = {}
+    content = file.read_bytes()
+    while content:  # TFRecord: length (8 bytes), its checksum (4), data, checksum (4)
+        size = int.from_bytes(content[:8], "little")
+        event = event_pb2.Event.FromString(content[12 : 12 + size])
+        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        content = content[16 + size :]
+    assert found == {"loss": (7, 2.5), "validation/bits_per_byte": (7, 1.5)}

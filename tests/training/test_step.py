@@ -1,0 +1,123 @@
+"""The train step: the same on any mesh, exact under accumulation, blind to padding and NaN."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import config as configs
+from moe_jax import model
+from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import sharding
+from moe_jax.training import optimizer, step
+from moe_jax.training.state import TrainState
+
+V, B, T = 64, 8, 16
+DENSE = model.ModelConfig(
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+)
+MOE = DENSE.to_moe(num_experts=4, num_experts_per_tok=2)
+SETTINGS = configs.default()
+SETTINGS.optimizer.learning_rate = 1e-2
+TX = optimizer.adamw(SETTINGS.optimizer, 10)
+
+
+def batch_of(seed, lengths=(T,) * B):
+    tokens_BT = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, V)
+    return {
+        "tokens": tokens_BT[:, :-1],
+        "targets": tokens_BT[:, 1:],
+        "segment_ids": (jnp.arange(T) < jnp.array(lengths)[:, None]).astype(jnp.int32),
+        "positions": jnp.tile(jnp.arange(T), (B, 1)),
+    }
+
+
+@functools.cache
+def initial(config):
+    return jax.jit(lambda key: TrainState.create(model.init(config, key), TX))(jax.random.key(0))
+
+
+@functools.cache
+def train_step(config, accumulation_steps=1, out_shardings=None):
+    training = SETTINGS.training.copy_and_resolve_references()
+    training.accumulation_steps = accumulation_steps
+    return jax.jit(step.make_train_step(config, training, TX), out_shardings=out_shardings)
+
+
+def losses_of(one_step, state, num_steps=3):
+    values = []
+    for i in range(num_steps):
+        state, metrics = one_step(state, batch_of(i))
+        values.append((metrics.loss, metrics.load_balancing_loss, metrics.gradient_norm))
+    return np.array(values)
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "data"])
+def test_eight_devices_give_the_losses_of_one(axis):
+    alone = losses_of(train_step(MOE), initial(MOE))
+    mesh = meshes.make({**dict.fromkeys(meshes.AXES, 1), axis: 8})
+    shardings = sharding.shardings(initial(MOE), mesh)
+    with jax.set_mesh(mesh):
+        on_mesh = train_step.__wrapped__(MOE, out_shardings=(shardings, None))
+        state = jax.device_put(initial(MOE), shardings)
+        np.testing.assert_allclose(losses_of(on_mesh, state), alone, rtol=1e-5)
+
+
+def test_accumulated_microbatches_equal_one_batch():
+    """With rows of different lengths: averaging the microbatches' means would not be equal."""
+    batch = batch_of(0, lengths=(16, 16, 3, 1, 16, 9, 2, 5))
+    whole, metrics = train_step(DENSE)(initial(DENSE), batch)
+    parts, metrics_of_parts = train_step(DENSE, 4)(initial(DENSE), batch)
+    np.testing.assert_allclose(metrics.loss, metrics_of_parts.loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics.gradient_norm, metrics_of_parts.gradient_norm, rtol=1e-5)
+    moments = [jax.tree.leaves(s.opt_state) for s in (whole, parts)]
+    for a, b in zip(*moments, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_padding_reaches_neither_loss_nor_balance():
+    lengths = (16, 10, 0, 16, 0, 16, 1, 16)
+    batch = batch_of(0, lengths)
+    state, metrics = train_step(MOE)(initial(MOE), batch)
+    other = batch_of(1)
+    is_pad = batch["segment_ids"] == 0
+    changed = {n: jnp.where(is_pad, other[n], batch[n]) for n in ("tokens", "targets")}
+    state_changed, metrics_changed = train_step(MOE)(initial(MOE), {**batch, **changed})
+    np.testing.assert_allclose(metrics.loss, metrics_changed.loss, rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics.load_balancing_loss, metrics_changed.load_balancing_loss, rtol=1e-6
+    )
+    assert metrics.tokens_per_expert_LE.sum() == 2 * 2 * sum(lengths)
+    # Padding changes which rows share a block, and so the order of float32 sums.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.params, state_changed.params
+    )
+
+
+def test_a_batch_of_padding_alone_changes_nothing_but_by_weight_decay():
+    _, metrics = train_step(MOE)(initial(MOE), batch_of(0, (0,) * B))
+    assert metrics.loss == 0
+    assert not metrics.skipped
+    assert np.isfinite(metrics.gradient_norm)
+
+
+def test_a_step_that_is_not_finite_leaves_parameters_and_moments_bitwise():
+    state = initial(MOE)
+    gate = state.params["blocks"]["0"]["moe"]["experts"]["gate"]
+    # A single weight of one expert.
+    state.params["blocks"]["0"]["moe"]["experts"]["gate"] = gate.at[1, 2, 0, 0].set(jnp.nan)
+    after, metrics = train_step(MOE)(state, batch_of(0))
+    state.params["blocks"]["0"]["moe"]["experts"]["gate"] = gate
+    assert metrics.skipped
+    assert after.step == state.step + 1
+    after.params["blocks"]["0"]["moe"]["experts"]["gate"] = (
+        after.params["blocks"]["0"]["moe"]["experts"]["gate"].at[1, 2, 0, 0].set(gate[1, 2, 0, 0])
+    )
+    for name in ("params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
