@@ -1,7 +1,7 @@
 """What a compiled step really executes, read from its HLO text.
 
-`cost_analysis()` counts the body of a loop once; here every product is multiplied by the trip counts
-of the loops around it.
+`cost_analysis()` counts the body of a loop once; here every product is multiplied by the trip
+counts of the loops around it.
 """
 
 import dataclasses
@@ -10,9 +10,13 @@ import math
 import re
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(?[\w\[\],{}\s/*:()=]*?\)?) ([\w\-]+)\((.*)$")
+_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(?[\w\[\],{}\s/*:()=]*?\)?) ([\w\-]+)\((.*)$"
+)
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -43,6 +47,8 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 def product_flops(text: str) -> int:
     """FLOPs of the matrix products of CPU HLO text, loop bodies times their trip counts.
 
+    Of a conditional it is the most expensive branch that counts.
+
     Raises: ValueError for a loop around products whose trip count the compiler does not know.
     """
     computations, entry = parse(text)
@@ -57,7 +63,8 @@ def product_flops(text: str) -> int:
             called = _CALLED.findall(instruction.rest)
             for branches in _BRANCHES.findall(instruction.rest):
                 called += re.findall(r"[\w.\-]+", branches)
-            inner = sum(flops(c) for c in called if c in computations)
+            costs = [flops(c) for c in called if c in computations]
+            inner = max(costs) if instruction.operation == "conditional" else sum(costs)
             if inner and instruction.operation == "while":
                 trips = _TRIP_COUNT.search(instruction.rest)
                 if trips is None:

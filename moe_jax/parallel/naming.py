@@ -12,4 +12,5 @@ def path_name(path: tuple) -> str:
 
 def fold_in(key: jax.Array, name: str) -> jax.Array:
     """A key that depends on `name`, the same in every process and Python version."""
-    return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
+    digest = hashlib.sha256(name.encode()).digest()
+    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))

@@ -1,8 +1,8 @@
 """Small transforms of one expert: a layer's feed-forward weights and a key to new weights.
 
 An FFN here is a dict of one layer's matrices, `gate` DF, `up` DF, `down` FD. Each function is the
-unit that every path shares (in memory, sharded): run inside `jax.lax.map`, never `vmap`, the results are
-bitwise the same everywhere.
+unit that every path shares (in memory, sharded): run inside `jax.lax.map`, never `vmap`, the
+results are bitwise the same everywhere.
 """
 
 import math

@@ -69,7 +69,9 @@ def upcycle(
 def check_configs(config: ModelConfig, moe_config: ModelConfig) -> None:
     """Raises: ValueError when `moe_config` is not `config` with some layers made sparse."""
     if set(config.layer_kinds) != {DENSE}:
-        raise ValueError(f"upcycling needs a dense parent; this one has layers={config.layers}")
+        raise ValueError(
+            f"upcycling needs a dense parent; this one has num_experts={config.num_experts}"
+        )
     if MOE not in moe_config.layer_kinds:
         raise ValueError("the upcycled model has no sparse layer; set num_experts to 2 or more")
     for name in (
@@ -78,7 +80,9 @@ def check_configs(config: ModelConfig, moe_config: ModelConfig) -> None:
     ).split():
         ours, theirs = getattr(moe_config, name), getattr(config, name)
         if ours != theirs:
-            raise ValueError(f"{name}={ours} differs from the dense parent's {theirs}; use {theirs}")
+            raise ValueError(
+                f"{name}={ours} differs from the dense parent's {theirs}; use {theirs}"
+            )
     if moe_config.expert_size != config.intermediate_size:
         raise ValueError(
             f"moe_intermediate_size={moe_config.expert_size} differs from the dense parent's "
