@@ -76,7 +76,7 @@ def check_configs(config: ModelConfig, moe_config: ModelConfig) -> None:
         raise ValueError("the upcycled model has no sparse layer; set num_experts to 2 or more")
     for name in (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_kv_heads head_size tie_word_embeddings"
+        "num_kv_heads head_size rms_norm_eps tie_word_embeddings"
     ).split():
         ours, theirs = getattr(moe_config, name), getattr(config, name)
         if ours != theirs:
