@@ -24,8 +24,8 @@ def get_config():
     config.training.batch_size = 8
     config.training.log_every = 5
     config.evaluation.every_steps = 40
-    config.evaluation.max_batches = 4
-    config.evaluation.max_batches_at_end = 32
+    config.evaluation.max_batches = 3
+    config.evaluation.max_batches_at_end = 24
     config.evaluation.prompts = (
         "To insert a table, ",
         "Um eine Tabelle ",

@@ -135,6 +135,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
                 writer=writer,
                 tokens_per_step=tokens_per_step,
                 model_flops_per_token=flops_per_token,
+                analytic_flops_per_token=flops.analytic_flops(
+                    model_config, config.data.sequence_length
+                ),
                 peak_flops=flops.peak_flops(jax.devices()[0]) * jax.device_count(),
             ),
         )

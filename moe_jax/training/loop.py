@@ -30,6 +30,7 @@ class Parts:
     writer: metrics.MetricsWriter
     tokens_per_step: int
     model_flops_per_token: float
+    analytic_flops_per_token: float
     peak_flops: float  # of all devices together
 
 
@@ -120,9 +121,12 @@ class _TrainingLog:
         seconds = max(time.monotonic() - self._since, 1e-9)
         tokens_per_second = (step - self._timed_step) * parts.tokens_per_step / seconds
         self._timed_step, self._since = step, time.monotonic()
+        tokens = step * parts.tokens_per_step
         row = {
             "step": step,
-            "tokens": step * parts.tokens_per_step,
+            "tokens": tokens,
+            "model_flops": tokens * parts.model_flops_per_token,
+            "analytic_flops": tokens * parts.analytic_flops_per_token,
             "loss": values.loss,
             "load_balancing_loss": values.load_balancing_loss,
             "router_z_loss": values.router_z_loss,

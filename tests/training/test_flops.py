@@ -1,0 +1,48 @@
+"""FLOP counts against parameter counts and against the products of a compiled step."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from moe_jax import config as configs
+from moe_jax import model
+from moe_jax.parallel import hlo
+from moe_jax.training import flops, optimizer, step
+from moe_jax.training.state import TrainState
+
+T = 32
+DENSE = model.ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+MOE = DENSE.to_moe(num_experts=8, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+def test_model_flops_are_six_per_active_matrix_entry_and_causal_attention(config):
+    D, L, N, H = 32, 3, 4, 8
+    norms = D * (2 * L + 1)
+    active_matrices = model.count_parameters(config)[1] - norms - 64 * D  # less the embedding
+    pairs = (T + 1) / 2  # positions that a token sees on average, itself included
+    attention = 2 * L * N * H * pairs
+    assert flops.model_flops(config, T) == 6 * (active_matrices + attention)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_dense_step_executes_the_analytic_flops_exactly(remat):
+    config = dataclasses.replace(DENSE, remat=remat)
+    settings = configs.default()
+    tx = optimizer.adamw(settings.optimizer, 10)
+    state = jax.eval_shape(
+        lambda key: TrainState.create(model.init(config, key), tx), jax.random.key(0)
+    )
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch = {name: jax.ShapeDtypeStruct((2, T), "int32") for name in names}
+    compiled = jax.jit(step.make_train_step(config, settings.training, tx)).lower(state, batch)
+    executed = hlo.product_flops(compiled.compile().as_text())
+    assert executed == 2 * T * flops.analytic_flops(config, T)
