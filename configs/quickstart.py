@@ -23,9 +23,9 @@ def get_config():
     config.training.num_steps = 800
     config.training.batch_size = 8
     config.training.log_every = 5
-    config.evaluation.every_steps = 40
-    config.evaluation.max_batches = 3
-    config.evaluation.max_batches_at_end = 24
+    config.evaluation.every_steps = 70
+    config.evaluation.batch_size = 64
+    config.evaluation.max_batches = 8
     config.evaluation.prompts = (
         "To insert a table, ",
         "Um eine Tabelle ",

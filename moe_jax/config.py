@@ -81,8 +81,7 @@ def default() -> ConfigDict:
             "evaluation": {
                 "every_steps": 0,  # 0 is only at the end
                 "batch_size": 32,
-                "max_batches": 0,  # while training; 0 is all of the held-out text
-                "max_batches_at_end": 0,
+                "max_batches": 0,  # 0 is all of the held-out text
                 "prompts": (),
                 "continuation_tokens": 96,
             },
@@ -172,7 +171,7 @@ POSITIVE = """data.sequence_length optimizer.learning_rate optimizer.epsilon tra
     optimizer.gradient_clip_norm""".split()
 NOT_NEGATIVE = """optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay
     training.load_balancing_coefficient training.router_z_coefficient evaluation.every_steps
-    evaluation.max_batches evaluation.max_batches_at_end""".split()
+    evaluation.max_batches""".split()
 SHARES = """data.validation_fraction optimizer.final_learning_rate_ratio optimizer.beta1
     optimizer.beta2""".split()
 CHOICES = {

@@ -107,12 +107,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     )
     eval_step = on_mesh(jax.jit(perplexity.make_eval_step(model_config, len(held_out.labels))))
 
-    def evaluate(params: dict, at_end: bool) -> perplexity.Evaluation:
+    def evaluate(params: dict) -> perplexity.Evaluation:
         held_out_batches = pipeline.evaluation_batches(
             held_out,
             sequence_length=config.data.sequence_length,
             batch_size=evaluation.batch_size,
-            max_batches=evaluation.max_batches_at_end if at_end else evaluation.max_batches,
+            max_batches=evaluation.max_batches,
         )
         return perplexity.evaluate(
             eval_step, params, map(to_device, held_out_batches), held_out.bytes_per_token

@@ -31,7 +31,7 @@ def get_config():
     config.data.update(source=SOURCE, sequence_length=32, validation_fraction=0.2, cache_dir=CACHE)
     config.optimizer.learning_rate = 1e-2
     config.training.update(num_steps=56, batch_size=8, log_every=2)
-    config.evaluation.update(every_steps=20, batch_size=8, max_batches=1, max_batches_at_end=2)
+    config.evaluation.update(every_steps=20, batch_size=8, max_batches=2)
     config.checkpoint.every_steps = 7
     return config
 """

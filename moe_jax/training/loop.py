@@ -24,7 +24,7 @@ class Parts:
     """What the loop calls; everything that knows of files, meshes or models is behind these."""
 
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-    evaluate: Callable[[dict, bool], Evaluation]  # (params, at the end?)
+    evaluate: Callable[[dict], Evaluation]
     save: Callable[[int, TrainState], None]
     learning_rate: Callable[[int], float]
     writer: metrics.MetricsWriter
@@ -63,7 +63,7 @@ def run(
             if step == last or (every and step % every == 0):
                 log.flush()
                 with log.clock_stopped():
-                    evaluation = parts.evaluate(state.params, step == last)
+                    evaluation = parts.evaluate(state.params)
                     parts.writer.write(
                         _validation_row(step, step * parts.tokens_per_step, evaluation)
                     )
