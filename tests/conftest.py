@@ -4,8 +4,8 @@ import importlib.metadata
 import os
 
 # Before jax is imported: it reads these once. Most of the time of these tests is compilation, which
-# unoptimised machine code makes two times shorter, and plain loops for elementwise work (a flag that
-# jaxlib 0.12 has no more) three times. The HLO is optimised all the same.
+# unoptimised machine code makes two times shorter, and plain loops for elementwise work (a flag
+# that jaxlib 0.12 has no more) three times. The HLO is optimised all the same.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
