@@ -244,7 +244,7 @@ def validate_environment(config: ConfigDict, num_devices: int) -> None:
         sources.check(config.data.source)
         tokenizer = tokenizers.load(config.data.tokenizer)
     except ValueError as error:
-        raise ConfigError(f"config: {error}") from None
+        raise ConfigError(f"config.{error}") from None
     shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     microbatch = config.training.batch_size // config.training.accumulation_steps
     for key, size in (

@@ -13,23 +13,18 @@ Exit status: 0 all runs are done, 1 some are not, 2 a mistake in the config, 75 
 (run again to go on).
 """
 
-import argparse
 import pathlib
 import shlex
 import sys
 
-from moe_jax import config, sweep
+from moe_jax import command_line, config, sweep
 from moe_jax.analysis import report
 
 TRAIN = str(pathlib.Path(__file__).with_name("train.py"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE[:ARG]", required=True)
     parser.add_argument("--workdir", metavar="DIR", required=True, type=pathlib.Path)
     parser.add_argument(
@@ -46,8 +41,7 @@ def main() -> None:
             raise config.ConfigError(f"--max_parallel={arguments.max_parallel} must be at least 1")
         runs = sweep.read(arguments.config, arguments.workdir)
     except config.ConfigError as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(str(error))
     if arguments.list:
         print(sweep.listing(runs, train_script))
         return

@@ -12,34 +12,25 @@ Exit status: 0 done, 2 a mistake in the config, 3 losses not finite, 75 stopped 
 saving (run again to go on).
 """
 
-import argparse
 import pathlib
-import sys
 
-from moe_jax import config, train
+from moe_jax import command_line, config, train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE[:ARG]", help="a file with get_config()")
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="where the run is kept")
+    parser = command_line.Parser(__doc__)
+    parser.usage = "%(prog)s --config=FILE --workdir=DIR [--config.SECTION.KEY=VALUE ...]"
+    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="has get_config()")
+    parser.add_argument("--workdir", metavar="DIR", required=True, type=pathlib.Path)
     parser.add_argument(
         "--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key"
     )
-    parser.usage = "%(prog)s --config=FILE --workdir=DIR [--config.SECTION.KEY=VALUE ...]"
     arguments, overrides = parser.parse_known_args()
     try:
-        if arguments.config is None:
-            raise config.ConfigError("--config=FILE is missing; try --config=configs/quickstart.py")
         settings = config.parse([f"--config={arguments.config}", *overrides])
         result = train.run(settings, arguments.workdir)
     except config.ConfigError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(str(error))
     print(
         f"done: {result['steps']} steps, held-out loss {result['loss']:.4f} nats/token, "
         f"{result['bits_per_byte']:.4f} bits/byte -> {arguments.workdir}/result.json"

@@ -10,24 +10,18 @@ not trained on; they tell the bytes per token. Every text comes back from its id
 Exit status: 0 done, 2 a mistake on the command line or in the text.
 """
 
-import argparse
 import pathlib
 import shlex
-import sys
 from collections.abc import Iterator
 
 import tqdm
 
-from moe_jax import config
+from moe_jax import command_line, config
 from moe_jax.data import pipeline, sources, tokenizers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line.Parser(__doc__)
     parser.add_argument(
         "--source", default="embedded", help='"embedded", "tfds:NAME", or a path or glob'
     )
@@ -37,8 +31,7 @@ def main() -> None:
     try:
         bytes_per_token = train(arguments.source, arguments.vocab_size, arguments.output)
     except (ValueError, OSError) as error:
-        print(f"train_tokenizer.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(str(error))
     print(
         f"{arguments.output}: {arguments.vocab_size} pieces, {bytes_per_token:.2f} bytes/token of "
         f"held-out text; use --config.data.tokenizer={shlex.quote(str(arguments.output))} "

@@ -6,7 +6,6 @@ markers differ too, so that a figure also reads in grey.
 
 import dataclasses
 import io
-import itertools
 import pathlib
 
 import matplotlib
@@ -57,10 +56,13 @@ class Record:
 
 def styles(records: list[Record]) -> dict[str, dict]:
     """Colour, marker and dash of each record, the same in all figures."""
-    looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), itertools.cycle(DASHES))  # noqa: B905
     return {
-        record.name: {"color": colour, "marker": marker, "linestyle": dash}
-        for record, (colour, marker, dash) in zip(records, looks, strict=False)
+        record.name: {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i % len(DASHES)],
+        }
+        for i, record in enumerate(records)
     }
 
 
