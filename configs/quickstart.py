@@ -20,12 +20,12 @@ def get_config():
     config.data.sequence_length = 128
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 40
-    config.training.num_steps = 800
+    config.training.num_steps = 700
     config.training.batch_size = 8
     config.training.log_every = 5
-    config.evaluation.every_steps = 70
+    config.evaluation.every_steps = 60
     config.evaluation.batch_size = 64
-    config.evaluation.max_batches = 8
+    config.evaluation.max_batches = 4
     config.evaluation.prompts = (
         "To insert a table, ",
         "Um eine Tabelle ",
@@ -41,7 +41,7 @@ def get_sweep():
         "seed": ARMS,
         "model.num_experts": 8,
         "model.num_experts_per_tok": 2,
-        "training.num_steps": 280,
+        "training.num_steps": 240,
         "optimizer.learning_rate": 2.7e-3,  # 2/3 of the parent's, as in the paper
     }
     upcycled = {**arm, "init.source": "@dense"}

@@ -50,7 +50,7 @@ def default() -> ConfigDict:
                 "source": "embedded",  # or "tfds:NAME", or a path or glob of .txt and .jsonl
                 "tokenizer": "bytes",  # or a SentencePiece model's path
                 "sequence_length": 256,
-                "validation_fraction": 0.02,  # of a path's documents; other sources have a split
+                "validation_fraction": 0.05,  # of a path's documents; other sources have a split
                 "cache_dir": "",  # of tokens and compiled steps; "" is the user's cache folder
             },
             "mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1},

@@ -117,7 +117,7 @@ def open_corpus(
             if not num_records:
                 raise ValueError(
                     f"data.source={source!r} has no {split} documents; "
-                    "change data.validation_fraction or give more text"
+                    "set config.data.validation_fraction to another value, or give more text"
                 )
             try:
                 unfinished.rename(folder)
