@@ -53,11 +53,17 @@ class _Blocks:
     expert_P: jax.Array
     start_P: jax.Array
     count_P: jax.Array
+    is_first_P: jax.Array  # of its expert
 
 
 def _block_size(M: int, E: int) -> int:
-    """A power of two near a quarter of a balanced group: few blocks, and at most 1/4 of padding."""
-    return 2 ** min(7, max(3, (M // (4 * E)).bit_length() - 1))
+    """A power of two near a quarter of a balanced group, so that at most 1/4 is padding.
+
+    But no fewer than 64 rows where there are as many: below that a CPU spends more on packing an
+    expert's matrix than on multiplying by it.
+    """
+    quarter = 2 ** max(0, (M // (4 * E)).bit_length() - 1)
+    return min(max(quarter, 64), 128, max(8, M))
 
 
 def _blocks(M: int, B: int, group_sizes_E: jax.Array) -> _Blocks:
@@ -71,7 +77,8 @@ def _blocks(M: int, B: int, group_sizes_E: jax.Array) -> _Blocks:
     blocks_P = -(-group_sizes_E[expert_P] // B)
     start_P = (end_E - group_sizes_E)[expert_P] + (blocks_P - left_P) * B
     start_P = jnp.where(left_P > 0, start_P, M)
-    return _Blocks(expert_P, start_P, jnp.clip(end_E[expert_P] - start_P, 0, B))
+    count_P = jnp.clip(end_E[expert_P] - start_P, 0, B)
+    return _Blocks(expert_P, start_P, count_P, left_P == blocks_P)
 
 
 def _rows(x_MD: jax.Array, start: jax.Array, B: int) -> jax.Array:
@@ -88,9 +95,9 @@ def blocked(x_MD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.
     """A loop over blocks of B rows, each times its expert's matrix.
 
     Blocks are written in order, so what the last block of a group writes beyond it is overwritten
-    by the next group: no row is gathered or masked. The padding is bounded by E blocks, at most 1/4
-    of the due products for balanced groups of 32 rows or more. `jax.lax.ragged_dot` executes E
-    times the due ones on CPU.
+    by the next group: no row is gathered or masked. The padding is bounded by E blocks, and the
+    blocks that the groups at hand do not need are skipped. `jax.lax.ragged_dot` executes E times
+    the due products on CPU.
     """
     return _blocked_product(x_MD, w_EDF, group_sizes_E, contract=0)
 
@@ -100,17 +107,25 @@ def _blocked_product(x_MD, w_EDF, group_sizes_E, contract):
     M, E = x_MD.shape[0], w_EDF.shape[0]
     B = _block_size(M, E)
     blocks, padded = _blocks(M, B, group_sizes_E), _pad(x_MD, B)
-
-    def one_block(y, block):
-        product = jax.lax.dot_general(
-            _rows(padded, block.start_P, B), w_EDF[block.expert_P], (((1,), (contract,)), ((), ()))
-        )
-        return jax.lax.dynamic_update_slice_in_dim(y, product, block.start_P, 0), None
-
     width = w_EDF.shape[2 - contract]
-    y = jax.lax.scan(one_block, jnp.zeros((M + B, width), x_MD.dtype), blocks)[0][:M]
-    inside_M = jnp.arange(M) < jnp.sum(group_sizes_E)
-    return jnp.where(inside_M[:, None], y, 0)
+
+    def one_block(carry, block):
+        y, w_DF = carry
+        # Carried along, an expert's matrix is copied out of the stack once, not for every block.
+        w_DF = jax.lax.cond(block.is_first_P, lambda: w_EDF[block.expert_P], lambda: w_DF)
+        y_BF = jax.lax.cond(
+            block.count_P > 0,
+            lambda: jax.lax.dot_general(
+                _rows(padded, block.start_P, B), w_DF, (((1,), (contract,)), ((), ()))
+            ),
+            lambda: jnp.zeros((B, width), x_MD.dtype),
+        )
+        return (jax.lax.dynamic_update_slice_in_dim(y, y_BF, block.start_P, 0), w_DF), None
+
+    start = (jnp.zeros((M + B, width), x_MD.dtype), w_EDF[0])
+    y = jax.lax.scan(one_block, start, blocks)[0][0]
+    beyond = jnp.zeros((B, width), x_MD.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(y, beyond, jnp.sum(group_sizes_E), 0)[:M]
 
 
 def _blocked_forward(x_MD, w_EDF, group_sizes_E):
@@ -124,12 +139,15 @@ def _blocked_backward(residuals, grad_MF):
     x_padded, grad_padded = _pad(x_MD, B), _pad(grad_MF, B)
 
     def one_block(dw_EDF, block):
-        inside_B = jnp.arange(B) < block.count_P
-        x_BD = jnp.where(inside_B[:, None], _rows(x_padded, block.start_P, B), 0)
-        dw_DF = jnp.matmul(
-            x_BD.T, _rows(grad_padded, block.start_P, B), preferred_element_type=jnp.float32
-        )
-        return dw_EDF.at[block.expert_P].add(dw_DF), None
+        def add():
+            inside_B = jnp.arange(B) < block.count_P
+            x_BD = jnp.where(inside_B[:, None], _rows(x_padded, block.start_P, B), 0)
+            dw_DF = jnp.matmul(
+                x_BD.T, _rows(grad_padded, block.start_P, B), preferred_element_type=jnp.float32
+            )
+            return dw_EDF.at[block.expert_P].add(dw_DF)
+
+        return jax.lax.cond(block.count_P > 0, add, lambda: dw_EDF), None
 
     dw_EDF, _ = jax.lax.scan(
         one_block, jnp.zeros(w_EDF.shape, jnp.float32), _blocks(M, B, group_sizes_E)
