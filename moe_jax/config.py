@@ -76,6 +76,7 @@ def default() -> ConfigDict:
                 "load_balancing_scope": "layer",  # or "all_layers"
                 "load_balancing_divide_by_k": True,
                 "router_z_coefficient": 0.0,
+                "logit_z_coefficient": 0.0,
                 "max_nonfinite_steps": 3,  # skipped in a row before the run stops
             },
             "evaluation": {
@@ -170,7 +171,8 @@ POSITIVE = """data.sequence_length optimizer.learning_rate optimizer.epsilon tra
     evaluation.batch_size evaluation.continuation_tokens checkpoint.every_steps checkpoint.keep
     optimizer.gradient_clip_norm""".split()
 NOT_NEGATIVE = """optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay
-    training.load_balancing_coefficient training.router_z_coefficient evaluation.every_steps
+    training.load_balancing_coefficient training.router_z_coefficient
+    training.logit_z_coefficient evaluation.every_steps
     evaluation.max_batches""".split()
 SHARES = """data.validation_fraction optimizer.final_learning_rate_ratio optimizer.beta1
     optimizer.beta2""".split()

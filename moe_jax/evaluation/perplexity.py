@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import model
-from moe_jax.training import losses
+from moe_jax.model import transformer
+from moe_jax.ops import cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,21 +32,16 @@ def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:
     """(params, batch) to summed nats and tokens per label, and assignments per layer and expert."""
 
     def eval_step(params, batch):
-        output = model.apply(
-            params,
-            batch["tokens"],
-            config,
-            positions_BT=batch["positions"],
-            segment_ids_BT=batch["segment_ids"],
-        )
-        nats_BT = losses.token_losses(output.logits_BTV, batch["targets"])
+        shared = transformer.Shared(batch["positions"], batch["segment_ids"])
+        x_BTD, stats = transformer.hidden_states(params, batch["tokens"], shared, config)
+        unembed_DV = transformer.unembedding(params)
+        nats_BT = cross_entropy.token_losses(x_BTD, unembed_DV, batch["targets"])
         # Padding goes to a bin of its own, cut off below.
         label_BT = jnp.where(batch["segment_ids"] > 0, batch["labels"], num_labels)
         nats, tokens = (
             jnp.bincount(label_BT.ravel(), weights=w_BT.ravel(), length=num_labels + 1)[:-1]
             for w_BT in (nats_BT, jnp.ones_like(nats_BT))
         )
-        stats = output.router
         return nats, tokens, None if stats is None else stats.tokens_per_expert_E.sum(axis=1)
 
     return eval_step

@@ -166,14 +166,29 @@ def apply(
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones((B, T), jnp.int32)
-    x_BTD, stats = hidden_states(
-        params, tokens_BT, Shared(positions_BT, segment_ids_BT), config, return_routing
+    shared = Shared(positions_BT, segment_ids_BT)
+    x_BTD, stats = hidden_states(params, tokens_BT, shared, config, return_routing=return_routing)
+    logits_BTV = jnp.einsum(
+        "btd,dv->btv",
+        x_BTD,
+        unembedding(params).astype(x_BTD.dtype),
+        preferred_element_type=jnp.float32,
     )
-    return Output(unembed(params, x_BTD), stats)
+    return Output(logits_BTV, stats)
+
+
+def unembedding(params: dict) -> jax.Array:
+    """[D, V]; the embedding transposed where it is tied."""
+    return params["unembed"] if "unembed" in params else params["embed"]["tokens"].T
 
 
 def hidden_states(
-    params: dict, tokens_BT: jax.Array, shared: Shared, config: ModelConfig, return_routing: bool
+    params: dict,
+    tokens_BT: jax.Array,
+    shared: Shared,
+    config: ModelConfig,
+    *,
+    return_routing: bool = False,
 ) -> tuple[jax.Array, router.RouterStats | None]:
     """The final norm's output, and the statistics of the sparse layers in the model's order."""
     x_BTD = params["embed"]["tokens"][tokens_BT].astype(config.dtype)
@@ -208,11 +223,3 @@ def _segment_step(segment: Segment, config, return_routing, shared, x_BTD, scann
         if kind == MOE:
             stats[place] = layer_stats
     return x_BTD, stats
-
-
-def unembed(params: dict, x_BTD: jax.Array) -> jax.Array:
-    """Logits, accumulated and kept in float32; the embedding transposed where it is tied."""
-    weight_DV = params["unembed"] if "unembed" in params else params["embed"]["tokens"].T
-    return jnp.einsum(
-        "btd,dv->btv", x_BTD, weight_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
-    )

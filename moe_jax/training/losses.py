@@ -1,15 +1,9 @@
-"""What is minimised: cross-entropy, load balance, router z."""
+"""What is minimised beside the cross-entropy of `ops/cross_entropy.py`: load balance, router z."""
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.model import router
-
-
-def token_losses(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Cross-entropy of each token in nats: logsumexp(logits) - logits[target]."""
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
 
 
 def load_balancing_loss(

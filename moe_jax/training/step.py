@@ -9,6 +9,8 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from moe_jax import model
+from moe_jax.model import transformer
+from moe_jax.ops import cross_entropy
 from moe_jax.training import losses
 from moe_jax.training.state import TrainState
 
@@ -32,32 +34,34 @@ def make_train_step(
 
     def objective(params, batch, num_tokens):
         """Sums to the batch's loss over its microbatches, for each is divided by all tokens."""
-        output = model.apply(
-            params,
-            batch["tokens"],
-            config,
-            positions_BT=batch["positions"],
-            segment_ids_BT=batch["segment_ids"],
+        shared = transformer.Shared(batch["positions"], batch["segment_ids"])
+        x_BTD, router = transformer.hidden_states(params, batch["tokens"], shared, config)
+        sums = cross_entropy.cross_entropy(
+            x_BTD,
+            transformer.unembedding(params),
+            batch["targets"],
+            (batch["segment_ids"] > 0) / num_tokens,
+            z_coefficient=training.logit_z_coefficient,
         )
-        nats_BT = losses.token_losses(output.logits_BTV, batch["targets"])
-        loss = jnp.sum(nats_BT * (batch["segment_ids"] > 0)) / num_tokens
         balance = z = jnp.zeros(())
         counts_LE = None
-        if output.router is not None:
+        if router is not None:
             # Over one microbatch: averaged over several, this is not the loss over all of them.
             share = 1 / training.accumulation_steps
             balance = share * losses.load_balancing_loss(
-                output.router,
+                router,
                 num_experts_per_tok=config.num_experts_per_tok,
                 scope=training.load_balancing_scope,
                 divide_by_k=training.load_balancing_divide_by_k,
             )
-            z = share * losses.router_z_loss(output.router)
-            counts_LE = output.router.tokens_per_expert_E.sum(axis=1)
+            z = share * losses.router_z_loss(router)
+            counts_LE = router.tokens_per_expert_E.sum(axis=1)
         total = (
-            loss + training.load_balancing_coefficient * balance + training.router_z_coefficient * z
+            sums.total
+            + training.load_balancing_coefficient * balance
+            + training.router_z_coefficient * z
         )
-        return total, (loss, balance, z, counts_LE)
+        return total, (sums.nats, balance, z, counts_LE)
 
     gradient = jax.grad(objective, has_aux=True)
 

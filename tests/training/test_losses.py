@@ -27,12 +27,6 @@ def balance(stats, scope, divide_by_k):
     )
 
 
-def test_cross_entropy_is_minus_the_log_probability_of_the_target():
-    logits_BTV = jnp.log(jnp.array([[[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]]]))
-    nats_BT = losses.token_losses(logits_BTV, jnp.array([[1, 2]]))
-    np.testing.assert_allclose(nats_BT, -np.log([[0.7, 0.25]]), rtol=1e-6)
-
-
 @pytest.mark.parametrize("scope", ["layer", "all_layers"])
 def test_balance_loss_is_k_at_uniform_routing_and_1_divided_by_k(scope):
     # Every expert is chosen equally often, with near equal probabilities.
