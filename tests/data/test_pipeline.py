@@ -127,7 +127,7 @@ def test_two_processes_that_tokenize_at_once_end_with_one_folder(tmp_path, monke
 
 def test_a_split_without_documents_is_refused_and_not_kept(tmp_path):
     source = write(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match="has no validation documents; change data.validation_fr"):
+    with pytest.raises(ValueError, match="has no validation documents; set config.data"):
         open_corpus(source, tmp_path, split="validation")
     assert not list((tmp_path / "tokens").iterdir())
 

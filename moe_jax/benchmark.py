@@ -1,0 +1,243 @@
+"""What the parts cost, each beside a bound measured in the same run.
+
+A benchmark is a function that gives cases: name -> (tokens, {implementation: function}, bound name,
+bound function), all functions without arguments. Functions of a case are timed in turn, so that a
+machine that slows down slows all of them.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import config as configs
+from moe_jax import model
+from moe_jax.model import layers, moe
+from moe_jax.ops import cross_entropy, grouped_matmul
+from moe_jax.training import optimizer, step
+from moe_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    tokens: int
+    implementations: dict[str, Callable]
+    bound: str
+    bound_function: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Seconds are medians. `ratio_to_bound` is median_seconds / bound_seconds."""
+
+    benchmark: str
+    case: str
+    implementation: str
+    backend: str
+    dtype: str
+    median_seconds: float
+    tokens_per_second: float
+    bound: str
+    bound_seconds: float
+    ratio_to_bound: float
+
+
+def run(name: str, repeats: int) -> Iterator[Row]:
+    """The rows of a benchmark, in float32, on the default backend."""
+    for case in BENCHMARKS[name]():
+        seconds = medians({**case.implementations, case.bound: case.bound_function}, repeats)
+        bound_seconds = seconds[case.bound]
+        for implementation in case.implementations:
+            yield Row(
+                benchmark=name,
+                case=case.name,
+                implementation=implementation,
+                backend=jax.default_backend(),
+                dtype="float32",
+                median_seconds=seconds[implementation],
+                tokens_per_second=case.tokens / seconds[implementation],
+                bound=case.bound,
+                bound_seconds=bound_seconds,
+                ratio_to_bound=seconds[implementation] / bound_seconds,
+            )
+
+
+def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Seconds of each function, called in turn after one call that compiles it."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def grouped_matmul_cases() -> Iterator[Case]:
+    """Value and both gradients; the bound is a batched product over equal groups."""
+    M, D, F = 4096, 512, 1024
+    for E in (16, 64):
+        x_MD, w_EDF, grad_MF = _normal((M, D), (E, D, F), (M, F))
+        zipf_E = 1 / np.arange(1, E + 1)
+        zipf_E = np.floor(M * zipf_E / zipf_E.sum()).astype(np.int32)
+        zipf_E[0] += M - zipf_E.sum()
+        for groups, sizes_E in (("balanced", np.full(E, M // E)), ("zipf", zipf_E)):
+            sizes_E = jnp.asarray(sizes_E, jnp.int32)
+
+            def product(x_MD, w_EDF, sizes_E=sizes_E):
+                return grouped_matmul.grouped_matmul(x_MD, w_EDF, sizes_E, implementation="blocked")
+
+            def einsum(x_MD, w_EDF, E=E):
+                x_ERD = x_MD.reshape(E, -1, D)
+                return jnp.einsum("erd,edf->erf", x_ERD, w_EDF).reshape(M, F)
+
+            yield Case(
+                name=f"E={E} {groups}",
+                tokens=M,
+                implementations={"blocked": _with_gradients(product, (x_MD, w_EDF), grad_MF)},
+                bound="einsum over equal groups",
+                bound_function=_with_gradients(einsum, (x_MD, w_EDF), grad_MF),
+            )
+
+
+def cross_entropy_cases() -> Iterator[Case]:
+    """Value and both gradients; the bound is the three products of equal sizes alone."""
+    B, T, D = 8, 256, 256
+    for V in (1024, 32_000):
+        x_BTD, unembed_DV, grad_BTV = _normal((B, T, D), (D, V), (B, T, V))
+        targets_BT = jnp.zeros((B, T), jnp.int32)
+        weight_BT = jnp.ones((B, T))
+
+        def loss(x_BTD, unembed_DV, name, targets_BT=targets_BT, weight_BT=weight_BT):
+            return cross_entropy.cross_entropy(
+                x_BTD, unembed_DV, targets_BT, weight_BT, implementation=name
+            ).total
+
+        def products(x_BTD, unembed_DV):
+            return jnp.einsum("btd,dv->btv", x_BTD, unembed_DV)
+
+        arrays, one = (x_BTD, unembed_DV), jnp.ones(())
+        yield Case(
+            name=f"V={V}",
+            tokens=B * T,
+            implementations={
+                name: _with_gradients(lambda x, w, name=name: loss(x, w, name), arrays, one)
+                for name in ("chunked", "reference")
+            },
+            bound="three products",
+            bound_function=_with_gradients(products, arrays, grad_BTV),
+        )
+
+
+MOE_CASES = {"8e-top2": (8, 2, 512), "64e-top8": (64, 8, 128)}
+
+
+def _configs(name: str) -> tuple[model.ModelConfig, model.ModelConfig]:
+    """The MoE of a case and the dense model with its active FLOPs, F' = A·F."""
+    E, A, F = MOE_CASES[name]
+    dense = model.ModelConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=A * F,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        remat="none",
+    )
+    sparse = dataclasses.replace(dense, intermediate_size=F, num_experts=E, num_experts_per_tok=A)
+    return sparse, dense
+
+
+def moe_layer_cases() -> Iterator[Case]:
+    """One layer's value and gradients; the bound is the dense layer with F' = A·F."""
+    B, T = 8, 256
+    for name in MOE_CASES:
+        sparse, dense = _configs(name)
+        x_BTD, grad_BTD = _normal((B, T, 256), (B, T, 256))
+        first_layer = lambda tree: jax.tree.map(lambda w: w[0], tree)  # noqa: E731
+        params = {c: model.init(c, jax.random.key(0))["blocks"]["0"] for c in (sparse, dense)}
+        valid_BT = jnp.ones((B, T), bool)
+
+        def moe_layer(x_BTD, params, config=sparse, valid_BT=valid_BT):
+            return moe.moe(x_BTD, params, valid_BT, config)[0]
+
+        def mlp(x_BTD, params, config=dense):
+            return layers.mlp(x_BTD, params, config)
+
+        yield Case(
+            name=name,
+            tokens=B * T,
+            implementations={
+                "moe": _with_gradients(
+                    moe_layer, (x_BTD, first_layer(params[sparse]["moe"])), grad_BTD
+                )
+            },
+            bound="dense_layer",
+            bound_function=_with_gradients(
+                mlp, (x_BTD, first_layer(params[dense]["mlp"])), grad_BTD
+            ),
+        )
+
+
+def train_step_cases() -> Iterator[Case]:
+    """A whole training step; the bound is that of the dense model with F' = A·F."""
+    for name in MOE_CASES:
+        sparse, dense = _configs(name)
+        yield Case(
+            name=name,
+            tokens=8 * 256,
+            implementations={"moe": _train_step(sparse)},
+            bound="dense_step",
+            bound_function=_train_step(dense),
+        )
+
+
+BENCHMARKS = {
+    "grouped_matmul": grouped_matmul_cases,
+    "cross_entropy": cross_entropy_cases,
+    "moe_layer": moe_layer_cases,
+    "train_step": train_step_cases,
+}
+
+
+def _normal(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+
+def _with_gradients(function: Callable, arrays: tuple, cotangent: jax.Array) -> Callable:
+    """Calls `function` and its transpose: value and the gradients of all arrays."""
+
+    @jax.jit
+    def value_and_gradients(arrays, cotangent):
+        value, transpose = jax.vjp(function, *arrays)
+        return value, transpose(cotangent)
+
+    return lambda: value_and_gradients(arrays, cotangent)
+
+
+def _train_step(config: model.ModelConfig) -> Callable:
+    settings = configs.default()
+    tx = optimizer.adamw(settings.optimizer, 1000)
+    create = jax.jit(lambda key: TrainState.create(model.init(config, key), tx))
+    state = create(jax.random.key(0))
+    tokens_BT = jax.random.randint(jax.random.key(1), (8, 257), 0, config.vocab_size)
+    batch = {
+        "tokens": tokens_BT[:, :-1],
+        "targets": tokens_BT[:, 1:],
+        "segment_ids": jnp.ones((8, 256), jnp.int32),
+        "positions": jnp.tile(jnp.arange(256), (8, 1)),
+    }
+    train_step = jax.jit(step.make_train_step(config, settings.training, tx), donate_argnums=0)
+
+    def one_step():
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        return state, metrics.loss
+
+    return one_step

@@ -1,0 +1,52 @@
+"""Times a part of the project beside a bound that is measured in the same run.
+
+Examples:
+  python scripts/benchmark.py train_step
+  python scripts/benchmark.py grouped_matmul --repeats=21 --json
+
+Times are medians; a ratio to the bound of 1.20 is 20 % slower than the bound. Leave the machine
+alone while it runs.
+"""
+
+import dataclasses
+import json
+
+from moe_jax import benchmark, command_line
+
+COLUMNS = "{:24} {:12} {:>10} {:>10}  {:26} {:>10} {:>7}"
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument(
+        "name", choices=benchmark.BENCHMARKS, metavar="NAME", help="one of %(choices)s"
+    )
+    parser.add_argument("--repeats", type=int, default=11, metavar="N", help="timed calls (11)")
+    parser.add_argument(
+        "--json", action="store_true", help="print a list of rows instead of a table"
+    )
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error(f"--repeats={arguments.repeats} must be at least 1")
+    rows = benchmark.run(arguments.name, arguments.repeats)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        return
+    print(COLUMNS.format("case", "impl.", "ms", "tokens/s", "bound", "its ms", "ratio"))
+    for row in rows:
+        print(
+            COLUMNS.format(
+                row.case,
+                row.implementation,
+                f"{1e3 * row.median_seconds:.1f}",
+                f"{row.tokens_per_second:,.0f}",
+                row.bound,
+                f"{1e3 * row.bound_seconds:.1f}",
+                f"{row.ratio_to_bound:.2f}",
+            ),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
