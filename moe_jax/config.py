@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import types
 import typing
 
@@ -127,7 +128,9 @@ def parse(arguments: list[str]) -> ConfigDict:
         config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
         unused = values(arguments)[1:]
     except (AttributeError, KeyError) as error:
-        raise ConfigError("unknown key " + " ".join(str(error).strip("\"'").split())) from error
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        raise ConfigError("unknown key " + " ".join(error.args[0].split())) from None
     except Exception as error:  # whatever the flag library or the file itself raises
         raise ConfigError(" ".join(f"{error}".split()) or f"{path}: {error!r}") from error
     if unused:
@@ -170,7 +173,7 @@ POSITIVE = """data.sequence_length optimizer.learning_rate optimizer.epsilon tra
     training.batch_size training.accumulation_steps training.log_every training.max_nonfinite_steps
     evaluation.batch_size evaluation.continuation_tokens checkpoint.every_steps checkpoint.keep
     optimizer.gradient_clip_norm""".split()
-NOT_NEGATIVE = """optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay
+NOT_NEGATIVE = """seed optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay
     training.load_balancing_coefficient training.router_z_coefficient
     training.logit_z_coefficient evaluation.every_steps
     evaluation.max_batches""".split()
@@ -196,13 +199,24 @@ def validate(config: ConfigDict) -> None:
     for keys, holds, complaint in rules:
         for key in keys:
             value = _get(config, key)
-            if not (math.isfinite(value) and holds(value)):
+            if not math.isfinite(value):
+                raise ConfigError(f"config.{key}={value} is not a finite number; it {complaint}")
+            if not holds(value):
                 raise ConfigError(f"config.{key}={value} {complaint}")
     for key, choices in CHOICES.items():
         if _get(config, key) not in choices:
             raise ConfigError(
                 f"config.{key}={_get(config, key)!r} is unknown; use one of {choices}"
             )
+    if config.seed >= 2**31:
+        raise ConfigError(f"config.seed={config.seed} must be less than 2**31")
+    try:
+        re.compile(config.optimizer.no_weight_decay)
+    except re.error as error:
+        raise ConfigError(
+            f"config.optimizer.no_weight_decay={config.optimizer.no_weight_decay!r} is not a "
+            f"regular expression: {error}"
+        ) from None
     training, optimizer = config.training, config.optimizer
     if optimizer.warmup_steps + optimizer.decay_steps > training.num_steps:
         raise ConfigError(
@@ -212,7 +226,7 @@ def validate(config: ConfigDict) -> None:
     if training.batch_size % training.accumulation_steps:
         raise ConfigError(
             f"config.training.batch_size={training.batch_size} is not divisible by "
-            f"accumulation_steps={training.accumulation_steps}"
+            f"accumulation_steps={training.accumulation_steps}; use a multiple of it"
         )
     model = model_config(config)
     recipe = config.init.upcycle.recipe
@@ -270,6 +284,36 @@ def validate_environment(config: ConfigDict, num_devices: int) -> None:
             f"config.init.source={source!r} has no checkpoints; "
             "give the workdir of a run that saved one"
         )
+
+
+# What decides which text a step sees: another value would make another run of it.
+FIXED = ("seed", "training.batch_size", "data.source", "data.tokenizer", "data.sequence_length")
+
+
+def changes(before: dict, config: ConfigDict) -> list[str]:
+    """What `config` changes of the config that a run began with, as "key: old -> new".
+
+    Raises: ConfigError for a change of what must stay in a run that goes on.
+    """
+    old, new = _flatten(before), _flatten(config.to_dict())
+    changed = [key for key in new if key in old and json.dumps(old[key]) != json.dumps(new[key])]
+    for key in changed:
+        if key in FIXED:
+            raise ConfigError(
+                f"config.{key}={new[key]!r} differs from the {old[key]!r} that the run in "
+                "--workdir began with; give another --workdir"
+            )
+    return [f"{key}: {old[key]} -> {new[key]}" for key in changed]
+
+
+def _flatten(section: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in section.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def _get(config: ConfigDict, key: str):

@@ -137,7 +137,7 @@ def execute(
     A run that fails ends only the runs that start from it. `results.csv` is written anew after
     every run. What a run says goes to <its workdir>/log.txt, or with one at a time to a terminal.
 
-    Raises: SystemExit 75 after SIGTERM, which the running ones receive too, so that they save.
+    Raises: SystemExit 75 after SIGTERM or Ctrl-C; the running ones are sent SIGTERM and save.
     """
     status = {run.name: DONE if run.result else PENDING for run in runs}
     errors: dict[str, str] = {}
@@ -154,7 +154,8 @@ def execute(
         waiting = any(status[name] == PENDING for name in run.after)
         return status[run.name] == PENDING and not waiting and status.get(run.source, DONE) == DONE
 
-    before = signal.signal(signal.SIGTERM, stop)
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, stop) for number in signals]
     try:
         with concurrent.futures.ThreadPoolExecutor(max_parallel) as pool:
             running: dict[concurrent.futures.Future, Run] = {}
@@ -185,9 +186,10 @@ def execute(
                             errors[other.name] = error
                     _announce(runs, run, _summary(run, ended, error, seconds))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
     if stopping:
-        print("stopped by SIGTERM; run the same command again to go on", file=sys.stderr)
+        print("stopped; run the same command again to go on", file=sys.stderr)
         raise SystemExit(EXIT_PREEMPTED)
     return status
 
@@ -214,7 +216,10 @@ def _launch(
     if code == 0:
         return DONE, "", seconds
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    error = f"exit {code}: {lines[-1] if lines else 'see the terminal'}"
+    said = lines[-1] if lines else "see the terminal" if in_terminal else "it said nothing"
+    error = f"exit {code}: {said}"
+    if code < 0:
+        error = f"killed by {signal.Signals(-code).name}; run the sweep again to go on"
     return STOPPED if code == EXIT_PREEMPTED else FAILED, error, seconds
 
 

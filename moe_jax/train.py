@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import platform
+import sys
 import time
 
 import jax
@@ -66,10 +67,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
             )
             for split in ("train", "validation")
         )
-        workdir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise configs.ConfigError(" ".join(str(error).split())) from error
-    lock = _lock(workdir)
     to_device = functools.partial(pipeline.to_device, sharding=batch_sharding)
 
     # state ----------------------------------------------------------------------------------
@@ -84,6 +83,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         )
     else:
         start, state = restored.step, restored.state
+        changed = configs.changes(restored.config, config)
+        print(f"going on from step {start}", *changed, sep="; ", file=sys.stderr)
+    lock = _lock(workdir)
     configs.save_json(config, workdir)
     batches = map(
         to_device,
@@ -176,8 +178,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
 
 
 def _lock(workdir: pathlib.Path):
-    """Keeps a second run out of the workdir for as long as the returned file is open."""
-    lock = open(workdir / ".lock", "w")
+    """Makes the workdir; keeps a second run out of it for as long as the file is open."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "w")
+    except OSError as error:
+        raise configs.ConfigError(f"--workdir={workdir} cannot be made: {error}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

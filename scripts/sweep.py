@@ -10,7 +10,7 @@ command again to go on: finished runs are skipped, broken ones resumed. Writes r
 report.html and figures/*.png into the workdir.
 
 Exit status: 0 all runs are done, 1 some are not, 2 a mistake in the config, 75 stopped by SIGTERM
-(run again to go on).
+or Ctrl-C (run again to go on).
 """
 
 import pathlib
@@ -25,13 +25,28 @@ TRAIN = str(pathlib.Path(__file__).with_name("train.py"))
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--config", metavar="FILE[:ARG]", required=True)
-    parser.add_argument("--workdir", metavar="DIR", required=True, type=pathlib.Path)
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:ARG]",
+        required=True,
+        help="a Python file with get_config() and get_sweep(); changes go into the file",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        required=True,
+        type=pathlib.Path,
+        help="where the runs, results.csv and report.html are kept",
+    )
     parser.add_argument(
         "--list", action="store_true", help="print the runs and their commands only"
     )
-    parser.add_argument("--launcher", choices=["local"], default="local", help="where runs run")
-    parser.add_argument("--max_parallel", metavar="N", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--launcher", choices=["local"], default="local", help="where runs run (local)"
+    )
+    parser.add_argument(
+        "--max_parallel", metavar="N", type=int, default=1, help="runs at a time (1)"
+    )
     arguments = parser.parse_args()
     train_script = TRAIN
     if pathlib.Path(TRAIN).is_relative_to(pathlib.Path.cwd()):
@@ -49,13 +64,14 @@ def main() -> None:
     status = sweep.execute(
         runs, train_script, arguments.workdir, max_parallel=arguments.max_parallel
     )
-    finished = {run.name: run.workdir for run in runs if status[run.name] == sweep.DONE}
+    finished = [run for run in runs if status[run.name] == sweep.DONE]
     if finished:
         commands = [
             shlex.join(["python", *sys.argv]),
             *(shlex.join(run.command(train_script)) for run in runs),
         ]
-        page = report.write(arguments.workdir, finished, commands)
+        folders = {run.name: run.workdir if run in finished else None for run in runs}
+        page = report.write(arguments.workdir, folders, commands)
         print(f"report: {page}")
     raise SystemExit(0 if len(finished) == len(runs) else 1)
 

@@ -102,7 +102,7 @@ def test_the_train_step_compiles_once(unbroken):
 
 
 def test_a_run_killed_and_stopped_at_random_steps_ends_bitwise_like_the_unbroken_one(
-    unbroken, config_file, tmp_path
+    unbroken, config_file, tmp_path, capsys
 ):
     workdir = tmp_path / "broken"
     rng = random.Random(time.time_ns())
@@ -115,6 +115,7 @@ def test_a_run_killed_and_stopped_at_random_steps_ends_bitwise_like_the_unbroken
     assert not (workdir / "result.json").exists()
 
     train.run(configs.load(config_file), workdir)
+    assert f"going on from step {saved}" in capsys.readouterr().err
     whole = unbroken[0]
     assert without_clock(workdir) == without_clock(whole)
     jax.tree.map(
@@ -153,7 +154,7 @@ def state_in(workdir, config_file):
 
 
 BAD_FLAGS = {
-    "--config.optimizer.learning_rate=nan": "learning_rate=nan must be more than 0",
+    "--config.optimizer.learning_rate=nan": "learning_rate=nan is not a finite number",
     "--config.optimizer.learning_rat=1": 'unknown key .*Did you mean "learning_rate"',
     "--config.training.num_steps=1.5": "num_steps",
     "--config.training.batch_size=ten": "batch_size",
@@ -165,6 +166,10 @@ BAD_FLAGS = {
     "--config.training.load_balancing_scope=all": "use one of",
     "--config.init.upcycle.recipe=drop": "needs a dense parent; set config.init.source",
     "--config.init.source=does/not/exist": "has no checkpoints",
+    "--config.seed=-1": "seed=-1 must not be negative",
+    "--config.seed=9999999999": "must be less than",
+    "--config.optimizer.no_weight_decay=(": "is not a regular expression",
+    "--config.optimizer.weight_decay=inf": "is not a finite number",
     "--config.evaluation.batch_size=-8": "must be more than 0",
     "--config.model.preset=llama": "is unknown; use one of",
     "positional": "unexpected argument 'positional'",
@@ -204,6 +209,9 @@ def test_a_workdir_in_use_and_one_of_another_model_are_refused(unbroken, config_
     with pytest.raises(configs.ConfigError, match="another run is using it"):
         train.run(configs.load(config_file), workdir)
     lock.close()
+    for key, value in (("seed", 9), ("training.batch_size", 16)):
+        with pytest.raises(configs.ConfigError, match=f"{key}={value} differs from the .* began"):
+            train.run(configs.load(config_file, {key: value}), workdir)
     wider = configs.load(config_file, {"model.intermediate_size": 64})
     with pytest.raises(configs.ConfigError, match="is of another model: .*give another --workdir"):
         train.run(wider, workdir)

@@ -6,7 +6,6 @@ markers differ too, so that a figure also reads in grey.
 
 import dataclasses
 import io
-import pathlib
 
 import matplotlib
 import numpy as np
@@ -36,7 +35,7 @@ class Record:
     """A finished run: its config, result.json and metrics.jsonl rows."""
 
     name: str
-    folder: pathlib.Path
+    place: int  # among all runs, finished or not: its colour stays when others finish
     config: dict
     result: dict
     rows: list[dict]
@@ -58,11 +57,11 @@ def styles(records: list[Record]) -> dict[str, dict]:
     """Colour, marker and dash of each record, the same in all figures."""
     return {
         record.name: {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": DASHES[i % len(DASHES)],
+            "color": COLOURS[record.place % len(COLOURS)],
+            "marker": MARKERS[record.place % len(MARKERS)],
+            "linestyle": DASHES[record.place % len(DASHES)],
         }
-        for i, record in enumerate(records)
+        for record in records
     }
 
 
@@ -201,7 +200,7 @@ def training_flops(records: list[Record]) -> Figure:
     axes.barh(places, own, color=COLOURS[0], label="this run")
     axes.barh(places, parent, left=own, color=COLOURS[1], hatch="//", label="its dense parent")
     for place, (a, b) in enumerate(zip(own, parent, strict=True)):
-        text = f" {a:.1f}" + (f" + {b:.1f} = {a + b:.1f}" if b else "")
+        text = f" {a:.3g}" + (f" + {b:.3g} = {a + b:.3g}" if b else "")
         axes.text(a + b, place, text, va="center")
     axes.set_yticks(places, [record.name for record in records])
     axes.invert_yaxis()

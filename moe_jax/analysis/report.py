@@ -10,7 +10,8 @@ from moe_jax.analysis.plots import Record
 from moe_jax.training import metrics
 
 CAPTIONS = {
-    "loss": "Loss against the tokens seen as an MoE. The dotted line is the dense parent's level.",
+    "loss": "Loss against the tokens seen as an MoE; an untrained model's is beyond the top. "
+    "Dotted: the dense parent's level, of its last training rows and its final held-out loss.",
     "languages": "Final held-out bits per byte by language. Bytes are not comparable between "
     "scripts (a Cyrillic letter has two, a CJK character three): compare runs within a line.",
     "expert_load": "Where the routers send held-out tokens: each row of a panel sums to 100 %.",
@@ -29,10 +30,11 @@ h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
+th, td {{ white-space: nowrap; }}
 td.text {{ text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 34rem; }}
 tr.best td {{ font-weight: 600; }}
 img {{ max-width: 100%; height: auto; }}
-pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; }}
+pre {{ background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: .85rem; }}
 .note {{ color: #555; }}
 </style></head><body>
 {body}
@@ -40,11 +42,11 @@ pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem;
 """
 
 
-def read_record(name: str, folder: pathlib.Path) -> Record:
+def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
     """The record of a finished run's workdir."""
     return Record(
         name=name,
-        folder=folder,
+        place=place,
         config=json.loads((folder / "config.json").read_text()),
         result=json.loads((folder / "result.json").read_text()),
         rows=metrics.read(folder / "metrics.jsonl"),
@@ -52,18 +54,23 @@ def read_record(name: str, folder: pathlib.Path) -> Record:
 
 
 def write(
-    output: pathlib.Path, folders: dict[str, pathlib.Path], commands: list[str]
+    output: pathlib.Path, folders: dict[str, pathlib.Path | None], commands: list[str]
 ) -> pathlib.Path:
     """Writes <output>/report.html and <output>/figures/*.png; returns the page's path.
 
     Args:
-      folders: workdirs of finished runs by name, in the order to show them.
+      folders: workdirs of the runs by name, in the order to show them; None is one not finished.
       commands: what was run, to be shown.
     """
-    records = [read_record(name, folder) for name, folder in folders.items()]
+    records = [
+        read_record(name, place, folder)
+        for place, (name, folder) in enumerate(folders.items())
+        if folder
+    ]
+    missing = [name for name, folder in folders.items() if not folder]
     (output / "figures").mkdir(parents=True, exist_ok=True)
     title = f"moe_jax: {output.name}"
-    sections = [f"<h1>{html.escape(title)}</h1>", _summary(records)]
+    sections = [f"<h1>{html.escape(title)}</h1>", _summary(records, missing)]
     for name, png in plots.draw(records).items():
         (output / "figures" / f"{name}.png").write_bytes(png)
         encoded = base64.b64encode(png).decode()
@@ -89,7 +96,7 @@ def _table(head: list[str], rows: list[list[str]], best: int | None = None) -> s
     return "\n".join([*lines, "</table>"])
 
 
-def _summary(records: list[Record]) -> str:
+def _summary(records: list[Record], missing: list[str]) -> str:
     rows = []
     for record in records:
         result = record.result
@@ -103,8 +110,8 @@ def _summary(records: list[Record]) -> str:
                 f"{result['tokens'] / 1e6:.2f} M",
                 f"{result['parameters'] / 1e6:.2f} M",
                 f"{result['active_parameters'] / 1e6:.2f} M",
-                f"{own / 1e12:.1f}",
-                f"{(own + parent) / 1e12:.1f}",
+                f"{own / 1e12:.3g}",
+                f"{(own + parent) / 1e12:.3g}",
                 f"{sum(effective) / len(effective):.1f}" if effective else "",
             ]
         )
@@ -127,6 +134,8 @@ def _summary(records: list[Record]) -> str:
     notes.append(
         f"A model that knows only how often each byte occurs needs {unigram:.3f} bits/byte."
     )
+    if missing:
+        notes.append(f"Not finished, and not shown here: {', '.join(missing)} (see results.csv).")
     note = html.escape(" ".join(notes))
     return f'<p class="note">{note}</p>\n{_table(head, rows, best)}'
 

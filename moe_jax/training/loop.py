@@ -42,14 +42,14 @@ def run(
     At a step where several are due the order is checkpoint, evaluation, train step: a run restored
     at that step goes on with the evaluation and writes the same rows.
 
-    Raises: SystemExit 75 after SIGTERM (a checkpoint is saved first), 3 when too many steps in a
-    row were not finite.
+    Raises: SystemExit 75 after SIGTERM or Ctrl-C (a checkpoint is saved first), 3 when too many
+    steps in a row were not finite.
     """
     last = config.training.num_steps
     log = _TrainingLog(config, parts, start)
     every = config.evaluation.every_steps
     evaluation = None
-    with _sigterm() as stop, metrics.progress(total=last, initial=start) as bar:
+    with _stop_signals() as stop, metrics.progress(total=last, initial=start) as bar:
         for step in range(start, last + 1):
             due = step % config.checkpoint.every_steps == 0 or step == last or stop.requested
             if step > start and due:
@@ -57,7 +57,8 @@ def run(
                 parts.save(step, state)
             if stop.requested:
                 print(
-                    f"stopped by SIGTERM at step {step}; saved, run again to go on", file=sys.stderr
+                    f"stopped by {stop.requested} at step {step}; saved, run again to go on",
+                    file=sys.stderr,
                 )
                 raise SystemExit(EXIT_PREEMPTED)
             if step == last or (every and step % every == 0):
@@ -152,15 +153,25 @@ def _validation_row(step: int, tokens: int, evaluation: Evaluation) -> dict:
 
 @dataclasses.dataclass
 class _Stop:
-    requested: bool = False
+    requested: str = ""  # the name of the signal
 
 
 @contextlib.contextmanager
-def _sigterm():
-    """Turns SIGTERM, a cloud's notice of preemption, into a request that the loop sees."""
+def _stop_signals():
+    """Turns SIGTERM (a cloud's notice of preemption) and Ctrl-C into a request the loop sees.
+
+    The second Ctrl-C interrupts at once.
+    """
     stop = _Stop()
-    before = signal.signal(signal.SIGTERM, lambda *_: setattr(stop, "requested", True))
+
+    def request(number, _):
+        stop.requested = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

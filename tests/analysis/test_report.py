@@ -70,7 +70,7 @@ def test_a_report_shows_every_run_and_needs_no_other_file(folders, tmp_path):
 
 
 def test_figures_show_the_numbers_of_the_records(folders):
-    records = [report.read_record(name, folder) for name, folder in folders.items()]
+    records = [report.read_record(name, i, f) for i, (name, f) in enumerate(folders.items())]
     left, right = plots.loss(records).axes
     curves = {line.get_label(): line.get_ydata() for line in right.get_lines()}
     np.testing.assert_array_equal(curves["drop"], [3.125] * 5)
@@ -82,6 +82,13 @@ def test_figures_show_the_numbers_of_the_records(folders):
     assert [tick.get_text() for tick in dots.get_yticklabels()] == ["el", "en"]
 
 
+def test_a_run_that_is_not_finished_is_named_and_changes_no_colour(folders, tmp_path):
+    page = report.write(tmp_path, {**folders, "naive": None}, [])
+    assert "Not finished, and not shown here: naive" in page.read_text()
+    every = [report.read_record(name, i, f) for i, (name, f) in enumerate(folders.items())]
+    assert plots.styles(every)["drop"] == plots.styles([every[0], every[2]])["drop"]
+
+
 def test_dense_runs_alone_have_no_router_figures(folders):
-    pictures = plots.draw([report.read_record("dense", folders["dense"])])
+    pictures = plots.draw([report.read_record("dense", 0, folders["dense"])])
     assert set(pictures) == {"loss", "languages", "training_flops"}
