@@ -16,9 +16,9 @@ import sys
 import time
 
 from moe_jax import config as configs
+from moe_jax.training import loop
 
 DONE, FAILED, STOPPED, BLOCKED, PENDING = "done", "failed", "stopped", "blocked", "pending"
-EXIT_PREEMPTED = 75
 RESULT_COLUMNS = """steps tokens training_flops loss bits_per_byte parent_tokens
     parent_training_flops parameters active_parameters seconds""".split()
 
@@ -190,7 +190,7 @@ def execute(
             signal.signal(number, handler)
     if stopping:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(EXIT_PREEMPTED)
+        raise SystemExit(loop.EXIT_PREEMPTED)
     return status
 
 
@@ -220,7 +220,8 @@ def _launch(
     error = f"exit {code}: {said}"
     if code < 0:
         error = f"killed by {signal.Signals(-code).name}; run the sweep again to go on"
-    return STOPPED if code == EXIT_PREEMPTED else FAILED, error, seconds
+    stopped = code in (loop.EXIT_PREEMPTED, -signal.SIGTERM)
+    return STOPPED if stopped else FAILED, error, seconds
 
 
 def _announce(runs: list[Run], run: Run, what: str) -> None:
