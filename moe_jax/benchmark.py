@@ -160,8 +160,10 @@ def moe_layer_cases() -> Iterator[Case]:
     for name in MOE_CASES:
         sparse, dense = _configs(name)
         x_BTD, grad_BTD = _normal((B, T, 256), (B, T, 256))
-        first_layer = lambda tree: jax.tree.map(lambda w: w[0], tree)  # noqa: E731
-        params = {c: model.init(c, jax.random.key(0))["blocks"]["0"] for c in (sparse, dense)}
+        params = {
+            c: jax.tree.map(lambda w: w[0], model.init(c, jax.random.key(0))["blocks"]["0"])
+            for c in (sparse, dense)
+        }
         valid_BT = jnp.ones((B, T), bool)
 
         def moe_layer(x_BTD, params, config=sparse, valid_BT=valid_BT):
@@ -174,14 +176,10 @@ def moe_layer_cases() -> Iterator[Case]:
             name=name,
             tokens=B * T,
             implementations={
-                "moe": _with_gradients(
-                    moe_layer, (x_BTD, first_layer(params[sparse]["moe"])), grad_BTD
-                )
+                "moe": _with_gradients(moe_layer, (x_BTD, params[sparse]["moe"]), grad_BTD)
             },
             bound="dense_layer",
-            bound_function=_with_gradients(
-                mlp, (x_BTD, first_layer(params[dense]["mlp"])), grad_BTD
-            ),
+            bound_function=_with_gradients(mlp, (x_BTD, params[dense]["mlp"]), grad_BTD),
         )
 
 

@@ -51,8 +51,9 @@ def test_the_parameter_tree_is_the_documented_one():
     }
 
     def stacked(repeats, tree):
-        is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
-        return jax.tree.map(lambda shape: (repeats, *shape), tree, is_leaf=is_shape)
+        return jax.tree.map(
+            lambda shape: (repeats, *shape), tree, is_leaf=lambda node: isinstance(node, tuple)
+        )
 
     assert shapes == {
         "embed": {"tokens": (64, 32)},

@@ -38,7 +38,10 @@ def one_of_two(x, w):
 
 def one_of_four_in_a_loop(x, w):
     branches = [functools.partial(times, w=w, number=n) for n in (1, 4, 2, 0)]
-    step = lambda x, i: (jax.lax.switch(i + (x[0, 0] > 0), branches, x), None)  # noqa: E731
+
+    def step(x, i):
+        return jax.lax.switch(i + (x[0, 0] > 0), branches, x), None
+
     return jax.lax.scan(step, x, jnp.arange(6) % 3)[0]
 
 

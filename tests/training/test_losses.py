@@ -13,12 +13,13 @@ E, A = 4, 2
 
 def stats_of(logits_LME):
     """Two batch shards per layer, as a step on two devices returns them."""
-    routing_of = lambda logits_ME: router.statistics(  # noqa: E731
-        router.route(logits_ME, num_experts_per_tok=A, norm_topk_prob=True),
-        jnp.ones(logits_ME.shape[0], bool),
-    )
+
+    def stats_of_shard(logits_ME):
+        routing = router.route(logits_ME, num_experts_per_tok=A, norm_topk_prob=True)
+        return router.statistics(routing, jnp.ones(logits_ME.shape[0], bool))
+
     L, M, E = logits_LME.shape
-    return jax.vmap(jax.vmap(routing_of))(logits_LME.reshape(L, 2, M // 2, E))
+    return jax.vmap(jax.vmap(stats_of_shard))(logits_LME.reshape(L, 2, M // 2, E))
 
 
 def balance(stats, scope, divide_by_k):
