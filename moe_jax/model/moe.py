@@ -83,15 +83,18 @@ def mix_experts(
     gradient needs no expert output, so nothing of width D is kept or computed again for it.
     """
     E = routing.logits_ME.shape[-1]
-    product = functools.partial(grouped_matmul.grouped_matmul, implementation=implementation)
     with jax.named_scope("dispatch"):
         permutation = permute.sort_by_expert(routing.expert_index_MA, E)
         x_RD = permute.dispatch(x_MD, permutation)
         weight_R = permute.dispatch_weight(routing.weight_MA, permutation)
     with jax.named_scope("experts"):
-        gate_RF = product(x_RD, experts["gate"], permutation.group_sizes_E)
-        up_RF = product(x_RD, experts["up"], permutation.group_sizes_E)
+        sizes_E = permutation.group_sizes_E
+        gate_RF, up_RF = grouped_matmul.grouped_matmuls(
+            x_RD, (experts["gate"], experts["up"]), sizes_E, implementation=implementation
+        )
         hidden_RF = jax.nn.silu(gate_RF) * up_RF * weight_R[:, None].astype(x_MD.dtype)
-        y_RD = product(hidden_RF, experts["down"], permutation.group_sizes_E)
+        y_RD = grouped_matmul.grouped_matmul(
+            hidden_RF, experts["down"], sizes_E, implementation=implementation
+        )
     with jax.named_scope("combine"):
         return permute.combine(y_RD, permutation)

@@ -50,7 +50,7 @@ def test_blocked_equals_the_reference_and_numpy(groups):
 def test_a_single_expert_is_a_plain_product():
     x_MD = jax.random.normal(jax.random.key(0), (M, D))
     w_EDF = jax.random.normal(jax.random.key(1), (1, D, F))
-    y_MF = grouped_matmul.blocked(x_MD, w_EDF, jnp.array([M]))
+    y_MF = grouped_matmul.grouped_matmul(x_MD, w_EDF, jnp.array([M]))
     np.testing.assert_allclose(y_MF, x_MD @ w_EDF[0], rtol=1e-5, atol=1e-5)
 
 

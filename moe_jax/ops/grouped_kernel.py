@@ -1,0 +1,21 @@
+"""What an implementation of the grouped product consists of."""
+
+import dataclasses
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Three functions over a tuple of matrices that share their rows.
+
+    product(x_MD, weights, group_sizes_E) -> one [M, F] for each [E, D, F] of `weights`
+    input_gradient(gradients, weights, group_sizes_E) -> [M, D], summed over the pairs
+    weight_gradient(x_MD, gradients, group_sizes_E) -> one [E, D, F] for each gradient [M, F], in
+      float32
+
+    Rows beyond the sum of the groups give zeros, and add nothing whatever they hold (even NaN).
+    """
+
+    product: Callable
+    input_gradient: Callable
+    weight_gradient: Callable
