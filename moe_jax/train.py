@@ -102,7 +102,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
 
     # step -----------------------------------------------------------------------------------
     train_step = jax.jit(
-        step.make_train_step(model_config, training, tx),
+        step.make_train_step(model_config, training, tx, config.seed),
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, None),
         donate_argnums=0,
@@ -123,6 +123,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     # loop -----------------------------------------------------------------------------------
     flops_per_token = flops.model_flops(model_config, config.data.sequence_length)
     tokens_per_step = training.batch_size * config.data.sequence_length
+    router_health = functools.partial(
+        routing.health, kind=model_config.router, capacity_factor=model_config.capacity_factor
+    )
+    if model_config.router == "forced_balance":
+        print("router=forced_balance: for timing only, no routing is learned", file=sys.stderr)
     with metrics.MetricsWriter(workdir, resume_step=start) as writer:
         state, final = loop.run(
             state,
@@ -141,12 +146,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
                     model_config, config.data.sequence_length
                 ),
                 peak_flops=flops.peak_flops(jax.devices()[0]) * jax.device_count(),
+                router_health=router_health,
             ),
         )
 
     # result ---------------------------------------------------------------------------------
     counts_LE = final.tokens_per_expert_LE
-    health = {} if counts_LE is None else routing.health(counts_LE)
+    health = {} if counts_LE is None else router_health(counts_LE)
     parent = init.lineage(config.init.source)
     total, active = model.count_parameters(model_config)
     result = {

@@ -44,10 +44,13 @@ pre {{ background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: .8
 
 def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
     """The record of a finished run's workdir."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["model"]["router"] == "forced_balance":
+        name += " (forced balance)"
     return Record(
         name=name,
         place=place,
-        config=json.loads((folder / "config.json").read_text()),
+        config=config,
         result=json.loads((folder / "result.json").read_text()),
         rows=metrics.read(folder / "metrics.jsonl"),
     )

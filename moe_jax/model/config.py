@@ -4,6 +4,13 @@ import dataclasses
 import functools
 
 DENSE, MOE = "dense", "moe"
+CHOICES = {
+    "router": ("softmax_topk", "forced_balance"),
+    "dispatch": ("dropless", "capacity"),
+    "token_priority": ("position", "random"),
+    "dtype": ("float32", "bfloat16"),
+    "remat": ("none", "full"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +39,11 @@ class ModelConfig:
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None  # intermediate_size
     norm_topk_prob: bool = True
+    router: str = "softmax_topk"  # or "forced_balance": experts in turn, for benchmarks only
+    dispatch: str = "dropless"  # or "capacity": an expert drops what does not fit
+    capacity_factor: float = 1.25  # dropless: of the virtual drop rate that is reported
+    min_capacity: int = 4
+    token_priority: str = "position"  # which tokens a full expert keeps; or "random"
     layers: tuple[str, ...] | None = None  # all dense without experts, all sparse with them
 
     # How it is computed rather than what it is.
@@ -48,7 +60,7 @@ class ModelConfig:
     def _problems(self):
         for name in (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads head_dim moe_intermediate_size num_experts_per_tok"
+            "num_key_value_heads head_dim moe_intermediate_size num_experts_per_tok min_capacity"
         ).split():
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -85,10 +97,11 @@ class ModelConfig:
                     f"num_experts={self.num_experts} does not fit layers={self.layers}; "
                     f"{MOE!r} layers need num_experts >= 1, all-{DENSE!r} models num_experts=0"
                 )
-        if self.dtype not in ("float32", "bfloat16"):
-            yield f"dtype={self.dtype!r} is not a compute dtype; use 'float32' or 'bfloat16'"
-        if self.remat not in ("none", "full"):
-            yield f"remat={self.remat!r} is unknown; use 'none' or 'full'"
+        if not self.capacity_factor > 0:
+            yield f"capacity_factor={self.capacity_factor} must be more than 0"
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                yield f"{name}={getattr(self, name)!r} is unknown; use one of {choices}"
 
     @property
     def num_kv_heads(self) -> int:

@@ -31,70 +31,99 @@ def moe(
     valid_BT: jax.Array,
     config: ModelConfig,
     *,
+    key: jax.Array | None = None,
     return_routing: bool = False,
 ) -> tuple[jax.Array, router.RouterStats]:
-    """The layer's output (to be added to x) and its statistics, one row per batch shard."""
+    """The layer's output (to be added to x) and its statistics, one row per batch shard.
+
+    `key` decides which tokens a full expert drops, where `token_priority` is "random"; without it
+    the earlier ones stay.
+    """
     local = functools.partial(_moe_of_device, config=config, return_routing=return_routing)
     if jax.sharding.get_abstract_mesh().empty:
-        return local(x_BTD, params, valid_BT)
+        return local(x_BTD, params, valid_BT, key)
     specs = sharding.layer_specs(params, "moe")
 
-    def gathered(x_BTD, params, valid_BT):
+    def gathered(x_BTD, params, valid_BT, key):
         gather = functools.partial(sharding.all_gather, keep=("tensor",))
         params = jax.tree.map(gather, params, specs)
-        y_BTD, stats = local(x_BTD, params, valid_BT)
+        if key is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(sharding.BATCH_AXES))
+        y_BTD, stats = local(x_BTD, params, valid_BT, key)
         return jax.lax.psum(y_BTD, "tensor"), stats
 
     # check_vma=False: the loops of the grouped product start from unvaried zeros.
     return jax.shard_map(
         gathered,
-        in_specs=(sharding.BATCH, specs, sharding.BATCH),
+        in_specs=(sharding.BATCH, specs, sharding.BATCH, jax.P()),
         out_specs=(sharding.BATCH, sharding.BATCH),
         check_vma=False,
-    )(x_BTD, params, valid_BT)
+    )(x_BTD, params, valid_BT, key)
 
 
-def _moe_of_device(x_BTD, params, valid_BT, *, config, return_routing):
+def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
     B, T, D = x_BTD.shape
     x_BTD = layers.rms_norm(x_BTD, params["norm"]["scale"], config.rms_norm_eps)
     x_MD, valid_M = x_BTD.reshape(B * T, D), valid_BT.ravel()
     with jax.named_scope("router"):
         # In float32: with bfloat16 logits close calls between experts would depend on rounding.
         logits_ME = x_MD.astype(jnp.float32) @ params["router"]["kernel"].astype(jnp.float32)
-        routing = router.route(
+        routing = router.ROUTERS[config.router](
             logits_ME,
             num_experts_per_tok=config.num_experts_per_tok,
             norm_topk_prob=config.norm_topk_prob,
         )
-        stats = jax.tree.map(lambda x: x[None], router.statistics(routing, valid_M))
-    y_MD = mix_experts(x_MD, routing, params["experts"], config.grouped_matmul)
+    with jax.named_scope("dispatch"):
+        plan = _plan(routing.expert_index_MA, valid_M, key, config)
+        x_RD = permute.dispatch(x_MD, plan)
+        weight_R = permute.dispatch_weight(routing.weight_MA, plan)
+    with jax.named_scope("experts"):
+        y_RD = experts_of_rows(x_RD, weight_R, params["experts"], plan, config)
+    with jax.named_scope("combine"):
+        y_MD = permute.combine(y_RD, plan)
+
+    num_dropped = jnp.sum(valid_M) * config.num_experts_per_tok - jnp.sum(plan.group_sizes_E)
+    num_dropped = jnp.zeros_like(num_dropped) if plan.complete else num_dropped
+    stats = router.statistics(routing, valid_M, num_dropped)
+    stats = jax.tree.map(lambda x: x[None], stats)
     if return_routing:
         by_token = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), routing)
         stats = stats.replace(routing=by_token)
     return y_MD.reshape(B, T, D), stats
 
 
-def mix_experts(
-    x_MD: jax.Array, routing: router.Routing, experts: dict, implementation: str
+def _plan(expert_index_MA, valid_M, key, config) -> permute.Permutation:
+    E = config.num_experts
+    if config.dispatch == "dropless":
+        return permute.sort_by_expert(expert_index_MA, E)
+    C = router.capacity(expert_index_MA.size, E, config.capacity_factor, config.min_capacity)
+    return permute.fill_slots(expert_index_MA, valid_M, E, C, key)
+
+
+def experts_of_rows(
+    x_RD: jax.Array,
+    weight_R: jax.Array,
+    experts: dict,
+    plan: permute.Permutation,
+    config: ModelConfig,
 ) -> jax.Array:
-    """Dropless mixture of SwiGLU experts: sum over a token's assignments of weight · expert(x).
+    """weight · expert(x) of each row, SwiGLU experts.
 
     The weight multiplies the hidden neurons, before the down projection: the same sum, but its
     gradient needs no expert output, so nothing of width D is kept or computed again for it.
     """
-    E = routing.logits_ME.shape[-1]
-    with jax.named_scope("dispatch"):
-        permutation = permute.sort_by_expert(routing.expert_index_MA, E)
-        x_RD = permute.dispatch(x_MD, permutation)
-        weight_R = permute.dispatch_weight(routing.weight_MA, permutation)
-    with jax.named_scope("experts"):
-        sizes_E = permutation.group_sizes_E
-        gate_RF, up_RF = grouped_matmul.grouped_matmuls(
-            x_RD, (experts["gate"], experts["up"]), sizes_E, implementation=implementation
+
+    def product(x, *weights):
+        if plan.complete:
+            return grouped_matmul.grouped_matmuls(
+                x, weights, plan.group_sizes_E, implementation=config.grouped_matmul
+            )
+        x_ECD = x.reshape(config.num_experts, -1, x.shape[-1])
+        return tuple(
+            jnp.einsum("ecd,edf->ecf", x_ECD, w.astype(x.dtype)).reshape(x.shape[0], -1)
+            for w in weights
         )
-        hidden_RF = jax.nn.silu(gate_RF) * up_RF * weight_R[:, None].astype(x_MD.dtype)
-        y_RD = grouped_matmul.grouped_matmul(
-            hidden_RF, experts["down"], sizes_E, implementation=implementation
-        )
-    with jax.named_scope("combine"):
-        return permute.combine(y_RD, permutation)
+
+    gate_RF, up_RF = product(x_RD, experts["gate"], experts["up"])
+    hidden_RF = jax.nn.silu(gate_RF) * up_RF * weight_R[:, None].astype(x_RD.dtype)
+    return product(hidden_RF, experts["down"])[0]

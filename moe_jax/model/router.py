@@ -1,5 +1,7 @@
 """Routing is data: which experts a token goes to and with what weight, and what to count of it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -29,6 +31,7 @@ class RouterStats:
     probability_sum_E: jax.Array
     z_sum: jax.Array  # of logsumexp(logits)^2
     num_tokens: jax.Array
+    num_dropped: jax.Array  # assignments beyond an expert's capacity; 0 when dropless
     routing: Routing | None = None
 
 
@@ -46,7 +49,39 @@ def route(logits_ME: jax.Array, *, num_experts_per_tok: int, norm_topk_prob: boo
     return Routing(expert_index_MA, weight_MA, logits_ME, probabilities_ME)
 
 
-def statistics(routing: Routing, valid_M: jax.Array) -> RouterStats:
+def forced_balance(
+    logits_ME: jax.Array, *, num_experts_per_tok: int, norm_topk_prob: bool
+) -> Routing:
+    """Experts in turn whatever the logits say, for benchmarks: the best case of any routing."""
+    M, E = logits_ME.shape
+    A = num_experts_per_tok
+    routing = route(logits_ME, num_experts_per_tok=A, norm_topk_prob=norm_topk_prob)
+    expert_index_MA = (jnp.arange(M * A, dtype=jnp.int32) % E).reshape(M, A)
+    return routing.replace(expert_index_MA=expert_index_MA)
+
+
+ROUTERS = {"softmax_topk": route, "forced_balance": forced_balance}
+
+
+def capacity(num_assignments: int, num_experts: int, factor: float, minimum: int) -> int:
+    """Slots of an expert: its even share times the factor, rounded up."""
+    return max(minimum, math.ceil(factor * num_assignments / num_experts))
+
+
+def virtual_drop_rate(tokens_per_expert_E: jax.Array, factor: float) -> jax.Array:
+    """The share of assignments that a capacity would have dropped in a run that drops none.
+
+    sum_e max(0, load_e - C) / sum_e load_e with C = ceil(factor · sum_e load_e / E), what drives
+    Skywork-MoE's balance coefficients (Wei et al., arXiv 2406.06563). Leading axes are kept; numpy
+    or jax.
+    """
+    total = tokens_per_expert_E.sum(axis=-1, keepdims=True)
+    capacity_E = -(-factor * total // tokens_per_expert_E.shape[-1])
+    beyond = (tokens_per_expert_E - capacity_E).clip(min=0).sum(axis=-1)
+    return beyond / total[..., 0].clip(min=1)
+
+
+def statistics(routing: Routing, valid_M: jax.Array, num_dropped: jax.Array) -> RouterStats:
     """Sums over the tokens where `valid_M` holds."""
     E = routing.logits_ME.shape[-1]
     counted_MA = jnp.where(valid_M[:, None], routing.expert_index_MA, E)
@@ -56,4 +91,5 @@ def statistics(routing: Routing, valid_M: jax.Array) -> RouterStats:
         probability_sum_E=jnp.sum(routing.probabilities_ME * valid_M[:, None], axis=0),
         z_sum=jnp.sum(z_M * valid_M),
         num_tokens=jnp.sum(valid_M),
+        num_dropped=num_dropped,
     )

@@ -27,6 +27,7 @@ class Shared:
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array  # 0 is padding
+    key: jax.Array | None = None  # of what is random in training
 
 
 class Parameters(nn.Module):
@@ -85,11 +86,13 @@ class Block(nn.Module):
         if self.kind == DENSE:
             y_BTD, stats = layers.mlp(x_BTD, params["mlp"], config), None
         else:
+            key = shared.key
             y_BTD, stats = moe.moe(
                 x_BTD,
                 params["moe"],
                 shared.segment_ids_BT > 0,
                 config,
+                key=None if key is None else jax.random.fold_in(key, per_layer["index"]),
                 return_routing=self.return_routing,
             )
         return sharding.constrain_batch(x_BTD + y_BTD), (stats, None)

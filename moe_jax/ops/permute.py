@@ -1,4 +1,4 @@
-"""Sort-based dispatch: tokens to rows grouped by expert, and back.
+"""Dispatch and combine: tokens to rows grouped by expert, and back.
 
 Both directions are gathers, and so are their gradients: the transpose of a gather is a scatter-add,
 which runs row by row on a CPU and needs atomics on a GPU, while a permutation's transpose is the
@@ -12,64 +12,106 @@ from flax import struct
 
 @struct.dataclass
 class Permutation:
-    """M tokens x A assignments sorted by expert: R = M·A rows, an expert's tokens in order."""
+    """M tokens x A assignments (number: token * A + slot) in R rows grouped by expert.
 
-    assignment_R: jax.Array  # sorted row -> assignment (token * A + slot)
-    row_MA: jax.Array  # assignment -> sorted row
-    group_sizes_E: jax.Array
+    `complete` ones are bijections, R = M·A. In others an empty row holds the assignment M·A, and an
+    assignment that was dropped lies in row R.
+    """
+
+    assignment_R: jax.Array  # row -> assignment
+    row_MA: jax.Array  # assignment -> row
+    group_sizes_E: jax.Array  # assignments kept
+    complete: bool = struct.field(pytree_node=False)
 
 
 def sort_by_expert(expert_index_MA: jax.Array, num_experts: int) -> Permutation:
+    """Dropless: an expert's tokens one after the other, in their order."""
     expert_index_R = expert_index_MA.ravel()
     assignment_R = jnp.argsort(expert_index_R, stable=True)
-    row_R = (
-        jnp.zeros_like(assignment_R)
-        .at[assignment_R]
-        .set(jnp.arange(assignment_R.size, dtype=assignment_R.dtype), unique_indices=True)
-    )
     return Permutation(
         assignment_R=assignment_R,
-        row_MA=row_R.reshape(expert_index_MA.shape),
+        row_MA=_inverse(assignment_R).reshape(expert_index_MA.shape),
         group_sizes_E=jnp.bincount(expert_index_R, length=num_experts),
+        complete=True,
     )
+
+
+def fill_slots(
+    expert_index_MA: jax.Array,
+    valid_M: jax.Array,
+    num_experts: int,
+    capacity: int,
+    key: jax.Array | None = None,
+) -> Permutation:
+    """E experts of C slots each, expert e's from row e·C on; what does not fit is dropped.
+
+    First choices are served before second ones (GShard, Lepikhin et al., arXiv 2006.16668); among
+    equals the earlier token, or with a key a random one (DeepSpeed-MoE's random token selection,
+    Rajbhandari et al., arXiv 2201.05596). Padding takes no slot.
+    """
+    M, A = expert_index_MA.shape
+    order_M = jnp.arange(M) if key is None else jax.random.permutation(key, M)
+    assignment_AM = order_M * A + jnp.arange(A)[:, None]
+    expert_MA = jnp.where(valid_M[:, None], expert_index_MA, num_experts)
+    expert_R = expert_MA[order_M].T.ravel()
+    by_expert_R = jnp.argsort(expert_R, stable=True)
+    sorted_R, expert_R = assignment_AM.ravel()[by_expert_R], expert_R[by_expert_R]
+    load_E = jnp.bincount(expert_R, length=num_experts)
+    place_R = jnp.arange(M * A) - (jnp.cumsum(load_E) - load_E).at[expert_R].get(mode="clip")
+    slots = num_experts * capacity
+    kept_R = (place_R < capacity) & (expert_R < num_experts)
+    row_R = jnp.where(kept_R, expert_R * capacity + place_R, slots)
+    return Permutation(
+        assignment_R=jnp.full(slots, M * A).at[row_R].set(sorted_R, mode="drop"),
+        row_MA=row_R[_inverse(sorted_R)].reshape(M, A),
+        group_sizes_E=jnp.minimum(load_E, capacity),
+        complete=False,
+    )
+
+
+def _inverse(permutation_R):
+    index_R = jnp.arange(permutation_R.size, dtype=permutation_R.dtype)
+    return jnp.zeros_like(permutation_R).at[permutation_R].set(index_R, unique_indices=True)
 
 
 @jax.custom_vjp
 def dispatch(x_MD: jax.Array, permutation: Permutation) -> jax.Array:
-    """Copies each token to its A rows: [M, D] to [R, D], rows grouped by expert."""
+    """Copies each token to its rows: [M, D] to [R, D], rows grouped by expert, zeros if empty."""
     A = permutation.row_MA.shape[1]
-    return x_MD[permutation.assignment_R // A]
+    return _take(x_MD, permutation.assignment_R // A, permutation)
 
 
 @jax.custom_vjp
 def combine(rows_RD: jax.Array, permutation: Permutation) -> jax.Array:
-    """Sums the A rows of each token: [R, D] to [M, D]. The adjoint of `dispatch`."""
-    return jnp.sum(rows_RD[permutation.row_MA], axis=1)
-
-
-def _dispatch_forward(x_MD, permutation):
-    return dispatch(x_MD, permutation), permutation
-
-
-def _combine_forward(rows_RD, permutation):
-    return combine(rows_RD, permutation), permutation
-
-
-dispatch.defvjp(
-    _dispatch_forward, lambda permutation, grad_RD: (combine(grad_RD, permutation), None)
-)
-combine.defvjp(
-    _combine_forward, lambda permutation, grad_MD: (dispatch(grad_MD, permutation), None)
-)
+    """Sums the rows of each token: [R, D] to [M, D]. The adjoint of `dispatch`."""
+    return jnp.sum(_take(rows_RD, permutation.row_MA, permutation), axis=1)
 
 
 @jax.custom_vjp
 def dispatch_weight(weight_MA: jax.Array, permutation: Permutation) -> jax.Array:
-    """The weight of each sorted row: [M, A] to [R]."""
-    return weight_MA.ravel()[permutation.assignment_R]
+    """The weight of each row: [M, A] to [R]."""
+    return _take(weight_MA.ravel(), permutation.assignment_R, permutation)
 
 
+def _take(x, index, permutation):
+    if permutation.complete:
+        return x.at[index].get(mode="promise_in_bounds")
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _with_permutation(function):
+    return lambda x, permutation: (function(x, permutation), permutation)
+
+
+dispatch.defvjp(
+    _with_permutation(dispatch),
+    lambda permutation, grad_RD: (combine(grad_RD, permutation), None),
+)
+combine.defvjp(
+    _with_permutation(combine),
+    lambda permutation, grad_MD: (dispatch(grad_MD, permutation), None),
+)
 dispatch_weight.defvjp(
-    lambda weight_MA, permutation: (dispatch_weight(weight_MA, permutation), permutation),
-    lambda permutation, grad_R: (grad_R[permutation.row_MA], None),
+    _with_permutation(dispatch_weight),
+    lambda permutation, grad_R: (_take(grad_R, permutation.row_MA, permutation), None),
 )

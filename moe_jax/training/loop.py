@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
-from moe_jax.analysis import routing
 from moe_jax.evaluation.perplexity import Evaluation
 from moe_jax.training import metrics
 from moe_jax.training.state import TrainState
@@ -32,6 +31,7 @@ class Parts:
     model_flops_per_token: float
     analytic_flops_per_token: float
     peak_flops: float  # of all devices together
+    router_health: Callable[..., dict]  # analysis.routing.health of this model
 
 
 def run(
@@ -65,9 +65,7 @@ def run(
                 log.flush()
                 with log.clock_stopped():
                     evaluation = parts.evaluate(state.params)
-                    parts.writer.write(
-                        _validation_row(step, step * parts.tokens_per_step, evaluation)
-                    )
+                    parts.writer.write(_validation_row(step, evaluation, parts))
             if step < last:
                 state, step_metrics = parts.train_step(state, next(batches))
                 log.flush()
@@ -140,14 +138,20 @@ class _TrainingLog:
         if values.tokens_per_expert_LE is None:
             del row["load_balancing_loss"], row["router_z_loss"]
         else:
-            row["router"] = routing.health(values.tokens_per_expert_LE)
+            row["router"] = parts.router_health(
+                values.tokens_per_expert_LE, dropped_L=values.dropped_L
+            )
         return row
 
 
-def _validation_row(step: int, tokens: int, evaluation: Evaluation) -> dict:
-    row = {"step": step, "tokens": tokens, "validation": evaluation.row()}
+def _validation_row(step: int, evaluation: Evaluation, parts: Parts) -> dict:
+    row = {
+        "step": step,
+        "tokens": step * parts.tokens_per_step,
+        "validation": evaluation.row(),
+    }
     if evaluation.tokens_per_expert_LE is not None:
-        row["router"] = routing.health(evaluation.tokens_per_expert_LE)
+        row["router"] = parts.router_health(evaluation.tokens_per_expert_LE)
     return row
 
 

@@ -10,14 +10,17 @@ from moe_jax.analysis import plots, report, routing
 
 
 def test_health_of_even_collapsed_and_mixed_layers():
-    health = routing.health(np.array([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]]))
+    health = routing.health(
+        np.array([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]]), capacity_factor=1
+    )
     assert health["effective_experts"] == [4, 1, 2]
     assert health["max_violation"] == [0, 3, 1]
     assert health["dead_experts"] == [0, 3, 2]
     assert health["tokens_per_expert"][2] == [0.5, 0.5, 0, 0]
+    assert health["virtual_drop_rate"] == [0, 0.75, 0.5]
 
 
-def make_run(folder, *, num_experts, bits, source=""):
+def make_run(folder, *, num_experts, bits, source="", router=None):
     folder.mkdir()
     load = np.full((2, num_experts), 1 / num_experts) if num_experts else None
     languages = {"en": {"loss": bits, "bits_per_byte": bits}, "el": {"loss": 1, "bits_per_byte": 1}}
@@ -26,7 +29,7 @@ def make_run(folder, *, num_experts, bits, source=""):
         rows.append({"step": step, "tokens": step * 100, "loss": 3 - step / 40})
         row = {"step": step, "tokens": step * 100, "validation": {"bits_per_byte": bits}}
         if num_experts:
-            row["router"] = routing.health(load)
+            row["router"] = routing.health(load, capacity_factor=1)
         rows.append(row)
     result = {
         "steps": 40, "tokens": 4000, "training_flops": 2e12, "loss": bits, "bits_per_byte": bits,
@@ -37,7 +40,8 @@ def make_run(folder, *, num_experts, bits, source=""):
         "samples": [{"prompt": "Click <here>", "continuation": f" & {folder.name}"}],
         "versions": {"jax": "1.2.3"}, "device": "cpu",
     }  # fmt: skip
-    config = {"data": {"source": "embedded"}, "model": {"num_experts": num_experts}}
+    settings = {"num_experts": num_experts, "router": router}
+    config = {"data": {"source": "embedded"}, "model": settings}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -92,3 +96,9 @@ def test_a_run_that_is_not_finished_is_named_and_changes_no_colour(folders, tmp_
 def test_dense_runs_alone_have_no_router_figures(folders):
     pictures = plots.draw([report.read_record("dense", 0, folders["dense"])])
     assert set(pictures) == {"loss", "languages", "training_flops"}
+
+
+def test_a_run_of_forced_balance_is_always_labelled(tmp_path):
+    run = make_run(tmp_path / "timing", num_experts=4, bits=3.5, router="forced_balance")
+    page = report.write(tmp_path, {"timing": run}, []).read_text()
+    assert page.count("timing (forced balance)") == 2  # in the summary and beside its samples

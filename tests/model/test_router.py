@@ -31,7 +31,7 @@ def test_ties_go_to_the_lowest_index():
 def test_statistics_count_assignments_of_valid_tokens_only():
     logits_ME = jnp.array([[5.0, 1.0, 0.0], [0.0, 5.0, 1.0], [9.0, 0.0, 8.0]])
     routing = router.route(logits_ME, num_experts_per_tok=2, norm_topk_prob=True)
-    stats = router.statistics(routing, jnp.array([True, True, False]))
+    stats = router.statistics(routing, jnp.array([True, True, False]), jnp.array(0))
     np.testing.assert_array_equal(stats.tokens_per_expert_E, [1, 2, 1])
     assert stats.num_tokens == 2
     np.testing.assert_allclose(

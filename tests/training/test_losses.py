@@ -16,7 +16,7 @@ def stats_of(logits_LME):
 
     def stats_of_shard(logits_ME):
         routing = router.route(logits_ME, num_experts_per_tok=A, norm_topk_prob=True)
-        return router.statistics(routing, jnp.ones(logits_ME.shape[0], bool))
+        return router.statistics(routing, jnp.ones(logits_ME.shape[0], bool), jnp.array(0))
 
     L, M, E = logits_LME.shape
     return jax.vmap(jax.vmap(stats_of_shard))(logits_LME.reshape(L, 2, M // 2, E))
