@@ -1,11 +1,11 @@
 """What the parts cost, each beside a bound measured in the same run.
 
-A benchmark is a function that gives cases: name -> (tokens, {implementation: function}, bound name,
-bound function), all functions without arguments. Functions of a case are timed in turn, so that a
-machine that slows down slows all of them.
+A benchmark is a function that gives cases; their functions take no arguments and are timed in turn,
+so that a machine that slows down slows all of them.
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config as configs
-from moe_jax import model
-from moe_jax.model import layers, moe
+from moe_jax import model, peers
+from moe_jax.evaluation import generate
+from moe_jax.model import layers, moe, remat
 from moe_jax.ops import cross_entropy, grouped_matmul
 from moe_jax.training import optimizer, step
 from moe_jax.training.state import TrainState
@@ -29,6 +30,7 @@ class Case:
     implementations: dict[str, Callable]
     bound: str
     bound_function: Callable
+    config: model.ModelConfig | None = None  # for a peer to build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +49,25 @@ class Row:
     ratio_to_bound: float
 
 
-def run(name: str, repeats: int) -> Iterator[Row]:
-    """The rows of a benchmark, in float32, on the default backend."""
+def run(name: str, repeats: int, peer: str = "") -> Iterator[Row]:
+    """The rows of a benchmark, in float32, on the default backend.
+
+    With `peer`, a key of `peers.PEERS`, there is one more row for each case that it knows.
+    Raises: ValueError for a peer that cannot do this benchmark or is not installed.
+    """
+    if peer:
+        peers.check(peer, name)
+    return _rows(name, repeats, peer)
+
+
+def _rows(name: str, repeats: int, peer: str) -> Iterator[Row]:
     for case in BENCHMARKS[name]():
-        seconds = medians({**case.implementations, case.bound: case.bound_function}, repeats)
+        implementations = dict(case.implementations)
+        if peer:
+            implementations[peer] = peers.PEERS[peer][name](case.config)
+        seconds = medians({**implementations, case.bound: case.bound_function}, repeats)
         bound_seconds = seconds[case.bound]
-        for implementation in case.implementations:
+        for implementation in implementations:
             yield Row(
                 benchmark=name,
                 case=case.name,
@@ -136,6 +151,7 @@ def cross_entropy_cases() -> Iterator[Case]:
         )
 
 
+B, T = 8, 256
 MOE_CASES = {"8e-top2": (8, 2, 512), "64e-top8": (64, 8, 128)}
 
 
@@ -156,7 +172,6 @@ def _configs(name: str) -> tuple[model.ModelConfig, model.ModelConfig]:
 
 def moe_layer_cases() -> Iterator[Case]:
     """One layer's value and gradients; the bound is the dense layer with F' = A·F."""
-    B, T = 8, 256
     for name in MOE_CASES:
         sparse, dense = _configs(name)
         x_BTD, grad_BTD = _normal((B, T, 256), (B, T, 256))
@@ -189,10 +204,69 @@ def train_step_cases() -> Iterator[Case]:
         sparse, dense = _configs(name)
         yield Case(
             name=name,
-            tokens=8 * 256,
+            tokens=B * T,
             implementations={"moe": _train_step(sparse)},
             bound="dense_step",
             bound_function=_train_step(dense),
+            config=sparse,
+        )
+
+
+def forced_balance_cases() -> Iterator[Case]:
+    """The train step with tokens sent to experts in turn: what uneven routing costs."""
+    for name in MOE_CASES:
+        sparse, _ = _configs(name)
+        balanced = dataclasses.replace(sparse, router="forced_balance")
+        yield Case(
+            name=f"{name} forced-balance",
+            tokens=B * T,
+            implementations={"moe": _train_step(balanced)},
+            bound="learned routing",
+            bound_function=_train_step(sparse),
+        )
+
+
+def remat_cases() -> Iterator[Case]:
+    """The train step under each policy; the bound is that without any."""
+    sparse, _ = _configs("8e-top2")
+    sparse = dataclasses.replace(sparse, num_hidden_layers=8)
+    for policy in remat.SAVED:
+        yield Case(
+            name=f"8e-top2 x 8 layers, {policy}",
+            tokens=B * T,
+            implementations={"moe": _train_step(dataclasses.replace(sparse, remat=policy))},
+            bound="no remat",
+            bound_function=_train_step(sparse),
+        )
+
+
+def decode_cases() -> Iterator[Case]:
+    """Continuations of 8 prompts; the bound is each new token's own products alone."""
+    rows, length, num_tokens = 8, 32, 32
+    for name in MOE_CASES:
+        config, _ = _configs(name)
+        params = jax.jit(functools.partial(model.init, config))(jax.random.key(0))
+        prompts = list(np.random.default_rng(0).integers(0, config.vocab_size, (rows, length)))
+
+        def decode(config=config, params=params, prompts=prompts):
+            return generate.generate(
+                params, config, prompts, num_tokens=num_tokens, temperature=0.0, key=None
+            )
+
+        @jax.jit
+        def products(params, tokens_B, config=config):
+            def next_token(_, tokens_B):
+                logits_B1V = model.apply(params, tokens_B[:, None], config).logits_BTV
+                return jnp.argmax(logits_B1V[:, 0], axis=-1).astype(tokens_B.dtype)
+
+            return jax.lax.fori_loop(0, num_tokens, next_token, tokens_B)
+
+        yield Case(
+            name=name,
+            tokens=rows * num_tokens,
+            implementations={"full forward for each token": decode},
+            bound="one position's products",
+            bound_function=functools.partial(products, params, jnp.zeros(rows, jnp.int32)),
         )
 
 
@@ -201,6 +275,9 @@ BENCHMARKS = {
     "cross_entropy": cross_entropy_cases,
     "moe_layer": moe_layer_cases,
     "train_step": train_step_cases,
+    "forced_balance": forced_balance_cases,
+    "remat": remat_cases,
+    "decode": decode_cases,
 }
 
 
@@ -224,12 +301,12 @@ def _train_step(config: model.ModelConfig) -> Callable:
     tx = optimizer.adamw(settings.optimizer, 1000)
     create = jax.jit(lambda key: TrainState.create(model.init(config, key), tx))
     state = create(jax.random.key(0))
-    tokens_BT = jax.random.randint(jax.random.key(1), (8, 257), 0, config.vocab_size)
+    tokens_BT = jax.random.randint(jax.random.key(1), (B, T + 1), 0, config.vocab_size)
     batch = {
         "tokens": tokens_BT[:, :-1],
         "targets": tokens_BT[:, 1:],
-        "segment_ids": jnp.ones((8, 256), jnp.int32),
-        "positions": jnp.tile(jnp.arange(256), (8, 1)),
+        "segment_ids": jnp.ones((B, T), jnp.int32),
+        "positions": jnp.tile(jnp.arange(T), (B, 1)),
     }
     train_step = jax.jit(step.make_train_step(config, settings.training, tx), donate_argnums=0)
 

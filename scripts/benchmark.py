@@ -3,6 +3,7 @@
 Examples:
   python scripts/benchmark.py train_step
   python scripts/benchmark.py grouped_matmul --repeats=21 --json
+  python scripts/benchmark.py train_step --peer=hf       (needs transformers and torch)
 
 Times are medians; a ratio to the bound of 1.20 is 20 % slower than the bound. Leave the machine
 alone while it runs.
@@ -10,8 +11,9 @@ alone while it runs.
 
 import dataclasses
 import json
+from collections.abc import Iterable
 
-from moe_jax import benchmark, command_line
+from moe_jax import benchmark, command_line, peers
 
 COLUMNS = "{:24} {:12} {:>10} {:>10}  {:26} {:>10} {:>7}"
 
@@ -23,15 +25,28 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=11, metavar="N", help="timed calls (11)")
     parser.add_argument(
+        "--peer",
+        choices=peers.PEERS,
+        default="",
+        help="also time this library doing the same: %(choices)s",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print a list of rows instead of a table"
     )
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats={arguments.repeats} must be at least 1")
-    rows = benchmark.run(arguments.name, arguments.repeats)
+    try:
+        rows = benchmark.run(arguments.name, arguments.repeats, arguments.peer)
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
-        return
+    else:
+        print_table(rows)
+
+
+def print_table(rows: Iterable[benchmark.Row]) -> None:
     print(COLUMNS.format("case", "impl.", "ms", "tokens/s", "bound", "its ms", "ratio"))
     for row in rows:
         print(

@@ -9,7 +9,7 @@ CHOICES = {
     "dispatch": ("dropless", "capacity"),
     "token_priority": ("position", "random"),
     "dtype": ("float32", "bfloat16"),
-    "remat": ("none", "full"),
+    "remat": ("none", "full", "save_experts", "save_dots", "offload_experts", "offload_dots"),
 }
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from moe_jax.model import remat
 from moe_jax.model.config import ModelConfig
 
 
@@ -35,6 +36,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
 def mlp(x_BTD: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
     """Norm, then SwiGLU: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202)."""
     x_BTD = rms_norm(x_BTD, params["norm"]["scale"], config.rms_norm_eps)
-    gate_BTF = x_BTD @ params["gate"].astype(x_BTD.dtype)
-    up_BTF = x_BTD @ params["up"].astype(x_BTD.dtype)
+    gate_BTF, up_BTF = remat.named(
+        "gate_up", tuple(x_BTD @ params[name].astype(x_BTD.dtype) for name in ("gate", "up"))
+    )
     return (jax.nn.silu(gate_BTF) * up_BTF) @ params["down"].astype(x_BTD.dtype)

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model import layers, router
+from moe_jax.model import layers, remat, router
 from moe_jax.model.config import ModelConfig
 from moe_jax.ops import grouped_matmul, permute
 from moe_jax.parallel import sharding
@@ -67,14 +67,15 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
     x_MD, valid_M = x_BTD.reshape(B * T, D), valid_BT.ravel()
     with jax.named_scope("router"):
         # In float32: with bfloat16 logits close calls between experts would depend on rounding.
-        logits_ME = x_MD.astype(jnp.float32) @ params["router"]["kernel"].astype(jnp.float32)
+        kernel_DE = params["router"]["kernel"].astype(jnp.float32)
+        logits_ME = remat.named("router_logits", x_MD.astype(jnp.float32) @ kernel_DE)
         routing = router.ROUTERS[config.router](
             logits_ME,
             num_experts_per_tok=config.num_experts_per_tok,
             norm_topk_prob=config.norm_topk_prob,
         )
     with jax.named_scope("dispatch"):
-        plan = _plan(routing.expert_index_MA, valid_M, key, config)
+        plan = remat.named("plan", _plan(routing.expert_index_MA, valid_M, key, config))
         x_RD = permute.dispatch(x_MD, plan)
         weight_R = permute.dispatch_weight(routing.weight_MA, plan)
     with jax.named_scope("experts"):
@@ -124,6 +125,6 @@ def experts_of_rows(
             for w in weights
         )
 
-    gate_RF, up_RF = product(x_RD, experts["gate"], experts["up"])
+    gate_RF, up_RF = remat.named("gate_up", product(x_RD, experts["gate"], experts["up"]))
     hidden_RF = jax.nn.silu(gate_RF) * up_RF * weight_R[:, None].astype(x_RD.dtype)
     return product(hidden_RF, experts["down"])[0]

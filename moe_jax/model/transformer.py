@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from moe_jax.model import attention, layers, moe, router
+from moe_jax.model import attention, layers, moe, remat, router
 from moe_jax.model.config import DENSE, MOE, ModelConfig, Segment, segments
 from moe_jax.parallel import naming, sharding
 
@@ -82,7 +82,7 @@ class Block(nn.Module):
         x_BTD += attention.attention(
             x_BTD, params["attention"], shared.positions_BT, shared.segment_ids_BT, config
         )
-        x_BTD = sharding.constrain_batch(x_BTD)
+        x_BTD = remat.named("middle", sharding.constrain_batch(x_BTD))
         if self.kind == DENSE:
             y_BTD, stats = layers.mlp(x_BTD, params["mlp"], config), None
         else:
@@ -201,9 +201,7 @@ def hidden_states(
         per_layer = {place: {"index": jnp.array(ls)} for place, ls in segment.layers.items()}
         blocks = {place: params["blocks"][place] for place in segment.kinds}
         step = functools.partial(_segment_step, segment, config, return_routing, shared)
-        if config.remat == "full":
-            # prevent_cse only matters outside a scan.
-            step = jax.checkpoint(step, prevent_cse=False)
+        step = remat.checkpointed(step, config.remat)
         x_BTD, stats = jax.lax.scan(step, x_BTD, (blocks, per_layer))
         stats_of_layers += stats.values()
         order += [layer for place in stats for layer in segment.layers[place]]

@@ -20,11 +20,15 @@ RUN = 4
 def _block_size(M: int, E: int) -> int:
     """A power of two near a quarter of a balanced group, so that at most 1/4 is padding.
 
-    But no fewer than 64 rows where there are as many: below that a CPU spends more on packing an
-    expert's matrix than on multiplying by it.
+    But no fewer than 64 rows: below that a CPU spends more on packing an expert's matrix than on
+    multiplying by it. Only groups of less than 16 rows, as in decoding, take fewer.
     """
-    quarter = 2 ** max(0, (M // (4 * E)).bit_length() - 1)
-    return min(max(quarter, 64), 128, max(1, M))
+
+    def power_of_two(rows):
+        return 2 ** max(0, rows.bit_length() - 1)
+
+    least = min(max(power_of_two(4 * M // E), 8), 64)
+    return min(max(power_of_two(M // (4 * E)), least), 128, max(1, M))
 
 
 def _fold(visit: Callable, start, M: int, group_sizes_E: jax.Array):
