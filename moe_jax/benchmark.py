@@ -18,7 +18,7 @@ from moe_jax import config as configs
 from moe_jax import model, peers
 from moe_jax.evaluation import generate
 from moe_jax.model import layers, moe, remat
-from moe_jax.ops import cross_entropy, grouped_matmul
+from moe_jax.ops import attention, cross_entropy, grouped_matmul, implementations
 from moe_jax.training import optimizer, step
 from moe_jax.training.state import TrainState
 
@@ -98,6 +98,7 @@ def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
 def grouped_matmul_cases() -> Iterator[Case]:
     """Value and both gradients; the bound is a batched product over equal groups."""
     M, D, F = 4096, 512, 1024
+    picked = implementations.pick(grouped_matmul.IMPLEMENTATIONS, implementations.platform())
     for E in (16, 64):
         x_MD, w_EDF, grad_MF = _normal((M, D), (E, D, F), (M, F))
         zipf_E = 1 / np.arange(1, E + 1)
@@ -107,7 +108,7 @@ def grouped_matmul_cases() -> Iterator[Case]:
             sizes_E = jnp.asarray(sizes_E, jnp.int32)
 
             def product(x_MD, w_EDF, sizes_E=sizes_E):
-                return grouped_matmul.grouped_matmul(x_MD, w_EDF, sizes_E, implementation="blocked")
+                return grouped_matmul.grouped_matmul(x_MD, w_EDF, sizes_E)
 
             def einsum(x_MD, w_EDF, E=E):
                 x_ERD = x_MD.reshape(E, -1, D)
@@ -116,10 +117,37 @@ def grouped_matmul_cases() -> Iterator[Case]:
             yield Case(
                 name=f"E={E} {groups}",
                 tokens=M,
-                implementations={"blocked": _with_gradients(product, (x_MD, w_EDF), grad_MF)},
+                implementations={picked: _with_gradients(product, (x_MD, w_EDF), grad_MF)},
                 bound="einsum over equal groups",
                 bound_function=_with_gradients(einsum, (x_MD, w_EDF), grad_MF),
             )
+
+
+def attention_cases() -> Iterator[Case]:
+    """Value and gradients; the bound is the products of all pairs, without a softmax or a mask."""
+    picked = implementations.pick(attention.IMPLEMENTATIONS, implementations.platform())
+    for rows, length, heads, H in ((8, 256, 8, 32), (1, 2048, 8, 64)):
+        shape = (rows, length, heads, H)
+        *arrays, grad_BTNH = _normal(shape, shape, shape, shape)
+        segments_BT = jnp.ones((rows, length), jnp.int32)
+
+        def attend(q_BTNH, k_BTNH, v_BTNH, name, segments_BT=segments_BT):
+            return attention.attention(q_BTNH, k_BTNH, v_BTNH, segments_BT, implementation=name)
+
+        def products(q_BTNH, k_BTNH, v_BTNH):
+            pairs_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH)
+            return jnp.einsum("bnts,bsnh->btnh", pairs_BNTS, v_BTNH)
+
+        yield Case(
+            name=f"T={length} H={H}",
+            tokens=rows * length,
+            implementations={
+                name: _with_gradients(functools.partial(attend, name=name), arrays, grad_BTNH)
+                for name in (picked, "reference")
+            },
+            bound="products of all pairs",
+            bound_function=_with_gradients(products, arrays, grad_BTNH),
+        )
 
 
 def cross_entropy_cases() -> Iterator[Case]:
@@ -272,6 +300,7 @@ def decode_cases() -> Iterator[Case]:
 
 BENCHMARKS = {
     "grouped_matmul": grouped_matmul_cases,
+    "attention": attention_cases,
     "cross_entropy": cross_entropy_cases,
     "moe_layer": moe_layer_cases,
     "train_step": train_step_cases,

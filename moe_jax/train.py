@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import init, model
+from moe_jax import doctor, init, model
 from moe_jax.analysis import routing
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.evaluation import generate, perplexity
@@ -53,6 +53,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     except ValueError as error:
         raise configs.ConfigError(str(error)) from error
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    # kernels --------------------------------------------------------------------------------
+    try:
+        for op, implementation in model_config.implementations.items():
+            doctor.verify(op, implementation)
+    except RuntimeError as error:
+        raise configs.ConfigError(str(error)) from None
 
     # data -----------------------------------------------------------------------------------
     tokenizer = tokenizers.load(config.data.tokenizer)

@@ -1,7 +1,13 @@
-"""Eight fake CPU devices, quiet libraries, and the --long option."""
+"""Eight fake CPU devices, quiet libraries, the --long option, and TPU's compiler for who asks."""
 
+import fcntl
+import functools
 import importlib.metadata
 import os
+import pathlib
+import subprocess
+import sys
+import tempfile
 
 # Before jax is imported: it reads these once. Most of the time of these tests is compilation, which
 # unoptimised machine code makes two times shorter, and plain loops for elementwise work (a flag
@@ -15,6 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -27,3 +34,35 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.skip(reason="a long case: run with --long"))
+
+
+@pytest.fixture(scope="session")
+def libtpu():
+    """Devices of a TPU topology to compile for, with no TPU here: `libtpu("v5p:2x2x1")`.
+
+    The compiler is the libtpu that the installed jax pins (another one crashes or lies), kept in
+    the user's cache. Skips where it cannot be had.
+    """
+    pins = (r.split(";")[0].strip() for r in importlib.metadata.requires("jax"))
+    pin = next(r for r in pins if r.startswith("libtpu=="))
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe_jax"
+    folder = cache / pin.replace("==", "-").removesuffix(".*")
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "libtpu.lock").open("w") as lock:  # the other workers of pytest-xdist wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as new:
+                pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", pin]
+                pip += ["--target", f"{new}/libtpu"]
+                done = subprocess.run(pip, capture_output=True, text=True)
+                if done.returncode:
+                    reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                    pytest.skip(f"no {pin}, the TPU compiler of this jax: {reason}")
+                os.rename(f"{new}/libtpu", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_LIBRARY_PATH", str(folder / "libtpu" / "libtpu.so"))
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")  # else it waits for a cloud's metadata server
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # by several processes, each with no TPU
+        yield functools.cache(
+            lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        )

@@ -1,12 +1,11 @@
-"""Grouped-query causal self-attention that never looks across a document's border."""
+"""The attention block: norm, projections, rotary positions, attention, output projection."""
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model import layers
+from moe_jax.model import layers, remat
 from moe_jax.model.config import ModelConfig
-
-NEGATIVE = -1e30  # finite, so that a row with nothing to see gives no NaN
+from moe_jax.ops import attention as ops
 
 
 def shapes(config: ModelConfig) -> dict:
@@ -28,10 +27,7 @@ def attention(
     segment_ids_BT: jax.Array,
     config: ModelConfig,
 ) -> jax.Array:
-    """Norm, projections, rotary positions, masked attention, output projection.
-
-    Query head n reads key head n // (N/K) (Ainslie et al., arXiv 2305.13245).
-    """
+    """What the block adds to x."""
     x_BTD = layers.rms_norm(x_BTD, params["norm"]["scale"], config.rms_norm_eps)
     q_BTNH, k_BTKH, v_BTKH = (
         jnp.einsum("btd,dnh->btnh", x_BTD, params[name].astype(x_BTD.dtype))
@@ -39,21 +35,7 @@ def attention(
     )
     q_BTNH = layers.rotate(q_BTNH, positions_BT, config.rope_theta)
     k_BTKH = layers.rotate(k_BTKH, positions_BT, config.rope_theta)
-    y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    q_BTNH, k_BTKH, v_BTKH = remat.named("qkv", (q_BTNH, k_BTKH, v_BTKH))
+    y_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, implementation=config.attention)
+    y_BTNH = remat.named("attention", y_BTNH)
     return jnp.einsum("btnh,nhd->btd", y_BTNH, params["wo"].astype(x_BTD.dtype))
-
-
-def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array
-) -> jax.Array:
-    """Softmax attention, causal within a row and blind to other segments; softmax in float32."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
-    logits_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH).astype(jnp.float32)
-    seen_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    seen_BTS &= jnp.tril(jnp.ones((T, T), bool))
-    logits_BKGTS = jnp.where(seen_BTS[:, None, None], logits_BKGTS, NEGATIVE)
-    weight_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(q_BTNH.dtype)
-    y_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH)
-    return y_BTKGH.reshape(B, T, N, H)

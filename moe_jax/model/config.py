@@ -50,6 +50,7 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "full"
     grouped_matmul: str = "auto"
+    attention: str = "auto"
 
     def __post_init__(self):
         if self.layers is not None:
@@ -118,6 +119,13 @@ class ModelConfig:
     @property
     def layer_kinds(self) -> tuple[str, ...]:
         return self.layers or (MOE if self.num_experts else DENSE,) * self.num_hidden_layers
+
+    @property
+    def implementations(self) -> dict[str, str]:
+        """The implementation of each op that the model calls."""
+        ops = {"attention": self.attention, "cross_entropy": "auto"}
+        sparse = self.num_experts and self.dispatch == "dropless"
+        return {**ops, "grouped_matmul": self.grouped_matmul} if sparse else ops
 
     def to_moe(
         self, *, num_experts: int, num_experts_per_tok: int, layers: tuple[str, ...] | None = None

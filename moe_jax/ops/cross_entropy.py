@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moe_jax.ops.implementations import Implementation, choose
 from moe_jax.parallel import sharding
 
 CHUNK_LOGITS = 2**22  # at a time on a device: 16 MiB in float32
@@ -43,12 +44,7 @@ def cross_entropy(
 
     Raises: ValueError for an unknown `implementation`.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"cross_entropy implementation={implementation!r} is unknown; "
-            f"use one of {', '.join(map(repr, IMPLEMENTATIONS))}"
-        )
-    local = IMPLEMENTATIONS[implementation]
+    local = choose("cross_entropy", implementation, IMPLEMENTATIONS)
     arrays = (x_BTD, unembed_DV, targets_BT, weight_BT)
     if jax.sharding.get_abstract_mesh().empty:
         return local(*arrays, z_coefficient)
@@ -157,4 +153,5 @@ def _chunked_backward(z_coefficient, gradients, cotangents):
 
 chunked.defvjp(_chunked_forward, _chunked_backward)
 
-IMPLEMENTATIONS = {"auto": chunked, "reference": reference, "chunked": chunked}
+# In the order in which "auto" tries them.
+IMPLEMENTATIONS = {"chunked": Implementation(chunked), "reference": Implementation(reference)}

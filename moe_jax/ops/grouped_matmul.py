@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops import grouped_blocked
+from moe_jax.ops import grouped_blocked, grouped_gpu, grouped_tpu
 from moe_jax.ops.grouped_kernel import Kernel
 from moe_jax.ops.implementations import Implementation, choose
 
@@ -80,8 +80,16 @@ def _backward(kernel, residuals, gradients):
 
 _product.defvjp(_forward, _backward)
 
-# In the order in which "auto" tries them.
+# In the order in which "auto" tries them. Megablox before ragged_dot, which copies every matrix to
+# transpose it for the gradient of the rows.
 IMPLEMENTATIONS = {
+    "megablox": Implementation(functools.partial(_product, grouped_tpu.MEGABLOX), ("tpu",)),
+    "triton": Implementation(functools.partial(_product, grouped_gpu.TRITON), ("gpu",)),
     "blocked": Implementation(functools.partial(_product, grouped_blocked.KERNEL)),
+    "ragged_dot": Implementation(
+        functools.partial(_product, grouped_tpu.RAGGED_DOT),
+        ("tpu",),
+        grouped_tpu.ragged_dot_unavailable,
+    ),
     "reference": Implementation(reference),
 }

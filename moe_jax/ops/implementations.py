@@ -40,9 +40,14 @@ def choose(op: str, name: str, table: Mapping[str, Implementation]) -> Callable:
         if reason := why_not(table[name], here):
             raise ValueError(f"{op} implementation={name!r} {reason}; use 'auto'")
         return table[name].function
-    name = next(n for n in table if not why_not(table[n], here))
+    name = pick(table, here)
     _say_once(op, name, here)
     return table[name].function
+
+
+def pick(table: Mapping[str, Implementation], here: str) -> str:
+    """The first that can run on platform `here`."""
+    return next(name for name in table if not why_not(table[name], here))
 
 
 def why_not(implementation: Implementation, here: str) -> str:

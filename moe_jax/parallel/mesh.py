@@ -6,6 +6,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 
@@ -34,11 +35,12 @@ def axis_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def make(sizes: dict[str, int]) -> jax.sharding.Mesh:
-    """A mesh over all devices, `sizes` as `axis_sizes` takes them."""
-    sizes = axis_sizes(sizes, jax.device_count())
+def make(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh over all devices, or over those given, `sizes` as `axis_sizes` takes them."""
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(sizes, len(devices))
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
 
 
 def under(mesh: jax.sharding.Mesh, function):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.model.config import MOE, ModelConfig
+from moe_jax.ops import attention
 
 # Dense bfloat16 matrix-product peak of one chip, FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -23,11 +24,8 @@ PEAK_FLOPS = {
 }
 
 
-def _products(config: ModelConfig, context: float) -> dict[str, float]:
-    """Multiply-adds of one token's forward pass, by place, over all layers.
-
-    `context` is the number of positions a query is multiplied with.
-    """
+def _products(config: ModelConfig) -> dict[str, float]:
+    """Multiply-adds of one token's forward pass, by place, over all layers; without attention."""
     D, H = config.hidden_size, config.head_size
     N, K = config.num_attention_heads, config.num_kv_heads
     sparse = config.layer_kinds.count(MOE)
@@ -36,7 +34,6 @@ def _products(config: ModelConfig, context: float) -> dict[str, float]:
     neurons = dense * config.intermediate_size + expert_rows
     return {
         "projections": config.num_hidden_layers * D * H * (2 * N + 2 * K),
-        "scores": config.num_hidden_layers * 2 * N * H * context,
         "router": sparse * D * config.num_experts,
         "gate_up": 2 * D * neurons,
         "down": D * neurons,
@@ -44,22 +41,40 @@ def _products(config: ModelConfig, context: float) -> dict[str, float]:
     }
 
 
+def _heads(config: ModelConfig) -> int:
+    """Multiply-adds of one product of queries and one position, over all layers."""
+    return config.num_hidden_layers * config.num_attention_heads * config.head_size
+
+
 def model_flops(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs per trained token: active parameters, causal attention, backward = 2x forward."""
-    return 6 * sum(_products(config, (sequence_length + 1) / 2).values())
+    attention = 2 * _heads(config) * (sequence_length + 1) / 2
+    return 6 * (sum(_products(config).values()) + attention)
+
+
+# What each remat policy computes again, beside elementwise work. Never the down projection, whose
+# result no gradient needs.
+AGAIN = {
+    "none": (),
+    "full": ("projections", "router", "gate_up", "attention"),
+    "save_experts": ("projections", "router", "attention"),
+    "save_dots": (),
+}
+AGAIN |= {"offload_experts": AGAIN["save_experts"], "offload_dots": AGAIN["save_dots"]}
 
 
 def analytic_flops(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs per trained token that the compiled step should execute in matrix products.
 
-    Attention multiplies all pairs of a row. Full remat runs each block's forward again but for the
-    down projection, whose result no gradient needs.
+    Attention counts the positions that its implementation on the mesh's platform visits, and the
+    products that it makes of them.
     """
-    products = _products(config, sequence_length)
-    again = 0.0
-    if config.remat == "full":
-        again = sum(products.values()) - products["head"] - products["down"]
-    return 6 * sum(products.values()) + 2 * again
+    products = _products(config)
+    T = sequence_length
+    pairs = attention.executed_pairs(T, config.attention, H=config.head_size, dtype=config.dtype)
+    forward, backward = (_heads(config) * n / T for n in (pairs.forward, pairs.backward))
+    again = sum({**products, "attention": forward}[name] for name in AGAIN[config.remat])
+    return 2 * (3 * sum(products.values()) + forward + backward + again)
 
 
 def peak_flops(device: jax.Device) -> float:

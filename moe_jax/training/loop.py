@@ -67,7 +67,9 @@ def run(
                     evaluation = parts.evaluate(state.params)
                     parts.writer.write(_validation_row(step, evaluation, parts))
             if step < last:
-                state, step_metrics = parts.train_step(state, next(batches))
+                # An implicit transfer would make the host wait for the device, or the reverse.
+                with jax.transfer_guard("disallow"):
+                    state, step_metrics = parts.train_step(state, next(batches))
                 log.flush()
                 log.pending = (step + 1, step_metrics)
                 bar.update()
@@ -92,7 +94,7 @@ class _TrainingLog:
         if self.pending is None:
             return
         (step, step_metrics), self.pending = self.pending, None
-        skipped = bool(step_metrics.skipped)
+        skipped = bool(jax.device_get(step_metrics.skipped))
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
         if step % self._config.training.log_every == 0 or step == self._config.training.num_steps:
             row = self._row(step, jax.device_get(step_metrics))

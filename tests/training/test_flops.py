@@ -11,7 +11,7 @@ from moe_jax.parallel import hlo
 from moe_jax.training import flops, optimizer, step
 from moe_jax.training.state import TrainState
 
-T = 32
+T = 128  # more than one block of attention: of one, XLA merges what is computed twice
 DENSE = model.ModelConfig(
     vocab_size=64,
     hidden_size=32,
@@ -33,7 +33,14 @@ def test_model_flops_are_six_per_active_matrix_entry_and_causal_attention(config
     assert flops.model_flops(config, T) == 6 * (active_matrices + attention)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        "none",
+        "full",
+        *(pytest.param(policy, marks=pytest.mark.long) for policy in [*flops.AGAIN][2:]),
+    ],
+)
 def test_a_dense_step_executes_the_analytic_flops_exactly(remat):
     config = dataclasses.replace(DENSE, remat=remat)
     settings = configs.default()

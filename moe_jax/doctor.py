@@ -1,0 +1,142 @@
+"""Every implementation of every op on a small case, against the reference: value and gradients.
+
+A training run checks the ones it will use before its first step: kernels have been silently wrong
+on one chip and one version (marin-community/marin#8339: a weight gradient, unless groups began at
+multiples of 64 rows).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.ops import attention, cross_entropy, grouped_matmul, implementations
+
+# Relative to the largest value. bfloat16 keeps 8 bits, and a few roundings follow each other;
+# float32 keeps 24, and sums have some hundred terms.
+TOLERANCE = {"bfloat16": 4e-2, "float32": 1e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """`status` is "ok", "wrong" (beyond the tolerance), "fails" or "not here"."""
+
+    op: str
+    implementation: str
+    status: str
+    detail: str
+
+
+# A case takes an implementation and a function that makes normal arrays of given shapes.
+
+
+def _grouped_matmul(implementation: str, normal: Callable) -> list[jax.Array]:
+    """Ragged groups, one empty, none a multiple of a tile, and rows beyond their sum."""
+    *arrays, grad_MF = normal((200, 128), (4, 128, 128), (4, 128, 128), (200, 128))
+    sizes_E = jnp.array([70, 0, 101, 9])
+
+    def op(x_MD, gate_EDF, up_EDF):
+        gate_MF, up_MF = grouped_matmul.grouped_matmuls(
+            x_MD, (gate_EDF, up_EDF), sizes_E, implementation=implementation
+        )
+        return gate_MF * up_MF
+
+    return _value_and_gradients(op, arrays, grad_MF)
+
+
+def _attention(implementation: str, normal: Callable) -> list[jax.Array]:
+    """Grouped queries; a row of two documents and a row of one."""
+    B, T, N, K, H = 2, 256, 4, 2, 128
+    *arrays, grad_BTNH = normal((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
+    segments_BT = jnp.where(jnp.arange(T) < jnp.array([[100], [T]]), 1, 2)
+    op = functools.partial(
+        attention.attention, segment_ids_BT=segments_BT, implementation=implementation
+    )
+    return _value_and_gradients(op, arrays, grad_BTNH)
+
+
+def _cross_entropy(implementation: str, normal: Callable) -> list[jax.Array]:
+    arrays = normal((2, 64, 128), (128, 256))
+    targets_BT = jnp.arange(128).reshape(2, 64)
+
+    def op(x_BTD, unembed_DV):
+        weight_BT = jnp.full(targets_BT.shape, 1 / targets_BT.size)
+        return cross_entropy.cross_entropy(
+            x_BTD, unembed_DV / 16, targets_BT, weight_BT, implementation=implementation
+        ).total
+
+    return _value_and_gradients(op, arrays, jnp.ones(()))
+
+
+CASES = {
+    "grouped_matmul": (_grouped_matmul, grouped_matmul.IMPLEMENTATIONS),
+    "attention": (_attention, attention.IMPLEMENTATIONS),
+    "cross_entropy": (_cross_entropy, cross_entropy.IMPLEMENTATIONS),
+}
+
+
+def checks() -> Iterator[Check]:
+    """One for each implementation of each op, and what "auto" is."""
+    for op, (_, table) in CASES.items():
+        for name in ("auto", *table):
+            yield check(op, name)
+
+
+@functools.cache
+def check(op: str, name: str) -> Check:
+    case, table = CASES[op]
+    here = implementations.platform()
+    dtype = "float32" if here == "cpu" else "bfloat16"
+    if name != "auto" and (reason := implementations.why_not(table[name], here)):
+        return Check(op, name, "not here", reason)
+    try:
+        found = case(name, functools.partial(_normal, dtype, dtype))
+    except Exception as error:  # whatever a compiler or a kernel raises
+        return Check(op, name, "fails", " ".join(f"{type(error).__name__}: {error}".split())[:200])
+    errors = [
+        np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max()
+        for a, b in zip(found, _expected(op, dtype), strict=True)
+    ]
+    error = float(np.nan_to_num(max(errors), nan=np.inf))
+    status = "ok" if error <= TOLERANCE[dtype] else "wrong"
+    return Check(
+        op, name, status, f"error {error:.1e}, tolerance {TOLERANCE[dtype]:.0e} in {dtype}"
+    )
+
+
+def verify(op: str, name: str) -> None:
+    """Raises: RuntimeError, in one line, if implementation `name` of `op` is not right here."""
+    found = check(op, name)
+    if found.status != "ok":
+        raise RuntimeError(
+            f"{op} implementation={name!r}: {found.status} here ({found.detail}); "
+            f"choose another, python scripts/doctor.py lists them"
+        )
+
+
+@functools.cache
+def _expected(op: str, dtype: str) -> list[np.ndarray]:
+    """The reference's answer to inputs rounded to `dtype`, itself in float32."""
+    with jax.default_matmul_precision("highest"):
+        return jax.device_get(
+            CASES[op][0]("reference", functools.partial(_normal, dtype, "float32"))
+        )
+
+
+def _normal(rounded_to: str, dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    return [
+        jax.random.normal(jax.random.key(i), shape).astype(rounded_to).astype(dtype)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def _value_and_gradients(op: Callable, arrays: list, cotangent: jax.Array) -> list[jax.Array]:
+    @jax.jit
+    def both(arrays, cotangent):
+        value, transpose = jax.vjp(op, *arrays)
+        return [value, *transpose(cotangent)]
+
+    return both(arrays, cotangent)
