@@ -32,6 +32,7 @@ class Executed:
 
     forward: int  # and once more where remat runs the forward pass again
     backward: int
+    from_saved: int = 0  # what of it runs again where remat keeps all that has a name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,18 +148,28 @@ def visited_pairs(T: int) -> int:
     return _causal(T, block_size(T))
 
 
+def _one_block(T: int) -> bool:
+    return block_size(T) == T
+
+
 def _causal(T: int, block: int) -> int:
     blocks = -(-T // block)
     return blocks * (blocks + 1) // 2 * block**2
 
 
-@jax.custom_vjp
 def chunked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
     """Memory linear in T: flash attention in plain XLA (Dao et al., arXiv 2205.14135).
 
     Two products for each visited pair of blocks, five in the backward pass, which saves y and the
-    logsumexp of the logits and computes the logits again.
+    logsumexp of the logits and computes the logits again. Rows of one block are the reference's:
+    it needs one product less, and there is little to save.
     """
+    attend = reference if _one_block(q_BTNH.shape[1]) else _chunked
+    return attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+
+
+@jax.custom_vjp
+def _chunked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
     return _chunked_forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)[0]
 
 
@@ -200,9 +211,6 @@ def _chunked_backward(residuals, grad_BTNH):
     B, T, N, H = q_BTNH.shape
     K, wide = k_BSKH.shape[2], _wide(q_BTNH.dtype)
     q_JBKRH, k_JBKCH, v_JBKCH = (_blocks(x, K) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
-    # Or XLA would take the logits of a row of one block from a forward pass in the same computation,
-    # and what is executed would depend on what is around.
-    q_JBKRH = jax.lax.optimization_barrier(q_JBKRH)
     grad_JBKRH = _blocks(grad_BTNH, K)
     # What the softmax's gradient subtracts, sum_s p_ts dp_ts, is grad_t · y_t.
     inner_BTN = jnp.sum(grad_BTNH.astype(wide) * y_BTNH.astype(wide), axis=-1)
@@ -240,7 +248,7 @@ def _chunked_backward(residuals, grad_BTNH):
     return dq_BTNH, dk_BSKH, dv_BSKH, None
 
 
-chunked.defvjp(_chunked_forward, _chunked_backward)
+_chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _pairs(J: int) -> tuple[np.ndarray, np.ndarray]:
@@ -279,8 +287,8 @@ def _blocks(x_BTNH, K: int):
 
 def _unblock(x_JBKRH, T: int, N: int):
     J, B, K, _, H = x_JBKRH.shape
-    x_BICKGH = x_JBKRH.reshape(J, B, K, N // K, -1, H).transpose(1, 0, 4, 2, 3, 5)
-    return x_BICKGH.reshape(B, -1, N, H)[:, :T]
+    x_BJCKGH = x_JBKRH.reshape(J, B, K, N // K, -1, H).transpose(1, 0, 4, 2, 3, 5)
+    return x_BJCKGH.reshape(B, -1, N, H)[:, :T]
 
 
 def _segment_blocks(segment_ids_BT):
@@ -387,11 +395,13 @@ def _cudnn_refuses(T: int, H: int, dtype) -> str:
 
 
 def _chunked_executed(T: int) -> Executed:
+    if _one_block(T):
+        return _reference_executed(T)
     return Executed(2 * visited_pairs(T), 5 * visited_pairs(T))
 
 
 def _reference_executed(T: int) -> Executed:
-    return Executed(2 * T**2, 4 * T**2)
+    return Executed(2 * T**2, 4 * T**2, from_saved=T**2)  # the logits have no name
 
 
 # In the order in which "auto" tries them.

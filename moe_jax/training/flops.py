@@ -4,6 +4,7 @@
 compiled step should execute, and is what executed products are compared with.
 """
 
+import dataclasses
 import time
 
 import jax
@@ -56,9 +57,9 @@ def model_flops(config: ModelConfig, sequence_length: int) -> float:
 # result no gradient needs.
 AGAIN = {
     "none": (),
-    "full": ("projections", "router", "gate_up", "attention"),
-    "save_experts": ("projections", "router", "attention"),
-    "save_dots": (),
+    "full": ("projections", "attention", "router", "gate_up"),
+    "save_experts": ("projections", "attention", "router"),
+    "save_dots": ("saved_attention",),
 }
 AGAIN |= {"offload_experts": AGAIN["save_experts"], "offload_dots": AGAIN["save_dots"]}
 
@@ -72,8 +73,9 @@ def analytic_flops(config: ModelConfig, sequence_length: int) -> float:
     products = _products(config)
     T = sequence_length
     pairs = attention.executed_pairs(T, config.attention, H=config.head_size, dtype=config.dtype)
-    forward, backward = (_heads(config) * n / T for n in (pairs.forward, pairs.backward))
-    again = sum({**products, "attention": forward}[name] for name in AGAIN[config.remat])
+    forward, backward, saved = (_heads(config) * n / T for n in dataclasses.astuple(pairs))
+    repeatable = {**products, "attention": forward, "saved_attention": saved}
+    again = sum(repeatable[name] for name in AGAIN[config.remat])
     return 2 * (3 * sum(products.values()) + forward + backward + again)
 
 

@@ -1,0 +1,225 @@
+"""Attention's implementations against each other, numbers by finite differences, and counts."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from moe_jax.ops import attention, implementations
+from moe_jax.parallel import hlo, sharding
+from moe_jax.parallel import mesh as meshes
+
+B, T, N, K, H = 2, 130, 4, 2, 8  # 130 positions are three blocks of 44, two of them padding
+
+
+def arrays(T=T, N=N, K=K, B=B, dtype="float32"):
+    """q, k, v, segments (several to a row, and padding at the end), the gradient of y."""
+    random = np.random.default_rng(0)
+    shapes = (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)
+    *qkv, grad_BTNH = (jnp.asarray(random.normal(size=s), dtype) for s in shapes)
+    start_B1 = T * np.arange(1, B + 1)[:, None] // (B + 1)  # where the second document begins
+    segments_BT = 1 + (np.arange(T) >= start_B1) + (np.arange(T) >= 3 * T // 4)
+    segments_BT = np.where(np.arange(T) < T - T // 10, segments_BT, 0).astype(np.int32)
+    return *qkv, jnp.asarray(segments_BT), grad_BTNH
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(attend, q, k, v, segments_BT, grad_BTNH):
+    y, transpose = jax.vjp(lambda q, k, v: attend(q, k, v, segments_BT), q, k, v)
+    return y, *transpose(grad_BTNH)
+
+
+def assert_equals_reference(attend, *inputs):
+    found = value_and_gradients(attend, *inputs)
+    expected = value_and_gradients(attention.reference, *inputs)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"K": 1}, {"T": 65, "K": N}, {"T": 17}, {"T": 1}],
+    ids="grouped one-kv-head as-many-kv-heads one-block one-token".split(),
+)
+def test_chunked_equals_the_reference(sizes):
+    assert_equals_reference(attention.chunked, *arrays(**sizes))
+
+
+def test_a_row_of_padding_gives_finite_numbers():
+    q, k, v, segments_BT, grad_BTNH = arrays()
+    found = value_and_gradients(attention.chunked, q, k, v, 0 * segments_BT, grad_BTNH)
+    assert all(jnp.isfinite(x).all() for x in found)
+
+
+def test_gradients_of_chunked_are_those_of_finite_differences():
+    with jax.enable_x64(True):
+        q, k, v, segments_BT, _ = arrays(T=70, B=1, dtype="float64")
+        attend = jax.jit(lambda *qkv: attention.chunked(*qkv, segments_BT))
+        check_grads(attend, (q, k, v), order=1, modes=["rev"], rtol=1e-7)
+
+
+def with_cudnn(*arrays):
+    """The wrapper around cuDNN's attention, with XLA's in its place."""
+    return attention.cudnn(*arrays, library="xla")
+
+
+def test_the_mask_and_the_heads_given_to_cudnn_are_right():
+    assert_equals_reference(with_cudnn, *arrays())
+
+
+@pytest.mark.parametrize("attend", [attention.chunked, attention.reference, with_cudnn])
+def test_a_token_sees_neither_another_document_nor_the_future(attend):
+    """Exactly: another key and value changes no bit of the outputs that must not know of it."""
+    q, k, v, segments_BT, _ = arrays()
+    attend = jax.jit(attend)
+    before = np.asarray(attend(q, k, v, segments_BT))
+    for s in (0, 43, 44, 64, 97, T - 1):
+        after = attend(q, k.at[:, s].add(3), v.at[:, s].add(3), segments_BT)
+        changed_BT = (np.asarray(after) != before).any(axis=(2, 3))
+        sees_BT = (segments_BT == segments_BT[:, s : s + 1]) & (jnp.arange(T) >= s)
+        np.testing.assert_array_equal(changed_BT, sees_BT)
+
+
+def test_bfloat16_is_no_further_from_float32_than_the_reference():
+    """Chunked rounds what it multiplies, but sums in float32 what the reference rounds: logits,
+    and the gradients of a row."""
+    inputs = arrays(dtype="bfloat16")
+    wide = [x.astype("float32") if x.dtype == jnp.bfloat16 else x for x in inputs]
+    exact = value_and_gradients(attention.reference, *wide)
+
+    def errors(attend):
+        found = value_and_gradients(attend, *inputs)
+        assert {x.dtype for x in found} == {jnp.dtype("bfloat16")}
+        return [float(jnp.linalg.norm(a - b)) for a, b in zip(found, exact, strict=True)]
+
+    for ours, reference in zip(errors(attention.chunked), errors(attention.reference), strict=True):
+        assert 0 < ours <= reference
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    ("name", "positions"), [("chunked", 64), ("chunked", 130), ("reference", 130)]
+)
+def test_two_layers_execute_the_products_that_are_counted(name, positions, remat):
+    """Scanned, as the model has them, with something after them that needs their outputs."""
+    q, k, v, segments_BT, _ = arrays(T=positions)
+    attend = attention.IMPLEMENTATIONS[name].function
+
+    def loss(q, k, v):
+        def layer(x, _):
+            return jnp.sin(attend(x, k, v, segments_BT)), None
+
+        step = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        return jnp.sum(jax.lax.scan(step, q, length=2)[0])
+
+    def executed(function):
+        return hlo.product_flops(jax.jit(function).lower(q, k, v).compile().as_text())
+
+    count = attention.executed_pairs(positions, name, H=H, dtype="float32")
+    one = 2 * H * B * N
+    gradient = (2 if remat else 1) * count.forward + count.backward
+    assert executed(jax.grad(loss, argnums=(0, 1, 2))) == 2 * gradient * one
+    if not remat:
+        assert executed(loss) == 2 * count.forward * one
+
+
+def test_visited_pairs_by_hand():
+    assert attention.visited_pairs(1) == 1
+    assert attention.visited_pairs(64) == 64**2
+    assert attention.visited_pairs(130) == 6 * 44**2  # three blocks: six pairs of them
+    assert attention.visited_pairs(256) == 10 * 64**2
+    assert attention.visited_pairs(1024) == 36 * 128**2
+    for positions in range(1, 5000, 37):
+        blocks = math.ceil(positions / attention.block_size(positions))
+        assert 0 <= blocks * attention.block_size(positions) - positions < blocks
+
+
+def test_no_buffer_of_chunked_has_as_many_elements_as_a_row_has_pairs():
+    inputs = arrays(T=512, N=1, K=1, B=1)
+    text = jax.jit(functools.partial(value_and_gradients, attention.chunked)).lower(*inputs)
+    largest = max(map(math.prod, hlo.buffer_shapes(text.compile().as_text())))
+    assert attention.block_size(512) ** 2 <= largest < 512**2 / 8
+
+
+def test_a_mesh_gives_what_one_device_gives_and_sends_nothing():
+    inputs = arrays(B=4)
+    mesh = meshes.make({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
+    heads = jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES, None, "tensor"))
+    rows = jax.NamedSharding(mesh, sharding.BATCH)
+    placed = jax.device_put(inputs, (heads, heads, heads, rows, heads))
+    with jax.set_mesh(mesh):
+        step = jax.jit(functools.partial(value_and_gradients.__wrapped__, attention.attention))
+        compiled = step.lower(*placed).compile()
+    expected = value_and_gradients(attention.attention, *inputs)
+    for a, b in zip(compiled(*placed), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    assert not re.search("all-|reduce-scatter|collective-permute", compiled.as_text())
+
+
+def test_kv_heads_that_the_tensor_axis_does_not_divide_are_refused():
+    *inputs, _ = arrays(B=4, K=1)
+    with jax.set_mesh(meshes.make({"data": 4, "fsdp": 1, "expert": 1, "tensor": 2})):
+        with pytest.raises(ValueError, match=r"num_key_value_heads=1 is not divisible by .* \(2\)"):
+            attention.attention(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "positions", "chosen"),
+    [
+        ("cpu", "float32", 256, "chunked"),
+        ("tpu", "bfloat16", 256, "splash"),
+        ("tpu", "float32", 8192, "splash"),
+        ("tpu", "bfloat16", 100, "chunked"),
+        ("gpu", "bfloat16", 256, "cudnn"),
+        ("gpu", "float32", 256, "chunked"),
+        ("gpu", "bfloat16", 255, "chunked"),
+    ],
+)
+def test_auto_chooses_by_platform_and_shapes(monkeypatch, platform, dtype, positions, chosen):
+    monkeypatch.setattr(implementations, "platform", lambda: platform)
+    count = attention.executed_pairs(positions, H=64, dtype=dtype)
+    assert count == attention.IMPLEMENTATIONS[chosen].executed(positions)
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "dtype", "positions", "message"),
+    [
+        ("cpu", "flash", "float32", 128, "implementation='flash' is unknown"),
+        ("cpu", "splash", "float32", 128, "implementation='splash' runs on tpu, not on cpu"),
+        ("tpu", "splash", "float32", 100, "needs rows of a multiple of 128 positions, not 100"),
+        ("tpu", "splash", "float16", 128, "needs bfloat16 or float32, not float16"),
+        ("gpu", "cudnn", "float32", 128, "needs bfloat16 or float16, not float32"),
+    ],
+)
+def test_what_cannot_run_is_refused(monkeypatch, platform, name, dtype, positions, message):
+    monkeypatch.setattr(implementations, "platform", lambda: platform)
+    *inputs, _ = arrays(T=positions, dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        attention.attention(*inputs, implementation=name)
+
+
+@pytest.mark.parametrize(
+    "fused", [True, pytest.param(False, marks=pytest.mark.long)], ids=["fused", "apart"]
+)
+@pytest.mark.parametrize("kv_heads", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_splash_equals_the_reference(monkeypatch, fused, kv_heads):
+    """In interpret mode, with two blocks to a row."""
+    monkeypatch.setattr(attention, "SPLASH_BLOCK", 128)
+    monkeypatch.setattr(attention, "SPLASH_FUSED", 4 if fused else 1)
+    attend = functools.partial(attention.splash, interpret=True)
+    assert_equals_reference(attend, *arrays(T=256, N=2, K=kv_heads, B=1))
+
+
+def test_products_of_splash_by_hand():
+    """Blocks of 1024 and, of 1152 positions, of 384; two backward kernels beyond four blocks."""
+    block = 1024**2
+    assert attention.splash_kernels(1024) == {"_fwd_": 2 * block, "_dkv_": 5 * block}
+    assert attention.splash_kernels(1152) == {"_fwd_": 12 * 384**2, "_dkv_": 30 * 384**2}
+    pairs = 36 * block
+    of_8192 = {"_fwd_": 2 * pairs, "_dkv_": 4 * pairs, "_dq_": 3 * pairs}
+    assert attention.splash_kernels(8192) == of_8192
