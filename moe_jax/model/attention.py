@@ -1,7 +1,6 @@
 """The attention block: norm, projections, rotary positions, attention, output projection."""
 
 import jax
-import jax.numpy as jnp
 
 from moe_jax.model import layers, remat
 from moe_jax.model.config import ModelConfig
@@ -29,13 +28,10 @@ def attention(
 ) -> jax.Array:
     """What the block adds to x."""
     x_BTD = layers.rms_norm(x_BTD, params["norm"]["scale"], config.rms_norm_eps)
-    q_BTNH, k_BTKH, v_BTKH = (
-        jnp.einsum("btd,dnh->btnh", x_BTD, params[name].astype(x_BTD.dtype))
-        for name in ("wq", "wk", "wv")
-    )
+    q_BTNH, k_BTKH, v_BTKH = (layers.product(x_BTD, params[name]) for name in ("wq", "wk", "wv"))
     q_BTNH = layers.rotate(q_BTNH, positions_BT, config.rope_theta)
     k_BTKH = layers.rotate(k_BTKH, positions_BT, config.rope_theta)
     q_BTNH, k_BTKH, v_BTKH = remat.named("qkv", (q_BTNH, k_BTKH, v_BTKH))
     y_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, implementation=config.attention)
     y_BTNH = remat.named("attention", y_BTNH)
-    return jnp.einsum("btnh,nhd->btd", y_BTNH, params["wo"].astype(x_BTD.dtype))
+    return layers.product(y_BTNH, params["wo"], contracted=2)

@@ -1,5 +1,7 @@
 """The small pure functions every block uses: norm, rotary positions, gated feed-forward."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -14,6 +16,19 @@ def norm_shapes(config: ModelConfig) -> dict:
 def mlp_shapes(config: ModelConfig) -> dict:
     D, F = config.hidden_size, config.intermediate_size
     return {"norm": norm_shapes(config), "gate": (D, F), "up": (D, F), "down": (F, D)}
+
+
+def product(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
+    """The last axes of x, `contracted` of them, times the first ones of w; in x's dtype.
+
+    As one plain matrix product: XLA:CPU takes twice as long for the gradient of w with several axes
+    of rows (a SwiGLU of 2048 rows, D=256, F=1024, with its gradients: 159 ms as [8, 256, D], 85 ms
+    as [2048, D]).
+    """
+    rows, columns = x.shape[: x.ndim - contracted], w.shape[contracted:]
+    size = math.prod(w.shape[:contracted])
+    y = x.reshape(-1, size) @ w.astype(x.dtype).reshape(size, -1)
+    return y.reshape(*rows, *columns)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -37,6 +52,6 @@ def mlp(x_BTD: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
     """Norm, then SwiGLU: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202)."""
     x_BTD = rms_norm(x_BTD, params["norm"]["scale"], config.rms_norm_eps)
     gate_BTF, up_BTF = remat.named(
-        "gate_up", tuple(x_BTD @ params[name].astype(x_BTD.dtype) for name in ("gate", "up"))
+        "gate_up", tuple(product(x_BTD, params[name]) for name in ("gate", "up"))
     )
-    return (jax.nn.silu(gate_BTF) * up_BTF) @ params["down"].astype(x_BTD.dtype)
+    return product(jax.nn.silu(gate_BTF) * up_BTF, params["down"])

@@ -136,7 +136,9 @@ def _chunked_forward(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient):
         grad_BCV = weight_BC[..., None] * (p_BCV * slope_BC[..., None] - hit_BCV)
         grad_BCV = grad_BCV.astype(x_BCD.dtype)
         grad_BCD = jnp.einsum("bcv,dv->bcd", grad_BCV, weight_DV)
-        grad_DV += jnp.einsum("bcd,bcv->dv", x_BCD, grad_BCV, preferred_element_type=jnp.float32)
+        # One axis of rows: with two XLA:CPU takes twice as long.
+        x_MD, grad_MV = (x.reshape(-1, x.shape[-1]) for x in (x_BCD, grad_BCV))
+        grad_DV += jnp.einsum("md,mv->dv", x_MD, grad_MV, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, total, sums), grad_DV), grad_BCD
 
     chunks = _chunks(x_BTD, unembed_DV.shape[1], targets_BT, weight_BT)
