@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from moe_jax import benchmark, command_line, peers
 
-COLUMNS = "{:24} {:12} {:>10} {:>10}  {:26} {:>10} {:>7}"
+COLUMNS = "{:24} {:15} {:>10} {:>10}  {:26} {:>10} {:>7}"
 
 
 def main() -> None:
