@@ -1,8 +1,8 @@
 """What of a block's forward pass is kept for its backward pass, and what is computed again.
 
-8 layers of 8 experts, top-2. Step time on 2 CPU cores against no remat in the same run (D=256,
-F=512, 8 x 256 tokens, float32: `python scripts/benchmark.py remat`); memory of one of four v5p chips
-as compiled ahead of time (D=512, F=1024, 4 x 1024 tokens a chip, bfloat16, of which 319 MiB are the
+8 layers of 8 experts, top-2. Step time on 2 CPU cores by that without remat in the same run (D=256,
+F=512, 8 x 256 tokens, float32: `python scripts/benchmark.py remat`); memory of one of four v5p
+chips as compiled ahead of time (D=512, F=1024, 4 x 1024 tokens each, bfloat16, 319 MiB of it the
 state), and what lies in the host's memory:
 
 | policy | time | peak, MiB | host, MiB |
