@@ -102,18 +102,19 @@ def check(op: str, name: str) -> Check:
     ]
     error = float(np.nan_to_num(max(errors), nan=np.inf))
     status = "ok" if error <= TOLERANCE[dtype] else "wrong"
-    return Check(
-        op, name, status, f"error {error:.1e}, tolerance {TOLERANCE[dtype]:.0e} in {dtype}"
-    )
+    picked = f"{implementations.pick(table, here)}, " if name == "auto" else ""
+    detail = f"{picked}error {error:.1e}, tolerance {TOLERANCE[dtype]:.0e} in {dtype}"
+    return Check(op, name, status, detail)
 
 
 def verify(op: str, name: str) -> None:
-    """Raises: RuntimeError, in one line, if implementation `name` of `op` is not right here."""
+    """Raises: ValueError, in one line, if implementation `name` of `op` cannot run or is wrong."""
+    implementations.choose(op, name, CASES[op][1])
     found = check(op, name)
     if found.status != "ok":
-        raise RuntimeError(
-            f"{op} implementation={name!r}: {found.status} here ({found.detail}); "
-            f"choose another, python scripts/doctor.py lists them"
+        raise ValueError(
+            f"{op} implementation={name!r} on this machine: {found.status}, {found.detail}; "
+            "choose another, python scripts/doctor.py lists them"
         )
 
 

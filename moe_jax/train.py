@@ -58,8 +58,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     try:
         for op, implementation in model_config.implementations.items():
             doctor.verify(op, implementation)
-    except RuntimeError as error:
-        raise configs.ConfigError(str(error)) from None
+    except ValueError as error:
+        raise configs.ConfigError(f"config.model: {error}") from None
 
     # data -----------------------------------------------------------------------------------
     tokenizer = tokenizers.load(config.data.tokenizer)

@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import benchmark
+from moe_jax import benchmark, peers
 
 
 def test_functions_are_called_in_turn_and_medians_are_taken(monkeypatch):
@@ -42,6 +42,24 @@ def test_a_row_has_the_documented_keys_and_the_ratio_of_its_times(monkeypatch):
         ("a", 2.0, 200.0),
         ("b", 8.0, 50.0),
     ]
+
+
+def test_a_peer_gets_a_row_of_its_own(monkeypatch):
+    case = benchmark.Case("c", 100, {"a": lambda: 0}, "ideal", lambda: 0, config="its config")
+    monkeypatch.setitem(benchmark.BENCHMARKS, "fake", lambda: [case])
+    built = []
+    monkeypatch.setitem(peers.PEERS, "hf", {"fake": lambda c: built.append(c) or (lambda: 0)})
+    monkeypatch.setitem(peers.NEEDS, "hf", ("json",))
+    assert [row.implementation for row in benchmark.run("fake", 1, peer="hf")] == ["a", "hf"]
+    assert built == ["its config"]
+
+
+def test_a_peer_that_cannot_is_refused_in_one_line(monkeypatch):
+    with pytest.raises(ValueError, match="--peer=hf does not do decode; it does train_step"):
+        benchmark.run("decode", 1, peer="hf")
+    monkeypatch.setitem(peers.NEEDS, "hf", ("json", "no_such_package"))
+    with pytest.raises(ValueError, match="needs more: pip install no_such_package"):
+        benchmark.run("train_step", 1, peer="hf")
 
 
 @pytest.mark.long

@@ -38,5 +38,15 @@ def test_all_that_can_run_here_is_right():
 
 def test_a_wrong_gradient_is_found_and_refused(wrong_kernel):
     assert doctor.check("grouped_matmul", "blocked").status == "wrong"
-    with pytest.raises(RuntimeError, match="grouped_matmul implementation='auto': wrong here"):
+    with pytest.raises(
+        ValueError, match="grouped_matmul implementation='auto' on this machine: wrong"
+    ):
         doctor.verify("grouped_matmul", "auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"), [("nope", "is unknown"), ("splash", "runs on tpu, not on cpu")]
+)
+def test_an_implementation_that_cannot_run_is_refused_before_it_is_tried(name, complaint):
+    with pytest.raises(ValueError, match=f"attention implementation='{name}' {complaint}; use"):
+        doctor.verify("attention", name)
