@@ -286,8 +286,12 @@ def validate_environment(config: ConfigDict, num_devices: int) -> None:
         )
 
 
-# What decides which text a step sees: another value would make another run of it.
-FIXED = ("seed", "training.batch_size", "data.source", "data.tokenizer", "data.sequence_length")
+# What decides which text a step sees, and whether routing is learned at all: another value would
+# make another run of it.
+FIXED = (
+    *("seed", "training.batch_size", "model.router"),
+    *("data.source", "data.tokenizer", "data.sequence_length"),
+)
 
 
 def changes(before: dict, config: ConfigDict) -> list[str]:

@@ -20,7 +20,7 @@ from moe_jax.training import loop
 
 DONE, FAILED, STOPPED, BLOCKED, PENDING = "done", "failed", "stopped", "blocked", "pending"
 RESULT_COLUMNS = """steps tokens training_flops loss bits_per_byte parent_tokens
-    parent_training_flops parameters active_parameters seconds""".split()
+    parent_training_flops parameters active_parameters router seconds""".split()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,6 +172,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         "byte_unigram_bits": held_out.byte_unigram_bits,
         "tokens_per_expert": health.get("tokens_per_expert"),
         "effective_experts": health.get("effective_experts"),
+        "router": model_config.router if model_config.num_experts else "",
         "samples": _samples(state.params, model_config, tokenizer, config),
         "seconds": round(time.monotonic() - began, 1),
         "versions": {

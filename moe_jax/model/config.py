@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 DENSE, MOE = "dense", "moe"
 CHOICES = {
@@ -49,7 +50,7 @@ class ModelConfig:
     # How it is computed rather than what it is.
     dtype: str = "float32"
     remat: str = "full"
-    grouped_matmul: str = "auto"
+    grouped_matmul: str = "auto"  # or a name that scripts/doctor.py lists; so attention
     attention: str = "auto"
 
     def __post_init__(self):
@@ -98,8 +99,8 @@ class ModelConfig:
                     f"num_experts={self.num_experts} does not fit layers={self.layers}; "
                     f"{MOE!r} layers need num_experts >= 1, all-{DENSE!r} models num_experts=0"
                 )
-        if not self.capacity_factor > 0:
-            yield f"capacity_factor={self.capacity_factor} must be more than 0"
+        if not 0 < self.capacity_factor < math.inf:
+            yield f"capacity_factor={self.capacity_factor} must be a finite number more than 0"
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 yield f"{name}={getattr(self, name)!r} is unknown; use one of {choices}"
@@ -122,10 +123,9 @@ class ModelConfig:
 
     @property
     def implementations(self) -> dict[str, str]:
-        """The implementation of each op that the model calls."""
+        """The implementation of each op that a model of this kind calls."""
         ops = {"attention": self.attention, "cross_entropy": "auto"}
-        sparse = self.num_experts and self.dispatch == "dropless"
-        return {**ops, "grouped_matmul": self.grouped_matmul} if sparse else ops
+        return {**ops, "grouped_matmul": self.grouped_matmul} if self.num_experts else ops
 
     def to_moe(
         self, *, num_experts: int, num_experts_per_tok: int, layers: tuple[str, ...] | None = None
