@@ -108,12 +108,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     )
 
     # step -----------------------------------------------------------------------------------
-    train_step = jax.jit(
-        step.make_train_step(model_config, training, tx, config.seed),
-        in_shardings=(state_shardings, batch_sharding),
-        out_shardings=(state_shardings, None),
-        donate_argnums=0,
-    )
+    train_step = step.jitted(config, model_config, tx, state_shardings, mesh)
     eval_step = on_mesh(jax.jit(perplexity.make_eval_step(model_config, len(held_out.labels))))
 
     def evaluate(params: dict) -> perplexity.Evaluation:

@@ -33,11 +33,7 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         for name in ("tokens", "targets", "segment_ids", "positions")
     }
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(
-        step.make_train_step(model_config, config.training, tx, config.seed),
-        out_shardings=(state_shardings, None),
-        donate_argnums=0,
-    )
+    train_step = step.jitted(config, model_config, tx, state_shardings, mesh)
     with jax.set_mesh(mesh):
         platform = mesh.devices.flat[0].platform
-        return jitted.trace(state, batch).lower(lowering_platforms=(platform,))
+        return train_step.trace(state, batch).lower(lowering_platforms=(platform,))

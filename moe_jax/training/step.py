@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from moe_jax import model
 from moe_jax.model import transformer
 from moe_jax.ops import cross_entropy
+from moe_jax.parallel import sharding
 from moe_jax.training import losses
 from moe_jax.training.state import TrainState
 
@@ -105,3 +106,13 @@ def make_train_step(
         return jax.lax.scan(add, zeros, (jnp.arange(N), microbatches))[0]
 
     return train_step
+
+
+def jitted(config: ConfigDict, model_config: model.ModelConfig, optimizer, state_shardings, mesh):
+    """The step of a run, its state donated, compiled for a mesh when it is first called."""
+    return jax.jit(
+        make_train_step(model_config, config.training, optimizer, config.seed),
+        in_shardings=(state_shardings, jax.NamedSharding(mesh, sharding.BATCH)),
+        out_shardings=(state_shardings, None),
+        donate_argnums=0,
+    )
