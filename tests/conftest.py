@@ -20,8 +20,8 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import pytest  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
+import pytest  # noqa: E402 - after what jax reads once
+from jax.experimental import topologies  # noqa: E402 - so too
 
 
 def pytest_addoption(parser):

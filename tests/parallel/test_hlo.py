@@ -135,7 +135,7 @@ ENTRY %main.1 (q.1: bf16[4,256,128], g.1: s32[8], x.1: bf16[1024,256], w.1: bf16
   %buffer = bf16[1024,512]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   ROOT %gmm.1.rhs = bf16[1024,512]{1,0:T(8,128)(2,1)} custom-call(%ragged-dot-metadata.1.clone, %x.1, /*index=5*/%w.1), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/transpose(jvp(moe))/jit(gmm)/pallas_call"}, backend_config={"custom_call_config":{"body":"TUzvUgFN","cost_estimate":{"flops":"268435456","transcendentals":"0","bytes_accessed":"7077888"}}}
 }
-"""  # noqa: E501
+"""  # noqa: E501 - recorded text, as the compiler wrote it
 
 
 def test_kernels_count_by_their_estimate_or_by_what_one_gives():
@@ -304,7 +304,7 @@ ENTRY %main.0_spmd (x.1: bf16[8,4]) -> bf16[8,8] {
   %all-gather.2.cloned.1.call-start = ((bf16[8,4]{1,0}), bf16[8,8]{1,0}, u32[]{:S(2)}) call-start(%collective-permute-done), async_execution_thread="sparsecore", to_apply=%gather
   ROOT %all-gather.2.cloned.1.call-done = bf16[8,8]{1,0:T(8,128)(2,1)} call-done(%all-gather.2.cloned.1.call-start)
 }
-"""  # noqa: E501
+"""  # noqa: E501 - recorded text, as the compiler wrote it
 
 
 def test_tpu_collectives_in_fusions_and_in_parts_are_counted_once():

@@ -51,7 +51,7 @@ ENTRY %main.4 (x.1: bf16[3,8,32], w.1: bf16[3,32,16], n.1: s32[]) -> bf16[3,8,32
   %while = (s32[]{:T(128)}, bf16[3,8,32]{2,1,0:T(8,128)(2,1)}, bf16[3,32,16]{2,1,0:T(8,128)(2,1)S(1)}, s32[]{:T(128)}, s32[]{:T(128)}, /*index=5*/s32[]{:T(128)}) while(%tuple.12), condition=%condition.1, body=%body.1, metadata={op_name="jit(step)/while"}
   ROOT %gte.9 = bf16[3,8,32]{2,1,0:T(8,128)(2,1)} get-tuple-element(%while), index=1
 }
-"""  # noqa: E501
+"""  # noqa: E501 - recorded text, as the compiler wrote it
 ROUND = 2 * 3 * 8 * 32 * 16
 
 

@@ -49,7 +49,8 @@ def test_a_step_executes_the_due_products_with_megablox_and_splash(libtpu, topol
     with jax.set_mesh(mesh):
         due = flops.analytic_flops(model_config, T) * B * T
     M = rows_per_expert * E
-    tiles = grouped_tpu.visited_rows(M, E, 128) / M
+    tm, *_ = grouped_tpu.tiling(M, D, F, E, itemsize=2)
+    tiles = grouped_tpu.visited_rows(M, E, tm) / M
     print(f"{topology} {E}e: executed / due = {executed / due:.3f}, tile visits x {tiles:.3f}")
     assert 0.98 <= executed / due <= 1.10
     names = " ".join(hlo.kernel_calls(text))
