@@ -65,7 +65,8 @@ def default() -> ConfigDict:
                 "beta2": 0.95,
                 "epsilon": 1e-8,
                 "weight_decay": 0.1,
-                "no_weight_decay": "norm/scale$",  # a regular expression of parameter paths
+                # A regular expression of parameter paths.
+                "no_weight_decay": r"norm/scale$|bias$|/b[qkvo]$",
                 "gradient_clip_norm": 1.0,
             },
             "training": {

@@ -1,22 +1,35 @@
-"""The attention block: norm, projections, rotary positions, attention, output projection."""
+"""The attention block: norm, projections, positions, attention, output projection."""
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.model import layers, remat
 from moe_jax.model.config import ModelConfig
 from moe_jax.ops import attention as ops
+from moe_jax.ops import cached_attention
 
 
 def shapes(config: ModelConfig) -> dict:
     D, N, K = config.hidden_size, config.num_attention_heads, config.num_kv_heads
     H = config.head_size
-    return {
+    shapes = {
         "norm": layers.norm_shapes(config),
         "wq": (D, N, H),
         "wk": (D, K, H),
         "wv": (D, K, H),
         "wo": (N, H, D),
     }
+    if config.attention_bias != "none":
+        shapes |= {"bq": (N, H), "bk": (K, H), "bv": (K, H)}
+    if config.attention_bias == "all":
+        shapes["bo"] = (D,)
+    if config.qk_norm != "none":
+        q, k = ((H,), (H,)) if config.qk_norm == "head" else ((N, H), (K, H))
+        shapes |= {
+            "q_norm": layers.norm_shapes(config, *q),
+            "k_norm": layers.norm_shapes(config, *k),
+        }
+    return shapes
 
 
 def attention(
@@ -25,13 +38,47 @@ def attention(
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
     config: ModelConfig,
-) -> jax.Array:
-    """What the block adds to x."""
-    x_BTD = layers.rms_norm(x_BTD, params["norm"]["scale"], config.rms_norm_eps)
-    q_BTNH, k_BTKH, v_BTKH = (layers.product(x_BTD, params[name]) for name in ("wq", "wk", "wv"))
-    q_BTNH = layers.rotate(q_BTNH, positions_BT, config.rope_theta)
-    k_BTKH = layers.rotate(k_BTKH, positions_BT, config.rope_theta)
+    *,
+    window: int | None = None,
+    cache: dict | None = None,
+) -> tuple[jax.Array, dict | None]:
+    """What the block adds to x, and the cache with the keys and values of these positions.
+
+    Args:
+      window: the keys that a query sees, itself included; None is all before it.
+      cache: `k` and `v` [B, S, K, H] of the positions before these, or None in training. Several
+        positions at once must be the first ones of their rows.
+    """
+    x_BTD = layers.norm(x_BTD, params["norm"], config)
+    q_BTNH, k_BTKH, v_BTKH = (
+        layers.add_bias(layers.product(x_BTD, params[f"w{n}"]), params, f"b{n}") for n in "qkv"
+    )
+    if config.qk_norm != "none":
+        q_BTNH = layers.norm(q_BTNH, params["q_norm"], config)
+        k_BTKH = layers.norm(k_BTKH, params["k_norm"], config)
+    if config.clip_qkv is not None:
+        q_BTNH, k_BTKH, v_BTKH = (
+            jnp.clip(x, -config.clip_qkv, config.clip_qkv) for x in (q_BTNH, k_BTKH, v_BTKH)
+        )
+    if config.position_embedding == "rotary":
+        q_BTNH, k_BTKH = (layers.rotate(x, positions_BT, config) for x in (q_BTNH, k_BTKH))
     q_BTNH, k_BTKH, v_BTKH = remat.named("qkv", (q_BTNH, k_BTKH, v_BTKH))
-    y_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, implementation=config.attention)
+    if cache is not None:
+        cache = {n: _write(cache[n], x, positions_BT) for n, x in (("k", k_BTKH), ("v", v_BTKH))}
+    if cache is not None and x_BTD.shape[1] == 1:
+        y_BTNH = cached_attention.attend(
+            q_BTNH, cache["k"], cache["v"], positions_BT, window=window
+        )
+    else:
+        y_BTNH = ops.attention(
+            *(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT),
+            window=window,
+            implementation=config.attention,
+        )
     y_BTNH = remat.named("attention", y_BTNH)
-    return layers.product(y_BTNH, params["wo"], contracted=2)
+    return layers.add_bias(layers.product(y_BTNH, params["wo"], contracted=2), params, "bo"), cache
+
+
+def _write(cache_BSKH, x_BTKH, positions_BT):
+    row_B1 = jnp.arange(len(positions_BT))[:, None]
+    return cache_BSKH.at[row_B1, positions_BT].set(x_BTKH.astype(cache_BSKH.dtype), mode="drop")

@@ -1,17 +1,30 @@
-"""What a model is: one frozen dataclass, the published presets, and the layout of its layers."""
+"""What a model is: one frozen dataclass, and the published models as presets of it."""
 
 import dataclasses
-import functools
 import math
+from typing import NamedTuple
 
 DENSE, MOE = "dense", "moe"
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 CHOICES = {
+    "norm": ("rms", "layer", "layer_1p"),
+    "hidden_act": ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu2"),
+    "attention_bias": ("none", "qkv", "all"),
+    "qk_norm": ("none", "head", "full"),
+    "position_embedding": ("rotary", "learned"),
     "router": ("softmax_topk", "forced_balance"),
     "dispatch": ("dropless", "capacity"),
     "token_priority": ("position", "random"),
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "full", "save_experts", "save_dots", "offload_experts", "offload_dots"),
 }
+
+
+class BlockKind(NamedTuple):
+    """What one layer differs in from another of the same model."""
+
+    feed_forward: str  # DENSE or MOE
+    window: int | None  # the keys that a query sees, itself included; None is all before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +44,37 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int | None = None  # num_attention_heads
     head_dim: int | None = None  # hidden_size / num_attention_heads
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
+    max_position_embeddings: int = 4096  # learned positions end there
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    model_type: str | None = None  # the Hugging Face family to save as; else any that can hold it
+
+    norm: str = "rms"  # or LayerNorm; "layer_1p" is one whose scale is kept less 1 (Nemotron)
+    rms_norm_eps: float = 1e-5  # of whichever norm
+    hidden_act: str = "silu"
+    gated_mlp: bool = True  # down(act(gate x) * up x), else down(act(up x))
+    mlp_bias: bool = False
+
+    attention_bias: str = "none"  # "qkv" (Qwen2), or "all": the output projection's too
+    qk_norm: str = "none"  # "head": each head of q and k (Qwen3); "full": all at once (OLMoE)
+    clip_qkv: float | None = None
+    sliding_window: int | None = None  # the keys that a query sees, itself included
+    layer_types: tuple[str, ...] | None = None  # which layers slide; None: all that have a window
+
+    position_embedding: str = "rotary"  # or "learned" (GPT-2)
+    rope_theta: float = 10_000.0
+    partial_rotary_factor: float = 1.0  # the share of a head that is rotated
+    rope_scaling_factor: float = 1.0  # Llama 3's, for longer texts; 1 is none
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
 
     num_experts: int = 0
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None  # intermediate_size
+    shared_expert_intermediate_size: int | None = None  # of an expert that every token goes to
     norm_topk_prob: bool = True
+    gate_norm_std: float | None = None  # the deviation router logits are brought to (Skywork-MoE)
     router: str = "softmax_topk"  # or "forced_balance": experts in turn, for benchmarks only
     dispatch: str = "dropless"  # or "capacity": an expert drops what does not fit
     capacity_factor: float = 1.25  # dropless: of the virtual drop rate that is reported
@@ -54,19 +89,28 @@ class ModelConfig:
     attention: str = "auto"
 
     def __post_init__(self):
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("layers", "layer_types"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for problem in self._problems():
             raise ValueError(problem)
 
     def _problems(self):
         for name in (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads head_dim moe_intermediate_size num_experts_per_tok min_capacity"
+            "num_key_value_heads head_dim max_position_embeddings sliding_window "
+            "moe_intermediate_size shared_expert_intermediate_size num_experts_per_tok min_capacity"
         ).split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name}={value} must be at least 1"
+        for name in (
+            "rms_norm_eps rope_theta partial_rotary_factor rope_scaling_factor clip_qkv "
+            "gate_norm_std capacity_factor"
+        ).split():
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                yield f"{name}={value} must be a finite number more than 0"
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             yield (
                 f"hidden_size={self.hidden_size} is not divisible by "
@@ -77,8 +121,13 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.num_kv_heads}"
             )
-        if self.head_size % 2:
-            yield f"head_dim={self.head_size} is odd; rotary positions need an even one"
+        if self.position_embedding == "rotary" and not (
+            2 <= self.rotary_size <= self.head_size and self.rotary_size % 2 == 0
+        ):
+            yield (
+                f"partial_rotary_factor={self.partial_rotary_factor} rotates {self.rotary_size} of "
+                f"head_dim={self.head_size}; rotary positions need an even number from 2 to it"
+            )
         if self.num_experts < 0:
             yield f"num_experts={self.num_experts} must be 0 (dense) or more"
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
@@ -86,21 +135,29 @@ class ModelConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than "
                 f"num_experts={self.num_experts}; choose at most {self.num_experts}"
             )
-        if self.layers is not None:
-            if len(self.layers) != self.num_hidden_layers:
+        if self.num_experts == 1 and self.gate_norm_std is not None:
+            yield "gate_norm_std needs num_experts of 2 or more: one logit has no deviation"
+        for name, kinds in (
+            ("layers", (DENSE, MOE)),
+            ("layer_types", (FULL_ATTENTION, SLIDING_ATTENTION)),
+        ):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if len(value) != self.num_hidden_layers:
                 yield (
-                    f"layers names {len(self.layers)} layers but "
+                    f"{name} names {len(value)} layers but "
                     f"num_hidden_layers={self.num_hidden_layers}; make them agree"
                 )
-            for kind in set(self.layers) - {DENSE, MOE}:
-                yield f"layers has the kind {kind!r}; use {DENSE!r} or {MOE!r}"
-            if (MOE in self.layers) != (self.num_experts > 0):
-                yield (
-                    f"num_experts={self.num_experts} does not fit layers={self.layers}; "
-                    f"{MOE!r} layers need num_experts >= 1, all-{DENSE!r} models num_experts=0"
-                )
-        if not 0 < self.capacity_factor < math.inf:
-            yield f"capacity_factor={self.capacity_factor} must be a finite number more than 0"
+            for kind in set(value) - set(kinds):
+                yield f"{name} has the kind {kind!r}; use {kinds[0]!r} or {kinds[1]!r}"
+        if self.layers is not None and (MOE in self.layers) != (self.num_experts > 0):
+            yield (
+                f"num_experts={self.num_experts} does not fit layers={self.layers}; "
+                f"{MOE!r} layers need num_experts >= 1, all-{DENSE!r} models num_experts=0"
+            )
+        if self.sliding_window is None and SLIDING_ATTENTION in (self.layer_types or ()):
+            yield f"layer_types has {SLIDING_ATTENTION!r} layers; set sliding_window"
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 yield f"{name}={getattr(self, name)!r} is unknown; use one of {choices}"
@@ -114,12 +171,23 @@ class ModelConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def rotary_size(self) -> int:
+        """How many of a head's dimensions are rotated."""
+        return int(self.head_size * self.partial_rotary_factor)
+
+    @property
     def expert_size(self) -> int:
         return self.moe_intermediate_size or self.intermediate_size
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
         return self.layers or (MOE if self.num_experts else DENSE,) * self.num_hidden_layers
+
+    @property
+    def block_kinds(self) -> tuple[BlockKind, ...]:
+        types = self.layer_types or (SLIDING_ATTENTION,) * self.num_hidden_layers
+        windows = (self.sliding_window if t == SLIDING_ATTENTION else None for t in types)
+        return tuple(map(BlockKind, self.layer_kinds, windows))
 
     @property
     def implementations(self) -> dict[str, str]:
@@ -132,58 +200,16 @@ class ModelConfig:
     ) -> "ModelConfig":
         """The config of this dense model upcycled, sparse where `layers` says so, else in all."""
         return dataclasses.replace(
-            self, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok, layers=layers
+            self,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            layers=layers,
+            model_type=None,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """A pattern of layer kinds that repeats; its parameters are stacked and scanned.
-
-    `layers[place]` are the indices of the layers that stand at that place of the pattern, one for
-    each repeat. Places are keyed "0", "1", … through all segments of a model.
-    """
-
-    kinds: dict[str, str]
-    layers: dict[str, tuple[int, ...]]
-
-    @property
-    def repeats(self) -> int:
-        return len(next(iter(self.layers.values())))
-
-
-@functools.lru_cache
-def segments(kinds: tuple[str, ...]) -> tuple[Segment, ...]:
-    """Cuts a model's layers into the segments that trace the fewest blocks.
-
-    A leading dense layer becomes a segment of its own, LOLA's alternation one of two places.
-    """
-    # best[i] = (blocks traced, segments used, cuts) for the layers from i on.
-    best = {len(kinds): (0, 0, ())}
-    for i in reversed(range(len(kinds))):
-        options = []
-        for period in range(1, len(kinds) - i + 1):
-            pattern, end = kinds[i : i + period], i
-            while kinds[end : end + period] == pattern:
-                end += period
-                blocks, used, cuts = best[end]
-                options.append((blocks + period, used + 1, ((i, period, end), *cuts)))
-        best[i] = min(options)
-    found, place = [], 0
-    for start, period, end in best[0][2]:
-        names = {str(place + j): start + j for j in range(period)}
-        found.append(
-            Segment(
-                kinds={name: kinds[first] for name, first in names.items()},
-                layers={name: tuple(range(first, end, period)) for name, first in names.items()},
-            )
-        )
-        place += period
-    return tuple(found)
 
 
 PRESETS = {
-    # The quickstart's parent and child: small enough for two CPU cores.
+    # The quickstart's parent: small enough for two CPU cores.
     "quickstart": ModelConfig(
         vocab_size=259,
         hidden_size=128,
@@ -193,5 +219,149 @@ PRESETS = {
         num_key_value_heads=2,
         remat="none",
     ),
+    # Nemotron-4 15B (Parmar et al., arXiv 2402.16819).
+    "nemotron-4-15b": ModelConfig(
+        vocab_size=256_000,
+        hidden_size=6144,
+        intermediate_size=24_576,
+        num_hidden_layers=32,
+        num_attention_heads=48,
+        num_key_value_heads=8,
+        norm="layer_1p",
+        hidden_act="relu2",
+        gated_mlp=False,
+        partial_rotary_factor=0.5,
+        initializer_range=0.0134,
+        model_type="nemotron",
+    ),
+    # LOLA (Srivastava et al., arXiv 2409.11272): GPT-3 XL with every second layer sparse.
+    "lola": ModelConfig(
+        vocab_size=100_096,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.01,
+        norm="layer",
+        hidden_act="gelu_fast",
+        gated_mlp=False,
+        mlp_bias=True,
+        attention_bias="all",
+        position_embedding="learned",
+        num_experts=16,
+        num_experts_per_tok=1,
+        norm_topk_prob=False,
+        capacity_factor=1.0,
+        token_priority="random",
+        layers=(DENSE, MOE) * 12,
+        model_type="lola_v1",
+    ),
+    # OLMoE (Muennighoff et al., arXiv 2409.02060).
+    "olmoe-1b-7b": ModelConfig(
+        vocab_size=50_304,
+        hidden_size=2048,
+        intermediate_size=1024,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        qk_norm="full",
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        model_type="olmoe",
+    ),
+    # Mixtral (Jiang et al., arXiv 2401.04088).
+    "mixtral-8x7b": ModelConfig(
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=32_768,
+        rope_theta=1e6,
+        num_experts=8,
+        num_experts_per_tok=2,
+        model_type="mixtral",
+    ),
+    # Qwen3 (Yang et al., arXiv 2505.09388).
+    "qwen3-30b-a3b": ModelConfig(
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        qk_norm="head",
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        model_type="qwen3_moe",
+    ),
+    # SmolLM2 (Ben Allal et al., arXiv 2502.02737).
+    "smollm2-135m": ModelConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_theta=1e5,
+        tie_word_embeddings=True,
+        model_type="llama",
+    ),
 }
-PRESETS["quickstart-8e"] = PRESETS["quickstart"].to_moe(num_experts=8, num_experts_per_tok=2)
+
+# Llama's architecture: vocabulary, D, F, layers, heads, kv heads. LLM-jp-3 (model cards of the
+# LLM-jp project, arXiv 2407.03963), Drop-Upcycling's parents (Nakamura et al., arXiv 2502.19261) and
+# Skywork-13B (Wei et al., arXiv 2310.19341).
+_LLAMAS = {
+    "llm-jp-3-150m": (99_487, 512, 2048, 12, 8, 8),
+    "llm-jp-3-440m": (99_487, 1024, 3584, 16, 8, 8),
+    "llm-jp-3-980m": (99_487, 1536, 5376, 20, 8, 8),
+    "llm-jp-3-1.8b": (99_487, 2048, 7168, 24, 16, 16),
+    "llm-jp-3-3.7b": (99_487, 3072, 8192, 28, 24, 24),
+    "llm-jp-3-7.2b": (99_487, 4096, 11_008, 32, 32, 32),
+    "llm-jp-3-13b": (99_487, 5120, 13_824, 40, 40, 40),
+    "drop-upcycling-152m": (99_584, 512, 2048, 12, 8, 8),
+    "drop-upcycling-1.5b": (48_640, 2048, 7168, 24, 16, 8),
+    "drop-upcycling-3.7b": (99_584, 3072, 8192, 28, 24, 24),
+    "drop-upcycling-13b": (99_487, 5120, 13_824, 40, 40, 40),
+    "skywork-13b": (65_536, 4608, 12_288, 52, 36, 36),
+}
+_LLAMA_FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads""".split()
+PRESETS |= {
+    name: ModelConfig(**dict(zip(_LLAMA_FIELDS, sizes, strict=True)), model_type="llama")
+    for name, sizes in _LLAMAS.items()
+}
+
+# Upcycled: parent, number of experts, experts per token, what else differs. He et al. (arXiv
+# 2410.07524) write E8G8T8 for 8 · 8 experts of an eighth of the parent's width.
+_UPCYCLED = {
+    "quickstart-8e": ("quickstart", 8, 2, {}),
+    "drop-upcycling-8x152m": ("drop-upcycling-152m", 8, 2, {"model_type": "mixtral"}),
+    "drop-upcycling-8x1.5b": ("drop-upcycling-1.5b", 8, 2, {"model_type": "mixtral"}),
+    "drop-upcycling-8x3.7b": ("drop-upcycling-3.7b", 8, 2, {"model_type": "mixtral"}),
+    "llm-jp-3-8x1.8b": ("llm-jp-3-1.8b", 8, 2, {"model_type": "mixtral"}),
+    "llm-jp-3-8x13b": ("llm-jp-3-13b", 8, 2, {"model_type": "mixtral"}),
+    "nemotron-4-15b-e8g1t2": ("nemotron-4-15b", 8, 2, {"norm_topk_prob": False}),
+    "nemotron-4-15b-e8g8t8": (
+        *("nemotron-4-15b", 64, 8),
+        {"norm_topk_prob": False, "moe_intermediate_size": 3072},
+    ),
+    # Wei et al., arXiv 2406.06563.
+    "skywork-moe": (
+        *("skywork-13b", 16, 2),
+        {"gate_norm_std": 1.0, "max_position_embeddings": 8192, "model_type": "skywork"},
+    ),
+}
+for _name, (_parent, _experts, _per_token, _other) in _UPCYCLED.items():
+    _moe = PRESETS[_parent].to_moe(num_experts=_experts, num_experts_per_tok=_per_token)
+    PRESETS[_name] = dataclasses.replace(_moe, **_other)

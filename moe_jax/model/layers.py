@@ -1,5 +1,6 @@
-"""The small pure functions every block uses: norm, rotary positions, gated feed-forward."""
+"""The small pure functions every block uses: norms, rotary positions, feed-forward."""
 
+import functools
 import math
 
 import jax
@@ -8,14 +9,36 @@ import jax.numpy as jnp
 from moe_jax.model import remat
 from moe_jax.model.config import ModelConfig
 
+# By their Hugging Face names; gelu_new, gelu_fast and gelu_pytorch_tanh are one formula.
+_GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": _GELU_TANH,
+    "gelu_fast": _GELU_TANH,
+    "gelu_pytorch_tanh": _GELU_TANH,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
 
-def norm_shapes(config: ModelConfig) -> dict:
-    return {"scale": (config.hidden_size,)}
+
+def norm_shapes(config: ModelConfig, *shape: int) -> dict:
+    """Of a norm over the last axes of sizes `shape`, by default the hidden size."""
+    shape = shape or (config.hidden_size,)
+    return {"scale": shape} if config.norm == "rms" else {"scale": shape, "bias": shape}
+
+
+def ffn_shapes(config: ModelConfig, width: int) -> dict:
+    """The matrices of one feed-forward function of `width` neurons, and its biases if any."""
+    D, F = config.hidden_size, width
+    inner = ("gate", "up") if config.gated_mlp else ("up",)
+    shapes = {**dict.fromkeys(inner, (D, F)), "down": (F, D)}
+    if config.mlp_bias:
+        shapes |= {**{f"{name}_bias": (F,) for name in inner}, "down_bias": (D,)}
+    return shapes
 
 
 def mlp_shapes(config: ModelConfig) -> dict:
-    D, F = config.hidden_size, config.intermediate_size
-    return {"norm": norm_shapes(config), "gate": (D, F), "up": (D, F), "down": (F, D)}
+    return {"norm": norm_shapes(config), **ffn_shapes(config, config.intermediate_size)}
 
 
 def product(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
@@ -31,27 +54,70 @@ def product(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
     return y.reshape(*rows, *columns)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32 (Zhang & Sennrich, arXiv 1910.07467)."""
-    x32 = x.astype(jnp.float32)
-    unit = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return unit.astype(x.dtype) * scale.astype(x.dtype)
+def add_bias(x: jax.Array, params: dict, name: str) -> jax.Array:
+    """x plus the bias of that name, where the model has one."""
+    return x + params[name].astype(x.dtype) if name in params else x
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions, pairing dimension i with i + H/2 (Su et al., arXiv 2104.09864)."""
-    half = x_BTNH.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
+def norm(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
+    """Over the last axes, as many as the scale has, in float32; the scale in x's dtype.
+
+    "rms": root mean square (Zhang & Sennrich, arXiv 1910.07467); "layer": less the mean, with a
+    bias (Ba et al., arXiv 1607.06450); "layer_1p": so, its scale kept less 1.
+    """
+    axes = tuple(range(-params["scale"].ndim, 0))
+    x32, scale = x.astype(jnp.float32), params["scale"]
+    if config.norm != "rms":
+        x32 = x32 - jnp.mean(x32, axis=axes, keepdims=True)
+    if config.norm == "layer_1p":
+        scale = 1 + scale
+    square = jnp.mean(x32 * x32, axis=axes, keepdims=True)
+    unit = (x32 * jax.lax.rsqrt(square + config.rms_norm_eps)).astype(x.dtype)
+    return add_bias(unit * scale.astype(x.dtype), params, "bias")
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """Rotary positions, pairing dimension i with i + R/2 (Su et al., arXiv 2104.09864).
+
+    R is `config.rotary_size`; the dimensions from there on pass through.
+    """
+    x, y, rest = jnp.split(x_BTNH, (config.rotary_size // 2, config.rotary_size), axis=-1)
+    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies(config)
     sin, cos = jnp.sin(angle).astype(x_BTNH.dtype), jnp.cos(angle).astype(x_BTNH.dtype)
-    x, y = jnp.split(x_BTNH, 2, axis=-1)
-    return jnp.concatenate([x * cos - y * sin, y * cos + x * sin], axis=-1)
+    return jnp.concatenate([x * cos - y * sin, y * cos + x * sin, rest], axis=-1)
+
+
+def frequencies(config: ModelConfig) -> jax.Array:
+    """[R/2], radians per position.
+
+    With `rope_scaling_factor` as Llama 3.1 (Grattafiori et al., arXiv 2407.21783): waves longer
+    than the original length by `rope_low_freq_factor` are stretched by the factor, those shorter by
+    `rope_high_freq_factor` are kept, and between them the two are blended.
+    """
+    half = config.rotary_size // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling_factor == 1:
+        return frequency
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    waves = config.rope_original_length * frequency / (2 * math.pi)
+    kept = jnp.clip((waves - low) / (high - low), 0, 1)
+    return frequency * (kept + (1 - kept) / config.rope_scaling_factor)
+
+
+def feed_forward(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
+    """down(act(gate x) * up x) (Shazeer, arXiv 2002.05202), or down(act(up x)) without a gate."""
+    inner = [name for name in ("gate", "up") if name in params]
+    hidden = tuple(add_bias(product(x, params[n]), params, f"{n}_bias") for n in inner)
+    hidden = activate(remat.named("gate_up", hidden), config)
+    return add_bias(product(hidden, params["down"]), params, "down_bias")
+
+
+def activate(hidden: tuple[jax.Array, ...], config: ModelConfig) -> jax.Array:
+    """act(gate) * up of (gate, up), act(up) of (up,)."""
+    first, *up = hidden
+    return math.prod(up, start=ACTIVATIONS[config.hidden_act](first))
 
 
 def mlp(x_BTD: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
-    """Norm, then SwiGLU: down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202)."""
-    x_BTD = rms_norm(x_BTD, params["norm"]["scale"], config.rms_norm_eps)
-    gate_BTF, up_BTF = remat.named(
-        "gate_up", tuple(product(x_BTD, params[name]) for name in ("gate", "up"))
-    )
-    return product(jax.nn.silu(gate_BTF) * up_BTF, params["down"])
+    """Norm, then feed-forward."""
+    return feed_forward(norm(x_BTD, params["norm"], config), params, config)

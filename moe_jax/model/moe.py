@@ -17,12 +17,15 @@ from moe_jax.parallel import sharding
 
 
 def shapes(config: ModelConfig) -> dict:
-    D, F, E = config.hidden_size, config.expert_size, config.num_experts
-    return {
+    one = layers.ffn_shapes(config, config.expert_size)
+    shapes = {
         "norm": layers.norm_shapes(config),
-        "router": {"kernel": (D, E)},
-        "experts": {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)},
+        "router": {"kernel": (config.hidden_size, config.num_experts)},
+        "experts": {name: (config.num_experts, *shape) for name, shape in one.items()},
     }
+    if config.shared_expert_intermediate_size:
+        shapes["shared"] = layers.ffn_shapes(config, config.shared_expert_intermediate_size)
+    return shapes
 
 
 def moe(
@@ -46,7 +49,7 @@ def moe(
 
     def gathered(x_BTD, params, valid_BT, key):
         gather = functools.partial(sharding.all_gather, keep=("tensor",))
-        params = jax.tree.map(gather, params, specs)
+        params = _bias_once(jax.tree.map(gather, params, specs))
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(sharding.BATCH_AXES))
         y_BTD, stats = local(x_BTD, params, valid_BT, key)
@@ -61,9 +64,18 @@ def moe(
     )(x_BTD, params, valid_BT, key)
 
 
+def _bias_once(params: dict) -> dict:
+    """What is added to the output only on the first of the tensor axis, over which it is summed."""
+    first = jax.lax.axis_index("tensor") == 0
+    return {
+        name: _bias_once(x) if isinstance(x, dict) else x * first if name == "down_bias" else x
+        for name, x in params.items()
+    }
+
+
 def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
     B, T, D = x_BTD.shape
-    x_BTD = layers.rms_norm(x_BTD, params["norm"]["scale"], config.rms_norm_eps)
+    x_BTD = layers.norm(x_BTD, params["norm"], config)
     x_MD, valid_M = x_BTD.reshape(B * T, D), valid_BT.ravel()
     with jax.named_scope("router"):
         # In float32: with bfloat16 logits close calls between experts would depend on rounding.
@@ -73,6 +85,7 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
             logits_ME,
             num_experts_per_tok=config.num_experts_per_tok,
             norm_topk_prob=config.norm_topk_prob,
+            gate_norm_std=config.gate_norm_std,
         )
     with jax.named_scope("dispatch"):
         plan = remat.named("plan", _plan(routing.expert_index_MA, valid_M, key, config))
@@ -82,6 +95,9 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
         y_RD = experts_of_rows(x_RD, weight_R, params["experts"], plan, config)
     with jax.named_scope("combine"):
         y_MD = permute.combine(y_RD, plan)
+    if "shared" in params:
+        with jax.named_scope("shared_expert"):
+            y_MD += layers.feed_forward(x_MD, params["shared"], config)
 
     num_dropped = jnp.sum(valid_M) * config.num_experts_per_tok - jnp.sum(plan.group_sizes_E)
     num_dropped = jnp.zeros_like(num_dropped) if plan.complete else num_dropped
@@ -108,13 +124,15 @@ def experts_of_rows(
     plan: permute.Permutation,
     config: ModelConfig,
 ) -> jax.Array:
-    """weight · expert(x) of each row, SwiGLU experts.
+    """weight · expert(x) of each row.
 
     The weight multiplies the hidden neurons, before the down projection: the same sum, but its
     gradient needs no expert output, so nothing of width D is kept or computed again for it.
     """
+    weight_R1 = weight_R[:, None].astype(x_RD.dtype)
 
-    def product(x, *weights):
+    def product(x, *names):
+        weights = tuple(experts[name] for name in names)
         if plan.complete:
             return grouped_matmul.grouped_matmuls(
                 x, weights, plan.group_sizes_E, implementation=config.grouped_matmul
@@ -125,6 +143,24 @@ def experts_of_rows(
             for w in weights
         )
 
-    gate_RF, up_RF = remat.named("gate_up", product(x_RD, experts["gate"], experts["up"]))
-    hidden_RF = jax.nn.silu(gate_RF) * up_RF * weight_R[:, None].astype(x_RD.dtype)
-    return product(hidden_RF, experts["down"])[0]
+    inner = [name for name in ("gate", "up") if name in experts]
+    hidden = product(x_RD, *inner)
+    if "up_bias" in experts:
+        biases = (_bias_of_rows(experts[f"{name}_bias"], plan, x_RD) for name in inner)
+        hidden = tuple(h + b for h, b in zip(hidden, biases, strict=True))
+    hidden_RF = layers.activate(remat.named("gate_up", hidden), config)
+    y_RD = product(hidden_RF * weight_R1, "down")[0]
+    if "down_bias" in experts:
+        y_RD += _bias_of_rows(experts["down_bias"], plan, x_RD) * weight_R1
+    return y_RD
+
+
+def _bias_of_rows(bias_EF, plan, x_RD):
+    """Each row's expert's bias, as a product: the gradient of a gather would be a scatter-add."""
+    R, E = x_RD.shape[0], bias_EF.shape[0]
+    if plan.complete:
+        expert_R = jnp.searchsorted(jnp.cumsum(plan.group_sizes_E), jnp.arange(R), side="right")
+    else:
+        expert_R = jnp.arange(R) // (R // E)
+    mine_RE = jax.nn.one_hot(expert_R, E, dtype=x_RD.dtype)
+    return jnp.matmul(mine_RE, bias_EF.astype(x_RD.dtype), precision="highest")

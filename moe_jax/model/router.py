@@ -35,13 +35,23 @@ class RouterStats:
     routing: Routing | None = None
 
 
-def route(logits_ME: jax.Array, *, num_experts_per_tok: int, norm_topk_prob: bool) -> Routing:
+def route(
+    logits_ME: jax.Array,
+    *,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    gate_norm_std: float | None = None,
+) -> Routing:
     """Softmax over all experts, then the top k; ties go to the lower index.
 
     With `norm_topk_prob` the k weights are divided by their sum (Mixtral, Drop-Upcycling), which
     equals a softmax over the k logits; without it they are the plain probabilities (OLMoE, Switch).
+    With `gate_norm_std` a token's logits are first brought to that standard deviation (Wei et al.,
+    Skywork-MoE, arXiv 2406.06563, §3.1: their lambda; less the mean, which a softmax ignores).
     """
     logits_ME = logits_ME.astype(jnp.float32)
+    if gate_norm_std is not None:
+        logits_ME = normalise_logits(logits_ME, gate_norm_std)
     probabilities_ME = jax.nn.softmax(logits_ME, axis=-1)
     weight_MA, expert_index_MA = jax.lax.top_k(probabilities_ME, num_experts_per_tok)
     if norm_topk_prob:
@@ -49,13 +59,53 @@ def route(logits_ME: jax.Array, *, num_experts_per_tok: int, norm_topk_prob: boo
     return Routing(expert_index_MA, weight_MA, logits_ME, probabilities_ME)
 
 
-def forced_balance(
-    logits_ME: jax.Array, *, num_experts_per_tok: int, norm_topk_prob: bool
+def normalise_logits(logits_ME: jax.Array, std: float) -> jax.Array:
+    """Each token's logits times what gives them the unbiased standard deviation `std`.
+
+    Equal logits stay as they are: they have no direction to be stretched in.
+    """
+    variance_M1 = jnp.var(logits_ME, axis=-1, ddof=1, keepdims=True)
+    flat_M1 = variance_M1 == 0
+    return logits_ME * jnp.where(flat_M1, 1, std * jax.lax.rsqrt(variance_M1 + flat_M1))
+
+
+def route_sigmoid(
+    logits_ME: jax.Array,
+    bias_E: jax.Array,
+    *,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    num_groups: int = 1,
+    num_groups_per_tok: int = 1,
+    scale: float = 1.0,
 ) -> Routing:
+    """DeepSeek-V3's (arXiv 2412.19437, eq. 12-16): sigmoid scores, chosen with a bias on them.
+
+    The bias decides who is chosen, not with what weight. Experts lie in `num_groups` equal groups;
+    only the groups with the largest sum of their two best biased scores may be chosen from.
+    """
+    M, E = logits_ME.shape
+    logits_ME = logits_ME.astype(jnp.float32)
+    score_ME = jax.nn.sigmoid(logits_ME)
+    choice_ME = score_ME + bias_E
+    if num_groups > 1:
+        choice_MGE = choice_ME.reshape(M, num_groups, -1)
+        best_MG = jnp.sum(jax.lax.top_k(choice_MGE, 2)[0], axis=-1)
+        _, group_index = jax.lax.top_k(best_MG, num_groups_per_tok)
+        open_MG = jnp.any(jax.nn.one_hot(group_index, num_groups, dtype=bool), axis=1)
+        choice_ME = jnp.where(open_MG[..., None], choice_MGE, -jnp.inf).reshape(M, E)
+    _, expert_index_MA = jax.lax.top_k(choice_ME, num_experts_per_tok)
+    weight_MA = jnp.take_along_axis(score_ME, expert_index_MA, axis=-1)
+    if norm_topk_prob:
+        weight_MA = weight_MA / (jnp.sum(weight_MA, axis=-1, keepdims=True) + 1e-20)
+    return Routing(expert_index_MA, weight_MA * scale, logits_ME, score_ME)
+
+
+def forced_balance(logits_ME: jax.Array, *, num_experts_per_tok: int, **parameters) -> Routing:
     """Experts in turn whatever the logits say, for benchmarks: the best case of any routing."""
     M, E = logits_ME.shape
     A = num_experts_per_tok
-    routing = route(logits_ME, num_experts_per_tok=A, norm_topk_prob=norm_topk_prob)
+    routing = route(logits_ME, num_experts_per_tok=A, **parameters)
     expert_index_MA = (jnp.arange(M * A, dtype=jnp.int32) % E).reshape(M, A)
     return routing.replace(expert_index_MA=expert_index_MA)
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe_jax.model import attention, layers, moe, remat, router
-from moe_jax.model.config import DENSE, MOE, ModelConfig, Segment, segments
+from moe_jax.model.config import DENSE, MOE, BlockKind, ModelConfig
+from moe_jax.model.segments import Segment, segments
 from moe_jax.parallel import naming, sharding
 
 
@@ -31,32 +32,36 @@ class Shared:
 
 
 class Parameters(nn.Module):
-    """Creates the arrays of a nested table name -> shape: scales one, all else normal.
+    """Creates the arrays of a nested table name -> shape: scales one, biases zero, else normal.
 
     Random values are in the order of the axes, so that of two stacks of experts the smaller one is
     the beginning of the larger.
     """
 
     shapes: Mapping
-    standard_deviation: float
+    config: ModelConfig
 
     @nn.compact
     def __call__(self) -> dict:
         return {
-            name: Parameters(entry, self.standard_deviation, name=name)()
+            name: Parameters(entry, self.config, name=name)()
             if isinstance(entry, Mapping)
             else self.param(name, self._initializer(name), entry)
             for name, entry in self.shapes.items()
         }
 
     def _initializer(self, name):
-        if name == "scale":
+        if name == "scale" and self.config.norm != "layer_1p":
             return nn.initializers.ones
+        if name == "scale" or name in BIASES:
+            return nn.initializers.zeros
+        deviation = self.config.initializer_range
         if name == "kernel":  # a router's, drawn expert by expert: its columns do not depend on E
-            return lambda key, shape: (
-                self.standard_deviation * jax.random.normal(key, shape[::-1]).T
-            )
-        return nn.initializers.normal(self.standard_deviation)
+            return lambda key, shape: deviation * jax.random.normal(key, shape[::-1]).T
+        return nn.initializers.normal(deviation)
+
+
+BIASES = ("bias", "bq", "bk", "bv", "bo", "gate_bias", "up_bias", "down_bias")
 
 
 class Block(nn.Module):
@@ -67,23 +72,25 @@ class Block(nn.Module):
     """
 
     config: ModelConfig
-    kind: str
+    kind: BlockKind
     return_routing: bool = False
 
     @nn.compact
     def parameters(self) -> dict:
         return {
-            name: Parameters(shapes, self.config.initializer_range, name=name)()
-            for name, shapes in block_shapes(self.config, self.kind).items()
+            name: Parameters(shapes, self.config, name=name)()
+            for name, shapes in block_shapes(self.config, self.kind.feed_forward).items()
         }
 
     def __call__(self, x_BTD, per_layer, shared):
         params, config = self.parameters(), self.config
-        x_BTD += attention.attention(
-            x_BTD, params["attention"], shared.positions_BT, shared.segment_ids_BT, config
+        y_BTD, cache = attention.attention(
+            *(x_BTD, params["attention"], shared.positions_BT, shared.segment_ids_BT, config),
+            window=self.kind.window,
+            cache=per_layer.get("cache"),
         )
-        x_BTD = remat.named("middle", sharding.constrain_batch(x_BTD))
-        if self.kind == DENSE:
+        x_BTD = remat.named("middle", sharding.constrain_batch(x_BTD + y_BTD))
+        if self.kind.feed_forward == DENSE:
             y_BTD, stats = layers.mlp(x_BTD, params["mlp"], config), None
         else:
             key = shared.key
@@ -95,20 +102,22 @@ class Block(nn.Module):
                 key=None if key is None else jax.random.fold_in(key, per_layer["index"]),
                 return_routing=self.return_routing,
             )
-        return sharding.constrain_batch(x_BTD + y_BTD), (stats, None)
+        return sharding.constrain_batch(x_BTD + y_BTD), (stats, cache)
 
 
-def block_shapes(config: ModelConfig, kind: str) -> dict:
-    feed_forward = {"mlp": layers.mlp_shapes} if kind == DENSE else {"moe": moe.shapes}
+def block_shapes(config: ModelConfig, feed_forward: str) -> dict:
+    second = {"mlp": layers.mlp_shapes} if feed_forward == DENSE else {"moe": moe.shapes}
     return {
         "attention": attention.shapes(config),
-        **{name: shapes(config) for name, shapes in feed_forward.items()},
+        **{name: shapes(config) for name, shapes in second.items()},
     }
 
 
 def shell_shapes(config: ModelConfig) -> dict:
     V, D = config.vocab_size, config.hidden_size
-    shapes = {"embed": {"tokens": (V, D)}, "final_norm": {"scale": (D,)}}
+    shapes = {"embed": {"tokens": (V, D)}, "final_norm": layers.norm_shapes(config)}
+    if config.position_embedding == "learned":
+        shapes["embed"]["positions"] = (config.max_position_embeddings, D)
     return shapes if config.tie_word_embeddings else {**shapes, "unembed": (D, V)}
 
 
@@ -124,14 +133,14 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
         block, key_layer = Block(config, kind), jax.random.fold_in(key_blocks, layer)
         return block.init(key_layer, method="parameters")["params"]
 
-    shell = Parameters(shell_shapes(config), config.initializer_range)
+    shell = Parameters(shell_shapes(config), config)
     return {
         **shell.init(key_shell)["params"],
         "blocks": {
             place: jax.lax.map(
                 functools.partial(layer_params, segment.kinds[place]), jnp.array(indices)
             )
-            for segment in segments(config.layer_kinds)
+            for segment in segments(config.block_kinds)
             for place, indices in segment.layers.items()
         },
     }
@@ -194,33 +203,53 @@ def hidden_states(
     return_routing: bool = False,
 ) -> tuple[jax.Array, router.RouterStats | None]:
     """The final norm's output, and the statistics of the sparse layers in the model's order."""
+    x_BTD, stats, _ = run_blocks(params, tokens_BT, shared, config, return_routing=return_routing)
+    return x_BTD, stats
+
+
+def run_blocks(
+    params: dict,
+    tokens_BT: jax.Array,
+    shared: Shared,
+    config: ModelConfig,
+    *,
+    return_routing: bool = False,
+    cache: dict | None = None,
+) -> tuple[jax.Array, router.RouterStats | None, dict]:
+    """`hidden_states` with `cache`, place -> stacks [L, B, S, K, H] of keys and values, as it is
+    before these positions, and then as it is after them."""
     x_BTD = params["embed"]["tokens"][tokens_BT].astype(config.dtype)
+    if config.position_embedding == "learned":
+        x_BTD += params["embed"]["positions"][shared.positions_BT].astype(config.dtype)
     x_BTD = sharding.constrain_batch(x_BTD)
-    stats_of_layers, order = [], []
-    for segment in segments(config.layer_kinds):
+    stats_of_layers, order, caches = [], [], {}
+    for segment in segments(config.block_kinds):
         per_layer = {place: {"index": jnp.array(ls)} for place, ls in segment.layers.items()}
+        if cache is not None:
+            per_layer = {place: {**x, "cache": cache[place]} for place, x in per_layer.items()}
         blocks = {place: params["blocks"][place] for place in segment.kinds}
         step = functools.partial(_segment_step, segment, config, return_routing, shared)
         step = remat.checkpointed(step, config.remat)
-        x_BTD, stats = jax.lax.scan(step, x_BTD, (blocks, per_layer))
+        x_BTD, (stats, new) = jax.lax.scan(step, x_BTD, (blocks, per_layer))
+        caches |= new
         stats_of_layers += stats.values()
         order += [layer for place in stats for layer in segment.layers[place]]
-    x_BTD = layers.rms_norm(x_BTD, params["final_norm"]["scale"], config.rms_norm_eps)
+    x_BTD = layers.norm(x_BTD, params["final_norm"], config)
     if not order:
-        return x_BTD, None
+        return x_BTD, None, caches
     stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats_of_layers)
     in_order = sorted(range(len(order)), key=order.__getitem__)
-    return x_BTD, jax.tree.map(lambda leaf: leaf[jnp.array(in_order)], stacked)
+    return x_BTD, jax.tree.map(lambda leaf: leaf[jnp.array(in_order)], stacked), caches
 
 
 def _segment_step(segment: Segment, config, return_routing, shared, x_BTD, scanned):
     blocks, per_layer = scanned
-    stats = {}
+    stats, caches = {}, {}
     for place, kind in segment.kinds.items():
         block = Block(config, kind, return_routing)
-        x_BTD, (layer_stats, _) = block.apply(
+        x_BTD, (layer_stats, caches[place]) = block.apply(
             {"params": blocks[place]}, x_BTD, per_layer[place], shared
         )
-        if kind == MOE:
+        if kind.feed_forward == MOE:
             stats[place] = layer_stats
-    return x_BTD, stats
+    return x_BTD, (stats, caches)

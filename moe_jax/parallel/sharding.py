@@ -17,16 +17,23 @@ BATCH = P(BATCH_AXES)
 # parameter as a suffix. Block leaves have a leading axis of layers.
 RULES = (
     (r"(^|/)(step|count)$", P()),
-    (r"(norm|final_norm)/scale$", P()),
+    (r"(^|_|/)norm/(scale|bias)$", P()),
     (r"embed/tokens$", P("tensor", "fsdp")),
+    (r"embed/positions$", P(None, "fsdp")),
     (r"(^|/)unembed$", P("fsdp", "tensor")),
     (r"attention/w[qkv]$", P(None, "fsdp", "tensor")),
     (r"attention/wo$", P(None, "tensor", None, "fsdp")),
-    (r"mlp/(gate|up)$", P(None, "fsdp", "tensor")),
-    (r"mlp/down$", P(None, "tensor", "fsdp")),
+    (r"attention/b[qkv]$", P(None, "tensor")),
+    (r"attention/bo$", P()),
+    (r"(mlp|shared)/(gate|up)$", P(None, "fsdp", "tensor")),
+    (r"(mlp|shared)/down$", P(None, "tensor", "fsdp")),
+    (r"(mlp|shared)/(gate|up)_bias$", P(None, "tensor")),
+    (r"(mlp|shared)/down_bias$", P()),
     (r"router/kernel$", P()),
     (r"experts/(gate|up)$", P(None, "expert", "fsdp", "tensor")),
     (r"experts/down$", P(None, "expert", "tensor", "fsdp")),
+    (r"experts/(gate|up)_bias$", P(None, "expert", "tensor")),
+    (r"experts/down_bias$", P(None, "expert")),
 )
 
 

@@ -4,7 +4,7 @@
 compiled step should execute, and is what executed products are compared with.
 """
 
-import dataclasses
+import collections
 import time
 
 import jax
@@ -33,23 +33,33 @@ def _products(config: ModelConfig) -> dict[str, float]:
     dense = config.num_hidden_layers - sparse
     expert_rows = sparse * config.num_experts_per_tok * config.expert_size
     neurons = dense * config.intermediate_size + expert_rows
+    neurons += sparse * (config.shared_expert_intermediate_size or 0)
     return {
         "projections": config.num_hidden_layers * D * H * (2 * N + 2 * K),
         "router": sparse * D * config.num_experts,
-        "gate_up": 2 * D * neurons,
+        "gate_up": (1 + config.gated_mlp) * D * neurons,
         "down": D * neurons,
         "head": D * config.vocab_size,
     }
 
 
 def _heads(config: ModelConfig) -> int:
-    """Multiply-adds of one product of queries and one position, over all layers."""
-    return config.num_hidden_layers * config.num_attention_heads * config.head_size
+    """Multiply-adds of one product of queries and one position, in one layer."""
+    return config.num_attention_heads * config.head_size
+
+
+def _windows(config: ModelConfig) -> dict[int | None, int]:
+    """Layers by their attention's window."""
+    return collections.Counter(kind.window for kind in config.block_kinds)
 
 
 def model_flops(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs per trained token: active parameters, causal attention, backward = 2x forward."""
-    attention = 2 * _heads(config) * (sequence_length + 1) / 2
+    T = sequence_length
+    seen = {window: min(window or T, T) for window in _windows(config)}
+    pairs = {window: W * (2 * T - W + 1) / 2 for window, W in seen.items()}
+    attended = sum(number * pairs[window] for window, number in _windows(config).items()) / T
+    attention = 2 * _heads(config) * attended
     return 6 * (sum(_products(config).values()) + attention)
 
 
@@ -72,8 +82,15 @@ def analytic_flops(config: ModelConfig, sequence_length: int) -> float:
     """
     products = _products(config)
     T = sequence_length
-    pairs = attention.executed_pairs(T, config.attention, H=config.head_size, dtype=config.dtype)
-    forward, backward, saved = (_heads(config) * n / T for n in dataclasses.astuple(pairs))
+    forward = backward = saved = 0.0
+    for window, number in _windows(config).items():
+        pairs = attention.executed_pairs(
+            T, config.attention, H=config.head_size, dtype=config.dtype, window=window
+        )
+        per_token = number * _heads(config) / T
+        forward += per_token * pairs.forward
+        backward += per_token * pairs.backward
+        saved += per_token * pairs.from_saved
     repeatable = {**products, "attention": forward, "saved_attention": saved}
     again = sum(repeatable[name] for name in AGAIN[config.remat])
     return 2 * (3 * sum(products.values()) + forward + backward + again)

@@ -1,12 +1,14 @@
 """Walks the parameter tree: dense `mlp` leaves to `moe` leaves, everything else kept as it is."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.config import DENSE, MOE, ModelConfig, segments
+from moe_jax.model.config import DENSE, MOE, ModelConfig
+from moe_jax.model.segments import segments
 from moe_jax.parallel import naming, sharding
 from moe_jax.upcycle import experts, recipes, router_init
 
@@ -50,20 +52,48 @@ def upcycle(
     make_expert = functools.partial(recipes.RECIPES[recipe], **parameters)
     make_router = router_init.ROUTER_INITIALISERS[router]
 
-    parent = params["blocks"]["0"]  # a dense model is one segment of one place
     blocks = {}
-    for segment in segments(moe_config.layer_kinds):
+    for segment in segments(moe_config.block_kinds):
         for place, layers in segment.layers.items():
-            own = parent
-            if len(layers) < config.num_hidden_layers:
-                own = jax.tree.map(lambda w, layers=layers: w[jnp.array(layers)], parent)
+            own = blocks_of(params, config, layers)
             blocks[place] = own
-            if segment.kinds[place] == MOE:
+            if segment.kinds[place].feed_forward == MOE:
                 blocks[place] = {
                     "attention": own["attention"],
                     "moe": _to_moe(own["mlp"], layers, moe_config, key, make_expert, make_router),
                 }
     return {**params, "blocks": blocks}
+
+
+def blocks_of(params: dict, config: ModelConfig, layers: tuple[int, ...]) -> dict:
+    """The blocks of some layers, which are of one kind, stacked in this order."""
+    rows = {
+        layer: (place, row)
+        for segment in segments(config.block_kinds)
+        for place, members in segment.layers.items()
+        for row, layer in enumerate(members)
+    }
+    places, index = zip(*(rows[layer] for layer in layers), strict=True)
+    blocks = params["blocks"]
+    if len(set(places)) > 1:
+        of_layers = [
+            jax.tree.map(lambda w, row=row: w[row], blocks[place])
+            for place, row in zip(places, index, strict=True)
+        ]
+        return jax.tree.map(lambda *ws: jnp.stack(ws), *of_layers)
+    stacked = blocks[places[0]]
+    number = jax.tree.leaves(stacked)[0].shape[0]
+    if index == tuple(range(number)):
+        return stacked
+    return jax.tree.map(lambda w: w[jnp.array(index)], stacked)
+
+
+# What an upcycled model and its parent may differ in.
+OWN = set(
+    """initializer_range model_type num_experts num_experts_per_tok
+    moe_intermediate_size norm_topk_prob gate_norm_std router dispatch capacity_factor min_capacity
+    token_priority layers dtype remat grouped_matmul attention""".split()
+)
 
 
 def check_configs(config: ModelConfig, moe_config: ModelConfig) -> None:
@@ -74,14 +104,16 @@ def check_configs(config: ModelConfig, moe_config: ModelConfig) -> None:
         )
     if MOE not in moe_config.layer_kinds:
         raise ValueError("the upcycled model has no sparse layer; set num_experts to 2 or more")
-    for name in (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_kv_heads head_size rms_norm_eps tie_word_embeddings"
-    ).split():
-        ours, theirs = getattr(moe_config, name), getattr(config, name)
-        if ours != theirs:
+    theirs, ours = (
+        dataclasses.replace(c, num_key_value_heads=c.num_kv_heads, head_dim=c.head_size)
+        for c in (config, moe_config)
+    )
+    for field in dataclasses.fields(ModelConfig):
+        name = field.name
+        if name not in OWN and getattr(ours, name) != getattr(theirs, name):
             raise ValueError(
-                f"{name}={ours} differs from the dense parent's {theirs}; use {theirs}"
+                f"{name}={getattr(ours, name)} differs from the dense parent's "
+                f"{getattr(theirs, name)}; use {getattr(theirs, name)}"
             )
     if moe_config.expert_size != config.intermediate_size:
         raise ValueError(

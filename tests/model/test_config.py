@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from moe_jax import model
-from moe_jax.model.config import DENSE, MOE, segments
+from moe_jax.model.config import DENSE, MOE
+from moe_jax.model.segments import segments
 
 TINY = model.ModelConfig(
     vocab_size=64,

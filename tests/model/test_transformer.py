@@ -117,7 +117,7 @@ def test_rotary_scores_depend_on_the_distance_only():
     x_BTNH = jax.random.normal(jax.random.key(0), (1, 2, 1, 8))
 
     def score(first, second):
-        q_BTNH = layers.rotate(x_BTNH, jnp.array([[first, second]]), 1e4)
+        q_BTNH = layers.rotate(x_BTNH, jnp.array([[first, second]]), DENSE_CONFIG)
         return jnp.vdot(q_BTNH[0, 0], q_BTNH[0, 1])
 
     np.testing.assert_allclose(score(3, 7), score(103, 107), rtol=1e-4)

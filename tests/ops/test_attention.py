@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from moe_jax.ops import attention, implementations
+from moe_jax.ops import (
+    attention,
+    attention_chunked,
+    attention_kernels,
+    attention_reference,
+    implementations,
+)
 from moe_jax.parallel import hlo, sharding
 from moe_jax.parallel import mesh as meshes
 
@@ -34,11 +40,24 @@ def value_and_gradients(attend, q, k, v, segments_BT, grad_BTNH):
     return y, *transpose(grad_BTNH)
 
 
-def assert_equals_reference(attend, *inputs):
-    found = value_and_gradients(attend, *inputs)
-    expected = value_and_gradients(attention.reference, *inputs)
+def assert_equals_reference(attend, *inputs, window=None):
+    found = value_and_gradients(functools.partial(attend, window=window), *inputs)
+    reference = functools.partial(attention.reference, window=window)
+    expected = value_and_gradients(reference, *inputs)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_the_reference_equals_a_loop_over_what_a_query_sees(window):
+    q, k, v, segments_BT, _ = map(np.asarray, arrays(T=12))
+    found = jax.jit(attention.reference, static_argnums=4)(q, k, v, segments_BT, window)
+    for b, t, n in np.ndindex(B, 12, N):
+        first = 0 if window is None else max(0, t - window + 1)
+        seen = [s for s in range(first, t + 1) if segments_BT[b, s] == segments_BT[b, t]]
+        weight = np.exp([q[b, t, n] @ k[b, s, n // 2] / math.sqrt(H) for s in seen])
+        expected = weight @ v[b, seen, n // 2] / weight.sum()
+        np.testing.assert_allclose(found[b, t, n], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +67,15 @@ def assert_equals_reference(attend, *inputs):
 )
 def test_chunked_equals_the_reference(sizes):
     assert_equals_reference(attention.chunked, *arrays(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "window"),
+    [({}, 1), ({}, 45), ({}, 60), ({}, T), ({"T": 17}, 5)],
+    ids="own-block one-block-back longer-than-a-block whole-row one-block".split(),
+)
+def test_chunked_equals_the_reference_with_a_window(sizes, window):
+    assert_equals_reference(attention.chunked, *arrays(**sizes), window=window)
 
 
 def test_a_row_of_padding_gives_finite_numbers():
@@ -63,25 +91,28 @@ def test_gradients_of_chunked_are_those_of_finite_differences():
         check_grads(attend, (q, k, v), order=1, modes=["rev"], rtol=1e-7)
 
 
-def with_cudnn(*arrays):
-    """The wrapper around cuDNN's attention, with XLA's in its place."""
-    return attention.cudnn(*arrays, library="xla")
+# The wrapper around cuDNN's attention, with XLA's in its place.
+with_cudnn = functools.partial(attention.cudnn, library="xla")
 
 
-def test_the_mask_and_the_heads_given_to_cudnn_are_right():
-    assert_equals_reference(with_cudnn, *arrays())
+@pytest.mark.parametrize("window", [None, 45])
+def test_the_masks_and_the_heads_given_to_cudnn_are_right(window):
+    assert_equals_reference(with_cudnn, *arrays(), window=window)
 
 
+@pytest.mark.parametrize("window", [None, 45])
 @pytest.mark.parametrize("attend", [attention.chunked, attention.reference, with_cudnn])
-def test_a_token_sees_neither_another_document_nor_the_future(attend):
-    """Exactly: another key and value changes no bit of the outputs that must not know of it."""
+def test_a_token_sees_neither_another_document_nor_the_future(attend, window):
+    """Nor what lies before the window. Exactly: another key and value changes no bit of the outputs
+    that must not know of it."""
     q, k, v, segments_BT, _ = arrays()
-    attend = jax.jit(attend)
+    attend = jax.jit(functools.partial(attend, window=window))
     before = np.asarray(attend(q, k, v, segments_BT))
     for s in (0, 43, 44, 64, 97, T - 1):
         after = attend(q, k.at[:, s].add(3), v.at[:, s].add(3), segments_BT)
         changed_BT = (np.asarray(after) != before).any(axis=(2, 3))
         sees_BT = (segments_BT == segments_BT[:, s : s + 1]) & (jnp.arange(T) >= s)
+        sees_BT &= jnp.arange(T) < s + (window or T)
         np.testing.assert_array_equal(changed_BT, sees_BT)
 
 
@@ -103,16 +134,17 @@ def test_bfloat16_is_no_further_from_float32_than_the_reference():
 
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(
-    ("name", "positions"), [("chunked", 64), ("chunked", 130), ("reference", 130)]
+    ("name", "positions", "window"),
+    [("chunked", 64, None), ("chunked", 130, None), ("chunked", 130, 45), ("reference", 130, None)],
 )
-def test_two_layers_execute_the_products_that_are_counted(name, positions, remat):
+def test_two_layers_execute_the_products_that_are_counted(name, positions, window, remat):
     """Scanned, as the model has them, with something after them that needs their outputs."""
     q, k, v, segments_BT, _ = arrays(T=positions)
     attend = attention.IMPLEMENTATIONS[name].function
 
     def loss(q, k, v):
         def layer(x, _):
-            return jnp.sin(attend(x, k, v, segments_BT)), None
+            return jnp.sin(attend(x, k, v, segments_BT, window)), None
 
         step = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         return jnp.sum(jax.lax.scan(step, q, length=2)[0])
@@ -120,7 +152,7 @@ def test_two_layers_execute_the_products_that_are_counted(name, positions, remat
     def executed(function):
         return hlo.product_flops(jax.jit(function).lower(q, k, v).compile().as_text())
 
-    count = attention.executed_pairs(positions, name, H=H, dtype="float32")
+    count = attention.executed_pairs(positions, name, H=H, dtype="float32", window=window)
     one = 2 * H * B * N
     gradient = (2 if remat else 1) * count.forward + count.backward
     assert executed(jax.grad(loss, argnums=(0, 1, 2))) == 2 * gradient * one
@@ -129,21 +161,58 @@ def test_two_layers_execute_the_products_that_are_counted(name, positions, remat
 
 
 def test_visited_pairs_by_hand():
-    assert attention.visited_pairs(1) == 1
-    assert attention.visited_pairs(64) == 64**2
-    assert attention.visited_pairs(130) == 6 * 44**2  # three blocks: six pairs of them
-    assert attention.visited_pairs(256) == 10 * 64**2
-    assert attention.visited_pairs(1024) == 36 * 128**2
+    assert attention_chunked.visited_pairs(1) == 1
+    assert attention_chunked.visited_pairs(64) == 64**2
+    assert attention_chunked.visited_pairs(130) == 6 * 44**2  # three blocks: six pairs of them
+    assert attention_chunked.visited_pairs(256) == 10 * 64**2
+    assert attention_chunked.visited_pairs(1024) == 36 * 128**2
+    assert attention_chunked.visited_pairs(130, 45) == 5 * 44**2  # the first is out of the third's
+    assert attention_chunked.visited_pairs(130, 46) == 6 * 44**2  # position 88 sees position 43
     for positions in range(1, 5000, 37):
-        blocks = math.ceil(positions / attention.block_size(positions))
-        assert 0 <= blocks * attention.block_size(positions) - positions < blocks
+        blocks = math.ceil(positions / attention_chunked.block_size(positions))
+        assert 0 <= blocks * attention_chunked.block_size(positions) - positions < blocks
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 128, 129, 130, 257, 258, 600, 10_000])
+def test_blocks_that_are_visited_are_those_with_something_to_see(monkeypatch, window):
+    """In the whole mask of a row of five blocks, and in the tables by which splash's kernels go."""
+    monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
+    distance = np.arange(640)[:, None] - np.arange(640)
+    seen = (distance >= 0) & (distance < (window or 640))
+    expected = np.argwhere(seen.reshape(5, 128, 5, 128).any(axis=(1, 3)))
+    pairs = attention_reference.block_pairs(640, 128, window)
+    np.testing.assert_array_equal(sorted(pairs), expected)
+    kernel = attention_kernels.make_splash(640, N, window)
+    for table in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
+        assert np.count_nonzero(table.block_mask) == len(pairs)
+
+
+@pytest.mark.parametrize("window", [T, T + 1])
+def test_a_window_of_a_whole_row_is_no_window(window):
+    *inputs, _ = arrays()
+
+    def traced(window):
+        return str(jax.make_jaxpr(functools.partial(attention.attention, window=window))(*inputs))
+
+    assert traced(window) == traced(None) != traced(T - 1)
+    for name in ("chunked", "reference"):
+        count = functools.partial(attention.executed_pairs, T, name, H=H, dtype="float32")
+        assert count(window=window) == count()
+
+
+def test_a_window_of_nothing_is_refused():
+    *inputs, _ = arrays()
+    with pytest.raises(ValueError, match="window=0 hides a query's own key too; use at least 1"):
+        attention.attention(*inputs, window=0)
+    with pytest.raises(ValueError, match="window=-1"):
+        attention.executed_pairs(T, H=H, dtype="float32", window=-1)
 
 
 def test_no_buffer_of_chunked_has_as_many_elements_as_a_row_has_pairs():
     inputs = arrays(T=512, N=1, K=1, B=1)
     text = jax.jit(functools.partial(value_and_gradients, attention.chunked)).lower(*inputs)
     largest = max(map(math.prod, hlo.buffer_shapes(text.compile().as_text())))
-    assert attention.block_size(512) ** 2 <= largest < 512**2 / 8
+    assert attention_chunked.block_size(512) ** 2 <= largest < 512**2 / 8
 
 
 def test_a_mesh_gives_what_one_device_gives_and_sends_nothing():
@@ -182,8 +251,10 @@ def test_kv_heads_that_the_tensor_axis_does_not_divide_are_refused():
 )
 def test_auto_chooses_by_platform_and_shapes(monkeypatch, platform, dtype, positions, chosen):
     monkeypatch.setattr(implementations, "platform", lambda: platform)
-    count = attention.executed_pairs(positions, H=64, dtype=dtype)
-    assert count == attention.IMPLEMENTATIONS[chosen].executed(positions)
+    for window in (None, 100):
+        count = attention.executed_pairs(positions, H=64, dtype=dtype, window=window)
+        limit = window if window is not None and window < positions else None
+        assert count == attention.IMPLEMENTATIONS[chosen].executed(positions, limit)
 
 
 @pytest.mark.parametrize(
@@ -203,16 +274,18 @@ def test_what_cannot_run_is_refused(monkeypatch, platform, name, dtype, position
         attention.attention(*inputs, implementation=name)
 
 
+@pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(
     "fused", [True, pytest.param(False, marks=pytest.mark.long)], ids=["fused", "apart"]
 )
 @pytest.mark.parametrize("kv_heads", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_splash_equals_the_reference(monkeypatch, fused, kv_heads):
-    """In interpret mode, with two blocks to a row."""
-    monkeypatch.setattr(attention, "SPLASH_BLOCK", 128)
-    monkeypatch.setattr(attention, "SPLASH_FUSED", 4 if fused else 1)
+def test_splash_equals_the_reference(monkeypatch, fused, kv_heads, window):
+    """In interpret mode, with two blocks to a row, or three of which a query sees two."""
+    monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
+    monkeypatch.setattr(attention_kernels, "SPLASH_FUSED", 4 if fused else 1)
     attend = functools.partial(attention.splash, interpret=True)
-    assert_equals_reference(attend, *arrays(T=256, N=2, K=kv_heads, B=1))
+    positions = 256 if window is None else 384
+    assert_equals_reference(attend, *arrays(T=positions, N=2, K=kv_heads, B=1), window=window)
 
 
 def test_products_of_splash_by_hand():
@@ -223,3 +296,5 @@ def test_products_of_splash_by_hand():
     pairs = 36 * block
     of_8192 = {"_fwd_": 2 * pairs, "_dkv_": 4 * pairs, "_dq_": 3 * pairs}
     assert attention.splash_kernels(8192) == of_8192
+    of_window = {"_fwd_": 2 * 30 * block, "_dkv_": 4 * 30 * block, "_dq_": 3 * 30 * block}
+    assert attention.splash_kernels(8192, 4096) == of_window  # of 8 blocks a query sees at most 5

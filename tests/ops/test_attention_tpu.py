@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.ops import attention
+from moe_jax.ops import attention, attention_chunked
 from moe_jax.parallel import hlo, sharding
 from moe_jax.parallel import mesh as meshes
 
@@ -16,7 +16,7 @@ HEADS = jax.P(sharding.BATCH_AXES, None, "tensor")
 N, K = 4, 2  # two query heads and one kv head on each device of the tensor axis
 
 
-def compiled(devices, T: int, H: int, dtype: str) -> str:
+def compiled(devices, T: int, H: int, dtype: str, window: int | None = None) -> str:
     """Value and gradients of a batch of two rows, one for each device of the data axis."""
     mesh = jax.sharding.Mesh(
         np.array(devices).reshape(2, 1, 1, 2),
@@ -28,7 +28,7 @@ def compiled(devices, T: int, H: int, dtype: str) -> str:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
     def step(q, k, v, segments_BT, grad_BTNH):
-        attend = functools.partial(attention.attention, segment_ids_BT=segments_BT)
+        attend = functools.partial(attention.attention, segment_ids_BT=segments_BT, window=window)
         y, transpose = jax.vjp(attend, q, k, v)
         return y, transpose(grad_BTNH)
 
@@ -41,12 +41,20 @@ def compiled(devices, T: int, H: int, dtype: str) -> str:
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize(
-    ("T", "H", "dtype"),
-    [(2048, 128, "bfloat16"), (2048, 64, "float32"), (8192, 128, "bfloat16"), (384, 32, "float32")],
+    ("T", "H", "dtype", "window"),
+    [
+        (2048, 128, "bfloat16", None),
+        (2048, 64, "float32", None),
+        (2048, 128, "bfloat16", 256),
+        (8192, 128, "bfloat16", None),
+        (8192, 128, "bfloat16", 4096),
+        (384, 32, "float32", None),
+        (384, 32, "float32", 100),
+    ],
 )
-def test_splash_runs_as_kernels_and_executes_what_is_counted(libtpu, topology, T, H, dtype):
-    text = compiled(libtpu(topology), T, H, dtype)
-    calls, counted = hlo.kernel_calls(text), attention.splash_kernels(T)
+def test_splash_runs_as_kernels_and_executes_what_is_counted(libtpu, topology, T, H, dtype, window):
+    text = compiled(libtpu(topology), T, H, dtype, window)
+    calls, counted = hlo.kernel_calls(text), attention.splash_kernels(T, window)
     assert len(calls) == len(counted)
     for part in counted:
         assert sum(number for name, number in calls.items() if part in name) == 1
@@ -54,8 +62,9 @@ def test_splash_runs_as_kernels_and_executes_what_is_counted(libtpu, topology, T
     assert hlo.product_flops(text, kernels=flops) == sum(flops.values())
 
 
-def test_rows_that_splash_refuses_run_without_a_kernel(libtpu):
-    text = compiled(libtpu("v5p:2x2x1"), 200, 64, "bfloat16")
+@pytest.mark.parametrize("window", [None, 50])
+def test_rows_that_splash_refuses_run_without_a_kernel(libtpu, window):
+    text = compiled(libtpu("v5p:2x2x1"), 200, 64, "bfloat16", window)
     assert not hlo.kernel_calls(text)
-    executed = attention.visited_pairs(200) * (2 + 5)
+    executed = attention_chunked.visited_pairs(200, window) * (2 + 5)
     assert hlo.product_flops(text) == executed * 2 * 64 * N // 2

@@ -1,0 +1,82 @@
+"""A Hugging Face folder that is open: its config, and its parameters leaf by leaf or part by part."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from moe_jax.hf import configs, safetensors, tensors
+from moe_jax.hf.families import FAMILIES
+
+
+class Folder:
+    """A model's folder, of which nothing but headers has been read yet.
+
+    Raises: ValueError, in one line, for a folder that is not a model we know, with the list of
+      missing, extra and misshapen tensors.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        self.path = pathlib.Path(folder)
+        self.values = configs.load_json(self.path)
+        try:
+            config = configs.read(self.values)
+        except configs.UnsupportedError as error:
+            raise configs.UnsupportedError(f"{self.path}/config.json: {error}") from None
+        self.tensors = safetensors.open_folder(self.path)
+        family = FAMILIES[config.model_type]
+        if not config.tie_word_embeddings and "lm_head.weight" not in self.tensors:
+            config = dataclasses.replace(config, tie_word_embeddings=True)
+        self.config = config
+        try:
+            slots = tensors.match(config, family, self.tensors)
+        except tensors.MismatchError as error:
+            raise tensors.MismatchError(f"{self.path}: {error}") from None
+        self.slots: dict[str, list[tensors.Slot]] = {}
+        for slot in slots:
+            self.slots.setdefault(slot.path, []).append(slot)
+        self._check_head()
+
+    def _check_head(self) -> None:
+        head = self.tensors.get("lm_head.weight")
+        if not self.config.tie_word_embeddings or head is None:
+            return
+        embedding = self.tensors[self.slots["embed/tokens"][0].name]
+        same = head.shape == embedding.shape and np.array_equal(
+            head.read().astype(np.float32), embedding.read().astype(np.float32)
+        )
+        if not same:
+            raise tensors.MismatchError(
+                f"{self.path}: lm_head.weight differs from the embedding it is tied to; "
+                "set tie_word_embeddings to false in config.json"
+            )
+
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Path -> the widest dtype of its tensors."""
+        return {
+            path: np.result_type(*{self.tensors[s.name].dtype for s in slots})
+            for path, slots in self.slots.items()
+        }
+
+    def leaf(self, path: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """`index` of a leaf of the parameters, its layers and experts read one by one."""
+        slots = self.slots[path]
+        if slots[0].row == ():
+            return np.ascontiguousarray(tensors.read(slots[0], self._of(slots[0]), index))
+        depth = len(slots[0].row)
+        full = (*(max(s.row[i] for s in slots) + 1 for i in range(depth)), *slots[0].shape)
+        index = (*index, *(slice(None),) * (len(full) - len(index)))
+        ranges = [range(size)[i] for size, i in zip(full, index, strict=True)]
+        dtype = np.result_type(*{self._of(s).dtype for s in slots})
+        leaf = np.empty([len(r) for r in ranges], dtype)
+        for slot in slots:
+            if all(i in r for i, r in zip(slot.row, ranges, strict=False)):
+                at = tuple(i - r.start for i, r in zip(slot.row, ranges, strict=False))
+                leaf[at] = tensors.read(slot, self._of(slot), index[depth:])
+        return leaf
+
+    def params(self) -> dict:
+        return tensors.unflatten({path: self.leaf(path) for path in self.slots})
+
+    def _of(self, slot: tensors.Slot) -> safetensors.Tensor:
+        return self.tensors[slot.name]

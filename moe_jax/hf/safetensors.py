@@ -1,0 +1,363 @@
+"""Safetensors files, read lazily by byte range, written tensor by tensor; nothing in them trusted.
+
+Not the safetensors package: a converter reads one part of one tensor at a time and must not keep
+the file mapped (mapped pages count as resident memory) nor hold the file it writes. And that
+package lets pass a tensor named twice (the last one wins), unknown keys in an entry, a header that
+starts with a space. The format: https://github.com/huggingface/safetensors#format.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+import reprlib
+import stat
+import struct
+import sys
+import types
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+_DTYPES |= {f"F{8 * n}": np.dtype(f"f{n}") for n in (2, 4, 8)}
+_DTYPES |= {f"{kind}{8 * n}": np.dtype(f"{kind.lower()}{n}") for kind in "IU" for n in (1, 2, 4, 8)}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_MAX_JSON_BYTES = 100_000_000  # the package's limit for a header
+_MAX_RANK = 64  # numpy's
+# Copying 1 GB out of maps of 64 MB took 0.17 s, out of one map 0.49 s and twice the memory.
+_MAPPED_BYTES = 1 << 26
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PYTORCH = types.MappingProxyType({"format": "pt"})  # transformers loads no file without a format
+
+_repr = reprlib.Repr()  # what a file holds may be long, with line ends
+_repr.maxstring = 200
+_show = _repr.repr
+
+
+class FormatError(ValueError):
+    """A file that is not what it should be: one line that says which and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file, not yet read; `offset` is its first byte's, from the file's start."""
+
+    file: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A fresh array of `tensor[index]`, of which only the pages that it lies on are read.
+
+        Args:
+          index: one slice of step 1 for each leading axis; the axes beyond are read whole.
+
+        Raises: ValueError for another index; FormatError when the file has changed and is shorter,
+          or a bool is neither 0 nor 1.
+        """
+        if not self.shape and not index:
+            return dataclasses.replace(self, shape=(1,)).read().reshape(())
+        rest = [slice(None)] * (len(self.shape) - len(index))
+        if any(s.step not in (None, 1) for s in index) or len(index) + len(rest) > len(self.shape):
+            raise ValueError(f"index {index} of shape {list(self.shape)}: give slices of step 1")
+        whole = zip([*index, *rest], self.shape, strict=True)
+        first, *rest = bounds = [slice(*s.indices(n)) for s, n in whole]
+        out = np.empty([max(b.stop - b.start, 0) for b in bounds], self.dtype)
+        if not out.size:
+            return out
+        row_bytes = self.nbytes // self.shape[0]
+        n_rows = max(1, _MAPPED_BYTES // row_bytes)
+        for row in range(first.start, first.stop, n_rows):
+            rows = out[row - first.start :][:n_rows]
+            rows[...] = self._map(row * row_bytes, len(rows))[:, *rest]
+        if self.dtype == np.bool_ and out.view(np.uint8).max() > 1:
+            raise FormatError(f"{self.file} holds a bool that is neither 0 nor 1")
+        return out
+
+    def _map(self, begin: int, n_rows: int) -> np.memmap:
+        shape = (n_rows, *self.shape[1:])
+        try:
+            return np.memmap(self.file, self.dtype, "r", self.offset + begin, shape)
+        except ValueError:
+            raise FormatError(f"{self.file} is shorter than when its header was read") from None
+
+
+def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of model.safetensors.index.json's shards, else of model.safetensors.
+
+    Only headers are read. Pickles (pytorch_model.bin) never are.
+
+    Raises: FormatError when neither is there, or any file is not exactly what it should be.
+    """
+    names = sorted(path.name for path in folder.glob("*"))
+    if INDEX in names:
+        return _open_shards(folder)
+    if SINGLE in names:
+        return _read_header(resolve_inside(folder, SINGLE))
+    if pickle := next((name for name in names if name.endswith(_PICKLES)), None):
+        raise FormatError(
+            f"{folder} has {_show(pickle)} but no {SINGLE}: a pickle runs code when it is"
+            " opened, so none is; convert it elsewhere with the safetensors package"
+        )
+    raise FormatError(f"{folder} has neither {INDEX} nor {SINGLE}: is the download complete?")
+
+
+def resolve_inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Where the regular file `name` of `folder` lies, links followed.
+
+    A link may lead to elsewhere in the folder, or from a snapshot in the Hugging Face cache
+    (models--X--Y/snapshots/<revision>) to the blobs of that same model.
+
+    Raises: FormatError for a link out of there, a name with a path in it, no file, no regular file.
+    """
+    if not isinstance(name, str) or not name.isprintable() or "/" in name or name in ("", ".."):
+        raise FormatError(f"{folder}: {_show(name)} is not a plain file name")
+    path = folder / name
+    try:
+        root = folder.resolve(strict=True)
+        target = path.resolve(strict=True)
+        is_file = stat.S_ISREG(target.stat().st_mode)
+    except (OSError, RuntimeError) as error:  # Python before 3.13: RuntimeError for links in a loop
+        reason = getattr(error, "strerror", None) or "its links form a loop"
+        raise FormatError(f"{path} cannot be opened: {reason}") from None
+    model = root.parent.parent
+    in_cache = root.parent.name == "snapshots" and model.name.startswith("models--")
+    if not (target.is_relative_to(root) or (in_cache and target.parent == model / "blobs")):
+        raise FormatError(f"{path} is a link out of its folder: put the file itself there")
+    if not is_file:
+        raise FormatError(f"{path} is not a regular file")
+    return target
+
+
+class Writer:
+    """Writes model.safetensors, or its shards and their index, in a folder that exists.
+
+        with Writer(folder, {"a": ((2, 3), np.dtype(np.float32))}) as writer:
+            writer.write("a", a)
+
+    A failure leaves what was written so far: write in a temporary folder and rename that.
+
+    Args:
+      tensors: shape and dtype by name, in the order in which they will be written.
+      max_shard_bytes: no shard has more bytes of tensors, unless it is a single one's.
+      metadata: what each header says of the file as a whole.
+
+    Raises: ValueError for tensors that the format does not have, or at the end of the `with` for
+      one not written; FileExistsError when the folder has such files.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+        *,
+        max_shard_bytes: int = 4 * 10**9,
+        metadata: Mapping[str, str] = _PYTORCH,
+    ):
+        if stale := next(folder.glob("model*.safetensors*"), None):
+            raise FileExistsError(f"{stale} exists: write in an empty folder")
+        self._folder = folder
+        self._shards = _plan(folder, tensors, max_shard_bytes)
+        self._tensors = {name: t for shard in self._shards for name, t in shard.items()}
+        self._headers = {next(iter(shard)): _header(shard, metadata) for shard in self._shards}
+        self._pending = collections.deque(self._tensors)
+        self._stream = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, error, traceback):
+        self._close()
+        if error_type is not None:
+            return
+        if self._pending:
+            raise ValueError(f"{self._folder} lacks {self._pending[0]!r}: write all that was named")
+        if len(self._shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(t.nbytes for t in self._tensors.values())},
+                "weight_map": {name: t.file.name for name, t in self._tensors.items()},
+            }
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def write(self, name: str, array) -> None:
+        """The next of `tensors`, from a numpy or JAX array; ValueError if it is not just that."""
+        if not self._pending or name != self._pending[0]:
+            due = repr(self._pending[0]) if self._pending else "none"
+            raise ValueError(f"{name!r} is not the next tensor to write: that is {due}")
+        array = np.asarray(array)
+        due = self._tensors[name]
+        if (array.shape, array.dtype) != (due.shape, due.dtype):
+            got = f"{array.dtype}{list(array.shape)}"
+            raise ValueError(f"{name!r} is {got}, not {due.dtype}{list(due.shape)}")
+        if name in self._headers:
+            self._close()
+            self._stream = due.file.open("xb")
+            self._stream.write(self._headers[name])
+        # As bytes, for the dtypes of ml_dtypes have no buffer protocol; not copied if contiguous.
+        self._stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        self._pending.popleft()
+
+    def _close(self):
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _open_shards(folder: pathlib.Path) -> dict[str, Tensor]:
+    path = resolve_inside(folder, INDEX)
+    try:
+        with path.open("rb") as stream:
+            weight_map = _parse(stream.read(_MAX_JSON_BYTES + 1)).get("weight_map")
+        if not _is_map_of_strings(weight_map) or not weight_map:
+            raise ValueError("it has no weight_map from tensors to files")
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{folder / INDEX} is refused: {error}") from None
+    names = collections.defaultdict(set)
+    for name, file in weight_map.items():
+        names[file].add(name)
+    tensors = {}
+    for file in sorted(names):
+        shard = _read_header(resolve_inside(folder, file))
+        if wrong := sorted(names[file] ^ shard.keys()):
+            verb = "holds" if wrong[0] in shard else "lacks"
+            raise FormatError(f"{folder / file} {verb} {_show(wrong[0])}, against {INDEX}")
+        tensors.update(shard)
+    return tensors
+
+
+def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(0)
+            if size < 8:
+                raise ValueError(f"it has {size} bytes, too few for a header; download it again")
+            (n,) = struct.unpack("<Q", stream.read(8))
+            if n > min(_MAX_JSON_BYTES, size - 8):
+                raise ValueError(f"its header would be {n} bytes of {size}; download it again")
+            header = _parse(stream.read(n))
+        if not _is_map_of_strings(header.pop("__metadata__", {})):
+            raise ValueError("its __metadata__ is not a map of strings")
+        tensors = {name: _tensor(path, name, entry, 8 + n) for name, entry in header.items()}
+        _check_layout(tensors, 8 + n, size)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is refused: {error}") from None
+    return tensors
+
+
+def _parse(text: bytes) -> dict:
+    """A JSON object in which no key comes twice, at no level, and every number is finite."""
+    if len(text) > _MAX_JSON_BYTES:
+        raise ValueError(f"it is longer than {_MAX_JSON_BYTES} bytes")
+    if not text.startswith(b"{"):
+        raise ValueError("its JSON does not start with {")
+    return json.loads(
+        text.decode(),  # or json.loads guesses the encoding
+        object_pairs_hook=_unique,
+        parse_float=_finite,
+        parse_constant=_finite,
+    )
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        ((twice, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{_show(twice)} comes twice in its JSON")
+    for key in unique:
+        key.encode()  # raises for half of a surrogate pair
+    return unique
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{_show(text)} is not a finite number")
+    return float(text)
+
+
+def _is_map_of_strings(value) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+def _tensor(path: pathlib.Path, name: str, entry, start: int) -> Tensor:
+    shown = _show(name)
+    match entry:
+        case {"dtype": code, "shape": [*shape], "data_offsets": [begin, end]} if len(entry) == 3:
+            counts = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        case _:
+            counts = False
+    if not counts or len(shape) > _MAX_RANK:
+        raise ValueError(f"{shown} is not dtype, shape and data_offsets but {_show(entry)}")
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise ValueError(f"{shown} has dtype {_show(code)}, not one of {', '.join(_DTYPES)}")
+    tensor = Tensor(path, _DTYPES[code], tuple(shape), start + begin)
+    # What numpy can address, where a dimension of 0 excuses no other.
+    if math.prod(max(n, 1) for n in shape) * tensor.dtype.itemsize > sys.maxsize:
+        raise ValueError(f"{shown} has shape {_show(shape)}, more than can be addressed")
+    if end - begin != tensor.nbytes:
+        raise ValueError(f"{shown} has {_show(end - begin)} bytes, not its shape's {tensor.nbytes}")
+    return tensor
+
+
+def _check_layout(tensors: dict[str, Tensor], start: int, size: int) -> None:
+    """The tensors fill the file from `start` to its end: no overlap, no hole."""
+    at = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != at:
+            wrong = "overlaps another tensor" if tensor.offset < at else "follows a hole"
+            raise ValueError(f"{_show(name)} {wrong}")
+        at += tensor.nbytes
+    if at > size:
+        raise ValueError(f"it is truncated: {size} bytes of {at}; download it again")
+    if at < size:
+        raise ValueError(f"{size - at} bytes at its end are of no tensor")
+
+
+def _plan(folder: pathlib.Path, tensors: Mapping, max_bytes: int) -> list[dict[str, Tensor]]:
+    """Tensors by shard, which ends before it would be too long; offsets without the header."""
+    shards, at = [], math.inf
+    for name, (shape, dtype) in tensors.items():
+        tensor = Tensor(folder / SINGLE, np.dtype(dtype), tuple(shape), 0)
+        if name == "__metadata__" or tensor.dtype not in _CODES:
+            raise ValueError(f"{name!r} of {tensor.dtype} has no place in a safetensors file")
+        if at + tensor.nbytes > max_bytes:
+            shards.append({})
+            at = 0
+        shards[-1][name] = dataclasses.replace(tensor, offset=at)
+        at += tensor.nbytes
+    if not shards:
+        raise ValueError("no tensors to write")
+    if len(shards) == 1:
+        return shards
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    return [
+        {name: dataclasses.replace(t, file=folder / file) for name, t in shard.items()}
+        for file, shard in zip(files, shards, strict=True)
+    ]
+
+
+def _header(shard: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    header = {"__metadata__": dict(metadata)}
+    for name, t in shard.items():
+        offsets = (t.offset, t.offset + t.nbytes)
+        header[name] = {"dtype": _CODES[t.dtype], "shape": t.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start aligned, as the package's do
+    if len(text) > _MAX_JSON_BYTES:
+        raise ValueError(f"a header of {len(text)} bytes is longer than {_MAX_JSON_BYTES}")
+    return struct.pack("<Q", len(text)) + text

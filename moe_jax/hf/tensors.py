@@ -1,0 +1,156 @@
+"""Leaves of our parameter tree out of a folder's tensors and back, part by part."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from moe_jax import model
+from moe_jax.hf import safetensors
+from moe_jax.hf.families import IGNORED, Entry, Family, Table
+from moe_jax.model.segments import segments
+from moe_jax.parallel import naming
+
+
+class MismatchError(ValueError):
+    """A folder's tensors are not those of its config.json; the text lists what and where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One leaf of one layer, and of one expert where each has a tensor of its own."""
+
+    path: str  # in our tree, "blocks/0/moe/experts/up"
+    row: tuple[int, ...]  # the leading indices of the leaf that this is: (), (layer), (layer, e)
+    entry: Entry
+    name: str  # the tensor's
+    shape: tuple[int, ...]  # of ours
+
+    def tensor_shape(self) -> tuple[int, ...]:
+        theirs, ours = _axes(self.entry.axes)
+        size = dict(zip(ours, self.shape, strict=True))
+        return tuple(
+            math.prod(int(a) if a.isdigit() else size[a] for a in group) for group in theirs
+        )
+
+
+@functools.cache
+def _axes(axes: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """ "(N H) D -> D N H" to (("N", "H"), ("D",)) and ("D", "N", "H")."""
+    theirs, ours = axes.split(" -> ")
+    groups = re.findall(r"\(([^)]*)\)|(\S+)", theirs)
+    return tuple(tuple((fused or one).split()) for fused, one in groups), tuple(ours.split())
+
+
+def shapes(config: model.ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every leaf of the model's parameters."""
+    tree = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {naming.path_name(path): leaf.shape for path, leaf in leaves}
+
+
+def slots(config: model.ModelConfig, table: Table) -> Iterator[Slot]:
+    """All of a model, first what belongs to no layer, then layer by layer."""
+    layers_of = {
+        place: layers
+        for segment in segments(config.block_kinds)
+        for place, layers in segment.layers.items()
+    }
+    in_layers = []
+    for path, shape in shapes(config).items():
+        if not path.startswith("blocks/"):
+            yield Slot(path, (), table[path], table[path].name, shape)
+            continue
+        _, place, inner = path.split("/", 2)
+        entry = table[inner]
+        apart = "{expert}" in entry.name
+        for row, layer in enumerate(layers_of[place]):
+            for expert in range(shape[1]) if apart else (0,):
+                name = entry.name.format(layer=layer, expert=expert)
+                index = (row, expert) if apart else (row,)
+                in_layers.append((layer, Slot(path, index, entry, name, shape[len(index) :])))
+    yield from (slot for _, slot in sorted(in_layers, key=lambda item: item[0]))
+
+
+def match(
+    config: model.ModelConfig, family: Family, tensors: dict[str, safetensors.Tensor]
+) -> list[Slot]:
+    """The slots of the family's layout that fits the tensors.
+
+    Raises: MismatchError with every missing, extra and misshapen tensor of the layout that fits
+      best.
+    """
+    found = {name for name in tensors if not re.search(IGNORED, name)}
+    if config.tie_word_embeddings:
+        found.discard("lm_head.weight")  # the embedding once more; the caller compares them
+
+    def problems(layout):
+        wanted = {slot.name: slot.tensor_shape() for slot in layout}
+        return [
+            *(f"{name} is missing" for name in wanted if name not in found),
+            *(f"{name} is not part of this model" for name in sorted(found - set(wanted))),
+            *(
+                f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
+                for name, shape in wanted.items()
+                if name in found and tensors[name].shape != shape
+            ),
+        ]
+
+    layouts = [list(slots(config, table)) for table in (family.table, *family.read_only)]
+    best = min(layouts, key=lambda layout: len(problems(layout)))
+    if wrong := problems(best):
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise MismatchError("; ".join(wrong[:8]) + more)
+    return best
+
+
+def read(slot: Slot, tensor: safetensors.Tensor, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """`index` of our array of this slot, out of about only the bytes that it needs."""
+    theirs, ours = _axes(slot.entry.axes)
+    size = dict(zip(ours, slot.shape, strict=True))
+    index = (*index, *(slice(None),) * (len(ours) - len(index)))
+    wanted = {a: range(size[a])[i] for a, i in zip(ours, index, strict=True)}
+    ranges, split, order = [], [], []
+    for group in theirs:
+        letters = [a for a in group if not a.isdigit()]
+        first, *inner = letters
+        width = math.prod(size[a] for a in inner)
+        base = slot.entry.part * size[first] * width if group[0].isdigit() else 0
+        part = wanted[first]
+        ranges.append(slice(base + part.start * width, base + part.stop * width))
+        split += [len(part), *(size[a] for a in inner)]
+        order += letters
+        wanted[first] = range(len(part))
+    block = tensor.read(tuple(ranges)).reshape(split)
+    block = block.transpose([order.index(a) for a in ours])
+    return block[tuple(slice(wanted[a].start, wanted[a].stop) for a in ours)]
+
+
+def assemble(parts: list[tuple[Slot, np.ndarray]]) -> np.ndarray:
+    """The tensor that these slots share, each a part of it; most tensors have one."""
+    theirs, ours = _axes(parts[0][0].entry.axes)
+    order = [a for group in theirs for a in group]
+    arrays = [array for _, array in sorted(parts, key=lambda part: part[0].entry.part)]
+    digit = next((a for a in order if a.isdigit()), None)
+    if digit is None:
+        whole, letters = arrays[0], ours
+    else:
+        whole, letters = np.stack(arrays), (digit, *ours)
+    whole = whole.transpose([letters.index(a) for a in order])
+    return whole.reshape(parts[0][0].tensor_shape())
+
+
+def unflatten(leaves: dict) -> dict:
+    """The nested tree of path -> leaf."""
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree

@@ -1,0 +1,51 @@
+"""How a model's layers are grouped, so that what repeats is traced and compiled once."""
+
+import dataclasses
+import functools
+from collections.abc import Hashable
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A pattern of layer kinds that repeats; its parameters are stacked and scanned.
+
+    `layers[place]` are the indices of the layers that stand at that place of the pattern, one for
+    each repeat. Places are keyed "0", "1", … through all segments of a model.
+    """
+
+    kinds: dict[str, Hashable]
+    layers: dict[str, tuple[int, ...]]
+
+    @property
+    def repeats(self) -> int:
+        return len(next(iter(self.layers.values())))
+
+
+@functools.lru_cache
+def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
+    """Cuts a model's layers into the segments that trace the fewest blocks.
+
+    A leading dense layer becomes a segment of its own, LOLA's alternation one of two places.
+    """
+    # best[i] = (blocks traced, segments used, cuts) for the layers from i on.
+    best = {len(kinds): (0, 0, ())}
+    for i in reversed(range(len(kinds))):
+        options = []
+        for period in range(1, len(kinds) - i + 1):
+            pattern, end = kinds[i : i + period], i
+            while kinds[end : end + period] == pattern:
+                end += period
+                blocks, used, cuts = best[end]
+                options.append((blocks + period, used + 1, ((i, period, end), *cuts)))
+        best[i] = min(options)
+    found, place = [], 0
+    for start, period, end in best[0][2]:
+        names = {str(place + j): start + j for j in range(period)}
+        found.append(
+            Segment(
+                kinds={name: kinds[first] for name, first in names.items()},
+                layers={name: tuple(range(first, end, period)) for name, first in names.items()},
+            )
+        )
+        place += period
+    return tuple(found)

@@ -1,0 +1,128 @@
+"""Attention by the kernels of others: splash attention on TPU, cuDNN on GPU."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+
+from moe_jax.ops.attention_reference import SAVED_NAME, Executed, block_pairs
+
+# The largest block of "splash", and the most key blocks for which its backward pass is one kernel.
+SPLASH_BLOCK = 1024
+SPLASH_FUSED = 4
+
+
+def splash(
+    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window: int | None = None, *, interpret: bool = False
+):
+    """The Pallas TPU kernel that comes with jax, forward and backward.
+
+    Compiled ahead of time for v5e, v5p and v6e, never timed on one: head sizes 8 to 256 need no
+    padding, and of the block sizes 1024 is the largest that fits all three.
+    """
+    T, N, H = q_BTNH.shape[1:]
+    kernel = make_splash(T, N, window, interpret=interpret)
+
+    def of_row(q_NTH, k_KSH, v_KSH, segment_ids_T):
+        segments = splash_attention.SegmentIds(segment_ids_T, segment_ids_T)
+        return kernel(q_NTH, k_KSH, v_KSH, segment_ids=segments)
+
+    heads_first = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
+    return jax.vmap(of_row)(*heads_first, segment_ids_BT).swapaxes(1, 2)
+
+
+def make_splash(T: int, N: int, window: int | None, *, interpret: bool = False):
+    """The kernel of one row: blocks in which the mask has nothing to see are not visited."""
+    if window is None:
+        mask = splash_attention.CausalMask((T, T))
+    else:
+        mask = splash_attention.LocalMask((T, T), (window - 1, 0), offset=0)
+    block = _splash_block(T)
+    compute = 512 if block % 512 == 0 else block
+    apart = {} if _splash_fused(T) else {"block_q_dq": block, "block_kv_dq": block}
+    return splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([mask] * N),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash_attention.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=compute,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=compute,
+            use_fused_bwd_kernel=not apart,
+            **apart,
+        ),
+        residual_checkpoint_name=SAVED_NAME,
+        interpret=interpret,
+    )
+
+
+def _splash_block(T: int) -> int:
+    return max(size for size in range(128, SPLASH_BLOCK + 1, 128) if T % size == 0)
+
+
+def _splash_fused(T: int) -> bool:
+    """One backward kernel makes 5 products where two make 7, but writes dq for each key block.
+
+    That traffic is less than the two products at any T, yet it is that many times q's memory.
+    """
+    return T // _splash_block(T) <= SPLASH_FUSED
+
+
+def splash_kernels(T: int, window: int | None = None) -> dict[str, int]:
+    """Positions times products of one head and row, by what the name of a kernel contains."""
+    pairs = len(block_pairs(T, _splash_block(T), window)) * _splash_block(T) ** 2
+    backward = {"_dkv_": 5} if _splash_fused(T) else {"_dkv_": 4, "_dq_": 3}
+    return {name: number * pairs for name, number in {"_fwd_": 2, **backward}.items()}
+
+
+def splash_executed(T: int, window: int | None) -> Executed:
+    kernels = splash_kernels(T, window)
+    forward = kernels.pop("_fwd_")
+    return Executed(forward, sum(kernels.values()))
+
+
+def splash_refuses(T: int, H: int, dtype) -> str:
+    if T % 128:
+        return f"needs rows of a multiple of 128 positions, not {T}"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"needs bfloat16 or float32, not {dtype}"
+    return ""
+
+
+def cudnn(
+    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window: int | None = None, *, library: str = "cudnn"
+):
+    """cuDNN's flash attention. Not measured, nor even run, on a GPU.
+
+    It skips what lies after the diagonal or before the window but knows no segments: those are a
+    mask [B, 1, T, T], which it adds to the logits. Beside a mask a window needs cuDNN 9.10.2:
+    cudnn-frontend refuses it with older ones.
+    """
+    same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        mask=same_BTS[:, None],
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=library,
+    )
+
+
+def cudnn_executed(T: int, window: int | None) -> Executed:
+    """Its tiles are not documented: of 128, as in the paper's implementation."""
+    pairs = len(block_pairs(T, 128, window)) * 128**2
+    return Executed(2 * pairs, 5 * pairs)
+
+
+def cudnn_refuses(T: int, H: int, dtype) -> str:
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs bfloat16 or float16, not {dtype}"
+    if H % 8 or H > 128:
+        return f"needs a head_dim that is a multiple of 8 and at most 128, not {H}"
+    if T % 2:
+        return f"needs rows of an even number of positions, not {T}"
+    return ""

@@ -1,0 +1,58 @@
+"""Which keys a query sees, attention over all pairs at once, and what all implementations share."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+NEGATIVE = -1e30  # finite, so that a row with nothing to see gives no NaN
+
+# Under which a remat policy may keep y and the logsumexp: with both, no product is made again.
+SAVED_NAME = "attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """(query, key) positions times products, of one head and row: times 2 H they are FLOPs."""
+
+    forward: int  # and once more where remat runs the forward pass again
+    backward: int
+    from_saved: int = 0  # what of it runs again where remat keeps all that has a name
+
+
+def visible(t, s, window: int | None):
+    """Whether a query at position t sees a key at position s of its segment."""
+    seen = t >= s
+    return seen if window is None else seen & (t - s < window)
+
+
+def block_pairs(T: int, block: int, window: int | None) -> list[tuple[int, int]]:
+    """(query block, key block) wherever there is anything to see, a query's own block first."""
+    blocks = -(-T // block)
+    # Blocks d apart have positions that are (d - 1) block + 1 apart, and none that are nearer.
+    reach = blocks if window is None else -(-(window - 1) // block)
+    return [(i, j) for i in range(blocks) for j in range(i, max(i - reach, 0) - 1, -1)]
+
+
+def reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window: int | None = None):
+    """All pairs of a row at once, [B, K, G, T, T] logits."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
+    logits_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH)
+    logits_BKGTS = logits_BKGTS.astype(wide_type(q_BTNH.dtype))
+    seen_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    seen_BTS &= visible(jnp.arange(T)[:, None], jnp.arange(T), window)
+    logits_BKGTS = jnp.where(seen_BTS[:, None, None], logits_BKGTS, NEGATIVE)
+    weight_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(q_BTNH.dtype)
+    y_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH)
+    return y_BTKGH.reshape(B, T, N, H)
+
+
+def reference_executed(T: int, window: int | None) -> Executed:
+    """All pairs, whatever the window."""
+    return Executed(2 * T**2, 4 * T**2, from_saved=T**2)  # the logits have no name
+
+
+def wide_type(dtype):
+    return jnp.promote_types(dtype, jnp.float32)

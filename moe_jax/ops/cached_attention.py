@@ -1,0 +1,35 @@
+"""Attention of new positions to keys and values that are kept: what decoding does."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    window: int | None = None,
+) -> jax.Array:
+    """softmax(q · k / sqrt(H)) · v over the cache's slots 0 … position of each query.
+
+    Args:
+      k_BSKH: slot s holds the key of position s; what lies beyond a query's position is not seen.
+      window: the keys that a query sees, itself included; None is all before it.
+
+    Returns: [B, T, N, H] in q's dtype; the softmax is in float32.
+    """
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
+    logits_BKGTS = jnp.einsum(
+        "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    distance_BTS = positions_BT[:, :, None] - jnp.arange(S)
+    seen_BTS = distance_BTS >= 0
+    if window is not None:
+        seen_BTS &= distance_BTS < window
+    logits_BKGTS = jnp.where(seen_BTS[:, None, None], logits_BKGTS, -jnp.inf)
+    weight_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(q_BTNH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).reshape(B, T, N, H)
