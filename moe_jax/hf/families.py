@@ -22,7 +22,7 @@ Table = dict[str, Entry]  # path of a leaf, without "blocks/<place>/"
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The tensors of one `model_type`, in the layout that is written and in others that are read."""
+    """The tensors of one `model_type`: the layout that is written, and others that are read."""
 
     architecture: str
     table: Table

@@ -1,4 +1,4 @@
-"""A Hugging Face folder that is open: its config, and its parameters leaf by leaf or part by part."""
+"""An open Hugging Face folder: its config, and its parameters leaf by leaf or part by part."""
 
 import dataclasses
 import pathlib

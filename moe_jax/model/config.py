@@ -319,8 +319,8 @@ PRESETS = {
 }
 
 # Llama's architecture: vocabulary, D, F, layers, heads, kv heads. LLM-jp-3 (model cards of the
-# LLM-jp project, arXiv 2407.03963), Drop-Upcycling's parents (Nakamura et al., arXiv 2502.19261) and
-# Skywork-13B (Wei et al., arXiv 2310.19341).
+# LLM-jp project, arXiv 2407.03963), Drop-Upcycling's parents (Nakamura et al., arXiv 2502.19261)
+# and Skywork-13B (Wei et al., arXiv 2310.19341).
 _LLAMAS = {
     "llm-jp-3-150m": (99_487, 512, 2048, 12, 8, 8),
     "llm-jp-3-440m": (99_487, 1024, 3584, 16, 8, 8),
