@@ -75,6 +75,15 @@ class Folder:
                 leaf[at] = tensors.read(slot, self._of(slot), index[depth:])
         return leaf
 
+    def part(self, path: str, row: tuple[int, ...]) -> np.ndarray:
+        """The leaf at leading indices `row`, a view of what lies in the file where it can be."""
+        for slot in self.slots[path]:
+            if slot.row == row[: len(slot.row)]:
+                inner = row[len(slot.row) :]
+                index = tuple(slice(i, i + 1) for i in inner)
+                return tensors.read(slot, self._of(slot), index)[(0,) * len(inner)]
+        raise KeyError(f"{path} has no {row}")
+
     def params(self) -> dict:
         return tensors.unflatten({path: self.leaf(path) for path in self.slots})
 

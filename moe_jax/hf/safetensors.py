@@ -73,14 +73,15 @@ class Tensor:
         """
         if not self.shape and not index:
             return dataclasses.replace(self, shape=(1,)).read().reshape(())
-        rest = [slice(None)] * (len(self.shape) - len(index))
-        if any(s.step not in (None, 1) for s in index) or len(index) + len(rest) > len(self.shape):
+        steps = [getattr(s, "step", 0) for s in index]
+        if len(index) > len(self.shape) or not set(steps) <= {None, 1}:
             raise ValueError(f"index {index} of shape {list(self.shape)}: give slices of step 1")
-        whole = zip([*index, *rest], self.shape, strict=True)
-        first, *rest = bounds = [slice(*s.indices(n)) for s, n in whole]
+        whole = [*index, *[slice(None)] * (len(self.shape) - len(index))]
+        bounds = [slice(*s.indices(n)) for s, n in zip(whole, self.shape, strict=True)]
         out = np.empty([max(b.stop - b.start, 0) for b in bounds], self.dtype)
         if not out.size:
             return out
+        first, *rest = bounds
         row_bytes = self.nbytes // self.shape[0]
         n_rows = max(1, _MAPPED_BYTES // row_bytes)
         for row in range(first.start, first.stop, n_rows):
@@ -198,8 +199,8 @@ class Writer:
     def write(self, name: str, array) -> None:
         """The next of `tensors`, from a numpy or JAX array; ValueError if it is not just that."""
         if not self._pending or name != self._pending[0]:
-            due = repr(self._pending[0]) if self._pending else "none"
-            raise ValueError(f"{name!r} is not the next tensor to write: that is {due}")
+            upcoming = repr(self._pending[0]) if self._pending else "none"
+            raise ValueError(f"{name!r} is not the next tensor to write: that is {upcoming}")
         array = np.asarray(array)
         due = self._tensors[name]
         if (array.shape, array.dtype) != (due.shape, due.dtype):
@@ -357,7 +358,7 @@ def _header(shard: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
         offsets = (t.offset, t.offset + t.nbytes)
         header[name] = {"dtype": _CODES[t.dtype], "shape": t.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors start aligned, as the package's do
+    text += b" " * (-len(text) % 8)  # the tensors begin aligned, as the package has it
     if len(text) > _MAX_JSON_BYTES:
         raise ValueError(f"a header of {len(text)} bytes is longer than {_MAX_JSON_BYTES}")
     return struct.pack("<Q", len(text)) + text

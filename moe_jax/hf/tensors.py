@@ -54,7 +54,7 @@ def shapes(config: model.ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def slots(config: model.ModelConfig, table: Table) -> Iterator[Slot]:
-    """All of a model, first what belongs to no layer, then layer by layer."""
+    """All of a model, first what belongs to no layer, then layer by layer, expert by expert."""
     layers_of = {
         place: layers
         for segment in segments(config.block_kinds)
@@ -72,7 +72,8 @@ def slots(config: model.ModelConfig, table: Table) -> Iterator[Slot]:
             for expert in range(shape[1]) if apart else (0,):
                 name = entry.name.format(layer=layer, expert=expert)
                 index = (row, expert) if apart else (row,)
-                in_layers.append((layer, Slot(path, index, entry, name, shape[len(index) :])))
+                slot = Slot(path, index, entry, name, shape[len(index) :])
+                in_layers.append(((layer, expert if apart else -1), slot))
     yield from (slot for _, slot in sorted(in_layers, key=lambda item: item[0]))
 
 

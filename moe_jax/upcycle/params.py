@@ -44,13 +44,7 @@ def upcycle(
 
     Raises: ValueError, in one line, for a recipe, parameter or pair of configs that do not fit.
     """
-    recipes.check(recipe, parameters)
-    if router not in router_init.ROUTER_INITIALISERS:
-        known = ", ".join(router_init.ROUTER_INITIALISERS)
-        raise ValueError(f"router={router!r} is unknown; use one of {known}")
-    check_configs(config, moe_config)
-    make_expert = functools.partial(recipes.RECIPES[recipe], **parameters)
-    make_router = router_init.ROUTER_INITIALISERS[router]
+    make_expert, make_router = check(config, moe_config, recipe, router, parameters)
 
     blocks = {}
     for segment in segments(moe_config.block_kinds):
@@ -63,6 +57,22 @@ def upcycle(
                     "moe": _to_moe(own["mlp"], layers, moe_config, key, make_expert, make_router),
                 }
     return {**params, "blocks": blocks}
+
+
+def check(
+    config: ModelConfig, moe_config: ModelConfig, recipe: str, router: str, parameters: dict
+) -> tuple[Callable, Callable]:
+    """The functions that make an expert and a router's kernel.
+
+    Raises: ValueError as `upcycle`.
+    """
+    recipes.check(recipe, parameters)
+    if router not in router_init.ROUTER_INITIALISERS:
+        known = ", ".join(router_init.ROUTER_INITIALISERS)
+        raise ValueError(f"router={router!r} is unknown; use one of {known}")
+    check_configs(config, moe_config)
+    make_expert = functools.partial(recipes.RECIPES[recipe], **parameters)
+    return make_expert, router_init.ROUTER_INITIALISERS[router]
 
 
 def blocks_of(params: dict, config: ModelConfig, layers: tuple[int, ...]) -> dict:
@@ -126,22 +136,28 @@ def _to_moe(mlp, layers, config, key, make_expert, make_router) -> dict:
     ffn = {name: w for name, w in mlp.items() if name != "norm"}
     layers_L = jnp.array(layers)
 
-    def router_of(layer):
-        key_layer = jax.random.fold_in(naming.fold_in(key, "router"), layer)
-        kernel_DE = make_router(key_layer, config.hidden_size, config.num_experts)
-        return kernel_DE.astype(ffn["up"].dtype)
-
-    make = functools.partial(
-        _make_experts, make_expert=make_expert, key=naming.fold_in(key, "experts")
-    )
+    make = functools.partial(make_experts, make_expert=make_expert, key=key)
+    kernels = make_routers(layers_L, config, ffn["up"].dtype, make_router=make_router, key=key)
     return {
         "norm": mlp["norm"],
-        "router": {"kernel": jax.lax.map(router_of, layers_L)},
+        "router": {"kernel": kernels},
         "experts": _on_mesh(make, ffn, layers_L, config.num_experts),
     }
 
 
-def _make_experts(
+def make_routers(
+    layers_L: jax.Array, config: ModelConfig, dtype, *, make_router: Callable, key: jax.Array
+) -> jax.Array:
+    """The routers' kernels [L, D, E] of these layers."""
+
+    def router_of(layer):
+        key_layer = jax.random.fold_in(naming.fold_in(key, "router"), layer)
+        return make_router(key_layer, config.hidden_size, config.num_experts).astype(dtype)
+
+    return jax.lax.map(router_of, layers_L)
+
+
+def make_experts(
     ffn: experts.FFN,
     layers_L: jax.Array,
     experts_E: jax.Array,
@@ -151,7 +167,11 @@ def _make_experts(
     whole: Callable = lambda ffn: ffn,
     part: Callable = lambda ffn: ffn,
 ) -> experts.FFN:
-    """One expert at a time: `whole` gathers a layer's FFN, `part` cuts this device's share."""
+    """These experts of these layers, [L, E, …], one at a time.
+
+    `whole` gathers a layer's FFN, `part` cuts this device's share.
+    """
+    key = naming.fold_in(key, "experts")
 
     def layer(scanned):
         ffn_of_layer, layer = scanned

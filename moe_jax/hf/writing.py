@@ -1,0 +1,89 @@
+"""A Hugging Face folder written tensor by tensor, that appears whole or not at all."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tqdm
+
+from moe_jax import model
+from moe_jax.hf import configs, safetensors, tensors
+from moe_jax.hf.families import FAMILIES
+
+# What a folder holds beside its weights, carried along when a model is made of another.
+TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
+    vocab.json vocab.txt merges.txt added_tokens.json chat_template.jinja
+    generation_config.json""".split()
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write(
+    folder: str | pathlib.Path,
+    config: model.ModelConfig,
+    dtypes: dict[str, np.dtype],
+    value: Callable[[tensors.Slot], np.ndarray],
+    *,
+    source: str | pathlib.Path | None = None,
+    max_shard_bytes: int = 4 * 10**9,
+    progress: bool = False,
+) -> None:
+    """`hf.save` of arrays that `value` makes one after the other, layer by layer.
+
+    `dtypes` are those of the leaves, by path. Raises: ValueError as `hf.save`.
+    """
+    values = configs.write(config)
+    table = FAMILIES[values["model_type"]].table
+    by_tensor: dict[str, list[tensors.Slot]] = {}
+    for slot in tensors.slots(config, table):
+        by_tensor.setdefault(slot.name, []).append(slot)
+    plan = {
+        name: (slots[0].tensor_shape(), dtypes[slots[0].path]) for name, slots in by_tensor.items()
+    }
+    values["dtype"] = values["torch_dtype"] = str(np.dtype(dtypes["embed/tokens"]))
+    with appearing(folder) as unfinished:
+        if source is not None:
+            values = {**_carried(pathlib.Path(source), values, unfinished), **values}
+        with safetensors.Writer(unfinished, plan, max_shard_bytes=max_shard_bytes) as writer:
+            items = tqdm.tqdm(by_tensor.items(), unit="tensor", disable=not progress)
+            for name, slots in items:
+                writer.write(name, tensors.assemble([(slot, value(slot)) for slot in slots]))
+        (unfinished / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _carried(source: pathlib.Path, values: dict, unfinished: pathlib.Path) -> dict:
+    """Copies the source's other files; returns the keys of its config.json that go along."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(safetensors.resolve_inside(source, name), unfinished / name)
+    if not (source / "config.json").exists():
+        return {}
+    old = configs.load_json(source)
+    if old.get("model_type") == values["model_type"]:
+        return old
+    return {name: old[name] for name in TOKEN_IDS if name in old}
+
+
+@contextlib.contextmanager
+def appearing(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder that becomes `folder` at the end, and vanishes if anything is raised.
+
+    Raises: ValueError when `folder` exists.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists; choose another output or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = pathlib.Path(
+        tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent)
+    )
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        unfinished.replace(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
