@@ -19,6 +19,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from moe_jax.data import sources, tokenizers
+from moe_jax.hf import configs as hf_configs
+from moe_jax.hf import folders
 from moe_jax.model.config import PRESETS, ModelConfig
 from moe_jax.parallel import mesh
 from moe_jax.upcycle import recipes, router_init
@@ -35,8 +37,9 @@ def default() -> ConfigDict:
             "seed": 0,
             # A preset and what to change of it, or all fields that ModelConfig has no default for.
             "model": {"preset": "", **_model_placeholders()},
-            # Where parameters come from: "" is random, else a run's workdir. With a recipe it is
-            # a dense parent; parameters left unset take the recipe's defaults.
+            # Where parameters come from: "" is random, else a run's workdir or a Hugging Face
+            # folder. With a recipe it is a dense parent; parameters left unset take the recipe's
+            # defaults. Without a preset and sizes the model is a Hugging Face source's own.
             "init": {
                 "source": "",
                 "upcycle": {
@@ -153,6 +156,10 @@ def model_config(config: ConfigDict) -> ModelConfig:
             f"config.model.preset={preset!r} is unknown; use one of {', '.join(PRESETS)}"
         )
     base = dataclasses.asdict(PRESETS[preset]) if preset else {}
+    if not preset and "vocab_size" not in section and config.init.source:
+        base = _fields_of_source(config.init.source)
+        if section.get("num_experts"):
+            base["model_type"] = None
     try:
         return ModelConfig(**{**base, **section})
     except TypeError as error:
@@ -162,6 +169,16 @@ def model_config(config: ConfigDict) -> ModelConfig:
         ) from None
     except ValueError as error:
         raise ConfigError(f"config.model.{error}") from None
+
+
+def _fields_of_source(source: str) -> dict:
+    """Of a model's Hugging Face folder; a run's config says its model itself."""
+    if not folders.is_folder(source):
+        return {}
+    try:
+        return dataclasses.asdict(hf_configs.read(hf_configs.load_json(pathlib.Path(source))))
+    except ValueError as error:
+        raise ConfigError(f"config.init.source={source}: {error}") from None
 
 
 def upcycle_parameters(config: ConfigDict) -> dict:
@@ -280,10 +297,12 @@ def validate_environment(config: ConfigDict, num_devices: int) -> None:
             f"tokenizer {config.data.tokenizer!r}; set it to {tokenizer.vocab_size}"
         )
     source = config.init.source
+    if source and folders.is_folder(source):
+        return
     if source and not glob.glob(os.path.join(glob.escape(source), "checkpoints", "*")):
         raise ConfigError(
             f"config.init.source={source!r} has no checkpoints; "
-            "give the workdir of a run that saved one"
+            "give the workdir of a run that saved one, or a Hugging Face folder"
         )
 
 

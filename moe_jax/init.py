@@ -1,14 +1,16 @@
-"""Where parameters come from: random, another run's checkpoint, or a dense parent upcycled."""
+"""Where parameters come from: random, a run's checkpoint, a Hugging Face folder, or upcycled."""
 
 import dataclasses
 import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moe_jax import config as configs
-from moe_jax import model, upcycle
+from moe_jax import hf, model, upcycle
+from moe_jax.hf import folders, writing
 from moe_jax.parallel import naming, sharding
 from moe_jax.training import checkpoint, flops
 
@@ -24,6 +26,7 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
     if not config.init.source:
         return _jit_sharded(create, mesh, key)
     source_config, params = load(pathlib.Path(config.init.source), mesh)
+    params = _float32(params)
     section = config.init.upcycle
     if section.recipe:
         transform = functools.partial(
@@ -52,11 +55,35 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
 
 
 def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelConfig, dict]:
-    """The model config and the sharded parameters of the newest checkpoint in a run's workdir."""
+    """The model config and the sharded parameters of a Hugging Face folder or a run's workdir.
+
+    Of a run it is the newest checkpoint that verifies. Raises: ValueError for a folder that is
+    neither, or damaged.
+    """
+    if folders.is_folder(workdir):
+        return hf.load(workdir, mesh=mesh)
+    if not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} is neither a Hugging Face folder nor a run's workdir")
     model_config = configs.model_config(configs.load_json(workdir))
     shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
     abstract = sharding.abstract(shapes, mesh)
     return model_config, checkpoint.load_params(workdir / "checkpoints", abstract)
+
+
+def save(workdir: pathlib.Path, model_config: model.ModelConfig, params: dict) -> None:
+    """A workdir with these parameters as its checkpoint of step 0, whole or not at all."""
+    config = configs.default()
+    config.model.update(dataclasses.asdict(model_config))
+    with writing.appearing(workdir) as unfinished:
+        configs.save_json(config, unfinished)
+        checkpoint.save(
+            unfinished / "checkpoints",
+            0,
+            {"params": params},
+            data={"step": 0},
+            config=config.to_dict(),
+            keep=1,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +95,11 @@ class Lineage:
 
 
 def lineage(source: str) -> Lineage:
-    """The lineage of a run's newest checkpoint, from its workdir; nothing for source ""."""
-    if not source:
+    """The lineage of a run's newest checkpoint, from its workdir.
+
+    Nothing for source "", and for a Hugging Face folder, which does not say.
+    """
+    if not source or folders.is_folder(source):
         return Lineage(0, 0.0)
     config = configs.load_json(pathlib.Path(source))
     earlier = lineage(config.init.source)
@@ -78,6 +108,12 @@ def lineage(source: str) -> Lineage:
     tokens = steps * config.training.batch_size * length
     per_token = flops.model_flops(configs.model_config(config), length)
     return Lineage(earlier.tokens + tokens, earlier.training_flops + tokens * per_token)
+
+
+@jax.jit
+def _float32(params: dict) -> dict:
+    """Training keeps its weights in float32, whatever the source stores."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
 def _jit_sharded(create, mesh, argument) -> dict:

@@ -9,6 +9,12 @@ from moe_jax.hf import configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
 
 
+def is_folder(path: str | pathlib.Path) -> bool:
+    """Whether this is a Hugging Face folder, rather than a run's workdir or nothing."""
+    path = pathlib.Path(path)
+    return (path / "config.json").exists() and "model_type" in configs.load_json(path)
+
+
 class Folder:
     """A model's folder, of which nothing but headers has been read yet.
 

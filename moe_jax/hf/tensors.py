@@ -145,6 +145,10 @@ def assemble(parts: list[tuple[Slot, np.ndarray]]) -> np.ndarray:
     return whole.reshape(parts[0][0].tensor_shape())
 
 
+def cast(params: dict, dtype: str) -> dict:
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
 def unflatten(leaves: dict) -> dict:
     """The nested tree of path -> leaf."""
     tree: dict = {}

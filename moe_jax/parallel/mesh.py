@@ -43,6 +43,11 @@ def make(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> 
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
 
 
+def one_device() -> jax.sharding.Mesh:
+    """What a command that works on one device uses."""
+    return make(dict.fromkeys(AXES, 1), jax.devices()[:1])
+
+
 def under(mesh: jax.sharding.Mesh, function):
     """`function` called with `mesh` set, and only then: Orbax has bugs under a set mesh."""
 

@@ -49,10 +49,36 @@ def check(recipe: str, parameters: dict) -> None:
         if name not in accepted:
             takes = ", ".join(accepted) or "no parameters"
             raise ValueError(f"recipe {recipe!r} has no parameter {name!r}; it takes {takes}")
+        if value is None:
+            continue
         if name == "ratio" and not 0 <= value <= 1:
             raise ValueError(f"ratio={value} is not a share of neurons; use a value from 0 to 1")
         if value not in CHOICES.get(name, (value,)):
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(CHOICES[name])}")
+
+
+def parse(recipe: str, arguments: list[str]) -> dict:
+    """The parameters in command-line arguments "--recipe.NAME=VALUE", by their defaults' types.
+
+    Raises: ValueError for one that the recipe does not take, or not with that value.
+    """
+    signature = inspect.signature(RECIPES[recipe]).parameters
+    parameters = {}
+    for argument in arguments:
+        name, equals, text = argument.removeprefix("--recipe.").partition("=")
+        if not argument.startswith("--recipe.") or not equals:
+            raise ValueError(f"unexpected argument {argument!r}; use --recipe.NAME=VALUE")
+        check(recipe, {name: None})
+        kind = type(signature[name].default)
+        words = {"true": True, "false": False}
+        if kind is bool and text.lower() not in words:
+            raise ValueError(f"--recipe.{name}={text}: use true or false")
+        try:
+            parameters[name] = words[text.lower()] if kind is bool else kind(text)
+        except ValueError:
+            raise ValueError(f"--recipe.{name}={text} is not a {kind.__name__}") from None
+    check(recipe, parameters)
+    return parameters
 
 
 def parameters_of(recipe: str) -> tuple[str, ...]:

@@ -1,0 +1,76 @@
+"""convert.py and upcycle.py as a person runs them, and a run that starts from a folder."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import config as configs
+from moe_jax import hf, init
+from moe_jax.parallel import mesh as meshes
+from tests.hf.test_golden import GOLDEN
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(script, *arguments):
+    command = [sys.executable, f"scripts/{script}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_folder_becomes_a_mixture_and_a_checkpoint_and_a_folder_again(tmp_path):
+    moe, imported, again = (tmp_path / name for name in ("moe", "imported", "again"))
+    experts = ("--num_experts=4", "--num_experts_per_tok=2")
+    done = run("upcycle.py", f"--source={GOLDEN / 'llama'}", f"--output={moe}", *experts)
+    assert done.returncode == 0, done.stderr
+    for source, output, to in ((moe, imported, "orbax"), (imported, again, "hf")):
+        done = run("convert.py", f"--source={source}", f"--output={output}", f"--to={to}")
+        assert done.returncode == 0, done.stderr
+    assert json.loads((again / "config.json").read_text())["model_type"] == "mixtral"
+    jax.tree.map(np.testing.assert_array_equal, hf.load(moe)[1], hf.load(again)[1])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "complaint"),
+    [
+        ("upcycle.py", ["--source=nowhere"], "neither a Hugging Face folder nor a run's workdir"),
+        ("upcycle.py", ["--source=tests/golden/mixtral"], "upcycling needs a dense parent"),
+        ("upcycle.py", ["--source=tests/golden/nemotron"], "no Hugging Face model class"),
+        ("upcycle.py", ["--source=tests/golden/llama", "--recipe.ratio=2"], "ratio=2.0"),
+        ("convert.py", ["--source=tests", "--to=hf"], "neither a Hugging Face folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(script, arguments, complaint, tmp_path):
+    done = run(script, *arguments, f"--output={tmp_path / 'out'}")
+    assert done.returncode == 2
+    assert complaint in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_starts_from_a_folder_and_takes_its_model():
+    config = configs.default()
+    config.init.source = str(GOLDEN / "llama_bf16")
+    config.init.upcycle.recipe = "naive"
+    config.model.num_experts = 4
+    config.mesh.fsdp = 8
+    mesh = meshes.make(config.mesh.to_dict())
+    params = init.parameters(config, mesh)
+    _, parent = hf.load(GOLDEN / "llama_bf16")
+    up = params["blocks"]["0"]["moe"]["experts"]["up"]
+    assert up.dtype == np.float32 and not up.sharding.is_fully_replicated
+    np.testing.assert_array_equal(up[:, 3], parent["blocks"]["0"]["mlp"]["up"].astype(np.float32))
+
+
+def test_a_mesh_gets_the_values_that_a_whole_read_has():
+    mesh = meshes.make({"data": 1, "fsdp": 2, "expert": 1, "tensor": 2}, jax.devices()[:4])
+    for name in ("mixtral_sharded", "gpt2", "mixtral_stacked"):
+        config, whole = hf.load(GOLDEN / name)
+        if config.vocab_size % 2:  # not divisible by the tensor axis
+            mesh = meshes.make({"data": 1, "fsdp": 2, "expert": 1, "tensor": 1}, jax.devices()[:2])
+        _, placed = hf.load(GOLDEN / name, mesh=mesh)
+        jax.tree.map(np.testing.assert_array_equal, placed, whole)
