@@ -1,0 +1,42 @@
+"""The dense parents of Drop-Upcycling, and the 13B it is compared to (Nakamura et al., 2025).
+
+    python scripts/train.py --config=configs/drop_upcycling/dense.py:1.5b \\
+        --workdir=runs/drop-upcycling-1.5b \\
+        --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
+
+arXiv 2502.19261. Hardware: TSUBAME4's H100s. Only 1.5b was trained to its schedule's end (1 T
+tokens). 152m and 3.7b gave their parent at 1 T of 2.07 T, the rate not decayed: stop those at
+step 477,000 and 239,000. 13b was compared at 805 B tokens. Text (Japanese, English and code, 2 T or
+1 T tokens) and tokenizers (LLM-jp 3.0; 2.2 for 1.5b) are not part of this repository.
+"""
+
+from moe_jax import config as configs
+
+# Size to peak learning rate, sequences a step and steps.
+SIZES = {
+    "152m": (3e-4, 512, 988_240),
+    "1.5b": (3e-4, 1024, 238_419),
+    "3.7b": (3e-4, 1024, 494_120),
+    "13b": (2e-4, 1024, 494_120),
+}
+
+
+def get_config(size: str = "152m"):
+    if size not in SIZES:
+        raise ValueError(f"size {size!r} is unknown; use one of {', '.join(SIZES)}")
+    learning_rate, batch_size, num_steps = SIZES[size]
+    config = configs.default()
+    config.model.preset = f"drop-upcycling-{size}"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.data.source = "data/drop-upcycling/*.jsonl"
+    config.data.tokenizer = "data/drop-upcycling/tokenizer.model"
+    config.data.sequence_length = 4096
+    config.optimizer.learning_rate = learning_rate
+    config.optimizer.final_learning_rate_ratio = 0.1
+    config.optimizer.warmup_steps = 2000
+    config.training.batch_size = batch_size
+    config.training.num_steps = num_steps
+    config.training.logit_z_coefficient = 1e-4
+    config.evaluation.batch_size = batch_size
+    return config

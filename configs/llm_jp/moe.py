@@ -1,0 +1,47 @@
+"""LLM-jp-3 MoE: 8 experts, top-2, Drop-Upcycled from the dense models (arXiv 2502.19261).
+
+    python scripts/train.py --config=configs/llm_jp/moe.py:8x1.8b --workdir=runs/llm-jp-3-8x1.8b \\
+        --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
+
+Needs the parent, trained with configs/llm_jp/dense.py in the workdir that init.source names. Rate,
+batch and the balancing loss are those of 8x1.8b's Megatron script, tokens (2.1 T) those of the
+model cards. Not known here: 8x13b's rate (its parent's is set), whether the z-loss on the logits
+was kept (it is), hardware and time. The text is not part of this repository.
+"""
+
+from moe_jax import config as configs
+from moe_jax.model import PRESETS
+
+# Size to parent and peak learning rate.
+SIZES = {"8x1.8b": ("1.8b", 3e-4), "8x13b": ("13b", 2e-4)}
+TOKENS = 2_100_000_000_000
+
+
+def get_config(size: str = "8x1.8b"):
+    if size not in SIZES:
+        raise ValueError(f"size {size!r} is unknown; use one of {', '.join(SIZES)}")
+    parent, learning_rate = SIZES[size]
+    config = configs.default()
+    config.model.preset = f"llm-jp-3-{size}"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.init.source = f"runs/llm-jp-3-{parent}"
+    config.init.upcycle.recipe = "drop"
+    config.init.upcycle.ratio = 0.5
+    config.init.upcycle.router = "centred_uniform"
+    config.data.source = "data/llm-jp/*.jsonl"
+    config.data.tokenizer = "data/llm-jp/tokenizer.model"
+    config.data.sequence_length = 4096
+    config.optimizer.learning_rate = learning_rate
+    config.optimizer.final_learning_rate_ratio = 0.1
+    config.optimizer.warmup_steps = 2000
+    config.training.batch_size = 1024
+    config.training.num_steps = TOKENS // (1024 * config.data.sequence_length)
+    # Megatron's coefficient is 0.01 for the sum over layers; the loss here is their mean.
+    num_layers = PRESETS[config.model.preset].num_hidden_layers
+    config.training.load_balancing_coefficient = 0.01 * num_layers
+    config.training.load_balancing_scope = "layer"
+    config.training.load_balancing_divide_by_k = True
+    config.training.logit_z_coefficient = 1e-4
+    config.evaluation.batch_size = 1024
+    return config

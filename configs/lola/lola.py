@@ -1,0 +1,38 @@
+"""LOLA: 167 languages, every second layer 16 experts, top-1, with capacity (Srivastava et al.).
+
+    python scripts/train.py --config=configs/lola/lola.py --workdir=runs/lola \\
+        --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
+
+arXiv 2409.11272. Published hardware and time: 96 A100 of 40 GB, 19 days to step 296,000 (465 B
+tokens), where the authors stopped; the schedule is for more: warmup over 10 % and decay over 80 %
+of 1 T tokens. Not expressible here: dropout of 0.1, float16 (bfloat16 is used), the BPE tokenizer
+(use a SentencePiece model of at most 100,096 pieces). The sampling of languages is not known; the
+files of `data.source` decide it. CulturaX is not part of this repository.
+"""
+
+from moe_jax import config as configs
+
+STEPS_OF_1T = 1_000_000_000_000 // (768 * 2048)
+NUM_MOE_LAYERS = 12
+
+
+def get_config():
+    config = configs.default()
+    config.model.preset = "lola"
+    config.model.dispatch = "capacity"
+    config.model.token_priority = "random"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.data.source = "data/culturax/*.jsonl"
+    config.data.tokenizer = "data/culturax/tokenizer.model"
+    config.data.sequence_length = 2048
+    config.optimizer.learning_rate = 2e-4
+    config.optimizer.final_learning_rate_ratio = 0.1
+    config.optimizer.warmup_steps = STEPS_OF_1T // 10
+    config.training.batch_size = 768
+    config.training.num_steps = STEPS_OF_1T * 8 // 10
+    # DeepSpeed's coefficient is 0.01 for the sum over layers; the loss here is their mean.
+    config.training.load_balancing_coefficient = 0.01 * NUM_MOE_LAYERS
+    config.training.load_balancing_scope = "layer"
+    config.evaluation.batch_size = 768
+    return config

@@ -1,0 +1,38 @@
+"""OLMoE-1B-7B: 64 narrow experts, top-8, from scratch on 5 T tokens (Muennighoff et al., 2024).
+
+    python scripts/train.py --config=configs/olmoe/1b_7b.py --workdir=runs/olmoe-1b-7b \\
+        --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
+
+arXiv 2409.02060. Published hardware and time: 256 H100, about 10 days. The paper ends with 100 B
+tokens of linear decay to 0 (schedule "wsd", 23,842 steps from 4e-5): a second run whose init.source
+is this one, with fresh optimizer moments where the paper keeps them. Not expressible here: initial
+weights cut at 3 standard deviations, the filter of repeated n-grams, the paper's BPE tokenizer
+(use a SentencePiece model of at most 50,304 pieces). The balancing loss is taken over the global
+batch, in the paper per device. The text (OLMoE-mix) is not part of this repository.
+"""
+
+from moe_jax import config as configs
+
+TOKENS = 5_000_000_000_000  # of the cosine
+
+
+def get_config():
+    config = configs.default()
+    config.model.preset = "olmoe-1b-7b"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.data.source = "data/olmoe-mix/*.jsonl"
+    config.data.tokenizer = "data/olmoe-mix/tokenizer.model"
+    config.data.sequence_length = 4096
+    config.optimizer.learning_rate = 4e-4
+    config.optimizer.final_learning_rate_ratio = 0.1
+    config.optimizer.warmup_steps = 2500
+    config.optimizer.no_weight_decay = ""
+    config.training.batch_size = 1024
+    config.training.num_steps = TOKENS // (1024 * config.data.sequence_length)
+    config.training.load_balancing_coefficient = 0.01
+    config.training.load_balancing_scope = "layer"
+    config.training.load_balancing_divide_by_k = True
+    config.training.router_z_coefficient = 0.001
+    config.evaluation.batch_size = 1024
+    return config

@@ -1,0 +1,35 @@
+"""Skywork-MoE: Skywork-13B upcycled to 16 experts, top-2, normalised gates (Wei et al., 2024).
+
+    python scripts/train.py --config=configs/skywork/moe.py --workdir=runs/skywork-moe \\
+        --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
+
+arXiv 2406.06563. Needs the parent, trained with configs/skywork/13b.py. Published hardware: 1536
+A800, 690 tokens a second each. The report adapts the balancing coefficient of each layer to its
+share of dropped tokens, up to 0.01, and drops tokens beyond a capacity; here the coefficient is
+fixed at that limit and nothing is dropped (the metrics have the share that a capacity would drop).
+Not known here: rate, warmup, batch, tokens; those set are placeholders. The text (English, Chinese
+and code as 7 : 2 : 1) is not part of this repository.
+"""
+
+from moe_jax import config as configs
+
+
+def get_config():
+    config = configs.default()
+    config.model.preset = "skywork-moe"
+    config.model.dtype = "bfloat16"
+    config.model.remat = "full"
+    config.init.source = "runs/skywork-13b"
+    config.init.upcycle.recipe = "naive"
+    config.data.source = "data/skypile/*.jsonl"
+    config.data.tokenizer = "data/skypile/tokenizer.model"
+    config.data.sequence_length = 8192
+    config.optimizer.learning_rate = 6e-5
+    config.optimizer.final_learning_rate_ratio = 0.1
+    config.optimizer.warmup_steps = 2000
+    config.training.batch_size = 2048
+    config.training.num_steps = 10_000
+    config.training.load_balancing_coefficient = 0.01
+    config.training.load_balancing_scope = "layer"
+    config.evaluation.batch_size = 2048
+    return config

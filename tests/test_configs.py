@@ -1,0 +1,115 @@
+"""The published configs: each can be traced on 8 devices, and its model has the published size."""
+
+import importlib.util
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax import config as configs
+from moe_jax import model
+from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import sharding
+from moe_jax.training import optimizer, step
+from moe_jax.training.state import TrainState
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def module_of(path):
+    spec = importlib.util.spec_from_file_location("config_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FILES = {p.relative_to(ROOT).as_posix(): p for p in sorted((ROOT / "configs").glob("*/*.py"))}
+SIZES = {name: tuple(getattr(module_of(path), "SIZES", ())) for name, path in FILES.items()}
+CASES = [f"{name}:{size}" if size else name for name in FILES for size in SIZES[name] or ("",)]
+FIRST_OF_EACH_FILE = {f"{name}:{SIZES[name][0]}" if SIZES[name] else name for name in FILES}
+TRACED = [
+    case if case in FIRST_OF_EACH_FILE else pytest.param(case, marks=pytest.mark.long)
+    for case in CASES
+]
+WITHOUT_CONFIG = {"quickstart", "quickstart-8e"}  # configs/quickstart.py overrides its arms
+
+# (total, active for one token), embeddings and the whole router included: the model cards of
+# LLM-jp-3 and the released checkpoints of the papers named in `PRESETS`.
+PARAMETERS = {
+    "llm-jp-3-150m": (152_219_136, 152_219_136),
+    "llm-jp-3-440m": (447_052_800, 447_052_800),
+    "llm-jp-3-980m": (989_882_880, 989_882_880),
+    "llm-jp-3-1.8b": (1_867_216_896, 1_867_216_896),
+    "llm-jp-3-3.7b": (3_782_317_056, 3_782_317_056),
+    "llm-jp-3-7.2b": (7_291_269_120, 7_291_269_120),
+    "llm-jp-3-13b": (13_706_931_200, 13_706_931_200),
+    "llm-jp-3-8x1.8b": (9_266_362_368, 2_924_574_720),
+    "llm-jp-3-8x13b": (73_162_828_800, 22_202_035_200),
+    "drop-upcycling-152m": (152_318_464, 152_318_464),
+    "drop-upcycling-1.5b": (1_558_284_288, 1_558_284_288),
+    "drop-upcycling-3.7b": (3_782_913_024, 3_782_913_024),
+    "drop-upcycling-8x152m": (416_608_768, 190_116_352),
+    "drop-upcycling-8x1.5b": (8_957_429_760, 2_615_642_112),
+    "drop-upcycling-8x3.7b": (18_581_105_664, 5_897_530_368),
+    "skywork-13b": (13_854_269_952, 13_854_269_952),
+    "skywork-moe": (146_356_167_168, 22_691_308_032),
+    "nemotron-4-15b": (15_628_775_424, 15_628_775_424),
+    "olmoe-1b-7b": (6_919_161_856, 1_282_017_280),
+    "mixtral-8x7b": (46_702_792_704, 12_879_925_248),
+    "qwen3-30b-a3b": (30_532_122_624, 3_353_032_704),
+    "lola": (7_459_827_712, 1_418_186_752),
+}
+
+
+@pytest.mark.parametrize("case", TRACED)
+def test_a_config_is_valid_and_its_train_step_fits_a_mesh(case):
+    config = configs.load(str(ROOT / case))
+    configs.validate(config)
+    model_config = configs.model_config(config)
+    mesh = meshes.make(config.mesh.to_dict())
+    tx = optimizer.adamw(config.optimizer, config.training.num_steps)
+    shapes = jax.eval_shape(
+        lambda: TrainState.create(model.init(model_config, jax.random.key(0)), tx)
+    )
+    state = sharding.abstract(shapes, mesh)
+    size = (config.training.batch_size, config.data.sequence_length)
+    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=jax.NamedSharding(mesh, sharding.BATCH))
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), tokens)
+    with jax.set_mesh(mesh):
+        train_step = step.make_train_step(model_config, config.training, tx)
+        new, metrics = jax.eval_shape(train_step, state, batch)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+    assert (metrics.tokens_per_expert_LE is not None) == (model_config.num_experts > 0)
+
+
+def test_every_published_preset_has_a_valid_config_and_every_parent_one_too():
+    loaded = [configs.load(str(ROOT / case)) for case in CASES]
+    for config in loaded:
+        configs.validate(config)
+    assert sorted(c.model.preset for c in loaded) == sorted(set(model.PRESETS) - WITHOUT_CONFIG)
+    workdirs = {f"runs/{config.model.preset}" for config in loaded}
+    assert {config.init.source for config in loaded} - {""} <= workdirs
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if SIZES[name]])
+def test_an_unknown_size_is_refused_with_the_sizes(name):
+    with pytest.raises(configs.ConfigError, match=re.escape(", ".join(SIZES[name]))):
+        configs.load(f"{ROOT / name}:no-such")
+
+
+@pytest.mark.parametrize("chips", ["0", "-8", "many"])
+def test_mixtral_refuses_what_is_no_number_of_chips(chips):
+    with pytest.raises(configs.ConfigError, match=f"{chips!r} is not a number of chips"):
+        configs.load(f"{ROOT}/configs/mixtral/8x7b.py:{chips}")
+
+
+def test_mixtral_gives_each_chip_two_sequences():
+    config = configs.load(f"{ROOT}/configs/mixtral/8x7b.py:64")
+    assert config.training.batch_size == 128
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_preset_has_the_published_number_of_parameters(name):
+    assert model.count_parameters(model.PRESETS[name]) == PARAMETERS[name]
