@@ -72,7 +72,7 @@ class Tensor:
           or a bool is neither 0 nor 1.
         """
         if not self.shape and not index:
-            return dataclasses.replace(self, shape=(1,)).read().reshape(())
+            return dataclasses.replace(self, shape=(1,)).read().reshape(()).copy()
         steps = [getattr(s, "step", 0) for s in index]
         if len(index) > len(self.shape) or not set(steps) <= {None, 1}:
             raise ValueError(f"index {index} of shape {list(self.shape)}: give slices of step 1")

@@ -94,7 +94,7 @@ def test_views_and_jax_arrays_are_written_by_their_values(tmp_path):
     assert_same(read(tmp_path), {"view": x.T[1:, ::2], "jax": x.astype(ml_dtypes.bfloat16)})
 
 
-SOUND = {"a": entry(), "b": entry("BF16", (2, 2), (8, 16)), "__metadata__": {"format": "pt"}}
+SOUND = {"a": entry(), "b": entry("F16", (2, 2), (8, 16)), "__metadata__": {"format": "pt"}}
 
 
 @hypothesis.settings(derandomize=True, max_examples=300, deadline=None, database=None)
