@@ -62,7 +62,7 @@ class _Maker:
         )
         self._ffn = functools.lru_cache(maxsize=1)(self._read_ffn)
         self._ffn_on_device = functools.lru_cache(maxsize=1)(self._put_ffn)
-        self._expert = functools.lru_cache(maxsize=1)(self._made_expert)
+        self._expert = functools.lru_cache(maxsize=2)(self._made_expert)
 
     def part(self, slot: tensors.Slot) -> np.ndarray:
         if not slot.row:
@@ -77,7 +77,10 @@ class _Maker:
             name = inner.rpartition("/")[2]
             if name in self._unchanged(layer):
                 return self._ffn(layer)[name]
-            return np.asarray(self._expert(layer, slot.row[1])[name])[0, 0]
+            made = self._expert(layer, slot.row[1])
+            if slot.row[1] + 1 < self.config.num_experts:
+                self._expert(layer, slot.row[1] + 1)  # is computed while this one is written
+            return np.asarray(made[name])[0, 0]
         path, row = self.of_parent(slot.path, layer)
         return self.source.part(path, (row,))
 
