@@ -293,7 +293,7 @@ def decode_cases() -> Iterator[Case]:
         yield Case(
             name=name,
             tokens=rows * num_tokens,
-            implementations={"full forward": decode},
+            implementations={"kv cache": decode},
             bound="one position's products",
             bound_function=functools.partial(products, params, jnp.zeros(rows, jnp.int32)),
         )

@@ -1,5 +1,6 @@
-"""Continuations of prompts, by a full forward pass for each new token."""
+"""Continuations of prompts: a prefill, then a token at a time with the keys and values kept."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import model
+from moe_jax.model import transformer
+from moe_jax.model.segments import segments
 
 
 def generate(
@@ -16,34 +19,86 @@ def generate(
     *,
     num_tokens: int,
     temperature: float,
-    key: jax.Array,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
 ) -> list[np.ndarray]:
-    """`num_tokens` sampled ids after each prompt of ids; temperature 0 takes the likeliest.
+    """`num_tokens` ids after each prompt of ids.
 
-    A row's draws depend on the key and its place among the prompts only.
+    Dropless whatever the config says: what a token gets must not depend on its neighbours.
+
+    Args:
+      temperature: 0 takes the likeliest token, and needs no key.
+      top_p: draws among the fewest tokens that together have this probability (nucleus sampling,
+        Holtzman et al., arXiv 1904.09751).
+      key: a row's draws depend on it and on the row's place among the prompts only.
+
+    Raises: ValueError for an empty prompt, or a text longer than the learned positions.
     """
     lengths_B = np.array([len(prompt) for prompt in prompts])
-    tokens_BT = np.zeros((len(prompts), lengths_B.max() + num_tokens), np.int32)
+    if not lengths_B.all():
+        raise ValueError("a prompt has no token; begin it with the tokenizer's begin token")
+    length = int(lengths_B.max()) + num_tokens
+    if config.position_embedding == "learned" and length > config.max_position_embeddings:
+        raise ValueError(
+            f"{lengths_B.max()} tokens of prompt and {num_tokens} more are beyond the "
+            f"{config.max_position_embeddings} positions of this model; ask for fewer"
+        )
+    tokens_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
-    filled_BT = _fill(params, tokens_BT, lengths_B, key, config, num_tokens, temperature)
-    return [
-        row[length : length + num_tokens]
-        for row, length in zip(np.asarray(filled_BT), lengths_B, strict=True)
-    ]
+    config = dataclasses.replace(config, dispatch="dropless", remat="none")
+    key = jax.random.key(0) if key is None else key
+    return list(
+        np.asarray(
+            _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num_tokens)
+        )
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_tokens", "temperature"))
-def _fill(params, tokens_BT, lengths_B, key, config, num_tokens, temperature):
-    def add_token(i, tokens_BT):
-        # Causal: what stands after the last token does not reach its logits.
-        logits_BTV = model.apply(params, tokens_BT, config).logits_BTV
-        last_B = lengths_B + i - 1
-        logits_BV = jnp.take_along_axis(logits_BTV, last_B[:, None, None], axis=1)[:, 0]
-        if temperature:
-            drawn_B = jax.random.categorical(jax.random.fold_in(key, i), logits_BV / temperature)
-        else:
-            drawn_B = jnp.argmax(logits_BV, axis=-1)
-        return tokens_BT.at[jnp.arange(len(lengths_B)), last_B + 1].set(drawn_B.astype(jnp.int32))
+@functools.partial(jax.jit, static_argnames=("config", "num_tokens"))
+def _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num_tokens):
+    B, T = tokens_BT.shape
 
-    return jax.lax.fori_loop(0, num_tokens, add_token, tokens_BT)
+    def logits_of(tokens_BT, positions_BT, last_B, cache):
+        """The logits after index `last_B` of these tokens, and the cache with them in it."""
+        shared = transformer.Shared(positions_BT, jnp.ones_like(tokens_BT))
+        x_BTD, _, cache = transformer.run_blocks(params, tokens_BT, shared, config, cache=cache)
+        x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
+        unembed_DV = transformer.unembedding(params).astype(x_BD.dtype)
+        return jnp.matmul(x_BD, unembed_DV, preferred_element_type=jnp.float32), cache
+
+    def step(carry, i):
+        logits_BV, cache = carry
+        token_B = sample(logits_BV, jax.random.fold_in(key, i), temperature, top_p)
+        # What a shorter prompt's padding left in the cache is overwritten before it is seen.
+        position_B1 = (lengths_B + i)[:, None]
+        carry = logits_of(token_B[:, None], position_B1, jnp.zeros_like(lengths_B), cache)
+        return carry, token_B
+
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    first = logits_of(tokens_BT, positions_BT, lengths_B - 1, _empty(config, B, T + num_tokens))
+    _, token_NB = jax.lax.scan(step, first, jnp.arange(num_tokens))
+    return token_NB.T
+
+
+def _empty(config: model.ModelConfig, B: int, S: int) -> dict:
+    shape = (B, S, config.num_kv_heads, config.head_size)
+    return {
+        place: {n: jnp.zeros((len(layers), *shape), config.dtype) for n in ("k", "v")}
+        for segment in segments(config.block_kinds)
+        for place, layers in segment.layers.items()
+    }
+
+
+def sample(logits_BV: jax.Array, key: jax.Array, temperature, top_p) -> jax.Array:
+    """A token of each row; the likeliest at temperature 0. The settings may be traced."""
+    rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits_BV)))
+    scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1)
+    order_BV = jnp.argsort(-scaled_BV, axis=-1)
+    sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
+    before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
+    # The likeliest always stays, whatever top_p.
+    kept_BV = (before_BV < top_p) | (jnp.arange(logits_BV.shape[-1]) == 0)
+    drawn_B = jax.vmap(jax.random.categorical)(rows, jnp.where(kept_BV, sorted_BV, -jnp.inf))
+    place_B = jnp.where(temperature > 0, drawn_B, 0)
+    return jnp.take_along_axis(order_BV, place_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
