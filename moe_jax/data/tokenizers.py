@@ -1,14 +1,16 @@
-"""Text to ids and back: raw bytes, or SentencePiece BPE with byte fallback."""
+"""Text to ids and back: raw bytes, a SentencePiece model, or a Hugging Face tokenizer.json."""
 
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Iterable
 
 import numpy as np
 import sentencepiece
+import tokenizers
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 LINE_CHARACTERS = 4096  # longer lines are trained on in pieces
@@ -71,28 +73,81 @@ class SentencePieceTokenizer:
         return self._processor.decode([int(i) for i in ids if i not in special])
 
 
-Tokenizer = ByteTokenizer | SentencePieceTokenizer
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceTokenizer:
+    """A tokenizer.json; what begins and ends a text is said by the tokenizer_config.json beside."""
+
+    path: str
+
+    @functools.cached_property
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_file(self.path)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(pathlib.Path(self.path).read_bytes()).hexdigest()
+
+    @functools.cached_property
+    def _special(self) -> dict[str, int]:
+        beside = pathlib.Path(self.path).with_name("tokenizer_config.json")
+        settings = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        ids = {}
+        for name in ("bos_token", "eos_token", "pad_token"):
+            token = settings.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            ids[name] = self._tokenizer.token_to_id(token) if token else None
+        return {name: -1 if i is None else i for name, i in ids.items()}
+
+    @property
+    def pad_id(self) -> int:
+        return self._special["pad_token"]
+
+    @property
+    def bos_id(self) -> int:
+        """-1 if there is none. Qwen's models have none; a text begins with what ends one then."""
+        bos = self._special["bos_token"]
+        return self._special["eos_token"] if bos < 0 else bos
+
+    @property
+    def eos_id(self) -> int:
+        return self._special["eos_token"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+Tokenizer = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 
 
 def load(name: str) -> Tokenizer:
-    """ "bytes", or the path of a SentencePiece model.
+    """ "bytes", or the path of a SentencePiece model or of a tokenizer.json.
 
-    Raises: ValueError for a path that is not one.
+    Raises: ValueError for a path that is neither.
     """
     if name == "bytes":
         return ByteTokenizer()
     if not os.path.isfile(name):
         raise ValueError(
-            f"data.tokenizer={name!r} is not a file; use 'bytes', or a model made by "
-            "scripts/train_tokenizer.py"
+            f"data.tokenizer={name!r} is not a file; use 'bytes', a model made by "
+            "scripts/train_tokenizer.py, or a Hugging Face tokenizer.json"
         )
-    tokenizer = SentencePieceTokenizer(name)
+    is_json = name.endswith(".json")
+    tokenizer = HuggingFaceTokenizer(name) if is_json else SentencePieceTokenizer(name)
     try:
-        ids = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
-    except RuntimeError:
-        raise ValueError(f"data.tokenizer={name!r} is not a SentencePiece model") from None
+        ids = (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
+    except Exception:  # of whatever kind the libraries raise
+        kind = "tokenizer.json of Hugging Face" if is_json else "SentencePiece model"
+        raise ValueError(f"data.tokenizer={name!r} is not a {kind}") from None
     if min(ids[1:]) < 0:
-        raise ValueError(f"data.tokenizer={name!r} has no begin or end token; train it with both")
+        fix = "name them in tokenizer_config.json beside it" if is_json else "train it with both"
+        raise ValueError(f"data.tokenizer={name!r} has no begin or end token; {fix}")
     return tokenizer
 
 

@@ -1,5 +1,6 @@
 """Exactness of both tokenizers, what training and loading refuse, and the command line."""
 
+import json
 import pathlib
 import runpy
 import shutil
@@ -9,6 +10,7 @@ import hypothesis
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers as hf_tokenizers
 from hypothesis import strategies as st
 
 from moe_jax.data import tokenizers
@@ -161,7 +163,7 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
             minloglevel=2,
         )
     for name, message in {
-        "missing.model": "is not a file; use 'bytes', or a model made by",
+        "missing.model": "is not a file; use 'bytes', a model made by",
         ".": "is not a file",
         "empty.model": "is not a SentencePiece model",
         "junk.model": "is not a SentencePiece model",
@@ -232,3 +234,29 @@ def test_the_command_says_in_one_line_what_is_wrong(command, arguments, message)
     assert (status, output) == (2, "")
     assert errors.startswith(f"train_tokenizer.py: {message}") and errors.count("\n") == 1
     assert not pathlib.Path("a.model").exists()
+
+
+def test_a_tokenizer_json_is_read_with_the_special_tokens_named_beside_it(tmp_path):
+    trained = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE())
+    trained.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = hf_tokenizers.decoders.ByteLevel()
+    trainer = hf_tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=hf_tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(["to be or not to be"] * 3, trainer)
+    path = tmp_path / "tokenizer.json"
+    trained.save(str(path))
+    with pytest.raises(ValueError, match="name them in tokenizer_config.json beside it"):
+        tokenizers.load(str(path))
+    beside = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    tokenizer = tokenizers.load(str(path))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, -1)
+    text = "To be, 今日 or not?"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="is not a tokenizer.json of Hugging Face"):
+        tokenizers.load(str(path))

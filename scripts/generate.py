@@ -1,0 +1,77 @@
+"""Continues prompts with a model.
+
+Examples:
+  python scripts/generate.py --checkpoint=runs/quickstart/dense --prompt="To insert a table, "
+  python scripts/generate.py --checkpoint=path/to/folder --prompt="The capital of France is" \\
+      --prompt="Water boils at" --num_tokens=32 --temperature=0.7 --top_p=0.9
+
+The checkpoint is a Hugging Face folder (with its tokenizer.json or tokenizer.model) or a run's
+workdir. Temperature 0, the default, takes the likeliest token each time.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from moe_jax import command_line, config, init
+from moe_jax.data import tokenizers
+from moe_jax.evaluation import generate
+from moe_jax.hf import folders, safetensors
+from moe_jax.parallel import mesh
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--prompt", required=True, action="append", help="may be given repeatedly")
+    parser.add_argument("--num_tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", help="instead of the model's own")
+    arguments = parser.parse_args()
+    if arguments.num_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        parser.error("--num_tokens is at least 1, --temperature at least 0, --top_p above 0 to 1")
+    try:
+        for prompt, continuation in run(arguments):
+            print(f"{prompt}|{continuation}")
+    except (ValueError, config.ConfigError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+def run(arguments) -> list[tuple[str, str]]:
+    model_config, params = init.load(arguments.checkpoint, mesh.one_device())
+    tokenizer = tokenizers.load(arguments.tokenizer or tokenizer_of(arguments.checkpoint))
+    continuations = generate.generate(
+        params,
+        model_config,
+        [np.array([tokenizer.bos_id, *tokenizer.encode(p)]) for p in arguments.prompt],
+        num_tokens=arguments.num_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        key=jax.random.key(arguments.seed),
+    )
+    return [
+        (prompt, tokenizer.decode(ids[: _end(ids, tokenizer.eos_id)]))
+        for prompt, ids in zip(arguments.prompt, continuations, strict=True)
+    ]
+
+
+def tokenizer_of(checkpoint: pathlib.Path) -> str:
+    """What `tokenizers.load` takes for this model."""
+    if not folders.is_folder(checkpoint):
+        return config.load_json(checkpoint).data.tokenizer
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (checkpoint / name).exists():
+            safetensors.resolve_inside(checkpoint, name)
+            return str(checkpoint / name)
+    raise ValueError(f"{checkpoint} has no tokenizer.json or tokenizer.model; set --tokenizer")
+
+
+def _end(ids: np.ndarray, eos_id: int) -> int:
+    return int(np.argmax(ids == eos_id)) if (ids == eos_id).any() else len(ids)
+
+
+if __name__ == "__main__":
+    main()
