@@ -9,7 +9,6 @@ import sys
 import time
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 import moe_jax
@@ -221,7 +220,7 @@ def _samples(params: dict, model_config, tokenizer, config: ConfigDict) -> list[
     continuations = generate.generate(
         jax.device_get(params),
         model_config,
-        [np.array([tokenizer.bos_id, *tokenizer.encode(prompt)]) for prompt in prompts],
+        [tokenizer.prompt(prompt) for prompt in prompts],
         num_tokens=config.evaluation.continuation_tokens,
         temperature=0.7,
         key=jax.random.key(config.seed),

@@ -34,27 +34,28 @@ def main() -> None:
     if arguments.num_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         parser.error("--num_tokens is at least 1, --temperature at least 0, --top_p above 0 to 1")
     try:
-        for prompt, continuation in run(arguments):
-            print(f"{prompt}|{continuation}")
+        for text in run(arguments):
+            print(text)
     except (ValueError, config.ConfigError, OSError) as error:
         parser.error(" ".join(str(error).split()))
 
 
-def run(arguments) -> list[tuple[str, str]]:
+def run(arguments) -> list[str]:
     model_config, params = init.load(arguments.checkpoint, mesh.one_device())
     tokenizer = tokenizers.load(arguments.tokenizer or tokenizer_of(arguments.checkpoint))
+    prompts = [tokenizer.prompt(text) for text in arguments.prompt]
     continuations = generate.generate(
         params,
         model_config,
-        [np.array([tokenizer.bos_id, *tokenizer.encode(p)]) for p in arguments.prompt],
+        prompts,
         num_tokens=arguments.num_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         key=jax.random.key(arguments.seed),
     )
     return [
-        (prompt, tokenizer.decode(ids[: _end(ids, tokenizer.eos_id)]))
-        for prompt, ids in zip(arguments.prompt, continuations, strict=True)
+        tokenizer.decode(np.concatenate([prompt, ids[: _end(ids, tokenizer.eos_id)]]))
+        for prompt, ids in zip(prompts, continuations, strict=True)
     ]
 
 
@@ -62,10 +63,12 @@ def tokenizer_of(checkpoint: pathlib.Path) -> str:
     """What `tokenizers.load` takes for this model."""
     if not folders.is_folder(checkpoint):
         return config.load_json(checkpoint).data.tokenizer
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (checkpoint / name).exists():
-            safetensors.resolve_inside(checkpoint, name)
-            return str(checkpoint / name)
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    found = [name for name in files if (checkpoint / name).exists()]
+    for name in found:
+        safetensors.resolve_inside(checkpoint, name)
+    if found and found[0] != "tokenizer_config.json":
+        return str(checkpoint / found[0])
     raise ValueError(f"{checkpoint} has no tokenizer.json or tokenizer.model; set --tokenizer")
 
 

@@ -13,6 +13,12 @@ import sentencepiece
 import tokenizers
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
+# (begin, end) of a tokenizer.json that has no tokenizer_config.json to say them.
+USUAL = (
+    ("<s>", "</s>"),
+    ("<|begin_of_text|>", "<|end_of_text|>"),
+    ("<|endoftext|>", "<|endoftext|>"),
+)
 LINE_CHARACTERS = 4096  # longer lines are trained on in pieces
 
 
@@ -28,6 +34,10 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3
+
+    def prompt(self, text: str) -> np.ndarray:
+        """What a model is given to go on from."""
+        return np.array([self.bos_id, *self.encode(text)], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
         ids = np.asarray(ids)
@@ -68,6 +78,9 @@ class SentencePieceTokenizer:
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         return np.array(first + [i for ids in others for i in (*mark, *ids)], np.int32)
 
+    def prompt(self, text: str) -> np.ndarray:
+        return np.array([self.bos_id, *self.encode(text)], np.int32)
+
     def decode(self, ids: np.ndarray) -> str:
         special = (self.pad_id, self.bos_id, self.eos_id)
         return self._processor.decode([int(i) for i in ids if i not in special])
@@ -81,22 +94,32 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _tokenizer(self) -> tokenizers.Tokenizer:
-        return tokenizers.Tokenizer.from_file(self.path)
+        tokenizer = tokenizers.Tokenizer.from_file(self.path)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(pathlib.Path(self.path).read_bytes()).hexdigest()
+        content = pathlib.Path(self.path).read_bytes() + str(sorted(self._special.items())).encode()
+        return hashlib.sha256(content).hexdigest()
 
     @functools.cached_property
     def _special(self) -> dict[str, int]:
         beside = pathlib.Path(self.path).with_name("tokenizer_config.json")
         settings = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        if "eos_token" not in settings:
+            known = (pair for pair in USUAL if None not in map(self._tokenizer.token_to_id, pair))
+            bos, eos = next(known, (None, None))
+            settings = {**settings, "bos_token": bos, "eos_token": eos}
         ids = {}
         for name in ("bos_token", "eos_token", "pad_token"):
             token = settings.get(name)
             token = token.get("content") if isinstance(token, dict) else token
-            ids[name] = self._tokenizer.token_to_id(token) if token else None
-        return {name: -1 if i is None else i for name, i in ids.items()}
+            ids[name] = self._tokenizer.token_to_id(token) if token else -1
+        if None in ids.values():
+            raise ValueError(f"{beside} names tokens that are not in {self.path}")
+        return ids
 
     @property
     def pad_id(self) -> int:
@@ -104,7 +127,7 @@ class HuggingFaceTokenizer:
 
     @property
     def bos_id(self) -> int:
-        """-1 if there is none. Qwen's models have none; a text begins with what ends one then."""
+        """What ends a text, where nothing begins one (Qwen's); -1 if there is neither."""
         bos = self._special["bos_token"]
         return self._special["eos_token"] if bos < 0 else bos
 
@@ -117,7 +140,15 @@ class HuggingFaceTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
+        # Special tokens that are spelled out in a text are letters like others.
+        self._tokenizer.encode_special_tokens = True
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def prompt(self, text: str) -> np.ndarray:
+        """With what the tokenizer itself puts before a text, and the special tokens in it."""
+        self._tokenizer.encode_special_tokens = False
+        ids = self._tokenizer.encode(text).ids
+        return np.array(ids or [self.bos_id], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

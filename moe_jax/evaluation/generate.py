@@ -32,11 +32,23 @@ def generate(
         Holtzman et al., arXiv 1904.09751).
       key: a row's draws depend on it and on the row's place among the prompts only.
 
-    Raises: ValueError for an empty prompt, or a text longer than the learned positions.
+    Raises: ValueError for no prompt or an empty one, ids beyond the vocabulary, settings out of
+      range, or a text longer than the learned positions.
     """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}: use at least 0, and more than 0 up to 1"
+        )
+    if not prompts:
+        raise ValueError("there is no prompt")
     lengths_B = np.array([len(prompt) for prompt in prompts])
     if not lengths_B.all():
         raise ValueError("a prompt has no token; begin it with the tokenizer's begin token")
+    if (largest := max(int(np.max(prompt)) for prompt in prompts)) >= config.vocab_size:
+        raise ValueError(
+            f"token {largest} is beyond the {config.vocab_size} of the model; "
+            "is this the tokenizer that it was trained with?"
+        )
     length = int(lengths_B.max()) + num_tokens
     if config.position_embedding == "learned" and length > config.max_position_embeddings:
         raise ValueError(
@@ -67,18 +79,24 @@ def _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num
         unembed_DV = transformer.unembedding(params).astype(x_BD.dtype)
         return jnp.matmul(x_BD, unembed_DV, preferred_element_type=jnp.float32), cache
 
+    def draw(logits_BV, i):
+        return sample(logits_BV, jax.random.fold_in(key, i), temperature, top_p)
+
     def step(carry, i):
-        logits_BV, cache = carry
-        token_B = sample(logits_BV, jax.random.fold_in(key, i), temperature, top_p)
+        token_B, cache = carry
         # What a shorter prompt's padding left in the cache is overwritten before it is seen.
-        position_B1 = (lengths_B + i)[:, None]
-        carry = logits_of(token_B[:, None], position_B1, jnp.zeros_like(lengths_B), cache)
-        return carry, token_B
+        position_B1 = (lengths_B + i - 1)[:, None]
+        zero_B = jnp.zeros_like(lengths_B)
+        logits_BV, cache = logits_of(token_B[:, None], position_B1, zero_B, cache)
+        token_B = draw(logits_BV, i)
+        return (token_B, cache), token_B
 
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    first = logits_of(tokens_BT, positions_BT, lengths_B - 1, _empty(config, B, T + num_tokens))
-    _, token_NB = jax.lax.scan(step, first, jnp.arange(num_tokens))
-    return token_NB.T
+    cache = _empty(config, B, T + num_tokens)
+    logits_BV, cache = logits_of(tokens_BT, positions_BT, lengths_B - 1, cache)
+    first_B = draw(logits_BV, 0)
+    _, token_NB = jax.lax.scan(step, (first_B, cache), jnp.arange(1, num_tokens))
+    return jnp.concatenate([first_B[None], token_NB]).T
 
 
 def _empty(config: model.ModelConfig, B: int, S: int) -> dict:
@@ -93,7 +111,8 @@ def _empty(config: model.ModelConfig, B: int, S: int) -> dict:
 def sample(logits_BV: jax.Array, key: jax.Array, temperature, top_p) -> jax.Array:
     """A token of each row; the likeliest at temperature 0. The settings may be traced."""
     rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits_BV)))
-    scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1)
+    below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)  # or it may overflow
+    scaled_BV = below_BV / jnp.where(temperature > 0, jnp.maximum(temperature, 1e-30), 1)
     order_BV = jnp.argsort(-scaled_BV, axis=-1)
     sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
     before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)

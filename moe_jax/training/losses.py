@@ -16,7 +16,8 @@ def load_balancing_loss(
 
     Args:
       stats: as `model.Output.router`, summed here over the batch shards.
-      scope: "layer" takes the product layer by layer and averages (OLMoE, Megatron); "all_layers"
+      scope: "layer" takes the product layer by layer and averages (OLMoE; Megatron and DeepSpeed
+        add the layers up: their coefficient times the number of layers is ours); "all_layers"
         averages f and P over the layers first (Hugging Face's Mixtral, Drop-Upcycling), which a
         model with every layer collapsed onto other experts also satisfies.
       divide_by_k: True as in megablocks (OLMoE), False as in Hugging Face.

@@ -249,14 +249,25 @@ def test_a_tokenizer_json_is_read_with_the_special_tokens_named_beside_it(tmp_pa
     trained.train_from_iterator(["to be or not to be"] * 3, trainer)
     path = tmp_path / "tokenizer.json"
     trained.save(str(path))
-    with pytest.raises(ValueError, match="name them in tokenizer_config.json beside it"):
-        tokenizers.load(str(path))
     beside = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
     tokenizer = tokenizers.load(str(path))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, -1)
-    text = "To be, 今日 or not?"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    for text in ("To be, 今日 or not?", "a</s>b<s>"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    beside["eos_token"] = "<s>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    assert tokenizers.load(str(path)).fingerprint != tokenizer.fingerprint
+    beside["eos_token"] = "<end>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    with pytest.raises(ValueError, match="is not a tokenizer.json"):
+        tokenizers.load(str(path))
+    trained.enable_truncation(4)
+    trained.save(str(path))
+    (tmp_path / "tokenizer_config.json").unlink()
+    cut = tokenizers.load(str(path))  # with the usual names
+    assert (cut.bos_id, cut.eos_id) == (0, 1)
+    assert cut.decode(cut.encode(text)) == text
     path.write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer.json of Hugging Face"):
         tokenizers.load(str(path))

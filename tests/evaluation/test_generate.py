@@ -12,7 +12,7 @@ from moe_jax.evaluation import generate
 from tests.hf.test_golden import GOLDEN, NAMES
 
 NUM_TOKENS = 5
-QUICK = ("gpt2", "lola", "mistral", "olmoe", "qwen3_moe_mixed")
+QUICK = ("lola", "mistral", "qwen3_moe_mixed")
 apply = jax.jit(model.apply, static_argnames="config")
 
 
@@ -69,8 +69,24 @@ def test_top_p_draws_only_among_the_fewest_tokens_that_have_it():
     np.testing.assert_allclose(shares(draw(1.0, 0.6)), [0, 4 / 7, 3 / 7, 0], atol=0.04)
     np.testing.assert_array_equal(shares(draw(1.0, 1e-6)), [0, 1, 0, 0])
     np.testing.assert_array_equal(shares(draw(0.0, 1.0)), [0, 1, 0, 0])
+    np.testing.assert_array_equal(shares(draw(1e-38, 1.0)), [0, 1, 0, 0])
     warmer = probabilities_V**0.5 / jnp.sum(probabilities_V**0.5)
     np.testing.assert_allclose(shares(draw(2.0, 1.0)), warmer, atol=0.04)
+
+
+def test_what_cannot_be_continued_is_refused():
+    config, params = loaded("llama")
+    for prompts, settings, message in (
+        ([], {}, "no prompt"),
+        ([np.array([], np.int32)], {}, "has no token"),
+        ([np.array([10**6])], {}, "token 1000000 is beyond the 199 of the model"),
+        ([np.array([1])], {"temperature": -1.0}, "temperature=-1.0"),
+        ([np.array([1])], {"top_p": 0.0}, "top_p=0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate.generate(
+                params, config, prompts, num_tokens=1, **{"temperature": 0.0, **settings}
+            )
 
 
 def test_a_text_beyond_the_learned_positions_is_refused():
