@@ -15,7 +15,7 @@ import pathlib
 import numpy as np
 
 from moe_jax import command_line, hf, init
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, load_json
 from moe_jax.hf import folders, tensors, writing
 from moe_jax.parallel import mesh
 
@@ -55,7 +55,9 @@ def run(arguments) -> None:
     if arguments.dtype:
         params = tensors.cast(params, arguments.dtype)
     if arguments.to == "hf":
-        hf.save(arguments.output, config, params)
+        tokenizer = load_json(arguments.source).data.tokenizer
+        source = pathlib.Path(tokenizer).parent if tokenizer.endswith(".json") else None
+        hf.save(arguments.output, config, params, source=source)
     else:
         init.save(arguments.output, config, params)
 
