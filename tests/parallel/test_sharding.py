@@ -59,11 +59,11 @@ def test_every_leaf_has_a_rule_of_its_rank_and_moments_lie_as_their_parameter(co
             assert {sharding.spec_of(n) for n in moments} == {sharding.spec_of(name)}
 
 
-def test_every_rule_is_the_first_to_match_some_leaf():
+def test_every_rule_is_the_first_to_match_some_leaf_of_a_preset():
     patterns = [pattern for pattern, _ in sharding.RULES]
     alive = {
         next(pattern for pattern in patterns if re.search(pattern, name))
-        for config in CONFIGS.values()
+        for config in model.PRESETS.values()
         for name in leaves_of(config)
     }
     assert set(patterns) - alive == set()
