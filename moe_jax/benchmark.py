@@ -6,7 +6,10 @@ so that a machine that slows down slows all of them.
 
 import dataclasses
 import functools
+import pathlib
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,6 +20,7 @@ import numpy as np
 from moe_jax import config as configs
 from moe_jax import model, peers
 from moe_jax.evaluation import generate
+from moe_jax.hf import folders, tensors, upcycling, writing
 from moe_jax.model import layers, moe, remat
 from moe_jax.ops import attention, cross_entropy, grouped_matmul, implementations
 from moe_jax.training import optimizer, step
@@ -299,6 +303,59 @@ def decode_cases() -> Iterator[Case]:
         )
 
 
+def upcycle_cases() -> Iterator[Case]:
+    """From folder to folder, 8 experts, float16; "tokens" are the numbers written.
+
+    The bounds: a copy of the file that is written, and as many normals as numbers are written.
+    """
+    config = dataclasses.replace(model.PRESETS["drop-upcycling-1.5b"], num_hidden_layers=1)
+    moe_config = config.to_moe(num_experts=8, num_experts_per_tok=2)
+    dtypes = dict.fromkeys(tensors.shapes(config), np.dtype(np.float16))
+    draw = np.random.default_rng(0).standard_normal
+    with tempfile.TemporaryDirectory(prefix="moe_jax-benchmark-") as scratch:
+        root = pathlib.Path(scratch)
+        writing.write(
+            root / "dense",
+            config,
+            dtypes,
+            lambda slot: draw(slot.shape, np.float32).astype(np.float16),
+        )
+
+        def made(recipe):
+            shutil.rmtree(root / recipe, ignore_errors=True)
+            upcycling.upcycle_folder(
+                folders.Folder(root / "dense"),
+                root / recipe,
+                moe_config,
+                recipe=recipe,
+                key=jax.random.key(0),
+            )
+
+        def copy():
+            shutil.copyfile(root / "naive" / "model.safetensors", root / "copy")
+
+        made("naive")
+        numbers = (root / "naive" / "model.safetensors").stat().st_size // 2
+        eighth = jax.jit(lambda key: jax.random.normal(key, (numbers // 8,)))
+
+        def normals():
+            for i in range(8):
+                eighth(jax.random.key(i)).block_until_ready()
+
+        for recipe, bound, function in (
+            ("naive", "file copy", copy),
+            ("drop", "file copy", copy),
+            ("drop", "normals", normals),
+        ):
+            yield Case(
+                name=f"{numbers / 1e6:.0f} M numbers",
+                tokens=numbers,
+                implementations={recipe: functools.partial(made, recipe)},
+                bound=bound,
+                bound_function=function,
+            )
+
+
 BENCHMARKS = {
     "grouped_matmul": grouped_matmul_cases,
     "attention": attention_cases,
@@ -308,6 +365,7 @@ BENCHMARKS = {
     "forced_balance": forced_balance_cases,
     "remat": remat_cases,
     "decode": decode_cases,
+    "upcycle": upcycle_cases,
 }
 
 
