@@ -24,7 +24,8 @@ def generate(
 ) -> list[np.ndarray]:
     """`num_tokens` ids after each prompt of ids.
 
-    Dropless whatever the config says: what a token gets must not depend on its neighbours.
+    Dropless whatever the config says: what a token gets must not depend on its neighbours. So a
+    model whose experts choose their tokens is run with tokens that choose their experts.
 
     Args:
       temperature: 0 takes the likeliest token, and needs no key.
@@ -58,7 +59,12 @@ def generate(
     tokens_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
-    config = dataclasses.replace(config, dispatch="dropless", remat="none")
+    if config.dispatch == "merge":
+        raise ValueError(
+            "a model of merged experts (dispatch='merge') cannot generate token by token"
+        )
+    router = "softmax_topk" if config.router == "expert_choice" else config.router
+    config = dataclasses.replace(config, dispatch="dropless", router=router, remat="none")
     key = jax.random.key(0) if key is None else key
     return list(
         np.asarray(
@@ -100,7 +106,8 @@ def _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num
 
 
 def _empty(config: model.ModelConfig, B: int, S: int) -> dict:
-    shape = (B, S, config.num_kv_heads, config.head_size)
+    E = config.num_attention_experts
+    shape = (*((E,) if E else ()), B, S, config.num_kv_heads, config.head_size)
     return {
         place: {n: jnp.zeros((len(layers), *shape), config.dtype) for n in ("k", "v")}
         for segment in segments(config.block_kinds)

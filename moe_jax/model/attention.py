@@ -10,10 +10,20 @@ from moe_jax.ops import cached_attention
 
 
 def shapes(config: ModelConfig) -> dict:
+    one, E = _shapes_of_one(config), config.num_attention_experts
+    if E:
+        experts = {
+            n: {m: (E, *s) for m, s in shape.items()} if isinstance(shape, dict) else (E, *shape)
+            for n, shape in one.items()
+        }
+        one = {"router": {"kernel": (config.hidden_size, E)}, "experts": experts}
+    return {"norm": layers.norm_shapes(config), **one}
+
+
+def _shapes_of_one(config: ModelConfig) -> dict:
     D, N, K = config.hidden_size, config.num_attention_heads, config.num_kv_heads
     H = config.head_size
     shapes = {
-        "norm": layers.norm_shapes(config),
         "wq": (D, N, H),
         "wk": (D, K, H),
         "wv": (D, K, H),
@@ -44,12 +54,32 @@ def attention(
 ) -> tuple[jax.Array, dict | None]:
     """What the block adds to x, and the cache with the keys and values of these positions.
 
+    With attention experts it is the sum of all their outputs, weighted by a softmax router (Zhang
+    et al., BAM, arXiv 2408.08274: soft, each with its own keys and values).
+
     Args:
       window: the keys that a query sees, itself included; None is all before it.
-      cache: `k` and `v` [B, S, K, H] of the positions before these, or None in training. Several
-        positions at once must be the first ones of their rows.
+      cache: `k` and `v` [B, S, K, H] of the positions before these, with a leading axis of
+        attention experts if there are any; or None in training. Several positions at once must be
+        the first ones of their rows.
     """
     x_BTD = layers.norm(x_BTD, params["norm"], config)
+    rest = positions_BT, segment_ids_BT, config, window
+    if "experts" not in params:
+        return _attention_of_one(x_BTD, params, cache, *rest)
+    kernel_DE = params["router"]["kernel"].astype(jnp.float32)
+    share_BTE = jax.nn.softmax(x_BTD.astype(jnp.float32) @ kernel_DE).astype(x_BTD.dtype)
+
+    def add(total_BTD, expert):
+        params, share_BT, cache = expert
+        y_BTD, cache = _attention_of_one(x_BTD, params, cache, *rest)
+        return total_BTD + share_BT[..., None] * y_BTD, cache
+
+    experts = params["experts"], jnp.moveaxis(share_BTE, -1, 0), cache
+    return jax.lax.scan(add, jnp.zeros_like(x_BTD), experts)
+
+
+def _attention_of_one(x_BTD, params, cache, positions_BT, segment_ids_BT, config, window):
     q_BTNH, k_BTKH, v_BTKH = (
         layers.add_bias(layers.product(x_BTD, params[f"w{n}"]), params, f"b{n}") for n in "qkv"
     )

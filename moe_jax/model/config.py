@@ -12,8 +12,11 @@ CHOICES = {
     "attention_bias": ("none", "qkv", "all"),
     "qk_norm": ("none", "head", "full"),
     "position_embedding": ("rotary", "learned"),
-    "router": ("softmax_topk", "forced_balance"),
-    "dispatch": ("dropless", "capacity"),
+    "router": (
+        *("softmax_topk", "topk_softmax", "sigmoid_topk", "noisy_topk", "expert_choice"),
+        *("group_topk", "forced_balance"),
+    ),
+    "dispatch": ("dropless", "capacity", "merge"),
     "token_priority": ("position", "random"),
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "full", "save_experts", "save_dots", "offload_experts", "offload_dots"),
@@ -75,11 +78,16 @@ class ModelConfig:
     shared_expert_intermediate_size: int | None = None  # of an expert that every token goes to
     norm_topk_prob: bool = True
     gate_norm_std: float | None = None  # the deviation router logits are brought to (Skywork-MoE)
-    router: str = "softmax_topk"  # or "forced_balance": experts in turn, for benchmarks only
-    dispatch: str = "dropless"  # or "capacity": an expert drops what does not fit
+    router: str = "softmax_topk"  # model/router.py has them all
+    num_expert_groups: int = 1  # of sigmoid_topk and group_topk
+    num_groups_per_tok: int = 1  # sigmoid_topk: those that may be chosen from
+    routed_scaling_factor: float = 1.0  # sigmoid_topk: of the weights
+    dispatch: str = "dropless"  # or "capacity": an expert drops what does not fit; or "merge"
+    merge_segment_length: int = 256  # merge: the tokens that share one merged expert (Lory)
     capacity_factor: float = 1.25  # dropless: of the virtual drop rate that is reported
     min_capacity: int = 4
     token_priority: str = "position"  # which tokens a full expert keeps; or "random"
+    num_attention_experts: int = 0  # attentions whose outputs are mixed (BAM); 0 is plain
     layers: tuple[str, ...] | None = None  # all dense without experts, all sparse with them
 
     # How it is computed rather than what it is.
@@ -99,14 +107,15 @@ class ModelConfig:
         for name in (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
             "num_key_value_heads head_dim max_position_embeddings sliding_window "
-            "moe_intermediate_size shared_expert_intermediate_size num_experts_per_tok min_capacity"
+            "moe_intermediate_size shared_expert_intermediate_size num_experts_per_tok "
+            "min_capacity num_expert_groups num_groups_per_tok merge_segment_length"
         ).split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name}={value} must be at least 1"
         for name in (
             "rms_norm_eps rope_theta partial_rotary_factor rope_scaling_factor clip_qkv "
-            "gate_norm_std capacity_factor"
+            "gate_norm_std capacity_factor routed_scaling_factor"
         ).split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -135,6 +144,7 @@ class ModelConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than "
                 f"num_experts={self.num_experts}; choose at most {self.num_experts}"
             )
+        yield from self._problems_of_routing()
         if self.num_experts == 1 and self.gate_norm_std is not None:
             yield "gate_norm_std needs num_experts of 2 or more: one logit has no deviation"
         for name, kinds in (
@@ -162,6 +172,36 @@ class ModelConfig:
             if getattr(self, name) not in choices:
                 yield f"{name}={getattr(self, name)!r} is unknown; use one of {choices}"
 
+    def _problems_of_routing(self):
+        G = self.num_expert_groups
+        if self.num_experts % G:
+            yield f"num_experts={self.num_experts} is not divisible by num_expert_groups={G}"
+        elif G > 1 and self.router == "sigmoid_topk":
+            if self.num_groups_per_tok > G:
+                yield f"num_groups_per_tok={self.num_groups_per_tok} is more than the {G} groups"
+            room = self.num_groups_per_tok * self.num_experts // G
+            if self.num_experts // G < 2 or room < self.num_experts_per_tok:
+                yield (
+                    f"num_expert_groups={G}: a token chooses {self.num_experts_per_tok} experts "
+                    f"among the {room} of {self.num_groups_per_tok} groups, which need 2 or more "
+                    "each; use fewer groups"
+                )
+        elif self.router == "group_topk" and self.num_experts_per_tok > G:
+            yield (
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than "
+                f"num_expert_groups={G}, each of which gives one; use at most {G}"
+            )
+        elif G > 1 and self.router not in ("sigmoid_topk", "group_topk"):
+            yield f"num_expert_groups={G} is of the routers sigmoid_topk and group_topk"
+        if self.router == "expert_choice" and self.dispatch != "capacity":
+            yield "router='expert_choice' gives each expert as many tokens; set dispatch='capacity'"
+        if self.gate_norm_std is not None and self.router not in ("softmax_topk", "forced_balance"):
+            yield f"gate_norm_std is of router='softmax_topk', not {self.router!r}"
+        if self.dispatch == "merge" and self.router != "softmax_topk":
+            yield f"dispatch='merge' weighs experts by their softmax, not by {self.router!r}"
+        if self.dispatch == "merge" and self.shared_expert_intermediate_size:
+            yield "dispatch='merge' has no shared expert; leave shared_expert_intermediate_size out"
+
     @property
     def num_kv_heads(self) -> int:
         return self.num_key_value_heads or self.num_attention_heads
@@ -184,6 +224,12 @@ class ModelConfig:
         return self.layers or (MOE if self.num_experts else DENSE,) * self.num_hidden_layers
 
     @property
+    def draws(self) -> bool:
+        """Whether routing is random in training."""
+        dropped = self.dispatch == "capacity" and self.token_priority == "random"
+        return self.num_experts > 0 and (dropped or self.router == "noisy_topk")
+
+    @property
     def block_kinds(self) -> tuple[BlockKind, ...]:
         types = self.layer_types or (SLIDING_ATTENTION,) * self.num_hidden_layers
         windows = (self.sliding_window if t == SLIDING_ATTENTION else None for t in types)
@@ -196,15 +242,24 @@ class ModelConfig:
         return {**ops, "grouped_matmul": self.grouped_matmul} if self.num_experts else ops
 
     def to_moe(
-        self, *, num_experts: int, num_experts_per_tok: int, layers: tuple[str, ...] | None = None
+        self,
+        *,
+        num_experts: int,
+        num_experts_per_tok: int,
+        layers: tuple[str, ...] | None = None,
+        **fields,
     ) -> "ModelConfig":
-        """The config of this dense model upcycled, sparse where `layers` says so, else in all."""
+        """The config of this model upcycled, sparse where `layers` says so, else in all.
+
+        `fields` are what else it has of its own: a narrower `moe_intermediate_size`, its router, …
+        """
         return dataclasses.replace(
             self,
             num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok,
             layers=layers,
             model_type=None,
+            **fields,
         )
 
 
@@ -303,6 +358,20 @@ PRESETS = {
         moe_intermediate_size=768,
         model_type="qwen3_moe",
     ),
+    # LLM-jp-4 (model card of the LLM-jp project): sigmoid scores and selection biases.
+    "llm-jp-4-32b-a3.8b": ModelConfig(
+        vocab_size=196_608,
+        hidden_size=2560,
+        intermediate_size=960,
+        num_hidden_layers=32,
+        num_attention_heads=40,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        router="sigmoid_topk",
+        routed_scaling_factor=2.5,
+    ),
     # SmolLM2 (Ben Allal et al., arXiv 2502.02737).
     "smollm2-135m": ModelConfig(
         vocab_size=49_152,
@@ -319,8 +388,8 @@ PRESETS = {
 }
 
 # Llama's architecture: vocabulary, D, F, layers, heads, kv heads. LLM-jp-3 (model cards of the
-# LLM-jp project, arXiv 2407.03963), Drop-Upcycling's parents (Nakamura et al., arXiv 2502.19261)
-# and Skywork-13B (Wei et al., arXiv 2310.19341).
+# LLM-jp project, arXiv 2407.03963), Drop-Upcycling's parents (Nakamura et al., arXiv 2502.19261),
+# Skywork-13B (Wei et al., arXiv 2310.19341) and Llama 2 (Touvron et al., arXiv 2307.09288).
 _LLAMAS = {
     "llm-jp-3-150m": (99_487, 512, 2048, 12, 8, 8),
     "llm-jp-3-440m": (99_487, 1024, 3584, 16, 8, 8),
@@ -334,6 +403,7 @@ _LLAMAS = {
     "drop-upcycling-3.7b": (99_584, 3072, 8192, 28, 24, 24),
     "drop-upcycling-13b": (99_487, 5120, 13_824, 40, 40, 40),
     "skywork-13b": (65_536, 4608, 12_288, 52, 36, 36),
+    "llama-2-7b": (32_000, 4096, 11_008, 32, 32, 32),
 }
 _LLAMA_FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads""".split()
@@ -355,6 +425,13 @@ _UPCYCLED = {
     "nemotron-4-15b-e8g8t8": (
         *("nemotron-4-15b", 64, 8),
         {"norm_topk_prob": False, "moe_intermediate_size": 3072},
+    ),
+    # BAM's attention experts (Zhang et al., arXiv 2408.08274) at the quickstart's size.
+    "quickstart-bam-4e": ("quickstart", 4, 1, {"num_attention_experts": 4}),
+    # LLaMA-MoE v1 (Zhu et al., arXiv 2406.16554): Llama 2's feed-forwards cut into 16, top-4.
+    "llama-moe-3.5b": (
+        *("llama-2-7b", 16, 4),
+        {"moe_intermediate_size": 688, "router": "noisy_topk"},
     ),
     # Wei et al., arXiv 2406.06563.
     "skywork-moe": (

@@ -10,19 +10,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model import layers, remat, router
+from moe_jax.model import layers, merging, remat, router
 from moe_jax.model.config import ModelConfig
 from moe_jax.ops import grouped_matmul, permute
-from moe_jax.parallel import sharding
+from moe_jax.parallel import naming, sharding
 
 
 def shapes(config: ModelConfig) -> dict:
     one = layers.ffn_shapes(config, config.expert_size)
+    kernel = (config.hidden_size, config.num_experts)
     shapes = {
         "norm": layers.norm_shapes(config),
-        "router": {"kernel": (config.hidden_size, config.num_experts)},
+        "router": {"kernel": kernel},
         "experts": {name: (config.num_experts, *shape) for name, shape in one.items()},
     }
+    if config.router == "sigmoid_topk":
+        shapes["router"]["bias"] = (config.num_experts,)
+    if config.router == "noisy_topk":
+        shapes["router"]["noise"] = kernel
     if config.shared_expert_intermediate_size:
         shapes["shared"] = layers.ffn_shapes(config, config.shared_expert_intermediate_size)
     return shapes
@@ -39,10 +44,11 @@ def moe(
 ) -> tuple[jax.Array, router.RouterStats]:
     """The layer's output (to be added to x) and its statistics, one row per batch shard.
 
-    `key` decides which tokens a full expert drops, where `token_priority` is "random"; without it
-    the earlier ones stay.
+    `key` is of what is random in training: a router's noise, and with `token_priority` "random"
+    which tokens a full expert drops; without it there is no noise, and the earlier ones stay.
     """
-    local = functools.partial(_moe_of_device, config=config, return_routing=return_routing)
+    of_device = merging.merged_of_device if config.dispatch == "merge" else _moe_of_device
+    local = functools.partial(of_device, config=config, return_routing=return_routing)
     if jax.sharding.get_abstract_mesh().empty:
         return local(x_BTD, params, valid_BT, key)
     specs = sharding.layer_specs(params, "moe")
@@ -78,15 +84,7 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
     x_BTD = layers.norm(x_BTD, params["norm"], config)
     x_MD, valid_M = x_BTD.reshape(B * T, D), valid_BT.ravel()
     with jax.named_scope("router"):
-        # In float32: with bfloat16 logits close calls between experts would depend on rounding.
-        kernel_DE = params["router"]["kernel"].astype(jnp.float32)
-        logits_ME = remat.named("router_logits", x_MD.astype(jnp.float32) @ kernel_DE)
-        routing = router.ROUTERS[config.router](
-            logits_ME,
-            num_experts_per_tok=config.num_experts_per_tok,
-            norm_topk_prob=config.norm_topk_prob,
-            gate_norm_std=config.gate_norm_std,
-        )
+        routing = _route(x_MD, params["router"], valid_M, key, config)
     with jax.named_scope("dispatch"):
         plan = remat.named("plan", _plan(routing.expert_index_MA, valid_M, key, config))
         x_RD = permute.dispatch(x_MD, plan)
@@ -99,7 +97,8 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
         with jax.named_scope("shared_expert"):
             y_MD += layers.feed_forward(x_MD, params["shared"], config)
 
-    num_dropped = jnp.sum(valid_M) * config.num_experts_per_tok - jnp.sum(plan.group_sizes_E)
+    chosen_MA = (routing.expert_index_MA < config.num_experts) & valid_M[:, None]
+    num_dropped = jnp.sum(chosen_MA) - jnp.sum(plan.group_sizes_E)
     num_dropped = jnp.zeros_like(num_dropped) if plan.complete else num_dropped
     stats = router.statistics(routing, valid_M, num_dropped)
     stats = jax.tree.map(lambda x: x[None], stats)
@@ -109,11 +108,26 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
     return y_MD.reshape(B, T, D), stats
 
 
+def _route(x_MD, params, valid_M, key, config) -> router.Routing:
+    # In float32: with bfloat16 logits close calls between experts would depend on rounding.
+    x_MD = x_MD.astype(jnp.float32)
+    logits_ME = remat.named("router_logits", x_MD @ params["kernel"].astype(jnp.float32))
+    inputs = router.Inputs(
+        valid_M,
+        bias_E=params.get("bias"),
+        noise_ME=x_MD @ params["noise"].astype(jnp.float32) if "noise" in params else None,
+        key=None if key is None else naming.fold_in(key, "noise"),
+    )
+    return router.ROUTERS[config.router](logits_ME, config, inputs)
+
+
 def _plan(expert_index_MA, valid_M, key, config) -> permute.Permutation:
     E = config.num_experts
     if config.dispatch == "dropless":
         return permute.sort_by_expert(expert_index_MA, E)
-    C = router.capacity(expert_index_MA.size, E, config.capacity_factor, config.min_capacity)
+    if config.token_priority != "random":
+        key = None
+    C = router.slots_of_expert(len(valid_M), config)
     return permute.fill_slots(expert_index_MA, valid_M, E, C, key)
 
 

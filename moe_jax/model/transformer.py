@@ -56,6 +56,8 @@ class Parameters(nn.Module):
         if name == "scale" or name in BIASES:
             return nn.initializers.zeros
         deviation = self.config.initializer_range
+        if name == "noise":  # LLaMA-MoE's, arXiv 2406.16554
+            return nn.initializers.zeros
         if name == "kernel":  # a router's, drawn expert by expert: its columns do not depend on E
             return lambda key, shape: deviation * jax.random.normal(key, shape[::-1]).T
         return nn.initializers.normal(deviation)
@@ -152,7 +154,7 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     total = active = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         total += leaf.size
-        is_expert = "experts" in naming.path_name(path).split("/")
+        is_expert = "moe/experts" in naming.path_name(path)
         active += (
             leaf.size * config.num_experts_per_tok // config.num_experts if is_expert else leaf.size
         )

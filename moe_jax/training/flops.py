@@ -31,12 +31,19 @@ def _products(config: ModelConfig) -> dict[str, float]:
     N, K = config.num_attention_heads, config.num_kv_heads
     sparse = config.layer_kinds.count(MOE)
     dense = config.num_hidden_layers - sparse
-    expert_rows = sparse * config.num_experts_per_tok * config.expert_size
+    attentions = config.num_attention_experts or 1
+    routers = config.num_experts * (2 if config.router == "noisy_topk" else 1)
+    if config.dispatch == "merge":
+        # One expert for a token, and a segment's merging shared by its tokens.
+        expert_rows = sparse * config.expert_size
+        expert_rows *= 1 + config.num_experts / config.merge_segment_length
+    else:
+        expert_rows = sparse * config.num_experts_per_tok * config.expert_size
     neurons = dense * config.intermediate_size + expert_rows
     neurons += sparse * (config.shared_expert_intermediate_size or 0)
     return {
-        "projections": config.num_hidden_layers * D * H * (2 * N + 2 * K),
-        "router": sparse * D * config.num_experts,
+        "projections": config.num_hidden_layers * attentions * D * H * (2 * N + 2 * K),
+        "router": D * (sparse * routers + config.num_hidden_layers * config.num_attention_experts),
         "gate_up": (1 + config.gated_mlp) * D * neurons,
         "down": D * neurons,
         "head": D * config.vocab_size,
@@ -45,7 +52,7 @@ def _products(config: ModelConfig) -> dict[str, float]:
 
 def _heads(config: ModelConfig) -> int:
     """Multiply-adds of one product of queries and one position, in one layer."""
-    return config.num_attention_heads * config.head_size
+    return config.num_attention_heads * config.head_size * (config.num_attention_experts or 1)
 
 
 def _windows(config: ModelConfig) -> dict[int | None, int]:

@@ -36,7 +36,6 @@ def make_train_step(
     seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The step for `training.accumulation_steps` microbatches of a batch."""
-    draws = config.dispatch == "capacity" and config.token_priority == "random"
 
     def objective(params, batch, num_tokens, key):
         """Sums to the batch's loss over its microbatches, for each is divided by all tokens."""
@@ -74,7 +73,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         num_tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
-        key = jax.random.fold_in(jax.random.key(seed), state.step) if draws else None
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if config.draws else None
         whole = gradient if training.accumulation_steps == 1 else accumulate
         grads, sums = whole(state.params, batch, num_tokens, key)
         loss, balance, z, counts_LE, dropped_L = sums

@@ -127,7 +127,7 @@ def test_sigmoid_routing_is_deepseeks(j):
         if k.startswith(f"v{j}_")
     }
     x_MD = want["x"].reshape(-1, want["x"].shape[-1])
-    routing = router.route_sigmoid(
+    routing = router.sigmoid_topk(
         jnp.asarray(x_MD @ want["weight"].T),
         jnp.asarray(want["bias"]),
         num_experts_per_tok=settings["num_experts_per_tok"],

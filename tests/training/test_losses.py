@@ -15,7 +15,7 @@ def stats_of(logits_LME):
     """Two batch shards per layer, as a step on two devices returns them."""
 
     def stats_of_shard(logits_ME):
-        routing = router.route(logits_ME, num_experts_per_tok=A, norm_topk_prob=True)
+        routing = router.softmax_topk(logits_ME, num_experts_per_tok=A, norm_topk_prob=True)
         return router.statistics(routing, jnp.ones(logits_ME.shape[0], bool), jnp.array(0))
 
     L, M, E = logits_LME.shape

@@ -1,0 +1,63 @@
+"""Lory's soft merging: a segment of the text goes through one expert, the average of all.
+
+Zhong et al., arXiv 2405.03133. The weights of a segment come from the segment before it, so that
+no token sees a later one; the first takes its own, through which no gradient passes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.model import layers, router
+from moe_jax.model.config import ModelConfig
+
+
+def merged_of_device(x_BTD, params, valid_BT, key, *, config: ModelConfig, return_routing: bool):
+    """As `moe.moe` without a mesh. Statistics count a token for its segment's likeliest expert."""
+    del key
+    B, T, D = x_BTD.shape
+    S = min(config.merge_segment_length, T)
+    if T % S:
+        raise ValueError(
+            f"merge_segment_length={S} does not divide the {T} positions of a row; "
+            "make data.sequence_length a multiple of it"
+        )
+    x_BTD = layers.norm(x_BTD, params["norm"], config)
+    x_GSD, valid_GS = x_BTD.reshape(-1, S, D), valid_BT.reshape(-1, S)
+    with jax.named_scope("router"):
+        kernel_DE = params["router"]["kernel"].astype(jnp.float32)
+        logits_GE = segment_means(x_GSD, valid_GS) @ kernel_DE
+        logits_GE = shift(logits_GE.reshape(B, T // S, -1)).reshape(logits_GE.shape)
+        probabilities_GE = jax.nn.softmax(logits_GE, axis=-1)
+    with jax.named_scope("experts"):
+        y_GSD = jax.vmap(lambda x, p: merged_expert(x, p, params["experts"], config))(
+            x_GSD, probabilities_GE.astype(x_GSD.dtype)
+        )
+
+    logits_ME, probabilities_ME = (jnp.repeat(x, S, axis=0) for x in (logits_GE, probabilities_GE))
+    expert_index_M1 = jnp.argmax(probabilities_ME, axis=-1, keepdims=True)
+    weight_M1 = jnp.take_along_axis(probabilities_ME, expert_index_M1, axis=-1)
+    routing = router.Routing(expert_index_M1, weight_M1, logits_ME, probabilities_ME)
+    stats = router.statistics(routing, valid_BT.ravel(), jnp.zeros((), jnp.int32))
+    stats = jax.tree.map(lambda x: x[None], stats)
+    if return_routing:
+        by_token = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), routing)
+        stats = stats.replace(routing=by_token)
+    return y_GSD.reshape(B, T, D), stats
+
+
+def segment_means(x_GSD: jax.Array, valid_GS: jax.Array) -> jax.Array:
+    """The mean hidden state of each segment's valid tokens, in float32."""
+    x_GSD = jnp.where(valid_GS[..., None], x_GSD.astype(jnp.float32), 0)
+    return jnp.sum(x_GSD, axis=1) / jnp.maximum(jnp.sum(valid_GS, axis=1), 1)[:, None]
+
+
+def shift(logits_BGE: jax.Array) -> jax.Array:
+    """Each segment's logits to the next one; the first keeps its own, without gradient."""
+    first_B1E = jax.lax.stop_gradient(logits_BGE[:, :1])
+    return jnp.concatenate([first_B1E, logits_BGE[:, :-1]], axis=1)
+
+
+def merged_expert(x_SD: jax.Array, share_E: jax.Array, experts: dict, config: ModelConfig):
+    """The feed-forward whose weights are the experts' average in these shares."""
+    merged = {n: jnp.tensordot(share_E, w.astype(x_SD.dtype), axes=1) for n, w in experts.items()}
+    return layers.feed_forward(x_SD, merged, config)
