@@ -324,7 +324,7 @@ def upcycle_cases() -> Iterator[Case]:
         def made(recipe):
             shutil.rmtree(root / recipe, ignore_errors=True)
             upcycling.upcycle_folder(
-                folders.Folder(root / "dense"),
+                [folders.Folder(root / "dense")],
                 root / recipe,
                 moe_config,
                 recipe=recipe,

@@ -38,16 +38,16 @@ def default() -> ConfigDict:
             # A preset and what to change of it, or all fields that ModelConfig has no default for.
             "model": {"preset": "", **_model_placeholders()},
             # Where parameters come from: "" is random, else a run's workdir or a Hugging Face
-            # folder. With a recipe it is a dense parent; parameters left unset take the recipe's
-            # defaults. Without a preset and sizes the model is a Hugging Face source's own.
+            # folder; several, "A,B,C", for a recipe that takes several parents. With a recipe they
+            # are its parents; parameters left unset take the recipe's defaults (README's table).
+            # Without a preset and sizes the model is a Hugging Face source's own.
             "init": {
                 "source": "",
                 "upcycle": {
                     "recipe": "",
-                    "router": "normal",
-                    "ratio": config_dict.placeholder(float),
-                    "index_sharing": config_dict.placeholder(str),
-                    "permute_neurons": config_dict.placeholder(bool),
+                    "router": "",  # an initialiser; "" is the recipe's own
+                    "statistics": "",  # a file of scripts/collect_statistics.py
+                    **_recipe_placeholders(),
                 },
             },
             "data": {
@@ -104,6 +104,13 @@ def _model_placeholders() -> dict:
     }
 
 
+def _recipe_placeholders() -> dict:
+    defaults = {}
+    for recipe in recipes.RECIPES:
+        defaults |= recipes.parameters_of(recipe)
+    return {name: config_dict.placeholder(type(value)) for name, value in defaults.items()}
+
+
 def _plain_type(hint):
     if isinstance(hint, types.UnionType):
         hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
@@ -157,8 +164,8 @@ def model_config(config: ConfigDict) -> ModelConfig:
         )
     base = dataclasses.asdict(PRESETS[preset]) if preset else {}
     if not preset and "vocab_size" not in section and config.init.source:
-        base = _fields_of_source(config.init.source)
-        if section.get("num_experts"):
+        base = _fields_of_source(parents(config)[0])
+        if "num_experts" in section:
             base["model_type"] = None
     try:
         return ModelConfig(**{**base, **section})
@@ -181,10 +188,34 @@ def _fields_of_source(source: str) -> dict:
         raise ConfigError(f"config.init.source={source}: {error}") from None
 
 
+def parents(config: ConfigDict) -> list[str]:
+    """The sources of a run's parameters."""
+    return [source for source in config.init.source.split(",") if source]
+
+
+def model_fields(arguments: list[str]) -> dict:
+    """The ModelConfig fields in command-line arguments "--model.NAME=VALUE".
+
+    Raises: ConfigError for a field or value that ModelConfig does not have.
+    """
+    values = flags.FlagValues()
+    section = ConfigDict({"model": _model_placeholders()})
+    arguments = [a.replace("--model.", "--config.model.", 1) for a in arguments]
+    try:
+        config_flags.DEFINE_config_dict("config", section, flag_values=values)
+        unused = values(["model", *arguments])[1:]
+    except Exception as error:  # whatever the flag library raises
+        message = " ".join(f"{error}".split()).replace("config.model.", "model.")
+        raise ConfigError(message) from None
+    if unused:
+        raise ConfigError(f"unexpected argument {unused[0]!r}; use --model.NAME=VALUE")
+    return {name: value for name, value in section.model.items() if value is not None}
+
+
 def upcycle_parameters(config: ConfigDict) -> dict:
     """The recipe's parameters that the config sets."""
-    section = config.init.upcycle.to_dict()
-    return {k: v for k, v in section.items() if k not in ("recipe", "router") and v is not None}
+    section, others = config.init.upcycle.to_dict(), ("recipe", "router", "statistics")
+    return {k: v for k, v in section.items() if k not in others and v is not None}
 
 
 POSITIVE = """data.sequence_length optimizer.learning_rate optimizer.epsilon training.num_steps
@@ -200,7 +231,7 @@ SHARES = """data.validation_fraction optimizer.final_learning_rate_ratio optimiz
 CHOICES = {
     "optimizer.schedule": ("cosine", "wsd"),
     "training.load_balancing_scope": ("layer", "all_layers"),
-    "init.upcycle.router": tuple(router_init.ROUTER_INITIALISERS),
+    "init.upcycle.router": ("", *router_init.ROUTER_INITIALISERS, router_init.COPIED),
 }
 
 
@@ -251,18 +282,22 @@ def validate(config: ConfigDict) -> None:
     if recipe:
         if not config.init.source:
             raise ConfigError(
-                f"config.init.upcycle.recipe={recipe!r} needs a dense parent; "
-                "set config.init.source"
-            )
-        if not model.num_experts:
-            raise ConfigError(
-                f"config.init.upcycle.recipe={recipe!r} makes a sparse model; "
-                "set config.model.num_experts"
+                f"config.init.upcycle.recipe={recipe!r} needs a parent; set config.init.source"
             )
         try:
             recipes.check(recipe, upcycle_parameters(config))
         except ValueError as error:
             raise ConfigError(f"config.init.upcycle: {error}") from None
+        if not model.num_experts and recipes.RECIPES[recipe].gives == recipes.MIXTURE:
+            raise ConfigError(
+                f"config.init.upcycle.recipe={recipe!r} makes a sparse model; "
+                "set config.model.num_experts"
+            )
+    elif len(parents(config)) > 1:
+        raise ConfigError(
+            f"config.init.source={config.init.source!r} names several models; "
+            "set config.init.upcycle.recipe to one that takes several"
+        )
     elif upcycle_parameters(config):
         given = ", ".join(upcycle_parameters(config))
         raise ConfigError(f"config.init.upcycle sets {given} without a recipe; set recipe too")
@@ -296,14 +331,14 @@ def validate_environment(config: ConfigDict, num_devices: int) -> None:
             f"config.model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} of "
             f"tokenizer {config.data.tokenizer!r}; set it to {tokenizer.vocab_size}"
         )
-    source = config.init.source
-    if source and folders.is_folder(source):
-        return
-    if source and not glob.glob(os.path.join(glob.escape(source), "checkpoints", "*")):
-        raise ConfigError(
-            f"config.init.source={source!r} has no checkpoints; "
-            "give the workdir of a run that saved one, or a Hugging Face folder"
-        )
+    for source in parents(config):
+        if folders.is_folder(source):
+            continue
+        if not glob.glob(os.path.join(glob.escape(source), "checkpoints", "*")):
+            raise ConfigError(
+                f"config.init.source={source!r} has no checkpoints; "
+                "give the workdir of a run that saved one, or a Hugging Face folder"
+            )
 
 
 # What decides which text a step sees, and whether routing is learned at all: another value would

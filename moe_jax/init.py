@@ -10,9 +10,12 @@ from ml_collections import ConfigDict
 
 from moe_jax import config as configs
 from moe_jax import hf, model, upcycle
-from moe_jax.hf import folders, writing
+from moe_jax.hf import folders, safetensors, writing
 from moe_jax.parallel import naming, sharding
 from moe_jax.training import checkpoint, flops
+from moe_jax.upcycle import statistics
+
+HOW_IT_IS_COMPUTED = ("dtype", "remat", "grouped_matmul", "attention")
 
 
 def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
@@ -23,27 +26,30 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
     model_config = configs.model_config(config)
     key = naming.fold_in(jax.random.key(config.seed), "init")
     create = functools.partial(model.init, model_config)
-    if not config.init.source:
+    sources = configs.parents(config)
+    if not sources:
         return _jit_sharded(create, mesh, key)
-    source_config, params = load(pathlib.Path(config.init.source), mesh)
-    params = _float32(params)
+    source_config, parents = load_alike([pathlib.Path(s) for s in sources], mesh)
+    parents = [_float32(params) for params in parents]
     section = config.init.upcycle
     if section.recipe:
-        transform = functools.partial(
-            upcycle.upcycle,
-            config=source_config,
-            moe_config=model_config,
-            recipe=section.recipe,
-            router=section.router,
-            key=naming.fold_in(key, "upcycle"),
-            **configs.upcycle_parameters(config),
-        )
         try:
-            return _jit_sharded(transform, mesh, params)
-        except ValueError as error:
+            transform = functools.partial(
+                upcycle.upcycle,
+                config=source_config,
+                moe_config=model_config,
+                recipe=section.recipe,
+                router=section.router,
+                statistics=statistics.load(section.statistics) if section.statistics else None,
+                key=naming.fold_in(key, "upcycle"),
+                **configs.upcycle_parameters(config),
+            )
+            return _jit_sharded(transform, mesh, parents)
+        except (ValueError, OSError) as error:
             raise configs.ConfigError(
                 f"config.init.source={config.init.source}: {error}"
             ) from error
+    [params] = parents
     if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(
         lambda x: x.shape, jax.eval_shape(create, key)
     ):
@@ -52,6 +58,25 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
             "set config.init.upcycle.recipe, or the same model"
         )
     return params
+
+
+def load_alike(
+    sources: list[pathlib.Path], mesh: jax.sharding.Mesh
+) -> tuple[model.ModelConfig, list[dict]]:
+    """Parents of one and the same model.
+
+    Raises: ConfigError naming the first that is another.
+    """
+    loaded = [load(source, mesh) for source in sources]
+    first = loaded[0][0]
+    how = {name: getattr(first, name) for name in HOW_IT_IS_COMPUTED}
+    for source, (other, _) in zip(sources, loaded, strict=True):
+        if dataclasses.replace(other, **how) != first:
+            raise configs.ConfigError(
+                f"config.init.source: {source} is another model than {sources[0]}; "
+                "parents must be of one size and family"
+            )
+    return first, [params for _, params in loaded]
 
 
 def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelConfig, dict]:
@@ -68,6 +93,19 @@ def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelCon
     shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
     abstract = sharding.abstract(shapes, mesh)
     return model_config, checkpoint.load_params(workdir / "checkpoints", abstract)
+
+
+def tokenizer_of(workdir: pathlib.Path) -> str:
+    """What `tokenizers.load` takes for the model of a Hugging Face folder or a run's workdir."""
+    if not folders.is_folder(workdir):
+        return configs.load_json(workdir).data.tokenizer
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    found = [name for name in files if (workdir / name).exists()]
+    for name in found:
+        safetensors.resolve_inside(workdir, name)
+    if found and found[0] != "tokenizer_config.json":
+        return str(workdir / found[0])
+    raise ValueError(f"{workdir} has no tokenizer.json or tokenizer.model; set --tokenizer")
 
 
 def save(workdir: pathlib.Path, model_config: model.ModelConfig, params: dict) -> None:
@@ -95,10 +133,13 @@ class Lineage:
 
 
 def lineage(source: str) -> Lineage:
-    """The lineage of a run's newest checkpoint, from its workdir.
+    """The lineage of a run's newest checkpoint, from its workdir; of several, "A,B", their sum.
 
     Nothing for source "", and for a Hugging Face folder, which does not say.
     """
+    if "," in source:
+        parts = [lineage(part) for part in source.split(",")]
+        return Lineage(sum(p.tokens for p in parts), sum(p.training_flops for p in parts))
     if not source or folders.is_folder(source):
         return Lineage(0, 0.0)
     config = configs.load_json(pathlib.Path(source))

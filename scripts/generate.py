@@ -17,7 +17,6 @@ import numpy as np
 from moe_jax import command_line, config, init
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
-from moe_jax.hf import folders, safetensors
 from moe_jax.parallel import mesh
 
 
@@ -42,7 +41,7 @@ def main() -> None:
 
 def run(arguments) -> list[str]:
     model_config, params = init.load(arguments.checkpoint, mesh.one_device())
-    tokenizer = tokenizers.load(arguments.tokenizer or tokenizer_of(arguments.checkpoint))
+    tokenizer = tokenizers.load(arguments.tokenizer or init.tokenizer_of(arguments.checkpoint))
     prompts = [tokenizer.prompt(text) for text in arguments.prompt]
     continuations = generate.generate(
         params,
@@ -57,19 +56,6 @@ def run(arguments) -> list[str]:
         tokenizer.decode(np.concatenate([prompt, ids[: _end(ids, tokenizer.eos_id)]]))
         for prompt, ids in zip(prompts, continuations, strict=True)
     ]
-
-
-def tokenizer_of(checkpoint: pathlib.Path) -> str:
-    """What `tokenizers.load` takes for this model."""
-    if not folders.is_folder(checkpoint):
-        return config.load_json(checkpoint).data.tokenizer
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    found = [name for name in files if (checkpoint / name).exists()]
-    for name in found:
-        safetensors.resolve_inside(checkpoint, name)
-    if found and found[0] != "tokenizer_config.json":
-        return str(checkpoint / found[0])
-    raise ValueError(f"{checkpoint} has no tokenizer.json or tokenizer.model; set --tokenizer")
 
 
 def _end(ids: np.ndarray, eos_id: int) -> int:

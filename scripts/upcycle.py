@@ -1,14 +1,20 @@
-"""Makes a Mixture-of-Experts model of a trained dense one.
+"""Makes a Mixture-of-Experts model of a trained dense one, or of several, or of another mixture.
 
 Examples:
   python scripts/upcycle.py --source=path/to/dense --output=path/to/moe --recipe=drop \\
       --num_experts=8 --num_experts_per_tok=2 --recipe.ratio=0.5
-  python scripts/upcycle.py --source=runs/quickstart/dense --output=path/to/moe --recipe=naive \\
-      --num_experts=8 --num_experts_per_tok=2
+  python scripts/upcycle.py --source=path/to/base,path/to/math --output=path/to/moe \\
+      --recipe=branch_train_mix --num_experts=2 --num_experts_per_tok=1
+  python scripts/upcycle.py --source=path/to/dense --output=runs/fine --to=orbax \\
+      --recipe=virtual_group --granularity=4 --num_experts=16 --num_experts_per_tok=4
+  python scripts/upcycle.py --source=path/to/moe --output=path/to/dense --recipe=merge_back
 
-The source is a Hugging Face folder (config.json and safetensors; read and written an expert at a
+A source is a Hugging Face folder (config.json and safetensors; read and written an expert at a
 time, so that it need not fit into memory) or a run's workdir. The output is a Hugging Face folder,
-with the source's tokenizer; it appears when it is whole.
+with the source's tokenizer, or with --to=orbax a run's workdir; it appears when it is whole.
+--model.NAME=VALUE sets what else the new model's config has of its own, such as
+--model.norm_topk_prob=false. The recipes, their parameters (--recipe.NAME=VALUE) and what each
+keeps are a table in README.md.
 """
 
 import pathlib
@@ -16,48 +22,79 @@ import pathlib
 import jax
 
 from moe_jax import command_line, hf, init, upcycle
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, model_fields
 from moe_jax.hf import folders, upcycling
 from moe_jax.parallel import mesh, naming
-from moe_jax.upcycle import recipes, router_init
+from moe_jax.upcycle import recipes, router_init, statistics
 
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--source", required=True, type=pathlib.Path, help="the dense model")
+    parser.add_argument(
+        "--source", required=True, metavar="DIR[,DIR…]", help="the parent or parents"
+    )
     parser.add_argument("--output", required=True, type=pathlib.Path, help="must not exist")
+    parser.add_argument("--to", default="hf", choices=("hf", "orbax"))
     parser.add_argument("--recipe", default="drop", choices=recipes.RECIPES)
     parser.add_argument("--num_experts", type=int, default=8)
     parser.add_argument("--num_experts_per_tok", type=int, default=2)
-    parser.add_argument("--router", default="normal", choices=router_init.ROUTER_INITIALISERS)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--granularity", type=int, default=1, help="experts to one feed-forward")
+    initialisers = (*router_init.ROUTER_INITIALISERS, router_init.COPIED)
     parser.add_argument(
-        "--recipe.NAME", dest="parameter", metavar="VALUE", help="a parameter of the recipe"
+        "--router", default="", choices=initialisers, help="the recipe's by default"
     )
+    parser.add_argument("--statistics", help="a file of scripts/collect_statistics.py")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe.NAME", metavar="VALUE", help="a parameter of the recipe")
+    parser.add_argument("--model.NAME", metavar="VALUE", help="a field of the new model's config")
     arguments, others = parser.parse_known_args()
+    of_model = [argument for argument in others if argument.startswith("--model.")]
+    of_recipe = [argument for argument in others if argument not in of_model]
     try:
-        run(arguments, recipes.parse(arguments.recipe, others))
+        run(arguments, model_fields(of_model), recipes.parse(arguments.recipe, of_recipe))
     except (ValueError, ConfigError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     print(f"done: {arguments.output}")
 
 
-def run(arguments, parameters: dict) -> None:
-    key = naming.fold_in(jax.random.key(arguments.seed), "upcycle")
-    sizes = {
-        "num_experts": arguments.num_experts,
-        "num_experts_per_tok": arguments.num_experts_per_tok,
+def run(arguments, fields: dict, parameters: dict) -> None:
+    how = {
+        "recipe": arguments.recipe,
+        "router": arguments.router,
+        "key": naming.fold_in(jax.random.key(arguments.seed), "upcycle"),
+        "statistics": statistics.load(arguments.statistics) if arguments.statistics else None,
+        **parameters,
     }
-    how = {"recipe": arguments.recipe, "router": arguments.router, "key": key, **parameters}
-    if folders.is_folder(arguments.source):
-        source = folders.Folder(arguments.source)
-        moe_config = source.config.to_moe(**sizes)
-        upcycling.upcycle_folder(source, arguments.output, moe_config, progress=True, **how)
+    paths = [pathlib.Path(path) for path in arguments.source.split(",")]
+    if arguments.to == "hf" and all(folders.is_folder(path) for path in paths):
+        sources = [folders.Folder(path) for path in paths]
+        config = config_of(sources[0].config, arguments, fields)
+        upcycling.upcycle_folder(sources, arguments.output, config, progress=True, **how)
         return
-    config, params = init.load(arguments.source, mesh.one_device())
-    moe_config = config.to_moe(**sizes)
-    made = jax.jit(lambda p: upcycle.upcycle(p, config, moe_config, **how))(params)
-    hf.save(arguments.output, moe_config, made)
+    source_config, parents = init.load_alike(paths, mesh.one_device())
+    config = config_of(source_config, arguments, fields)
+    made = jax.jit(lambda p: upcycle.upcycle(p, source_config, config, **how))(parents)
+    save = {"hf": hf.save, "orbax": init.save}[arguments.to]
+    save(arguments.output, config, made)
+
+
+def config_of(source, arguments, fields: dict):
+    """Of the model that is made of one of `source`."""
+    if recipes.RECIPES[arguments.recipe].gives == recipes.DENSE:
+        return source.to_dense(**fields)
+    if arguments.granularity > 1:
+        fields = {
+            "moe_intermediate_size": source.intermediate_size // arguments.granularity,
+            **fields,
+        }
+    if recipes.RECIPES[arguments.recipe].shared:
+        fields = {"shared_expert_intermediate_size": source.intermediate_size, **fields}
+    return source.to_moe(
+        num_experts=arguments.num_experts,
+        num_experts_per_tok=arguments.num_experts_per_tok,
+        layers=source.layers if source.num_experts else None,
+        **fields,
+    )
 
 
 if __name__ == "__main__":

@@ -173,6 +173,8 @@ class ModelConfig:
                 yield f"{name}={getattr(self, name)!r} is unknown; use one of {choices}"
 
     def _problems_of_routing(self):
+        if not self.num_experts:
+            return
         G = self.num_expert_groups
         if self.num_experts % G:
             yield f"num_experts={self.num_experts} is not divisible by num_expert_groups={G}"
@@ -258,6 +260,19 @@ class ModelConfig:
             num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok,
             layers=layers,
+            model_type=None,
+            **fields,
+        )
+
+    def to_dense(self, **fields) -> "ModelConfig":
+        """The config of a dense model as wide as one of this mixture's experts."""
+        return dataclasses.replace(
+            self,
+            intermediate_size=self.expert_size,
+            num_experts=0,
+            num_expert_groups=1,
+            moe_intermediate_size=None,
+            layers=None,
             model_type=None,
             **fields,
         )

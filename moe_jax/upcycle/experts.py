@@ -2,8 +2,8 @@
 
 An FFN here is a dict of one layer's matrices, `gate` DF (if any), `up` DF, `down` FD, and of its
 biases if any, `gate_bias` F, `up_bias` F, `down_bias` D. Each function is the
-unit that every path shares (in memory, sharded): run inside `jax.lax.map`, never `vmap`, the
-results are bitwise the same everywhere.
+unit that every path shares (in memory, sharded, streaming): run inside `jax.lax.map`, never `vmap`,
+the results are bitwise the same everywhere.
 """
 
 import math
@@ -24,40 +24,144 @@ def num_neurons(ffn: FFN) -> int:
     return ffn["up"].shape[NEURON_AXIS["up"]]
 
 
+def take_neurons(ffn: FFN, index_F: jax.Array) -> FFN:
+    """Some of the neurons, in this order; of the output's bias the same share as of the neurons.
+
+    So the parts of a partition add up to the whole.
+    """
+    share = len(index_F) / num_neurons(ffn)
+
+    def taken(name, w):
+        if name in NEURON_AXIS:
+            return jnp.take(w, index_F, axis=NEURON_AXIS[name])
+        return w if share == 1 else w * share
+
+    return {name: taken(name, w) for name, w in ffn.items()}
+
+
 def permute_neurons(ffn: FFN, key: jax.Array) -> FFN:
     """The same function with its neurons in another order."""
-    order_F = jax.random.permutation(naming.fold_in(key, "order"), num_neurons(ffn))
+    return take_neurons(ffn, jax.random.permutation(naming.fold_in(key, "order"), num_neurons(ffn)))
+
+
+def shard(ffn: FFN, index: jax.Array, number: int) -> FFN:
+    """Part `index` of the neurons cut into `number` equal runs."""
+    size = num_neurons(ffn) // number
+    return take_neurons(ffn, index * size + jnp.arange(size))
+
+
+def chosen_neurons(
+    ffn: FFN, key: jax.Array, *, ratio: float, index_sharing: str
+) -> dict[str, jax.Array]:
+    """For each matrix floor(ratio·F) of the neurons, at random.
+
+    `index_sharing` "neuron": the matrices share one set; "per_matrix": each has its own.
+    """
+    F = num_neurons(ffn)
+    count = math.floor(ratio * F)
+
+    def chosen(name):
+        own = {"neuron": key, "per_matrix": naming.fold_in(key, name)}[index_sharing]
+        return jax.random.permutation(naming.fold_in(own, "neurons"), F)[:count]
+
+    return {name: chosen(name) for name in MATRICES if name in ffn} if count else {}
+
+
+def _slices(name, index):
+    return (slice(None),) * NEURON_AXIS[name] + (index,)
+
+
+def redraw_neurons(ffn: FFN, key: jax.Array, *, ratio: float, index_sharing: str) -> FFN:
+    """Redraws a share of the neurons from normals with mean and deviation of what they replace.
+
+    Mean and unbiased standard deviation are two scalars for each matrix, over all entries of its
+    selected slices (Nakamura et al., Drop-Upcycling, arXiv 2502.19261, §3). Biases are kept.
+    """
+    redrawn = dict(ffn)
+    chosen = chosen_neurons(ffn, key, ratio=ratio, index_sharing=index_sharing)
+    for name, index in chosen.items():
+        w, at = ffn[name], _slices(name, index)
+        block = w[at].astype(jnp.float32)
+        key_values = naming.fold_in(naming.fold_in(key, name), "values")
+        values = jax.random.normal(key_values, block.shape)
+        values = jnp.mean(block) + jnp.std(block, ddof=1) * values
+        redrawn[name] = w.at[at].set(values.astype(w.dtype))
+    return redrawn
+
+
+def add_noise(ffn: FFN, key: jax.Array, *, std: float, ratio: float, index_sharing: str) -> FFN:
+    """Adds N(0, std²) to a share of the neurons."""
+    noisy = dict(ffn)
+    chosen = chosen_neurons(ffn, key, ratio=ratio, index_sharing=index_sharing)
+    for name, index in chosen.items():
+        w, at = ffn[name], _slices(name, index)
+        block = w[at].astype(jnp.float32)
+        key_values = naming.fold_in(naming.fold_in(key, name), "values")
+        block += std * jax.random.normal(key_values, block.shape)
+        noisy[name] = w.at[at].set(block.astype(w.dtype))
+    return noisy
+
+
+# How a factor of the output is spread over the matrices: the exponents of each, by what is between
+# `up` and `down`: "gated"; "squared" (ungated, squared ReLU); "plain" (any other ungated). "paper"
+# is He et al.'s (arXiv 2410.07524), which treats act(gate) of a gated FFN as linear; "exact"
+# is linear in the factor for all of them.
+SCALINGS = {
+    "none": dict.fromkeys(("gated", "squared", "plain"), {}),
+    "down": dict.fromkeys(("gated", "squared", "plain"), {"down": 1}),
+    "paper": {
+        "gated": {"gate": 1 / 3, "up": 1 / 3, "down": 1 / 3},
+        "squared": {"up": 1 / 3, "down": 1 / 3},
+        "plain": {"up": 1 / 2, "down": 1 / 2},
+    },
+    "exact": {
+        "gated": {"up": 1 / 2, "down": 1 / 2},
+        "squared": {"up": 1 / 3, "down": 1 / 3},
+        "plain": {"down": 1},
+    },
+}
+
+
+def shape_of_scaling(*, gated: bool, hidden_act: str) -> str:
+    return "gated" if gated else "squared" if hidden_act == "relu2" else "plain"
+
+
+def scale(ffn: FFN, factor: float, *, scaling: str, hidden_act: str) -> FFN:
+    """Multiplies the output by about `factor`, spread over the matrices as `scaling` says.
+
+    A bias before the activation goes with its matrix, that of the output with the whole factor.
+    """
+    shape = shape_of_scaling(gated="gate" in ffn, hidden_act=hidden_act)
+    exponents = SCALINGS[scaling][shape]
+    if not exponents or factor == 1:
+        return ffn
+    of_leaf = {f"{name}_bias": power for name, power in exponents.items()} | exponents
+    of_leaf["down_bias"] = 1
     return {
-        name: jnp.take(w, order_F, axis=NEURON_AXIS[name]) if name in NEURON_AXIS else w
+        name: (w * factor ** of_leaf[name]).astype(w.dtype) if name in of_leaf else w
         for name, w in ffn.items()
     }
 
 
-def redraw_neurons(ffn: FFN, key: jax.Array, *, ratio: float, index_sharing: str) -> FFN:
-    """Redraws floor(ratio·F) neurons from normals with the mean and deviation of what they replace.
+def silence(ffn: FFN) -> FFN:
+    """An output of zero, with the inner weights kept to learn from."""
+    return {n: jnp.zeros_like(w) if n.startswith("down") else w for n, w in ffn.items()}
 
-    Mean and unbiased standard deviation are two scalars for each matrix, over all entries of its
-    selected slices (Nakamura et al., Drop-Upcycling, arXiv 2502.19261, §3). Biases are kept.
 
-    Args:
-      index_sharing: "neuron": the three matrices share one set of neurons (the paper's text);
-        "per_matrix": each draws its own (the released code).
+def reflect_residual(ffn: FFN, key: jax.Array, *, rank_ratio: float) -> FFN:
+    """Keeps each matrix's leading singular directions, and flips a random half of the others.
+
+    Singular values and vectors are the parent's: only the signs of the smaller components differ
+    between experts.
     """
-    F = num_neurons(ffn)
-    count = math.floor(ratio * F)
-    if count == 0:
-        return ffn
-    redrawn = dict(ffn)
+    reflected = dict(ffn)
     for name in MATRICES:
         if name not in ffn:
             continue
-        w = ffn[name]
-        key_matrix = naming.fold_in(key, name)
-        key_index = {"neuron": key, "per_matrix": key_matrix}[index_sharing]
-        index = jax.random.permutation(naming.fold_in(key_index, "neurons"), F)[:count]
-        index = (slice(None),) * NEURON_AXIS[name] + (index,)
-        block = w[index].astype(jnp.float32)
-        values = jax.random.normal(naming.fold_in(key_matrix, "values"), block.shape)
-        values = jnp.mean(block) + jnp.std(block, ddof=1) * values
-        redrawn[name] = w.at[index].set(values.astype(w.dtype))
-    return redrawn
+        u, s_R, v = jnp.linalg.svd(ffn[name].astype(jnp.float32), full_matrices=False)
+        flips_R = jax.random.rademacher(naming.fold_in(key, name), s_R.shape)
+        kept_R = jnp.arange(s_R.size) < math.floor(rank_ratio * s_R.size)
+        s_R = jnp.where(kept_R, s_R, s_R * flips_R)
+        product = jnp.matmul(u * s_R, v, precision="highest")
+        reflected[name] = product.astype(ffn[name].dtype)
+    return reflected

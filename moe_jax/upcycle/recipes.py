@@ -1,43 +1,425 @@
-"""The published ways to make one expert out of a layer's dense FFN, as compositions of transforms.
+"""The published ways to make a mixture, as compositions of transforms, and what each promises.
 
-A recipe is a function (ffn, key, **parameters) -> ffn; its keyword arguments are the parameters
-that `config.init.upcycle` and `upcycle.upcycle` accept for it.
+A recipe for dense parents is a function (ffn, place, **parameters) -> ffn that makes one expert of
+the FFN of one layer; a recipe for mixtures says in what shares the new experts are made of the old
+ones. Its keyword arguments are the parameters that `config.init.upcycle`, `upcycle.upcycle` and
+`--recipe.NAME=VALUE` accept for it.
 """
 
+import dataclasses
 import inspect
+import math
+from collections.abc import Callable
 
 import jax
+import numpy as np
 
-from moe_jax.upcycle import experts
+from moe_jax.model.config import ModelConfig
+from moe_jax.upcycle import experts, mixing
+
+DENSE, MIXTURE = "dense", "mixture"
 
 
-def naive(ffn: experts.FFN, key: jax.Array) -> experts.FFN:
-    """Exact copies (Komatsuzaki et al., Sparse Upcycling, arXiv 2212.05055)."""
-    del key
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an expert goes: what a recipe may look at beside the weights."""
+
+    expert: jax.Array  # its index
+    key: jax.Array  # its own
+    layer_key: jax.Array  # the same for all experts of the layer
+    config: ModelConfig  # of the mixture that is made
+    granularity: int  # experts to one feed-forward of the parent's width
+    neurons_F: jax.Array | None = None  # the statistic of that name
+
+
+def naive(ffn: experts.FFN, place: Place) -> experts.FFN:
+    """Exact copies."""
+    del place
     return ffn
+
+
+def noise(
+    ffn: experts.FFN,
+    place: Place,
+    *,
+    ratio: float = 0.5,
+    std: float = 0.02,
+    index_sharing: str = "per_matrix",
+    permute_neurons: bool = True,
+) -> experts.FFN:
+    """Copies with noise N(0, std²) on a share `ratio` of the neurons."""
+    if permute_neurons:
+        ffn = experts.permute_neurons(ffn, place.key)
+    return experts.add_noise(ffn, place.key, std=std, ratio=ratio, index_sharing=index_sharing)
 
 
 def drop(
     ffn: experts.FFN,
-    key: jax.Array,
+    place: Place,
     *,
     ratio: float = 0.5,
     index_sharing: str = "neuron",
     permute_neurons: bool = False,
 ) -> experts.FFN:
-    """Copies with a share `ratio` of the neurons redrawn (Drop-Upcycling, arXiv 2502.19261).
+    """Copies with a share `ratio` of the neurons redrawn.
 
     The released code differs from the paper: it has index_sharing="per_matrix" and
     permute_neurons=True.
     """
     if permute_neurons:
-        ffn = experts.permute_neurons(ffn, key)
-    return experts.redraw_neurons(ffn, key, ratio=ratio, index_sharing=index_sharing)
+        ffn = experts.permute_neurons(ffn, place.key)
+    return experts.redraw_neurons(ffn, place.key, ratio=ratio, index_sharing=index_sharing)
 
 
-RECIPES = {"naive": naive, "drop": drop}
+def virtual_group(ffn: experts.FFN, place: Place, *, scaling: str = "paper") -> experts.FFN:
+    """Expert i is shard i mod G of the parent, scaled up for the weight it will get."""
+    G = place.granularity
+    return _scaled(experts.shard(ffn, place.expert % G, G), place, scaling)
 
-CHOICES = {"index_sharing": ("neuron", "per_matrix")}
+
+def virtual_group_drop(
+    ffn: experts.FFN,
+    place: Place,
+    *,
+    ratio: float = 0.5,
+    index_sharing: str = "neuron",
+    scaling: str = "paper",
+) -> experts.FFN:
+    """Virtual groups whose shards are partly redrawn, each copy on its own."""
+    G = place.granularity
+    ffn = experts.shard(ffn, place.expert % G, G)
+    ffn = experts.redraw_neurons(ffn, place.key, ratio=ratio, index_sharing=index_sharing)
+    return _scaled(ffn, place, scaling)
+
+
+def llama_moe(ffn: experts.FFN, place: Place, *, partition: str = "random") -> experts.FFN:
+    """The parent's neurons dealt out to the experts, outputs times N/k."""
+    if partition == "statistics":
+        ffn = experts.take_neurons(ffn, place.neurons_F)
+    else:
+        if partition == "random":
+            ffn = experts.permute_neurons(ffn, place.layer_key)
+        ffn = experts.shard(ffn, place.expert, place.granularity)
+    config = place.config
+    factor = config.num_experts / config.num_experts_per_tok
+    return experts.scale(ffn, factor, scaling="down", hidden_act=config.hidden_act)
+
+
+def moe_ct(ffn: experts.FFN, place: Place) -> experts.FFN:
+    """Copies that are silent at first, beside the parent's FFN as a shared expert."""
+    del place
+    return experts.silence(ffn)
+
+
+def svd_residual(ffn: experts.FFN, place: Place, *, rank_ratio: float = 0.5) -> experts.FFN:
+    """Copies that share the leading singular directions of each matrix."""
+    return experts.reflect_residual(ffn, place.key, rank_ratio=rank_ratio)
+
+
+def _scaled(ffn, place, scaling):
+    factor = start_factor(place.config, place.granularity)
+    return experts.scale(ffn, factor, scaling=scaling, hidden_act=place.config.hidden_act)
+
+
+def start_factor(config: ModelConfig, granularity: int) -> float:
+    """What makes the chosen shards of a feed-forward, weighted at the start, the whole of it.
+
+    He et al., arXiv 2410.07524: N G / T for softmax then top-k, whose weights are about 1 / N
+    each (E G² / T in their letters); G where the T weights sum to one.
+    """
+    if weights_sum_to_one(config):
+        return granularity
+    return config.num_experts * granularity / config.num_experts_per_tok
+
+
+def weights_sum_to_one(config: ModelConfig) -> bool:
+    return config.norm_topk_prob or config.router in ("topk_softmax", "noisy_topk")
+
+
+def expert_upcycling(P: int, E: int, statistics: dict, *, router_noise: float = 0.01) -> np.ndarray:
+    """The old experts and copies of the most useful ones (without that statistic, of all in turn).
+
+    Noise of `router_noise` times its deviation on a copy's router column (and on its selection
+    bias, if there is one) is what lets it become another expert.
+    """
+    del router_noise  # where the routers are made
+    return mixing.duplicated(P, E, statistics.get("utility"))
+
+
+def prune(P: int, E: int, statistics: dict) -> np.ndarray:
+    """The most used experts."""
+    del P
+    return mixing.pruned(len(statistics["load"]), E, statistics["load"])
+
+
+def diversify_merge(P: int, E: int, statistics: dict) -> np.ndarray:
+    """Groups of similar experts, each merged into one, routers alike."""
+    del P
+    return mixing.grouped(E, statistics["similarity"], statistics.get("load"))
+
+
+def merge_back(P: int, E: int, statistics: dict) -> np.ndarray:
+    """One dense feed-forward, the average of all experts."""
+    del E
+    return mixing.averaged(P, statistics.get("load"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a model made by a recipe is to the one it was made of, before any training.
+
+    `factor` says for (parent's config, config, router initialiser, parameters), dropless, how many
+    times its parent's each layer's feed-forward output is; None when it is no multiple of it.
+    """
+
+    text: str
+    factor: Callable[[ModelConfig, ModelConfig, str, dict], float | None]
+
+
+def granularity(source: ModelConfig, config: ModelConfig) -> int:
+    """G, how many experts hold one feed-forward of the parent."""
+    return source.intermediate_size // config.expert_size
+
+
+def _of_copies(source, config, router, parameters):
+    del source, router
+    kept = parameters.get("ratio", 0) == 0
+    return 1.0 if kept and weights_sum_to_one(config) else None
+
+
+def _of_shards(source, config, router, parameters):
+    T, G = config.num_experts_per_tok, granularity(source, config)
+    factor, scaling = start_factor(config, G), parameters["scaling"]
+    whole = T == G if config.router == "group_topk" else T % G == 0
+    known = weights_sum_to_one(config) or router == "zero"
+    if not (whole and known and router in ("grouped", "zero")) or parameters.get("ratio", 0):
+        return None
+    shape = experts.shape_of_scaling(gated=config.gated_mlp, hidden_act=config.hidden_act)
+    if scaling == "paper" and shape != "squared" and factor != 1:
+        return None
+    weights = 1 if weights_sum_to_one(config) else T / config.num_experts
+    return weights / G * (1 if scaling == "none" else factor)
+
+
+def _of_parts(source, config, router, parameters):
+    del source
+    all_alike = router == "zero" and config.num_experts_per_tok == config.num_experts
+    exact = all_alike and parameters["partition"] != "statistics" and weights_sum_to_one(config)
+    return 1 / config.num_experts if exact else None
+
+
+def _of_duplicates(source, config, router, parameters):
+    del router
+    times, left = divmod(config.num_experts, source.num_experts)
+    alike = left == 0 and config.num_experts_per_tok == times * source.num_experts_per_tok
+    return 1.0 if alike and parameters["router_noise"] == 0 else None
+
+
+def _always(source, config, router, parameters):
+    del source, config, router, parameters
+    return 1.0
+
+
+def _never(source, config, router, parameters):
+    del source, config, router, parameters
+    return None
+
+
+COPIES = Start("equal, where the weights of the chosen experts sum to one", _of_copies)
+COPIES_BUT = Start("close, equal with ratio=0 and weights that sum to one", _of_copies)
+SHARDS = Start(
+    "equal, for T a multiple of G, weights that sum to one and scaling exact or down "
+    "(with scaling none: 1/G of it); otherwise close",
+    _of_shards,
+)
+OTHER = Start("another model", _never)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A published method: how it makes experts, what it needs, and what is said of it."""
+
+    make: Callable
+    source: str
+    kept: str
+    changed: str
+    cost: str
+    start: Start
+    takes: str = DENSE
+    gives: str = MIXTURE
+    several: bool = False  # dense parents, dealt out to the experts in their order
+    rest: str = "mean"  # of several parents' other parameters; or "last"
+    cut: bool = False  # experts may be narrower than the parent's feed-forward
+    shared: bool = False  # the parent's feed-forward is kept as a shared expert
+    attention: bool = False  # experts of attention too
+    router: str = "normal"  # its initialiser, unless another is asked for
+    statistics: tuple[str, ...] = ()  # that it cannot do without
+
+
+ONE = "one pass over the weights"
+RECIPES = {
+    "naive": Recipe(
+        naive,
+        source="Komatsuzaki et al., arXiv 2212.05055",
+        kept="all",
+        changed="nothing",
+        cost=ONE,
+        start=COPIES,
+    ),
+    "noise": Recipe(
+        noise,
+        source="Nakamura et al., arXiv 2502.19261 (baseline RNU)",
+        kept="all",
+        changed="noise N(0, std²) on `ratio` of each matrix's neurons",
+        cost=ONE,
+        start=COPIES_BUT,
+    ),
+    "drop": Recipe(
+        drop,
+        source="Nakamura et al., arXiv 2502.19261",
+        kept="1 − `ratio` of the neurons",
+        changed="`ratio` of the neurons, from their own mean and deviation",
+        cost=f"{ONE}, as many normals as new weights",
+        start=COPIES_BUT,
+    ),
+    "virtual_group": Recipe(
+        virtual_group,
+        source="He et al., arXiv 2410.07524",
+        kept="all, in G shards",
+        changed="scale",
+        cost=ONE,
+        start=SHARDS,
+        cut=True,
+        router="grouped",
+    ),
+    "virtual_group+drop": Recipe(
+        virtual_group_drop,
+        source="both of the above",
+        kept="1 − `ratio` of each shard",
+        changed="`ratio` of each shard, and scale",
+        cost=f"{ONE}, as many normals as new weights",
+        start=Start("close, as virtual_group with ratio=0", _of_shards),
+        cut=True,
+        router="grouped",
+    ),
+    "branch_train_mix": Recipe(
+        naive,
+        source="Sukhbaatar et al., arXiv 2403.07816",
+        kept="each parent's FFNs; the mean of the rest",
+        changed="nothing",
+        cost="the training of each parent, one pass over the weights of all",
+        start=Start("another model, equal if the parents are", _of_copies),
+        several=True,
+    ),
+    "bam": Recipe(
+        naive,
+        source="Zhang et al., arXiv 2408.08274",
+        kept="each parent's FFNs and attention; the mean of the rest",
+        changed="nothing",
+        cost="as branch_train_mix",
+        start=Start("another model, equal if the parents are", _of_copies),
+        several=True,
+        attention=True,
+    ),
+    "skywork": Recipe(
+        naive,
+        source="Wei et al., arXiv 2406.06563",
+        kept="the FFNs of each checkpoint or specialist; the rest of the last",
+        changed="nothing",
+        cost="the training of each parent, one pass over the weights of all",
+        start=Start("another model, equal if the parents are", _of_copies),
+        several=True,
+        rest="last",
+    ),
+    "divmoe": Recipe(
+        virtual_group,
+        source="DivMoE (n specialists, virtual groups, best of each group)",
+        kept="each parent's FFNs, in G shards; the mean of the rest",
+        changed="scale",
+        cost="the training of each parent, one pass over the weights of all",
+        start=Start("another model, as virtual_group if the parents are equal", _of_shards),
+        several=True,
+        cut=True,
+        router="grouped",
+    ),
+    "llama_moe": Recipe(
+        llama_moe,
+        source="Zhu et al., arXiv 2406.16554",
+        kept="all, each neuron in one expert",
+        changed="scale N/k",
+        cost=ONE,
+        start=Start("another model (with k of N parts); all parts together: 1/N of it", _of_parts),
+        cut=True,
+        router="zero",
+    ),
+    "moe_ct": Recipe(
+        moe_ct,
+        source="MoE-CT, arXiv 2407.00875",
+        kept="all, as a shared expert to be frozen (`optimizer.frozen`)",
+        changed="experts added, silent at first",
+        cost=ONE,
+        start=Start("equal", _always),
+        shared=True,
+    ),
+    "svd_residual": Recipe(
+        svd_residual,
+        source="our reading of SPRI, arXiv 2606.16456",
+        kept="`rank_ratio` of the singular directions",
+        changed="the signs of half of the others",
+        cost="a singular value decomposition for each expert",
+        start=Start("another model, close with rank_ratio near 1", _never),
+    ),
+    "expert_upcycling": Recipe(
+        expert_upcycling,
+        source="arXiv 2604.19835",
+        kept="all experts, and copies of the most useful",
+        changed="the copies' router columns (noise)",
+        cost=f"gradients for the utility, {ONE}",
+        start=Start("close; equal with all copied m times, k times m, no noise", _of_duplicates),
+        takes=MIXTURE,
+        router="copied",
+    ),
+    "prune": Recipe(
+        prune,
+        source="Lu et al., arXiv 2402.14800, by load",
+        kept="the most used experts",
+        changed="nothing",
+        cost=f"a forward pass for the load, {ONE}",
+        start=OTHER,
+        takes=MIXTURE,
+        router="copied",
+        statistics=("load",),
+    ),
+    "diversify_merge": Recipe(
+        diversify_merge,
+        source="Zhang et al., arXiv 2407.09590",
+        kept="averages of similar experts",
+        changed="nothing",
+        cost=f"a forward pass of every expert for the similarity, {ONE}",
+        start=OTHER,
+        takes=MIXTURE,
+        router="copied",
+        statistics=("similarity",),
+    ),
+    "merge_back": Recipe(
+        merge_back,
+        source="dense from a mixture, by averaging",
+        kept="the average of all experts",
+        changed="nothing",
+        cost=ONE,
+        start=Start("another model, equal if the experts are", _never),
+        takes=MIXTURE,
+        gives=DENSE,
+        router="",
+    ),
+}
+
+CHOICES = {
+    "index_sharing": ("neuron", "per_matrix"),
+    "scaling": tuple(experts.SCALINGS),
+    "partition": ("random", "contiguous", "statistics"),
+}
+SHARES = {"ratio": "neurons", "rank_ratio": "singular directions"}
 
 
 def check(recipe: str, parameters: dict) -> None:
@@ -51,8 +433,12 @@ def check(recipe: str, parameters: dict) -> None:
             raise ValueError(f"recipe {recipe!r} has no parameter {name!r}; it takes {takes}")
         if value is None:
             continue
-        if name == "ratio" and not 0 <= value <= 1:
-            raise ValueError(f"ratio={value} is not a share of neurons; use a value from 0 to 1")
+        if name in SHARES and not 0 <= value <= 1:
+            raise ValueError(
+                f"{name}={value} is not a share of {SHARES[name]}; use a value from 0 to 1"
+            )
+        if name in ("std", "router_noise") and not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be a finite number of at least 0")
         if value not in CHOICES.get(name, (value,)):
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(CHOICES[name])}")
 
@@ -62,14 +448,14 @@ def parse(recipe: str, arguments: list[str]) -> dict:
 
     Raises: ValueError for one that the recipe does not take, or not with that value.
     """
-    signature = inspect.signature(RECIPES[recipe]).parameters
+    accepted = parameters_of(recipe)
     parameters = {}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--recipe.").partition("=")
         if not argument.startswith("--recipe.") or not equals:
             raise ValueError(f"unexpected argument {argument!r}; use --recipe.NAME=VALUE")
         check(recipe, {name: None})
-        kind = type(signature[name].default)
+        kind = type(accepted[name])
         words = {"true": True, "false": False}
         if kind is bool and text.lower() not in words:
             raise ValueError(f"--recipe.{name}={text}: use true or false")
@@ -81,7 +467,18 @@ def parse(recipe: str, arguments: list[str]) -> dict:
     return parameters
 
 
-def parameters_of(recipe: str) -> tuple[str, ...]:
-    """The names of the parameters that a recipe takes."""
-    arguments = inspect.signature(RECIPES[recipe]).parameters.values()
-    return tuple(a.name for a in arguments if a.kind is a.KEYWORD_ONLY)
+def parameters_of(recipe: str) -> dict:
+    """The parameters that a recipe takes, and their defaults."""
+    arguments = inspect.signature(RECIPES[recipe].make).parameters.values()
+    return {a.name: a.default for a in arguments if a.kind is a.KEYWORD_ONLY}
+
+
+def table() -> str:
+    """The recipes as a Markdown table, for the README."""
+    rows = [
+        (f"`{name}`", r.takes, r.kept, r.changed, r.start.text, r.cost, r.source)
+        for name, r in RECIPES.items()
+    ]
+    head = ("recipe", "made of", "kept", "changed", "step 0 is the parent's", "cost", "source")
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

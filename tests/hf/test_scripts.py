@@ -38,7 +38,7 @@ def test_a_folder_becomes_a_mixture_and_a_checkpoint_and_a_folder_again(tmp_path
     ("script", "arguments", "complaint"),
     [
         ("upcycle.py", ["--source=nowhere"], "neither a Hugging Face folder nor a run's workdir"),
-        ("upcycle.py", ["--source=tests/golden/mixtral"], "upcycling needs a dense parent"),
+        ("upcycle.py", ["--source=tests/golden/mixtral"], "needs a dense parent"),
         ("upcycle.py", ["--source=tests/golden/nemotron"], "no Hugging Face model class"),
         ("upcycle.py", ["--source=tests/golden/llama", "--recipe.ratio=2"], "ratio=2.0"),
         ("convert.py", ["--source=tests", "--to=hf"], "neither a Hugging Face folder"),

@@ -1,5 +1,7 @@
 """Folder to folder, an expert at a time, gives what the in-memory path gives."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ def test_a_folder_upcycled_in_parts_is_bitwise_what_memory_gives(
     source, key = folders.Folder(GOLDEN / name), jax.random.key(7)
     moe = source.config.to_moe(num_experts=3, num_experts_per_tok=2)
     upcycling.upcycle_folder(
-        source,
+        [source],
         tmp_path / "streamed",
         moe,
         recipe=recipe,
@@ -45,12 +47,70 @@ def test_a_folder_upcycled_in_parts_is_bitwise_what_memory_gives(
     assert config.num_experts == 3
 
 
+def of_mixture(source, **sizes):
+    return dataclasses.replace(source, model_type=None, **sizes)
+
+
+SIMILARITY = np.random.default_rng(0).random((1, 5, 5)) * np.ones((8, 1, 1))
+OTHERS = [
+    (
+        *("llama", "virtual_group+drop", {"scaling": "exact"}, None),
+        lambda c: c.to_moe(
+            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=c.intermediate_size // 2
+        ),
+    ),
+    (
+        *("llama", "branch_train_mix", {}, None),
+        lambda c: c.to_moe(num_experts=4, num_experts_per_tok=2),
+    ),
+    (
+        *("mixtral", "expert_upcycling", {}, None),
+        lambda c: of_mixture(c, num_experts=c.num_experts + 1),
+    ),
+    (
+        *("mixtral", "diversify_merge", {}, {"similarity": SIMILARITY}),
+        lambda c: of_mixture(c, num_experts=2),
+    ),
+    (*("mixtral", "merge_back", {}, None), lambda c: c.to_dense()),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "parameters", "statistics", "config_of"),
+    [
+        pytest.param(*case, marks=pytest.mark.long if i in (0, 2) else ())
+        for i, case in enumerate(OTHERS)
+    ],
+)
+def test_several_parents_and_mixtures_stream_bitwise_too(
+    name, recipe, parameters, statistics, config_of, tmp_path
+):
+    sources, key = [folders.Folder(GOLDEN / name)], jax.random.key(7)
+    config = config_of(sources[0].config)
+    if recipe == "branch_train_mix":
+        other = jax.tree.map(lambda w: (w * 1.5).astype(w.dtype), sources[0].params())
+        hf.save(tmp_path / "other", sources[0].config, other)
+        sources.append(folders.Folder(tmp_path / "other"))
+    if statistics:
+        L = sources[0].config.num_hidden_layers
+        statistics = {n: x[:L] for n, x in statistics.items()}
+    how = {"recipe": recipe, "key": key, "statistics": statistics, **parameters}
+    upcycling.upcycle_folder(sources, tmp_path / "streamed", config, **how)
+    made = jax.jit(lambda parents: upcycle.upcycle(parents, sources[0].config, config, **how))(
+        [source.params() for source in sources]
+    )
+    hf.save(tmp_path / "whole", config, made)
+    loaded, streamed = hf.load(tmp_path / "streamed")
+    jax.tree.map(np.testing.assert_array_equal, streamed, hf.load(tmp_path / "whole")[1])
+    assert loaded.num_experts == config.num_experts
+
+
 def test_nothing_is_left_of_a_conversion_that_fails(tmp_path, monkeypatch):
     source = folders.Folder(GOLDEN / "llama")
     moe = source.config.to_moe(num_experts=2, num_experts_per_tok=1)
     monkeypatch.setattr(folders.Folder, "part", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         upcycling.upcycle_folder(
-            source, tmp_path / "out", moe, recipe="naive", key=jax.random.key(0)
+            [source], tmp_path / "out", moe, recipe="naive", key=jax.random.key(0)
         )
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax import model
+from moe_jax.model import layers
 from moe_jax.upcycle import experts, recipes, router_init
 
 NAMES = ("gate", "up", "down")
@@ -20,7 +22,12 @@ NAMES = ("gate", "up", "down")
 @functools.partial(jax.jit, static_argnames=("ratio", "index_sharing", "permute_neurons"))
 def drop(ffn, keys_E, **parameters):
     """The experts of several keys, stacked, as `params.upcycle` makes them."""
-    return jax.lax.map(lambda key: recipes.drop(ffn, key, **parameters), keys_E)
+
+    def expert(key):
+        place = recipes.Place(0, key, layer_key=key, config=None, granularity=1)
+        return recipes.drop(ffn, place, **parameters)
+
+    return jax.lax.map(expert, keys_E)
 
 
 def keys(number):
@@ -159,10 +166,11 @@ def test_mean_and_unbiased_deviation_are_those_of_the_redrawn_entries_alone():
             assert_drawn_like(new.astype(np.float64), old_FD[f])
 
 
-@pytest.mark.parametrize("name", router_init.ROUTER_INITIALISERS)
+@pytest.mark.parametrize("name", ["normal", "centred_uniform", "grouped"])
 def test_router_kernels_have_mean_zero_and_deviation_0_02(name):
     D, E = 256, 16
-    kernel_DE = np.asarray(router_init.ROUTER_INITIALISERS[name](jax.random.key(0), D, E))
+    place = router_init.RouterPlace(jax.random.key(0), D, E)
+    kernel_DE = np.asarray(router_init.ROUTER_INITIALISERS[name](place))
     assert kernel_DE.shape == (D, E)
     assert abs(kernel_DE.mean()) < 5 * 0.02 / math.sqrt(D * E)
     assert abs(kernel_DE.std() - 0.02) < 5 * 0.02 / math.sqrt(2 * D * E)
@@ -172,3 +180,75 @@ def test_router_kernels_have_mean_zero_and_deviation_0_02(name):
         assert 0.99 * width < np.ptp(kernel_DE) <= width
     else:
         assert np.ptp(kernel_DE) > 1.5 * width
+
+
+def test_centroid_kernels_send_the_clusters_apart():
+    centroids_ED = np.random.default_rng(0).normal(size=(4, 32)) + 5
+    place = router_init.RouterPlace(None, 32, 4, centroids_ED=centroids_ED)
+    kernel_DE = router_init.centroids(place)
+    assert (np.argmax(centroids_ED @ kernel_DE, axis=1) == np.arange(4)).all()
+    np.testing.assert_allclose(np.linalg.norm(kernel_DE, axis=0), 0.02 * math.sqrt(32), rtol=1e-5)
+
+
+def test_noise_is_added_to_half_of_each_matrix_and_has_its_deviation():
+    D, F, std = 64, 40, 0.02
+    ffn = random_ffn(D, F)
+    place = recipes.Place(0, jax.random.key(0), jax.random.key(0), config=None, granularity=1)
+    made = jax.jit(lambda ffn: recipes.noise(ffn, place, permute_neurons=False))(ffn)
+    for name in NAMES:
+        added_FD = by_neuron(made[name], name) - by_neuron(ffn[name], name)
+        changed_F = (added_FD != 0).any(axis=1)
+        assert changed_F.sum() == F // 2
+        assert_drawn_like(added_FD[changed_F], std * np.array([-1.0, 0.0, 1.0]))
+    assert (np.asarray(made["gate"]) != ffn["gate"]).any(axis=0).tolist() != (
+        (np.asarray(made["up"]) != ffn["up"]).any(axis=0).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("E", "G", "T", "factor"), [(8, 8, 8, 4), (8, 1, 2, 4 ** (1 / 3)), (8, 1, 1, 2)]
+)
+def test_weight_scaling_is_the_published_one(E, G, T, factor):
+    """He et al., arXiv 2410.07524: E8G8T8 -> 4, E8G1T2 -> 1.587, E8G1T1 -> 2, on both matrices."""
+    config = model.ModelConfig(
+        *(8, 8, 8 * G, 1, 1),
+        num_experts=E * G,
+        num_experts_per_tok=T,
+        moe_intermediate_size=8,
+        norm_topk_prob=False,
+    )
+    place = recipes.Place(0, None, None, config=config, granularity=G)
+    made = recipes.virtual_group({n: np.ones((8 * G, 8 * G), np.float32) for n in NAMES}, place)
+    for name in NAMES:
+        np.testing.assert_allclose(made[name], factor, rtol=1e-5)
+    assert made["up"].shape == (8 * G, 8) and made["down"].shape == (8, 8 * G)
+
+
+@pytest.mark.parametrize("shape", ["gated", "squared", "plain"])
+def test_exact_scaling_multiplies_the_output_and_the_papers_does_not_when_gated(shape):
+    act = {"gated": "silu", "squared": "relu2", "plain": "gelu"}[shape]
+    config = model.ModelConfig(8, 16, 12, 1, 2, hidden_act=act, gated_mlp=shape == "gated")
+    ffn = random_ffn(16, 12)
+    ffn |= {"up_bias": np.ones(12, np.float32), "down_bias": np.ones(16, np.float32)}
+    if shape != "gated":
+        del ffn["gate"]
+    else:
+        ffn["gate_bias"] = np.full(12, 0.3, np.float32)
+    x_MD = np.random.default_rng(1).normal(size=(5, 16)).astype(np.float32)
+    want = 3 * layers.feed_forward(x_MD, ffn, config)
+    for scaling, equal in (("exact", True), ("down", True), ("paper", shape == "squared")):
+        scaled = experts.scale(ffn, 3.0, scaling=scaling, hidden_act=act)
+        got = layers.feed_forward(x_MD, scaled, config)
+        assert np.allclose(got, want, rtol=1e-4, atol=1e-4) == equal, scaling
+
+
+def test_flipped_residuals_keep_the_leading_directions_and_all_singular_values():
+    ffn = random_ffn(24, 16)
+    made = experts.reflect_residual(ffn, jax.random.key(0), rank_ratio=0.5)
+    for name in NAMES:
+        u, s, v = np.linalg.svd(ffn[name].astype(np.float64), full_matrices=False)
+        inner = u.T @ np.asarray(made[name]) @ v.T  # diagonal: the new singular values, signed
+        np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-4)
+        signs = np.diag(inner) / s
+        np.testing.assert_allclose(np.abs(signs), 1, atol=1e-4)
+        assert (signs[:8] > 0).all() and 0 < (signs[8:] < 0).sum() < 8

@@ -182,7 +182,7 @@ def test_no_bit_depends_on_mesh_or_compilation_or_number_of_experts(sizes, param
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"recipe": "drp"}, "recipe='drp' is unknown; use one of naive, drop"),
+        ({"recipe": "drp"}, "recipe='drp' is unknown; use one of naive, noise, drop"),
         ({"recipe": "naive", "ratio": 0.5}, "recipe 'naive' has no parameter 'ratio'"),
         ({"ration": 0.5}, "no parameter 'ration'; it takes ratio, index_sharing, permute"),
         ({"ratio": 1.5}, "ratio=1.5 .* use a value from 0 to 1"),
@@ -191,19 +191,22 @@ def test_no_bit_depends_on_mesh_or_compilation_or_number_of_experts(sizes, param
         ({"index_sharing": "row"}, "index_sharing='row' is unknown; use one of neuron, per_matrix"),
         ({"router": "ones"}, "router='ones' is unknown; use one of normal, centred_uniform"),
         ({"config": SPARSE}, "needs a dense parent; this one has num_experts=4"),
+        ({"router": "copied"}, "needs a mixture to copy from"),
+        ({"router": "centroids"}, "needs the statistic 'centroids'"),
+        ({"recipe": "prune"}, "recipe 'prune' needs a mixture to be made of"),
         ({"config": MIXED}, "needs a dense parent; this one has num_experts=4"),
         ({"moe_config": PARENT}, "no sparse layer; set num_experts"),
         (
             {"moe_config": dataclasses.replace(SPARSE, hidden_size=32)},
-            "hidden_size=32 differs from the dense parent's 16; use 16",
+            "hidden_size=32 differs from the parent's 16; use 16",
         ),
         (
             {"moe_config": dataclasses.replace(SPARSE, tie_word_embeddings=True)},
-            "tie_word_embeddings=True differs from the dense parent's False",
+            "tie_word_embeddings=True differs from the parent's False",
         ),
         (
             {"moe_config": dataclasses.replace(SPARSE, moe_intermediate_size=19)},
-            "moe_intermediate_size=19 differs from the dense parent's intermediate_size=38",
+            "moe_intermediate_size=19 differs from the parent's intermediate_size=38",
         ),
     ],
 )

@@ -1,0 +1,103 @@
+"""New experts as averages of a mixture's own: duplicated, pruned, grouped and merged, made dense.
+
+Which experts, and in what shares, is decided on the host from statistics of the model: a matrix
+[E, P] whose row e has the shares of the P old experts in the new expert e.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def duplicated(P: int, E: int, utility_P: np.ndarray | None = None) -> np.ndarray:
+    """All old experts, then copies, each time of the one whose utility by copy is the largest."""
+    utility_P = np.ones(P) if utility_P is None else np.asarray(utility_P, np.float64)
+    copies_P = np.ones(P)
+    parents = list(range(P))
+    for _ in range(E - P):
+        parents.append(int(np.argmax(utility_P / copies_P)))
+        copies_P[parents[-1]] += 1
+    return np.eye(P)[parents]
+
+
+def pruned(P: int, E: int, load_P: np.ndarray) -> np.ndarray:
+    """The E most used experts, in their order."""
+    kept = np.sort(np.argsort(-np.asarray(load_P), kind="stable")[:E])
+    return np.eye(P)[kept]
+
+
+def grouped(E: int, similarity_PP: np.ndarray, load_P: np.ndarray | None = None) -> np.ndarray:
+    """E groups of similar experts, each merged, in the shares of their load.
+
+    Agglomerative, by average linkage: the two groups whose members are most similar on average
+    become one, until E are left.
+    """
+    P = len(similarity_PP)
+    groups = [[p] for p in range(P)]
+    while len(groups) > E:
+        pairs = [(i, j) for i in range(len(groups)) for j in range(i)]
+        i, j = max(pairs, key=lambda ij: similarity_PP[np.ix_(groups[ij[0]], groups[ij[1]])].mean())
+        groups[j] = sorted(groups[j] + groups.pop(i))
+    share_EP = np.zeros((E, P))
+    for row, members in zip(share_EP, groups, strict=True):
+        row[members] = averaged(len(members), None if load_P is None else load_P[members])[0]
+    return share_EP
+
+
+def averaged(P: int, load_P: np.ndarray | None = None) -> np.ndarray:
+    """One expert of all, in the shares of their load."""
+    if load_P is None or not np.sum(load_P):
+        load_P = np.ones(P)
+    return (np.asarray(load_P, np.float64) / np.sum(load_P))[None]
+
+
+def mix(experts: dict, share_LEP: jax.Array, fetch=lambda w_P, p: w_P[p]) -> dict:
+    """Averages [L, E, …] of arrays [L, P, …], summed in the order of the old experts.
+
+    One old expert is held at a time. `fetch` gets it from where it lies.
+    """
+
+    def of_layer(scanned):
+        w_P, share_EP = scanned
+
+        def add(total, numbered):
+            p, share_E = numbered
+            w = fetch(w_P, p).astype(jnp.float32)
+            share = share_E.reshape(-1, *(1,) * w.ndim)
+            # A share of 1 is a copy; of 0 leaves even what is not finite out.
+            term = jnp.where(share == 1, w, jnp.where(share == 0, 0, share * w))
+            return total + term, None
+
+        P, E = share_EP.shape[1], share_EP.shape[0]
+        zeros = jnp.zeros((E, *w_P.shape[1:]), jnp.float32)
+        total, _ = jax.lax.scan(add, zeros, (jnp.arange(P), share_EP.T))
+        return total.astype(w_P.dtype)
+
+    return {name: jax.lax.map(of_layer, (w, share_LEP)) for name, w in experts.items()}
+
+
+def mix_on_mesh(
+    experts: dict, share_LEP: jax.Array, in_specs, out_specs, *, cut: bool, axis: str
+) -> dict:
+    """`mix` of arrays whose experts lie along a mesh axis, where no device holds them all.
+
+    Every device gets the old experts one after the other from their owners, and makes the new
+    ones that are its own, or with `cut` False all of them.
+    """
+
+    def on_device(experts, share_LEP):
+        size, place = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+        mine = share_LEP.shape[1] // size
+        if cut:
+            share_LEP = jax.lax.dynamic_slice_in_dim(share_LEP, place * mine, mine, axis=1)
+
+        def fetch(w_P, p):
+            owner, index = p // len(w_P), p % len(w_P)
+            mine = jnp.where(owner == place, w_P[index], jnp.zeros_like(w_P[index]))
+            return jax.lax.psum(mine, axis)
+
+        return mix(experts, share_LEP, fetch)
+
+    return jax.shard_map(
+        on_device, in_specs=(in_specs, jax.P()), out_specs=out_specs, check_vma=False
+    )(experts, share_LEP)

@@ -1,0 +1,226 @@
+"""What recipes and routers may want to know of a parent: measured on a text, kept in one file.
+
+Each statistic is an array with a leading axis of all layers; `plan.STATISTICS` has their shapes.
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.model import attention, layers, moe, transformer
+from moe_jax.model.config import MOE, ModelConfig
+from moe_jax.model.segments import segments
+from moe_jax.ops import cross_entropy
+from moe_jax.upcycle import experts, plan
+
+SAMPLE = 1024  # tokens that clusters and similarities are measured on
+
+
+def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """Raises: ValueError for a file that holds something else."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = dict(arrays)
+    except (ValueError, AttributeError):
+        raise ValueError(f"{path} is not a file of scripts/collect_statistics.py") from None
+    if not set(found) <= set(plan.STATISTICS):
+        raise ValueError(f"{path} holds {', '.join(found)}; known are {', '.join(plan.STATISTICS)}")
+    return found
+
+
+def of_mixture(params: dict, config: ModelConfig, tokens_NBT: Sequence) -> dict[str, np.ndarray]:
+    """`load`, `similarity` and `utility` of a mixture's experts on N batches of tokens.
+
+    Similarity is the linear CKA (Kornblith et al., arXiv 1905.00414) of the experts' outputs for
+    the same tokens (Zhang et al., arXiv 2407.09590); utility the sum of squared gradients of the
+    loss with respect to an expert's weights (arXiv 2604.19835).
+    """
+    L, E = config.num_hidden_layers, config.num_experts
+    found = {
+        "load": np.zeros((L, E)),
+        "similarity": np.zeros((L, E, E)),
+        "utility": np.zeros((L, E)),
+    }
+    for number, tokens_BT in enumerate(tokens_NBT):
+        for layer, params_of_layer, x_MD, load_E in _layers(params, tokens_BT, config):
+            if load_E is None:
+                continue
+            found["load"][layer] += load_E
+            if number == 0:
+                found["similarity"][layer] = cka_of_experts(
+                    x_MD[:SAMPLE], params_of_layer["experts"], config
+                )
+    for _, grads in _gradients(params, config, tokens_NBT):
+        for layer, grads_of_layer in _feed_forwards(grads, config):
+            if "experts" in grads_of_layer:
+                found["utility"][layer] += sum(
+                    np.square(np.asarray(g)).sum(axis=tuple(range(1, g.ndim)))
+                    for g in grads_of_layer["experts"].values()
+                )
+    return found
+
+
+def of_dense(
+    params: dict, config: ModelConfig, tokens_NBT: Sequence, *, num_experts: int, neurons: str
+) -> dict[str, np.ndarray]:
+    """`centroids` of the feed-forwards' inputs, and the `neurons` for each of as many experts.
+
+    Args:
+      neurons: "weights" or "activations": balanced clusters of the neurons by their inner weights
+        or by what they do on the text; "gradient": for each expert the neurons that matter most in
+        one part of the text, by |weight · gradient|, so that experts may share some. All are
+        LLaMA-MoE's (Zhu et al., arXiv 2406.16554, §3.1), the last as its inner sharing.
+    """
+    E, L = num_experts, config.num_hidden_layers
+    size = config.intermediate_size // E
+    found = {
+        "centroids": np.zeros((L, E, config.hidden_size)),
+        "neurons": np.zeros((L, E, size), np.int64),
+    }
+    first_BT = tokens_NBT[0]
+    for layer, ffn, x_MD, _ in _layers(params, first_BT, config):
+        sample_MD = np.asarray(x_MD[:SAMPLE], np.float64)
+        groups = balanced_clusters(sample_MD[: len(sample_MD) // E * E], E, seed=layer)
+        found["centroids"][layer] = [sample_MD[group].mean(axis=0) for group in groups]
+        features_FX = {
+            "weights": lambda ffn=ffn: _inner_weights(ffn),
+            "activations": lambda ffn=ffn, x=x_MD[:SAMPLE]: hidden_neurons(x, ffn, config).T,
+        }
+        if neurons in features_FX:
+            features = np.asarray(features_FX[neurons](), np.float64)
+            features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+            found["neurons"][layer] = balanced_clusters(features[: E * size], E, seed=layer)
+    if neurons == "gradient":
+        importance = np.zeros((L, E, config.intermediate_size))
+        for number, grads in _gradients(params, config, tokens_NBT):
+            pairs = zip(_feed_forwards(params, config), _feed_forwards(grads, config), strict=True)
+            for (layer, ffn), (_, grads_of_layer) in pairs:
+                importance[layer, number % E] += neuron_importance(ffn, grads_of_layer)
+        best = np.argsort(-importance, axis=-1, kind="stable")[..., :size]
+        found["neurons"] = np.sort(best, axis=-1)
+    return found
+
+
+def neuron_importance(ffn: dict, grads: dict) -> np.ndarray:
+    """[F]: the sum over a neuron's weights of |weight · gradient|."""
+    total_F = 0
+    for name in experts.MATRICES:
+        if name in ffn:
+            product = np.abs(np.asarray(ffn[name]) * np.asarray(grads[name]))
+            total_F = total_F + product.sum(axis=1 - experts.NEURON_AXIS[name])
+    return total_F
+
+
+def hidden_neurons(x_MD: jax.Array, ffn: dict, config: ModelConfig) -> jax.Array:
+    """[M, F]: what goes into the down projection."""
+    inner = [name for name in ("gate", "up") if name in ffn]
+    hidden = (layers.add_bias(x_MD @ ffn[n].astype(x_MD.dtype), ffn, f"{n}_bias") for n in inner)
+    return layers.activate(tuple(hidden), config)
+
+
+def cka_of_experts(x_MD: jax.Array, experts_E: dict, config: ModelConfig) -> np.ndarray:
+    """[E, E]: linear CKA of the experts' outputs for all of these tokens."""
+
+    def gram(ffn):
+        y_MD = layers.feed_forward(x_MD, ffn, config).astype(jnp.float32)
+        y_MD -= jnp.mean(y_MD, axis=0)
+        gram_MM = y_MD @ y_MD.T
+        return gram_MM / jnp.maximum(jnp.linalg.norm(gram_MM), jnp.finfo(jnp.float32).tiny)
+
+    gram_EX = jax.lax.map(gram, experts_E).reshape(config.num_experts, -1)
+    return np.asarray(gram_EX @ gram_EX.T)
+
+
+def balanced_clusters(points_NX: np.ndarray, k: int, *, seed: int, rounds: int = 10) -> np.ndarray:
+    """[k, N/k]: the points of k equal clusters, k-means with room for N/k in each.
+
+    In every round the pairs of point and centre are served from the nearest on.
+    """
+    N = len(points_NX)
+    room = N // k
+    centres_KX = points_NX[np.random.default_rng(seed).choice(N, k, replace=False)]
+    for _ in range(rounds):
+        square_NK = ((points_NX**2).sum(axis=1)[:, None] + (centres_KX**2).sum(axis=1)) - (
+            2 * points_NX @ centres_KX.T
+        )
+        cluster_N, left_K = np.full(N, -1), np.full(k, room)
+        for pair in np.argsort(square_NK, axis=None, kind="stable"):
+            n, c = divmod(int(pair), k)
+            if cluster_N[n] < 0 and left_K[c]:
+                cluster_N[n], left_K[c] = c, left_K[c] - 1
+        groups = np.argsort(cluster_N, kind="stable").reshape(k, room)
+        centres_KX = points_NX[groups].mean(axis=1)
+    return groups
+
+
+def _inner_weights(ffn: dict) -> np.ndarray:
+    return np.concatenate([np.asarray(ffn[n]).T for n in ("gate", "up") if n in ffn], axis=1)
+
+
+def _rows(params: dict, config: ModelConfig) -> Iterator[tuple[int, dict]]:
+    """Each layer's block."""
+    place_row = {
+        layer: (place, row)
+        for segment in segments(config.block_kinds)
+        for place, members in segment.layers.items()
+        for row, layer in enumerate(members)
+    }
+    for layer in range(config.num_hidden_layers):
+        place, row = place_row[layer]
+        yield layer, jax.tree.map(lambda w, row=row: w[row], params["blocks"][place])
+
+
+def _feed_forwards(params: dict, config: ModelConfig) -> Iterator[tuple[int, dict]]:
+    for layer, block in _rows(params, config):
+        yield layer, block.get("moe") or block["mlp"]
+
+
+def _layers(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> Iterator[tuple]:
+    """Layer by layer: its feed-forward's parameters, its inputs after the norm, its load."""
+    B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    x_BTD = params["embed"]["tokens"][tokens_BT].astype(config.dtype)
+    if config.position_embedding == "learned":
+        x_BTD += params["embed"]["positions"][positions_BT].astype(config.dtype)
+    for layer, block in _rows(params, config):
+        x_BTD, inputs_MD, load_E = _layer(
+            x_BTD, block, positions_BT, config, config.block_kinds[layer]
+        )
+        yield layer, block.get("moe") or block["mlp"], inputs_MD, load_E
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def _layer(x_BTD, block, positions_BT, config, kind):
+    segment_ids_BT = jnp.ones_like(positions_BT)
+    y_BTD, _ = attention.attention(
+        *(x_BTD, block["attention"], positions_BT, segment_ids_BT, config), window=kind.window
+    )
+    x_BTD += y_BTD
+    params = block["moe" if kind.feed_forward == MOE else "mlp"]
+    inputs_MD = layers.norm(x_BTD, params["norm"], config).reshape(-1, x_BTD.shape[-1])
+    if kind.feed_forward == MOE:
+        y_BTD, stats = moe.moe(x_BTD, params, segment_ids_BT > 0, config)
+        return x_BTD + y_BTD, inputs_MD, stats.tokens_per_expert_E.sum(axis=0)
+    return x_BTD + layers.mlp(x_BTD, params, config), inputs_MD, None
+
+
+def _gradients(params, config, tokens_NBT) -> Iterator[tuple[int, dict]]:
+    for number, tokens_BT in enumerate(tokens_NBT):
+        yield number, _gradient(params, jnp.asarray(tokens_BT), config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _gradient(params, tokens_BT, config):
+    def loss(params):
+        B, T = tokens_BT.shape
+        positions_BT = jnp.broadcast_to(jnp.arange(T - 1), (B, T - 1))
+        shared = transformer.Shared(positions_BT, jnp.ones_like(positions_BT))
+        x_BTD, _ = transformer.hidden_states(params, tokens_BT[:, :-1], shared, config)
+        unembed_DV = transformer.unembedding(params)
+        return cross_entropy.token_losses(x_BTD, unembed_DV, tokens_BT[:, 1:]).mean()
+
+    return jax.grad(loss)(params)

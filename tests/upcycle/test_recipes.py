@@ -1,0 +1,430 @@
+"""Every recipe of the registry: what it promises of step 0, what it is made of, and where it runs.
+
+Bitwise comparisons are between eager on one device and compiled on eight, sharded.
+"""
+
+import dataclasses
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from moe_jax import model, upcycle
+from moe_jax.model import layers, moe
+from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import sharding
+from moe_jax.upcycle import mixing, plan, recipes
+
+DENSE = model.ModelConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    remat="none",
+)
+EIGHT = DENSE.to_moe(num_experts=8, num_experts_per_tok=2)
+SHARDS = DENSE.to_moe(num_experts=8, num_experts_per_tok=4, moe_intermediate_size=8)
+KEY = jax.random.key(3)
+
+
+def draw(*shape):
+    return np.random.default_rng(sum(shape)).random(shape)
+
+
+def symmetric(x_LPP):
+    return x_LPP + x_LPP.swapaxes(1, 2)
+
+
+STATISTICS = {
+    "load": draw(2, 8),
+    "utility": draw(2, 8) + 0.1,
+    "similarity": symmetric(draw(2, 8, 8)),
+}
+# Recipe -> (parent's config, config, parameters, parents).
+CASES = {
+    "naive": (DENSE, EIGHT, {}, 1),
+    "noise": (DENSE, EIGHT, {}, 1),
+    "drop": (DENSE, EIGHT, {"ratio": 0.25}, 1),
+    "virtual_group": (DENSE, SHARDS, {"scaling": "exact"}, 1),
+    "virtual_group+drop": (DENSE, SHARDS, {}, 1),
+    "branch_train_mix": (DENSE, EIGHT, {}, 4),
+    "bam": (DENSE, dataclasses.replace(EIGHT, num_attention_experts=2), {}, 2),
+    "skywork": (DENSE, EIGHT, {}, 2),
+    "divmoe": (
+        DENSE,
+        dataclasses.replace(SHARDS, router="group_topk", num_expert_groups=4),
+        {},
+        2,
+    ),
+    "llama_moe": (
+        DENSE,
+        DENSE.to_moe(
+            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router="noisy_topk"
+        ),
+        {},
+        1,
+    ),
+    "moe_ct": (DENSE, dataclasses.replace(EIGHT, shared_expert_intermediate_size=32), {}, 1),
+    "svd_residual": (DENSE, EIGHT, {}, 1),
+    "expert_upcycling": (EIGHT, dataclasses.replace(EIGHT, num_experts=12), {}, 1),
+    "prune": (EIGHT, dataclasses.replace(EIGHT, num_experts=4), {}, 1),
+    "diversify_merge": (EIGHT, dataclasses.replace(EIGHT, num_experts=4), {}, 1),
+    "merge_back": (EIGHT, DENSE, {}, 1),
+}
+IN_SHORT = ("virtual_group+drop", "branch_train_mix", "bam", "llama_moe", "diversify_merge")
+
+
+def some(names, default):
+    return [n if n in default else pytest.param(n, marks=pytest.mark.long) for n in names]
+
+
+@functools.cache
+def parents_of(config, number):
+    """No two leaves or layers alike, large enough for the feed-forwards to matter."""
+    shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
+    normal = np.random.default_rng(0).normal
+    return [
+        jax.tree.map(lambda leaf: (normal(size=leaf.shape) * 0.4).astype(np.float32), shapes)
+        for _ in range(number)
+    ]
+
+
+def transform(name):
+    source, config, parameters, _ = CASES[name]
+    return functools.partial(
+        upcycle.upcycle,
+        config=source,
+        moe_config=config,
+        recipe=name,
+        key=KEY,
+        statistics=STATISTICS,
+        **parameters,
+    )
+
+
+@functools.cache
+def made(name):
+    source, _, _, number = CASES[name]
+    return jax.tree.map(np.asarray, transform(name)(parents_of(source, number)))
+
+
+def test_every_recipe_has_a_case():
+    assert set(CASES) == set(recipes.RECIPES)
+
+
+@pytest.mark.parametrize("name", some(CASES, IN_SHORT))
+def test_the_result_is_a_tree_of_its_config_and_no_bit_depends_on_the_mesh(name):
+    source, config, _, number = CASES[name]
+    want = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, made(name)) == jax.tree.map(jnp.shape, want)
+    mesh = meshes.make({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        parents = parents_of(source, number)
+        parents = jax.device_put(parents, [sharding.shardings(p, mesh) for p in parents])
+        out = sharding.shardings(want, mesh)
+        on_mesh = jax.jit(transform(name), out_shardings=out)(parents)
+    jax.tree.map(np.testing.assert_array_equal, on_mesh, made(name))
+
+
+# Step 0 ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def upcyclings(draw):
+    """A recipe and configs of sizes, activations, routers and weights that it may be asked for."""
+    name = draw(
+        st.sampled_from(sorted(n for n, r in recipes.RECIPES.items() if r.takes == "dense"))
+    )
+    act, gated, bias = draw(
+        st.sampled_from([("silu", True, False), ("relu2", False, False), ("gelu", False, True)])
+    )
+    G = draw(st.sampled_from([1, 2, 4])) if recipes.RECIPES[name].cut else 1
+    E = draw(st.sampled_from([4, 8]))
+    dense = dataclasses.replace(
+        DENSE,
+        num_hidden_layers=1,
+        hidden_act=act,
+        gated_mlp=gated,
+        mlp_bias=bias,
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    config = dense.to_moe(
+        num_experts=G if name == "llama_moe" else E,
+        num_experts_per_tok=min(draw(st.sampled_from([1, 2, 4])), G if name == "llama_moe" else E),
+        moe_intermediate_size=dense.intermediate_size // G,
+        norm_topk_prob=draw(st.booleans()),
+        shared_expert_intermediate_size=32 if recipes.RECIPES[name].shared else None,
+        num_attention_experts=2 if recipes.RECIPES[name].attention else 0,
+    )
+    parameters = {}
+    if "scaling" in recipes.parameters_of(name):
+        parameters["scaling"] = draw(st.sampled_from(["none", "down", "exact", "paper"]))
+    if "ratio" in recipes.parameters_of(name):
+        parameters["ratio"] = draw(st.sampled_from([0.0, 0.5]))
+    router = draw(st.sampled_from(["", "zero", "grouped"]))
+    return name, dense, config, router, parameters
+
+
+def outputs(name, dense, config, router, parameters):
+    """The only layer's feed-forward and the mixture that is made of it, on the same inputs."""
+    [params] = parents_of(dense, 1)
+    new = upcycle.upcycle(params, dense, config, recipe=name, router=router, key=KEY, **parameters)
+    x_BTD = jax.random.normal(jax.random.key(1), (2, 8, 16))
+    first = functools.partial(jax.tree.map, lambda w: w[0])
+    old = layers.mlp(x_BTD, first(params["blocks"]["0"]["mlp"]), dense)
+    layer = first(new["blocks"]["0"]["moe"])
+    return old, moe.moe(x_BTD, layer, jnp.ones((2, 8), bool), config)[0]
+
+
+def assert_keeps_its_word(case):
+    name, dense, config, router, parameters = case
+    promised = plan.make(
+        dense, config, recipe=name, router=router, parameters=parameters
+    ).start_factor
+    hypothesis.assume(promised is not None)
+    old, new = outputs(*case)
+    np.testing.assert_allclose(new, promised * old, rtol=1e-5, atol=1e-5 * np.abs(old).max())
+
+
+@hypothesis.given(upcyclings())
+@hypothesis.settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+def test_a_recipe_keeps_its_word_about_step_0(case):
+    assert_keeps_its_word(case)
+
+
+@pytest.mark.long
+@hypothesis.given(upcyclings())
+@hypothesis.settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+def test_a_recipe_keeps_its_word_about_step_0_in_many_cases(case):
+    assert_keeps_its_word(case)
+
+
+def factor(name, dense, config, router="", **parameters):
+    made = plan.make(dense, config, recipe=name, router=router, parameters=parameters)
+    return made.start_factor
+
+
+def test_step_0_is_promised_where_it_should_be_and_not_elsewhere():
+    """So that a recipe does not keep its word by promising nothing."""
+    plain = dataclasses.replace(EIGHT, norm_topk_prob=False)
+    assert factor("naive", DENSE, EIGHT) == 1 and factor("naive", DENSE, plain) is None
+    assert factor("drop", DENSE, EIGHT, ratio=0.0) == 1
+    assert factor("drop", DENSE, EIGHT, ratio=0.5) is None
+    assert factor("virtual_group", DENSE, SHARDS, scaling="exact") == 1
+    assert factor("virtual_group", DENSE, SHARDS, scaling="none") == 1 / 4
+    assert factor("virtual_group", DENSE, SHARDS, scaling="paper") is None  # SwiGLU is not cubic
+    assert factor("virtual_group", DENSE, SHARDS, router="normal", scaling="exact") is None
+    two = dataclasses.replace(SHARDS, num_experts_per_tok=2)  # of shards of which it takes 4
+    assert factor("virtual_group", DENSE, two, scaling="exact") is None
+    plain = dataclasses.replace(SHARDS, norm_topk_prob=False)
+    assert factor("virtual_group", DENSE, plain, router="zero", scaling="exact") == 1
+    assert factor("moe_ct", *CASES["moe_ct"][:2]) == 1
+    wider = dataclasses.replace(EIGHT, num_experts=16, num_experts_per_tok=4)
+    assert factor("expert_upcycling", EIGHT, wider, router_noise=0.0) == 1
+    assert factor("expert_upcycling", EIGHT, wider) is None
+
+
+def test_copying_all_experts_twice_and_taking_twice_as_many_changes_nothing():
+    [params] = parents_of(EIGHT, 1)
+    wider = dataclasses.replace(EIGHT, num_experts=16, num_experts_per_tok=4)
+    new = upcycle.upcycle(
+        params, EIGHT, wider, recipe="expert_upcycling", router_noise=0.0, key=KEY
+    )
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 8), 0, 32)
+    apply = jax.jit(model.apply, static_argnums=2)
+    want = apply(params, tokens_BT, EIGHT).logits_BTV
+    got = apply(new, tokens_BT, wider).logits_BTV
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+# What experts are made of ----------------------------------------------------------------------
+
+
+def experts_of(name):
+    return made(name)["blocks"]["0"]["moe"]["experts"]
+
+
+def test_virtual_groups_are_whole_feed_forwards_and_chosen_whole():
+    _, config, _, _ = CASES["virtual_group"]
+    [params] = parents_of(DENSE, 1)
+    old = params["blocks"]["0"]["mlp"]
+    new = upcycle.upcycle(params, DENSE, config, recipe="virtual_group", scaling="none", key=KEY)[
+        "blocks"
+    ]["0"]["moe"]
+    G = 4
+    for i in range(8):
+        own = slice(8 * (i % G), 8 * (i % G) + 8)  # expert i holds shard i mod G
+        np.testing.assert_array_equal(new["experts"]["gate"][:, i], old["gate"][:, :, own])
+        np.testing.assert_array_equal(new["experts"]["up"][:, i], old["up"][:, :, own])
+        np.testing.assert_array_equal(new["experts"]["down"][:, i], old["down"][:, own])
+    kernel_LDE = np.asarray(new["router"]["kernel"])
+    groups = kernel_LDE.reshape(2, 16, 2, G)
+    assert (groups == groups[..., :1]).all() and (groups[:, :, 0] != groups[:, :, 1]).any()
+    tokens_BT = jax.random.randint(jax.random.key(1), (4, 32), 0, 32)
+    params = {**params, "blocks": {"0": {**params["blocks"]["0"], "moe": new}}}
+    del params["blocks"]["0"]["mlp"]
+    routing = model.apply(params, tokens_BT, config, return_routing=True).router.routing
+    chosen = np.sort(np.asarray(routing.expert_index_MA), axis=-1)
+    assert ((chosen == np.arange(4)) | (chosen == np.arange(4, 8))).all()
+    assert len(np.unique(chosen[..., 0])) == 2
+
+
+def test_llama_moe_gives_each_neuron_to_one_expert_and_scales_the_output():
+    new = experts_of("llama_moe")
+    old = parents_of(DENSE, 1)[0]["blocks"]["0"]["mlp"]
+    for layer in range(2):
+        up_FD = new["up"][layer].transpose(0, 2, 1).reshape(32, 16)
+        order = [np.flatnonzero((old["up"][layer].T == row).all(axis=1)).item() for row in up_FD]
+        assert sorted(order) == list(range(32)) and order != sorted(order)
+        down_FD = new["down"][layer].reshape(32, 16)
+        np.testing.assert_allclose(down_FD, 4 / 2 * old["down"][layer][order], rtol=1e-6)
+    router = made("llama_moe")["blocks"]["0"]["moe"]["router"]
+    assert not router["kernel"].any() and not router["noise"].any()
+
+
+def test_given_neurons_go_to_the_experts_that_they_are_given_to():
+    neurons = np.arange(32).reshape(4, 8)[::-1] * np.ones((2, 1, 1), int)
+    source, config, _, _ = CASES["llama_moe"]
+    [params] = parents_of(DENSE, 1)
+    new = upcycle.upcycle(
+        params,
+        source,
+        config,
+        recipe="llama_moe",
+        partition="statistics",
+        statistics={"neurons": neurons},
+        key=KEY,
+    )["blocks"]["0"]["moe"]["experts"]
+    old = params["blocks"]["0"]["mlp"]
+    np.testing.assert_array_equal(new["up"][:, 0], old["up"][:, :, 24:])
+    np.testing.assert_array_equal(new["up"][:, 3], old["up"][:, :, :8])
+
+
+def test_several_parents_are_dealt_out_in_order_and_their_rest_is_averaged_or_the_lasts():
+    four, two = parents_of(DENSE, 4), parents_of(DENSE, 2)
+    new = experts_of("branch_train_mix")
+    for e in range(8):
+        old = four[e // 2]["blocks"]["0"]["mlp"]
+        for name in ("gate", "up", "down"):
+            np.testing.assert_array_equal(new[name][:, e], old[name])
+    mean = np.mean([p["embed"]["tokens"] for p in four], axis=0)
+    np.testing.assert_allclose(made("branch_train_mix")["embed"]["tokens"], mean, atol=1e-6)
+    np.testing.assert_array_equal(made("skywork")["embed"]["tokens"], two[1]["embed"]["tokens"])
+    attention = made("bam")["blocks"]["0"]["attention"]
+    for e in range(2):
+        np.testing.assert_array_equal(
+            attention["experts"]["wq"][:, e], two[e]["blocks"]["0"]["attention"]["wq"]
+        )
+
+
+def test_pruning_keeps_the_most_used_and_copying_repeats_the_most_useful():
+    [old] = parents_of(EIGHT, 1)
+    old = old["blocks"]["0"]["moe"]
+    for layer in range(2):
+        kept = np.sort(np.argsort(-STATISTICS["load"][layer])[:4])
+        np.testing.assert_array_equal(
+            experts_of("prune")["up"][layer], old["experts"]["up"][layer, kept]
+        )
+        pruned = made("prune")["blocks"]["0"]["moe"]["router"]["kernel"]
+        np.testing.assert_array_equal(pruned[layer], old["router"]["kernel"][layer][:, kept])
+        share_EP = mixing.duplicated(8, 12, STATISTICS["utility"][layer])
+        source = share_EP.argmax(axis=1)
+        np.testing.assert_array_equal(source[:8], np.arange(8))
+        wider = made("expert_upcycling")["blocks"]["0"]["moe"]
+        np.testing.assert_array_equal(
+            wider["experts"]["up"][layer], old["experts"]["up"][layer, source]
+        )
+        kernel = wider["router"]["kernel"][layer]
+        np.testing.assert_array_equal(kernel[:, :8], old["router"]["kernel"][layer])
+        moved = kernel[:, 8:] - old["router"]["kernel"][layer][:, source[8:]]
+        assert (moved != 0).all() and moved.std() < 0.02 * old["router"]["kernel"].std()
+
+
+def test_copies_go_to_the_largest_utility_per_copy():
+    """6 -> 3 each, then 4 -> 2 each, then 6 again at 2 each before 1."""
+    source = mixing.duplicated(3, 6, np.array([6.0, 4.0, 1.0])).argmax(axis=1)
+    np.testing.assert_array_equal(source, [0, 1, 2, 0, 1, 0])
+
+
+def test_groups_are_of_the_most_similar_and_weighted_by_load():
+    similarity = np.eye(4)
+    for i, j, value in ((0, 3, 0.9), (1, 2, 0.8), (0, 1, 0.1)):
+        similarity[i, j] = similarity[j, i] = value
+    share_EP = mixing.grouped(2, similarity, np.array([3.0, 1.0, 1.0, 1.0]))
+    np.testing.assert_allclose(share_EP, [[0.75, 0, 0, 0.25], [0, 0.5, 0.5, 0]])
+
+
+def test_merging_a_naive_mixture_back_gives_its_parent_and_any_other_the_average():
+    naive = made("naive")
+    back = upcycle.upcycle(naive, EIGHT, DENSE, recipe="merge_back", key=KEY)
+    # An eighth each of eight equal numbers.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), back, parents_of(DENSE, 1)[0]
+    )
+    share_LP = STATISTICS["load"] / STATISTICS["load"].sum(axis=1, keepdims=True)
+    old = parents_of(EIGHT, 1)[0]["blocks"]["0"]["moe"]["experts"]["up"]
+    want = np.einsum("lp,lpdf->ldf", share_LP, old)
+    np.testing.assert_allclose(made("merge_back")["blocks"]["0"]["mlp"]["up"], want, atol=1e-5)
+
+
+def test_what_is_not_finite_in_an_expert_that_is_left_out_stays_out():
+    w_LPX = jnp.array([[[1.0], [jnp.inf]]])
+    mixed = mixing.mix({"w": w_LPX}, jnp.array([[[1.0, 0.0]]]))
+    np.testing.assert_array_equal(mixed["w"], [[[1.0]]])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("branch_train_mix", {"parents": 3}, "num_experts=8 is not divisible by the 3 parents"),
+        ("drop", {"parents": 2}, "recipe 'drop' takes one parent, not 2"),
+        ("virtual_group", {"moe_intermediate_size": 12}, "does not divide the parent's"),
+        ("virtual_group", {"num_experts": 6}, "use a multiple of 4"),
+        ("llama_moe", {"num_experts": 8}, "do not share out .* use 4 experts"),
+        (
+            "moe_ct",
+            {"shared_expert_intermediate_size": None},
+            "set shared_expert_intermediate_size",
+        ),
+        ("drop", {"shared_expert_intermediate_size": 32}, "makes no shared expert"),
+        ("bam", {"num_attention_experts": 0}, "set num_attention_experts"),
+        ("drop", {"num_attention_experts": 2}, "num_attention_experts=2 differs"),
+        ("prune", {"num_experts": 9}, "must be at most the parent's 8"),
+        ("expert_upcycling", {"num_experts": 4}, "must be at least the parent's 8"),
+        ("prune", {"statistics": {}}, "needs the statistic 'load'"),
+        ("prune", {"statistics": {"load": draw(2, 7)}}, r"'load' is \[2, 7\], not \[2, 8\]"),
+        ("merge_back", {"intermediate_size": 16}, "intermediate_size=16 differs from the experts'"),
+    ],
+)
+def test_what_does_not_fit_a_recipe_is_refused_in_one_line(name, changes, message):
+    source, config, parameters, number = CASES[name]
+    changes = dict(changes)
+    number = changes.pop("parents", number)
+    statistics = changes.pop("statistics", STATISTICS)
+    config = dataclasses.replace(config, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        plan.make(
+            source,
+            config,
+            recipe=name,
+            num_parents=number,
+            statistics=statistics,
+            parameters=parameters,
+        )
+    assert "\n" not in str(error.value)
