@@ -234,8 +234,8 @@ RULES = (
 )
 
 CAVEAT = (
-    "The rules are of experts copied whole or with noise; Nakamura et al. (arXiv 2502.19261) report "
-    "half-redrawn ones ahead of scratch still after 0.5 T tokens on a parent of 1 T."
+    "The rules are of experts copied whole or with noise; Nakamura et al. (arXiv 2502.19261) "
+    "report half-redrawn ones ahead of scratch still after 0.5 T tokens on a parent of 1 T."
 )
 
 
