@@ -203,10 +203,10 @@ def expert_similarity(records: list[Record]) -> Figure | None:
     for record in arms:
         similarity = values[record.name]
         axes.plot(range(len(similarity)), similarity, label=record.name, **looks[record.name])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("sparse layer")
     axes.set_ylabel("cosine similarity, mean of pairs and matrices")
-    axes.set_ylim(min(0, axes.get_ylim()[0]), 1.05)
+    axes.set_ylim(min(0, axes.get_ylim()[0]) - 0.05, 1.05)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
