@@ -10,6 +10,7 @@ import io
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -191,6 +192,25 @@ def router_health(records: list[Record]) -> Figure | None:
     return figure
 
 
+def expert_similarity(records: list[Record]) -> Figure | None:
+    """Mean cosine similarity between the experts of each sparse layer, at the end of each run."""
+    values = {r.name: r.result.get("expert_similarity") for r in records}
+    arms = [record for record in records if values[record.name]]
+    if not arms:
+        return None
+    looks = styles(records)
+    figure, (axes,) = _figure(1)
+    for record in arms:
+        similarity = values[record.name]
+        axes.plot(range(len(similarity)), similarity, label=record.name, **looks[record.name])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("sparse layer")
+    axes.set_ylabel("cosine similarity, mean of pairs and matrices")
+    axes.set_ylim(min(0, axes.get_ylim()[0]) - 0.05, 1.05)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    return figure
+
+
 def training_flops(records: list[Record]) -> Figure:
     """What each run cost, without and with what its source had cost."""
     figure, (axes,) = _figure(1, height=1.2 + 0.42 * len(records))
@@ -216,6 +236,7 @@ FIGURES = {
     "languages": languages,
     "expert_load": expert_load,
     "router_health": router_health,
+    "expert_similarity": expert_similarity,
     "training_flops": training_flops,
 }
 

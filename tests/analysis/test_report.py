@@ -37,6 +37,7 @@ def make_run(folder, *, num_experts, bits, source="", router=None):
         "parameters": 1e6, "active_parameters": 5e5, "byte_unigram_bits": 4.5,
         "tokens_per_expert": None if load is None else load.tolist(),
         "effective_experts": [num_experts] * 2 if num_experts else None,
+        "expert_similarity": [bits / 4, bits / 8] if num_experts else None,
         "samples": [{"prompt": "Click <here>", "continuation": f" & {folder.name}"}],
         "versions": {"jax": "1.2.3"}, "device": "cpu",
     }  # fmt: skip
@@ -82,6 +83,9 @@ def test_figures_show_the_numbers_of_the_records(folders):
     assert len(left.get_lines()) == 3
     bars = [bar.get_width() for bar in plots.training_flops(records).axes[0].patches]
     assert bars == [2, 2, 2, 0, 3, 3]
+    [axes] = plots.expert_similarity(records).axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert curves == {"naive": [3.25 / 4, 3.25 / 8], "drop": [3.125 / 4, 3.125 / 8]}
     [dots] = plots.languages(records).axes
     assert [tick.get_text() for tick in dots.get_yticklabels()] == ["el", "en"]
 
@@ -96,6 +100,12 @@ def test_a_run_that_is_not_finished_is_named_and_changes_no_colour(folders, tmp_
 def test_dense_runs_alone_have_no_router_figures(folders):
     pictures = plots.draw([report.read_record("dense", 0, folders["dense"])])
     assert set(pictures) == {"loss", "languages", "training_flops"}
+
+
+def test_runs_that_do_not_say_how_alike_their_experts_are_have_no_such_figure(folders):
+    record = report.read_record("drop", 0, folders["drop"])
+    del record.result["expert_similarity"]
+    assert plots.expert_similarity([record]) is None
 
 
 def test_a_run_of_forced_balance_is_always_labelled(tmp_path):

@@ -1,0 +1,221 @@
+"""How alike the experts of a layer are: to each other, to the dense parent, and over time.
+
+Experts that stay alike are an MoE that is no more than its parent: Skywork-MoE watches the mean of
+pairs (Wei et al., arXiv 2406.06563), He et al. the similarity to the parent (arXiv 2410.07524).
+Cosine similarities and distances compare weights place by place: where each expert has its neurons
+in another order they say nothing, and the share of intact neurons does.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.model.config import MOE, ModelConfig
+from moe_jax.model.segments import segments
+from moe_jax.upcycle.experts import MATRICES, NEURON_AXIS
+
+TINY = 1e-15  # the norm that zeros are given; its square is not 0 in float32
+MANY_LAYERS = 12  # a longer table shows the first, the middle, the last and the mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Of one sparse layer; mappings are by matrix ("gate", "up", "down"), nan is not defined.
+
+    pairwise: mean cosine similarity over the pairs of experts, of the whole matrix; nan of one.
+    parent_cosine, parent_distance: mean over experts of the cosine similarity to the parent's
+      matrix and of |expert - parent| / |parent|; empty without a parent of the same width.
+    intact: share of an expert's neurons that are bit for bit some neuron of the parent's layer in
+      all matrices, mean over experts; None without a parent.
+    """
+
+    layer: int
+    pairwise: Mapping[str, float]
+    parent_cosine: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    parent_distance: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    intact: float | None = None
+
+    @property
+    def columns(self) -> dict[str, float]:
+        named = {
+            f"{what} {name}": value
+            for what, values in (
+                ("pairs", self.pairwise),
+                ("parent", self.parent_cosine),
+                ("away", self.parent_distance),
+            )
+            for name, value in values.items()
+        }
+        return named if self.intact is None else {**named, "intact": self.intact}
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """Of one layer's router between two checkpoints: |new - old| / |old| of the whole kernel, and
+    the cosine similarity of an expert's column, mean over experts."""
+
+    layer: int
+    distance: float
+    cosine: float
+
+    @property
+    def columns(self) -> dict[str, float]:
+        return {"router distance": self.distance, "router cosine": self.cosine}
+
+
+def experts(
+    params: dict,
+    config: ModelConfig,
+    parent_params: dict | None = None,
+    parent_config: ModelConfig | None = None,
+) -> list[Experts]:
+    """One row for each sparse layer, in the model's order.
+
+    The parent is a dense model of as many layers and the same hidden size. One with wider
+    feed-forwards, whose parts the experts are, is searched for intact neurons only.
+
+    Raises: ValueError for another parent.
+    """
+    if parent_params is not None:
+        _check_parent(config, parent_config)
+    rows = []
+    for layer in _sparse_layers(config):
+        ffn = _matrices(_of_layer(params, config, layer, "moe", "experts"))
+        row = Experts(layer, {name: float(_mean_of_pairs(w)) for name, w in ffn.items()})
+        if parent_params is not None:
+            parent = _matrices(_of_layer(parent_params, parent_config, layer, "mlp"))
+            row = dataclasses.replace(row, intact=_intact(ffn, parent))
+            if config.expert_size == parent_config.intermediate_size:
+                of_parent = {name: _to_parent(w, parent[name]) for name, w in ffn.items()}
+                cosine, distance = (
+                    {name: float(values[i]) for name, values in of_parent.items()} for i in (0, 1)
+                )
+                row = dataclasses.replace(row, parent_cosine=cosine, parent_distance=distance)
+        rows.append(row)
+    return rows
+
+
+def of_layers(params: dict, config: ModelConfig) -> list[float] | None:
+    """The mean similarity of pairs of experts in each sparse layer, mean over the matrices.
+
+    None where there are no pairs: a dense model, or one expert.
+    """
+    if config.num_experts < 2:
+        return None
+    rows = experts(params, config)
+    return [round(float(np.mean(list(row.pairwise.values()))), 5) for row in rows]
+
+
+def router_drift(old: dict, new: dict, config: ModelConfig) -> list[Drift]:
+    """One row for each sparse layer of a model, from two of its checkpoints."""
+    rows = []
+    for layer in _sparse_layers(config):
+        before, after = (
+            np.asarray(_of_layer(params, config, layer, "moe", "router")["kernel"], np.float64)
+            for params in (old, new)
+        )
+        distance = np.linalg.norm(after - before) / max(np.linalg.norm(before), TINY)
+        norms_E = np.linalg.norm(before, axis=0) * np.linalg.norm(after, axis=0)
+        cosine_E = (before * after).sum(axis=0) / np.maximum(norms_E, TINY)
+        rows.append(Drift(layer, float(distance), float(cosine_E.mean())))
+    return rows
+
+
+def table(rows: Sequence[Experts | Drift]) -> str:
+    """An aligned line for each layer, or the first, middle, last and mean of many."""
+    if not rows:
+        return "no sparse layers"
+    lines = {str(row.layer): row.columns for row in rows}
+    if len(rows) > MANY_LAYERS:
+        some = (rows[0], rows[len(rows) // 2], rows[-1])
+        mean = {name: np.mean([row.columns[name] for row in rows]) for name in rows[0].columns}
+        lines = {**{str(row.layer): row.columns for row in some}, "mean": mean}
+    above, below = zip(*(name.rpartition(" ")[::2] for name in rows[0].columns), strict=True)
+    grid = [["", *above], ["layer", *below]]
+    for label, values in lines.items():
+        grid.append([label, *("-" if math.isnan(v) else f"{v:.4f}" for v in values.values())])
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in grid
+    )
+
+
+def _check_parent(config: ModelConfig, parent: ModelConfig) -> None:
+    if MOE in parent.layer_kinds:
+        raise ValueError(f"the parent is sparse (num_experts={parent.num_experts}); give a dense")
+    for name in ("num_hidden_layers", "hidden_size", "gated_mlp"):
+        theirs, ours = getattr(parent, name), getattr(config, name)
+        if theirs != ours:
+            raise ValueError(f"{name}={theirs} of the parent differs from {ours}; give its parent")
+
+
+def _sparse_layers(config: ModelConfig) -> list[int]:
+    return [layer for layer, kind in enumerate(config.layer_kinds) if kind == MOE]
+
+
+def _of_layer(params: dict, config: ModelConfig, layer: int, *path: str) -> dict:
+    """The arrays at `path` of one layer's block, cut from their stacks."""
+    place, row = next(
+        (place, members.index(layer))
+        for segment in segments(config.block_kinds)
+        for place, members in segment.layers.items()
+        if layer in members
+    )
+    stacks = functools.reduce(dict.__getitem__, path, params["blocks"][place])
+    return jax.tree.map(lambda stack: stack[row], stacks)
+
+
+def _matrices(ffn: dict) -> dict:
+    return {name: ffn[name] for name in MATRICES if name in ffn}
+
+
+@jax.jit
+def _mean_of_pairs(w_EXY):
+    # By the Gram matrix: no array is larger than the experts.
+    E = w_EXY.shape[0]
+    w_EXY = w_EXY.astype(jnp.float32)
+    gram_EE = jnp.einsum("exy,fxy->ef", w_EXY, w_EXY, precision="highest")
+    norm_E = jnp.maximum(jnp.sqrt(jnp.diagonal(gram_EE)), TINY)
+    cosine_EE = gram_EE / (norm_E[:, None] * norm_E)
+    return (jnp.sum(cosine_EE) - jnp.trace(cosine_EE)) / (E * (E - 1))
+
+
+@jax.jit
+def _to_parent(w_EXY, parent_XY):
+    """(cosine similarity, relative distance), means over the experts, one expert at a time."""
+    parent_XY = parent_XY.astype(jnp.float32)
+    parent_norm = jnp.maximum(jnp.linalg.norm(parent_XY), TINY)
+
+    def of_expert(w_XY):
+        w_XY = w_XY.astype(jnp.float32)
+        norm = jnp.maximum(jnp.linalg.norm(w_XY), TINY)
+        cosine = jnp.sum(w_XY * parent_XY) / (norm * parent_norm)
+        return cosine, jnp.linalg.norm(w_XY - parent_XY) / parent_norm
+
+    return tuple(jnp.mean(values_E) for values_E in jax.lax.map(of_expert, w_EXY))
+
+
+def _intact(ffn: dict, parent: dict) -> float:
+    known = set(_neurons(parent))
+    num_experts = len(ffn["up"])
+    shares = []
+    for e in range(num_experts):
+        mine = _neurons({name: w[e] for name, w in ffn.items()})
+        shares.append(np.mean([neuron in known for neuron in mine]))
+    return float(np.mean(shares))
+
+
+def _neurons(ffn: dict) -> list[bytes]:
+    """A hash of each neuron's weights in all matrices, in float32: a wider type keeps bits."""
+    rows_FX = np.concatenate(
+        [np.moveaxis(np.asarray(w, np.float32), NEURON_AXIS[name], 0) for name, w in ffn.items()],
+        axis=1,
+    )
+    return [hashlib.blake2b(row_X.tobytes(), digest_size=16).digest() for row_X in rows_FX]
