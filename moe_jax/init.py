@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +89,11 @@ def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelCon
     """
     if folders.is_folder(workdir):
         return hf.load(workdir, mesh=mesh)
-    if not (workdir / "config.json").exists():
-        raise ValueError(f"{workdir} is neither a Hugging Face folder nor a run's workdir")
+    if not (workdir / "checkpoints").exists():
+        raise ValueError(
+            f"{workdir} is neither a Hugging Face folder (config.json with a model_type) "
+            "nor a run's workdir"
+        )
     model_config = configs.model_config(configs.load_json(workdir))
     shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
     abstract = sharding.abstract(shapes, mesh)
@@ -108,11 +113,48 @@ def tokenizer_of(workdir: pathlib.Path) -> str:
     raise ValueError(f"{workdir} has no tokenizer.json or tokenizer.model; set --tokenizer")
 
 
-def save(workdir: pathlib.Path, model_config: model.ModelConfig, params: dict) -> None:
-    """A workdir with these parameters as its checkpoint of step 0, whole or not at all."""
+def save_as(
+    kind: str,
+    output: pathlib.Path,
+    model_config: model.ModelConfig,
+    params: dict,
+    *,
+    source: pathlib.Path,
+) -> None:
+    """A model as "hf", a Hugging Face folder, or "orbax", a workdir; with the source's tokenizer.
+
+    Raises: ValueError when `output` exists or cannot hold the model.
+    """
+    try:
+        tokenizer = tokenizer_of(source)
+    except ValueError:
+        tokenizer = "bytes"
+    if kind == "orbax":
+        save(output, model_config, params, tokenizer=tokenizer)
+        return
+    files = pathlib.Path(tokenizer).parent if os.path.isfile(tokenizer) else None
+    hf.save(output, model_config, params, source=files)
+
+
+def save(
+    workdir: pathlib.Path,
+    model_config: model.ModelConfig,
+    params: dict,
+    *,
+    tokenizer: str = "bytes",
+) -> None:
+    """A workdir with these parameters as its checkpoint of step 0, whole or not at all.
+
+    A tokenizer that is a file is copied into it.
+    """
     config = configs.default()
     config.model.update(dataclasses.asdict(model_config))
     with writing.appearing(workdir) as unfinished:
+        config.data.tokenizer = tokenizer
+        if os.path.isfile(tokenizer):
+            name = pathlib.Path(tokenizer).name
+            shutil.copyfile(tokenizer, unfinished / name)
+            config.data.tokenizer = str(workdir / name)
         configs.save_json(config, unfinished)
         checkpoint.save(
             unfinished / "checkpoints",

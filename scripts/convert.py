@@ -14,8 +14,8 @@ import pathlib
 
 import numpy as np
 
-from moe_jax import command_line, hf, init
-from moe_jax.config import ConfigError, load_json
+from moe_jax import command_line, init
+from moe_jax.config import ConfigError
 from moe_jax.hf import folders, tensors, writing
 from moe_jax.parallel import mesh
 
@@ -54,12 +54,7 @@ def run(arguments) -> None:
     config, params = init.load(arguments.source, mesh.one_device())
     if arguments.dtype:
         params = tensors.cast(params, arguments.dtype)
-    if arguments.to == "hf":
-        tokenizer = load_json(arguments.source).data.tokenizer
-        source = pathlib.Path(tokenizer).parent if tokenizer.endswith(".json") else None
-        hf.save(arguments.output, config, params, source=source)
-    else:
-        init.save(arguments.output, config, params)
+    init.save_as(arguments.to, arguments.output, config, params, source=arguments.source)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ The checkpoint is a Hugging Face folder (with its tokenizer.json or tokenizer.mo
 workdir. Temperature 0, the default, takes the likeliest token each time.
 """
 
+import math
 import pathlib
 
 import jax
@@ -27,10 +28,11 @@ def main() -> None:
     parser.add_argument("--num_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=command_line.seed, default=0)
     parser.add_argument("--tokenizer", help="instead of the model's own")
     arguments = parser.parse_args()
-    if arguments.num_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+    in_range = 0 <= arguments.temperature < math.inf and 0 < arguments.top_p <= 1
+    if arguments.num_tokens < 1 or not in_range:
         parser.error("--num_tokens is at least 1, --temperature at least 0, --top_p above 0 to 1")
     try:
         for text in run(arguments):

@@ -21,7 +21,8 @@ import pathlib
 
 import jax
 
-from moe_jax import command_line, hf, init, upcycle
+from moe_jax import command_line, init, upcycle
+from moe_jax.analysis import similarity
 from moe_jax.config import ConfigError, model_fields
 from moe_jax.hf import folders, upcycling
 from moe_jax.parallel import mesh, naming
@@ -44,20 +45,25 @@ def main() -> None:
         "--router", default="", choices=initialisers, help="the recipe's by default"
     )
     parser.add_argument("--statistics", help="a file of scripts/collect_statistics.py")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=command_line.seed, default=0)
     parser.add_argument("--recipe.NAME", metavar="VALUE", help="a parameter of the recipe")
     parser.add_argument("--model.NAME", metavar="VALUE", help="a field of the new model's config")
     arguments, others = parser.parse_known_args()
     of_model = [argument for argument in others if argument.startswith("--model.")]
     of_recipe = [argument for argument in others if argument not in of_model]
     try:
-        run(arguments, model_fields(of_model), recipes.parse(arguments.recipe, of_recipe))
+        rows = run(arguments, model_fields(of_model), recipes.parse(arguments.recipe, of_recipe))
     except (ValueError, ConfigError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     print(f"done: {arguments.output}")
+    if rows:
+        print("cosine similarity of pairs of experts and to the parent, distance to it in units of")
+        print("its norm, share of neurons intact; weights place by place:")
+        print(similarity.table(rows))
 
 
-def run(arguments, fields: dict, parameters: dict) -> None:
+def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
+    """Returns how alike the experts are that were made, in some of the layers."""
     how = {
         "recipe": arguments.recipe,
         "router": arguments.router,
@@ -70,12 +76,31 @@ def run(arguments, fields: dict, parameters: dict) -> None:
         sources = [folders.Folder(path) for path in paths]
         config = config_of(sources[0].config, arguments, fields)
         upcycling.upcycle_folder(sources, arguments.output, config, progress=True, **how)
-        return
+        return of_folder(folders.Folder(arguments.output), sources)
     source_config, parents = init.load_alike(paths, mesh.one_device())
     config = config_of(source_config, arguments, fields)
     made = jax.jit(lambda p: upcycle.upcycle(p, source_config, config, **how))(parents)
-    save = {"hf": hf.save, "orbax": init.save}[arguments.to]
-    save(arguments.output, config, made)
+    init.save_as(arguments.to, arguments.output, config, made, source=paths[0])
+    if config.num_experts < 2:
+        return []
+    dense = len(parents) == 1 and not source_config.num_experts
+    return similarity.experts(made, config, *((parents[0], source_config) if dense else ()))
+
+
+def of_folder(made: folders.Folder, sources: list[folders.Folder]) -> list[similarity.Experts]:
+    """Of the first, the middle and the last sparse layer: one of them is in memory at a time."""
+    layers = similarity.sparse_layers(made.config)
+    if made.config.num_experts < 2:
+        return []
+    dense = len(sources) == 1 and not sources[0].config.num_experts
+    return [
+        similarity.of_layer(
+            layer,
+            made.feed_forward(layer, "moe/experts"),
+            sources[0].feed_forward(layer, "mlp") if dense else None,
+        )
+        for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    ]
 
 
 def config_of(source, arguments, fields: dict):

@@ -85,20 +85,29 @@ def experts(
     if parent_params is not None:
         _check_parent(config, parent_config)
     rows = []
-    for layer in _sparse_layers(config):
-        ffn = _matrices(_of_layer(params, config, layer, "moe", "experts"))
-        row = Experts(layer, {name: float(_mean_of_pairs(w)) for name, w in ffn.items()})
+    for layer in sparse_layers(config):
+        parent = None
         if parent_params is not None:
-            parent = _matrices(_of_layer(parent_params, parent_config, layer, "mlp"))
-            row = dataclasses.replace(row, intact=_intact(ffn, parent))
-            if config.expert_size == parent_config.intermediate_size:
-                of_parent = {name: _to_parent(w, parent[name]) for name, w in ffn.items()}
-                cosine, distance = (
-                    {name: float(values[i]) for name, values in of_parent.items()} for i in (0, 1)
-                )
-                row = dataclasses.replace(row, parent_cosine=cosine, parent_distance=distance)
-        rows.append(row)
+            parent = _of_layer(parent_params, parent_config, layer, "mlp")
+        rows.append(of_layer(layer, _of_layer(params, config, layer, "moe", "experts"), parent))
     return rows
+
+
+def of_layer(layer: int, ffn_E: dict, parent: dict | None = None) -> Experts:
+    """The row of one layer, from its experts' weights and its parent's FFN."""
+    ffn_E = _matrices(ffn_E)
+    row = Experts(layer, {name: float(_mean_of_pairs(w)) for name, w in ffn_E.items()})
+    if parent is None:
+        return row
+    parent = _matrices(parent)
+    row = dataclasses.replace(row, intact=_intact(ffn_E, parent))
+    if ffn_E["up"].shape[1:] != parent["up"].shape:
+        return row
+    of_parent = {name: _to_parent(w, parent[name]) for name, w in ffn_E.items()}
+    cosine, distance = (
+        {name: float(values[i]) for name, values in of_parent.items()} for i in (0, 1)
+    )
+    return dataclasses.replace(row, parent_cosine=cosine, parent_distance=distance)
 
 
 def of_layers(params: dict, config: ModelConfig) -> list[float] | None:
@@ -115,7 +124,7 @@ def of_layers(params: dict, config: ModelConfig) -> list[float] | None:
 def router_drift(old: dict, new: dict, config: ModelConfig) -> list[Drift]:
     """One row for each sparse layer of a model, from two of its checkpoints."""
     rows = []
-    for layer in _sparse_layers(config):
+    for layer in sparse_layers(config):
         before, after = (
             np.asarray(_of_layer(params, config, layer, "moe", "router")["kernel"], np.float64)
             for params in (old, new)
@@ -156,7 +165,7 @@ def _check_parent(config: ModelConfig, parent: ModelConfig) -> None:
             raise ValueError(f"{name}={theirs} of the parent differs from {ours}; give its parent")
 
 
-def _sparse_layers(config: ModelConfig) -> list[int]:
+def sparse_layers(config: ModelConfig) -> list[int]:
     return [layer for layer, kind in enumerate(config.layer_kinds) if kind == MOE]
 
 

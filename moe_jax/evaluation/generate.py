@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def generate(
     Raises: ValueError for no prompt or an empty one, ids beyond the vocabulary, settings out of
       range, or a text longer than the learned positions.
     """
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not (0 <= temperature < math.inf and 0 < top_p <= 1):
         raise ValueError(
             f"temperature={temperature}, top_p={top_p}: use at least 0, and more than 0 up to 1"
         )

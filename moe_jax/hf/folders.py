@@ -7,6 +7,7 @@ import numpy as np
 
 from moe_jax.hf import configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
+from moe_jax.model.segments import segments
 
 
 def is_folder(path: str | pathlib.Path) -> bool:
@@ -89,6 +90,19 @@ class Folder:
                 index = tuple(slice(i, i + 1) for i in inner)
                 return tensors.read(slot, self._of(slot), index)[(0,) * len(inner)]
         raise KeyError(f"{path} has no {row}")
+
+    def feed_forward(self, layer: int, inner: str) -> dict[str, np.ndarray]:
+        """The matrices at "moe/experts" [E, …] or "mlp" of one layer, by name."""
+        place, row = next(
+            (place, members.index(layer))
+            for segment in segments(self.config.block_kinds)
+            for place, members in segment.layers.items()
+            if layer in members
+        )
+        prefix = f"blocks/{place}/{inner}/"
+        names = [p.removeprefix(prefix) for p in self.slots if p.startswith(prefix)]
+        rows = slice(row, row + 1)
+        return {n: self.leaf(prefix + n, (rows,))[0] for n in names if "/" not in n}
 
     def params(self) -> dict:
         return tensors.unflatten({path: self.leaf(path) for path in self.slots})

@@ -131,9 +131,8 @@ class _Maker:
 
     def _read_ffn(self, layer, parent):
         place, row = self.row_of[layer]
-        prefix = f"blocks/{place}/mlp/"
+        prefix, source = f"blocks/{place}/mlp/", self.sources[parent]
         names = [p.removeprefix(prefix) for p in self._slots if p.startswith(prefix)]
-        source = self.sources[parent]
         return {n: source.part(prefix + n, (row,)) for n in names if "/" not in n}
 
     def _put_ffn(self, layer, parent):

@@ -173,9 +173,13 @@ def apply(
     """Logits in float32 and the routers' statistics.
 
     Without `segment_ids_BT` each row is one document; where they are 0 is padding. Positions
-    default to 0, 1, … along the row.
+    default to 0, 1, … along the row. Raises: ValueError for rows beyond the learned positions.
     """
     B, T = tokens_BT.shape
+    if config.position_embedding == "learned" and T > config.max_position_embeddings:
+        raise ValueError(
+            f"rows of {T} tokens are beyond the model's {config.max_position_embeddings} positions"
+        )
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     if segment_ids_BT is None:

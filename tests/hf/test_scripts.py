@@ -27,6 +27,8 @@ def test_a_folder_becomes_a_mixture_and_a_checkpoint_and_a_folder_again(tmp_path
     experts = ("--num_experts=4", "--num_experts_per_tok=2")
     done = run("upcycle.py", f"--source={GOLDEN / 'llama'}", f"--output={moe}", *experts)
     assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1].split()  # of the last layer: a half is redrawn
+    assert last[-1] == "0.5000" and 0.1 < float(last[1]) < 0.5 and 0.4 < float(last[4]) < 0.8
     for source, output, to in ((moe, imported, "orbax"), (imported, again, "hf")):
         done = run("convert.py", f"--source={source}", f"--output={output}", f"--to={to}")
         assert done.returncode == 0, done.stderr
@@ -37,7 +39,7 @@ def test_a_folder_becomes_a_mixture_and_a_checkpoint_and_a_folder_again(tmp_path
 @pytest.mark.parametrize(
     ("script", "arguments", "complaint"),
     [
-        ("upcycle.py", ["--source=nowhere"], "neither a Hugging Face folder nor a run's workdir"),
+        ("upcycle.py", ["--source=nowhere"], "nowhere is neither a Hugging Face folder"),
         ("upcycle.py", ["--source=tests/golden/mixtral"], "needs a dense parent"),
         ("upcycle.py", ["--source=tests/golden/nemotron"], "no Hugging Face model class"),
         ("upcycle.py", ["--source=tests/golden/llama", "--recipe.ratio=2"], "ratio=2.0"),

@@ -1,0 +1,61 @@
+"""Does naive upcycling collapse when load balance is taken over all layers together?
+
+    python scripts/sweep.py --config=configs/sweeps/balance_scope.py --workdir=runs/balance_scope
+
+The released routers of Drop-Upcycling (Nakamura et al., arXiv 2502.19261), all trained with the
+balance loss of all layers pooled, use 2.5 of 8 experts a layer for the naive arm and 6.3 for drop.
+Here: {naive, drop} x {layer, all_layers} at the quickstart's size, with that paper's coefficient in
+its own form (0.02, not divided by k). The report draws the effective experts of every layer,
+exp(entropy of the load), 8 when balanced; result.json has them as `effective_experts`.
+Hardware and time: 2 CPU cores, MINUTES minutes. Expect: NUMBERS.
+"""
+
+from moe_jax import config as configs
+
+PARENT, ARMS = 0, 1  # seeds
+
+
+def get_config():
+    config = configs.default()
+    config.seed = PARENT
+    config.model.preset = "quickstart"
+    config.data.sequence_length = 128
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 40
+    config.training.num_steps = 700
+    config.training.batch_size = 8
+    config.training.log_every = 5
+    config.training.load_balancing_coefficient = 0.02
+    config.training.load_balancing_divide_by_k = False
+    config.evaluation.every_steps = 100
+    config.evaluation.batch_size = 64
+    config.evaluation.max_batches = 4
+    config.checkpoint.every_steps = 250
+    return config
+
+
+def get_sweep():
+    arm = {
+        "seed": ARMS,
+        "init.source": "@dense",
+        "model.num_experts": 8,
+        "model.num_experts_per_tok": 2,
+        "training.num_steps": 400,
+        "optimizer.learning_rate": 2.7e-3,
+    }
+    return [
+        {"name": "dense", "overrides": {}, "after": []},
+        *(
+            {
+                "name": f"{recipe}-{scope}",
+                "overrides": {
+                    **arm,
+                    "init.upcycle.recipe": recipe,
+                    "training.load_balancing_scope": scope,
+                },
+                "after": [],
+            }
+            for recipe in ("naive", "drop")
+            for scope in ("layer", "all_layers")
+        ),
+    ]
