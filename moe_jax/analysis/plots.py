@@ -192,22 +192,30 @@ def router_health(records: list[Record]) -> Figure | None:
     return figure
 
 
-def expert_similarity(records: list[Record]) -> Figure | None:
-    """Mean cosine similarity between the experts of each sparse layer, at the end of each run."""
-    values = {r.name: r.result.get("expert_similarity") for r in records}
-    arms = [record for record in records if values[record.name]]
+def experts_by_layer(records: list[Record]) -> Figure | None:
+    """At the end of each run, layer by layer: experts in use, and how alike their weights are."""
+    arms = [r for r in records if r.is_sparse and r.result.get("expert_similarity")]
     if not arms:
         return None
     looks = styles(records)
-    figure, (axes,) = _figure(1)
+    figure, (left, right) = _figure(2)
     for record in arms:
-        similarity = values[record.name]
-        axes.plot(range(len(similarity)), similarity, label=record.name, **looks[record.name])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel("sparse layer")
-    axes.set_ylabel("cosine similarity, mean of pairs and matrices")
-    axes.set_ylim(min(0, axes.get_ylim()[0]) - 0.05, 1.05)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6)
+        for axes, key in ((left, "effective_experts"), (right, "expert_similarity")):
+            values = record.result[key]
+            axes.plot(range(len(values)), values, label=record.name, **looks[record.name])
+    num_experts = max(r.config["model"]["num_experts"] or 0 for r in arms)
+    if num_experts:
+        left.axhline(num_experts, color="#555555", linewidth=1, linestyle=(0, (1, 1)))
+    left.set_title("Effective experts on held-out text")
+    left.set_ylabel("exp(entropy of load)")
+    left.set_ylim(0, 1.08 * left.get_ylim()[1])
+    right.set_title("Similarity of experts")
+    right.set_ylabel("cosine, mean of pairs and matrices")
+    right.set_ylim(min(0, right.get_ylim()[0]) - 0.05, 1.05)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlabel("sparse layer")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
 
@@ -236,7 +244,7 @@ FIGURES = {
     "languages": languages,
     "expert_load": expert_load,
     "router_health": router_health,
-    "expert_similarity": expert_similarity,
+    "experts_by_layer": experts_by_layer,
     "training_flops": training_flops,
 }
 

@@ -1,0 +1,172 @@
+"""Every recipe with every router that it makes sense with learns: 30 steps on the embedded text.
+
+A short run takes some recipes of each router, --long all of them.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import config as configs
+from moe_jax import model, upcycle
+from moe_jax.data import pipeline, tokenizers
+from moe_jax.model.config import CHOICES
+from moe_jax.training import balancing, optimizer, step
+from moe_jax.training.state import TrainState
+from moe_jax.upcycle import recipes
+
+DENSE = model.ModelConfig(
+    vocab_size=259,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    remat="none",
+)
+STEPS = 30
+SETTINGS = configs.default()
+SETTINGS.optimizer.learning_rate = 3e-3
+SETTINGS.training.batch_size = 4
+SETTINGS.training.bias_update_rate = 1e-3
+
+
+def mixture(**fields):
+    return DENSE.to_moe(**{"num_experts": 4, "num_experts_per_tok": 2, **fields})
+
+
+SHARDS = {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 16}
+PARTS = {**SHARDS, "num_experts": 4, "num_experts_per_tok": 2}
+WHOLE = [
+    name
+    for name, recipe in recipes.RECIPES.items()
+    if recipe.takes == "dense" and not (recipe.cut or recipe.shared or recipe.attention)
+]
+CUT = ["virtual_group", "virtual_group+drop"]
+# The model, the recipes that can make it, and those of them in a short run.
+MODELS = {
+    "softmax_topk renormalised": (mixture(), WHOLE, ["naive", "drop", "branch_train_mix"]),
+    "softmax_topk": (mixture(norm_topk_prob=False), WHOLE, []),
+    "switch": (mixture(num_experts_per_tok=1, norm_topk_prob=False), WHOLE, []),
+    "gate normalisation": (mixture(gate_norm_std=1.0), WHOLE, ["skywork"]),
+    "topk_softmax": (mixture(router="topk_softmax"), WHOLE, []),
+    "sigmoid_topk": (mixture(router="sigmoid_topk"), WHOLE, ["svd_residual"]),
+    "noisy_topk": (mixture(router="noisy_topk"), WHOLE, []),
+    "expert_choice": (mixture(router="expert_choice", dispatch="capacity"), WHOLE, ["noise"]),
+    "capacity": (mixture(dispatch="capacity", token_priority="random"), WHOLE, []),
+    "merge": (mixture(dispatch="merge", merge_segment_length=32), WHOLE, ["naive"]),
+    "all experts": (mixture(num_experts_per_tok=4, norm_topk_prob=False), WHOLE, []),
+    "shards softmax_topk": (mixture(**SHARDS, norm_topk_prob=False), CUT, CUT),
+    "shards topk_softmax": (mixture(**SHARDS, router="topk_softmax"), CUT, []),
+    "shards sigmoid_topk": (mixture(**SHARDS, router="sigmoid_topk"), CUT, []),
+    "shards group_topk": (
+        mixture(**SHARDS, router="group_topk", num_expert_groups=4),
+        [*CUT, "divmoe"],
+        ["divmoe"],
+    ),
+    "parts softmax_topk": (mixture(**PARTS), ["llama_moe"], []),
+    "parts noisy_topk": (mixture(**PARTS, router="noisy_topk"), ["llama_moe"], ["llama_moe"]),
+    "shared": (mixture(shared_expert_intermediate_size=64), ["moe_ct"], ["moe_ct"]),
+    "attention": (mixture(num_attention_experts=2), ["bam"], []),
+}
+
+
+@functools.cache
+def batches():
+    corpus = pipeline.open_corpus(
+        "embedded",
+        "train",
+        tokenizers.load("bytes"),
+        validation_fraction=0.05,
+        cache=pipeline.cache_folder(""),
+    )
+    rows = pipeline.batches(
+        corpus,
+        sequence_length=64,
+        batch_size=4,
+        seed=0,
+        start_step=0,
+        process_index=0,
+        process_count=1,
+    )
+    return [batch for batch, _ in zip(rows, range(2 * STEPS), strict=False)]
+
+
+@functools.cache
+def train_step(config):
+    tx = optimizer.adamw(SETTINGS.optimizer, STEPS)
+    return tx, jax.jit(step.make_train_step(config, SETTINGS.training, tx))
+
+
+def train(params, config, batches):
+    tx, one_step = train_step(config)
+    state = TrainState.create(params, tx, balancing.initial(config, SETTINGS.training))
+    losses, loads = [], []
+    for batch in batches:
+        state, metrics = one_step(state, batch)
+        losses.append(float(metrics.loss))
+        loads.append(metrics.tokens_per_expert_LE)
+    return state.params, losses, loads
+
+
+@functools.cache
+def parent():
+    params, _, _ = train(model.init(DENSE, jax.random.key(0)), DENSE, batches()[:STEPS])
+    return params
+
+
+def learns(config, recipe):
+    """Losses stay finite and fall; every expert layer learns, and has tokens to do so."""
+    several = recipes.RECIPES[recipe].several
+    params = upcycle.upcycle(
+        [parent(), jax.tree.map(lambda w: 0.9 * w, parent())] if several else parent(),
+        DENSE,
+        config,
+        recipe=recipe,
+        key=jax.random.key(1),
+    )
+    after, losses, loads = train(params, config, batches()[STEPS:])
+    assert np.isfinite(losses).all(), recipe
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.02, (recipe, losses)
+    assert (np.sum(loads, axis=0).sum(axis=1) > 0).all()
+    for name in ("up", "down"):
+        before_LEX, after_LEX = (
+            np.asarray(p["blocks"]["0"]["moe"]["experts"][name]) for p in (params, after)
+        )
+        moved_LE = np.abs(after_LEX - before_LEX).max(axis=(2, 3))
+        assert (moved_LE.max(axis=1) > 1e-3).all(), (recipe, name)
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, some) in MODELS.items() if some])
+def test_some_recipes_learn_with_this_router(name):
+    config, _, some = MODELS[name]
+    for recipe in some:
+        learns(config, recipe)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
+def test_all_recipes_learn_with_this_router(name):
+    config, possible, _ = MODELS[name]
+    for recipe in possible:
+        learns(config, recipe)
+
+
+def test_every_router_and_every_recipe_for_dense_parents_is_tried():
+    tried = {config.router for config, *_ in MODELS.values()}
+    assert tried == set(CHOICES["router"]) - {"forced_balance"}
+    made = {recipe for _, possible, _ in MODELS.values() for recipe in possible}
+    assert made == {name for name, r in recipes.RECIPES.items() if r.takes == "dense"}
+
+
+def test_a_wider_mixture_learns_on():
+    config = MODELS["softmax_topk renormalised"][0]
+    params = upcycle.upcycle(parent(), DENSE, config, recipe="drop", key=jax.random.key(1))
+    wider = dataclasses.replace(config, num_experts=6)
+    made = upcycle.upcycle(
+        params, config, wider, recipe="expert_upcycling", key=jax.random.key(2)
+    )
+    _, losses, _ = train(made, wider, batches()[STEPS:])
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
