@@ -63,4 +63,4 @@ def test_all_layers_scope_does_not_see_layers_that_collapse_onto_different_exper
 def test_z_loss_is_the_mean_squared_logsumexp():
     logits_LME = jax.random.normal(jax.random.key(0), (3, 8, E))
     z = np.log(np.exp(np.asarray(logits_LME, np.float64)).sum(axis=-1)) ** 2
-    np.testing.assert_allclose(losses.router_z_loss(stats_of(logits_LME)), z.mean(), rtol=1e-5)
+    np.testing.assert_allclose(losses.router_z(stats_of(logits_LME)).mean(), z.mean(), rtol=1e-5)
