@@ -67,6 +67,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     except ValueError as error:
         raise configs.ConfigError(f"config.model: {error}") from None
 
+    # teacher --------------------------------------------------------------------------------
+    teacher, teacher_params = _teacher(config, model_config, mesh)
+
     # data -----------------------------------------------------------------------------------
     tokenizer = tokenizers.load(config.data.tokenizer)
     try:
@@ -98,7 +101,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         start, state = restored.step, restored.state
         changed = configs.changes(restored.config, config)
         print(f"going on from step {start}", *changed, sep="; ", file=sys.stderr)
-    teacher, teacher_params = _teacher(config, model_config, mesh)
     lock = _lock(workdir)
     configs.save_json(config, workdir)
     batches = map(
