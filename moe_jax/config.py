@@ -71,6 +71,13 @@ def default() -> ConfigDict:
                 # A regular expression of parameter paths.
                 "no_weight_decay": r"norm/scale$|bias$|/b[qkvo]$",
                 "gradient_clip_norm": 1.0,
+                # Rules, ((regular expression of parameter paths, factor), ...): the first that
+                # matches decides, 1 where none does.
+                "gradient_factors": (),
+                "weight_decay_factors": (),
+                "learning_rate_factors": (),
+                "frozen": "",  # a regular expression of parameter paths that are not trained
+                "orthogonal_every": 0,  # steps of a phase of OMoE's alternation; 0 is off
             },
             "training": {
                 "num_steps": 1000,
@@ -80,8 +87,20 @@ def default() -> ConfigDict:
                 "load_balancing_coefficient": 0.01,
                 "load_balancing_scope": "layer",  # or "all_layers"
                 "load_balancing_divide_by_k": True,
+                "load_balancing_form": "switch",  # or "squared" (Skywork-MoE's)
+                # The tokens of a router loss: "device", "global" (the devices' microbatch), or
+                # "window", the whole batch for another forward pass if there are microbatches.
+                "load_balancing_over": "global",
+                # Or "adaptive": layer by layer, from load_balancing_coefficient on.
+                "load_balancing_schedule": "constant",
+                "adaptive_balance": {"rate": 0.2, "maximum": 0.01, "beta": 0.99},
+                "bias_update_rate": 0.0,  # of router="sigmoid_topk"
+                "importance_coefficient": 0.0,
+                "mutual_information_coefficient": 0.0,
                 "router_z_coefficient": 0.0,
                 "logit_z_coefficient": 0.0,
+                # From a run's workdir or a Hugging Face folder of the same vocabulary.
+                "distillation": {"source": "", "coefficient": 0.0, "temperature": 1.0},
                 "max_nonfinite_steps": 3,  # skipped in a row before the run stops
             },
             "evaluation": {
@@ -90,6 +109,7 @@ def default() -> ConfigDict:
                 "max_batches": 0,  # 0 is all of the held-out text
                 "prompts": (),
                 "continuation_tokens": 96,
+                "num_experts_per_tok": 0,  # 0 is the model's
             },
             "checkpoint": {"every_steps": 1000, "keep": 2},
         }
@@ -221,16 +241,24 @@ def upcycle_parameters(config: ConfigDict) -> dict:
 POSITIVE = """data.sequence_length optimizer.learning_rate optimizer.epsilon training.num_steps
     training.batch_size training.accumulation_steps training.log_every training.max_nonfinite_steps
     evaluation.batch_size evaluation.continuation_tokens checkpoint.every_steps checkpoint.keep
-    optimizer.gradient_clip_norm""".split()
+    optimizer.gradient_clip_norm training.distillation.temperature""".split()
 NOT_NEGATIVE = """seed optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay
-    training.load_balancing_coefficient training.router_z_coefficient
-    training.logit_z_coefficient evaluation.every_steps
-    evaluation.max_batches""".split()
+    optimizer.orthogonal_every training.load_balancing_coefficient training.router_z_coefficient
+    training.importance_coefficient training.mutual_information_coefficient
+    training.logit_z_coefficient training.adaptive_balance.rate training.adaptive_balance.maximum
+    training.bias_update_rate training.distillation.coefficient evaluation.every_steps
+    evaluation.max_batches evaluation.num_experts_per_tok""".split()
 SHARES = """data.validation_fraction optimizer.final_learning_rate_ratio optimizer.beta1
-    optimizer.beta2""".split()
+    optimizer.beta2 training.adaptive_balance.beta""".split()
+PATTERNS = ("optimizer.no_weight_decay", "optimizer.frozen")
+RULES = """optimizer.gradient_factors optimizer.weight_decay_factors
+    optimizer.learning_rate_factors""".split()
 CHOICES = {
     "optimizer.schedule": ("cosine", "wsd"),
     "training.load_balancing_scope": ("layer", "all_layers"),
+    "training.load_balancing_form": ("switch", "squared"),
+    "training.load_balancing_over": ("device", "global", "window"),
+    "training.load_balancing_schedule": ("constant", "adaptive"),
     "init.upcycle.router": ("", *router_init.ROUTER_INITIALISERS, router_init.COPIED),
 }
 
@@ -259,13 +287,10 @@ def validate(config: ConfigDict) -> None:
             )
     if config.seed >= 2**31:
         raise ConfigError(f"config.seed={config.seed} must be less than 2**31")
-    try:
-        re.compile(config.optimizer.no_weight_decay)
-    except re.error as error:
-        raise ConfigError(
-            f"config.optimizer.no_weight_decay={config.optimizer.no_weight_decay!r} is not a "
-            f"regular expression: {error}"
-        ) from None
+    for key in PATTERNS:
+        _check_pattern(key, _get(config, key))
+    for key in RULES:
+        _check_rules(key, _get(config, key))
     training, optimizer = config.training, config.optimizer
     if optimizer.warmup_steps + optimizer.decay_steps > training.num_steps:
         raise ConfigError(
@@ -278,6 +303,7 @@ def validate(config: ConfigDict) -> None:
             f"accumulation_steps={training.accumulation_steps}; use a multiple of it"
         )
     model = model_config(config)
+    _check_routing(config, model)
     recipe = config.init.upcycle.recipe
     if recipe:
         if not config.init.source:
@@ -301,6 +327,52 @@ def validate(config: ConfigDict) -> None:
     elif upcycle_parameters(config):
         given = ", ".join(upcycle_parameters(config))
         raise ConfigError(f"config.init.upcycle sets {given} without a recipe; set recipe too")
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"config.{key}={pattern!r} is not a regular expression: {error}"
+        ) from None
+
+
+def _check_rules(key: str, rules: tuple) -> None:
+    for rule in rules:
+        match rule:
+            case (str(pattern), int() | float() as factor) if 0 <= factor < math.inf:
+                _check_pattern(key, pattern)
+            case _:
+                raise ConfigError(
+                    f"config.{key} has {rule!r}; use pairs of a regular expression and a factor "
+                    "of at least 0"
+                )
+
+
+def _check_routing(config: ConfigDict, model: ModelConfig) -> None:
+    """Refuses balance, distillation and evaluation that this model cannot have."""
+    training = config.training
+    if training.load_balancing_schedule == "adaptive" and training.load_balancing_scope != "layer":
+        raise ConfigError(
+            "config.training.load_balancing_schedule='adaptive' has a coefficient for each layer; "
+            "set training.load_balancing_scope='layer'"
+        )
+    if training.bias_update_rate and model.num_experts and model.router != "sigmoid_topk":
+        raise ConfigError(
+            f"config.training.bias_update_rate={training.bias_update_rate} needs a router with a "
+            f"bias, not model.router={model.router!r}; use 'sigmoid_topk', or a rate of 0"
+        )
+    if training.distillation.coefficient and not training.distillation.source:
+        raise ConfigError(
+            f"config.training.distillation.coefficient={training.distillation.coefficient} needs "
+            "a teacher; set training.distillation.source"
+        )
+    if config.evaluation.num_experts_per_tok > model.num_experts:
+        raise ConfigError(
+            f"config.evaluation.num_experts_per_tok={config.evaluation.num_experts_per_tok} is "
+            f"more than the {model.num_experts} experts of the model"
+        )
 
 
 def validate_environment(config: ConfigDict, num_devices: int) -> None:
@@ -331,12 +403,15 @@ def validate_environment(config: ConfigDict, num_devices: int) -> None:
             f"config.model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} of "
             f"tokenizer {config.data.tokenizer!r}; set it to {tokenizer.vocab_size}"
         )
-    for source in parents(config):
+    named = [("init.source", source) for source in parents(config)]
+    if config.training.distillation.source:
+        named.append(("training.distillation.source", config.training.distillation.source))
+    for key, source in named:
         if folders.is_folder(source):
             continue
         if not glob.glob(os.path.join(glob.escape(source), "checkpoints", "*")):
             raise ConfigError(
-                f"config.init.source={source!r} has no checkpoints; "
+                f"config.{key}={source!r} has no checkpoints; "
                 "give the workdir of a run that saved one, or a Hugging Face folder"
             )
 

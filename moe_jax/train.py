@@ -1,5 +1,6 @@
 """One training run, from config to result: read this page top to bottom."""
 
+import dataclasses
 import fcntl
 import functools
 import json
@@ -14,12 +15,12 @@ from ml_collections import ConfigDict
 import moe_jax
 from moe_jax import config as configs
 from moe_jax import doctor, init, model
-from moe_jax.analysis import routing
+from moe_jax.analysis import routing, similarity
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.evaluation import generate, perplexity
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
-from moe_jax.training import checkpoint, flops, loop, metrics, optimizer, step
+from moe_jax.training import balancing, checkpoint, flops, loop, metrics, optimizer, step
 from moe_jax.training.state import TrainState
 
 
@@ -43,7 +44,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     on_mesh = functools.partial(meshes.under, mesh)
     batch_sharding = jax.NamedSharding(mesh, sharding.BATCH)
     tx = optimizer.adamw(config.optimizer, training.num_steps)
-    create_state = functools.partial(TrainState.create, optimizer=tx)
+    create_state = functools.partial(
+        TrainState.create, optimizer=tx, router_state=balancing.initial(model_config, training)
+    )
     shapes = jax.eval_shape(
         lambda: create_state(model.init(model_config, jax.random.key(config.seed)))
     )
@@ -51,6 +54,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         abstract = sharding.abstract(shapes, mesh)
     except ValueError as error:
         raise configs.ConfigError(str(error)) from error
+    try:
+        optimizer.check_paths(config.optimizer, shapes.params)
+    except ValueError as error:
+        raise configs.ConfigError(f"config.{error}") from None
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     # kernels --------------------------------------------------------------------------------
@@ -59,6 +66,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
             doctor.verify(op, implementation)
     except ValueError as error:
         raise configs.ConfigError(f"config.model: {error}") from None
+
+    # teacher --------------------------------------------------------------------------------
+    teacher, teacher_params = _teacher(config, model_config, mesh)
 
     # data -----------------------------------------------------------------------------------
     tokenizer = tokenizers.load(config.data.tokenizer)
@@ -107,8 +117,17 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     )
 
     # step -----------------------------------------------------------------------------------
-    train_step = step.jitted(config, model_config, tx, state_shardings, mesh)
-    eval_step = on_mesh(jax.jit(perplexity.make_eval_step(model_config, len(held_out.labels))))
+    compiled = step.jitted(config, model_config, tx, state_shardings, mesh, teacher)
+
+    def train_step(state: TrainState, batch: step.Batch):
+        return compiled(state, batch, *([] if teacher is None else [teacher_params]))
+
+    eval_config = model_config
+    if evaluation.num_experts_per_tok:
+        eval_config = dataclasses.replace(
+            model_config, num_experts_per_tok=evaluation.num_experts_per_tok
+        )
+    eval_step = on_mesh(jax.jit(perplexity.make_eval_step(eval_config, len(held_out.labels))))
 
     def evaluate(params: dict) -> perplexity.Evaluation:
         held_out_batches = pipeline.evaluation_batches(
@@ -123,6 +142,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
 
     # loop -----------------------------------------------------------------------------------
     flops_per_token = flops.model_flops(model_config, config.data.sequence_length)
+    if teacher is not None:  # forward alone
+        flops_per_token += flops.model_flops(teacher, config.data.sequence_length) / 3
     tokens_per_step = training.batch_size * config.data.sequence_length
     router_health = functools.partial(
         routing.health, kind=model_config.router, capacity_factor=model_config.capacity_factor
@@ -166,8 +187,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         "byte_unigram_bits": held_out.byte_unigram_bits,
         "tokens_per_expert": health.get("tokens_per_expert"),
         "effective_experts": health.get("effective_experts"),
+        "expert_similarity": similarity.of_layers(state.params, model_config),
         "router": model_config.router if model_config.num_experts else "",
-        "samples": _samples(state.params, model_config, tokenizer, config),
+        "samples": _samples(state.params, eval_config, tokenizer, config),
         "seconds": round(time.monotonic() - began, 1),
         "versions": {
             "python": platform.python_version(),
@@ -183,6 +205,23 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     unfinished.replace(workdir / "result.json")
     lock.close()
     return result
+
+
+def _teacher(config: ConfigDict, model_config: model.ModelConfig, mesh) -> tuple:
+    """The model to distil from and its parameters; None and None without distillation."""
+    section = config.training.distillation
+    if not section.coefficient:
+        return None, None
+    try:
+        teacher, params = init.load(pathlib.Path(section.source), mesh)
+    except (ValueError, FileNotFoundError) as error:
+        raise configs.ConfigError(f"config.training.distillation.source: {error}") from error
+    if teacher.vocab_size != model_config.vocab_size:
+        raise configs.ConfigError(
+            f"config.training.distillation.source={section.source}: a teacher of "
+            f"{teacher.vocab_size} tokens cannot teach a model of {model_config.vocab_size}"
+        )
+    return teacher, params
 
 
 def _lock(workdir: pathlib.Path):

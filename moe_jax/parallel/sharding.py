@@ -16,7 +16,7 @@ BATCH = P(BATCH_AXES)
 # The first rule that matches decides. Leaves of the optimizer state carry the path of their
 # parameter as a suffix. Block leaves have a leading axis of layers.
 RULES = (
-    (r"(^|/)(step|count)$", P()),
+    (r"(^|/)(step|count|coefficients_L)$", P()),
     (r"(^|_|/)norm/(scale|bias)$", P()),
     (r"embed/tokens$", P("tensor", "fsdp")),
     (r"embed/positions$", P(None, "fsdp")),

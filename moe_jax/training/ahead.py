@@ -11,19 +11,20 @@ from ml_collections import ConfigDict
 from moe_jax import config as configs
 from moe_jax import model
 from moe_jax.parallel import sharding
-from moe_jax.training import optimizer, step
+from moe_jax.training import balancing, optimizer, step
 from moe_jax.training.state import TrainState
 
 
 def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """The train step that `train.run` would run on this mesh.
+    """The train step that `train.run` would run on this mesh, but for a teacher.
 
     Raises: ConfigError for a model that cannot be; ValueError for one that does not fit the mesh.
     """
     model_config = configs.model_config(config)
     tx = optimizer.adamw(config.optimizer, config.training.num_steps)
+    router_state = balancing.initial(model_config, config.training)
     shapes = jax.eval_shape(
-        lambda: TrainState.create(model.init(model_config, jax.random.key(0)), tx)
+        lambda: TrainState.create(model.init(model_config, jax.random.key(0)), tx, router_state)
     )
     state = sharding.abstract(shapes, mesh)
     size = (config.training.batch_size, config.data.sequence_length)

@@ -129,21 +129,29 @@ class _TrainingLog:
             "model_flops": tokens * parts.model_flops_per_token,
             "analytic_flops": tokens * parts.analytic_flops_per_token,
             "loss": values.loss,
-            "load_balancing_loss": values.load_balancing_loss,
-            "router_z_loss": values.router_z_loss,
+            **_losses(values),
             "gradient_norm": values.gradient_norm,
             "skipped": int(values.skipped),
             "learning_rate": parts.learning_rate(step - 1),
             "tokens_per_second": tokens_per_second,
             "mfu": tokens_per_second * parts.model_flops_per_token / parts.peak_flops,
         }
-        if values.tokens_per_expert_LE is None:
-            del row["load_balancing_loss"], row["router_z_loss"]
-        else:
+        if values.tokens_per_expert_LE is not None:
             row["router"] = parts.router_health(
                 values.tokens_per_expert_LE, dropped_L=values.dropped_L
             )
         return row
+
+
+def _losses(values: StepMetrics) -> dict:
+    """Those beside the cross-entropy that are on."""
+    router = {} if values.router is None else vars(values.router)
+    both = {
+        **router,
+        "load_balancing_coefficients": values.load_balancing_coefficients_L,
+        "distillation_loss": values.distillation_loss,
+    }
+    return {name: value for name, value in both.items() if value is not None}
 
 
 def _validation_row(step: int, evaluation: Evaluation, parts: Parts) -> dict:

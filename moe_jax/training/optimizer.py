@@ -1,8 +1,10 @@
-"""AdamW with the schedules of the papers, by optax."""
+"""AdamW with the schedules of the papers, rules for each parameter's path, and OMoE, by optax."""
 
 import re
+from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -10,7 +12,11 @@ from moe_jax.parallel import naming
 
 
 def schedule(optimizer: ConfigDict, num_steps: int) -> optax.Schedule:
-    """Linear warmup, then "cosine" to the final rate, or "wsd": constant and a linear decay."""
+    """Linear warmup, then "cosine" to the final rate, or "wsd": constant and a linear decay.
+
+    A run's steps count from its own beginning, so an upcycled model whose parent had ended at a low
+    rate is warmed up to the peak again.
+    """
     peak = optimizer.learning_rate
     final = peak * optimizer.final_learning_rate_ratio
     after_warmup = num_steps - optimizer.warmup_steps
@@ -35,22 +41,145 @@ def schedule(optimizer: ConfigDict, num_steps: int) -> optax.Schedule:
 
 
 def adamw(optimizer: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; weight decay skips the paths of `no_weight_decay`."""
+    """Clip by global norm, then AdamW, with the factors of the config's rules for each path.
 
-    def decayed(params):
-        pattern = re.compile(optimizer.no_weight_decay or r"(?!)")
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: not pattern.search(naming.path_name(path)), params
+    A rule is (regular expression of parameter paths, factor); the first that matches decides, and
+    the factor is 1 where none does. Gradients are multiplied before they are clipped (Artetxe et
+    al., arXiv 2112.10684, divide those of experts by the square root of how many devices share
+    them out), weight decay in AdamW, and the learning rate after it, weight decay included.
+    Paths of `no_weight_decay` do not decay, nor does a router's bias on the choice of experts: as
+    no gradient reaches it either, it is left to `training/balancing.py`. What is `frozen` is not
+    updated, has no moments and does not count in the norm (MoE-CT, arXiv 2407.00875, trains the
+    experts alone).
+    """
+    whole = ((optimizer.no_weight_decay or NOTHING, 0.0), (r"moe/router/bias$", 0.0))
+    trained = optax.chain(
+        optax.chain(
+            _scaled(optimizer.gradient_factors),
+            optax.clip_by_global_norm(optimizer.gradient_clip_norm),
+        ),
+        optax.chain(
+            optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.epsilon),
+            _decayed(optimizer.weight_decay, (*whole, *optimizer.weight_decay_factors)),
+            optax.scale_by_learning_rate(schedule(optimizer, num_steps)),
+        ),
+        optax.chain(
+            _scaled(optimizer.learning_rate_factors),
+            orthogonal_experts(optimizer.orthogonal_every),
+        ),
+    )
+    if not optimizer.frozen:
+        return trained
+
+    def labels(params):
+        return _map_with_name(
+            lambda name, _: "frozen" if re.search(optimizer.frozen, name) else "trained", params
         )
 
-    return optax.chain(
-        optax.clip_by_global_norm(optimizer.gradient_clip_norm),
-        optax.adamw(
-            schedule(optimizer, num_steps),
-            b1=optimizer.beta1,
-            b2=optimizer.beta2,
-            eps=optimizer.epsilon,
-            weight_decay=optimizer.weight_decay,
-            mask=decayed,
-        ),
+    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
+
+
+NOTHING = r"(?!)"  # matches no path
+FACTORS = ("gradient_factors", "weight_decay_factors", "learning_rate_factors")
+Rules = Iterable[tuple[str, float]]
+
+
+def check_paths(optimizer: ConfigDict, params: dict) -> None:
+    """Raises: ValueError for a pattern of a rule, or `frozen`, that no path of `params` matches."""
+    names = jax.tree.leaves(_map_with_name(lambda name, _: name, params))
+    patterns = [(key, pattern) for key in FACTORS for pattern, _ in optimizer[key]]
+    patterns += [("frozen", optimizer.frozen)] if optimizer.frozen else []
+    for key, pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(
+                f"optimizer.{key}: {pattern!r} matches no parameter; paths are like {names[-1]!r}"
+            )
+
+
+def without_gradient(params: dict, frozen: str) -> dict:
+    """The parameters with those of `frozen` paths constant."""
+    if not frozen:
+        return params
+    return _map_with_name(
+        lambda name, x: jax.lax.stop_gradient(x) if re.search(frozen, name) else x, params
+    )
+
+
+def orthogonal_experts(every: int) -> optax.GradientTransformation:
+    """OMoE (Feng et al., arXiv 2310.09762): experts that move away from each other in weight space.
+
+    The first `every` updates pass as they are; in the next `every` each expert's update, matrix by
+    matrix, is replaced by its part orthogonal to the other experts' weights there, which may then
+    still be any; and so on. 0 is off.
+    """
+    if not every:
+        return optax.identity()
+
+    def project(updates, params):
+        return _map_with_name(
+            lambda name, u, w: jax.vmap(orthogonal_part)(u, w) if "moe/experts/" in name else u,
+            updates,
+            params,
+        )
+
+    def update(updates, state, params):
+        updates = jax.lax.cond(
+            (state.count // every) % 2 == 1, project, lambda updates, _: updates, updates, params
+        )
+        return updates, optax.ScaleByScheduleState(count=state.count + 1)
+
+    def init(params):
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonal_part(update: jax.Array, weight: jax.Array) -> jax.Array:
+    """Each expert's update less its projection onto the span of the other experts' weights.
+
+    Both are [E, ...]. With the others' weights as rows of W the projection is W^T (W W^T)^+ W u, of
+    which only Gram matrices [E, E] leave the device that has the weights. The inverse is a
+    pseudo-inverse by eigendecomposition: experts that were upcycled are at first copies of each
+    other, whose Gram matrix is singular, and a ridge that makes it safe to invert would hide the
+    small differences that training makes, the very directions to stay orthogonal to.
+    """
+    E = weight.shape[0]
+    u_EN, w_EN = (x.reshape(E, -1).astype(jnp.float32) for x in (update, weight))
+    product_EE, gram_EE = (jnp.matmul(x, w_EN.T, precision="highest") for x in (u_EN, w_EN))
+    others_EE = 1 - jnp.eye(E)
+    gram_EEE = gram_EE * others_EE[:, :, None] * others_EE[:, None, :]
+    value_EE, vector_EEE = jnp.linalg.eigh(gram_EEE)
+    # Below this a direction is the rounding of the Gram matrix.
+    least_E1 = E * jnp.finfo(jnp.float32).eps * value_EE[:, -1:]
+    kept_EE = value_EE > least_E1
+    inverse_EE = kept_EE / jnp.where(kept_EE, value_EE, 1)
+    along_EE = jnp.einsum("ekj,ek->ej", vector_EEE, product_EE * others_EE, precision="highest")
+    share_EE = jnp.einsum("ekj,ej->ek", vector_EEE, along_EE * inverse_EE, precision="highest")
+    part_EN = u_EN - jnp.matmul(share_EE, w_EN, precision="highest")
+    return part_EN.reshape(update.shape).astype(update.dtype)
+
+
+def _scaled(rules: Rules) -> optax.GradientTransformation:
+    def scale(name, update):
+        factor = _factor(name, rules)
+        return update if factor == 1 else factor * update
+
+    return optax.stateless(lambda updates, _: _map_with_name(scale, updates))
+
+
+def _decayed(weight_decay: float, rules: Rules) -> optax.GradientTransformation:
+    def decay(name, update, param):
+        factor = weight_decay * _factor(name, rules)
+        return update + factor * param if factor else update
+
+    return optax.stateless(lambda updates, params: _map_with_name(decay, updates, params))
+
+
+def _factor(name: str, rules: Rules) -> float:
+    return next((factor for pattern, factor in rules if re.search(pattern, name)), 1.0)
+
+
+def _map_with_name(function, tree, *others):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(naming.path_name(path), *leaves), tree, *others
     )

@@ -1,5 +1,6 @@
 """The pure train step: state and batch in, state and metrics out."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,7 +13,7 @@ from moe_jax import model
 from moe_jax.model import transformer
 from moe_jax.ops import cross_entropy
 from moe_jax.parallel import sharding
-from moe_jax.training import losses
+from moe_jax.training import balancing, losses, optimizer
 from moe_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions: [B, T] int32
@@ -20,75 +21,140 @@ Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions: [B, T] 
 
 @struct.dataclass
 class StepMetrics:
+    """Losses are before their coefficients. What is off, or of a dense model's routers, is None."""
+
     loss: jax.Array  # cross-entropy, nats per token
-    load_balancing_loss: jax.Array  # before its coefficient; 0 for a dense model
-    router_z_loss: jax.Array
+    distillation_loss: jax.Array | None
+    router: losses.RouterLosses | None
+    load_balancing_coefficients_L: jax.Array | None  # where they adapt
     gradient_norm: jax.Array  # before clipping
     skipped: jax.Array  # loss or gradient were not finite, and the update was not made
     tokens_per_expert_LE: jax.Array | None
     dropped_L: jax.Array | None  # assignments beyond the capacity of their expert
 
 
+@struct.dataclass
+class _Sums:
+    """What the microbatches of a step add up to, beside their gradients."""
+
+    loss: jax.Array
+    distillation_loss: jax.Array | None
+    router: losses.RouterLosses | None
+    tokens_per_expert_LE: jax.Array | None
+    dropped_L: jax.Array | None
+
+
 def make_train_step(
     config: model.ModelConfig,
     training: ConfigDict,
-    optimizer: optax.GradientTransformation,
+    tx: optax.GradientTransformation,
     seed: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The step for `training.accumulation_steps` microbatches of a batch."""
+    *,
+    frozen: str = "",
+    teacher: model.ModelConfig | None = None,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The step for `training.accumulation_steps` microbatches of a batch.
 
-    def objective(params, batch, num_tokens, key):
-        """Sums to the batch's loss over its microbatches, for each is divided by all tokens."""
+    It is a function of (state, batch), and of the teacher's parameters where there is a teacher.
+
+    Args:
+      frozen: as `config.optimizer.frozen`: parameters for which no gradient is computed.
+      teacher: the model to distil from, as `training.distillation` says.
+    """
+    N = training.accumulation_steps
+    two_passes = N > 1 and training.load_balancing_over == "window" and config.num_experts > 0
+
+    def hidden_states(params, batch, key, config=config):
         shared = transformer.Shared(batch["positions"], batch["segment_ids"], key)
-        x_BTD, router = transformer.hidden_states(params, batch["tokens"], shared, config)
-        sums = cross_entropy.cross_entropy(
-            x_BTD,
-            transformer.unembedding(params),
-            batch["targets"],
-            (batch["segment_ids"] > 0) / num_tokens,
-            z_coefficient=training.logit_z_coefficient,
-        )
-        balance = z = jnp.zeros(())
-        counts_LE = dropped_L = None
-        if router is not None:
-            # Over one microbatch: averaged over several, this is not the loss over all of them.
-            share = 1 / training.accumulation_steps
-            balance = share * losses.load_balancing_loss(
-                router,
-                num_experts_per_tok=config.num_experts_per_tok,
-                scope=training.load_balancing_scope,
-                divide_by_k=training.load_balancing_divide_by_k,
-            )
-            z = share * losses.router_z_loss(router)
-            counts_LE = router.tokens_per_expert_E.sum(axis=1)
-            dropped_L = router.num_dropped.sum(axis=1)
-        total = (
-            sums.total
-            + training.load_balancing_coefficient * balance
-            + training.router_z_coefficient * z
-        )
-        return total, (sums.nats, balance, z, counts_LE, dropped_L)
+        return transformer.hidden_states(params, batch["tokens"], shared, config)
 
-    gradient = jax.grad(objective, has_aux=True)
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, batch: Batch, teacher_params: dict | None = None):
         num_tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
         key = jax.random.fold_in(jax.random.key(seed), state.step) if config.draws else None
-        whole = gradient if training.accumulation_steps == 1 else accumulate
-        grads, sums = whole(state.params, batch, num_tokens, key)
-        loss, balance, z, counts_LE, dropped_L = sums
+        router_losses = functools.partial(
+            losses.router_losses,
+            training=training,
+            num_experts_per_tok=config.num_experts_per_tok,
+            num_tokens=num_tokens,
+            coefficients_L=state.router_state.coefficients_L,
+        )
+        slope = router_parts = None
+        if two_passes:
+            stats = over_microbatches(
+                lambda microbatch, key: hidden_states(state.params, microbatch, key)[1], batch, key
+            )
+            (_, router_parts), slope = losses.slope(router_losses, stats)
+
+        def objective(params, microbatch, key):
+            """Sums to the batch's loss over its microbatches, for each is divided by all tokens."""
+            params = optimizer.without_gradient(params, frozen)
+            x_BTD, stats = hidden_states(params, microbatch, key)
+            unembed_DV = transformer.unembedding(params)
+            weight_BT = (microbatch["segment_ids"] > 0) / num_tokens
+            sums = cross_entropy.cross_entropy(
+                x_BTD,
+                unembed_DV,
+                microbatch["targets"],
+                weight_BT,
+                z_coefficient=training.logit_z_coefficient,
+            )
+            total, parts, divergence = sums.total, None, None
+            if slope is not None:
+                total += losses.along(slope, stats)
+            elif stats is not None:
+                router_total, parts = router_losses(stats)
+                total += router_total
+            if teacher is not None:
+                teacher_x_BTC, _ = hidden_states(teacher_params, microbatch, None, teacher)
+                divergence = losses.distillation_loss(
+                    x_BTD,
+                    unembed_DV,
+                    *jax.lax.stop_gradient(
+                        (teacher_x_BTC, transformer.unembedding(teacher_params))
+                    ),
+                    weight_BT,
+                    temperature=training.distillation.temperature,
+                )
+                total += training.distillation.coefficient * divergence
+            counts_LE = dropped_L = None
+            if stats is not None:
+                counts_LE, dropped_L = (
+                    x.sum(axis=1) for x in (stats.tokens_per_expert_E, stats.num_dropped)
+                )
+            return total, _Sums(sums.nats, divergence, parts, counts_LE, dropped_L)
+
+        gradient = functools.partial(jax.grad(objective, has_aux=True), state.params)
+        grads, sums = over_microbatches(gradient, batch, key)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = TrainState(state.step, optax.apply_updates(state.params, updates), opt_state)
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        state = state.replace(step=state.step + 1)
-        return state, StepMetrics(loss, balance, z, norm, ~finite, counts_LE, dropped_L)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        counts_LE, dropped_L = sums.tokens_per_expert_LE, sums.dropped_L
+        if training.bias_update_rate:
+            params = balancing.with_updated_biases(
+                params, config, training.bias_update_rate, counts_LE
+            )
+        router_state = balancing.adapted(
+            state.router_state, config, training.adaptive_balance, counts_LE, dropped_L
+        )
+        new = TrainState(state.step, params, opt_state, router_state)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        return new.replace(step=state.step + 1), StepMetrics(
+            loss=sums.loss,
+            distillation_loss=sums.distillation_loss,
+            router=router_parts if two_passes else sums.router,
+            load_balancing_coefficients_L=state.router_state.coefficients_L,
+            gradient_norm=norm,
+            skipped=~finite,
+            tokens_per_expert_LE=counts_LE,
+            dropped_L=dropped_L,
+        )
 
-    def accumulate(params, batch, num_tokens, key):
-        """Sums gradients and metrics over microbatches, each spread over all batch shards."""
-        N = training.accumulation_steps
+    def over_microbatches(function, batch, key):
+        """The sum of `function` over microbatches, each spread over all batch shards."""
+        if N == 1:
+            return function(batch, key)
         microbatches = jax.tree.map(
             lambda x: x.reshape(x.shape[0] // N, N, *x.shape[1:]).swapaxes(0, 1), batch
         )
@@ -96,22 +162,40 @@ def make_train_step(
         def add(total, numbered):
             number, microbatch = numbered
             own_key = None if key is None else jax.random.fold_in(key, number)
-            part = gradient(params, microbatch, num_tokens, own_key)
-            return jax.tree.map(jnp.add, total, part), None
+            return jax.tree.map(jnp.add, total, function(microbatch, own_key)), None
 
         first = jax.tree.map(lambda x: x[0], microbatches)
-        shapes = jax.eval_shape(gradient, params, first, num_tokens, key)
+        shapes = jax.eval_shape(function, first, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(N), microbatches))[0]
 
     return train_step
 
 
-def jitted(config: ConfigDict, model_config: model.ModelConfig, optimizer, state_shardings, mesh):
-    """The step of a run, its state donated, compiled for a mesh when it is first called."""
+def jitted(
+    config: ConfigDict,
+    model_config: model.ModelConfig,
+    tx: optax.GradientTransformation,
+    state_shardings: TrainState,
+    mesh: jax.sharding.Mesh,
+    teacher: model.ModelConfig | None = None,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The step of a run, its state donated, compiled for a mesh when it is first called.
+
+    The teacher's parameters stay where they lie.
+    """
+    train_step = make_train_step(
+        model_config,
+        config.training,
+        tx,
+        config.seed,
+        frozen=config.optimizer.frozen,
+        teacher=teacher,
+    )
+    of_teacher = () if teacher is None else (None,)
     return jax.jit(
-        make_train_step(model_config, config.training, optimizer, config.seed),
-        in_shardings=(state_shardings, jax.NamedSharding(mesh, sharding.BATCH)),
+        train_step,
+        in_shardings=(state_shardings, jax.NamedSharding(mesh, sharding.BATCH), *of_teacher),
         out_shardings=(state_shardings, None),
         donate_argnums=0,
     )

@@ -83,7 +83,8 @@ def test_figures_show_the_numbers_of_the_records(folders):
     assert len(left.get_lines()) == 3
     bars = [bar.get_width() for bar in plots.training_flops(records).axes[0].patches]
     assert bars == [2, 2, 2, 0, 3, 3]
-    [axes] = plots.expert_similarity(records).axes
+    used, axes = plots.experts_by_layer(records).axes
+    assert list(used.get_lines()[0].get_ydata()) == [4, 4]
     curves = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert curves == {"naive": [3.25 / 4, 3.25 / 8], "drop": [3.125 / 4, 3.125 / 8]}
     [dots] = plots.languages(records).axes
@@ -105,7 +106,7 @@ def test_dense_runs_alone_have_no_router_figures(folders):
 def test_runs_that_do_not_say_how_alike_their_experts_are_have_no_such_figure(folders):
     record = report.read_record("drop", 0, folders["drop"])
     del record.result["expert_similarity"]
-    assert plots.expert_similarity([record]) is None
+    assert plots.experts_by_layer([record]) is None
 
 
 def test_a_run_of_forced_balance_is_always_labelled(tmp_path):

@@ -1,11 +1,13 @@
-"""Schedules at points known by hand, what decays, what is clipped."""
+"""Schedules at points known by hand, what decays, what is clipped, rules of paths, OMoE."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from moe_jax import config as configs
+from moe_jax.parallel import naming
 from moe_jax.training import optimizer
 
 
@@ -56,3 +58,115 @@ def test_gradients_are_clipped_by_their_global_norm():
     moment = optax.tree.get(state, "mu")
     np.testing.assert_allclose(moment["a"] / 0.1, 0.6, rtol=1e-5)
     np.testing.assert_allclose(moment["b"] / 0.1, 0.8, rtol=1e-5)
+
+
+def tree_of(embed, up, bias=1.0):
+    """Parameters of an embedding, a router's bias and the experts of one layer."""
+    experts = {"up": jnp.broadcast_to(jnp.asarray(up, jnp.float32), (1, 2, 2, 3))}
+    moe = {"router": {"bias": jnp.full((1, 2), bias)}, "experts": experts}
+    return {"embed": {"tokens": jnp.full((2, 2), embed)}, "blocks": {"0": {"moe": moe}}}
+
+
+def values(tree):
+    """Of the embedding, the experts and the bias."""
+    moe = tree["blocks"]["0"]["moe"]
+    return tree["embed"]["tokens"][0, 0], moe["experts"]["up"][0, 0, 0, 0], moe["router"]["bias"][0]
+
+
+def first_update(section, gradients):
+    tx = optimizer.adamw(section, 10)
+    return tx.update(gradients, tx.init(tree_of(1.0, 1.0)), tree_of(1.0, 1.0))
+
+
+RULES = (("experts/up", 0.5), ("moe", 7.0), (r"^embed/", 0.25))
+
+
+def test_gradient_factors_come_before_the_clip_and_the_first_rule_decides():
+    section = settings(gradient_factors=RULES, gradient_clip_norm=1.0)
+    _, state = first_update(section, tree_of(8.0, 0.0, 0.0))
+    np.testing.assert_allclose(values(optax.tree.get(state, "mu"))[0], 0.1 / 2, rtol=1e-5)
+    section.gradient_clip_norm = 1e9
+    _, state = first_update(section, tree_of(8.0, 6.0, 0.0))
+    np.testing.assert_allclose(values(optax.tree.get(state, "mu"))[:2], [0.2, 0.3], rtol=1e-5)
+
+
+def test_weight_decay_factors_leave_a_balancing_bias_and_what_does_not_decay_alone():
+    section = settings(weight_decay=0.4, weight_decay_factors=RULES, no_weight_decay="embed")
+    updates, _ = first_update(section, tree_of(0.0, 0.0, 0.0))
+    embed, up, bias = values(updates)
+    np.testing.assert_allclose([embed, up, *bias], [0, -0.2, 0, 0], rtol=1e-6)
+
+
+def test_learning_rate_factors_multiply_the_whole_update():
+    plain = settings(weight_decay=0.4, no_weight_decay="")
+    ruled = settings(weight_decay=0.4, no_weight_decay="", learning_rate_factors=RULES)
+    (one, _), (other, _) = (first_update(s, tree_of(1.0, 1.0, 0.0)) for s in (plain, ruled))
+    ratio = np.array(values(other)[:2]) / np.array(values(one)[:2])
+    np.testing.assert_allclose(ratio, [0.25, 0.5], rtol=1e-6)
+
+
+def test_frozen_parameters_have_no_moments_no_decay_and_no_part_in_the_norm():
+    section = settings(frozen="^(?!.*experts)", weight_decay=0.5, no_weight_decay="")
+    updates, state = first_update(section, tree_of(100.0, 1.0, 100.0))
+    embed, up, bias = values(updates)
+    assert (embed, *bias) == (0, 0, 0) and up != 0
+    # 12 gradients of 1 are clipped to a norm of 1.
+    (moment,) = jax.tree.leaves(optax.tree.get(state, "mu"))
+    np.testing.assert_allclose(moment, 0.1 / np.sqrt(12), rtol=1e-5)
+
+
+def test_no_gradient_is_taken_of_frozen_parameters():
+    def total(params):
+        return optax.tree.sum(optimizer.without_gradient(params, "^(?!.*experts)"))
+
+    assert values(jax.grad(total)(tree_of(1.0, 1.0)))[:2] == (0, 1)
+
+
+def test_without_rules_the_state_has_the_paths_of_earlier_checkpoints():
+    tx = optimizer.adamw(settings(), 10)
+    state = tx.init({"a": jnp.zeros(1)})
+    names = [naming.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    assert names == ["1/0/count", "1/0/mu/a", "1/0/nu/a", "1/2/count"]
+
+
+@pytest.mark.parametrize("key", [*optimizer.FACTORS, "frozen"])
+def test_a_pattern_without_a_parameter_is_refused(key):
+    section = settings(
+        **{key: "expert/up" if key == "frozen" else (("embed", 1), ("expert/up", 2))}
+    )
+    with pytest.raises(ValueError, match=f"{key}: 'expert/up' matches no parameter"):
+        optimizer.check_paths(section, tree_of(1.0, 1.0))
+    section[key] = "experts/up" if key == "frozen" else (("embed", 1), ("experts/up", 2))
+    optimizer.check_paths(section, tree_of(1.0, 1.0))
+
+
+def test_an_orthogonal_part_is_orthogonal_to_the_other_experts_and_loses_no_more():
+    update, weight = np.array(jax.random.normal(jax.random.key(0), (2, 5, 8, 16)))
+    weight[4] = weight[3] = weight[2]  # as upcycling makes them: the Gram matrix is singular
+    part = np.asarray(optimizer.orthogonal_part(update, weight), np.float64)
+    for e in range(5):
+        others = np.delete(weight, e, axis=0).reshape(4, -1).astype(np.float64)
+        along = others @ part[e].ravel()
+        sizes = np.linalg.norm(others, axis=1) * np.linalg.norm(update[e])
+        assert np.abs(along / sizes).max() < 1e-5
+        shares = np.linalg.lstsq(others.T, update[e].ravel(), rcond=1e-6)[0]
+        np.testing.assert_allclose(part[e].ravel(), update[e].ravel() - shares @ others, atol=1e-4)
+
+
+def test_a_single_expert_is_left_alone():
+    update, weight = jax.random.normal(jax.random.key(0), (2, 1, 8, 16))
+    np.testing.assert_array_equal(optimizer.orthogonal_part(update, weight), update)
+
+
+def test_phases_of_plain_and_orthogonal_updates_alternate_for_experts_alone():
+    tx = optimizer.orthogonal_experts(2)
+    params = tree_of(1.0, [[[1, 0, 0], [0, 0, 0]], [[0, 1, 0], [0, 0, 0]]])
+    state, seen = tx.init(params), []
+    one_step = jax.jit(tx.update)
+    for _ in range(6):
+        updates, state = one_step(tree_of(3.0, 5.0), state, params)
+        seen.append(np.asarray(updates["blocks"]["0"]["moe"]["experts"]["up"][0]))
+        assert values(updates)[0] == 3.0
+    plain, part = np.full((2, 2, 3), 5.0), np.full((2, 2, 3), 5.0)
+    part[0, 0, 1] = part[1, 0, 0] = 0
+    np.testing.assert_allclose(seen, [plain, plain, part, part, plain, plain], atol=1e-6)

@@ -54,7 +54,7 @@ def losses_of(one_step, state, num_steps=3):
     values = []
     for i in range(num_steps):
         state, metrics = one_step(state, batch_of(i))
-        values.append((metrics.loss, metrics.load_balancing_loss, metrics.gradient_norm))
+        values.append((metrics.loss, metrics.router.load_balancing_loss, metrics.gradient_norm))
     return np.array(values)
 
 
@@ -91,7 +91,7 @@ def test_padding_reaches_neither_loss_nor_balance():
     state_changed, metrics_changed = train_step(MOE)(initial(MOE), {**batch, **changed})
     np.testing.assert_allclose(metrics.loss, metrics_changed.loss, rtol=1e-6)
     np.testing.assert_allclose(
-        metrics.load_balancing_loss, metrics_changed.load_balancing_loss, rtol=1e-6
+        metrics.router.load_balancing_loss, metrics_changed.router.load_balancing_loss, rtol=1e-6
     )
     assert metrics.tokens_per_expert_LE.sum() == 2 * 2 * sum(lengths)
     # Padding changes which rows share a block, and so the order of float32 sums.

@@ -165,8 +165,6 @@ def test_a_wider_mixture_learns_on():
     config = MODELS["softmax_topk renormalised"][0]
     params = upcycle.upcycle(parent(), DENSE, config, recipe="drop", key=jax.random.key(1))
     wider = dataclasses.replace(config, num_experts=6)
-    made = upcycle.upcycle(
-        params, config, wider, recipe="expert_upcycling", key=jax.random.key(2)
-    )
+    made = upcycle.upcycle(params, config, wider, recipe="expert_upcycling", key=jax.random.key(2))
     _, losses, _ = train(made, wider, batches()[STEPS:])
     assert np.mean(losses[-5:]) < np.mean(losses[:5])

@@ -1,0 +1,122 @@
+"""Options of a run that its config turns on: what its rows say, and what is refused."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import config as configs
+from moe_jax import init, model, train
+from moe_jax.training import metrics
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+STUDENT = model.ModelConfig(
+    vocab_size=259,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_experts=4,
+    num_experts_per_tok=2,
+    remat="none",
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("options")
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(f"one and two are {i} " * 20)
+    config = configs.default()
+    config.model.update(
+        {k: v for k, v in vars(STUDENT).items() if v is not None and k != "model_type"}
+    )
+    config.data.update(source=str(folder), sequence_length=16, validation_fraction=0.3)
+    config.data.cache_dir = str(folder / "cache")
+    config.optimizer.learning_rate = 1e-2
+    config.training.update(num_steps=2, batch_size=8, log_every=1)
+    config.evaluation.update(batch_size=8, max_batches=1)
+    return config
+
+
+def with_changes(config, changes):
+    config = config.copy_and_resolve_references()
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return config
+
+
+def test_a_run_writes_what_is_on_and_evaluates_with_as_many_experts_as_it_is_told(config, tmp_path):
+    teacher = str(tmp_path / "teacher")
+    params = jax.jit(lambda key: model.init(STUDENT, key))(jax.random.key(0))
+    init.save(tmp_path / "teacher", STUDENT, params)
+    changes = {
+        "training.load_balancing_schedule": "adaptive",
+        "training.mutual_information_coefficient": 0.1,
+        "training.distillation.source": teacher,
+        "training.distillation.coefficient": 0.5,
+        "training.load_balancing_coefficient": 0.02,
+        "init.source": teacher,
+        "evaluation.num_experts_per_tok": 4,
+    }
+    result = train.run(with_changes(config, changes), tmp_path / "run")
+    first, second, validation = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert {"load_balancing_loss", "router_z_loss", "mutual_information"} <= set(first)
+    assert "importance_loss" not in first
+    assert first["load_balancing_coefficients"] == [0.02]
+    assert second["load_balancing_coefficients"][0] < 0.02
+    # It begins as its teacher, and every token goes to all experts in evaluation alone.
+    assert abs(first["distillation_loss"]) < 1e-6 < second["distillation_loss"]
+    assert np.ptp(first["router"]["tokens_per_expert"]) > 0
+    assert validation["router"]["tokens_per_expert"] == [[0.25] * 4] == result["tokens_per_expert"]
+
+
+REFUSED = {
+    "is not a regular expression": {"optimizer.frozen": "("},
+    "use pairs of a regular expression and a factor": {"optimizer.gradient_factors": (("a", "b"),)},
+    "frozen: 'expert/up' matches no parameter": {"optimizer.frozen": "expert/up"},
+    "set training.load_balancing_scope='layer'": {
+        "training.load_balancing_schedule": "adaptive",
+        "training.load_balancing_scope": "all_layers",
+    },
+    "needs a router with a bias, not model.router='softmax_topk'": {
+        "training.bias_update_rate": 0.1
+    },
+    "set training.distillation.source": {"training.distillation.coefficient": 0.1},
+    "source='does/not/exist' has no checkpoints": {
+        "training.distillation.source": "does/not/exist"
+    },
+    "more than the 4 experts": {"evaluation.num_experts_per_tok": 5},
+}
+
+
+@pytest.mark.parametrize("complaint", REFUSED)
+def test_what_cannot_be_is_refused_in_one_line(complaint, config, tmp_path):
+    with pytest.raises(configs.ConfigError) as error:
+        train.run(with_changes(config, REFUSED[complaint]), tmp_path / "run")
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(config, tmp_path):
+    changes = {
+        "training.distillation.source": str(GOLDEN / "llama"),
+        "training.distillation.coefficient": 0.1,
+        "mesh.data": -1,
+        "mesh.fsdp": 1,
+    }
+    with pytest.raises(configs.ConfigError, match="teacher of 199 tokens cannot teach a model of"):
+        train.run(with_changes(config, changes), tmp_path / "run")
+
+
+def test_rules_of_paths_are_set_on_the_command_line(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("from moe_jax import config\nget_config = config.default")
+    rules = (("moe/experts", 0.5), ("embed", 2))
+    config = configs.load(str(path), {"optimizer.learning_rate_factors": rules})
+    assert config.optimizer.learning_rate_factors == rules
