@@ -31,7 +31,7 @@ class Run:
     run_id: str
     workdir: pathlib.Path
     flags: tuple[str, ...]  # --config and its overrides, as scripts/train.py takes them
-    source: str | None  # the run it starts from
+    sources: tuple[str, ...]  # the runs it starts from
     after: tuple[str, ...]  # runs to wait for, however they end
 
     def command(self, train_script: str) -> list[str]:
@@ -48,7 +48,8 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
     """The runs of the sweep file FILE[:arg], in an order in which they can run.
 
     An entry of get_sweep() is {"name", "overrides": {dotted key: value}, "after": [names]}; the
-    value "@NAME" of init.source means that run's workdir. A run lives in <workdir>/<name>-<id>.
+    value "@NAME" of init.source means that run's workdir, "@A,@B" those of several. A run lives in
+    <workdir>/<name>-<id>.
 
     Raises: ConfigError for a mistake in any of them, before anything runs.
     """
@@ -65,15 +66,15 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
     runs = {}
     for name in _in_order(path, entries):
         overrides = dict(entries[name].get("overrides", {}))
-        source = _source(overrides)
+        sources = _sources(overrides)
         try:
             config = configs.load(path, overrides)
             configs.validate(config)
         except configs.ConfigError as error:
             raise configs.ConfigError(f"run {name!r}: {error}") from error
-        if source:
-            config.init.source = f"@{runs[source].run_id}"
-            overrides["init.source"] = str(runs[source].workdir)
+        if sources:
+            config.init.source = ",".join(f"@{runs[source].run_id}" for source in sources)
+            overrides["init.source"] = ",".join(str(runs[source].workdir) for source in sources)
         resolved = json.dumps(config.to_dict(), sort_keys=True)
         run_id = hashlib.sha256(resolved.encode()).hexdigest()[:10]
         same = next((run for run in runs.values() if run.run_id == run_id), None)
@@ -83,7 +84,7 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
             run_id=run_id,
             workdir=same.workdir if same else kept[0] if kept else workdir / f"{name}-{run_id}",
             flags=(f"--config={path}", *(f"--config.{k}={v}" for k, v in overrides.items())),
-            source=source,
+            sources=sources,
             after=tuple(entries[name].get("after", ())),
         )
     return list(runs.values())
@@ -109,8 +110,7 @@ def _get_sweep(path: str) -> list[dict]:
 def _in_order(path: str, entries: dict[str, dict]) -> list[str]:
     needs = {}
     for name, entry in entries.items():
-        source = _source(entry.get("overrides", {}))
-        needs[name] = [*entry.get("after", ()), *([source] if source else [])]
+        needs[name] = [*entry.get("after", ()), *_sources(entry.get("overrides", {}))]
         for other in needs[name]:
             if other not in entries:
                 known = ", ".join(entries)
@@ -124,9 +124,12 @@ def _in_order(path: str, entries: dict[str, dict]) -> list[str]:
         raise configs.ConfigError(f"{path}: runs wait for each other: {circle}") from None
 
 
-def _source(overrides: dict) -> str | None:
+def _sources(overrides: dict) -> tuple[str, ...]:
+    """The runs that init.source names: "@NAME", or several, "@NAME,@NAME"."""
     source = str(overrides.get("init.source", ""))
-    return source.removeprefix("@") if source.startswith("@") else None
+    if not source.startswith("@"):
+        return ()
+    return tuple(name.removeprefix("@") for name in source.split(","))
 
 
 def execute(
@@ -152,7 +155,8 @@ def execute(
 
     def ready(run: Run) -> bool:
         waiting = any(status[name] == PENDING for name in run.after)
-        return status[run.name] == PENDING and not waiting and status.get(run.source, DONE) == DONE
+        done = all(status[source] == DONE for source in run.sources)
+        return status[run.name] == PENDING and not waiting and done
 
     signals = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, stop) for number in signals]
@@ -161,9 +165,10 @@ def execute(
             running: dict[concurrent.futures.Future, Run] = {}
             while True:
                 for run in runs:
-                    if status.get(run.source) in (FAILED, BLOCKED) and status[run.name] == PENDING:
+                    lost = [s for s in run.sources if status[s] in (FAILED, BLOCKED)]
+                    if lost and status[run.name] == PENDING:
                         status[run.name] = BLOCKED
-                        errors[run.name] = f"its source {run.source} {status[run.source]}"
+                        errors[run.name] = f"its source {lost[0]} {status[lost[0]]}"
                     busy = any(run.run_id == other.run_id for other in running.values())
                     room = len(running) < max_parallel and not busy and not stopping
                     if run not in running.values() and ready(run) and room:

@@ -12,7 +12,7 @@ from moe_jax import config as configs
 from moe_jax import model
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
-from moe_jax.training import optimizer, step
+from moe_jax.training import balancing, optimizer, step
 from moe_jax.training.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,7 +25,11 @@ def module_of(path):
     return module
 
 
-FILES = {p.relative_to(ROOT).as_posix(): p for p in sorted((ROOT / "configs").glob("*/*.py"))}
+FILES = {
+    p.relative_to(ROOT).as_posix(): p
+    for p in sorted((ROOT / "configs").glob("*/*.py"))
+    if p.parent.name != "sweeps"
+}
 SIZES = {name: tuple(getattr(module_of(path), "SIZES", ())) for name, path in FILES.items()}
 CASES = [f"{name}:{size}" if size else name for name in FILES for size in SIZES[name] or ("",)]
 FIRST_OF_EACH_FILE = {f"{name}:{SIZES[name][0]}" if SIZES[name] else name for name in FILES}
@@ -33,7 +37,8 @@ TRACED = [
     case if case in FIRST_OF_EACH_FILE else pytest.param(case, marks=pytest.mark.long)
     for case in CASES
 ]
-WITHOUT_CONFIG = {"quickstart", "quickstart-8e"}  # configs/quickstart.py overrides its arms
+# The files at the quickstart's size override its arms; Llama 2 is a parent only.
+WITHOUT_CONFIG = {"quickstart", "quickstart-8e", "quickstart-bam-4e", "llama-2-7b"}
 
 # (total, active for one token), embeddings and the whole router included: the model cards of
 # LLM-jp-3 and the released checkpoints of the papers named in `PRESETS`.
@@ -53,6 +58,7 @@ PARAMETERS = {
     "drop-upcycling-8x152m": (416_608_768, 190_116_352),
     "drop-upcycling-8x1.5b": (8_957_429_760, 2_615_642_112),
     "drop-upcycling-8x3.7b": (18_581_105_664, 5_897_530_368),
+    "llama-2-7b": (6_738_415_616, 6_738_415_616),
     "skywork-13b": (13_854_269_952, 13_854_269_952),
     "skywork-moe": (146_356_167_168, 22_691_308_032),
     "nemotron-4-15b": (15_628_775_424, 15_628_775_424),
@@ -71,7 +77,11 @@ def test_a_config_is_valid_and_its_train_step_fits_a_mesh(case):
     mesh = meshes.make(config.mesh.to_dict())
     tx = optimizer.adamw(config.optimizer, config.training.num_steps)
     shapes = jax.eval_shape(
-        lambda: TrainState.create(model.init(model_config, jax.random.key(0)), tx)
+        lambda: TrainState.create(
+            model.init(model_config, jax.random.key(0)),
+            tx,
+            balancing.initial(model_config, config.training),
+        )
     )
     state = sharding.abstract(shapes, mesh)
     size = (config.training.batch_size, config.data.sequence_length)
@@ -90,7 +100,7 @@ def test_every_published_preset_has_a_valid_config_and_every_parent_one_too():
         configs.validate(config)
     assert sorted(c.model.preset for c in loaded) == sorted(set(model.PRESETS) - WITHOUT_CONFIG)
     workdirs = {f"runs/{config.model.preset}" for config in loaded}
-    assert {config.init.source for config in loaded} - {""} <= workdirs
+    assert {config.init.source for config in loaded} - {"", "path/to/llama-2-7b"} <= workdirs
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if SIZES[name]])

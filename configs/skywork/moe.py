@@ -4,11 +4,10 @@
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
 arXiv 2406.06563. Needs the parent, trained with configs/skywork/13b.py. Published hardware: 1536
-A800, 690 tokens a second each. The report adapts the balancing coefficient of each layer to its
-share of dropped tokens, up to 0.01, and drops tokens beyond a capacity; here the coefficient is
-fixed at that limit and nothing is dropped (the metrics have the share that a capacity would drop).
-Not known here: rate, warmup, batch, tokens; those set are placeholders. The text (English, Chinese
-and code as 7 : 2 : 1) is not part of this repository.
+A800, 690 tokens a second each. As there, the balancing coefficient of each layer follows its drop
+rate, up to 0.01; here nothing is dropped, and the rate is that of a capacity of 1.25. Not known
+here: that capacity, rate, warmup, batch, tokens; those set are placeholders. The text (English,
+Chinese and code as 7 : 2 : 1) is not part of this repository.
 """
 
 from moe_jax import config as configs
@@ -20,7 +19,7 @@ def get_config():
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.init.source = "runs/skywork-13b"
-    config.init.upcycle.recipe = "naive"
+    config.init.upcycle.recipe = "skywork"
     config.data.source = "data/skypile/*.jsonl"
     config.data.tokenizer = "data/skypile/tokenizer.model"
     config.data.sequence_length = 8192
@@ -31,5 +30,7 @@ def get_config():
     config.training.num_steps = 10_000
     config.training.load_balancing_coefficient = 0.01
     config.training.load_balancing_scope = "layer"
+    config.training.load_balancing_form = "squared"
+    config.training.load_balancing_schedule = "adaptive"
     config.evaluation.batch_size = 2048
     return config
