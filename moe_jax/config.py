@@ -47,6 +47,8 @@ def default() -> ConfigDict:
                     "recipe": "",
                     "router": "",  # an initialiser; "" is the recipe's own
                     "statistics": "",  # a file of scripts/collect_statistics.py
+                    # Or "copy": Adam's moments of the parent, a run's, go the way of its weights.
+                    "optimizer_state": "fresh",
                     **_recipe_placeholders(),
                 },
             },
@@ -234,7 +236,8 @@ def model_fields(arguments: list[str]) -> dict:
 
 def upcycle_parameters(config: ConfigDict) -> dict:
     """The recipe's parameters that the config sets."""
-    section, others = config.init.upcycle.to_dict(), ("recipe", "router", "statistics")
+    section = config.init.upcycle.to_dict()
+    others = ("recipe", "router", "statistics", "optimizer_state")
     return {k: v for k, v in section.items() if k not in others and v is not None}
 
 
@@ -259,6 +262,7 @@ CHOICES = {
     "training.load_balancing_form": ("switch", "squared"),
     "training.load_balancing_over": ("device", "global", "window"),
     "training.load_balancing_schedule": ("constant", "adaptive"),
+    "init.upcycle.optimizer_state": ("fresh", "copy"),
     "init.upcycle.router": ("", *router_init.ROUTER_INITIALISERS, router_init.COPIED),
 }
 
@@ -318,6 +322,13 @@ def validate(config: ConfigDict) -> None:
             raise ConfigError(
                 f"config.init.upcycle.recipe={recipe!r} makes a sparse model; "
                 "set config.model.num_experts"
+            )
+        if config.init.upcycle.optimizer_state == "copy" and (
+            len(parents(config)) > 1 or recipe in recipes.WITHOUT_MOMENTS
+        ):
+            raise ConfigError(
+                f"config.init.upcycle.optimizer_state='copy' is for one parent, and not for recipe "
+                f"{recipe!r} here; use 'fresh'"
             )
     elif len(parents(config)) > 1:
         raise ConfigError(

@@ -8,14 +8,15 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from moe_jax import config as configs
 from moe_jax import hf, model, upcycle
 from moe_jax.hf import folders, safetensors, writing
 from moe_jax.parallel import naming, sharding
-from moe_jax.training import checkpoint, flops
-from moe_jax.upcycle import statistics
+from moe_jax.training import checkpoint, flops, optimizer
+from moe_jax.upcycle import recipes, statistics
 
 HOW_IT_IS_COMPUTED = ("dtype", "remat", "grouped_matmul", "attention")
 
@@ -33,20 +34,9 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
         return _jit_sharded(create, mesh, key)
     source_config, parents = load_alike([pathlib.Path(s) for s in sources], mesh)
     parents = [_float32(params) for params in parents]
-    section = config.init.upcycle
-    if section.recipe:
+    if config.init.upcycle.recipe:
         try:
-            transform = functools.partial(
-                upcycle.upcycle,
-                config=source_config,
-                moe_config=model_config,
-                recipe=section.recipe,
-                router=section.router,
-                statistics=statistics.load(section.statistics) if section.statistics else None,
-                key=naming.fold_in(key, "upcycle"),
-                **configs.upcycle_parameters(config),
-            )
-            return _jit_sharded(transform, mesh, parents)
+            return _jit_sharded(_transform(config, source_config), mesh, parents)
         except (ValueError, OSError) as error:
             raise configs.ConfigError(
                 f"config.init.source={config.init.source}: {error}"
@@ -60,6 +50,71 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
             "set config.init.upcycle.recipe, or the same model"
         )
     return params
+
+
+def _transform(config: ConfigDict, source_config: model.ModelConfig, **changes):
+    """The upcycling that a run's config asks for, of parents' parameters."""
+    section = config.init.upcycle
+    how = {
+        "recipe": section.recipe,
+        "router": section.router,
+        "statistics": statistics.load(section.statistics) if section.statistics else None,
+        "key": naming.fold_in(naming.fold_in(jax.random.key(config.seed), "init"), "upcycle"),
+        **configs.upcycle_parameters(config),
+        **changes,
+    }
+    return functools.partial(
+        upcycle.upcycle, config=source_config, moe_config=configs.model_config(config), **how
+    )
+
+
+def optimizer_state(
+    config: ConfigDict, mesh: jax.sharding.Mesh, fresh: optax.OptState
+) -> optax.OptState:
+    """`fresh` with Adam's moments and their count from the parent's run, routers' zero.
+
+    Each moment goes the way of its weight: to the same experts, in the same order of neurons.
+    Raises: ConfigError when the parent has no optimizer state.
+    """
+    workdir = pathlib.Path(config.init.source)
+    if folders.is_folder(workdir):
+        raise configs.ConfigError(
+            "config.init.upcycle.optimizer_state='copy' needs the workdir of a run as "
+            "config.init.source: a Hugging Face folder has no optimizer state"
+        )
+    parent_config = configs.load_json(workdir)
+    if parent_config.optimizer.frozen or config.optimizer.frozen:
+        raise configs.ConfigError(
+            "config.init.upcycle.optimizer_state='copy' needs moments of all parameters; "
+            "use 'fresh' with optimizer.frozen"
+        )
+    model_config = configs.model_config(parent_config)
+    tx = optimizer.adamw(parent_config.optimizer, parent_config.training.num_steps)
+    shapes = jax.eval_shape(lambda: tx.init(model.init(model_config, jax.random.key(0))))
+    abstract = sharding.abstract({"opt_state": shapes}, mesh)
+    try:
+        [adam] = _adam_states(checkpoint.load(workdir / "checkpoints", abstract)["opt_state"])
+    except (ValueError, FileNotFoundError) as error:
+        raise configs.ConfigError(
+            f"config.init.source={workdir}: {error}; set init.upcycle.optimizer_state='fresh'"
+        ) from error
+    recipe = config.init.upcycle.recipe
+    changes = recipes.parameters_of_moments(recipe, configs.upcycle_parameters(config))
+    transform = _transform(config, model_config, router="zero", **changes)
+    mu, nu = (_jit_sharded(transform, mesh, moments) for moments in (adam.mu, adam.nu))
+    return jax.tree.map(
+        lambda node: node._replace(count=adam.count, mu=mu, nu=nu) if _is_adam(node) else node,
+        fresh,
+        is_leaf=_is_adam,
+    )
+
+
+def _is_adam(node) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def _adam_states(opt_state: optax.OptState) -> list[optax.ScaleByAdamState]:
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(node)]
 
 
 def load_alike(
@@ -97,7 +152,7 @@ def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelCon
     model_config = configs.model_config(configs.load_json(workdir))
     shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
     abstract = sharding.abstract(shapes, mesh)
-    return model_config, checkpoint.load_params(workdir / "checkpoints", abstract)
+    return model_config, checkpoint.load(workdir / "checkpoints", {"params": abstract})["params"]
 
 
 def tokenizer_of(workdir: pathlib.Path) -> str:

@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 import moe_jax
@@ -97,12 +98,15 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
             init.parameters(config, mesh)
         )
+        if config.init.upcycle.optimizer_state == "copy":
+            state = state.replace(opt_state=init.optimizer_state(config, mesh, state.opt_state))
     else:
         start, state = restored.step, restored.state
         changed = configs.changes(restored.config, config)
         print(f"going on from step {start}", *changed, sep="; ", file=sys.stderr)
     lock = _lock(workdir)
     configs.save_json(config, workdir)
+    routers_at_start = _routers_at_start(workdir, start, state.params, model_config)
     batches = map(
         to_device,
         pipeline.batches(
@@ -188,6 +192,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         "tokens_per_expert": health.get("tokens_per_expert"),
         "effective_experts": health.get("effective_experts"),
         "expert_similarity": similarity.of_layers(state.params, model_config),
+        "router_drift": [
+            round(row.distance, 5)
+            for row in similarity.router_drift(
+                routers_at_start, similarity.routers(state.params, model_config)
+            )
+        ],
         "router": model_config.router if model_config.num_experts else "",
         "samples": _samples(state.params, eval_config, tokenizer, config),
         "seconds": round(time.monotonic() - began, 1),
@@ -238,6 +248,18 @@ def _lock(workdir: pathlib.Path):
             f"--workdir={workdir}: another run is using it; wait or choose another"
         ) from None
     return lock
+
+
+def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_config) -> dict:
+    """The routers' kernels before the first step, kept in the workdir for a run that goes on."""
+    path = workdir / "routers_at_start.npz"
+    if not model_config.num_experts:
+        return {}
+    if start == 0:
+        kernels = similarity.routers(params, model_config)
+        np.savez(path, **{str(layer): kernel for layer, kernel in kernels.items()})
+    with np.load(path, allow_pickle=False) as kernels:
+        return {int(layer): kernel for layer, kernel in kernels.items()}
 
 
 def _save(workdir: pathlib.Path, config: ConfigDict, at: int, state: TrainState) -> None:

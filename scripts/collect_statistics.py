@@ -7,6 +7,10 @@ Examples:
   python scripts/upcycle.py --source=path/to/moe --recipe=prune --num_experts=4 \\
       --statistics=moe.npz --output=path/to/pruned
 
+A dense model is pruned to its most important neurons by --num_experts=1 --neurons=gradient
+--num_neurons=N, then scripts/upcycle.py with --recipe=llama_moe --recipe.partition=statistics
+--num_experts=1 --num_experts_per_tok=1 --model.moe_intermediate_size=N, then --recipe=merge_back.
+
 Of a dense model: `centroids` of each layer's inputs (for --router=centroids) and which `neurons`
 each of --num_experts experts gets (for --recipe=llama_moe --recipe.partition=statistics). Of a
 mixture: `load`, `similarity` and `utility` of its experts (for prune, diversify_merge,
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--neurons", default="weights", choices=("weights", "activations", "gradient")
     )
+    parser.add_argument("--num_neurons", type=int, help="of each expert, with gradient")
     arguments = parser.parse_args()
     try:
         run(arguments)
@@ -58,6 +63,7 @@ def run(arguments) -> None:
             tokens_NBT,
             num_experts=arguments.num_experts,
             neurons=arguments.neurons,
+            num_neurons=arguments.num_neurons,
         )
     with open(arguments.output, "wb") as file:
         np.savez(file, **found)

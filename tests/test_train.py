@@ -164,7 +164,7 @@ BAD_FLAGS = {
     "--config.model.hidden_size=20": "axis of size 20 is not divisible by the mesh's fsdp axis",
     "--config.data.source=does/not/exist": "'does/not/exist' matches no file",
     "--config.training.load_balancing_scope=all": "use one of",
-    "--config.init.upcycle.recipe=drop": "needs a dense parent; set config.init.source",
+    "--config.init.upcycle.recipe=drop": "needs a parent; set config.init.source",
     "--config.init.source=does/not/exist": "has no checkpoints",
     "--config.seed=-1": "seed=-1 must not be negative",
     "--config.seed=9999999999": "must be less than",

@@ -193,14 +193,15 @@ def router_health(records: list[Record]) -> Figure | None:
 
 
 def experts_by_layer(records: list[Record]) -> Figure | None:
-    """At the end of each run, layer by layer: experts in use, and how alike their weights are."""
+    """At the end of each run, layer by layer: experts in use, how alike, how far routers went."""
     arms = [r for r in records if r.is_sparse and r.result.get("expert_similarity")]
     if not arms:
         return None
     looks = styles(records)
-    figure, (left, right) = _figure(2)
+    figure, (left, middle, right) = _figure(3, height=3.8, width=11.0)
+    keys = ("effective_experts", "expert_similarity", "router_drift")
     for record in arms:
-        for axes, key in ((left, "effective_experts"), (right, "expert_similarity")):
+        for axes, key in zip((left, middle, right), keys, strict=True):
             values = record.result[key]
             axes.plot(range(len(values)), values, label=record.name, **looks[record.name])
     num_experts = max(r.config["model"]["num_experts"] or 0 for r in arms)
@@ -209,10 +210,13 @@ def experts_by_layer(records: list[Record]) -> Figure | None:
     left.set_title("Effective experts on held-out text")
     left.set_ylabel("exp(entropy of load)")
     left.set_ylim(0, 1.08 * left.get_ylim()[1])
-    right.set_title("Similarity of experts")
-    right.set_ylabel("cosine, mean of pairs and matrices")
-    right.set_ylim(min(0, right.get_ylim()[0]) - 0.05, 1.05)
-    for axes in (left, right):
+    middle.set_title("Similarity of experts")
+    middle.set_ylabel("cosine, mean of pairs and matrices")
+    middle.set_ylim(min(0, middle.get_ylim()[0]) - 0.05, 1.05)
+    right.set_title("Drift of the router")
+    right.set_ylabel("|end − start| / |start|")
+    right.set_ylim(0, 1.08 * right.get_ylim()[1])
+    for axes in (left, middle, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("sparse layer")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=6)

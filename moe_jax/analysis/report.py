@@ -17,8 +17,9 @@ CAPTIONS = {
     "expert_load": "Where the routers send held-out tokens: each row of a panel sums to 100 %.",
     "router_health": "Evenness of the load on held-out text during training.",
     "experts_by_layer": "At the end. Left: how many experts of a layer are in use (dotted: all, "
-    "evenly). Right: how alike their weights are, place by place: 1 for copies, 0 for random ones "
-    "and for copies with their neurons in another order.",
+    "evenly). Middle: how alike their weights are, place by place: 1 for copies, 0 for random ones "
+    "and for copies with their neurons in another order. Right: how far the routers' weights went "
+    "from their first values.",
     "training_flops": "The cost of each run alone, and with that of its dense parent.",
 }
 REGISTERS = {"embedded": "LibreOffice help in 19 languages: a technical register only"}

@@ -121,14 +121,19 @@ def of_layers(params: dict, config: ModelConfig) -> list[float] | None:
     return [round(float(np.mean(list(row.pairwise.values()))), 5) for row in rows]
 
 
-def router_drift(old: dict, new: dict, config: ModelConfig) -> list[Drift]:
-    """One row for each sparse layer of a model, from two of its checkpoints."""
+def routers(params: dict, config: ModelConfig) -> dict[int, np.ndarray]:
+    """Each sparse layer's router kernel [D, E]."""
+    return {
+        layer: np.asarray(_of_layer(params, config, layer, "moe", "router")["kernel"])
+        for layer in sparse_layers(config)
+    }
+
+
+def router_drift(old: dict[int, np.ndarray], new: dict[int, np.ndarray]) -> list[Drift]:
+    """One row for each sparse layer, from `routers` of two checkpoints of a model."""
     rows = []
-    for layer in sparse_layers(config):
-        before, after = (
-            np.asarray(_of_layer(params, config, layer, "moe", "router")["kernel"], np.float64)
-            for params in (old, new)
-        )
+    for layer in old:
+        before, after = (np.asarray(kernels[layer], np.float64) for kernels in (old, new))
         distance = np.linalg.norm(after - before) / max(np.linalg.norm(before), TINY)
         norms_E = np.linalg.norm(before, axis=0) * np.linalg.norm(after, axis=0)
         cosine_E = (before * after).sum(axis=0) / np.maximum(norms_E, TINY)

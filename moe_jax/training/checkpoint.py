@@ -70,16 +70,15 @@ def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
     return Restored(step, state, meta["data"], meta["config"])
 
 
-def load_params(directory: pathlib.Path, abstract_params: dict) -> dict:
-    """The parameters of the newest checkpoint that verifies, without reading the optimizer's state.
+def load(directory: pathlib.Path, abstract: dict) -> dict:
+    """Parts of the newest checkpoint that verifies, such as {"params": …}; no others are read.
 
     Raises: FileNotFoundError when there is none; ValueError when the model is another.
     """
-    abstract = _flatten({"params": abstract_params})
-    found = _newest(directory, abstract)
+    found = _newest(directory, _flatten(abstract))
     if found is None:
         raise FileNotFoundError(f"{directory} holds no checkpoint that verifies")
-    return jax.tree.unflatten(jax.tree.structure(abstract_params), found[1].values())
+    return jax.tree.unflatten(jax.tree.structure(abstract), found[1].values())
 
 
 def digests(leaves: dict[str, jax.Array]) -> dict[str, int]:

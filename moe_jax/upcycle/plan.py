@@ -178,7 +178,7 @@ def _problems_of_sizes(plan, recipe):
             f"num_experts={E} of moe_intermediate_size={F} do not share out the parent's "
             f"{source.intermediate_size} neurons; use {G} experts"
         )
-    elif method.cut and E % (G * plan.num_parents):
+    elif method.cut and not given and E % (G * plan.num_parents):
         yield (
             f"num_experts={E} is not divisible by the {G} shards of each of {plan.num_parents} "
             f"feed-forwards; use a multiple of {G * plan.num_parents}"

@@ -421,6 +421,16 @@ CHOICES = {
 }
 SHARES = {"ratio": "neurons", "rank_ratio": "singular directions"}
 
+# Of moments, which follow their weights but are not redrawn, scaled or disturbed.
+OF_MOMENTS = {"ratio": 0.0, "scaling": "none", "router_noise": 0.0}
+WITHOUT_MOMENTS = ("llama_moe", "svd_residual")
+
+
+def parameters_of_moments(recipe: str, parameters: dict) -> dict:
+    """What takes each moment of an optimizer the way of its weight."""
+    own = {name: value for name, value in OF_MOMENTS.items() if name in parameters_of(recipe)}
+    return {**parameters, **own}
+
 
 def check(recipe: str, parameters: dict) -> None:
     """Raises: ValueError for an unknown recipe, or a parameter or value it does not take."""

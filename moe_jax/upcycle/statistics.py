@@ -65,7 +65,13 @@ def of_mixture(params: dict, config: ModelConfig, tokens_NBT: Sequence) -> dict[
 
 
 def of_dense(
-    params: dict, config: ModelConfig, tokens_NBT: Sequence, *, num_experts: int, neurons: str
+    params: dict,
+    config: ModelConfig,
+    tokens_NBT: Sequence,
+    *,
+    num_experts: int,
+    neurons: str,
+    num_neurons: int | None = None,
 ) -> dict[str, np.ndarray]:
     """`centroids` of the feed-forwards' inputs, and the `neurons` for each of as many experts.
 
@@ -74,9 +80,17 @@ def of_dense(
         or by what they do on the text; "gradient": for each expert the neurons that matter most in
         one part of the text, by |weight · gradient|, so that experts may share some. All are
         LLaMA-MoE's (Zhu et al., arXiv 2406.16554, §3.1), the last as its inner sharing.
+      num_neurons: of each expert, with "gradient"; else and by default the E-th part of all.
+
+    Raises: ValueError for a number of neurons that cannot be.
     """
-    E, L = num_experts, config.num_hidden_layers
-    size = config.intermediate_size // E
+    E, L, F = num_experts, config.num_hidden_layers, config.intermediate_size
+    size = num_neurons or F // E
+    if not 0 < size <= F or (num_neurons and neurons != "gradient"):
+        raise ValueError(
+            f"{size} of the {F} neurons to each expert cannot be; give neurons='gradient' and "
+            f"num_neurons from 1 to {F}, or at most {F} experts"
+        )
     found = {
         "centroids": np.zeros((L, E, config.hidden_size)),
         "neurons": np.zeros((L, E, size), np.int64),
@@ -95,7 +109,7 @@ def of_dense(
             features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
             found["neurons"][layer] = balanced_clusters(features[: E * size], E, seed=layer)
     if neurons == "gradient":
-        importance = np.zeros((L, E, config.intermediate_size))
+        importance = np.zeros((L, E, F))
         for number, grads in _gradients(params, config, tokens_NBT):
             pairs = zip(_feed_forwards(params, config), _feed_forwards(grads, config), strict=True)
             for (layer, ffn), (_, grads_of_layer) in pairs:

@@ -37,6 +37,7 @@ def make_run(folder, *, num_experts, bits, source="", router=None):
         "parameters": 1e6, "active_parameters": 5e5, "byte_unigram_bits": 4.5,
         "tokens_per_expert": None if load is None else load.tolist(),
         "effective_experts": [num_experts] * 2 if num_experts else None,
+        "router_drift": [1.5, 2.5] if num_experts else [],
         "expert_similarity": [bits / 4, bits / 8] if num_experts else None,
         "samples": [{"prompt": "Click <here>", "continuation": f" & {folder.name}"}],
         "versions": {"jax": "1.2.3"}, "device": "cpu",
@@ -83,7 +84,8 @@ def test_figures_show_the_numbers_of_the_records(folders):
     assert len(left.get_lines()) == 3
     bars = [bar.get_width() for bar in plots.training_flops(records).axes[0].patches]
     assert bars == [2, 2, 2, 0, 3, 3]
-    used, axes = plots.experts_by_layer(records).axes
+    used, axes, drift = plots.experts_by_layer(records).axes
+    assert list(drift.get_lines()[0].get_ydata()) == [1.5, 2.5]
     assert list(used.get_lines()[0].get_ydata()) == [4, 4]
     curves = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert curves == {"naive": [3.25 / 4, 3.25 / 8], "drop": [3.125 / 4, 3.125 / 8]}

@@ -157,7 +157,8 @@ def test_router_drift_by_hand():
     turned = np.eye(4, 3)
     turned[:, 0] = [0, 0, 0, 1]  # one of three columns, all of length 1, at a right angle
     new["blocks"][PLACE]["moe"]["router"]["kernel"] = np.stack([turned, -np.eye(4, 3)])
-    first, second = similarity.router_drift(old, new, SPARSE)
+    kernels = (similarity.routers(params, SPARSE) for params in (old, new))
+    first, second = similarity.router_drift(*kernels)
     assert dataclasses.astuple(first) == pytest.approx((1, math.sqrt(2 / 3), 2 / 3))
     assert dataclasses.astuple(second) == pytest.approx((3, 2, -1))
 

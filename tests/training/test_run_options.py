@@ -1,14 +1,18 @@
 """Options of a run that its config turns on: what its rows say, and what is refused."""
 
+import dataclasses
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax import config as configs
 from moe_jax import init, model, train
-from moe_jax.training import metrics
+from moe_jax.parallel import mesh as meshes
+from moe_jax.training import checkpoint, metrics, optimizer
+from moe_jax.training.state import TrainState
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 STUDENT = model.ModelConfig(
@@ -120,3 +124,60 @@ def test_rules_of_paths_are_set_on_the_command_line(tmp_path):
     rules = (("moe/experts", 0.5), ("embed", 2))
     config = configs.load(str(path), {"optimizer.learning_rate_factors": rules})
     assert config.optimizer.learning_rate_factors == rules
+
+
+def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, tmp_path):
+    dense, mesh = dataclasses.replace(STUDENT, num_experts=0), meshes.one_device()
+    tx = optimizer.adamw(config.optimizer, 2)
+    params = jax.jit(lambda key: model.init(dense, key))(jax.random.key(0))
+    state = TrainState.create(params, tx)
+    _, opt_state = tx.update(jax.tree.map(jnp.cos, params), state.opt_state, params)
+    state = state.replace(opt_state=opt_state)
+    of_parent = with_changes(config, {"model.num_experts": 0})
+    (tmp_path / "parent").mkdir()
+    configs.save_json(of_parent, tmp_path / "parent")
+    checkpoint.save(
+        *(tmp_path / "parent" / "checkpoints", 1, state),
+        data={"step": 1},
+        config=of_parent.to_dict(),
+        keep=1,
+    )
+    changes = {
+        "init.source": str(tmp_path / "parent"),
+        "init.upcycle.recipe": "drop",
+        "init.upcycle.optimizer_state": "copy",
+        "init.upcycle.permute_neurons": True,
+    }
+    child = with_changes(config, changes)
+    configs.validate(child)
+    made = init.parameters(child, mesh)
+    copied = init.optimizer_state(child, mesh, tx.init(made))
+    old, new = (
+        next(n for n in jax.tree.leaves(s, is_leaf=init._is_adam) if init._is_adam(n))
+        for s in (opt_state, copied)
+    )
+    assert new.count == old.count == 1
+    weights, moments = (p["blocks"]["0"]["moe"] for p in (made, new.mu))
+    assert not moments["router"]["kernel"].any()
+    old_w, old_m = (p["blocks"]["0"]["mlp"] for p in (params, old.mu))
+    for e in range(4):
+        for weight_D, moment_D in zip(
+            weights["experts"]["up"][0, e].T, moments["experts"]["up"][0, e].T, strict=True
+        ):
+            same = (np.asarray(old_w["up"][0].T) == weight_D).all(axis=1)
+            if same.any():  # a neuron that was not redrawn, wherever it went
+                np.testing.assert_array_equal(moment_D, old_m["up"][0].T[same.argmax()])
+    assert jax.tree.structure(copied) == jax.tree.structure(tx.init(made))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init.source": "a,b", "init.upcycle.recipe": "bam"}, "is for one parent"),
+        ({"init.source": "a", "init.upcycle.recipe": "llama_moe"}, "is for one parent"),
+    ],
+)
+def test_moments_that_have_no_way_to_go_are_refused(config, changes, message):
+    changes["init.upcycle.optimizer_state"] = "copy"
+    with pytest.raises(configs.ConfigError, match=message):
+        configs.validate(with_changes(config, changes))

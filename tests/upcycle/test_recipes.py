@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from moe_jax import model, upcycle
 from moe_jax.model import layers, moe
+from moe_jax.parallel import hlo, sharding
 from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel import sharding
 from moe_jax.upcycle import mixing, plan, recipes
 
 DENSE = model.ModelConfig(
@@ -130,6 +130,59 @@ def test_the_result_is_a_tree_of_its_config_and_no_bit_depends_on_the_mesh(name)
         out = sharding.shardings(want, mesh)
         on_mesh = jax.jit(transform(name), out_shardings=out)(parents)
     jax.tree.map(np.testing.assert_array_equal, on_mesh, made(name))
+
+
+@pytest.mark.parametrize("name", some(("noise", "svd_residual", "virtual_group+drop"), ("noise",)))
+def test_an_expert_does_not_depend_on_how_many_others_there_are(name):
+    source, config, parameters, _ = CASES[name]
+    more = dataclasses.replace(config, num_experts=12)
+    parents = parents_of(source, 1)
+    router = "normal"  # a virtual group's scale, too, depends on their number when softmaxed first
+    few, many = (
+        upcycle.upcycle(parents, source, c, recipe=name, key=KEY, router=router, **parameters)
+        for c in (config, more)
+    )
+    few, many = (p["blocks"]["0"]["moe"] for p in (few, many))
+    for leaf, w in few["experts"].items():
+        np.testing.assert_array_equal(w, many["experts"][leaf][:, :8])
+    np.testing.assert_array_equal(few["router"]["kernel"], many["router"]["kernel"][:, :, :8])
+
+
+@pytest.mark.parametrize("name", some(("drop", "branch_train_mix", "diversify_merge"), ("drop",)))
+def test_no_more_than_one_dense_layer_is_whole_on_a_device(name):
+    """Compiled: gathers are of single matrices, and temporaries do not grow with the model."""
+    source, config, parameters, number = CASES[name]
+    mesh = meshes.make({"data": 1, "fsdp": 4, "expert": 2, "tensor": 1})
+    temporaries = []
+    for depth, times in ((2, 1), (4, 2)):
+        big, small = (
+            dataclasses.replace(c, num_hidden_layers=depth, num_experts=times * c.num_experts)
+            for c in (source, config)
+        )
+        statistics = {"similarity": symmetric(draw(depth, *2 * [times * 8]))}
+        create = functools.partial(
+            upcycle.upcycle,
+            config=big,
+            moe_config=small,
+            recipe=name,
+            key=KEY,
+            statistics=statistics,
+            **parameters,
+        )
+        shapes = jax.eval_shape(functools.partial(model.init, big), jax.random.key(0))
+        out = jax.eval_shape(create, number * [shapes])
+        with jax.set_mesh(mesh):
+            compiled = (
+                jax.jit(create, out_shardings=sharding.shardings(out, mesh))
+                .lower(number * [sharding.abstract(shapes, mesh)])
+                .compile()
+            )
+        matrix = 4 * source.hidden_size * source.intermediate_size
+        for collective in hlo.collectives(compiled.as_text(), mesh.shape):
+            assert collective.bytes <= collective.count * matrix, collective
+        temporaries.append(hlo.memory(compiled).temporaries)
+    # Were the two additional layers whole at a time, this is what they alone would add.
+    assert temporaries[1] - temporaries[0] < 2 * number * 3 * matrix
 
 
 # Step 0 ----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import hf, model
+from moe_jax import hf, model, upcycle
 from moe_jax.upcycle import plan, statistics
 
 DENSE = model.ModelConfig(
@@ -108,6 +108,34 @@ def test_statistics_of_a_dense_model_fit_the_recipe_that_takes_them(neurons):
             assert len(set(neurons_F)) == 6
         if neurons != "gradient":  # which may give a neuron to several
             assert sorted(found["neurons"][layer].ravel()) == list(range(24))
+
+
+def test_one_expert_of_the_most_important_neurons_merged_back_is_a_pruned_dense_model():
+    """Minitron's width pruning (arXiv 2407.14679), out of the same transforms."""
+    params = params_of(DENSE)
+    found = statistics.of_dense(
+        params, DENSE, TOKENS, num_experts=1, neurons="gradient", num_neurons=18
+    )
+    one = DENSE.to_moe(num_experts=1, num_experts_per_tok=1, moe_intermediate_size=18)
+    how = {"key": jax.random.key(0), "statistics": found}
+    single = upcycle.upcycle(params, DENSE, one, recipe="llama_moe", partition="statistics", **how)
+    pruned = upcycle.upcycle(single, one, one.to_dense(), recipe="merge_back", **how)
+    for layer in range(2):
+        kept = found["neurons"][layer, 0]
+        for name, w in pruned["blocks"]["0"]["mlp"].items():
+            if name != "norm":
+                old = np.asarray(params["blocks"]["0"]["mlp"][name][layer])
+                np.testing.assert_array_equal(
+                    w[layer], np.take(old, kept, axis=int(name != "down"))
+                )
+    tokens_BT = TOKENS[0]
+    apply = jax.jit(model.apply, static_argnums=2)
+    np.testing.assert_allclose(
+        apply(pruned, tokens_BT, one.to_dense()).logits_BTV,
+        apply(single, tokens_BT, one).logits_BTV,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_what_the_script_collects_prunes_a_folder(tmp_path):
