@@ -36,3 +36,9 @@ def test_every_package_is_installed_and_every_script_explains_itself():
     assert all((folder / "__init__.py").exists() for folder in folders)
     for script in sorted((ROOT / "scripts").glob("*.py")):
         assert "Examples:\n  python scripts/" + script.name in script.read_text(), script
+
+
+def test_the_readmes_table_of_recipes_is_that_of_the_code():
+    command = [sys.executable, "scripts/recipes.py", "--check"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
