@@ -18,6 +18,36 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def typed(name: str, text: str, kind: type) -> object:
+    """The value of an option --NAME=TEXT; of a tuple, its parts between commas.
+
+    Raises: ValueError when the text is none of that kind.
+    """
+    words = {"true": True, "false": False}
+    if kind is bool and text.lower() not in words:
+        raise ValueError(f"--{name}={text}: use true or false")
+    if kind is tuple:
+        return tuple(text.split(","))
+    try:
+        return words[text.lower()] if kind is bool else kind(text)
+    except ValueError:
+        raise ValueError(f"--{name}={text} is not a {kind.__name__}") from None
+
+
+def options(prefix: str, arguments: list[str]) -> dict[str, str]:
+    """NAME -> TEXT of arguments "--PREFIX.NAME=TEXT".
+
+    Raises: ValueError for another argument.
+    """
+    found = {}
+    for argument in arguments:
+        name, equals, text = argument.removeprefix(f"--{prefix}.").partition("=")
+        if not argument.startswith(f"--{prefix}.") or not equals:
+            raise ValueError(f"unexpected argument {argument!r}; use --{prefix}.NAME=VALUE")
+        found[name] = text
+    return found
+
+
 def seed(text: str) -> int:
     """A type of argument: what a random key can be made of."""
     number = int(text)

@@ -18,6 +18,7 @@ import typing
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
+from moe_jax import command_line
 from moe_jax.data import sources, tokenizers
 from moe_jax.hf import configs as hf_configs
 from moe_jax.hf import folders
@@ -218,20 +219,15 @@ def parents(config: ConfigDict) -> list[str]:
 def model_fields(arguments: list[str]) -> dict:
     """The ModelConfig fields in command-line arguments "--model.NAME=VALUE".
 
-    Raises: ConfigError for a field or value that ModelConfig does not have.
+    Raises: ValueError for a field or value that ModelConfig does not have.
     """
-    values = flags.FlagValues()
-    section = ConfigDict({"model": _model_placeholders()})
-    arguments = [a.replace("--model.", "--config.model.", 1) for a in arguments]
-    try:
-        config_flags.DEFINE_config_dict("config", section, flag_values=values)
-        unused = values(["model", *arguments])[1:]
-    except Exception as error:  # whatever the flag library raises
-        message = " ".join(f"{error}".split()).replace("config.model.", "model.")
-        raise ConfigError(message) from None
-    if unused:
-        raise ConfigError(f"unexpected argument {unused[0]!r}; use --model.NAME=VALUE")
-    return {name: value for name, value in section.model.items() if value is not None}
+    hints = typing.get_type_hints(ModelConfig)
+    fields = {}
+    for name, text in command_line.options("model", arguments).items():
+        if name not in hints:
+            raise ValueError(f"--model.{name}: a model's config has no such field")
+        fields[name] = command_line.typed(f"model.{name}", text, _plain_type(hints[name]))
+    return fields
 
 
 def upcycle_parameters(config: ConfigDict) -> dict:

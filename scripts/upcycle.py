@@ -57,9 +57,7 @@ def main() -> None:
         parser.error(" ".join(str(error).split()))
     print(f"done: {arguments.output}")
     if rows:
-        print("cosine similarity of pairs of experts and to the parent, distance to it in units of")
-        print("its norm, share of neurons intact; weights place by place:")
-        print(similarity.table(rows))
+        print(similarity.legend(rows), similarity.table(rows), sep="\n")
 
 
 def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:

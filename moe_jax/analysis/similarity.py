@@ -141,6 +141,21 @@ def router_drift(old: dict[int, np.ndarray], new: dict[int, np.ndarray]) -> list
     return rows
 
 
+LEGEND = {
+    "pairs": "cosine similarity of pairs of experts, weights place by place",
+    "parent": "cosine similarity to the dense parent",
+    "away": "distance to the parent, in units of its norm",
+    "intact": "share of neurons that are bit for bit the parent's, in any order",
+    "router": "of the router's weights at the end to those at the start",
+}
+
+
+def legend(rows: Sequence["Experts | Drift"]) -> str:
+    """A line for each kind of column of `table`."""
+    kinds = dict.fromkeys(name.split()[0] for name in rows[0].columns)
+    return "\n".join(f"{kind:>8}  {LEGEND[kind]}" for kind in kinds)
+
+
 def table(rows: Sequence[Experts | Drift]) -> str:
     """An aligned line for each layer, or the first, middle, last and mean of many."""
     if not rows:

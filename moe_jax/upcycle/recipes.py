@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from moe_jax import command_line
 from moe_jax.model.config import ModelConfig
 from moe_jax.upcycle import experts, mixing
 
@@ -459,20 +460,12 @@ def parse(recipe: str, arguments: list[str]) -> dict:
     Raises: ValueError for one that the recipe does not take, or not with that value.
     """
     accepted = parameters_of(recipe)
-    parameters = {}
-    for argument in arguments:
-        name, equals, text = argument.removeprefix("--recipe.").partition("=")
-        if not argument.startswith("--recipe.") or not equals:
-            raise ValueError(f"unexpected argument {argument!r}; use --recipe.NAME=VALUE")
-        check(recipe, {name: None})
-        kind = type(accepted[name])
-        words = {"true": True, "false": False}
-        if kind is bool and text.lower() not in words:
-            raise ValueError(f"--recipe.{name}={text}: use true or false")
-        try:
-            parameters[name] = words[text.lower()] if kind is bool else kind(text)
-        except ValueError:
-            raise ValueError(f"--recipe.{name}={text} is not a {kind.__name__}") from None
+    texts = command_line.options("recipe", arguments)
+    check(recipe, dict.fromkeys(texts))
+    parameters = {
+        name: command_line.typed(f"recipe.{name}", text, type(accepted[name]))
+        for name, text in texts.items()
+    }
     check(recipe, parameters)
     return parameters
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from moe_jax.model import attention, layers, moe, transformer
 from moe_jax.model.config import MOE, ModelConfig
@@ -45,7 +46,7 @@ def of_mixture(params: dict, config: ModelConfig, tokens_NBT: Sequence) -> dict[
         "similarity": np.zeros((L, E, E)),
         "utility": np.zeros((L, E)),
     }
-    for number, tokens_BT in enumerate(tokens_NBT):
+    for number, tokens_BT in enumerate(_shown(tokens_NBT, "experts")):
         for layer, params_of_layer, x_MD, load_E in _layers(params, tokens_BT, config):
             if load_E is None:
                 continue
@@ -96,7 +97,9 @@ def of_dense(
         "neurons": np.zeros((L, E, size), np.int64),
     }
     first_BT = tokens_NBT[0]
-    for layer, ffn, x_MD, _ in _layers(params, first_BT, config):
+    layers_of_first = _layers(params, first_BT, config)
+    shown = tqdm.tqdm(layers_of_first, desc="clusters", unit="layer", total=L, disable=None)
+    for layer, ffn, x_MD, _ in shown:
         sample_MD = np.asarray(x_MD[:SAMPLE], np.float64)
         groups = balanced_clusters(sample_MD[: len(sample_MD) // E * E], E, seed=layer)
         found["centroids"][layer] = [sample_MD[group].mean(axis=0) for group in groups]
@@ -171,6 +174,11 @@ def balanced_clusters(points_NX: np.ndarray, k: int, *, seed: int, rounds: int =
     return groups
 
 
+def _shown(batches: Sequence, what: str):
+    """With a bar of progress on a terminal."""
+    return tqdm.tqdm(batches, desc=what, unit="batch", disable=None)
+
+
 def _inner_weights(ffn: dict) -> np.ndarray:
     return np.concatenate([np.asarray(ffn[n]).T for n in ("gate", "up") if n in ffn], axis=1)
 
@@ -223,7 +231,7 @@ def _layer(x_BTD, block, positions_BT, config, kind):
 
 
 def _gradients(params, config, tokens_NBT) -> Iterator[tuple[int, dict]]:
-    for number, tokens_BT in enumerate(tokens_NBT):
+    for number, tokens_BT in enumerate(_shown(tokens_NBT, "gradients")):
         yield number, _gradient(params, jnp.asarray(tokens_BT), config)
 
 
