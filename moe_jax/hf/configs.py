@@ -75,6 +75,7 @@ TEXT = Kind("a string", lambda value: type(value) is str)
 OBJECT = Kind("an object", lambda value: type(value) is dict)
 LAYER_TYPES = _list_of(_one_of((FULL_ATTENTION, SLIDING_ATTENTION)))
 
+TYPES = typing.get_type_hints(ModelConfig)
 KIND_OF_TYPE = {int: COUNT, float: NUMBER, bool: FLAG, str: TEXT}
 KIND_OF_FIELD = {
     "num_hidden_layers": DEPTH,
@@ -85,8 +86,7 @@ KIND_OF_FIELD = {
 
 def _kind(field: str) -> Kind:
     """By its type in ModelConfig."""
-    hint = typing.get_type_hints(ModelConfig)[field]
-    plain, *null = typing.get_args(hint) or (hint,)
+    plain, *null = typing.get_args(TYPES[field]) or (TYPES[field],)
     kind = KIND_OF_FIELD.get(field, KIND_OF_TYPE[plain])
     return kind.or_null() if null else kind
 
