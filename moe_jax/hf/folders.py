@@ -1,6 +1,5 @@
 """An open Hugging Face folder: its config, and its parameters leaf by leaf or part by part."""
 
-import dataclasses
 import pathlib
 
 import numpy as np
@@ -32,8 +31,6 @@ class Folder:
             raise configs.UnsupportedError(f"{self.path}/config.json: {error}") from None
         self.tensors = safetensors.open_folder(self.path)
         family = FAMILIES[config.model_type]
-        if not config.tie_word_embeddings and "lm_head.weight" not in self.tensors:
-            config = dataclasses.replace(config, tie_word_embeddings=True)
         self.config = config
         try:
             slots = tensors.match(config, family, self.tensors)
