@@ -18,6 +18,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+IN_WORDS = {int: "a whole number", float: "a number"}
+
+
 def typed(name: str, text: str, kind: type) -> object:
     """The value of an option --NAME=TEXT; of a tuple, its parts between commas.
 
@@ -31,7 +34,7 @@ def typed(name: str, text: str, kind: type) -> object:
     try:
         return words[text.lower()] if kind is bool else kind(text)
     except ValueError:
-        raise ValueError(f"--{name}={text} is not a {kind.__name__}") from None
+        raise ValueError(f"--{name}={text} is not {IN_WORDS[kind]}") from None
 
 
 def options(prefix: str, arguments: list[str]) -> dict[str, str]:

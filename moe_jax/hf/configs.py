@@ -514,9 +514,14 @@ KEYS = {
 
 # Fields that say how a model is computed or trained: a checkpoint does not hold them.
 COMPUTED = set(
-    """model_type initializer_range router dispatch capacity_factor min_capacity token_priority
+    """model_type initializer_range capacity_factor min_capacity token_priority
     dtype remat grouped_matmul attention""".split()
 )
+# Routers that compute, without training's noise or a benchmark's force, what another does.
+SAME_ROUTER = {
+    "topk_softmax": {"router": "softmax_topk", "norm_topk_prob": True},
+    "forced_balance": {"router": "softmax_topk"},
+}
 
 
 def load_json(folder: pathlib.Path) -> dict:
@@ -623,15 +628,17 @@ def _cannot_hold(config: ModelConfig, model_type: str) -> list[str]:
 def _in_force(config: ModelConfig) -> dict:
     """The fields that decide what is computed, each with the value in force."""
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in COMPUTED}
+    fields |= SAME_ROUTER.get(config.router, {})
     fields |= {
+        "merges": config.dispatch == "merge",
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
         "layers": config.layer_kinds,
         "layer_types": tuple(kind.window for kind in config.block_kinds),
     }
-    unused = ["sliding_window"]
+    unused = ["sliding_window", "dispatch", "merge_segment_length"]
     if not config.num_experts:
-        unused += ["num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"]
+        unused += ["num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size", "router"]
     else:
         fields["moe_intermediate_size"] = config.expert_size
         if DENSE not in config.layer_kinds:

@@ -343,3 +343,29 @@ def test_a_config_without_a_model_type_says_so(tmp_path):
 def test_an_unknown_model_type_is_refused(model_type):
     message = refusal({**SIZES, "model_type": model_type})
     assert f"model_type={model_type!r} is not supported; known are llama" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router": "sigmoid_topk"},
+        {"router": "noisy_topk"},
+        {"router": "expert_choice", "dispatch": "capacity"},
+        {"router": "group_topk", "num_expert_groups": 2},
+        {"dispatch": "merge"},
+        {"num_attention_experts": 2},
+        {"shared_expert_intermediate_size": 48},
+    ],
+)
+def test_a_mixture_that_no_class_computes_is_not_written(changes):
+    with pytest.raises(configs.UnsupportedError, match="no Hugging Face model class holds"):
+        configs.write(dataclasses.replace(SPARSE, **changes))
+
+
+def test_a_router_is_written_as_the_one_that_computes_the_same():
+    topk = dataclasses.replace(SPARSE, router="topk_softmax", norm_topk_prob=False)
+    for config in (SPARSE, topk, dataclasses.replace(SPARSE, dispatch="capacity")):
+        assert configs.write(config)["model_type"] == "mixtral"
+    plain = dataclasses.replace(SPARSE, qk_norm="full")
+    assert not configs.write(dataclasses.replace(plain, norm_topk_prob=False))["norm_topk_prob"]
+    assert configs.write(dataclasses.replace(plain, router="topk_softmax"))["norm_topk_prob"]
