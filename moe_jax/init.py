@@ -18,7 +18,7 @@ from moe_jax.parallel import naming, sharding
 from moe_jax.training import checkpoint, flops, optimizer
 from moe_jax.upcycle import recipes, statistics
 
-HOW_IT_IS_COMPUTED = ("dtype", "remat", "grouped_matmul", "attention")
+HOW_IT_IS_COMPUTED = ("dtype", "remat", "expert_parallel", "grouped_matmul", "attention")
 
 
 def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:

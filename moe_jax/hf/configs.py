@@ -515,7 +515,7 @@ KEYS = {
 # Fields that say how a model is computed or trained: a checkpoint does not hold them.
 COMPUTED = set(
     """model_type initializer_range capacity_factor min_capacity token_priority
-    dtype remat grouped_matmul attention""".split()
+    dtype remat expert_parallel grouped_matmul attention""".split()
 )
 # Routers that compute, without training's noise or a benchmark's force, what another does.
 SAME_ROUTER = {

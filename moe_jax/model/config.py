@@ -18,6 +18,7 @@ CHOICES = {
     ),
     "dispatch": ("dropless", "capacity", "merge"),
     "token_priority": ("position", "random"),
+    "expert_parallel": ("fsdp", "ring", "all_to_all"),
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "full", "save_experts", "save_dots", "offload_experts", "offload_dots"),
 }
@@ -93,6 +94,7 @@ class ModelConfig:
     # How it is computed rather than what it is.
     dtype: str = "float32"
     remat: str = "full"
+    expert_parallel: str = "fsdp"  # parallel/expert_parallel.py has what each moves
     grouped_matmul: str = "auto"  # or a name that scripts/doctor.py lists; so attention
     attention: str = "auto"
 
@@ -201,6 +203,13 @@ class ModelConfig:
             yield f"gate_norm_std is of router='softmax_topk', not {self.router!r}"
         if self.dispatch == "merge" and self.router != "softmax_topk":
             yield f"dispatch='merge' weighs experts by their softmax, not by {self.router!r}"
+        if self.expert_parallel == "ring" and self.dispatch != "dropless":
+            yield (
+                f"expert_parallel='ring' is dropless; dispatch={self.dispatch!r} needs 'fsdp' "
+                "or, with 'capacity', 'all_to_all'"
+            )
+        if self.expert_parallel == "all_to_all" and self.dispatch == "merge":
+            yield "dispatch='merge' averages all experts; it needs expert_parallel='fsdp'"
         if self.dispatch == "merge" and self.shared_expert_intermediate_size:
             yield "dispatch='merge' has no shared expert; leave shared_expert_intermediate_size out"
 

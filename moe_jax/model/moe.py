@@ -1,10 +1,12 @@
-"""The sparse feed-forward layer: norm, route, dispatch, experts, combine.
+"""The sparse feed-forward layer: norm, route, experts (dispatched and combined), shared expert.
 
-Always inside `jax.shard_map` when a mesh is set, with tokens dispatched among the experts of their
-own device: left to automatic partitioning the sort becomes a global one, with all-reduces of
-[assignments, D]. Without a mesh the same per-device function is called directly.
+Always inside `jax.shard_map` when a mesh is set: left to automatic partitioning the sort of the
+dispatch becomes a global one, with all-reduces of [assignments, D]. How tokens and experts that lie
+on other devices meet is `parallel/expert_parallel.py`. Without a mesh the same per-device function
+is called directly.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,8 +14,7 @@ import jax.numpy as jnp
 
 from moe_jax.model import layers, merging, remat, router
 from moe_jax.model.config import ModelConfig
-from moe_jax.ops import grouped_matmul, permute
-from moe_jax.parallel import naming, sharding
+from moe_jax.parallel import expert_parallel, naming, sharding
 
 
 def shapes(config: ModelConfig) -> dict:
@@ -48,13 +49,16 @@ def moe(
     which tokens a full expert drops; without it there is no noise, and the earlier ones stay.
     """
     of_device = merging.merged_of_device if config.dispatch == "merge" else _moe_of_device
+    if jax.sharding.get_abstract_mesh().empty:
+        config = dataclasses.replace(config, expert_parallel="fsdp")
+    mode = config.expert_parallel
     local = functools.partial(of_device, config=config, return_routing=return_routing)
     if jax.sharding.get_abstract_mesh().empty:
         return local(x_BTD, params, valid_BT, key)
     specs = sharding.layer_specs(params, "moe")
 
     def gathered(x_BTD, params, valid_BT, key):
-        gather = functools.partial(sharding.all_gather, keep=("tensor",))
+        gather = functools.partial(sharding.all_gather, keep=expert_parallel.KEPT[mode])
         params = _bias_once(jax.tree.map(gather, params, specs))
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(sharding.BATCH_AXES))
@@ -85,21 +89,13 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
     x_MD, valid_M = x_BTD.reshape(B * T, D), valid_BT.ravel()
     with jax.named_scope("router"):
         routing = _route(x_MD, params["router"], valid_M, key, config)
-    with jax.named_scope("dispatch"):
-        plan = remat.named("plan", _plan(routing.expert_index_MA, valid_M, key, config))
-        x_RD = permute.dispatch(x_MD, plan)
-        weight_R = permute.dispatch_weight(routing.weight_MA, plan)
-    with jax.named_scope("experts"):
-        y_RD = experts_of_rows(x_RD, weight_R, params["experts"], plan, config)
-    with jax.named_scope("combine"):
-        y_MD = permute.combine(y_RD, plan)
+    y_MD, num_dropped = expert_parallel.MODES[config.expert_parallel](
+        x_MD, routing, valid_M, params["experts"], config, key
+    )
     if "shared" in params:
         with jax.named_scope("shared_expert"):
             y_MD += layers.feed_forward(x_MD, params["shared"], config)
 
-    chosen_MA = (routing.expert_index_MA < config.num_experts) & valid_M[:, None]
-    num_dropped = jnp.sum(chosen_MA) - jnp.sum(plan.group_sizes_E)
-    num_dropped = jnp.zeros_like(num_dropped) if plan.complete else num_dropped
     stats = router.statistics(routing, valid_M, num_dropped)
     stats = jax.tree.map(lambda x: x[None], stats)
     if return_routing:
@@ -119,62 +115,3 @@ def _route(x_MD, params, valid_M, key, config) -> router.Routing:
         key=None if key is None else naming.fold_in(key, "noise"),
     )
     return router.ROUTERS[config.router](logits_ME, config, inputs)
-
-
-def _plan(expert_index_MA, valid_M, key, config) -> permute.Permutation:
-    E = config.num_experts
-    if config.dispatch == "dropless":
-        return permute.sort_by_expert(expert_index_MA, E)
-    if config.token_priority != "random":
-        key = None
-    C = router.slots_of_expert(len(valid_M), config)
-    return permute.fill_slots(expert_index_MA, valid_M, E, C, key)
-
-
-def experts_of_rows(
-    x_RD: jax.Array,
-    weight_R: jax.Array,
-    experts: dict,
-    plan: permute.Permutation,
-    config: ModelConfig,
-) -> jax.Array:
-    """weight · expert(x) of each row.
-
-    The weight multiplies the hidden neurons, before the down projection: the same sum, but its
-    gradient needs no expert output, so nothing of width D is kept or computed again for it.
-    """
-    weight_R1 = weight_R[:, None].astype(x_RD.dtype)
-
-    def product(x, *names):
-        weights = tuple(experts[name] for name in names)
-        if plan.complete:
-            return grouped_matmul.grouped_matmuls(
-                x, weights, plan.group_sizes_E, implementation=config.grouped_matmul
-            )
-        x_ECD = x.reshape(config.num_experts, -1, x.shape[-1])
-        return tuple(
-            jnp.einsum("ecd,edf->ecf", x_ECD, w.astype(x.dtype)).reshape(x.shape[0], -1)
-            for w in weights
-        )
-
-    inner = [name for name in ("gate", "up") if name in experts]
-    hidden = product(x_RD, *inner)
-    if "up_bias" in experts:
-        biases = (_bias_of_rows(experts[f"{name}_bias"], plan, x_RD) for name in inner)
-        hidden = tuple(h + b for h, b in zip(hidden, biases, strict=True))
-    hidden_RF = layers.activate(remat.named("gate_up", hidden), config)
-    y_RD = product(hidden_RF * weight_R1, "down")[0]
-    if "down_bias" in experts:
-        y_RD += _bias_of_rows(experts["down_bias"], plan, x_RD) * weight_R1
-    return y_RD
-
-
-def _bias_of_rows(bias_EF, plan, x_RD):
-    """Each row's expert's bias, as a product: the gradient of a gather would be a scatter-add."""
-    R, E = x_RD.shape[0], bias_EF.shape[0]
-    if plan.complete:
-        expert_R = jnp.searchsorted(jnp.cumsum(plan.group_sizes_E), jnp.arange(R), side="right")
-    else:
-        expert_R = jnp.arange(R) // (R // E)
-    mine_RE = jax.nn.one_hot(expert_R, E, dtype=x_RD.dtype)
-    return jnp.matmul(mine_RE, bias_EF.astype(x_RD.dtype), precision="highest")

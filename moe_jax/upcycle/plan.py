@@ -136,8 +136,8 @@ OWN = set(
     """initializer_range model_type num_experts num_experts_per_tok
     moe_intermediate_size shared_expert_intermediate_size norm_topk_prob gate_norm_std router
     num_expert_groups num_groups_per_tok routed_scaling_factor dispatch merge_segment_length
-    capacity_factor min_capacity token_priority layers dtype remat grouped_matmul
-    attention""".split()
+    capacity_factor min_capacity token_priority layers dtype remat
+    expert_parallel grouped_matmul attention""".split()
 )
 OF_ATTENTION = {"num_attention_experts"}
 

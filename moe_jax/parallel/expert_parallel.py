@@ -1,0 +1,179 @@
+"""How tokens reach experts that lie on other devices: one function for each mode.
+
+Each works on one device inside `jax.shard_map` (or alone), on the M tokens that it has, with the
+experts cut along the mesh's expert axis of X devices:
+
+  fsdp        The weights of all experts come to every device; tokens stay. What moves is 3DF a
+              expert, whatever the number of tokens.
+  ring        The tokens of the X devices come to each of them, which computes its own experts'
+              share of all, and the sums go back where the tokens came from.
+  all_to_all  Each token goes to the devices of its experts and back. Dropless by a ragged exchange,
+              or with a capacity by one of fixed shapes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.model import experts as ffn
+from moe_jax.model import remat, router
+from moe_jax.ops import implementations, permute
+
+AXIS = "expert"
+# The axes along which a device keeps its own part of the experts' weights.
+KEPT = {"fsdp": ("tensor",), "ring": ("tensor", AXIS), "all_to_all": ("tensor", AXIS)}
+
+
+def fsdp(x_MD, routing, valid_M, experts, config, key):
+    """The experts are all here. Returns [M, D] and how many assignments were dropped."""
+    plan, num_dropped = _plan(routing.expert_index_MA, valid_M, config, key)
+    x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
+    with jax.named_scope("experts"):
+        sizes_E = plan.group_sizes_E if plan.complete else None
+        y_RD = ffn.experts_of_rows(x_RD, weight_R, experts, sizes_E, config)
+    with jax.named_scope("combine"):
+        return permute.combine(y_RD, plan), num_dropped
+
+
+def ring(x_MD, routing, valid_M, experts, config, key):
+    """All-gather of tokens, own experts, reduce-scatter of their sums. Dropless."""
+    del valid_M, key
+    E = len(experts["up"])
+    with jax.named_scope("dispatch"):
+        x_ND, index_NA, weight_NA = (
+            jax.lax.all_gather(x, AXIS, tiled=True)
+            for x in (x_MD, routing.expert_index_MA, routing.weight_MA)
+        )
+        own_NA = index_NA - jax.lax.axis_index(AXIS) * E
+        own_NA = jnp.where((own_NA >= 0) & (own_NA < E), own_NA, E)  # E: another device's
+        plan = remat.named("plan", permute.sort_by_expert(own_NA, E + 1))
+        x_RD, weight_R = _dispatched(x_ND, weight_NA, plan)
+    with jax.named_scope("experts"):
+        y_RD = ffn.experts_of_rows(x_RD, weight_R, experts, plan.group_sizes_E[:-1], config)
+    with jax.named_scope("combine"):
+        y_ND = permute.combine(y_RD, plan)
+        y_MD = jax.lax.psum_scatter(y_ND, AXIS, tiled=True)
+    return y_MD, jnp.zeros((), jnp.int32)
+
+
+def all_to_all(x_MD, routing, valid_M, experts, config, key):
+    """Rows to the devices of their experts and back."""
+    plan, num_dropped = _plan(routing.expert_index_MA, valid_M, config, key)
+    x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
+    of_rows = functools.partial(_ragged if plan.complete else _equal, plan=plan)
+    y_RD = of_rows(x_RD, weight_R, experts, config)
+    with jax.named_scope("combine"):
+        return permute.combine(y_RD, plan), num_dropped
+
+
+MODES = {"fsdp": fsdp, "ring": ring, "all_to_all": all_to_all}
+
+
+def _plan(expert_index_MA, valid_M, config, key) -> tuple[permute.Permutation, jax.Array]:
+    with jax.named_scope("dispatch"):
+        E = config.num_experts
+        if config.dispatch == "dropless":
+            plan = permute.sort_by_expert(expert_index_MA, E)
+            return remat.named("plan", plan), jnp.zeros((), jnp.int32)
+        if config.token_priority != "random":
+            key = None
+        C = router.slots_of_expert(len(valid_M), config)
+        plan = remat.named("plan", permute.fill_slots(expert_index_MA, valid_M, E, C, key))
+        chosen_MA = (expert_index_MA < E) & valid_M[:, None]
+        return plan, jnp.sum(chosen_MA) - jnp.sum(plan.group_sizes_E)
+
+
+def _dispatched(x_MD, weight_MA, plan):
+    with jax.named_scope("dispatch"):
+        return permute.dispatch(x_MD, plan), permute.dispatch_weight(weight_MA, plan)
+
+
+def _equal(x_RD, weight_R, experts, config, *, plan):
+    """C slots for each expert from each device: an exchange of fixed shapes."""
+    del plan
+    E, X = len(experts["up"]), jax.lax.axis_size(AXIS)
+
+    def to_experts(x):  # [X·E·C, …] by device and expert, to [E, X, C, …] by expert and source
+        x = jax.lax.all_to_all(x.reshape(X, E, -1, *x.shape[1:]), AXIS, 0, 0)
+        return x.swapaxes(0, 1)
+
+    with jax.named_scope("exchange"):
+        there_D, there = to_experts(x_RD), to_experts(weight_R)
+    with jax.named_scope("experts"):
+        y = ffn.experts_of_rows(
+            there_D.reshape(-1, x_RD.shape[1]), there.ravel(), experts, None, config
+        )
+    with jax.named_scope("exchange"):
+        y = y.reshape(there_D.shape).swapaxes(0, 1)
+        return jax.lax.all_to_all(y, AXIS, 0, 0).reshape(x_RD.shape)
+
+
+def _ragged(x_RD, weight_R, experts, config, *, plan):
+    """As many rows to each device as its experts were chosen here, none dropped.
+
+    Room is made for the worst case, all rows of all devices.
+    """
+    E, X, me = len(experts["up"]), jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    with jax.named_scope("exchange"):
+        # [source, destination, expert of it]
+        sizes_XYE = jax.lax.all_gather(plan.group_sizes_E, AXIS).reshape(X, X, E)
+        sizes_XY = sizes_XYE.sum(axis=2)
+        to = Exchange.over(sizes_XY, me)
+        x_SD = to.rows(x_RD, X * len(x_RD))
+        weight_S = to.rows(weight_R[:, None], X * len(x_RD))[:, 0]
+        # They came by source and then by expert; beyond them is room.
+        ends = jnp.cumsum(sizes_XYE[:, me].ravel())
+        place_S = jnp.searchsorted(ends, jnp.arange(len(x_SD)), side="right")
+        expert_S = jnp.where(place_S < X * E, place_S % E, E)
+        by_expert = permute.sort_by_expert(expert_S[:, None], E + 1)
+        x_SD, weight_S = _dispatched(x_SD, weight_S[:, None], by_expert)
+    with jax.named_scope("experts"):
+        y_SD = ffn.experts_of_rows(x_SD, weight_S, experts, by_expert.group_sizes_E[:-1], config)
+    with jax.named_scope("exchange"):
+        y_SD = permute.combine(y_SD, by_expert)
+        return Exchange.over(sizes_XY.T, me).rows(y_SD, len(x_RD))
+
+
+class Exchange:
+    """Rows that this device sends and gets: [Y] by partner, offsets into their buffers.
+
+    A device's rows lie in the order of their destinations, and arrive in that of their sources.
+    """
+
+    def __init__(self, sizes_XY, input_offsets_XY, output_offsets_XY, me):
+        self.sizes_XY, self.me = sizes_XY, me
+        self.input_offsets_XY, self.output_offsets_XY = input_offsets_XY, output_offsets_XY
+
+    @classmethod
+    def over(cls, sizes_XY: jax.Array, me: jax.Array) -> "Exchange":
+        """`sizes_XY`: how many rows each source X sends to each destination Y."""
+        before = jnp.cumsum(sizes_XY, axis=1) - sizes_XY
+        above = jnp.cumsum(sizes_XY, axis=0) - sizes_XY
+        return cls(sizes_XY, before, above, me)
+
+    def rows(self, x_RD: jax.Array, room: int) -> jax.Array:
+        """[room, D]: the rows that came, zeros beyond them."""
+        if implementations.platform() == "cpu":
+            return self._emulated(x_RD, room)
+        return jax.lax.ragged_all_to_all(
+            x_RD,
+            jnp.zeros((room, x_RD.shape[1]), x_RD.dtype),
+            self.input_offsets_XY[self.me],
+            self.sizes_XY[self.me],
+            self.output_offsets_XY[self.me],
+            self.sizes_XY[:, self.me],
+            axis_name=AXIS,
+        )
+
+    def _emulated(self, x_RD, room):
+        """XLA on CPU has no ragged exchange: everything comes, and what is meant is picked."""
+        x_XRD = jax.lax.all_gather(x_RD, AXIS)
+        begin_X = self.output_offsets_XY[:, self.me]
+        size_X = self.sizes_XY[:, self.me]
+        row_S = jnp.arange(room)
+        source_S = jnp.searchsorted(begin_X + size_X, row_S, side="right")
+        came_S = source_S < len(size_X)
+        source_S = jnp.minimum(source_S, len(size_X) - 1)
+        at_S = row_S - begin_X[source_S] + self.input_offsets_XY[source_S, self.me]
+        return jnp.where(came_S[:, None], x_XRD[source_S, at_S], 0)
