@@ -155,18 +155,15 @@ def test_no_device_gets_the_experts_of_another(mode):
     """So that the mode is what it says: weights are gathered along fsdp only."""
     params, xs = inputs(CONFIG)
     mesh = mesh_of("fsdp=expert=tensor=2")
+    texts = {}
     with jax.set_mesh(mesh):
-        texts = {
-            name: jax.jit(
-                lambda x, p, c=dataclasses.replace(CONFIG, expert_parallel=name): moe.moe(
-                    x, p, VALID_BT, c
-                )[0]
+        for name in ("fsdp", mode):
+            forward = functools.partial(
+                moe.moe,
+                valid_BT=VALID_BT,
+                config=dataclasses.replace(CONFIG, expert_parallel=name),
             )
-            .lower(xs["even"], params)
-            .compile()
-            .as_text()
-            for name in ("fsdp", mode)
-        }
+            texts[name] = jax.jit(forward).lower(xs["even"], params).compile().as_text()
     whole = (E, D, 24 // 2)  # one matrix of all experts; half of the neurons are another device's
     assert whole in hlo.buffer_shapes(texts["fsdp"])
     assert whole not in hlo.buffer_shapes(texts[mode])
