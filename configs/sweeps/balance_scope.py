@@ -7,7 +7,9 @@ balance loss of all layers pooled, use 2.5 of 8 experts a layer for the naive ar
 Here: {naive, drop} x {layer, all_layers} at the quickstart's size, with that paper's coefficient in
 its own form (0.02, not divided by k). The report draws the effective experts of every layer,
 exp(entropy of the load), 8 when balanced; result.json has them as `effective_experts`.
-Hardware and time: 2 CPU cores, MINUTES minutes. Expect: NUMBERS.
+Hardware and time: 2 CPU cores shared with other work, 28 minutes. Expect, mean effective experts:
+layer 7.9 (naive) and 8.0 (drop); all_layers 5.6 and 6.0. So at this size and in 400 steps the
+pooled loss leaves layers uneven for both, but no layer collapses to two experts.
 """
 
 from moe_jax import config as configs
