@@ -273,6 +273,22 @@ def remat_cases() -> Iterator[Case]:
     )
 
 
+def window_cases() -> Iterator[Case]:
+    """A step of 4 microbatches, its balance loss over the exact window; the bound: averaged."""
+    sparse, _ = _configs("8e-top2")
+    steps = {
+        over: _train_step(sparse, accumulation_steps=4, load_balancing_over=over)
+        for over in ("window", "global")
+    }
+    yield Case(
+        name="8e-top2, 4 microbatches",
+        tokens=B * T,
+        implementations={"window": steps["window"]},
+        bound="average",
+        bound_function=steps["global"],
+    )
+
+
 def decode_cases() -> Iterator[Case]:
     """Continuations of 8 prompts; the bound is each new token's own products alone."""
     rows, length, num_tokens = 8, 32, 32
@@ -364,6 +380,7 @@ BENCHMARKS = {
     "train_step": train_step_cases,
     "forced_balance": forced_balance_cases,
     "remat": remat_cases,
+    "window": window_cases,
     "decode": decode_cases,
     "upcycle": upcycle_cases,
 }
@@ -384,8 +401,9 @@ def _with_gradients(function: Callable, arrays: tuple, cotangent: jax.Array) -> 
     return lambda: value_and_gradients(arrays, cotangent)
 
 
-def _train_step(config: model.ModelConfig) -> Callable:
+def _train_step(config: model.ModelConfig, **training) -> Callable:
     settings = configs.default()
+    settings.training.update(training)
     tx = optimizer.adamw(settings.optimizer, 1000)
     create = jax.jit(lambda key: TrainState.create(model.init(config, key), tx))
     state = create(jax.random.key(0))

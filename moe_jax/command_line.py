@@ -1,6 +1,8 @@
 """What all scripts share: help that is the module's docstring, mistakes that end in one line."""
 
 import argparse
+import resource
+import sys
 from typing import NoReturn
 
 
@@ -57,3 +59,9 @@ def seed(text: str) -> int:
     if not 0 <= number < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2**31 - 1")
     return number
+
+
+def peak_memory() -> str:
+    """The most that this process had resident so far."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"

@@ -22,7 +22,8 @@ from moe_jax import command_line
 from moe_jax.data import sources, tokenizers
 from moe_jax.hf import configs as hf_configs
 from moe_jax.hf import folders
-from moe_jax.model.config import PRESETS, ModelConfig
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.presets import PRESETS
 from moe_jax.parallel import mesh
 from moe_jax.upcycle import recipes, router_init
 

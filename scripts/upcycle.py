@@ -55,7 +55,7 @@ def main() -> None:
         rows = run(arguments, model_fields(of_model), recipes.parse(arguments.recipe, of_recipe))
     except (ValueError, ConfigError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    print(f"done: {arguments.output}")
+    print(f"done: {arguments.output} (peak memory {command_line.peak_memory()})")
     if rows:
         print(similarity.legend(rows), similarity.table(rows), sep="\n")
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from moe_jax import adviser, model
-from moe_jax.model.config import PRESETS
+from moe_jax.model.presets import PRESETS
 from moe_jax.training import flops
 
 ROOT = pathlib.Path(__file__).parents[1]

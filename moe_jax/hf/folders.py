@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_jax.hf import configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
-from moe_jax.model.segments import segments
+from moe_jax.model.segments import places
 
 
 def is_folder(path: str | pathlib.Path) -> bool:
@@ -90,12 +90,7 @@ class Folder:
 
     def feed_forward(self, layer: int, inner: str) -> dict[str, np.ndarray]:
         """The matrices at "moe/experts" [E, …] or "mlp" of one layer, by name."""
-        place, row = next(
-            (place, members.index(layer))
-            for segment in segments(self.config.block_kinds)
-            for place, members in segment.layers.items()
-            if layer in members
-        )
+        place, row = places(self.config.block_kinds)[layer]
         prefix = f"blocks/{place}/{inner}/"
         names = [p.removeprefix(prefix) for p in self.slots if p.startswith(prefix)]
         rows = slice(row, row + 1)

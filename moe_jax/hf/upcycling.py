@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax import model
 from moe_jax.hf import folders, tensors, writing
-from moe_jax.model.segments import segments
+from moe_jax.model.segments import places
 from moe_jax.upcycle import mixing, plan, recipes, router_init
 from moe_jax.upcycle import params as upcycling
 
@@ -65,10 +65,14 @@ class _Maker:
     def __init__(self, sources: Sequence[folders.Folder], made: plan.Plan, key: jax.Array):
         self.sources, self.made, self.key = sources, made, key
         self.from_mixture = made.recipe.takes == recipes.MIXTURE
-        self.layer_of = _rows(made.config)
-        self.row_of = {layer: place_row for place_row, layer in _rows(made.source).items()}
+        self.layer_of = {at: layer for layer, at in enumerate(places(made.config.block_kinds))}
+        self.row_of = places(made.source.block_kinds)
         self._make_expert = jax.jit(functools.partial(upcycling.make_experts, made=made))
         self._mix = jax.jit(mixing.mix)
+        self._fresh_router = jax.jit(
+            functools.partial(upcycling.routers, made=made), static_argnames="dtype"
+        )
+        self._copied_router = jax.jit(functools.partial(upcycling.copied_routers, made=made))
         self._ffn = functools.lru_cache(maxsize=1)(self._read_ffn)
         self._ffn_on_device = functools.lru_cache(maxsize=1)(self._put_ffn)
         self._expert = functools.lru_cache(maxsize=2)(self._made_expert)
@@ -165,12 +169,12 @@ class _Maker:
         if self.made.router != router_init.COPIED:
             up = "moe/experts/up" if self.from_mixture else "mlp/up"
             dtype = self._dtypes[f"blocks/{place}/{up}"]
-            return upcycling.routers(layers_L, self.made, dtype, key=self.key)
+            return self._fresh_router(layers_L, dtype=dtype, key=self.key)
         prefix = f"blocks/{place}/moe/router/"
         names = [p.removeprefix(prefix) for p in self._slots if p.startswith(prefix)]
         router = {n: jnp.asarray(self.sources[0].part(prefix + n, (row,)))[None] for n in names}
         share_LEP = jnp.array(self._share_EP(layer), jnp.float32)[None]
-        return upcycling.copied_routers(router, share_LEP, layers_L, self.made, key=self.key)
+        return self._copied_router(router, share_LEP, layers_L, key=self.key)
 
 
 def _handed_through(made, shapes) -> set[str]:
@@ -191,13 +195,3 @@ def _handed_through(made, shapes) -> set[str]:
 
     jax.eval_shape(trace, dict(shapes), jax.random.key(0))
     return same
-
-
-def _rows(config: model.ModelConfig) -> dict[tuple[str, int], int]:
-    """(place, row) -> layer."""
-    return {
-        (place, row): layer
-        for segment in segments(config.block_kinds)
-        for place, layers in segment.layers.items()
-        for row, layer in enumerate(layers)
-    }

@@ -50,15 +50,15 @@ def moe(
     """
     of_device = merging.merged_of_device if config.dispatch == "merge" else _moe_of_device
     if jax.sharding.get_abstract_mesh().empty:
-        config = dataclasses.replace(config, expert_parallel="fsdp")
-    mode = config.expert_parallel
+        alone = dataclasses.replace(config, expert_parallel="fsdp")
+        return of_device(x_BTD, params, valid_BT, key, config=alone, return_routing=return_routing)
     local = functools.partial(of_device, config=config, return_routing=return_routing)
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(x_BTD, params, valid_BT, key)
     specs = sharding.layer_specs(params, "moe")
 
     def gathered(x_BTD, params, valid_BT, key):
-        gather = functools.partial(sharding.all_gather, keep=expert_parallel.KEPT[mode])
+        gather = functools.partial(
+            sharding.all_gather, keep=expert_parallel.KEPT[config.expert_parallel]
+        )
         params = _bias_once(jax.tree.map(gather, params, specs))
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(sharding.BATCH_AXES))

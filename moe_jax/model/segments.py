@@ -49,3 +49,15 @@ def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
         )
         place += period
     return tuple(found)
+
+
+@functools.lru_cache
+def places(kinds: tuple[Hashable, ...]) -> tuple[tuple[str, int], ...]:
+    """For each layer its place, and its row in that place's stack."""
+    found = {
+        layer: (place, row)
+        for segment in segments(kinds)
+        for place, layers in segment.layers.items()
+        for row, layer in enumerate(layers)
+    }
+    return tuple(found[layer] for layer in range(len(kinds)))

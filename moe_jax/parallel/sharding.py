@@ -26,7 +26,7 @@ RULES = (
     (r"attention/w[qkv]$", P(None, "fsdp", "tensor")),
     (r"attention/wo$", P(None, "tensor", None, "fsdp")),
     (r"attention/b[qkv]$", P(None, "tensor")),
-    (r"attention/bo$", P()),
+    (r"attention/(bo|experts/b[qkvo])$", P()),
     (r"(mlp|shared)/(gate|up)$", P(None, "fsdp", "tensor")),
     (r"(mlp|shared)/down$", P(None, "tensor", "fsdp")),
     (r"(mlp|shared)/(gate|up)_bias$", P(None, "tensor")),

@@ -50,7 +50,7 @@ def router_losses(
       coefficients_L: of the load-balancing loss of each layer, in the place of the config's one.
     """
     over = training.load_balancing_over
-    groups = stats if over == "device" else _pooled(stats)
+    groups = stats if over == "device" else pooled(stats)
     filled_LG = groups.num_tokens > 0
     share = 1 if over == "window" else 1 / training.accumulation_steps
     mean_over_groups_LG = share * filled_LG / jnp.maximum(filled_LG.sum(axis=1, keepdims=True), 1)
@@ -86,25 +86,6 @@ def along(slope: dict[str, jax.Array], stats: RouterStats) -> jax.Array:
     """The inner product of a slope, held constant, and statistics."""
     products = (jnp.vdot(jax.lax.stop_gradient(x), getattr(stats, n)) for n, x in slope.items())
     return sum(products)
-
-
-def load_balancing_loss(
-    stats: RouterStats,
-    *,
-    num_experts_per_tok: int,
-    scope: str,
-    divide_by_k: bool,
-    form: str = "switch",
-) -> jax.Array:
-    """`load_balancing` over all batch shards, averaged over layers."""
-    loss_L1 = load_balancing(
-        _pooled(stats),
-        num_experts_per_tok=num_experts_per_tok,
-        scope=scope,
-        divide_by_k=divide_by_k,
-        form=form,
-    )
-    return loss_L1.mean()
 
 
 def load_balancing(
@@ -170,7 +151,8 @@ def mutual_information(stats: RouterStats) -> jax.Array:
     return -jnp.sum(P_LGE * log_LGE, axis=-1) - stats.entropy_sum / tokens_LG
 
 
-def _pooled(stats: RouterStats) -> RouterStats:
+def pooled(stats: RouterStats) -> RouterStats:
+    """All batch shards as one group of tokens."""
     return jax.tree.map(lambda x: x.sum(axis=1, keepdims=True), stats)
 
 

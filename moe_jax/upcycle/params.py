@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.model.config import MOE, ModelConfig
-from moe_jax.model.segments import segments
+from moe_jax.model.segments import places, segments
 from moe_jax.parallel import naming, sharding
 from moe_jax.upcycle import experts, mixing, plan, recipes, router_init
 
@@ -87,21 +87,15 @@ def _blocks(parents, made, key) -> dict:
 
 def blocks_of(params: dict, config: ModelConfig, layers: tuple[int, ...]) -> dict:
     """The blocks of some layers, which are of one kind, stacked in this order."""
-    rows = {
-        layer: (place, row)
-        for segment in segments(config.block_kinds)
-        for place, members in segment.layers.items()
-        for row, layer in enumerate(members)
-    }
-    places, index = zip(*(rows[layer] for layer in layers), strict=True)
+    places_of = [places(config.block_kinds)[layer] for layer in layers]
     blocks = params["blocks"]
-    if len(set(places)) > 1:
+    if len({place for place, _ in places_of}) > 1:
         of_layers = [
-            jax.tree.map(lambda w, row=row: w[row], blocks[place])
-            for place, row in zip(places, index, strict=True)
+            jax.tree.map(lambda w, row=row: w[row], blocks[place]) for place, row in places_of
         ]
         return jax.tree.map(lambda *ws: jnp.stack(ws), *of_layers)
-    stacked = blocks[places[0]]
+    index = tuple(row for _, row in places_of)
+    stacked = blocks[places_of[0][0]]
     number = jax.tree.leaves(stacked)[0].shape[0]
     if index == tuple(range(number)):
         return dict(stacked)

@@ -5,15 +5,17 @@ import dataclasses
 import numpy as np
 
 from moe_jax.model.config import ModelConfig
-from moe_jax.upcycle import recipes, router_init
+from moe_jax.upcycle import recipes, router_init, start
 
-# Statistics of a parent: their shape after the leading axis of all its layers.
+# Statistics of a parent: of (its config, the result's) their shape after an axis of all its layers.
 STATISTICS = {
-    "neurons": "[experts, moe_intermediate_size]",  # which neurons each expert takes
-    "centroids": "[experts, hidden_size]",  # clusters of the feed-forward's inputs
-    "utility": "[experts]",  # what the loss owes to an expert
-    "load": "[experts]",  # assignments
-    "similarity": "[experts, experts]",  # of their outputs
+    # Which neurons each expert takes; clusters of the feed-forward's inputs.
+    "neurons": lambda source, config: (config.num_experts, config.expert_size),
+    "centroids": lambda source, config: (config.num_experts, config.hidden_size),
+    # What the loss owes to an expert; its assignments; how alike the outputs of two are.
+    "utility": lambda source, config: (source.num_experts,),
+    "load": lambda source, config: (source.num_experts,),
+    "similarity": lambda source, config: (source.num_experts,) * 2,
 }
 
 
@@ -31,7 +33,7 @@ class Plan:
 
     @property
     def granularity(self) -> int:
-        return recipes.granularity(self.source, self.config)
+        return start.granularity(self.source, self.config)
 
     @property
     def start_factor(self) -> float | None:
@@ -82,7 +84,7 @@ def make(
         config=config,
         router=router or method.router,
         num_parents=num_parents,
-        statistics={n: np.asarray(x) for n, x in (statistics or {}).items() if n in STATISTICS},
+        statistics={name: np.asarray(x) for name, x in (statistics or {}).items()},
     )
     for problem in _problems(plan, recipe):
         raise ValueError(problem)
@@ -215,6 +217,8 @@ def _problems_of_routers(plan):
 
 
 def _problems_of_statistics(plan, recipe):
+    for name in sorted(set(plan.statistics) - set(STATISTICS)):
+        yield f"the statistic {name!r} is unknown; known are {', '.join(STATISTICS)}"
     needed = set(plan.recipe.statistics)
     if plan.parameters.get("partition") == "statistics":
         needed.add("neurons")
@@ -225,16 +229,9 @@ def _problems_of_statistics(plan, recipe):
             f"recipe {recipe!r} so needs the statistic {name!r}; "
             "make it with scripts/collect_statistics.py and pass it"
         )
-    P = plan.source.num_experts
-    E, F = plan.config.num_experts, plan.config.expert_size
-    shapes = {
-        "neurons": (E, F),
-        "centroids": (E, plan.config.hidden_size),
-        **{"utility": (P,), "load": (P,), "similarity": (P, P)},
-    }
-    for name in sorted(needed | (set(plan.statistics) & {"utility", "load"} if P else needed)):
-        want = (plan.source.num_hidden_layers, *shapes[name])
-        if name in plan.statistics and plan.statistics[name].shape != want:
+    for name in sorted(needed | set(plan.recipe.optional) & set(plan.statistics)):
+        want = (plan.source.num_hidden_layers, *STATISTICS[name](plan.source, plan.config))
+        if plan.statistics[name].shape != want:
             yield (
                 f"the statistic {name!r} is {list(plan.statistics[name].shape)}, not {list(want)}; "
                 "collect it from this parent, for this number of experts"

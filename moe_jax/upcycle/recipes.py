@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax import command_line
 from moe_jax.model.config import ModelConfig
-from moe_jax.upcycle import experts, mixing
+from moe_jax.upcycle import experts, mixing, start
 
 DENSE, MIXTURE = "dense", "mixture"
 
@@ -118,23 +118,8 @@ def svd_residual(ffn: experts.FFN, place: Place, *, rank_ratio: float = 0.5) -> 
 
 
 def _scaled(ffn, place, scaling):
-    factor = start_factor(place.config, place.granularity)
+    factor = start.needed_scale(place.config, place.granularity)
     return experts.scale(ffn, factor, scaling=scaling, hidden_act=place.config.hidden_act)
-
-
-def start_factor(config: ModelConfig, granularity: int) -> float:
-    """What makes the chosen shards of a feed-forward, weighted at the start, the whole of it.
-
-    He et al., arXiv 2410.07524: N G / T for softmax then top-k, whose weights are about 1 / N
-    each (E G² / T in their letters); G where the T weights sum to one.
-    """
-    if weights_sum_to_one(config):
-        return granularity
-    return config.num_experts * granularity / config.num_experts_per_tok
-
-
-def weights_sum_to_one(config: ModelConfig) -> bool:
-    return config.norm_topk_prob or config.router in ("topk_softmax", "noisy_topk")
 
 
 def expert_upcycling(P: int, E: int, statistics: dict, *, router_noise: float = 0.01) -> np.ndarray:
@@ -166,77 +151,6 @@ def merge_back(P: int, E: int, statistics: dict) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """What a model made by a recipe is to the one it was made of, before any training.
-
-    `factor` says for (parent's config, config, router initialiser, parameters), dropless, how many
-    times its parent's each layer's feed-forward output is; None when it is no multiple of it.
-    """
-
-    text: str
-    factor: Callable[[ModelConfig, ModelConfig, str, dict], float | None]
-
-
-def granularity(source: ModelConfig, config: ModelConfig) -> int:
-    """G, how many experts hold one feed-forward of the parent."""
-    return source.intermediate_size // config.expert_size
-
-
-def _of_copies(source, config, router, parameters):
-    del source, router
-    kept = parameters.get("ratio", 0) == 0
-    return 1.0 if kept and weights_sum_to_one(config) else None
-
-
-def _of_shards(source, config, router, parameters):
-    T, G = config.num_experts_per_tok, granularity(source, config)
-    factor, scaling = start_factor(config, G), parameters["scaling"]
-    whole = T == G if config.router == "group_topk" else T % G == 0
-    known = weights_sum_to_one(config) or router == "zero"
-    if not (whole and known and router in ("grouped", "zero")) or parameters.get("ratio", 0):
-        return None
-    shape = experts.shape_of_scaling(gated=config.gated_mlp, hidden_act=config.hidden_act)
-    if scaling == "paper" and shape != "squared" and factor != 1:
-        return None
-    weights = 1 if weights_sum_to_one(config) else T / config.num_experts
-    return weights / G * (1 if scaling == "none" else factor)
-
-
-def _of_parts(source, config, router, parameters):
-    del source
-    all_alike = router == "zero" and config.num_experts_per_tok == config.num_experts
-    exact = all_alike and parameters["partition"] != "statistics" and weights_sum_to_one(config)
-    return 1 / config.num_experts if exact else None
-
-
-def _of_duplicates(source, config, router, parameters):
-    del router
-    times, left = divmod(config.num_experts, source.num_experts)
-    alike = left == 0 and config.num_experts_per_tok == times * source.num_experts_per_tok
-    return 1.0 if alike and parameters["router_noise"] == 0 else None
-
-
-def _always(source, config, router, parameters):
-    del source, config, router, parameters
-    return 1.0
-
-
-def _never(source, config, router, parameters):
-    del source, config, router, parameters
-    return None
-
-
-COPIES = Start("equal, where the weights of the chosen experts sum to one", _of_copies)
-COPIES_BUT = Start("close, equal with ratio=0 and weights that sum to one", _of_copies)
-SHARDS = Start(
-    "equal, for T a multiple of G, weights that sum to one and scaling exact or down "
-    "(with scaling none: 1/G of it); otherwise close",
-    _of_shards,
-)
-OTHER = Start("another model", _never)
-
-
-@dataclasses.dataclass(frozen=True)
 class Recipe:
     """A published method: how it makes experts, what it needs, and what is said of it."""
 
@@ -245,7 +159,7 @@ class Recipe:
     kept: str
     changed: str
     cost: str
-    start: Start
+    start: start.Start
     takes: str = DENSE
     gives: str = MIXTURE
     several: bool = False  # dense parents, dealt out to the experts in their order
@@ -255,6 +169,7 @@ class Recipe:
     attention: bool = False  # experts of attention too
     router: str = "normal"  # its initialiser, unless another is asked for
     statistics: tuple[str, ...] = ()  # that it cannot do without
+    optional: tuple[str, ...] = ()  # and those that it uses where there are any
 
 
 ONE = "one pass over the weights"
@@ -265,7 +180,7 @@ RECIPES = {
         kept="all",
         changed="nothing",
         cost=ONE,
-        start=COPIES,
+        start=start.COPIES,
     ),
     "noise": Recipe(
         noise,
@@ -273,7 +188,7 @@ RECIPES = {
         kept="all",
         changed="noise N(0, std²) on `ratio` of each matrix's neurons",
         cost=ONE,
-        start=COPIES_BUT,
+        start=start.COPIES_BUT,
     ),
     "drop": Recipe(
         drop,
@@ -281,7 +196,7 @@ RECIPES = {
         kept="1 − `ratio` of the neurons",
         changed="`ratio` of the neurons, from their own mean and deviation",
         cost=f"{ONE}, as many normals as new weights",
-        start=COPIES_BUT,
+        start=start.COPIES_BUT,
     ),
     "virtual_group": Recipe(
         virtual_group,
@@ -289,7 +204,7 @@ RECIPES = {
         kept="all, in G shards",
         changed="scale",
         cost=ONE,
-        start=SHARDS,
+        start=start.SHARDS,
         cut=True,
         router="grouped",
     ),
@@ -299,7 +214,7 @@ RECIPES = {
         kept="1 − `ratio` of each shard",
         changed="`ratio` of each shard, and scale",
         cost=f"{ONE}, as many normals as new weights",
-        start=Start("close, as virtual_group with ratio=0", _of_shards),
+        start=start.SHARDS_BUT,
         cut=True,
         router="grouped",
     ),
@@ -309,7 +224,7 @@ RECIPES = {
         kept="each parent's FFNs; the mean of the rest",
         changed="nothing",
         cost="the training of each parent, one pass over the weights of all",
-        start=Start("another model, equal if the parents are", _of_copies),
+        start=start.COPIES_OF_EACH,
         several=True,
     ),
     "bam": Recipe(
@@ -318,7 +233,7 @@ RECIPES = {
         kept="each parent's FFNs and attention; the mean of the rest",
         changed="nothing",
         cost="as branch_train_mix",
-        start=Start("another model, equal if the parents are", _of_copies),
+        start=start.COPIES_OF_EACH,
         several=True,
         attention=True,
     ),
@@ -328,7 +243,7 @@ RECIPES = {
         kept="the FFNs of each checkpoint or specialist; the rest of the last",
         changed="nothing",
         cost="the training of each parent, one pass over the weights of all",
-        start=Start("another model, equal if the parents are", _of_copies),
+        start=start.COPIES_OF_EACH,
         several=True,
         rest="last",
     ),
@@ -338,7 +253,7 @@ RECIPES = {
         kept="each parent's FFNs, in G shards; the mean of the rest",
         changed="scale",
         cost="the training of each parent, one pass over the weights of all",
-        start=Start("another model, as virtual_group if the parents are equal", _of_shards),
+        start=start.SHARDS_OF_EACH,
         several=True,
         cut=True,
         router="grouped",
@@ -349,7 +264,7 @@ RECIPES = {
         kept="all, each neuron in one expert",
         changed="scale N/k",
         cost=ONE,
-        start=Start("another model (with k of N parts); all parts together: 1/N of it", _of_parts),
+        start=start.PARTS,
         cut=True,
         router="zero",
     ),
@@ -359,7 +274,7 @@ RECIPES = {
         kept="all, as a shared expert to be frozen (`optimizer.frozen`)",
         changed="experts added, silent at first",
         cost=ONE,
-        start=Start("equal", _always),
+        start=start.EQUAL,
         shared=True,
     ),
     "svd_residual": Recipe(
@@ -368,7 +283,7 @@ RECIPES = {
         kept="`rank_ratio` of the singular directions",
         changed="the signs of half of the others",
         cost="a singular value decomposition for each expert",
-        start=Start("another model, close with rank_ratio near 1", _never),
+        start=start.NEAR_FULL_RANK,
     ),
     "expert_upcycling": Recipe(
         expert_upcycling,
@@ -376,9 +291,10 @@ RECIPES = {
         kept="all experts, and copies of the most useful",
         changed="the copies' router columns (noise)",
         cost=f"gradients for the utility, {ONE}",
-        start=Start("close; equal with all copied m times, k times m, no noise", _of_duplicates),
+        start=start.DUPLICATES,
         takes=MIXTURE,
         router="copied",
+        optional=("utility",),
     ),
     "prune": Recipe(
         prune,
@@ -386,7 +302,7 @@ RECIPES = {
         kept="the most used experts",
         changed="nothing",
         cost=f"a forward pass for the load, {ONE}",
-        start=OTHER,
+        start=start.OTHER,
         takes=MIXTURE,
         router="copied",
         statistics=("load",),
@@ -397,10 +313,11 @@ RECIPES = {
         kept="averages of similar experts",
         changed="nothing",
         cost=f"a forward pass of every expert for the similarity, {ONE}",
-        start=OTHER,
+        start=start.OTHER,
         takes=MIXTURE,
         router="copied",
         statistics=("similarity",),
+        optional=("load",),
     ),
     "merge_back": Recipe(
         merge_back,
@@ -408,10 +325,11 @@ RECIPES = {
         kept="the average of all experts",
         changed="nothing",
         cost=ONE,
-        start=Start("another model, equal if the experts are", _never),
+        start=start.EQUAL_IF_EXPERTS_ARE,
         takes=MIXTURE,
         gives=DENSE,
         router="",
+        optional=("load",),
     ),
 }
 

@@ -14,7 +14,7 @@ import tqdm
 
 from moe_jax.model import attention, layers, moe, transformer
 from moe_jax.model.config import MOE, ModelConfig
-from moe_jax.model.segments import segments
+from moe_jax.model.segments import places
 from moe_jax.ops import cross_entropy
 from moe_jax.upcycle import experts, plan
 
@@ -185,14 +185,7 @@ def _inner_weights(ffn: dict) -> np.ndarray:
 
 def _rows(params: dict, config: ModelConfig) -> Iterator[tuple[int, dict]]:
     """Each layer's block."""
-    place_row = {
-        layer: (place, row)
-        for segment in segments(config.block_kinds)
-        for place, members in segment.layers.items()
-        for row, layer in enumerate(members)
-    }
-    for layer in range(config.num_hidden_layers):
-        place, row = place_row[layer]
+    for layer, (place, row) in enumerate(places(config.block_kinds)):
         yield layer, jax.tree.map(lambda w, row=row: w[row], params["blocks"][place])
 
 

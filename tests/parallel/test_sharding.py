@@ -29,6 +29,9 @@ CONFIGS = {
     "dense": DENSE_CONFIG,
     "moe": MOE_CONFIG,
     "mixed": dataclasses.replace(MOE_CONFIG, layers=(DENSE, MOE, MOE)),
+    "attention experts": dataclasses.replace(
+        MOE_CONFIG, num_attention_experts=2, attention_bias="all", qk_norm="full"
+    ),
     "tied": dataclasses.replace(DENSE_CONFIG, tie_word_embeddings=True),
     **model.PRESETS,
 }

@@ -28,9 +28,13 @@ def stats_of(logits_LME):
 
 
 def balance(stats, scope, divide_by_k):
-    return losses.load_balancing_loss(
-        stats, num_experts_per_tok=A, scope=scope, divide_by_k=divide_by_k
-    )
+    return losses.load_balancing(
+        losses.pooled(stats),
+        num_experts_per_tok=A,
+        scope=scope,
+        divide_by_k=divide_by_k,
+        form="switch",
+    ).mean()
 
 
 @pytest.mark.parametrize("scope", ["layer", "all_layers"])
@@ -120,7 +124,8 @@ def test_mutual_information_is_that_of_the_joint_distribution_of_token_and_exper
 def test_squared_form_is_0_at_uniform_probabilities_and_by_hand_elsewhere():
     def squared(p_ME):
         settings = {"num_experts_per_tok": A, "scope": "layer", "divide_by_k": True}
-        return losses.load_balancing_loss(of_probabilities(p_ME), form="squared", **settings)
+        stats = losses.pooled(of_probabilities(p_ME))
+        return losses.load_balancing(stats, form="squared", **settings).mean()
 
     np.testing.assert_allclose(squared(np.full((8, E), 1 / E)), 0, atol=1e-12)
     by_hand = 0.25**2 + 0.05**2 + 0.05**2 + 0.25**2

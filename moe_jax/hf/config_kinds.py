@@ -1,0 +1,75 @@
+"""What a value of config.json may be, in words and as a test."""
+
+import reprlib
+import sys
+import typing
+from collections.abc import Callable
+
+from moe_jax.model.config import CHOICES, FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig
+
+
+class UnsupportedError(ValueError):
+    """A config.json that we cannot read, or a model that no family can hold, in one line."""
+
+
+class Kind(typing.NamedTuple):
+    """What a value of config.json must be, in words and as a test."""
+
+    words: str
+    fits: Callable[[object], bool]
+
+    def or_null(self) -> "Kind":
+        return Kind(f"{self.words}, or null", lambda value: value is None or self.fits(value))
+
+
+def _is_number(value: object) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and abs(value) <= sys.float_info.max
+
+
+def _whole(low: int, high: int = 2**31 - 1) -> Kind:
+    return Kind(
+        f"a whole number from {low} to {high}",
+        lambda value: type(value) is int and low <= value <= high,
+    )
+
+
+def _one_of(choices: tuple[str, ...]) -> Kind:
+    return Kind(f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+def list_of(kind: Kind) -> Kind:
+    return Kind(
+        f"a list, each {kind.words}",
+        lambda value: type(value) is list and all(map(kind.fits, value)),
+    )
+
+
+COUNT, INDEX = _whole(1), _whole(0)
+DEPTH = _whole(1, 10_000)  # layers are listed one by one: no file may ask for a billion
+NUMBER = Kind("a number more than 0", lambda value: _is_number(value) and value > 0)
+SPREAD = Kind("a number of at least 0", lambda value: _is_number(value) and value >= 0)
+FLAG = Kind("true or false", lambda value: type(value) is bool)
+TEXT = Kind("a string", lambda value: type(value) is str)
+OBJECT = Kind("an object", lambda value: type(value) is dict)
+LAYER_TYPES = list_of(_one_of((FULL_ATTENTION, SLIDING_ATTENTION)))
+
+TYPES = typing.get_type_hints(ModelConfig)
+KIND_OF_TYPE = {int: COUNT, float: NUMBER, bool: FLAG, str: TEXT}
+KIND_OF_FIELD = {
+    "num_hidden_layers": DEPTH,
+    "initializer_range": SPREAD,
+    "hidden_act": _one_of(CHOICES["hidden_act"]),
+}
+
+
+def kind_of(field: str) -> Kind:
+    """By its type in ModelConfig."""
+    plain, *null = typing.get_args(TYPES[field]) or (TYPES[field],)
+    kind = KIND_OF_FIELD.get(field, KIND_OF_TYPE[plain])
+    return kind.or_null() if null else kind
+
+
+def check(name: str, value: object, kind: Kind) -> None:
+    if not kind.fits(value):
+        raise UnsupportedError(f"{name}={reprlib.repr(value)} must be {kind.words}")

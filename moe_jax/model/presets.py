@@ -1,0 +1,185 @@
+"""The published models, as `ModelConfig`s by name."""
+
+import dataclasses
+
+from moe_jax.model.config import DENSE, MOE, ModelConfig
+
+PRESETS = {
+    # The quickstart's parent: small enough for two CPU cores.
+    "quickstart": ModelConfig(
+        vocab_size=259,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        remat="none",
+    ),
+    # Nemotron-4 15B (Parmar et al., arXiv 2402.16819).
+    "nemotron-4-15b": ModelConfig(
+        vocab_size=256_000,
+        hidden_size=6144,
+        intermediate_size=24_576,
+        num_hidden_layers=32,
+        num_attention_heads=48,
+        num_key_value_heads=8,
+        norm="layer_1p",
+        hidden_act="relu2",
+        gated_mlp=False,
+        partial_rotary_factor=0.5,
+        initializer_range=0.0134,
+        model_type="nemotron",
+    ),
+    # LOLA (Srivastava et al., arXiv 2409.11272): GPT-3 XL with every second layer sparse.
+    "lola": ModelConfig(
+        vocab_size=100_096,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.01,
+        norm="layer",
+        hidden_act="gelu_fast",
+        gated_mlp=False,
+        mlp_bias=True,
+        attention_bias="all",
+        position_embedding="learned",
+        num_experts=16,
+        num_experts_per_tok=1,
+        norm_topk_prob=False,
+        capacity_factor=1.0,
+        token_priority="random",
+        layers=(DENSE, MOE) * 12,
+        model_type="lola_v1",
+    ),
+    # OLMoE (Muennighoff et al., arXiv 2409.02060).
+    "olmoe-1b-7b": ModelConfig(
+        vocab_size=50_304,
+        hidden_size=2048,
+        intermediate_size=1024,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        qk_norm="full",
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        model_type="olmoe",
+    ),
+    # Mixtral (Jiang et al., arXiv 2401.04088).
+    "mixtral-8x7b": ModelConfig(
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=32_768,
+        rope_theta=1e6,
+        num_experts=8,
+        num_experts_per_tok=2,
+        model_type="mixtral",
+    ),
+    # Qwen3 (Yang et al., arXiv 2505.09388).
+    "qwen3-30b-a3b": ModelConfig(
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        qk_norm="head",
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        model_type="qwen3_moe",
+    ),
+    # LLM-jp-4 (model card of the LLM-jp project): sigmoid scores and selection biases.
+    "llm-jp-4-32b-a3.8b": ModelConfig(
+        vocab_size=196_608,
+        hidden_size=2560,
+        intermediate_size=960,
+        num_hidden_layers=32,
+        num_attention_heads=40,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        router="sigmoid_topk",
+        routed_scaling_factor=2.5,
+    ),
+    # SmolLM2 (Ben Allal et al., arXiv 2502.02737).
+    "smollm2-135m": ModelConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_theta=1e5,
+        tie_word_embeddings=True,
+        model_type="llama",
+    ),
+}
+
+# Llama's architecture: vocabulary, D, F, layers, heads, kv heads. LLM-jp-3 (model cards of the
+# LLM-jp project, arXiv 2407.03963), Drop-Upcycling's parents (Nakamura et al., arXiv 2502.19261),
+# Skywork-13B (Wei et al., arXiv 2310.19341) and Llama 2 (Touvron et al., arXiv 2307.09288).
+_LLAMAS = {
+    "llm-jp-3-150m": (99_487, 512, 2048, 12, 8, 8),
+    "llm-jp-3-440m": (99_487, 1024, 3584, 16, 8, 8),
+    "llm-jp-3-980m": (99_487, 1536, 5376, 20, 8, 8),
+    "llm-jp-3-1.8b": (99_487, 2048, 7168, 24, 16, 16),
+    "llm-jp-3-3.7b": (99_487, 3072, 8192, 28, 24, 24),
+    "llm-jp-3-7.2b": (99_487, 4096, 11_008, 32, 32, 32),
+    "llm-jp-3-13b": (99_487, 5120, 13_824, 40, 40, 40),
+    "drop-upcycling-152m": (99_584, 512, 2048, 12, 8, 8),
+    "drop-upcycling-1.5b": (48_640, 2048, 7168, 24, 16, 8),
+    "drop-upcycling-3.7b": (99_584, 3072, 8192, 28, 24, 24),
+    "drop-upcycling-13b": (99_487, 5120, 13_824, 40, 40, 40),
+    "skywork-13b": (65_536, 4608, 12_288, 52, 36, 36),
+    "llama-2-7b": (32_000, 4096, 11_008, 32, 32, 32),
+}
+_LLAMA_FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads""".split()
+PRESETS |= {
+    name: ModelConfig(**dict(zip(_LLAMA_FIELDS, sizes, strict=True)), model_type="llama")
+    for name, sizes in _LLAMAS.items()
+}
+
+# Upcycled: parent, number of experts, experts per token, what else differs. He et al. (arXiv
+# 2410.07524) write E8G8T8 for 8 · 8 experts of an eighth of the parent's width.
+_UPCYCLED = {
+    "quickstart-8e": ("quickstart", 8, 2, {}),
+    "drop-upcycling-8x152m": ("drop-upcycling-152m", 8, 2, {"model_type": "mixtral"}),
+    "drop-upcycling-8x1.5b": ("drop-upcycling-1.5b", 8, 2, {"model_type": "mixtral"}),
+    "drop-upcycling-8x3.7b": ("drop-upcycling-3.7b", 8, 2, {"model_type": "mixtral"}),
+    "llm-jp-3-8x1.8b": ("llm-jp-3-1.8b", 8, 2, {"model_type": "mixtral"}),
+    "llm-jp-3-8x13b": ("llm-jp-3-13b", 8, 2, {"model_type": "mixtral"}),
+    "nemotron-4-15b-e8g1t2": ("nemotron-4-15b", 8, 2, {"norm_topk_prob": False}),
+    "nemotron-4-15b-e8g8t8": (
+        *("nemotron-4-15b", 64, 8),
+        {"norm_topk_prob": False, "moe_intermediate_size": 3072},
+    ),
+    # BAM's attention experts (Zhang et al., arXiv 2408.08274) at the quickstart's size.
+    "quickstart-bam-4e": ("quickstart", 4, 1, {"num_attention_experts": 4}),
+    # LLaMA-MoE v1 (Zhu et al., arXiv 2406.16554): Llama 2's feed-forwards cut into 16, top-4.
+    "llama-moe-3.5b": (
+        *("llama-2-7b", 16, 4),
+        {"moe_intermediate_size": 688, "router": "noisy_topk"},
+    ),
+    # Wei et al., arXiv 2406.06563.
+    "skywork-moe": (
+        *("skywork-13b", 16, 2),
+        {"gate_norm_std": 1.0, "max_position_embeddings": 8192, "model_type": "skywork"},
+    ),
+}
+for _name, (_parent, _experts, _per_token, _other) in _UPCYCLED.items():
+    _moe = PRESETS[_parent].to_moe(num_experts=_experts, num_experts_per_tok=_per_token)
+    PRESETS[_name] = dataclasses.replace(_moe, **_other)

@@ -1,0 +1,134 @@
+"""What each recipe promises of step 0 is what the model that it makes computes."""
+
+import dataclasses
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from moe_jax import model, upcycle
+from moe_jax.model import layers, moe
+from moe_jax.upcycle import plan, recipes
+from tests.upcycle.test_recipes import CASES, DENSE, EIGHT, KEY, SHARDS, parents_of
+
+
+@st.composite
+def upcyclings(draw):
+    """A recipe and configs of sizes, activations, routers and weights that it may be asked for."""
+    name = draw(
+        st.sampled_from(sorted(n for n, r in recipes.RECIPES.items() if r.takes == "dense"))
+    )
+    act, gated, bias = draw(
+        st.sampled_from([("silu", True, False), ("relu2", False, False), ("gelu", False, True)])
+    )
+    G = draw(st.sampled_from([1, 2, 4])) if recipes.RECIPES[name].cut else 1
+    E = draw(st.sampled_from([4, 8]))
+    dense = dataclasses.replace(
+        DENSE,
+        num_hidden_layers=1,
+        hidden_act=act,
+        gated_mlp=gated,
+        mlp_bias=bias,
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    config = dense.to_moe(
+        num_experts=G if name == "llama_moe" else E,
+        num_experts_per_tok=min(draw(st.sampled_from([1, 2, 4])), G if name == "llama_moe" else E),
+        moe_intermediate_size=dense.intermediate_size // G,
+        norm_topk_prob=draw(st.booleans()),
+        shared_expert_intermediate_size=32 if recipes.RECIPES[name].shared else None,
+        num_attention_experts=2 if recipes.RECIPES[name].attention else 0,
+    )
+    parameters = {}
+    if "scaling" in recipes.parameters_of(name):
+        parameters["scaling"] = draw(st.sampled_from(["none", "down", "exact", "paper"]))
+    if "ratio" in recipes.parameters_of(name):
+        parameters["ratio"] = draw(st.sampled_from([0.0, 0.5]))
+    router = draw(st.sampled_from(["", "zero", "grouped"]))
+    return name, dense, config, router, parameters
+
+
+def outputs(name, dense, config, router, parameters):
+    """The only layer's feed-forward and the mixture that is made of it, on the same inputs."""
+    [params] = parents_of(dense, 1)
+    new = upcycle.upcycle(params, dense, config, recipe=name, router=router, key=KEY, **parameters)
+    x_BTD = jax.random.normal(jax.random.key(1), (2, 8, 16))
+    first = functools.partial(jax.tree.map, lambda w: w[0])
+    old = layers.mlp(x_BTD, first(params["blocks"]["0"]["mlp"]), dense)
+    layer = first(new["blocks"]["0"]["moe"])
+    return old, moe.moe(x_BTD, layer, jnp.ones((2, 8), bool), config)[0]
+
+
+def assert_keeps_its_word(case):
+    name, dense, config, router, parameters = case
+    promised = plan.make(
+        dense, config, recipe=name, router=router, parameters=parameters
+    ).start_factor
+    hypothesis.assume(promised is not None)
+    old, new = outputs(*case)
+    np.testing.assert_allclose(new, promised * old, rtol=1e-5, atol=1e-5 * np.abs(old).max())
+
+
+@hypothesis.given(upcyclings())
+@hypothesis.settings(
+    max_examples=5,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+def test_a_recipe_keeps_its_word_about_step_0(case):
+    assert_keeps_its_word(case)
+
+
+@pytest.mark.long
+@hypothesis.given(upcyclings())
+@hypothesis.settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+def test_a_recipe_keeps_its_word_about_step_0_in_many_cases(case):
+    assert_keeps_its_word(case)
+
+
+def factor(name, dense, config, router="", **parameters):
+    made = plan.make(dense, config, recipe=name, router=router, parameters=parameters)
+    return made.start_factor
+
+
+def test_step_0_is_promised_where_it_should_be_and_not_elsewhere():
+    """So that a recipe does not keep its word by promising nothing."""
+    plain = dataclasses.replace(EIGHT, norm_topk_prob=False)
+    assert factor("naive", DENSE, EIGHT) == 1 and factor("naive", DENSE, plain) is None
+    assert factor("drop", DENSE, EIGHT, ratio=0.0) == 1
+    assert factor("drop", DENSE, EIGHT, ratio=0.5) is None
+    assert factor("virtual_group", DENSE, SHARDS, scaling="exact") == 1
+    assert factor("virtual_group", DENSE, SHARDS, scaling="none") == 1 / 4
+    assert factor("virtual_group", DENSE, SHARDS, scaling="paper") is None  # SwiGLU is not cubic
+    assert factor("virtual_group", DENSE, SHARDS, router="normal", scaling="exact") is None
+    two = dataclasses.replace(SHARDS, num_experts_per_tok=2)  # of shards of which it takes 4
+    assert factor("virtual_group", DENSE, two, scaling="exact") is None
+    plain = dataclasses.replace(SHARDS, norm_topk_prob=False)
+    assert factor("virtual_group", DENSE, plain, router="zero", scaling="exact") == 1
+    assert factor("moe_ct", *CASES["moe_ct"][:2]) == 1
+    wider = dataclasses.replace(EIGHT, num_experts=16, num_experts_per_tok=4)
+    assert factor("expert_upcycling", EIGHT, wider, router_noise=0.0) == 1
+    assert factor("expert_upcycling", EIGHT, wider) is None
+
+
+def test_copying_all_experts_twice_and_taking_twice_as_many_changes_nothing():
+    [params] = parents_of(EIGHT, 1)
+    wider = dataclasses.replace(EIGHT, num_experts=16, num_experts_per_tok=4)
+    new = upcycle.upcycle(
+        params, EIGHT, wider, recipe="expert_upcycling", router_noise=0.0, key=KEY
+    )
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 8), 0, 32)
+    apply = jax.jit(model.apply, static_argnums=2)
+    want = apply(params, tokens_BT, EIGHT).logits_BTV
+    got = apply(new, tokens_BT, wider).logits_BTV
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
