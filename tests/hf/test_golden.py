@@ -65,14 +65,14 @@ def test_routing_is_the_references(name):
     np.testing.assert_allclose(weight, want["topk_weights"], atol=1e-5)
     if "aux_loss" not in want:
         return
-    loss = functools.partial(
-        losses.load_balancing_loss,
-        output(name).router,
-        num_experts_per_tok=k,
-        divide_by_k=False,
-    )
     # LOLA adds its layers up; the others pool the tokens of all layers.
-    ours = n * loss(scope="layer") if config.model_type == "lola_v1" else loss(scope="all_layers")
+    ours = losses.load_balancing(
+        losses.pooled(output(name).router),
+        num_experts_per_tok=k,
+        scope="layer" if config.model_type == "lola_v1" else "all_layers",
+        divide_by_k=False,
+        form="switch",
+    ).sum()
     np.testing.assert_allclose(ours, want["aux_loss"], atol=1e-5)
 
 

@@ -34,7 +34,8 @@ def params_of(config):
 def test_statistics_of_a_mixture_are_those_of_their_definitions():
     params = params_of(MIXTURE)
     found = statistics.of_mixture(params, MIXTURE, TOKENS)
-    stats = [model.apply(params, tokens, MIXTURE).router for tokens in TOKENS]
+    routers = jax.jit(lambda params, tokens: model.apply(params, tokens, MIXTURE).router)
+    stats = [routers(params, tokens) for tokens in TOKENS]
     load_LE = sum(np.asarray(s.tokens_per_expert_E)[:, 0] for s in stats)
     np.testing.assert_array_equal(found["load"], load_LE)
 
@@ -43,9 +44,9 @@ def test_statistics_of_a_mixture_are_those_of_their_definitions():
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens_BT[:, 1:, None], axis=-1)
         return -jnp.mean(picked)
 
-    utility_LE = 0
+    utility_LE, gradient = 0, jax.jit(jax.grad(loss))
     for tokens_BT in TOKENS:
-        experts = jax.grad(loss)(params, tokens_BT)["blocks"]["0"]["moe"]["experts"]
+        experts = gradient(params, tokens_BT)["blocks"]["0"]["moe"]["experts"]
         utility_LE += sum(jnp.sum(g**2, axis=(2, 3)) for g in experts.values())
     np.testing.assert_allclose(found["utility"], utility_LE, rtol=1e-3)
     similarity = found["similarity"]
