@@ -61,7 +61,7 @@ def default() -> ConfigDict:
                 "validation_fraction": 0.05,  # of a path's documents; other sources have a split
                 "cache_dir": "",  # of tokens and compiled steps; "" is the user's cache folder
             },
-            "mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1},
+            "mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1, "edp": 1},
             "optimizer": {
                 "learning_rate": 3e-4,
                 "schedule": "cosine",  # or "wsd": constant, then linear over the last decay_steps

@@ -20,7 +20,8 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import pytest  # noqa: E402 - after what jax reads once
+import jax  # noqa: E402 - after the flags are set
+import pytest  # noqa: E402 - so too
 from jax.experimental import topologies  # noqa: E402 - so too
 
 
@@ -34,6 +35,15 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.skip(reason="a long case: run with --long"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_compiled_code():
+    """XLA:CPU crashes where a process may map no more memory: Linux's default is 65530 maps."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,8 @@ def moe(
     if jax.sharding.get_abstract_mesh().empty:
         alone = dataclasses.replace(config, expert_parallel="fsdp")
         return of_device(x_BTD, params, valid_BT, key, config=alone, return_routing=return_routing)
+    if config.dispatch == "merge" and jax.sharding.get_abstract_mesh().shape["edp"] > 1:
+        raise ValueError("dispatch='merge' averages all experts; set config.mesh.edp=1")
     local = functools.partial(of_device, config=config, return_routing=return_routing)
     specs = sharding.layer_specs(params, "moe")
 
@@ -63,7 +65,7 @@ def moe(
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(sharding.BATCH_AXES))
         y_BTD, stats = local(x_BTD, params, valid_BT, key)
-        return jax.lax.psum(y_BTD, "tensor"), stats
+        return jax.lax.psum(y_BTD, sharding.TENSOR), stats
 
     # check_vma=False: the loops of the grouped product start from unvaried zeros.
     return jax.shard_map(
@@ -75,12 +77,14 @@ def moe(
 
 
 def _bias_once(params: dict) -> dict:
-    """What is added to the output only on the first of the tensor axis, over which it is summed."""
-    first = jax.lax.axis_index("tensor") == 0
-    return {
-        name: _bias_once(x) if isinstance(x, dict) else x * first if name == "down_bias" else x
-        for name, x in params.items()
-    }
+    """What is added to the output only on the first of the devices over which it is summed."""
+    cut_along = {"experts": "tensor", "shared": sharding.TENSOR}
+    for part in cut_along.keys() & params.keys():
+        if "down_bias" in params[part]:
+            first = jax.lax.axis_index(cut_along[part]) == 0
+            bias = params[part]["down_bias"] * first
+            params = {**params, part: {**params[part], "down_bias": bias}}
+    return params
 
 
 def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):

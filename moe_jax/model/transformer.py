@@ -213,6 +213,29 @@ def hidden_states(
     return x_BTD, stats
 
 
+def embedded(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """The tokens' rows of the table, [B, T, D].
+
+    With a mesh each device looks up its own tokens in its own part of the vocabulary; left to
+    automatic partitioning, a table that is cut along both its axes makes the whole batch's rows
+    and their gradient go to every device.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return table_VD[tokens_BT]
+    spec = sharding.spec_of("embed/tokens")
+
+    def of_device(table_VD, tokens_BT):
+        table_VD = sharding.all_gather(table_VD, spec, keep=sharding.TENSOR)
+        own_BT = tokens_BT - jax.lax.axis_index(sharding.TENSOR) * len(table_VD)
+        here_BT = (own_BT >= 0) & (own_BT < len(table_VD))
+        x_BTD = jnp.where(here_BT[..., None], table_VD.at[own_BT].get(mode="clip"), 0)
+        return jax.lax.psum(x_BTD, sharding.TENSOR)
+
+    return jax.shard_map(
+        of_device, in_specs=(spec, sharding.BATCH), out_specs=sharding.BATCH, check_vma=False
+    )(table_VD, tokens_BT)
+
+
 def run_blocks(
     params: dict,
     tokens_BT: jax.Array,
@@ -224,7 +247,7 @@ def run_blocks(
 ) -> tuple[jax.Array, router.RouterStats | None, dict]:
     """`hidden_states` with `cache`, place -> stacks [L, B, S, K, H] of keys and values, as it is
     before these positions, and then as it is after them."""
-    x_BTD = params["embed"]["tokens"][tokens_BT].astype(config.dtype)
+    x_BTD = embedded(params["embed"]["tokens"], tokens_BT).astype(config.dtype)
     if config.position_embedding == "learned":
         x_BTD += params["embed"]["positions"][shared.positions_BT].astype(config.dtype)
     x_BTD = sharding.constrain_batch(x_BTD)

@@ -77,13 +77,9 @@ def attention(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
-    K, parts = k_BSKH.shape[2], mesh.shape["tensor"]
-    if K % parts:
-        raise ValueError(
-            f"num_key_value_heads={K} is not divisible by the mesh's tensor axis ({parts}); "
-            f"set config.mesh.tensor to a divisor of {K}"
-        )
-    heads = jax.P(sharding.BATCH_AXES, None, "tensor")
+    K = k_BSKH.shape[2]
+    sharding.check_divisible(f"num_key_value_heads={K}", K, mesh, sharding.TENSOR)
+    heads = jax.P(sharding.BATCH_AXES, None, sharding.TENSOR)
     return jax.shard_map(
         attend,
         in_specs=(heads, heads, heads, sharding.BATCH),

@@ -1,7 +1,8 @@
 """How tokens reach experts that lie on other devices: one function for each mode.
 
 Each works on one device inside `jax.shard_map` (or alone), on the M tokens that it has, with the
-experts cut along the mesh's expert axis of X devices:
+experts cut along the mesh's expert axis of X devices. Where they are spread along edp too, each of
+its devices has the same tokens and does its own experts' share, to be summed.
 
   fsdp        The weights of all experts come to every device; tokens stay. What moves is 3DF a
               expert, whatever the number of tokens.
@@ -19,15 +20,21 @@ import jax.numpy as jnp
 from moe_jax.model import experts as ffn
 from moe_jax.model import remat, router
 from moe_jax.ops import implementations, permute
+from moe_jax.parallel import sharding
 
 AXIS = "expert"
 # The axes along which a device keeps its own part of the experts' weights.
-KEPT = {"fsdp": ("tensor",), "ring": ("tensor", AXIS), "all_to_all": ("tensor", AXIS)}
+KEPT = {
+    "fsdp": sharding.TENSOR,
+    "ring": (*sharding.TENSOR, AXIS),
+    "all_to_all": (*sharding.TENSOR, AXIS),
+}
 
 
 def fsdp(x_MD, routing, valid_M, experts, config, key):
     """The experts are all here. Returns [M, D] and how many assignments were dropped."""
-    plan, num_dropped = _plan(routing.expert_index_MA, valid_M, config, key)
+    index_MA = _own(routing.expert_index_MA, len(experts["up"]), config)
+    plan, num_dropped = _plan(index_MA, valid_M, len(experts["up"]), config, key)
     x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
     with jax.named_scope("experts"):
         sizes_E = plan.group_sizes_E if plan.complete else None
@@ -40,10 +47,10 @@ def ring(x_MD, routing, valid_M, experts, config, key):
     """All-gather of tokens, own experts, reduce-scatter of their sums. Dropless."""
     del valid_M, key
     E = len(experts["up"])
+    index_MA = _own(routing.expert_index_MA, E * jax.lax.axis_size(AXIS), config)
     with jax.named_scope("dispatch"):
         x_ND, index_NA, weight_NA = (
-            jax.lax.all_gather(x, AXIS, tiled=True)
-            for x in (x_MD, routing.expert_index_MA, routing.weight_MA)
+            jax.lax.all_gather(x, AXIS, tiled=True) for x in (x_MD, index_MA, routing.weight_MA)
         )
         own_NA = index_NA - jax.lax.axis_index(AXIS) * E
         own_NA = jnp.where((own_NA >= 0) & (own_NA < E), own_NA, E)  # E: another device's
@@ -59,7 +66,9 @@ def ring(x_MD, routing, valid_M, experts, config, key):
 
 def all_to_all(x_MD, routing, valid_M, experts, config, key):
     """Rows to the devices of their experts and back."""
-    plan, num_dropped = _plan(routing.expert_index_MA, valid_M, config, key)
+    E = len(experts["up"]) * jax.lax.axis_size(AXIS)
+    index_MA = _own(routing.expert_index_MA, E, config)
+    plan, num_dropped = _plan(index_MA, valid_M, E, config, key)
     x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
     of_rows = functools.partial(_ragged if plan.complete else _equal, plan=plan)
     y_RD = of_rows(x_RD, weight_R, experts, config)
@@ -70,9 +79,16 @@ def all_to_all(x_MD, routing, valid_M, experts, config, key):
 MODES = {"fsdp": fsdp, "ring": ring, "all_to_all": all_to_all}
 
 
-def _plan(expert_index_MA, valid_M, config, key) -> tuple[permute.Permutation, jax.Array]:
+def _own(expert_index_MA, E, config):
+    """The choices among the E experts of this device's place along edp; others, and none, are E."""
+    if E == config.num_experts:
+        return expert_index_MA
+    own_MA = expert_index_MA - jax.lax.axis_index("edp") * E
+    return jnp.where((own_MA >= 0) & (own_MA < E), own_MA, E)
+
+
+def _plan(expert_index_MA, valid_M, E, config, key) -> tuple[permute.Permutation, jax.Array]:
     with jax.named_scope("dispatch"):
-        E = config.num_experts
         if config.dispatch == "dropless":
             plan = permute.sort_by_expert(expert_index_MA, E)
             return remat.named("plan", plan), jnp.zeros((), jnp.int32)
@@ -81,7 +97,8 @@ def _plan(expert_index_MA, valid_M, config, key) -> tuple[permute.Permutation, j
         C = router.slots_of_expert(len(valid_M), config)
         plan = remat.named("plan", permute.fill_slots(expert_index_MA, valid_M, E, C, key))
         chosen_MA = (expert_index_MA < E) & valid_M[:, None]
-        return plan, jnp.sum(chosen_MA) - jnp.sum(plan.group_sizes_E)
+        num_dropped = jnp.sum(chosen_MA) - jnp.sum(plan.group_sizes_E)
+        return plan, num_dropped if E == config.num_experts else jax.lax.psum(num_dropped, "edp")
 
 
 def _dispatched(x_MD, weight_MA, plan):

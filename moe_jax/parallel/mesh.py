@@ -1,7 +1,14 @@
-"""The device mesh: four axes, any of which may be 1.
+"""The device mesh: five axes, any of which may be 1.
 
-`data` copies parameters, `fsdp` cuts them, `expert` spreads experts; the batch is cut by all three.
-`tensor` cuts heads and neurons.
+  data    copies parameters
+  fsdp    cuts them
+  expert  spreads experts over devices that have different tokens
+  tensor  cuts heads and neurons, those of experts too
+  edp     cuts heads and dense neurons, and spreads experts over these devices of the same tokens
+
+The batch is cut by the first three. Skywork-MoE (arXiv 2406.06563, §4) compares experts over the
+data-parallel devices (EP: expert=N), over the tensor-parallel ones (its expert data parallelism,
+EDP: edp=N) and cut by these (ETP: tensor=N).
 """
 
 import functools
@@ -10,15 +17,17 @@ from collections.abc import Sequence
 
 import jax
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor", "edp")
 
 
 def axis_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
-    """The sizes with a -1 filled so that their product is the number of devices.
+    """The sizes with a -1 filled so that their product is the number of devices; absent is 1.
 
-    Raises: ValueError when there is more than one -1 or the product cannot be had.
+    Raises: ValueError for an unknown axis, for more than one -1, or when the product cannot be had.
     """
-    sizes = {axis: sizes[axis] for axis in AXES}
+    if unknown := sizes.keys() - set(AXES):
+        raise ValueError(f"mesh axis {unknown.pop()!r} is unknown; the axes are {', '.join(AXES)}")
+    sizes = {axis: sizes.get(axis, 1) for axis in AXES}
     shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"mesh {shown}: an axis is at least 1, or -1 to fill")
@@ -45,7 +54,7 @@ def make(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> 
 
 def one_device() -> jax.sharding.Mesh:
     """What a command that works on one device uses."""
-    return make(dict.fromkeys(AXES, 1), jax.devices()[:1])
+    return make({}, jax.devices()[:1])
 
 
 def under(mesh: jax.sharding.Mesh, function):

@@ -1,5 +1,6 @@
 """Which axis of which array lies along which axis of the mesh: one table of path rules."""
 
+import math
 import re
 
 import jax
@@ -12,30 +13,32 @@ from moe_jax.parallel import naming
 # data-parallel.
 BATCH_AXES = ("data", "fsdp", "expert")
 BATCH = P(BATCH_AXES)
+TENSOR = ("tensor", "edp")  # what cuts the work on a token
+EXPERT = ("edp", "expert")  # what spreads experts
 
 # The first rule that matches decides. Leaves of the optimizer state carry the path of their
 # parameter as a suffix. Block leaves have a leading axis of layers.
 RULES = (
     (r"(^|/)(step|count|coefficients_L)$", P()),
     (r"(^|_|/)norm/(scale|bias)$", P()),
-    (r"embed/tokens$", P("tensor", "fsdp")),
+    (r"embed/tokens$", P(TENSOR, "fsdp")),
     (r"embed/positions$", P(None, "fsdp")),
-    (r"(^|/)unembed$", P("fsdp", "tensor")),
-    (r"attention/experts/w[qkv]$", P(None, None, "fsdp", "tensor")),
-    (r"attention/experts/wo$", P(None, None, "tensor", None, "fsdp")),
-    (r"attention/w[qkv]$", P(None, "fsdp", "tensor")),
-    (r"attention/wo$", P(None, "tensor", None, "fsdp")),
-    (r"attention/b[qkv]$", P(None, "tensor")),
+    (r"(^|/)unembed$", P("fsdp", TENSOR)),
+    (r"attention/experts/w[qkv]$", P(None, None, "fsdp", TENSOR)),
+    (r"attention/experts/wo$", P(None, None, TENSOR, None, "fsdp")),
+    (r"attention/w[qkv]$", P(None, "fsdp", TENSOR)),
+    (r"attention/wo$", P(None, TENSOR, None, "fsdp")),
+    (r"attention/b[qkv]$", P(None, TENSOR)),
     (r"attention/(bo|experts/b[qkvo])$", P()),
-    (r"(mlp|shared)/(gate|up)$", P(None, "fsdp", "tensor")),
-    (r"(mlp|shared)/down$", P(None, "tensor", "fsdp")),
-    (r"(mlp|shared)/(gate|up)_bias$", P(None, "tensor")),
+    (r"(mlp|shared)/(gate|up)$", P(None, "fsdp", TENSOR)),
+    (r"(mlp|shared)/down$", P(None, TENSOR, "fsdp")),
+    (r"(mlp|shared)/(gate|up)_bias$", P(None, TENSOR)),
     (r"(mlp|shared)/down_bias$", P()),
     (r"router/(kernel|noise|bias)$", P()),
-    (r"experts/(gate|up)$", P(None, "expert", "fsdp", "tensor")),
-    (r"experts/down$", P(None, "expert", "tensor", "fsdp")),
-    (r"experts/(gate|up)_bias$", P(None, "expert", "tensor")),
-    (r"experts/down_bias$", P(None, "expert")),
+    (r"experts/(gate|up)$", P(None, EXPERT, "fsdp", "tensor")),
+    (r"experts/down$", P(None, EXPERT, "tensor", "fsdp")),
+    (r"experts/(gate|up)_bias$", P(None, EXPERT, "tensor")),
+    (r"experts/down_bias$", P(None, EXPERT)),
 )
 
 
@@ -45,6 +48,11 @@ def spec_of(path: str) -> P:
         if re.search(pattern, path):
             return spec
     raise ValueError(f"no sharding rule matches {path}; add one to parallel/sharding.py")
+
+
+def names_of(entry) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def specs(tree) -> object:
@@ -61,16 +69,22 @@ def shardings(tree, mesh: jax.sharding.Mesh) -> object:
     def check(path, leaf):
         name = naming.path_name(path)
         spec = spec_of(name)
-        for size, axes in zip(leaf.shape, spec, strict=False):
-            parts = mesh.shape[axes] if axes else 1
-            if size % parts:
-                raise ValueError(
-                    f"{name}: its axis of size {size} is not divisible by the mesh's {axes} axis "
-                    f"({parts}); set config.mesh.{axes} to a divisor of {size}"
-                )
+        for size, entry in zip(leaf.shape, spec, strict=False):
+            check_divisible(f"{name}: its axis of size {size}", size, mesh, names_of(entry))
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(check, tree)
+
+
+def check_divisible(what: str, size: int, mesh, axes: tuple[str, ...]) -> None:
+    """Raises: ValueError unless these axes of the mesh together divide `size`."""
+    axes = [axis for axis in axes if mesh.shape[axis] > 1]
+    if size % (parts := math.prod(mesh.shape[axis] for axis in axes)):
+        keys = " x ".join(f"config.mesh.{axis}" for axis in axes)
+        raise ValueError(
+            f"{what} is not divisible by the mesh's {' x '.join(axes)} axis ({parts}); "
+            f"set {keys} to a divisor of {size}"
+        )
 
 
 def abstract(tree, mesh: jax.sharding.Mesh) -> object:
@@ -89,18 +103,18 @@ def layer_specs(params: dict, prefix: str) -> object:
 
 def all_gather(x: jax.Array, spec: P, *, keep: tuple[str, ...] = ()) -> jax.Array:
     """Inside shard_map: the whole of an array that is cut by `spec`, but for the axes in `keep`."""
-    for axis, name in enumerate(spec):
-        if name is not None and name not in keep:
-            x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    for axis, entry in enumerate(spec):
+        if names := tuple(name for name in names_of(entry) if name not in keep):
+            x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
     return x
 
 
 def own_part(x: jax.Array, spec: P) -> jax.Array:
     """Inside shard_map: this device's part of an array that is whole on every device."""
-    for axis, name in enumerate(spec):
-        if name is not None:
-            size = x.shape[axis] // jax.lax.axis_size(name)
-            start = jax.lax.axis_index(name) * size
+    for axis, entry in enumerate(spec):
+        if names := names_of(entry):
+            size = x.shape[axis] // jax.lax.axis_size(names)
+            start = jax.lax.axis_index(names) * size
             x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
     return x
 
@@ -113,4 +127,4 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
-    return mesh.size // mesh.shape["tensor"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

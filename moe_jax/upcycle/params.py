@@ -12,8 +12,6 @@ from moe_jax.model.segments import places, segments
 from moe_jax.parallel import naming, sharding
 from moe_jax.upcycle import experts, mixing, plan, recipes, router_init
 
-EXPERT_AXIS = "expert"
-
 
 def upcycle(
     params: dict | Sequence[dict],
@@ -191,13 +189,13 @@ def _on_mesh(make: Callable, ffn_P: experts.FFN, layers_L: jax.Array, made) -> e
     mesh, E = jax.sharding.get_abstract_mesh(), made.config.num_experts
     if mesh.empty:
         return make(ffn_P, layers_L, jnp.arange(E))
-    check_divisible(E, mesh)
+    sharding.check_divisible(f"num_experts={E}", E, mesh, sharding.EXPERT)
     dense = {n: spec[1:] for n, spec in sharding.specs({"mlp": ffn_P})["mlp"].items()}
     sparse = sharding.specs({"experts": ffn_P})["experts"]
 
     def on_device(ffn_P, layers_L):
-        mine = E // mesh.shape[EXPERT_AXIS]
-        experts_E = jax.lax.axis_index(EXPERT_AXIS) * mine + jnp.arange(mine)
+        mine = E // jax.lax.axis_size(sharding.EXPERT)
+        experts_E = jax.lax.axis_index(sharding.EXPERT) * mine + jnp.arange(mine)
         return make(
             ffn_P,
             layers_L,
@@ -210,14 +208,6 @@ def _on_mesh(make: Callable, ffn_P: experts.FFN, layers_L: jax.Array, made) -> e
     return jax.shard_map(
         on_device, in_specs=(in_specs, sharding.P()), out_specs=sparse, check_vma=False
     )(ffn_P, layers_L)
-
-
-def check_divisible(E: int, mesh) -> None:
-    if E % mesh.shape[EXPERT_AXIS]:
-        raise ValueError(
-            f"num_experts={E} is not divisible by the mesh's expert axis "
-            f"({mesh.shape[EXPERT_AXIS]}); set config.mesh.expert to a divisor of {E}"
-        )
 
 
 # Experts of a mixture's ------------------------------------------------------------------------
@@ -244,9 +234,10 @@ def _mixed(experts_P, share_LEP, made):
     if made.recipe.gives == recipes.DENSE:
         out_specs = {name: sharding.P(None, None, *spec[2:]) for name, spec in sparse.items()}
     else:
-        check_divisible(made.config.num_experts, mesh)
+        E = made.config.num_experts
+        sharding.check_divisible(f"num_experts={E}", E, mesh, sharding.EXPERT)
     return mixing.mix_on_mesh(
-        experts_P, share_LEP, sparse, out_specs, cut=out_specs is sparse, axis=EXPERT_AXIS
+        experts_P, share_LEP, sparse, out_specs, cut=out_specs is sparse, axis=sharding.EXPERT
     )
 
 

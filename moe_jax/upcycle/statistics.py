@@ -139,7 +139,8 @@ def hidden_neurons(x_MD: jax.Array, ffn: dict, config: ModelConfig) -> jax.Array
     return layers.activate(tuple(hidden), config)
 
 
-def cka_of_experts(x_MD: jax.Array, experts_E: dict, config: ModelConfig) -> np.ndarray:
+@functools.partial(jax.jit, static_argnames="config")
+def cka_of_experts(x_MD: jax.Array, experts_E: dict, config: ModelConfig) -> jax.Array:
     """[E, E]: linear CKA of the experts' outputs for all of these tokens."""
 
     def gram(ffn):
@@ -149,7 +150,7 @@ def cka_of_experts(x_MD: jax.Array, experts_E: dict, config: ModelConfig) -> np.
         return gram_MM / jnp.maximum(jnp.linalg.norm(gram_MM), jnp.finfo(jnp.float32).tiny)
 
     gram_EX = jax.lax.map(gram, experts_E).reshape(config.num_experts, -1)
-    return np.asarray(gram_EX @ gram_EX.T)
+    return gram_EX @ gram_EX.T
 
 
 def balanced_clusters(points_NX: np.ndarray, k: int, *, seed: int, rounds: int = 10) -> np.ndarray:

@@ -19,9 +19,9 @@ N, K = 4, 2  # two query heads and one kv head on each device of the tensor axis
 def compiled(devices, T: int, H: int, dtype: str, window: int | None = None) -> str:
     """Value and gradients of a batch of two rows, one for each device of the data axis."""
     mesh = jax.sharding.Mesh(
-        np.array(devices).reshape(2, 1, 1, 2),
+        np.array(devices).reshape(2, 1, 1, 2, 1),
         meshes.AXES,
-        axis_types=(jax.sharding.AxisType.Auto,) * 4,
+        axis_types=(jax.sharding.AxisType.Auto,) * len(meshes.AXES),
     )
 
     def array(*shape, dtype=dtype, spec=HEADS):

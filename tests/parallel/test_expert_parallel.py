@@ -33,6 +33,8 @@ MESHES = {
     "data=2 expert=4": (2, 1, 4, 1),
     "fsdp=expert=tensor=2": (1, 2, 2, 2),
     "expert=8": (1, 1, 8, 1),
+    "expert=tensor=edp=2": (1, 1, 2, 2, 2),
+    "edp=8": (1, 1, 1, 1, 8),
 }
 VALID_BT = jnp.arange(T) < jnp.array([T, 10, T, 3, T, T, 0, T])[:, None]
 LONG = pytest.mark.long
@@ -84,13 +86,14 @@ def close(got, want):
 
 
 def mesh_of(name):
-    return meshes.make(dict(zip(meshes.AXES, MESHES[name], strict=True)))
+    return meshes.make(dict(zip(meshes.AXES, MESHES[name], strict=False)))
 
 
 DEFAULT = {
     ("fsdp=expert=tensor=2", "ring"),
     ("fsdp=expert=tensor=2", "all_to_all"),
     ("expert=8", "all_to_all"),
+    ("expert=tensor=edp=2", "ring"),
 }
 
 

@@ -29,9 +29,10 @@ def shape(*sizes, dtype=jnp.bfloat16, spec=None):
 
 def compile_for(devices, function, *arguments, data=1, fsdp=1, expert=1, tensor=1):
     """`function` of arrays of these shapes, compiled for the first devices of a topology."""
-    sizes = data, fsdp, expert, tensor
+    sizes = data, fsdp, expert, tensor, 1
     grid = np.array(devices[: math.prod(sizes)]).reshape(sizes)
-    mesh = jax.sharding.Mesh(grid, meshes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    auto = (jax.sharding.AxisType.Auto,) * len(meshes.AXES)
+    mesh = jax.sharding.Mesh(grid, meshes.AXES, axis_types=auto)
     arrays = [
         jax.ShapeDtypeStruct(sizes, dtype, sharding=jax.NamedSharding(mesh, spec))
         for sizes, dtype, spec in arguments

@@ -1,5 +1,6 @@
 """The train step: the same on any mesh, exact under accumulation, blind to padding and NaN."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from moe_jax import config as configs
 from moe_jax import model
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
-from moe_jax.training import optimizer, step
+from moe_jax.training import checkpoint, optimizer, step
 from moe_jax.training.state import TrainState
 
 V, B, T = 64, 8, 16
@@ -50,23 +51,56 @@ def train_step(config, accumulation_steps=1, out_shardings=None):
     return jax.jit(step.make_train_step(config, training, TX), out_shardings=out_shardings)
 
 
-def losses_of(one_step, state, num_steps=3):
+def losses_of(one_step, state, start=0):
     values = []
-    for i in range(num_steps):
+    for i in range(start, 3):
         state, metrics = one_step(state, batch_of(i))
         values.append((metrics.loss, metrics.router.load_balancing_loss, metrics.gradient_norm))
     return np.array(values)
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "data"])
-def test_eight_devices_give_the_losses_of_one(axis):
-    alone = losses_of(train_step(MOE), initial(MOE))
-    mesh = meshes.make({**dict.fromkeys(meshes.AXES, 1), axis: 8})
+def on_mesh(sizes, mode):
+    """The mesh, a step on it, and where its state lies."""
+    mesh = meshes.make(dict(zip(meshes.AXES, sizes, strict=False)))
     shardings = sharding.shardings(initial(MOE), mesh)
     with jax.set_mesh(mesh):
-        on_mesh = train_step.__wrapped__(MOE, out_shardings=(shardings, None))
+        config = dataclasses.replace(MOE, expert_parallel=mode)
+        return mesh, train_step.__wrapped__(config, out_shardings=(shardings, None)), shardings
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mode"),
+    [
+        ((1, 8, 1, 1), "fsdp"),
+        ((8, 1, 1, 1), "fsdp"),
+        ((1, 2, 2, 2), "all_to_all"),
+        *(
+            pytest.param(sizes, mode, marks=pytest.mark.long)
+            for sizes in ((2, 1, 4, 1), (1, 2, 2, 2), (1, 2, 2, 1, 2))
+            for mode in ("fsdp", "ring", "all_to_all")
+        ),
+    ],
+    ids=str,
+)
+def test_eight_devices_give_the_losses_of_one(sizes, mode):
+    alone = losses_of(train_step(MOE), initial(MOE))
+    mesh, one_step, shardings = on_mesh(sizes, mode)
+    with jax.set_mesh(mesh):
         state = jax.device_put(initial(MOE), shardings)
-        np.testing.assert_allclose(losses_of(on_mesh, state), alone, rtol=1e-5)
+        np.testing.assert_allclose(losses_of(one_step, state), alone, rtol=1e-5)
+
+
+@pytest.mark.long
+def test_a_checkpoint_of_one_mesh_goes_on_with_the_same_losses_on_another(tmp_path):
+    alone = losses_of(train_step(MOE), initial(MOE))
+    mesh, one_step, shardings = on_mesh((1, 2, 2, 2), "all_to_all")
+    with jax.set_mesh(mesh):
+        state, _ = one_step(jax.device_put(initial(MOE), shardings), batch_of(0))
+    checkpoint.save(tmp_path, 1, state, data={}, config={}, keep=1)
+    mesh, one_step, _ = on_mesh((2, 1, 4, 1), "ring")
+    restored = checkpoint.restore_latest(tmp_path, sharding.abstract(initial(MOE), mesh))
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(losses_of(one_step, restored.state, 1), alone[1:], rtol=1e-5)
 
 
 def test_accumulated_microbatches_equal_one_batch():
