@@ -18,7 +18,7 @@ CHOICES = {
     ),
     "dispatch": ("dropless", "capacity", "merge"),
     "token_priority": ("position", "random"),
-    "expert_parallel": ("fsdp", "ring", "all_to_all"),
+    "expert_parallel": ("auto", "fsdp", "ring", "all_to_all"),
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "full", "save_experts", "save_dots", "offload_experts", "offload_dots"),
 }
@@ -94,7 +94,7 @@ class ModelConfig:
     # How it is computed rather than what it is.
     dtype: str = "float32"
     remat: str = "full"
-    expert_parallel: str = "fsdp"  # parallel/expert_parallel.py has what each moves
+    expert_parallel: str = "auto"  # parallel/expert_parallel.py has the modes and what each moves
     grouped_matmul: str = "auto"  # or a name that scripts/doctor.py lists; so attention
     attention: str = "auto"
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moe_jax.model import layers, merging, remat, router
 from moe_jax.model.config import ModelConfig
-from moe_jax.parallel import expert_parallel, naming, sharding
+from moe_jax.parallel import exchange_cost, expert_parallel, naming, sharding
 
 
 def shapes(config: ModelConfig) -> dict:
@@ -54,13 +54,14 @@ def moe(
         return of_device(x_BTD, params, valid_BT, key, config=alone, return_routing=return_routing)
     if config.dispatch == "merge" and jax.sharding.get_abstract_mesh().shape["edp"] > 1:
         raise ValueError("dispatch='merge' averages all experts; set config.mesh.edp=1")
+    num_tokens = valid_BT.size // sharding.batch_shards(jax.sharding.get_abstract_mesh())
+    mode = exchange_cost.choose(config, num_tokens)
+    config = dataclasses.replace(config, expert_parallel=mode)
     local = functools.partial(of_device, config=config, return_routing=return_routing)
     specs = sharding.layer_specs(params, "moe")
 
     def gathered(x_BTD, params, valid_BT, key):
-        gather = functools.partial(
-            sharding.all_gather, keep=expert_parallel.KEPT[config.expert_parallel]
-        )
+        gather = functools.partial(sharding.all_gather, keep=expert_parallel.KEPT[mode])
         params = _bias_once(jax.tree.map(gather, params, specs))
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(sharding.BATCH_AXES))

@@ -15,6 +15,7 @@ from moe_jax import model
 from moe_jax.model import moe
 from moe_jax.parallel import expert_parallel, hlo
 from moe_jax.parallel import mesh as meshes
+from moe_jax.training import losses
 
 B, T, D, E, A = 8, 16, 16, 8, 2
 CONFIG = model.ModelConfig(
@@ -57,12 +58,19 @@ def inputs(config):
     }
 
 
+def balance(stats):
+    """The balance loss of the whole batch, and so of all shards together."""
+    of_layers = losses.pooled(jax.tree.map(lambda x: x[None], stats))
+    how = {"scope": "layer", "divide_by_k": False, "form": "switch"}
+    return losses.load_balancing(of_layers, num_experts_per_tok=A, **how).mean()
+
+
 def layer(config, key=None):
     @jax.jit
     def value_and_gradients(x_BTD, params):
         def loss(x_BTD, params):
             y_BTD, stats = moe.moe(x_BTD, params, VALID_BT, config, key=key)
-            return jnp.sum(jnp.sin(y_BTD) * VALID_BT[..., None]), (y_BTD, stats)
+            return jnp.sum(jnp.sin(y_BTD) * VALID_BT[..., None]) + balance(stats), (y_BTD, stats)
 
         (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x_BTD, params)
         return *out, gradients
@@ -109,14 +117,12 @@ DEFAULT = {
 def test_value_gradients_and_loads_are_those_of_one_device(config, mesh, mode):
     params, xs = inputs(config)
     assert alone(CONFIG)["to two experts"][1].tokens_per_expert_E[0, [2, 5]].sum() == A * 93
-    config = dataclasses.replace(config, expert_parallel=mode)
+    one_device = alone(config)
     with jax.set_mesh(mesh_of(mesh)):
-        on_mesh = layer(config)
+        on_mesh = layer(dataclasses.replace(config, expert_parallel=mode))
         for name, x_BTD in xs.items():
             y_BTD, stats, gradients = on_mesh(x_BTD, params)
-            want_BTD, want_stats, want = alone(dataclasses.replace(config, expert_parallel="fsdp"))[
-                name
-            ]
+            want_BTD, want_stats, want = one_device[name]
             close(y_BTD[VALID_BT], want_BTD[VALID_BT])
             close(gradients, want)
             np.testing.assert_array_equal(

@@ -1,0 +1,68 @@
+"""Which way of `expert_parallel.py` sends the least, by what each sends for one layer."""
+
+import functools
+import math
+import sys
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.model import layers
+from moe_jax.model.config import ModelConfig
+from moe_jax.ops import implementations
+
+
+def choose(config: ModelConfig, num_tokens: int) -> str:
+    """`config.expert_parallel`, or for "auto" the mode that sends least; said once on stderr.
+
+    Args: num_tokens: of one device. A mesh must be set.
+    """
+    if config.expert_parallel != "auto":
+        return config.expert_parallel
+    mesh = jax.sharding.get_abstract_mesh()
+    here = implementations.platform()
+    sent = bytes_sent(config, mesh.shape, num_tokens, here)
+    mode = min(sent, key=sent.__getitem__)
+    if mesh.shape["expert"] > 1:
+        shown = ", ".join(f"{name} {size / 1e6:,.3g}" for name, size in sent.items())
+        _say_once(
+            f"expert_parallel: {mode} over expert={mesh.shape['expert']} on {here} "
+            f"(MB a layer and device: {shown})"
+        )
+    return mode
+
+
+def bytes_sent(
+    config: ModelConfig, mesh: Mapping[str, int], num_tokens: int, platform: str
+) -> dict[str, float]:
+    """What passes a device's links along the expert axis in one layer's forward pass, by mode.
+
+    The backward pass sends as much again in each, and a recomputed layer once more. Tokens are
+    taken to go to all devices alike. TPUs of an axis are taken for a ring: what goes to a device
+    further on passes others, X/4 links on the mean; elsewhere a switch connects all. The weights
+    are those gathered, all of a device's place along edp, cut along tensor.
+
+    Args: num_tokens: of one device.
+    """
+    X, T, A = mesh["expert"], mesh["tensor"], config.num_experts_per_tok
+    size = jnp.dtype(config.dtype).itemsize
+    others = (X - 1) / X
+    weights = sum(map(math.prod, layers.ffn_shapes(config, config.expert_size).values()))
+    experts = config.num_experts / mesh["edp"] * weights / T * jnp.dtype("float32").itemsize
+    tokens = num_tokens * config.hidden_size * size
+    chosen = tokens * A / mesh["edp"]  # of the experts along edp each device serves its own
+    hops = max(others, X / 4) if platform == "tpu" else others
+    sent = {"fsdp": experts * others}
+    if config.dispatch == "dropless":
+        sent["ring"] = 2 * tokens * (X - 1)
+        # CPUs have no ragged exchange: everything goes everywhere.
+        sent["all_to_all"] = 2 * (tokens * A * (X - 1) if platform == "cpu" else chosen * hops)
+    elif config.dispatch == "capacity":
+        sent["all_to_all"] = 2 * chosen * config.capacity_factor * hops
+    return sent
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
