@@ -5,6 +5,7 @@ On a CPU the ragged exchange is emulated, by the same offsets and sizes.
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -185,3 +186,25 @@ def test_offsets_of_a_ragged_exchange_by_hand():
     exchange = expert_parallel.Exchange.over(jnp.array([[2, 1], [0, 3]]), 0)
     np.testing.assert_array_equal(exchange.input_offsets_XY, [[0, 2], [0, 0]])
     np.testing.assert_array_equal(exchange.output_offsets_XY, [[0, 0], [2, 1]])
+
+
+def test_weights_are_rounded_before_they_are_gathered():
+    """The value is that of one device, where each product rounds them. A gradient is the sum of
+    eight parts, each rounded to the 8 bits of bfloat16, and so are the sums."""
+    params, xs = inputs(CONFIG)
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", expert_parallel="fsdp")
+    x_BTD = xs["even"].astype(jnp.bfloat16)
+    want_BTD, _, (_, want) = layer(config)(x_BTD, params)
+    with jax.set_mesh(mesh_of("fsdp=8")):
+        on_mesh = layer(config)
+        y_BTD, _, (_, got) = on_mesh(x_BTD, params)
+        text = on_mesh.lower(x_BTD, params).as_text()  # XLA on CPU sends 4 bytes all the same
+    valid = np.asarray(VALID_BT)
+    np.testing.assert_array_equal(np.asarray(y_BTD)[valid], np.asarray(want_BTD)[valid])
+    results = re.findall(r"stablehlo\.all_gather.*-> tensor<(\w+)>", text)
+    of_weights = [x for x in results if x[:-4] in (f"{E}x{D}x24x", f"{E}x24x{D}x")]
+    assert len(of_weights) >= 3 and all(x.endswith("bf16") for x in of_weights)
+    for name, w in got["experts"].items():
+        assert w.dtype == jnp.float32
+        error = jnp.linalg.norm(w - want["experts"][name]) / jnp.linalg.norm(want["experts"][name])
+        assert error < 4 * 2**-8
