@@ -2,10 +2,10 @@
 
 Short on purpose: what is the compiler's default already has no row, and a TPU flag is here only if
 it changes what the compiler makes of a gather, an exchange and a scatter between products. That was
-looked at in programs compiled for four chips (libtpu 0.0.42), not timed on them: the reasons say
+looked at in programs compiled for the five chips (libtpu 0.0.42), not timed on them: the reasons say
 who timed what. Left out for that: `xla_tpu_enable_async_collective_fusion` and its `fuse_…` flags
-(no change), SparseCore offload on v6e (15% more memory for unmeasured speed; tpu7x does it unasked),
-`xla_tpu_enable_data_parallel_all_reduce_opt` (for several slices).
+(no change), SparseCore offload on v6e (16% more memory for unmeasured speed; tpu7x does so by
+default), `xla_tpu_enable_data_parallel_all_reduce_opt` (for several slices).
 
 Sources: openxla/xla docs/flags_guidance.md (defaults, meanings); MaxText
 benchmarks/xla_flags_library.py (limits of VMEM); NVIDIA JAX-Toolbox, "Tips for High-Performance
@@ -69,7 +69,7 @@ GPU = (
     Flag(
         "xla_gpu_all_gather_combine_threshold_bytes",
         "1073741824",
-        "fsdp gathers all leaves of a layer in one collective instead of ten small ones",
+        "fsdp gathers all leaves of a layer in one collective instead of one each",
     ),
     Flag(
         "xla_gpu_reduce_scatter_combine_threshold_bytes",
@@ -84,7 +84,7 @@ GPU = (
     Flag(
         "xla_gpu_enable_triton_gemm",
         "false",
-        "cuBLAS for the dense products; XLA's own Triton ones cost minutes of autotuning at start",
+        "cuBLAS for the dense products, as NVIDIA's own JAX recipes for language models set it",
     ),
 )
 
