@@ -18,7 +18,10 @@
 #   --spot      cheap, and taken away at any time
 #   --runtime   the image, if not the usual one for JAX on that chip
 #   --worker    whose log (0)
-#   --dry_run   prints the commands, as a shell would take them, and runs none
+#   --dry_run   prints the commands, as a shell would take them, and runs none; those of resume as
+#               for a VM that was preempted
+#
+# For more than one worker gcloud wants its key in your agent: ssh-add ~/.ssh/google_compute_engine
 #
 # A run lives in its --workdir, and the VM's disks go with the VM. So --workdir is an absolute path
 # of a disk that outlives it and that all workers see: a Filestore share, or a bucket mounted with
@@ -168,15 +171,23 @@ create() {
     wait_for
 }
 
-setup() {
-    local archive
-    archive=$(mktemp -d)/moe_jax.tar.gz
-    # What git does not ignore, committed or not.
+# The files that git does not ignore, committed or not.
+pack() {
+    local file
+    mkdir -p "$(dirname "$1")"
     git ls-files -z --cached --others --exclude-standard |
-        tar --create --gzip --null --files-from=- --file="$archive"
+        while IFS= read -r -d '' file; do
+            [ ! -e "$file" ] || printf '%s\0' "$file"
+        done |
+        COPYFILE_DISABLE=1 tar -czf "$1" --null -T -
+}
+
+setup() {
+    local archive=runs/$name.tar.gz
+    [ -n "$dry_run" ] || pack "$archive"
     run_or_print gcloud compute tpus tpu-vm scp "$archive" "$name:moe_jax.tar.gz" "${place[@]}" \
         --worker=all
-    rm -r "$(dirname "$archive")"
+    rm -f "$archive"
     run_or_print gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all \
         --command="mkdir -p moe_jax && tar -xzf moe_jax.tar.gz -C moe_jax"
     on all setup

@@ -19,9 +19,9 @@ setup() {
     # The images are Ubuntu 22.04, whose Python is 3.10.
     local python=python3
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        python=.venv/3.12/bin/python
         python3 -m pip install --quiet --user uv
-        python3 -m uv python install 3.12
-        python=$(python3 -m uv python find --system 3.12)
+        [ -x $python ] || python3 -m uv venv --quiet --seed --python 3.12 .venv/3.12
     fi
     # shellcheck source=scripts/venv.sh
     source scripts/venv.sh
@@ -48,10 +48,10 @@ start() {
     export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu}
     flags=$(python scripts/xla_flags.py "$chip")
     eval "$flags"
+    # `stop` signals both the shell and its train.py; the shell stays to write the status.
     # shellcheck disable=SC2016
-    setsid nohup bash -c 'trap "" TERM
-        (trap - TERM; exec python scripts/train.py "$@")
-        echo $? >'$record/status train "$@" >>$record/train.log 2>&1 </dev/null &
+    setsid nohup bash -c 'trap : TERM; python scripts/train.py "$@"; echo $? >"$0"' \
+        $record/status "$@" >>$record/train.log 2>&1 </dev/null &
     echo $! >$record/pid
     echo "started, pid $!"
 }
@@ -68,8 +68,14 @@ status() {
     fi
 }
 
-# The group: the shell, which ignores it and writes the status, and its train.py.
-stop() { running && kill -TERM -- "-$(cat $record/pid)"; }
+stop() {
+    if running; then
+        kill -TERM -- "-$(cat $record/pid)"
+        echo "saving"
+    else
+        status
+    fi
+}
 
 log() { exec tail -n 200 -F $record/train.log; }
 
