@@ -2,7 +2,7 @@
 
 Short on purpose: what is the compiler's default already has no row, and a TPU flag is here only if
 it changes what the compiler makes of a gather, an exchange and a scatter between products. That was
-looked at in programs compiled for the five chips (libtpu 0.0.42), not timed on them: the reasons say
+looked at in compiled programs (libtpu 0.0.42), not timed on the chips: the reasons say
 who timed what. Left out for that: `xla_tpu_enable_async_collective_fusion` and its `fuse_…` flags
 (no change), SparseCore offload on v6e (16% more memory for unmeasured speed; tpu7x does so by
 default), `xla_tpu_enable_data_parallel_all_reduce_opt` (for several slices).
