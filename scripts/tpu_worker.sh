@@ -13,7 +13,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 record=runs/tpu
 
-running() { [ -f $record/pid ] && kill -0 "$(cat $record/pid)" 2>/dev/null; }
+# By its command too: after a reboot the number may be another program's.
+running() {
+    [ -f $record/pid ] &&
+        [[ $(ps -o args= -p "$(cat $record/pid)" 2>/dev/null) == *scripts/train.py* ]]
+}
 
 setup() {
     # The images are Ubuntu 22.04, whose Python is 3.10.
