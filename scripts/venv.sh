@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced: `activate_venv FILE` makes a virtual environment for $PYTHON with the requirements of FILE
 # and moe_jax itself, unless it is there already, and activates it.
 
