@@ -1,0 +1,68 @@
+"""Compiles a config's train step for devices that this machine does not have, and reads it.
+
+Examples:
+  python scripts/dryrun.py --config=configs/mixtral/8x7b.py --topology=v5p:2x2x4
+  python scripts/dryrun.py --config=configs/mixtral/8x7b.py:32 --topology="2*v5p:2x2x4" --json
+  python scripts/dryrun.py --config=configs/quickstart.py --topology=cpu:8
+
+Prints, for one device and one step: memory against the chip's, and whether it fits; FLOPs of the
+products beside those due; bytes and number of the collectives by axes of the mesh ("slices":
+between slices); the least time by products, memory (HBM) and networks (ICI, DCN). roofline_seconds
+is the slowest of these four, as if they overlapped perfectly; the MFU it bounds is model FLOPs.
+
+Chips are v4, v5e, v5p, v6e and tpu7x, sides as in the pages of Google Cloud. It needs no TPU but
+its compiler, libtpu: pip install 'jax[tpu]==' and the version of jax that is installed. Fake CPU
+devices, cpu:8, need nothing and have memory and collectives only. Data and parents are not read.
+"""
+
+import argparse
+import json
+
+from moe_jax import chips, command_line, dryrun
+from moe_jax import config as configs
+from moe_jax.parallel import topologies
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.usage = "%(prog)s --config=FILE --topology=CHIP:SHAPE [--config.SECTION.KEY=VALUE ...]"
+    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="of the run")
+    parser.add_argument(
+        "--topology", metavar="CHIP:SHAPE", required=True, help="v5p:2x2x4; two: 2*v5p:2x2x4; cpu:8"
+    )
+    parser.add_argument(
+        "--hbm_limit", metavar="GB", type=float, help="of a device, instead of the chip's"
+    )
+    parser.add_argument("--json", action="store_true", help="print an object, no tables")
+    parser.add_argument(
+        "--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key"
+    )
+    arguments, overrides = parser.parse_known_args()
+    try:
+        report = run(arguments, overrides)
+    except (configs.ConfigError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        parser.exit(130, "dryrun.py: interrupted\n")
+    if arguments.json:
+        print(json.dumps(dryrun.as_json(report), indent=1))
+    else:
+        print(dryrun.text(report), dryrun.collectives_text(report), sep="\n")
+        print(f"  compiled in {report.compile_seconds:.0f} s")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> dryrun.Report:
+    config = configs.parse([f"--config={arguments.config}", *overrides])
+    topology = chips.topology(arguments.topology)
+    limit = arguments.hbm_limit
+    return dryrun.run(
+        config,
+        topology,
+        topologies.devices(topology),
+        name=arguments.config,
+        hbm_limit=None if limit is None else int(limit * 1e9),
+    )
+
+
+if __name__ == "__main__":
+    main()
