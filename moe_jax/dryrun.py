@@ -26,7 +26,7 @@ _NEEDED = re.compile(r"(?:Used|required for [\w ]+) \(?([\d.]+)([KMGT])")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """Of one device and one step. What only a compiled step tells is None where compilation ended
-    for want of memory; what needs a chip's figures is None for CPUs."""
+    for want of memory, or never began; what needs a chip's figures is None for CPUs."""
 
     config: str
     topology: str
@@ -47,7 +47,7 @@ class Report:
     roofline: rooflines.Seconds | None = None
     roofline_seconds: float | None = None
     mfu_bound: float | None = None
-    compile_seconds: float
+    compile_seconds: float = 0.0  # with lowering; 0 where the state alone does not fit
 
 
 def run(
@@ -69,11 +69,9 @@ def run(
         raise configs.ConfigError(
             "a dry run has no teacher; set config.training.distillation.coefficient=0"
         )
-    began = time.perf_counter()
     try:
         mesh = meshes.make(config.mesh.to_dict(), devices)
         arguments = ahead.state_bytes(ahead.abstract_state(config, mesh))
-        lowered = ahead.lower(config, mesh)
     except ValueError as error:
         raise configs.ConfigError(" ".join(str(error).split())) from error
     chip = topology.facts
@@ -88,9 +86,14 @@ def run(
         "hbm_limit_bytes": limit,
         **_due(config, mesh),
     }
+    if limit is not None and arguments > limit:  # before minutes of compiling
+        return Report(**facts, fits=False, hbm_peak_bytes=arguments, argument_bytes=arguments)
     print(f"compiling for {topology.name} ...", file=sys.stderr, flush=True)
+    began = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = ahead.lower(config, mesh).compile()
+    except ValueError as error:
+        raise configs.ConfigError(" ".join(str(error).split())) from error
     except jax.errors.JaxRuntimeError as error:
         return Report(
             **facts,
@@ -101,6 +104,8 @@ def run(
         )
     compile_seconds = time.perf_counter() - began
     memory, text = hlo.memory(compiled), compiled.as_text()
+    # The peak of a CPU leaves out the temporaries.
+    peak = memory.peak if chip else memory.arguments + memory.temporaries
     within = dict(zip(mesh.axis_names, meshes.first_slice(mesh).shape, strict=True))
     read = {
         "step_flops": hlo.product_flops(text, kernels=ahead.kernel_flops(config, mesh)),
@@ -111,8 +116,8 @@ def run(
         **facts,
         **read,
         **_times(topology, mesh, facts["model_flops"], read),
-        fits=None if limit is None else memory.peak <= limit,
-        hbm_peak_bytes=memory.peak,
+        fits=None if limit is None else peak <= limit,
+        hbm_peak_bytes=peak,
         argument_bytes=memory.arguments,
         temporary_bytes=memory.temporaries,
         compile_seconds=compile_seconds,
@@ -187,21 +192,25 @@ def text(report: Report) -> str:
 
 
 def collectives_text(report: Report) -> str:
-    rows = [f"  {'collectives':20} {'along':22} {'times':>7} {'GB':>10}"]
+    rows = [f"  {'collectives':20} {'along':22} {'times':>7} {'bytes':>10}"]
     rows += [
-        f"  {c.operation:20} {', '.join(c.axes):22} {c.count:7,} {c.bytes / 1e9:10.3f}"
+        f"  {c.operation:20} {', '.join(c.axes):22} {c.count:7,} {size(c.bytes):>10}"
         for c in report.collectives or ()
     ]
     return "\n".join(rows)
 
 
+def size(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
+
+
 def _memory(report: Report) -> str:
     verdict = {True: "fits", False: "does not fit", None: "no limit known"}[report.fits]
-    of_limit = f" of {report.hbm_limit_bytes / 1e9:.2f}" if report.hbm_limit_bytes else ""
-    parts = f"arguments {report.argument_bytes / 1e9:.2f}"
+    of_limit = f" of {size(report.hbm_limit_bytes)}" if report.hbm_limit_bytes else ""
+    parts = f"arguments {size(report.argument_bytes)}"
     if report.temporary_bytes is not None:
-        parts += f", temporaries {report.temporary_bytes / 1e9:.2f}"
-    return f"{report.hbm_peak_bytes / 1e9:.2f}{of_limit} GB ({parts}): {verdict}"
+        parts += f", temporaries {size(report.temporary_bytes)}"
+    return f"{size(report.hbm_peak_bytes)}{of_limit} ({parts}): {verdict}"
 
 
 def _rounded(seconds: float) -> str:

@@ -3,6 +3,7 @@
 Examples:
   python scripts/dryrun.py --config=configs/mixtral/8x7b.py --topology=v5p:2x2x4
   python scripts/dryrun.py --config=configs/mixtral/8x7b.py:32 --topology="2*v5p:2x2x4" --json
+  python scripts/dryrun.py --config=configs/olmoe/1b_7b.py --topology=v5p:2x2x2 --search
   python scripts/dryrun.py --config=configs/quickstart.py --topology=cpu:8
 
 Prints, for one device and one step: memory against the chip's, and whether it fits; FLOPs of the
@@ -13,12 +14,17 @@ is the slowest of these four, as if they overlapped perfectly; the MFU it bounds
 Chips are v4, v5e, v5p, v6e and tpu7x, sides as in the pages of Google Cloud. It needs no TPU but
 its compiler, libtpu: pip install 'jax[tpu]==' and the version of jax that is installed. Fake CPU
 devices, cpu:8, need nothing and have memory and collectives only. Data and parents are not read.
+
+--search compiles many times: it tries remat policies on the config's mesh, then other meshes, each
+with the fewest microbatches that fit, and prints the fastest that fits; what it tries on stderr.
 """
 
 import argparse
+import functools
 import json
+import sys
 
-from moe_jax import chips, command_line, dryrun
+from moe_jax import chips, command_line, dryrun, dryrun_search
 from moe_jax import config as configs
 from moe_jax.parallel import topologies
 
@@ -32,6 +38,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--hbm_limit", metavar="GB", type=float, help="of a device, instead of the chip's"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="try remat policies, microbatches and meshes"
     )
     parser.add_argument("--json", action="store_true", help="print an object, no tables")
     parser.add_argument(
@@ -54,14 +63,28 @@ def main() -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> dryrun.Report:
     config = configs.parse([f"--config={arguments.config}", *overrides])
     topology = chips.topology(arguments.topology)
-    limit = arguments.hbm_limit
-    return dryrun.run(
-        config,
-        topology,
-        topologies.devices(topology),
+    limit = None if arguments.hbm_limit is None else int(arguments.hbm_limit * 1e9)
+    devices = topologies.devices(topology)
+    trial = functools.partial(
+        dryrun.run,
+        topology=topology,
+        devices=devices,
         name=arguments.config,
-        hbm_limit=None if limit is None else int(limit * 1e9),
+        hbm_limit=limit,
     )
+    if not arguments.search:
+        return trial(config)
+    if topology.facts is None and limit is None:
+        raise ValueError(f"--search needs to know what fits {topology.name}; add --hbm_limit=GB")
+    tried = []
+    print(dryrun_search.HEADER, file=sys.stderr)
+    for report in dryrun_search.search(config, len(devices), trial):
+        tried.append(report)
+        print(dryrun_search.line(report), file=sys.stderr, flush=True)
+    best = dryrun_search.best(tried)
+    if best is None:
+        raise ValueError(f"nothing of {len(tried)} tried fits {topology.name}; use more chips")
+    return best
 
 
 if __name__ == "__main__":
