@@ -24,6 +24,8 @@ import functools
 import json
 import sys
 
+import jax
+
 from moe_jax import chips, command_line, dryrun, dryrun_search
 from moe_jax import config as configs
 from moe_jax.parallel import topologies
@@ -47,6 +49,7 @@ def main() -> None:
         "--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key"
     )
     arguments, overrides = parser.parse_known_args()
+    jax.config.update("jax_platforms", "cpu")  # what is compiled for is not looked for here
     try:
         report = run(arguments, overrides)
     except (configs.ConfigError, ValueError) as error:

@@ -1,5 +1,6 @@
 """Devices to compile for that this machine does not have."""
 
+import fnmatch
 import importlib.metadata
 import os
 import pathlib
@@ -55,7 +56,6 @@ def devices(topology: chips.Topology) -> list[jax.Device]:
 
 def _fake(number: int) -> list[jax.Device]:
     try:
-        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", number)
     except RuntimeError:  # they are in use already, as many as they are
         pass
@@ -73,15 +73,18 @@ def check_libtpu() -> None:
 
     Raises: ValueError.
     """
-    jax_version = importlib.metadata.version("jax")
-    pins = (r.split(";")[0].strip() for r in importlib.metadata.requires("jax"))
-    wanted = next(r.removeprefix("libtpu==") for r in pins if r.startswith("libtpu=="))
-    fix = f"pip install 'jax[tpu]=={jax_version}'"
-    found = libtpu_version()
+    version, own, found = importlib.metadata.version("jax"), own_libtpu(), libtpu_version()
+    fix = f"pip install 'jax[tpu]=={version}'"
     if found is None:
         raise ValueError(f"libtpu, the compiler of TPUs, is not installed; {fix}")
-    if f"{found}.".find(wanted.removesuffix("*").rstrip(".") + ".") != 0:
-        raise ValueError(f"libtpu {found} is not jax {jax_version}'s own, {wanted}; {fix}")
+    if not fnmatch.fnmatchcase(found, own):
+        raise ValueError(f"libtpu {found} is not jax {version}'s own, {own}; {fix}")
+
+
+def own_libtpu() -> str:
+    """The version that the installed jax pins; it may end in ".*"."""
+    pins = (pin.split(";")[0].strip() for pin in importlib.metadata.requires("jax"))
+    return next(pin.removeprefix("libtpu==") for pin in pins if pin.startswith("libtpu=="))
 
 
 def libtpu_version() -> str | None:
