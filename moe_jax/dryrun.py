@@ -173,7 +173,7 @@ def text(report: Report) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1)
     lines = [
         f"{report.topology}: {report.devices} devices, {mesh or 'no mesh'}, "
-        f"{report.microbatches} microbatch(es), remat {report.remat}",
+        f"microbatches {report.microbatches}, remat {report.remat}",
         f"  memory   {_memory(report)}",
     ]
     if report.step_flops is not None:

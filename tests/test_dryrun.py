@@ -39,8 +39,8 @@ def tiny(tmp_path_factory):
     return path
 
 
-def dry_run(config, name, **options):
-    topology = chips.topology(name)
+def dry_run(config, where, **options):
+    topology = chips.topology(where)
     return dryrun.run(config, topology, topologies.devices(topology), **options)
 
 
