@@ -14,7 +14,7 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    device_kind: str  # how jax names it
+    device_kind: str  # how jax's name of it begins: look for "TPU v5 lite" before "TPU v5"
     hbm_bytes: int
     flops: float  # bfloat16 products, FLOP/s
     hbm_bandwidth: float  # bytes/s

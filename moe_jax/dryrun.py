@@ -20,7 +20,11 @@ from moe_jax.parallel import mesh as meshes
 from moe_jax.training import ahead, flops
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_NEEDED = re.compile(r"(?:Used|required for [\w ]+) \(?([\d.]+)([KMGT])")
+# The compiler's words for a program that does not fit; the total is that of arguments too.
+_WANTED = (
+    re.compile(r"total memory required for [\w ]+ \(([\d.]+)([KMGT])\) exceeds available HBM"),
+    re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,7 @@ def run(
         return Report(
             **facts,
             fits=False,
-            hbm_peak_bytes=_bytes_wanted(error),
+            hbm_peak_bytes=bytes_wanted(str(error)),
             argument_bytes=arguments,
             compile_seconds=time.perf_counter() - began,
         )
@@ -153,15 +157,15 @@ def _times(topology: chips.Topology, mesh: jax.sharding.Mesh, model_flops: float
     }
 
 
-def _bytes_wanted(error: Exception) -> int:
+def bytes_wanted(complaint: str) -> int:
     """What the compiler says that a program needs which does not fit.
 
-    Raises: the error, if it is another.
+    Raises: ConfigError, if it complains of something else.
     """
-    found = _NEEDED.search(str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or not found:
-        raise error
-    return int(float(found[1]) * _UNITS[found[2]])
+    for pattern in _WANTED:
+        if found := pattern.search(complaint):
+            return int(float(found[1]) * _UNITS[found[2]])
+    raise configs.ConfigError(f"the compiler cannot make this step: {complaint.splitlines()[0]}")
 
 
 def as_json(report: Report) -> dict:
@@ -192,12 +196,15 @@ def text(report: Report) -> str:
 
 
 def collectives_text(report: Report) -> str:
-    rows = [f"  {'collectives':20} {'along':22} {'times':>7} {'bytes':>10}"]
+    """The collectives of a step that was compiled, else nothing."""
+    if report.collectives is None:
+        return ""
+    rows = [f"  {'collectives':20} {'along':22} {'times':>7} {'bytes':>12}"]
     rows += [
-        f"  {c.operation:20} {', '.join(c.axes):22} {c.count:7,} {size(c.bytes):>10}"
-        for c in report.collectives or ()
+        f"  {c.operation:20} {', '.join(c.axes):22} {c.count:7,} {size(c.bytes):>12}"
+        for c in report.collectives
     ]
-    return "\n".join(rows)
+    return "\n".join([*rows, f"  compiled in {report.compile_seconds:.0f} s"])
 
 
 def size(number: int) -> str:

@@ -22,6 +22,7 @@ with the fewest microbatches that fit, and prints the fastest that fits; what it
 import argparse
 import functools
 import json
+import math
 import sys
 
 import jax
@@ -59,11 +60,12 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(dryrun.as_json(report), indent=1))
     else:
-        print(dryrun.text(report), dryrun.collectives_text(report), sep="\n")
-        print(f"  compiled in {report.compile_seconds:.0f} s")
+        print("\n".join(filter(None, (dryrun.text(report), dryrun.collectives_text(report)))))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> dryrun.Report:
+    if arguments.hbm_limit is not None and not 0 < arguments.hbm_limit < math.inf:
+        raise ValueError(f"--hbm_limit={arguments.hbm_limit} must be a number of GB more than 0")
     config = configs.parse([f"--config={arguments.config}", *overrides])
     topology = chips.topology(arguments.topology)
     limit = None if arguments.hbm_limit is None else int(arguments.hbm_limit * 1e9)

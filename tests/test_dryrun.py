@@ -87,7 +87,28 @@ def test_a_state_larger_than_the_limit_is_known_before_compiling(tiny, monkeypat
     monkeypatch.setattr(jax.stages.Lowered, "compile", None)
     report = dry_run(configs.load(str(tiny)), "cpu:8", hbm_limit=1000)
     assert (report.fits, report.step_flops) == (False, None)
-    assert "does not fit" in dryrun.text(report)
+    assert "does not fit" in dryrun.text(report) and not dryrun.collectives_text(report)
+
+
+@pytest.mark.parametrize(
+    ("complaint", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (97.88G) exceeds available HBM (95.74G).",
+            97.88,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory. Used 33.27G of 30.75G hbm. Exceeded by", 33.27),
+    ],
+)
+def test_what_a_step_that_does_not_fit_needs_is_read_from_the_compilers_words(complaint, gib):
+    assert dryrun.bytes_wanted(complaint) == int(gib * 2**30)
+
+
+def test_a_failure_of_the_compiler_for_another_reason_is_no_lack_of_memory():
+    vmem = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20M of 16M vmem."
+    with pytest.raises(configs.ConfigError, match="the compiler cannot make this step: RES.* vmem"):
+        dryrun.bytes_wanted(vmem)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +119,7 @@ def test_a_state_larger_than_the_limit_is_known_before_compiling(tiny, monkeypat
         (["--topology=cpu:8", "--config.mesh.fsdp=3"], "config.mesh .* does not fit 8 device"),
         (["--topology=cpu:8", "--config.model.num_heads=3"], "unknown key"),
         (["--topology=cpu:8", "--search"], "--search needs to know what fits cpu:8; add"),
+        (["--topology=cpu:8", "--hbm_limit=0"], "--hbm_limit=0.0 must be a number of GB more"),
         (["--topology=cpu:9"], "jax has only 8 CPU device"),
         (["--topology=v5p:2x2x1"], r"libtpu 0.0.1 is not jax .*; pip install 'jax\[tpu\]=="),
     ],

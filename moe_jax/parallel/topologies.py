@@ -10,8 +10,8 @@ from jax.experimental import topologies
 
 from moe_jax import chips
 
-# Read when libtpu is loaded: do not ask a cloud's metadata server, be quiet, and let other
-# processes load it too, for no TPU is used.
+# Read when libtpu is loaded: do not ask a cloud's metadata server what and where this machine is,
+# do not warn, and let other processes load it too, for no TPU is used.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_MIN_LOG_LEVEL": "3",
