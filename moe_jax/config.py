@@ -388,23 +388,12 @@ def validate_environment(config: ConfigDict, num_devices: int) -> None:
 
     Raises: ConfigError, in one line that says what to change.
     """
+    validate_mesh(config, num_devices)
     try:
-        sizes = mesh.axis_sizes(config.mesh.to_dict(), num_devices)
         sources.check(config.data.source)
         tokenizer = tokenizers.load(config.data.tokenizer)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
-    shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    microbatch = config.training.batch_size // config.training.accumulation_steps
-    for key, size in (
-        ("training.batch_size (over accumulation_steps)", microbatch),
-        ("evaluation.batch_size", config.evaluation.batch_size),
-    ):
-        if size % shards:
-            raise ConfigError(
-                f"config.{key}={size} is not divisible by the {shards} batch shards of the mesh; "
-                f"use a multiple of {shards}"
-            )
     vocab_size = model_config(config).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
@@ -421,6 +410,28 @@ def validate_environment(config: ConfigDict, num_devices: int) -> None:
             raise ConfigError(
                 f"config.{key}={source!r} has no checkpoints; "
                 "give the workdir of a run that saved one, or a Hugging Face folder"
+            )
+
+
+def validate_mesh(config: ConfigDict, num_devices: int) -> None:
+    """Refuses a mesh that does not fit the devices, and batches that do not fit the mesh.
+
+    Raises: ConfigError, in one line that says what to change.
+    """
+    try:
+        sizes = mesh.axis_sizes(config.mesh.to_dict(), num_devices)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
+    shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    microbatch = config.training.batch_size // config.training.accumulation_steps
+    for key, size in (
+        ("training.batch_size (over accumulation_steps)", microbatch),
+        ("evaluation.batch_size", config.evaluation.batch_size),
+    ):
+        if size % shards:
+            raise ConfigError(
+                f"config.{key}={size} is not divisible by the {shards} batch shards of the mesh; "
+                f"use a multiple of {shards}"
             )
 
 

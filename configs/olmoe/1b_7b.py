@@ -9,6 +9,16 @@ is this one, with fresh optimizer moments where the paper keeps them. Not expres
 weights cut at 3 standard deviations, the filter of repeated n-grams, the paper's BPE tokenizer
 (use a SentencePiece model of at most 50,304 pieces). The balancing loss is taken over the global
 batch, in the paper per device. The text (OLMoE-mix) is not part of this repository.
+
+The smallest v5p slice there is trains it, as compiled ahead of time with jax 0.10.2:
+
+    python scripts/dryrun.py --config=configs/olmoe/1b_7b.py --topology=v5p:2x2x1 \\
+        --config.training.accumulation_steps=32
+
+    v5p:2x2x1: 4 devices, fsdp=4, microbatches 32, remat full
+      memory   46.77 GB of 102.80 GB (arguments 20.79 GB, temporaries 42.03 GB): fits
+      FLOPs    1.069e+16 = 1.000 x analytic, 1.294 x model
+      seconds  23.3 at least (compute 23.3, hbm 21.8, ici 6.52, dcn 0): MFU at most 77 %
 """
 
 from moe_jax import config as configs

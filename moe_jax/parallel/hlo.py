@@ -26,6 +26,9 @@ _ESTIMATE = re.compile(r'"cost_estimate":\{[^}]*?"flops":"(\d+)"')
 _WITHOUT_PRODUCTS = ("ragged-dot-metadata",)  # XLA's own: which rows a ragged dot's groups have
 _COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
 _COLLECTIVES |= {"ragged-all-to-all", "reduce-scatter"}
+_BETWEEN_SLICES = 'handler_name="xla_megascale_runtime"'
+_TRANSFER = re.compile(r'_megascale_transfer_type="(\w+)"')
+_RENDEZVOUS = re.compile(r'_transfer_rendezvous="([^"]+)"')
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 _GROUPS_IOTA = re.compile(rf"replica_groups=\[([\d,]+)\]<={_IOTA}")
@@ -124,12 +127,15 @@ def kernel_calls(text: str) -> dict[str, int]:
     return dict(sorted(count.items()))
 
 
+SLICES = ("slices",)  # the `axes` of what goes between slices of TPUs, over another network
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class Collective:
     """The collectives of one kind over one set of mesh axes, of one device in one step."""
 
     operation: str  # all-gather, all-reduce, all-to-all, collective-permute, …
-    axes: tuple[str, ...]  # in the mesh's order; ("?",) for groups that no axes of it make
+    axes: tuple[str, ...]  # in the mesh's order; ("?",) for groups that no axes make; or SLICES
     count: int
     bytes: int  # of the results; of a reduce-scatter, of what goes in
 
@@ -141,13 +147,26 @@ def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
     or all-reduce, what a device holds after an exchange, be it new to it or not, the whole output
     buffer of a ragged all-to-all; of a reduce-scatter those of the operand, the larger one. A
     collective is over the axes along which the members of a group differ, so never over an axis of
-    size 1; of a permutation, source and target are such members.
+    size 1; of a permutation, source and target are such members. The text of several slices is that
+    of one: a collective over all is one within each, and one between them whose axes are SLICES.
 
-    Args: axes: names and sizes of the mesh in its order; devices are numbered row by row.
+    Args: axes: names and sizes of the mesh, of one slice's part, in its order; devices are numbered
+      row by row.
     """
     module = hlo_text.Module(text)
+    sent = {
+        _RENDEZVOUS.search(i.rest)[1]: i.sizes[0]
+        for instructions in module.computations.values()
+        for i in instructions
+        if i.operation == "send" and _BETWEEN_SLICES in i.rest
+    }
 
     def own(computation, i):
+        if i.operation == "recv" and _BETWEEN_SLICES in i.rest:
+            operation = _TRANSFER.search(i.rest)[1].lower().replace("_", "-")
+            size = max(i.sizes[0], sent.get(_RENDEZVOUS.search(i.rest)[1], 0))
+            row = operation, SLICES
+            return {(row, "count"): 1, (row, "bytes"): size}
         operation = i.operation.removesuffix("-start")
         if operation not in _COLLECTIVES or _is_repeated(module, computation, i.name):
             return {}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
@@ -30,6 +30,7 @@ class Instruction:
     name: str
     shapes: tuple[tuple[int, ...], ...]  # of the result; several for a tuple
     sizes: tuple[int, ...]  # the bytes of each, without padding
+    resident: tuple[int, ...]  # of those the bytes in main memory: 0 elsewhere, as in TPU's VMEM
     operation: str
     rest: str  # operands and attributes
     root: bool
@@ -66,12 +67,13 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             entry = head[2] if head[1] else entry
         elif found := _INSTRUCTION.match(line):
             root, name, result, operation, rest = found.groups()
-            shapes, sizes = [], []
-            for element, dims in _SHAPE.findall(result):
+            shapes, sizes, resident = [], [], []
+            for element, dims, layout in _SHAPE.findall(result):
                 shapes.append(tuple(int(n) for n in dims.split(",") if n))
                 sizes.append(math.prod(shapes[-1]) * _bits(element) // 8)
-            shapes, sizes = tuple(shapes), tuple(sizes)
-            current.append(Instruction(name, shapes, sizes, operation, rest, bool(root)))
+                resident.append(0 if "S(" in layout else sizes[-1])
+            lists = map(tuple, (shapes, sizes, resident))
+            current.append(Instruction(name, *lists, operation, rest, bool(root)))
     return computations, entry
 
 

@@ -16,6 +16,8 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 
 AXES = ("data", "fsdp", "expert", "tensor", "edp")
 
@@ -45,11 +47,43 @@ def axis_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
 
 
 def make(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh over all devices, or over those given, `sizes` as `axis_sizes` takes them."""
+    """A mesh over all devices, or over those given, `sizes` as `axis_sizes` takes them.
+
+    Several slices of TPUs, between which the network is slow, lie along one axis: `data`, or `fsdp`
+    where data is 1.
+
+    Raises: ValueError where the sizes do not fit the devices, their slices or their torus.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(sizes, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+    try:
+        if slices == 1:
+            return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+        outer = "fsdp" if sizes["data"] == 1 else "data"
+        if sizes[outer] % slices:
+            raise ValueError(
+                f"mesh {outer}={sizes[outer]} is not divisible by the {slices} slices, which lie "
+                f"along it; use a multiple of {slices}"
+            )
+        between = {axis: slices if axis == outer else 1 for axis in AXES}
+        within = [sizes[axis] // between[axis] for axis in AXES]
+        grid = mesh_utils.create_hybrid_device_mesh(within, tuple(between.values()), devices)
+    except NotImplementedError:
+        shown = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(
+            f"mesh {shown} cannot be laid over the torus of {len(devices) // slices} chips; "
+            "use axes that are products of its sides"
+        ) from None
+    return jax.sharding.Mesh(grid, AXES, axis_types=auto)
+
+
+def first_slice(mesh: jax.sharding.Mesh) -> np.ndarray:
+    """The devices of one slice of TPUs, in the mesh's order: all of a mesh of one slice."""
+    slices = np.vectorize(lambda device: getattr(device, "slice_index", 0))(mesh.devices)
+    places = np.nonzero(slices == slices.flat[0])
+    return mesh.devices[np.ix_(*map(np.unique, places))]
 
 
 def one_device() -> jax.sharding.Mesh:

@@ -10,15 +10,13 @@ import time
 import jax
 import jax.numpy as jnp
 
+from moe_jax import chips
 from moe_jax.model.config import MOE, ModelConfig
 from moe_jax.ops import attention
 
-# Dense bfloat16 matrix-product peak of one chip, FLOP/s, from the vendors' data sheets.
+# Dense bfloat16 matrix-product peak of one device, FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
+    **{chip.device_kind: chip.flops for chip in chips.CHIPS.values()},
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,

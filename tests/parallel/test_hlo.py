@@ -317,6 +317,30 @@ def test_tpu_collectives_in_fusions_and_in_parts_are_counted_once():
     assert hlo.product_flops(TPU_COLLECTIVES) == 2 * 8 * 8 * 8
 
 
+BETWEEN_SLICES = """
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+ENTRY %main.0_spmd (x.1: f32[8,4]) -> f32[8,8] {
+  %x.1 = f32[8,4]{1,0} parameter(0)
+  %token.1 = token[] after-all()
+  %sum.1 = (f32[8,4]{1,0}, u32[], token[]) send(%x.1, %token.1), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="psum.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sum.2 = token[] send-done(%sum.1), channel_id=3, is_host_transfer=true
+  %sum.3 = (f32[8,4]{1,0}, u32[], token[]) recv(%sum.2), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="psum.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sum.4 = (f32[8,4]{1,0}, token[]) recv-done(%sum.3), channel_id=4, is_host_transfer=true
+  %sum.5 = f32[8,4]{1,0} get-tuple-element(%sum.4), index=0
+  ROOT %gather.1 = f32[8,8]{1,0} all-gather(%sum.5), channel_id=5, replica_groups={{0,1},{2,3}}, dimensions={1}
+}
+"""  # noqa: E501 - recorded of libtpu 0.0.42, and shortened
+
+
+def test_what_goes_between_slices_is_counted_once_and_apart():
+    """Of two slices of four devices: the text is one slice's, with one slice's groups."""
+    assert hlo.collectives(BETWEEN_SLICES, {"data": 2, "fsdp": 2}) == (
+        hlo.Collective("all-gather", ("fsdp",), 1, 8 * 8 * 4),
+        hlo.Collective("all-reduce", hlo.SLICES, 1, 8 * 4 * 4),
+    )
+
+
 def test_memory_is_that_of_arguments_results_and_what_is_donated():
     def step(state, x):
         return state + jnp.sin(x) @ x.T, x[0]

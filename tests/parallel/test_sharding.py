@@ -180,3 +180,35 @@ def test_a_mesh_is_set_while_the_function_runs_and_no_longer():
     inside = meshes.under(mesh, jax.sharding.get_abstract_mesh)()
     assert dict(inside.shape) == {**dict.fromkeys(meshes.AXES, 1), "fsdp": 8}
     assert jax.sharding.get_abstract_mesh().empty
+
+
+@dataclasses.dataclass(frozen=True)
+class SlicedDevice:
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    client = None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "within"),
+    [
+        ({"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}, (1, 2, 2, 1)),
+        ({"data": 1, "fsdp": 4, "expert": 2, "tensor": 1}, (1, 2, 2, 1)),
+        ({"data": 4, "fsdp": 1, "expert": 2, "tensor": 1}, (2, 1, 2, 1)),
+    ],
+)
+def test_slices_lie_along_data_or_else_along_fsdp(sizes, within):
+    """So that only gradients, or whole weights, go over the slow network."""
+    mesh = meshes.make(sizes, [SlicedDevice(i, i // 4) for i in range(8)])
+    assert dict(mesh.shape) == {**sizes, "edp": 1}
+    assert meshes.first_slice(mesh).shape == (*within, 1)
+    assert {device.slice_index for device in meshes.first_slice(mesh).flat} == {0}
+
+
+def test_an_axis_that_the_slices_do_not_divide_is_refused():
+    devices = [SlicedDevice(i, i // 2) for i in range(6)]
+    with pytest.raises(ValueError, match="fsdp=2 is not divisible by the 3 slices"):
+        meshes.make({"data": 1, "fsdp": 2, "expert": 3, "tensor": 1}, devices)
