@@ -31,7 +31,8 @@
 #   while sleep 300; do vm resume --config=… --workdir=…; done
 #
 # `resume` deletes and asks anew for a resource that is SUSPENDED (preempted) or FAILED, waits for
-# one in the queue, sets up and runs; where training runs already it says so and changes nothing.
+# one in the queue, sets up and runs. It says so and changes nothing where training runs, is done, or
+# ended in a way that running again does not mend; `run` would.
 # Each worker runs one train.py, detached, and keeps runs/tpu/train.log and its pid; train.py finds
 # the other workers by itself. Exit status of train.py in `status`: 0 done, 75 stopped after saving
 # (resume), 2 a mistake in the config, 3 losses not finite.
@@ -210,6 +211,9 @@ resume() {
     SUSPENDED | FAILED)
         delete
         create
+        ;;
+    ACTIVE)
+        if on all status | grep -E 'running, pid|ended with [023]$'; then return; fi
         ;;
     SUSPENDING | DELETING) fail "$name is $now; try again in a minute" ;;
     *) wait_for ;;

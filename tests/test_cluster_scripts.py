@@ -158,6 +158,9 @@ def test_a_tpu_vm_from_its_creation_over_a_preemption_to_its_end(cloud, tmp_path
     queue = [call for call in cloud.calls if "queued-resources" in call]
     assert queue == [group + verb for verb in (describe, delete, create, describe, describe)]
 
+    resumed = cloud.run("tpu_vm.sh", "resume", *VM, *TRAINING)
+    assert resumed.stdout.count("running") == 2 and len(cloud.calls) == 2, resumed
+
     cloud.run("tpu_vm.sh", "delete", *VM)
     assert cloud.calls == [group + delete]
 
@@ -165,7 +168,7 @@ def test_a_tpu_vm_from_its_creation_over_a_preemption_to_its_end(cloud, tmp_path
 @pytest.mark.parametrize(
     ("states", "verbs"),
     [
-        ("ACTIVE", ["describe", "describe"]),
+        ("ACTIVE", ["describe"]),
         ("WAITING_FOR_RESOURCES ACTIVE", ["describe", "describe"]),
         ("FAILED ACTIVE", ["describe", "delete", "create", "describe"]),
         ("GONE ACTIVE", ["describe", "create", "describe"]),
