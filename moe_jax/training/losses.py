@@ -14,7 +14,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from moe_jax.model.router import RouterStats
-from moe_jax.ops import cross_entropy
+from moe_jax.ops import cross_entropy, implementations
 from moe_jax.parallel import sharding
 
 
@@ -235,6 +235,7 @@ def _divergence(x_BTD, unembed_DV, teacher_x_BTC, teacher_unembed_CV, weight_BT,
         return temperature**2 * jnp.sum(jnp.exp(log_q_V) * (log_q_V - log_p_V))
 
     tokens = tuple(x.reshape(-1, x.shape[-1]) for x in (x_BTD, teacher_x_BTC))
-    chunk = max(1, cross_entropy.CHUNK_LOGITS // unembed_DV.shape[1] // 2)
+    logits = cross_entropy.CHUNK_LOGITS[implementations.platform()]
+    chunk = max(1, logits // unembed_DV.shape[1] // 2)
     kl_M = jax.lax.map(lambda token: of_token(*token), tokens, batch_size=chunk)
     return jnp.sum(kl_M * weight_BT.ravel())
