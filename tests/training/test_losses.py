@@ -199,7 +199,8 @@ def distillation_case(B=8, T=4, D=8, C=16, V=32):
 
 
 def test_distillation_is_the_divergence_from_the_teacher_and_0_from_itself(monkeypatch):
-    monkeypatch.setitem(losses.cross_entropy.CHUNK_LOGITS, "cpu", 2 * 5 * 32)  # chunks of 5, one of 2
+    # Chunks of 5 tokens, one of 2.
+    monkeypatch.setitem(losses.cross_entropy.CHUNK_LOGITS, "cpu", 2 * 5 * 32)
     value, slope = jax.jit(jax.value_and_grad(distillation, argnums=(0, 1)), static_argnums=5)(
         *distillation_case(), 2.0
     )
