@@ -16,78 +16,22 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 
 import jax
 import numpy as np
-from jax._src import clusters
 from jax._src import distributed as runtime
 from jax.experimental import multihost_utils
 
-# A process that was silent for as long is dead, and JAX ends all others.
-HEARTBEAT_SECONDS = 30
+from moe_jax.parallel import clusters, watchdog
+
+HEARTBEAT_SECONDS = 45  # after which JAX ends the others, should the watchdog not have done it
 LEAVING_SECONDS = 5
 FOREVER_MS = 2**31 - 1
-EXIT_LOST = 1
 # Of an error of JAX, that another process is gone rather than that ours is wrong.
 SIGNS_OF_LOSS = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection", "coordination service")
 
 _exchanges = itertools.count()
-
-
-# The environment ------------------------------------------------------------------------------
-
-
-def _slurm(environ: Mapping[str, str]) -> int:
-    """Tasks of the step, not of the allocation: a command without srun runs alone."""
-    return int(environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_JOB_ID" in environ else 1
-
-
-def _open_mpi(environ: Mapping[str, str]) -> int:
-    return int(environ.get("OMPI_COMM_WORLD_SIZE", 1))
-
-
-def _tpu_environment(environ: Mapping[str, str]) -> int:
-    """A TPU slice on GKE, or wherever these are set; several slices are joined by Megascale."""
-    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
-    return len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1)
-
-
-def _tpu_metadata(environ: Mapping[str, str]) -> int:
-    """A Cloud TPU VM, whose metadata server is asked; JAX knows whether this machine is one."""
-    cluster = clusters.GceTpuCluster
-    if environ.get("JAX_PLATFORMS") == "cpu" or not cluster.is_env_present():
-        return 1
-    return cluster.get_process_count()
-
-
-def _kubernetes(environ: Mapping[str, str]) -> int:
-    """An Indexed Job; how many pods it has only its API says (`pip install kubernetes`)."""
-    return 2 if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(environ) else 1
-
-
-# In JAX's order, by JAX's names of them: from how many processes (2 stands for "several").
-CLUSTERS: dict[str, Callable[[Mapping[str, str]], int]] = {
-    "ompi": _open_mpi,
-    "slurm": _slurm,
-    "gketpu": _tpu_environment,
-    "gcetpu": _tpu_metadata,
-    "k8s": _kubernetes,
-}
-
-
-def detect(environ: Mapping[str, str]) -> str:
-    """The name of the cluster that started this process as one of several, or ""."""
-    return next((name for name, count in CLUSTERS.items() if count(environ) > 1), "")
-
-
-def alone_on_host(environ: Mapping[str, str]) -> bool:
-    """Whether Slurm or Open MPI started one process a host: it has all devices of the host.
-
-    JAX gives a process that one of these started one device otherwise.
-    """
-    slurm = environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
-    return "1" in (slurm, environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"))
 
 
 def check_flags(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
@@ -119,13 +63,13 @@ def initialize(
 ) -> None:
     """Joins the processes of a run; a process that is alone stays as it is.
 
-    By the flags, or else by what `detect` finds; `num_processes=1` keeps a process alone wherever
-    it was started. Before anything that asks for devices.
+    By the flags, or else by what `clusters.detect` finds; `num_processes=1` keeps a process alone
+    wherever it was started. Before anything that asks for devices.
 
     Raises: ValueError for flags or an environment that do not say all.
     """
     check_flags(coordinator, num_processes, process_id)
-    cluster = "" if num_processes else detect(os.environ)
+    cluster = "" if num_processes else clusters.detect(os.environ)
     if num_processes == 1 or not (coordinator or cluster):
         return
     # It would take SIGTERM for itself; `training.loop` stops all processes at the same step.
@@ -135,7 +79,7 @@ def initialize(
             coordinator or None,
             num_processes,
             process_id,
-            local_device_ids=[] if cluster and alone_on_host(os.environ) else None,
+            local_device_ids=[] if cluster and clusters.alone_on_host(os.environ) else None,
             cluster_detection_method=cluster or "deactivate",
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
@@ -145,6 +89,7 @@ def initialize(
             f"{' '.join(str(error).split())[:300]}; start all of them, "
             "or give --coordinator, --num_processes and --process_id"
         ) from error
+    watchdog.start(runtime.global_state.client, runtime.global_state.process_id)
 
 
 # What all processes know ------------------------------------------------------------------------
@@ -279,8 +224,8 @@ class Largest:
 def leaving_none_behind() -> Iterator[None]:
     """Ends this process at once when its part of the run fails, so that no other waits for it.
 
-    JAX itself would wait at the exit for processes that wait for this one. The end of this process
-    ends the others: by a collective that breaks, or within `HEARTBEAT_SECONDS`.
+    JAX itself would wait at the exit for processes that wait for this one. If the others do not
+    fail too, the watchdog ends them.
     """
     try:
         yield
@@ -290,24 +235,26 @@ def leaving_none_behind() -> Iterator[None]:
         status = _report(error)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        # Processes that all fail for one reason have printed it when process 0 takes JAX's
-        # service along.
-        with contextlib.suppress(Exception):
-            runtime.global_state.client.wait_at_barrier("moe_jax/end", LEAVING_SECONDS * 1000)
+        client, process = runtime.global_state.client, runtime.global_state.process_id
+        try:
+            client.wait_at_barrier("moe_jax/end", LEAVING_SECONDS * 1000)
+        except Exception:  # others go on, or are lost
+            with contextlib.suppress(Exception):
+                watchdog.announce(client, process, f"process {process} ended with status {status}")
         os._exit(status)
 
 
 def _report(error: BaseException) -> int:
-    """Prints what ended this process, unless that was done; returns the exit status."""
+    """Prints what ended this process, unless the script did; returns the exit status."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     text = " ".join(str(error).split())
     if isinstance(error, jax.errors.JaxRuntimeError) and any(s in text for s in SIGNS_OF_LOSS):
         print(
             f"process {runtime.global_state.process_id} of {process_count()} lost another one "
-            f"({text[:120]}); run the same command in all again to go on from the last checkpoint",
+            f"({text[:120]}); {watchdog.GO_ON}",
             file=sys.stderr,
         )
     else:
         traceback.print_exception(error)
-    return EXIT_LOST
+    return watchdog.EXIT_LOST
