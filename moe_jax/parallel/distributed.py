@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
 
@@ -26,7 +27,7 @@ from jax.experimental import multihost_utils
 from moe_jax.parallel import clusters, watchdog
 
 HEARTBEAT_SECONDS = 45  # after which JAX ends the others, should the watchdog not have done it
-LEAVING_SECONDS = 5
+JOINING_SECONDS, LEAVING_SECONDS = 20, 5
 FOREVER_MS = 2**31 - 1
 # Of an error of JAX, that another process is gone rather than that ours is wrong.
 SIGNS_OF_LOSS = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection", "coordination service")
@@ -74,6 +75,14 @@ def initialize(
         return
     # It would take SIGTERM for itself; `training.loop` stops all processes at the same step.
     jax.config.update("jax_enable_preemption_service", False)
+    # JAX waits for five minutes in silence, and then ends the process with a stack trace.
+    waiting = threading.Timer(
+        JOINING_SECONDS,
+        watchdog.say,
+        [f"still waiting for all processes ({cluster or coordinator})"],
+    )
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             coordinator or None,
@@ -89,6 +98,8 @@ def initialize(
             f"{' '.join(str(error).split())[:300]}; start all of them, "
             "or give --coordinator, --num_processes and --process_id"
         ) from error
+    finally:
+        waiting.cancel()
     watchdog.start(runtime.global_state.client, runtime.global_state.process_id)
 
 
@@ -238,6 +249,7 @@ def leaving_none_behind() -> Iterator[None]:
         client, process = runtime.global_state.client, runtime.global_state.process_id
         try:
             client.wait_at_barrier("moe_jax/end", LEAVING_SECONDS * 1000)
+            jax.distributed.shutdown()  # process 0, which has the service, waits for the others
         except Exception:  # others go on, or are lost
             with contextlib.suppress(Exception):
                 watchdog.announce(client, process, f"process {process} ended with status {status}")

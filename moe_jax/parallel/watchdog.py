@@ -37,12 +37,12 @@ def _watch(client, process: int) -> None:
                 silent = _silent(heard, client.key_value_dir_get(ALIVE), time.monotonic())
                 if silent:
                     others = ", ".join(name.removeprefix(ALIVE) for name in silent)
-                    _print(f"process {others} silent for {SILENT_SECONDS} s: lost; {GO_ON}")
+                    say(f"process {others} silent for {SILENT_SECONDS} s: lost; {GO_ON}")
                     announce(client, process, f"process {others} was lost")
                     os._exit(EXIT_LOST)
             for name, text in client.key_value_dir_get(LOST):
                 if name != f"{LOST}{process}":
-                    _print(f"{text}; {GO_ON}")
+                    say(f"{text}; {GO_ON}")
                     os._exit(EXIT_LOST)
             time.sleep(BEAT_SECONDS)
     except Exception:  # the service is gone: at the end of the run, or JAX ends this process
@@ -59,5 +59,6 @@ def _silent(
     return [name for name, (_, since) in heard.items() if now - since > SILENT_SECONDS]
 
 
-def _print(text: str) -> None:
+def say(text: str) -> None:
+    """A line of stderr at once, of any process."""
     print(text, file=sys.stderr, flush=True)
