@@ -40,8 +40,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     except ValueError as error:
         raise configs.ConfigError(str(error)) from None
     together = functools.partial(distributed.together, configs.ConfigError)
+    configs.validate(config)
     with together():
-        configs.validate(config)
         configs.validate_environment(config, jax.device_count())
     model_config = configs.model_config(config)
     training, evaluation = config.training, config.evaluation
@@ -84,12 +84,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     tokenizer = tokenizers.load(config.data.tokenizer)
     open_corpora = functools.partial(_open_corpora, config, tokenizer, cache)
     train_text, held_out = distributed.first_alone(open_corpora, configs.ConfigError)
-    rows_of = functools.partial(
-        distributed.rows_of, batch_sharding.addressable_devices, batch_sharding
-    )
-
-    def on_devices(batches, batch_size: int, rows):
-        return (pipeline.to_device(b, batch_sharding, rows, batch_size) for b in batches)
 
     # state ----------------------------------------------------------------------------------
     try:
@@ -112,14 +106,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     if distributed.is_first():
         configs.save_json(config, workdir)
     routers_at_start = _routers_at_start(workdir, start, state.params, model_config)
-    rows = rows_of(training.batch_size)
-    batches = pipeline.batches(
+    batches = pipeline.feed(
+        pipeline.batches,
         train_text,
-        sequence_length=config.data.sequence_length,
+        batch_sharding,
         batch_size=training.batch_size,
+        sequence_length=config.data.sequence_length,
         seed=config.seed,
         start_step=start,
-        rows=rows,
     )
 
     # step -----------------------------------------------------------------------------------
@@ -139,22 +133,17 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
             out_shardings=jax.NamedSharding(mesh, jax.P()),
         )
     )
-    held_out_rows = rows_of(evaluation.batch_size)
 
     def evaluate(params: dict) -> perplexity.Evaluation:
-        held_out_batches = pipeline.evaluation_batches(
+        held_out_batches = pipeline.feed(
+            pipeline.evaluation_batches,
             held_out,
-            sequence_length=config.data.sequence_length,
+            batch_sharding,
             batch_size=evaluation.batch_size,
+            sequence_length=config.data.sequence_length,
             max_batches=evaluation.max_batches,
-            rows=held_out_rows,
         )
-        return perplexity.evaluate(
-            eval_step,
-            params,
-            on_devices(held_out_batches, evaluation.batch_size, held_out_rows),
-            held_out.bytes_per_token,
-        )
+        return perplexity.evaluate(eval_step, params, held_out_batches, held_out.bytes_per_token)
 
     # loop -----------------------------------------------------------------------------------
     flops_per_token = flops.model_flops(model_config, config.data.sequence_length)
@@ -166,15 +155,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     )
     if model_config.router == "forced_balance":
         distributed.say("router=forced_balance: for timing only, no routing is learned")
-    with (
-        metrics.MetricsWriter(workdir, resume_step=start)
-        if distributed.is_first()
-        else metrics.NoMetrics()
-    ) as writer:
+    with metrics.writer(workdir, resume_step=start) as writer:
         state, final = loop.run(
             state,
             start,
-            on_devices(batches, training.batch_size, rows),
+            batches,
             config,
             loop.Parts(
                 train_step=on_mesh(train_step),

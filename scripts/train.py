@@ -51,7 +51,7 @@ def main() -> None:
         distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
     except ValueError as error:
         parser.error(str(error))
-    with distributed.leaving_none_behind():
+    with distributed.ending_together():
         try:
             result = train.run(settings, arguments.workdir)
         except config.ConfigError as error:

@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
@@ -24,6 +24,7 @@ from array_record.python import array_record_module
 from moe_jax.data import sources
 from moe_jax.data.packing import RowPlan
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.parallel import distributed
 
 FORMAT = 1  # of the cache; part of its key
 RECORD_TOKENS = 65_536  # a longer document is cut into several records
@@ -284,3 +285,17 @@ def to_device(
             )
             for name, array in batch.items()
         }
+
+
+def feed(
+    make: Callable[..., Iterator[dict[str, np.ndarray]]],
+    corpus: TokenizedCorpus,
+    sharding: jax.NamedSharding,
+    *,
+    batch_size: int,
+    **how,
+) -> Iterator[dict[str, jax.Array]]:
+    """Global arrays of `batches` or `evaluation_batches`, of which each process reads its rows."""
+    rows = distributed.rows_of(sharding.addressable_devices, sharding, batch_size)
+    made = make(corpus, batch_size=batch_size, rows=rows, **how)
+    return (to_device(batch, sharding, rows, batch_size) for batch in made)

@@ -18,6 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -100,7 +101,6 @@ def initialize(
         ) from error
     finally:
         waiting.cancel()
-    watchdog.start(runtime.global_state.client, runtime.global_state.process_id)
 
 
 # What all processes know ------------------------------------------------------------------------
@@ -232,28 +232,36 @@ class Largest:
 
 
 @contextlib.contextmanager
-def leaving_none_behind() -> Iterator[None]:
-    """Ends this process at once when its part of the run fails, so that no other waits for it.
+def ending_together() -> Iterator[None]:
+    """The run, in whichever process it fails: no other may wait for one that gave up.
 
-    JAX itself would wait at the exit for processes that wait for this one. If the others do not
-    fail too, the watchdog ends them.
+    JAX itself would wait at the exit of this process for others that wait for it. When the block
+    raises, this process ends at once, and if the others do not fail too, the watchdog ends them.
     """
-    try:
+    if process_count() == 1:
         yield
-    except BaseException as error:
-        if process_count() == 1:
-            raise
-        status = _report(error)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        client, process = runtime.global_state.client, runtime.global_state.process_id
+        return
+    client, process = runtime.global_state.client, runtime.global_state.process_id
+    with watchdog.watching(client, process):
         try:
-            client.wait_at_barrier("moe_jax/end", LEAVING_SECONDS * 1000)
-            jax.distributed.shutdown()  # process 0, which has the service, waits for the others
-        except Exception:  # others go on, or are lost
-            with contextlib.suppress(Exception):
-                watchdog.announce(client, process, f"process {process} ended with status {status}")
-        os._exit(status)
+            yield
+            client.wait_at_barrier("moe_jax/done", FOREVER_MS)
+        except BaseException as error:
+            _leave(error, client, process)
+    jax.distributed.shutdown()
+
+
+def _leave(error: BaseException, client, process: int) -> NoReturn:
+    status = _report(error)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    try:
+        client.wait_at_barrier("moe_jax/failed", LEAVING_SECONDS * 1000)
+        jax.distributed.shutdown()  # process 0, which has the service, waits for the others
+    except Exception:  # others go on, or are lost
+        with contextlib.suppress(Exception):
+            watchdog.announce(client, process, f"process {process} ended with status {status}")
+    os._exit(status)
 
 
 def _report(error: BaseException) -> int:

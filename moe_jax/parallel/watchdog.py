@@ -4,11 +4,13 @@ A collective with a process that died may never return. JAX's own heartbeats end
 later, with a stack trace; when process 0 dies they come first, for it holds what is read here.
 """
 
+import contextlib
 import itertools
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 BEAT_SECONDS = 2
 SILENT_SECONDS = 20
@@ -17,9 +19,20 @@ ALIVE, LOST = "moe_jax/alive/", "moe_jax/lost/"
 GO_ON = "run the same command in all processes again to go on from the last checkpoint"
 
 
-def start(client, process: int) -> None:
-    """`client` is that of JAX's coordination service."""
-    threading.Thread(target=_watch, args=(client, process), daemon=True).start()
+@contextlib.contextmanager
+def watching(client, process: int) -> Iterator[None]:
+    """`client` is that of JAX's coordination service.
+
+    The thread ends with the block: one that is in a call of the client when Python exits aborts.
+    """
+    over = threading.Event()
+    thread = threading.Thread(target=_watch, args=(client, process, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def announce(client, process: int, text: str) -> None:
@@ -28,10 +41,12 @@ def announce(client, process: int, text: str) -> None:
     time.sleep(2 * BEAT_SECONDS)
 
 
-def _watch(client, process: int) -> None:
+def _watch(client, process: int, over: threading.Event) -> None:
     heard: dict[str, tuple[str, float]] = {}
     try:
         for beat in itertools.count():
+            if over.is_set():
+                return
             client.key_value_set(f"{ALIVE}{process}", str(beat), allow_overwrite=True)
             if process == 0:  # alone, so that the work grows with the number of processes
                 silent = _silent(heard, client.key_value_dir_get(ALIVE), time.monotonic())
@@ -44,8 +59,8 @@ def _watch(client, process: int) -> None:
                 if name != f"{LOST}{process}":
                     say(f"{text}; {GO_ON}")
                     os._exit(EXIT_LOST)
-            time.sleep(BEAT_SECONDS)
-    except Exception:  # the service is gone: at the end of the run, or JAX ends this process
+            over.wait(BEAT_SECONDS)
+    except Exception:  # the service is gone, and JAX ends this process
         return
 
 

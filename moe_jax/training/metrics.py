@@ -55,7 +55,7 @@ class MetricsWriter:
 
 
 class NoMetrics:
-    """For the processes beside the first, which writes for all."""
+    """In the place of a writer, in the processes beside the first."""
 
     def write(self, row: dict) -> None:
         pass
@@ -65,6 +65,13 @@ class NoMetrics:
 
     def __exit__(self, *_) -> None:
         pass
+
+
+def writer(workdir: pathlib.Path, *, resume_step: int) -> MetricsWriter | NoMetrics:
+    """Process 0 writes for all."""
+    if distributed.is_first():
+        return MetricsWriter(workdir, resume_step=resume_step)
+    return NoMetrics()
 
 
 def read(path: pathlib.Path) -> list[dict]:

@@ -98,7 +98,7 @@ def disagree() -> dict:
 if __name__ == "__main__":
     folder, port, process = sys.argv[1:]
     distributed.initialize(f"localhost:{port}", 2, int(process))
-    with distributed.leaving_none_behind():
+    with distributed.ending_together():
         result = train(config_of(pathlib.Path(folder))) | disagree()
     (pathlib.Path(folder) / f"{process}.json").write_text(json.dumps(result))
 
