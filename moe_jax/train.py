@@ -1,12 +1,12 @@
 """One training run, from config to result: read this page top to bottom."""
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
 import json
 import pathlib
 import platform
-import sys
 import time
 
 import jax
@@ -19,8 +19,8 @@ from moe_jax import doctor, init, model
 from moe_jax.analysis import routing, similarity
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.evaluation import generate, perplexity
+from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel import sharding
 from moe_jax.training import balancing, checkpoint, flops, loop, metrics, optimizer, step
 from moe_jax.training.state import TrainState
 
@@ -29,11 +29,20 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     """Trains as `config` says, or goes on where the run in `workdir` stopped; returns its result.
 
     Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and at the end result.json.
+    Several processes (`parallel.distributed`) run this page together, each on its devices and its
+    rows of a batch, and process 0 writes; the workdir is the same folder for all of them.
+
     Raises: ConfigError before anything is written; SystemExit as `training.loop.run`.
     """
     began = time.monotonic()
+    try:
+        distributed.check_equal("the config", config.to_json(sort_keys=True) + str(workdir))
+    except ValueError as error:
+        raise configs.ConfigError(str(error)) from None
+    together = functools.partial(distributed.together, configs.ConfigError)
     configs.validate(config)
-    configs.validate_environment(config, jax.device_count())
+    with together():
+        configs.validate_environment(config, jax.device_count())
     model_config = configs.model_config(config)
     training, evaluation = config.training, config.evaluation
     cache = pipeline.cache_folder(config.data.cache_dir)
@@ -73,20 +82,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
 
     # data -----------------------------------------------------------------------------------
     tokenizer = tokenizers.load(config.data.tokenizer)
-    try:
-        train_text, held_out = (
-            pipeline.open_corpus(
-                config.data.source,
-                split,
-                tokenizer,
-                validation_fraction=config.data.validation_fraction,
-                cache=cache,
-            )
-            for split in ("train", "validation")
-        )
-    except (ValueError, OSError) as error:
-        raise configs.ConfigError(" ".join(str(error).split())) from error
-    to_device = functools.partial(pipeline.to_device, sharding=batch_sharding)
+    open_corpora = functools.partial(_open_corpora, config, tokenizer, cache)
+    train_text, held_out = distributed.first_alone(open_corpora, configs.ConfigError)
 
     # state ----------------------------------------------------------------------------------
     try:
@@ -103,21 +100,20 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     else:
         start, state = restored.step, restored.state
         changed = configs.changes(restored.config, config)
-        print(f"going on from step {start}", *changed, sep="; ", file=sys.stderr)
-    lock = _lock(workdir)
-    configs.save_json(config, workdir)
+        distributed.say(f"going on from step {start}", *changed)
+    with together():
+        lock = _lock(workdir) if distributed.is_first() else contextlib.nullcontext()
+    if distributed.is_first():
+        configs.save_json(config, workdir)
     routers_at_start = _routers_at_start(workdir, start, state.params, model_config)
-    batches = map(
-        to_device,
-        pipeline.batches(
-            train_text,
-            sequence_length=config.data.sequence_length,
-            batch_size=training.batch_size,
-            seed=config.seed,
-            start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
+    batches = pipeline.feed(
+        pipeline.batches,
+        train_text,
+        batch_sharding,
+        batch_size=training.batch_size,
+        sequence_length=config.data.sequence_length,
+        seed=config.seed,
+        start_step=start,
     )
 
     # step -----------------------------------------------------------------------------------
@@ -131,18 +127,23 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         eval_config = dataclasses.replace(
             model_config, num_experts_per_tok=evaluation.num_experts_per_tok
         )
-    eval_step = on_mesh(jax.jit(perplexity.make_eval_step(eval_config, len(held_out.labels))))
+    eval_step = on_mesh(
+        jax.jit(
+            perplexity.make_eval_step(eval_config, len(held_out.labels)),
+            out_shardings=jax.NamedSharding(mesh, jax.P()),
+        )
+    )
 
     def evaluate(params: dict) -> perplexity.Evaluation:
-        held_out_batches = pipeline.evaluation_batches(
+        held_out_batches = pipeline.feed(
+            pipeline.evaluation_batches,
             held_out,
-            sequence_length=config.data.sequence_length,
+            batch_sharding,
             batch_size=evaluation.batch_size,
+            sequence_length=config.data.sequence_length,
             max_batches=evaluation.max_batches,
         )
-        return perplexity.evaluate(
-            eval_step, params, map(to_device, held_out_batches), held_out.bytes_per_token
-        )
+        return perplexity.evaluate(eval_step, params, held_out_batches, held_out.bytes_per_token)
 
     # loop -----------------------------------------------------------------------------------
     flops_per_token = flops.model_flops(model_config, config.data.sequence_length)
@@ -153,8 +154,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         routing.health, kind=model_config.router, capacity_factor=model_config.capacity_factor
     )
     if model_config.router == "forced_balance":
-        print("router=forced_balance: for timing only, no routing is learned", file=sys.stderr)
-    with metrics.MetricsWriter(workdir, resume_step=start) as writer:
+        distributed.say("router=forced_balance: for timing only, no routing is learned")
+    with metrics.writer(workdir, resume_step=start) as writer:
         state, final = loop.run(
             state,
             start,
@@ -173,6 +174,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
                 ),
                 peak_flops=flops.peak_flops(jax.devices()[0]) * jax.device_count(),
                 router_health=router_health,
+                largest=distributed.Largest(mesh),
             ),
         )
 
@@ -210,11 +212,31 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         "parameters": total,
         "active_parameters": active,
     }
-    unfinished = workdir / "result.json.tmp"
-    unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    unfinished.replace(workdir / "result.json")
-    lock.close()
+    if distributed.is_first():
+        unfinished = workdir / "result.json.tmp"
+        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        unfinished.replace(workdir / "result.json")
+        lock.close()
     return result
+
+
+def _open_corpora(
+    config: ConfigDict, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
+) -> list[pipeline.TokenizedCorpus]:
+    """The texts to train on and to evaluate on."""
+    try:
+        return [
+            pipeline.open_corpus(
+                config.data.source,
+                split,
+                tokenizer,
+                validation_fraction=config.data.validation_fraction,
+                cache=cache,
+            )
+            for split in ("train", "validation")
+        ]
+    except (ValueError, OSError) as error:
+        raise configs.ConfigError(" ".join(str(error).split())) from error
 
 
 def _teacher(config: ConfigDict, model_config: model.ModelConfig, mesh) -> tuple:
@@ -257,7 +279,9 @@ def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_con
         return {}
     if start == 0:
         kernels = similarity.routers(params, model_config)
-        np.savez(path, **{str(layer): kernel for layer, kernel in kernels.items()})
+        if distributed.is_first():
+            np.savez(path, **{str(layer): kernel for layer, kernel in kernels.items()})
+        return kernels
     with np.load(path, allow_pickle=False) as kernels:
         return {int(layer): kernel for layer, kernel in kernels.items()}
 
@@ -279,7 +303,7 @@ def _samples(params: dict, model_config, tokenizer, config: ConfigDict) -> list[
     if not prompts:
         return []
     continuations = generate.generate(
-        jax.device_get(params),
+        distributed.whole(params),
         model_config,
         [tokenizer.prompt(prompt) for prompt in prompts],
         num_tokens=config.evaluation.continuation_tokens,

@@ -5,16 +5,24 @@ Examples:
   python scripts/train.py --config=configs/quickstart.py --workdir=runs/mine \\
       --config.data.source=path/to/folder --config.training.num_steps=2000
 
+  python scripts/train.py --config=FILE --workdir=DIR \\
+      --coordinator=host0:9876 --num_processes=2 --process_id=0
+
 Run the same command again to go on where a run stopped. The config file is Python and is executed.
 All keys with their defaults: moe_jax/config.py.
 
-Exit status: 0 done, 2 a mistake in the config, 3 losses not finite, 75 stopped by SIGTERM or
-Ctrl-C after saving (run again to go on).
+On several hosts start the same command on each, with one workdir that all of them see. Slurm's
+srun, Open MPI, Cloud TPU slices and Kubernetes (GKE) say themselves how many there are; elsewhere
+the three flags do. --num_processes=1 runs alone in spite of them.
+
+Exit status: 0 done, 1 lost another process (run all again to go on), 2 a mistake in the config,
+3 losses not finite, 75 stopped by SIGTERM or Ctrl-C after saving (run again to go on).
 """
 
 import pathlib
 
 from moe_jax import command_line, config, train
+from moe_jax.parallel import distributed
 
 
 def main() -> None:
@@ -33,18 +41,28 @@ def main() -> None:
     parser.add_argument(
         "--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key"
     )
+    hosts = parser.add_argument_group("several processes")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", default="", help="of process 0")
+    hosts.add_argument("--num_processes", metavar="N", type=int, help="of the whole run")
+    hosts.add_argument("--process_id", metavar="I", type=int, help="from 0 to N - 1")
     arguments, overrides = parser.parse_known_args()
     try:
         settings = config.parse([f"--config={arguments.config}", *overrides])
-        result = train.run(settings, arguments.workdir)
-    except config.ConfigError as error:
+        distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    except ValueError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "train.py: interrupted\n")
-    print(
-        f"done: {result['steps']} steps, held-out loss {result['loss']:.4f} nats/token, "
-        f"{result['bits_per_byte']:.4f} bits/byte -> {arguments.workdir}/result.json"
-    )
+    with distributed.ending_together():
+        try:
+            result = train.run(settings, arguments.workdir)
+        except config.ConfigError as error:
+            parser.error(str(error))
+        except KeyboardInterrupt:
+            parser.exit(130, "train.py: interrupted\n")
+    if distributed.is_first():
+        print(
+            f"done: {result['steps']} steps, held-out loss {result['loss']:.4f} nats/token, "
+            f"{result['bits_per_byte']:.4f} bits/byte -> {arguments.workdir}/result.json"
+        )
 
 
 if __name__ == "__main__":

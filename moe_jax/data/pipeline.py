@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
@@ -24,6 +24,7 @@ from array_record.python import array_record_module
 from moe_jax.data import sources
 from moe_jax.data.packing import RowPlan
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.parallel import distributed
 
 FORMAT = 1  # of the cache; part of its key
 RECORD_TOKENS = 65_536  # a longer document is cut into several records
@@ -173,13 +174,13 @@ def _tokenize(
 
 @dataclasses.dataclass(frozen=True)
 class _BatchSource:
-    """Random access to this process's rows of batch N; rows from `num_rows` on are padding."""
+    """Random access to some rows of batch N; rows of the plan from `num_rows` on are padding."""
 
     corpus: TokenizedCorpus
     plan: RowPlan
     sequence_length: int
-    rows_of_batch: int  # over all processes
-    mine: range
+    batch_size: int
+    mine: Sequence[int]
     num_batches: int
     num_rows: int | None = None
 
@@ -191,7 +192,7 @@ class _BatchSource:
         names = ("tokens", "targets", "segment_ids", "positions", "labels")
         batch = {name: np.zeros(shape, np.int32) for name in names}
         for i, slot in enumerate(self.mine):
-            g = n * self.rows_of_batch + slot
+            g = n * self.batch_size + int(slot)
             if self.num_rows is None or g < self.num_rows:
                 self._fill({name: batch[name][i] for name in names}, self.plan.row(g))
         return batch
@@ -216,22 +217,21 @@ def batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_threads: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of batch start_step, start_step + 1, … without end.
+    """The rows `rows` (None is all) of batch start_step, start_step + 1, … without end.
 
     Each batch has `tokens`, `targets` (the next token of the same document), `segment_ids` (1, 2, …
     along a row, 0 for padding), `positions` (from 0 in each segment) and `labels`: int32, of shape
-    [batch_size / process_count, sequence_length].
+    [number of rows, sequence_length].
     """
     source = _BatchSource(
         corpus,
         RowPlan(corpus.pairs, sequence_length=sequence_length, seed=seed),
         sequence_length,
         batch_size,
-        _my_rows(batch_size, process_index, process_count),
+        range(batch_size) if rows is None else rows,
         num_batches=2**40,  # as good as endless, and a dataset has a length
     )
     dataset = grain.MapDataset.source(source)[start_step:]
@@ -245,8 +245,7 @@ def evaluation_batches(
     sequence_length: int,
     batch_size: int,
     max_batches: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass over the corpus, always in the same shuffled order, the last batch padded.
 
@@ -259,20 +258,44 @@ def evaluation_batches(
         plan,
         sequence_length,
         batch_size,
-        _my_rows(batch_size, process_index, process_count),
+        range(batch_size) if rows is None else rows,
         num_batches,
         num_rows=plan.rows_per_epoch,
     )
     return (source[n] for n in range(min(num_batches, max_batches or num_batches)))
 
 
-def _my_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    each = batch_size // process_count
-    return range(process_index * each, (process_index + 1) * each)
+def to_device(
+    batch: dict[str, np.ndarray], sharding: jax.NamedSharding, rows: np.ndarray, batch_size: int
+) -> dict[str, jax.Array]:
+    """Global arrays of `batch_size` rows, of which this process has `rows` in `batch`.
+
+    `rows` are those of its devices, ascending (`parallel.distributed.rows_of`).
+    """
+
+    def part_of(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        wanted = range(batch_size)[index[0]]
+        start = np.searchsorted(rows, wanted.start)
+        return array[start : start + len(wanted)]
+
+    with jax.transfer_guard_host_to_device("allow"):  # the one transfer that a step is to make
+        return {
+            name: jax.make_array_from_callback(
+                (batch_size, *array.shape[1:]), sharding, functools.partial(part_of, array)
+            )
+            for name, array in batch.items()
+        }
 
 
-def to_device(batch: dict[str, np.ndarray], sharding: jax.NamedSharding) -> dict[str, jax.Array]:
-    """Global arrays out of each process's rows."""
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
+def feed(
+    make: Callable[..., Iterator[dict[str, np.ndarray]]],
+    corpus: TokenizedCorpus,
+    sharding: jax.NamedSharding,
+    *,
+    batch_size: int,
+    **how,
+) -> Iterator[dict[str, jax.Array]]:
+    """Global arrays of `batches` or `evaluation_batches`, of which each process reads its rows."""
+    rows = distributed.rows_of(sharding.addressable_devices, sharding, batch_size)
+    made = make(corpus, batch_size=batch_size, rows=rows, **how)
+    return (to_device(batch, sharding, rows, batch_size) for batch in made)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 
-from moe_jax.parallel import naming
+from moe_jax.parallel import distributed, naming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,10 @@ class _Mismatch(ValueError):
 
 
 def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict, keep: int) -> None:
-    """Writes <directory>/<step> (a temporary folder, then renamed), then deletes all but `keep`."""
+    """Writes <directory>/<step> (a temporary folder, then renamed), then deletes all but `keep`.
+
+    Of several processes each writes its parts of the leaves; `directory` must be the same for all.
+    """
     leaves = _flatten(state)
     meta = {
         "data": data,
@@ -41,8 +44,9 @@ def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict,
     ocp.save_checkpointables(
         (directory / str(step)).absolute(), {"state": leaves, "meta": meta}, overwrite=True
     )
-    for old in steps(directory)[:-keep]:
-        shutil.rmtree(directory / str(old))
+    if distributed.is_first():
+        for old in steps(directory)[:-keep]:
+            shutil.rmtree(directory / str(old))
 
 
 def steps(directory: pathlib.Path) -> list[int]:
@@ -119,10 +123,16 @@ def _flatten(tree) -> dict:
 
 
 def _newest(directory: pathlib.Path, abstract: dict) -> tuple[int, dict, dict] | None:
-    """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify."""
-    for step in reversed(steps(directory)):
+    """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify.
+
+    It is the same one in all processes: what one of them cannot read, none takes.
+    """
+    for step in reversed(distributed.of_first(steps(directory))):
         try:
-            return step, *_load((directory / str(step)).absolute(), abstract)
+            with distributed.together(ValueError):
+                leaves, meta = _load((directory / str(step)).absolute(), abstract)
+            _verify(leaves, meta)
+            return step, leaves, meta
         except _Mismatch:
             raise
         except Exception as error:  # Orbax and TensorStore raise what they like on damage
@@ -135,7 +145,8 @@ def _load(folder: pathlib.Path, abstract: dict) -> tuple[dict, dict]:
     for path in folder.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} is a link out of the checkpoint")
-    meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
+    with _reading():
+        meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
     problems = []
     for path, leaf in abstract.items():
         saved = meta["leaves"].get(path)
@@ -146,12 +157,23 @@ def _load(folder: pathlib.Path, abstract: dict) -> tuple[dict, dict]:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise _Mismatch(f"{folder} is of another model: {'; '.join(problems[:5])}{more}")
+    with _reading():
+        leaves = ocp.load_checkpointables(folder, {"state": abstract})["state"]
+    return {path: leaves[path] for path in abstract}, meta
+
+
+def _reading() -> ocp.Context:
+    """Each process reads its own parts alone: in Orbax none waits for one that fails."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context:
-        leaves = ocp.load_checkpointables(folder, {"state": abstract})["state"]
-    leaves = {path: leaves[path] for path in abstract}
+    if distributed.process_count() > 1:
+        context.multiprocessing.active_processes = {jax.process_index()}
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.barrier_sync_key_prefix = f"process_{jax.process_index()}"
+    return context
+
+
+def _verify(leaves: dict, meta: dict) -> None:
     for path, digest in digests(leaves).items():
         if digest != meta["digests"][path]:
             raise ValueError(f"{path} has another digest than it was saved with")
-    return leaves, meta

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,6 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from moe_jax.evaluation.perplexity import Evaluation
+from moe_jax.parallel import distributed
 from moe_jax.training import metrics
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import Batch, StepMetrics
@@ -26,12 +26,13 @@ class Parts:
     evaluate: Callable[[dict], Evaluation]
     save: Callable[[int, TrainState], None]
     learning_rate: Callable[[int], float]
-    writer: metrics.MetricsWriter
+    writer: metrics.MetricsWriter | metrics.NoMetrics
     tokens_per_step: int
     model_flops_per_token: float
     analytic_flops_per_token: float
     peak_flops: float  # of all devices together
     router_health: Callable[..., dict]  # analysis.routing.health of this model
+    largest: Callable[[int], int]  # parallel.distributed.Largest: over all processes
 
 
 def run(
@@ -42,6 +43,8 @@ def run(
     At a step where several are due the order is checkpoint, evaluation, train step: a run restored
     at that step goes on with the evaluation and writes the same rows.
 
+    A signal to one process stops all, at the same step.
+
     Raises: SystemExit 75 after SIGTERM or Ctrl-C (a checkpoint is saved first), 3 when too many
     steps in a row were not finite.
     """
@@ -51,15 +54,14 @@ def run(
     evaluation = None
     with _stop_signals() as stop, metrics.progress(total=last, initial=start) as bar:
         for step in range(start, last + 1):
-            due = step % config.checkpoint.every_steps == 0 or step == last or stop.requested
+            stopped_by = parts.largest(stop.requested)
+            due = step % config.checkpoint.every_steps == 0 or step == last or stopped_by
             if step > start and due:
                 log.flush()
                 parts.save(step, state)
-            if stop.requested:
-                print(
-                    f"stopped by {stop.requested} at step {step}; saved, run again to go on",
-                    file=sys.stderr,
-                )
+            if stopped_by:
+                name = signal.Signals(stopped_by).name
+                distributed.say(f"stopped by {name} at step {step}; saved, run again to go on")
                 raise SystemExit(EXIT_PREEMPTED)
             if step == last or (every and step % every == 0):
                 log.flush()
@@ -104,10 +106,9 @@ class _TrainingLog:
                 "tokens/s": f"{row['tokens_per_second']:,.0f}",
             }
         if self._nonfinite_in_a_row >= self._config.training.max_nonfinite_steps:
-            print(
+            distributed.say(
                 f"loss or gradient not finite for {self._nonfinite_in_a_row} steps up to {step}; "
-                "their updates were skipped. Lower config.optimizer.learning_rate and run again",
-                file=sys.stderr,
+                "their updates were skipped. Lower config.optimizer.learning_rate and run again"
             )
             raise SystemExit(EXIT_NONFINITE)
 
@@ -167,7 +168,7 @@ def _validation_row(step: int, evaluation: Evaluation, parts: Parts) -> dict:
 
 @dataclasses.dataclass
 class _Stop:
-    requested: str = ""  # the name of the signal
+    requested: int = 0  # the number of the signal
 
 
 @contextlib.contextmanager
@@ -179,7 +180,7 @@ def _stop_signals():
     stop = _Stop()
 
     def request(number, _):
-        stop.requested = signal.Signals(number).name
+        stop.requested = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -10,6 +10,8 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from moe_jax.parallel import distributed
+
 
 class MetricsWriter:
     """Appends rows to <workdir>/metrics.jsonl, one JSON object a line, and scalars to TensorBoard.
@@ -52,6 +54,26 @@ class MetricsWriter:
         self._tensorboard.close()
 
 
+class NoMetrics:
+    """In the place of a writer, in the processes beside the first."""
+
+    def write(self, row: dict) -> None:
+        pass
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def writer(workdir: pathlib.Path, *, resume_step: int) -> MetricsWriter | NoMetrics:
+    """Process 0 writes for all."""
+    if distributed.is_first():
+        return MetricsWriter(workdir, resume_step=resume_step)
+    return NoMetrics()
+
+
 def read(path: pathlib.Path) -> list[dict]:
     """The rows of a metrics.jsonl; a last line that a kill cut off is left out."""
     if not path.exists():
@@ -61,8 +83,9 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def progress(*, total: int, initial: int) -> tqdm.tqdm:
-    """A bar of steps with the time left; silent unless stderr is a terminal."""
-    return tqdm.tqdm(total=total, initial=initial, unit="step", disable=None, dynamic_ncols=True)
+    """A bar of steps with the time left, of process 0; silent unless stderr is a terminal."""
+    silent = None if distributed.is_first() else True
+    return tqdm.tqdm(total=total, initial=initial, unit="step", disable=silent, dynamic_ncols=True)
 
 
 def _is_before(row: dict, step: int) -> bool:

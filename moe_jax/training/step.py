@@ -196,6 +196,6 @@ def jitted(
     return jax.jit(
         train_step,
         in_shardings=(state_shardings, jax.NamedSharding(mesh, sharding.BATCH), *of_teacher),
-        out_shardings=(state_shardings, None),
+        out_shardings=(state_shardings, jax.NamedSharding(mesh, jax.P())),
         donate_argnums=0,
     )

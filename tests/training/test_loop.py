@@ -23,6 +23,7 @@ def test_a_step_with_an_implicit_transfer_is_refused():
         analytic_flops_per_token=1.0,
         peak_flops=1.0,
         router_health=lambda counts_LE, dropped_L: {},
+        largest=lambda number: number,
     )
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         loop.run(jnp.zeros(3), 0, iter([None]), config, parts)

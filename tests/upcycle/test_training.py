@@ -88,8 +88,6 @@ def batches():
         batch_size=4,
         seed=0,
         start_step=0,
-        process_index=0,
-        process_count=1,
     )
     return [batch for batch, _ in zip(rows, range(2 * STEPS), strict=False)]
 

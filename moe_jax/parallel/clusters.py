@@ -1,0 +1,60 @@
+"""What started this process, and whether it is one of several: from the environment alone.
+
+JAX finds out the rest (the address of process 0, who this process is) when it is told the cluster.
+"""
+
+from collections.abc import Callable, Mapping
+
+from jax._src import clusters as jax_clusters
+
+
+def _slurm(environ: Mapping[str, str]) -> int:
+    """Tasks of the step, not of the allocation: a command without srun runs alone."""
+    return int(environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_JOB_ID" in environ else 1
+
+
+def _open_mpi(environ: Mapping[str, str]) -> int:
+    return int(environ.get("OMPI_COMM_WORLD_SIZE", 1))
+
+
+def _tpu_environment(environ: Mapping[str, str]) -> int:
+    """A TPU slice on GKE, or wherever these are set; several slices are joined by Megascale."""
+    hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
+    return len(hosts.split(",")) * int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+
+
+def _tpu_metadata(environ: Mapping[str, str]) -> int:
+    """A Cloud TPU VM, whose metadata server is asked; JAX knows whether this machine is one."""
+    cluster = jax_clusters.GceTpuCluster
+    if environ.get("JAX_PLATFORMS") == "cpu" or not cluster.is_env_present():
+        return 1
+    return cluster.get_process_count()
+
+
+def _kubernetes(environ: Mapping[str, str]) -> int:
+    """An Indexed Job; how many pods it has only its API says (`pip install kubernetes`)."""
+    return 2 if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(environ) else 1
+
+
+# In JAX's order, by JAX's names of them: from how many processes (2 stands for "several").
+CLUSTERS: dict[str, Callable[[Mapping[str, str]], int]] = {
+    "ompi": _open_mpi,
+    "slurm": _slurm,
+    "gketpu": _tpu_environment,
+    "gcetpu": _tpu_metadata,
+    "k8s": _kubernetes,
+}
+
+
+def detect(environ: Mapping[str, str]) -> str:
+    """The name of the cluster that started this process as one of several, or ""."""
+    return next((name for name, count in CLUSTERS.items() if count(environ) > 1), "")
+
+
+def alone_on_host(environ: Mapping[str, str]) -> bool:
+    """Whether Slurm or Open MPI started one process a host: it has all devices of the host.
+
+    JAX gives a process that one of these started one device otherwise.
+    """
+    slurm = environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
+    return "1" in (slurm, environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"))

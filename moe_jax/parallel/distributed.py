@@ -1,0 +1,280 @@
+"""One run in several processes: how they find, hear and leave each other.
+
+Every process runs the same program on its own devices. What follows from files or the environment
+of one process must become the same in all before it decides what is computed next, for processes
+that disagree on the next collective wait for each other for ever.
+
+What process 0 tells the others goes through JAX's coordination service (a server in process 0),
+not through devices: it has no limit of time, so that one process can tokenize while others wait.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax._src import distributed as runtime
+from jax.experimental import multihost_utils
+
+from moe_jax.parallel import clusters, watchdog
+
+HEARTBEAT_SECONDS = 45  # after which JAX ends the others, should the watchdog not have done it
+JOINING_SECONDS, LEAVING_SECONDS = 20, 5
+FOREVER_MS = 2**31 - 1
+# Of an error of JAX, that another process is gone rather than that ours is wrong.
+SIGNS_OF_LOSS = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection", "coordination service")
+
+_exchanges = itertools.count()
+
+
+def check_flags(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Raises: ValueError for flags of which one is missing or does not fit the others."""
+    given = {
+        "coordinator": coordinator or None,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3 or (num_processes == 1 and len(missing) == 2):
+        return
+    if missing:
+        raise ValueError(
+            f"--{missing[0]} is missing; --coordinator=HOST:PORT, --num_processes=N and "
+            "--process_id=I go together"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--coordinator={coordinator}: use HOST:PORT of process 0")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process_id={process_id} is not from 0 to --num_processes={num_processes} less 1"
+        )
+
+
+def initialize(
+    coordinator: str = "", num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of a run; a process that is alone stays as it is.
+
+    By the flags, or else by what `clusters.detect` finds; `num_processes=1` keeps a process alone
+    wherever it was started. Before anything that asks for devices.
+
+    Raises: ValueError for flags or an environment that do not say all.
+    """
+    check_flags(coordinator, num_processes, process_id)
+    cluster = "" if num_processes else clusters.detect(os.environ)
+    if num_processes == 1 or not (coordinator or cluster):
+        return
+    # It would take SIGTERM for itself; `training.loop` stops all processes at the same step.
+    jax.config.update("jax_enable_preemption_service", False)
+    # JAX waits for five minutes in silence, and then ends the process with a stack trace.
+    waiting = threading.Timer(
+        JOINING_SECONDS,
+        watchdog.say,
+        [f"still waiting for all processes ({cluster or coordinator})"],
+    )
+    waiting.daemon = True
+    waiting.start()
+    try:
+        jax.distributed.initialize(
+            coordinator or None,
+            num_processes,
+            process_id,
+            local_device_ids=[] if cluster and clusters.alone_on_host(os.environ) else None,
+            cluster_detection_method=cluster or "deactivate",
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"cannot join the other processes ({cluster or coordinator}): "
+            f"{' '.join(str(error).split())[:300]}; start all of them, "
+            "or give --coordinator, --num_processes and --process_id"
+        ) from error
+    finally:
+        waiting.cancel()
+
+
+# What all processes know ------------------------------------------------------------------------
+
+
+def process_count() -> int:
+    return runtime.global_state.num_processes
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints for all."""
+    return runtime.global_state.process_id == 0
+
+
+def say(*texts: str) -> None:
+    """A line of stderr, once for all processes."""
+    if is_first():
+        print(*texts, sep="; ", file=sys.stderr)
+
+
+def exchange(value) -> list:
+    """The values (JSON) of all processes, by process; it waits for all of them.
+
+    All processes must come to the same calls in the same order.
+    """
+    if process_count() == 1:
+        return [value]
+    client, key = runtime.global_state.client, f"moe_jax/exchange/{next(_exchanges)}/"
+    client.key_value_set(f"{key}{runtime.global_state.process_id}", json.dumps(value))
+    client.wait_at_barrier(key, FOREVER_MS)
+    said = {int(name.rpartition("/")[2]): text for name, text in client.key_value_dir_get(key)}
+    return [json.loads(said[process]) for process in range(process_count())]
+
+
+def of_first(value):
+    """Process 0's `value` (JSON)."""
+    return exchange(value if is_first() else None)[0]
+
+
+@contextlib.contextmanager
+def together(error: type[Exception]) -> Iterator[None]:
+    """Raises in all processes, as `error`, what the block raised in any: none goes on alone.
+
+    The block must not hold a collective, which the others would wait in.
+    """
+    raised = None
+    try:
+        yield
+    except Exception as own:
+        raised = own
+    said = exchange("" if raised is None else str(raised) or repr(raised))
+    if raised is not None:
+        raise raised
+    for process, text in enumerate(said):
+        if text:
+            raise error(f"process {process}: {text}")
+
+
+def first_alone(make: Callable, error: type[Exception]):
+    """`make()`, in process 0 before all others, which find in a shared cache what it made.
+
+    Where the cache is not shared each makes its own. Raises as `together`.
+    """
+    for turn in (True, False):
+        with together(error):
+            if is_first() == turn:
+                made = make()
+    return made
+
+
+def check_equal(name: str, text: str) -> None:
+    """Raises: ValueError in all processes when `text` is not the same in all."""
+    digests = exchange(hashlib.sha256(text.encode()).hexdigest())
+    others = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise ValueError(
+            f"{name} of process {', '.join(others)} is not that of process 0; "
+            "start all processes with the same command"
+        )
+
+
+# Arrays -----------------------------------------------------------------------------------------
+
+
+def rows_of(
+    devices: Collection[jax.Device], sharding: jax.NamedSharding, batch_size: int
+) -> np.ndarray:
+    """The rows of a batch that these devices hold, ascending.
+
+    It follows from the mesh alone which device holds row N, so that a batch is the same however
+    many processes there are. Processes whose devices share a row both feed it.
+    """
+    slices = sharding.devices_indices_map((batch_size,))
+    return np.unique([row for d in devices for row in range(batch_size)[slices[d][0]]])
+
+
+def whole(tree) -> object:
+    """The arrays of a tree as numpy arrays, in every process all of them."""
+    if process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+class Largest:
+    """The largest of the numbers of all processes, of the call before: no step waits for it.
+
+    All processes see the same number after as many calls, and so can act on it at the same step.
+    In a process that is alone it is the number itself, at once.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh):
+        one_each = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+        self._spread = functools.cache(
+            lambda number: jax.make_array_from_callback(
+                (mesh.size,), one_each, lambda _: np.array([number], np.int32)
+            )
+        )
+        self._largest = jax.jit(jax.numpy.max, out_shardings=jax.NamedSharding(mesh, jax.P()))
+        self._before: jax.Array | None = None
+
+    def __call__(self, number: int) -> int:
+        if process_count() == 1:
+            return number
+        before, self._before = self._before, self._largest(self._spread(number))
+        return 0 if before is None else int(before)
+
+
+# The end ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """The run, in whichever process it fails: no other may wait for one that gave up.
+
+    JAX itself would wait at the exit of this process for others that wait for it. When the block
+    raises, this process ends at once, and if the others do not fail too, the watchdog ends them.
+    """
+    if process_count() == 1:
+        yield
+        return
+    client, process = runtime.global_state.client, runtime.global_state.process_id
+    with watchdog.watching(client, process):
+        try:
+            yield
+            client.wait_at_barrier("moe_jax/done", FOREVER_MS)
+        except BaseException as error:
+            _leave(error, client, process)
+    jax.distributed.shutdown()
+
+
+def _leave(error: BaseException, client, process: int) -> NoReturn:
+    status = _report(error)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    try:
+        client.wait_at_barrier("moe_jax/failed", LEAVING_SECONDS * 1000)
+        jax.distributed.shutdown()  # process 0, which has the service, waits for the others
+    except Exception:  # others go on, or are lost
+        with contextlib.suppress(Exception):
+            watchdog.announce(client, process, f"process {process} ended with status {status}")
+    os._exit(status)
+
+
+def _report(error: BaseException) -> int:
+    """Prints what ended this process, unless the script did; returns the exit status."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    text = " ".join(str(error).split())
+    if isinstance(error, jax.errors.JaxRuntimeError) and any(s in text for s in SIGNS_OF_LOSS):
+        print(
+            f"process {runtime.global_state.process_id} of {process_count()} lost another one "
+            f"({text[:120]}); {watchdog.GO_ON}",
+            file=sys.stderr,
+        )
+    else:
+        traceback.print_exception(error)
+    return watchdog.EXIT_LOST
