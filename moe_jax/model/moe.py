@@ -116,7 +116,11 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
     )
     if "shared" in params:
         with jax.named_scope("shared_expert"):
-            y_MD += layers.feed_forward(x_MD, params["shared"], config)
+            shared_MD = layers.feed_forward(x_MD, params["shared"], config)
+            # Else XLA fuses the sum into the last product, which then waits for the exchange
+            # instead of running beside it.
+            y_MD, shared_MD = jax.lax.optimization_barrier((y_MD, shared_MD))
+            y_MD += shared_MD
 
     stats = router.statistics(routing, valid_M, num_dropped)
     stats = jax.tree.map(lambda x: x[None], stats)
