@@ -332,9 +332,16 @@ def validate(config: ConfigDict) -> None:
             f"config.init.source={config.init.source!r} names several models; "
             "set config.init.upcycle.recipe to one that takes several"
         )
-    elif upcycle_parameters(config):
-        given = ", ".join(upcycle_parameters(config))
+    elif given := [*upcycle_parameters(config), *_without_recipe(config)]:
+        given = ", ".join(given)
         raise ConfigError(f"config.init.upcycle sets {given} without a recipe; set recipe too")
+
+
+def _without_recipe(config: ConfigDict) -> list[str]:
+    """What only a recipe gives a meaning to, and is set."""
+    section, usual = config.init.upcycle, default().init.upcycle
+    names = ("router", "statistics", "optimizer_state")
+    return [name for name in names if section[name] != usual[name]]
 
 
 def _check_pattern(key: str, pattern: str) -> None:
@@ -370,6 +377,11 @@ def _check_routing(config: ConfigDict, model: ModelConfig) -> None:
         raise ConfigError(
             f"config.training.bias_update_rate={training.bias_update_rate} needs a router with a "
             f"bias, not model.router={model.router!r}; use 'sigmoid_topk', or a rate of 0"
+        )
+    if training.distillation.source and not training.distillation.coefficient:
+        raise ConfigError(
+            f"config.training.distillation.source={training.distillation.source!r} teaches nothing "
+            "with a coefficient of 0; set training.distillation.coefficient"
         )
     if training.distillation.coefficient and not training.distillation.source:
         raise ConfigError(

@@ -112,7 +112,11 @@ def run(
     peak = memory.peak if chip else memory.arguments + memory.temporaries
     within = dict(zip(mesh.axis_names, meshes.first_slice(mesh).shape, strict=True))
     read = {
-        "step_flops": hlo.product_flops(text, kernels=ahead.kernel_flops(config, mesh)),
+        "step_flops": hlo.product_flops(
+            text,
+            kernels=ahead.kernel_flops(config, mesh),
+            filled=ahead.filled_rows(config, mesh),
+        ),
         "collectives": tuple(c for c in hlo.collectives(text, within) if c.axes),
         "hbm_traffic_bytes": hlo_traffic.traffic(text),
     }

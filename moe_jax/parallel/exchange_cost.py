@@ -63,6 +63,15 @@ def bytes_sent(
     return sent
 
 
+def filled(mode: str, dispatch: str, mesh: Mapping[str, int]) -> float:
+    """The part of the rows of a grouped product that are in a group, where all loads are even.
+
+    Dropless, the buffers have room for all tokens of the devices that may send any.
+    """
+    sources = 1 if mode == "fsdp" else mesh["expert"]
+    return 1 / (sources * mesh["edp"]) if dispatch == "dropless" else 1.0
+
+
 @functools.cache
 def _say_once(line: str) -> None:
     print(line, file=sys.stderr)

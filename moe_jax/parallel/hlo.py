@@ -37,7 +37,9 @@ _GROUPS_MESH = re.compile(
 )
 
 
-def product_flops(text: str, *, kernels: Mapping[str, int] | None = None) -> int:
+def product_flops(
+    text: str, *, kernels: Mapping[str, int] | None = None, filled: float = 1.0
+) -> int:
     """FLOPs of the matrix products that one device executes, 2 for each multiply-add.
 
     A Pallas kernel on TPU counts with the estimate in its call: `2mkn` for megablox and for
@@ -46,6 +48,8 @@ def product_flops(text: str, *, kernels: Mapping[str, int] | None = None) -> int
 
     Args: kernels: FLOPs of one call by a regular expression that is found in the kernel's name, the
       first that fits; for kernels without an estimate (splash attention), or instead of it.
+      filled: the part of the rows of a kernel with an estimate, a product of groups of rows, that
+      are in a group: what the others would take is not executed.
     Raises: ValueError for a loop around products whose trip count cannot be known, and for a kernel
       with neither an estimate nor an entry in `kernels`.
     """
@@ -56,7 +60,7 @@ def product_flops(text: str, *, kernels: Mapping[str, int] | None = None) -> int
             left, right = (module.named[computation][x].shapes[0] for x in i.operands)
             flops = _dot_flops(i, left) if i.operation == "dot" else _window_flops(i, left, right)
             return {"flops": flops}
-        return {"flops": _kernel_flops(i, kernels or {})} if _KERNEL in i.rest else {}
+        return {"flops": _kernel_flops(i, kernels or {}, filled)} if _KERNEL in i.rest else {}
 
     return module.total(own)["flops"]
 
@@ -107,13 +111,13 @@ def _kernel_name(call: hlo_text.Instruction) -> str:
     return re.sub(r"(\.(\d+|clone|remat\d*))+$", "", call.name)
 
 
-def _kernel_flops(call: hlo_text.Instruction, kernels: Mapping[str, int]) -> int:
+def _kernel_flops(call: hlo_text.Instruction, kernels: Mapping[str, int], filled: float) -> int:
     name = _kernel_name(call)
     for pattern, flops in kernels.items():
         if re.search(pattern, name):
             return flops
     if estimate := _ESTIMATE.search(call.rest):
-        return int(estimate[1])
+        return round(int(estimate[1]) * filled)
     if name in _WITHOUT_PRODUCTS:
         return 0
     raise ValueError(f"kernel {name} has no cost estimate; give the FLOPs of one call in kernels=")
@@ -144,8 +148,9 @@ def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
     """The collectives of one step, sorted by operation and axes.
 
     `bytes` are those of the result on one device, without padding: the whole array of an all-gather
-    or all-reduce, what a device holds after an exchange, be it new to it or not, the whole output
-    buffer of a ragged all-to-all; of a reduce-scatter those of the operand, the larger one. A
+    or all-reduce, what a device holds after an exchange, be it new to it or not, the smaller buffer
+    of a ragged all-to-all (one of them has room for the worst case); of a reduce-scatter those of
+    the operand, the larger one. A
     collective is over the axes along which the members of a group differ, so never over an axis of
     size 1; of a permutation, source and target are such members. The text of several slices is that
     of one: a collective over all is one within each, and one between them whose axes are SLICES.
@@ -179,6 +184,9 @@ def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
         elif operation == "reduce-scatter":
             operands = [module.named[computation][x] for x in i.operands]
             size = max(size, sum(sum(x.sizes) for x in operands))
+        elif operation == "ragged-all-to-all":
+            rows = module.named[computation][i.operands[0]]
+            size = min(sum(rows.sizes), size)
         row = operation, _axes(i.rest, axes)
         return {(row, "count"): 1, (row, "bytes"): size}
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from moe_jax import config as configs
 from moe_jax import model
 from moe_jax.ops import attention
-from moe_jax.parallel import sharding
+from moe_jax.parallel import exchange_cost, sharding
 from moe_jax.training import balancing, optimizer, step
 from moe_jax.training.state import TrainState
 
@@ -58,6 +58,18 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     with jax.set_mesh(mesh):
         platform = mesh.devices.flat[0].platform
         return train_step.trace(state, batch).lower(lowering_platforms=(platform,))
+
+
+def filled_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
+    """Of the experts' grouped products, as `hlo.product_flops` takes it."""
+    model_config = configs.model_config(config)
+    if not model_config.num_experts:
+        return 1.0
+    rows = config.training.batch_size // config.training.accumulation_steps
+    num_tokens = rows * config.data.sequence_length // sharding.batch_shards(mesh)
+    with jax.set_mesh(mesh):
+        mode = exchange_cost.choose(model_config, num_tokens)
+    return exchange_cost.filled(mode, model_config.dispatch, mesh.shape)
 
 
 def kernel_flops(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, int]:

@@ -55,9 +55,15 @@ def adapted(
 
 
 def with_updated_biases(
-    params: dict, config: model.ModelConfig, rate: float, tokens_per_expert_LE: jax.Array
+    params: dict,
+    config: model.ModelConfig,
+    rate: float,
+    tokens_per_expert_LE: jax.Array,
+    frozen: str = "",
 ) -> dict:
     """Parameters with bias += rate · sign(mean load - load) in every router that has one.
+
+    But for those whose path `frozen` finds.
 
     Wang et al., arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, §2.1.2. The biases
     of a layer are then brought to a mean of zero, which changes no choice and keeps them from
@@ -67,8 +73,9 @@ def with_updated_biases(
     layers = {p: ls for segment in segments(config.block_kinds) for p, ls in segment.layers.items()}
 
     def updated(path, leaf):
-        match = BIAS.fullmatch(naming.path_name(path))
-        if not match:
+        name = naming.path_name(path)
+        match = BIAS.fullmatch(name)
+        if not match or (frozen and re.search(frozen, name)):
             return leaf
         rows = jnp.array([sparse.index(layer) for layer in layers[match[1]]])
         load_LE = tokens_per_expert_LE[rows]

@@ -58,7 +58,7 @@ def make_train_step(
     It is a function of (state, batch), and of the teacher's parameters where there is a teacher.
 
     Args:
-      frozen: as `config.optimizer.frozen`: parameters for which no gradient is computed.
+      frozen: as `config.optimizer.frozen`: parameters that stay as they are.
       teacher: the model to distil from, as `training.distillation` says.
     """
     N = training.accumulation_steps
@@ -133,7 +133,7 @@ def make_train_step(
         counts_LE, dropped_L = sums.tokens_per_expert_LE, sums.dropped_L
         if training.bias_update_rate:
             params = balancing.with_updated_biases(
-                params, config, training.bias_update_rate, counts_LE
+                params, config, training.bias_update_rate, counts_LE, frozen
             )
         router_state = balancing.adapted(
             state.router_state, config, training.adaptive_balance, counts_LE, dropped_L

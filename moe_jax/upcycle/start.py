@@ -30,47 +30,70 @@ def needed_scale(config: ModelConfig, granularity: int) -> float:
     He et al., arXiv 2410.07524: N G / T for softmax then top-k, whose weights are about 1 / N
     each (E G² / T in their letters); G where the T weights sum to one.
     """
-    if weights_sum_to_one(config):
-        return granularity
-    return config.num_experts * granularity / config.num_experts_per_tok
+    return granularity / even_weight(config)
 
 
-def weights_sum_to_one(config: ModelConfig) -> bool:
-    return config.norm_topk_prob or config.router in ("topk_softmax", "noisy_topk")
+def even_weight(config: ModelConfig) -> float:
+    """The sum of a token's weights where the logits of all experts are equal."""
+    T, N = config.num_experts_per_tok, config.num_experts
+    sigmoid = config.router == "sigmoid_topk"
+    weight = 1.0 if _sum_is_fixed(config) else T / 2 if sigmoid else T / N
+    return weight * config.routed_scaling_factor if sigmoid else weight
+
+
+def _sum_is_fixed(config: ModelConfig) -> bool:
+    """Whether a token's weights have the same sum whatever the logits."""
+    by_softmax = config.router in ("topk_softmax", "noisy_topk") or config.dispatch == "merge"
+    return config.norm_topk_prob or by_softmax
+
+
+def _weight(config: ModelConfig, router: str) -> float | None:
+    """The sum of every token's weights at the start; None where it depends on the token."""
+    known = _sum_is_fixed(config) or router == "zero"
+    return even_weight(config) if known and config.router != "expert_choice" else None
 
 
 def _of_copies(source, config, router, parameters):
-    del source, router
-    kept = parameters.get("ratio", 0) == 0
-    return 1.0 if kept and weights_sum_to_one(config) else None
+    del source
+    return None if parameters.get("ratio", 0) else _weight(config, router)
 
 
 def _of_shards(source, config, router, parameters):
     T, G = config.num_experts_per_tok, granularity(source, config)
-    factor, scaling = needed_scale(config, G), parameters["scaling"]
+    factor, scaling, weight = (
+        needed_scale(config, G),
+        parameters["scaling"],
+        _weight(config, router),
+    )
     whole = T == G if config.router == "group_topk" else T % G == 0
-    known = weights_sum_to_one(config) or router == "zero"
-    if not (whole and known and router in ("grouped", "zero")) or parameters.get("ratio", 0):
+    whole &= router in ("grouped", "zero") and config.dispatch != "merge"
+    if not whole or weight is None or parameters.get("ratio", 0):
         return None
     shape = experts.shape_of_scaling(gated=config.gated_mlp, hidden_act=config.hidden_act)
     if scaling == "paper" and shape != "squared" and factor != 1:
         return None
-    weights = 1 if weights_sum_to_one(config) else T / config.num_experts
-    return weights / G * (1 if scaling == "none" else factor)
+    return weight / G * (1 if scaling == "none" else factor)
 
 
 def _of_parts(source, config, router, parameters):
     del source
     all_alike = router == "zero" and config.num_experts_per_tok == config.num_experts
-    exact = all_alike and parameters["partition"] != "statistics" and weights_sum_to_one(config)
-    return 1 / config.num_experts if exact else None
+    if not all_alike or parameters["partition"] == "statistics" or config.dispatch == "merge":
+        return None
+    return even_weight(config) / config.num_experts
 
 
 def _of_duplicates(source, config, router, parameters):
+    """Copies share a softmax's probability among them; sigmoids know nothing of each other."""
     del router
     times, left = divmod(config.num_experts, source.num_experts)
     alike = left == 0 and config.num_experts_per_tok == times * source.num_experts_per_tok
-    return 1.0 if alike and parameters["router_noise"] == 0 else None
+    one_by_one = config.num_expert_groups == 1 and config.gate_norm_std is None
+    routers = ("softmax_topk", "topk_softmax", "noisy_topk", "sigmoid_topk")
+    if parameters["router_noise"] or not (alike and one_by_one and config.router in routers):
+        return None
+    shared = config.router != "sigmoid_topk" or config.norm_topk_prob
+    return 1.0 if shared else float(times)
 
 
 def _always(source, config, router, parameters):
@@ -85,17 +108,23 @@ def _never(source, config, router, parameters):
 
 COPIES = Start("equal, where the weights of the chosen experts sum to one", _of_copies)
 COPIES_BUT = Start("close, equal with ratio=0 and weights that sum to one", _of_copies)
-COPIES_OF_EACH = Start("another model, equal if the parents are", _of_copies)
+COPIES_OF_EACH = Start("another model, equal if the parents are and weights sum to one", _of_copies)
 SHARDS = Start(
-    "equal, for T a multiple of G, weights that sum to one and scaling exact or down "
-    "(with scaling none: 1/G of it); otherwise close",
+    "equal, for T a multiple of G, a router grouped or zero, weights that sum to one and scaling "
+    "exact or down (with scaling none: 1/G of it); otherwise another model",
     _of_shards,
 )
-SHARDS_BUT = Start("close, as virtual_group with ratio=0", _of_shards)
+SHARDS_BUT = Start("another model, with ratio=0 as virtual_group", _of_shards)
 SHARDS_OF_EACH = Start("another model, as virtual_group if the parents are equal", _of_shards)
 PARTS = Start("another model (with k of N parts); all parts together: 1/N of it", _of_parts)
-DUPLICATES = Start("close; equal with all copied m times, k times m, no noise", _of_duplicates)
+DUPLICATES = Start(
+    "close; equal with all copied m times, k times m, no noise, and weights by softmax over all "
+    "experts or that sum to one",
+    _of_duplicates,
+)
 EQUAL = Start("equal", _always)
-EQUAL_IF_EXPERTS_ARE = Start("another model, equal if the experts are", _never)
+EQUAL_IF_EXPERTS_ARE = Start(
+    "another model, equal if the experts are and their weights sum to one", _never
+)
 NEAR_FULL_RANK = Start("another model, close with rank_ratio near 1", _never)
 OTHER = Start("another model", _never)

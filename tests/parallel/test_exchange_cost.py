@@ -44,6 +44,15 @@ def test_bytes_by_hand():
     assert sent("tpu", **far)["all_to_all"] == 2 * 2 * 64 * 16 * 4 * 4
 
 
+def test_rows_of_a_buffer_that_hold_something():
+    """Of 4 devices that may all send everything here a quarter of it comes; along edp each of 2
+    devices has the same rows and takes half."""
+    mesh = {"expert": 4, "edp": 2}
+    assert exchange_cost.filled("fsdp", "dropless", mesh) == 1 / 2
+    assert exchange_cost.filled("ring", "dropless", mesh) == 1 / 8
+    assert exchange_cost.filled("all_to_all", "capacity", mesh) == 1
+
+
 def test_few_tokens_move_and_many_stay():
     def best(**how):
         bytes_of = sent(**how)

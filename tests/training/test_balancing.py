@@ -83,6 +83,8 @@ def test_a_bias_rises_where_the_load_is_low_layer_by_layer_and_keeps_a_mean_of_z
         [0.375, 0.375, -0.625, -0.125],
     ]
     np.testing.assert_allclose(biases_of(new), np.array(by_hand)[[0, 2, 1, 3]])
+    frozen = balancing.with_updated_biases(params, config, 0.5, counts, "blocks/0/.*router")
+    np.testing.assert_allclose(biases_of(frozen), [*np.zeros((2, 4)), *biases_of(new)[2:]])
 
 
 def batch():

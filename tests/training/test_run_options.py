@@ -92,8 +92,14 @@ REFUSED = {
         "training.bias_update_rate": 0.1
     },
     "set training.distillation.source": {"training.distillation.coefficient": 0.1},
+    "set training.distillation.coefficient": {"training.distillation.source": "runs/dense"},
+    "init.upcycle sets router, optimizer_state without a recipe": {
+        "init.upcycle.router": "zero",
+        "init.upcycle.optimizer_state": "copy",
+    },
     "source='does/not/exist' has no checkpoints": {
-        "training.distillation.source": "does/not/exist"
+        "training.distillation.source": "does/not/exist",
+        "training.distillation.coefficient": 0.1,
     },
     "more than the 4 experts": {"evaluation.num_experts_per_tok": 5},
 }

@@ -10,10 +10,20 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax import model, upcycle
+from moe_jax import upcycle
 from moe_jax.model import layers, moe
 from moe_jax.upcycle import plan, recipes
 from tests.upcycle.test_recipes import CASES, DENSE, EIGHT, KEY, SHARDS, parents_of
+
+ROUTERS = [
+    {},
+    {"router": "topk_softmax"},
+    {"router": "sigmoid_topk"},
+    {"router": "sigmoid_topk", "routed_scaling_factor": 2.5},
+    {"router": "expert_choice", "dispatch": "capacity"},
+    {"gate_norm_std": 1.0},
+    {"dispatch": "merge", "merge_segment_length": 4},  # not with a shared expert
+]
 
 
 @st.composite
@@ -40,6 +50,7 @@ def upcyclings(draw):
         num_experts_per_tok=min(draw(st.sampled_from([1, 2, 4])), G if name == "llama_moe" else E),
         moe_intermediate_size=dense.intermediate_size // G,
         norm_topk_prob=draw(st.booleans()),
+        **draw(st.sampled_from(ROUTERS[: -1 if recipes.RECIPES[name].shared else None])),
         shared_expert_intermediate_size=32 if recipes.RECIPES[name].shared else None,
         num_attention_experts=2 if recipes.RECIPES[name].attention else 0,
     )
@@ -121,14 +132,34 @@ def test_step_0_is_promised_where_it_should_be_and_not_elsewhere():
     assert factor("expert_upcycling", EIGHT, wider) is None
 
 
-def test_copying_all_experts_twice_and_taking_twice_as_many_changes_nothing():
-    [params] = parents_of(EIGHT, 1)
-    wider = dataclasses.replace(EIGHT, num_experts=16, num_experts_per_tok=4)
-    new = upcycle.upcycle(
-        params, EIGHT, wider, recipe="expert_upcycling", router_noise=0.0, key=KEY
+@pytest.mark.parametrize(
+    ("router", "promised"),
+    [
+        ({}, 1),
+        pytest.param({"norm_topk_prob": False}, 1, marks=pytest.mark.long),
+        pytest.param({"router": "topk_softmax"}, 1, marks=pytest.mark.long),
+        pytest.param({"router": "sigmoid_topk"}, 1, marks=pytest.mark.long),
+        ({"router": "sigmoid_topk", "norm_topk_prob": False}, 2),
+        ({"router": "sigmoid_topk", "num_expert_groups": 2}, None),
+        ({"gate_norm_std": 1.0}, None),
+        ({"router": "forced_balance"}, None),
+    ],
+    ids=str,
+)
+def test_all_experts_twice_and_twice_as_many_chosen(router, promised):
+    one = dataclasses.replace(EIGHT, num_hidden_layers=1, **router)
+    twice = dataclasses.replace(one, num_experts=16, num_experts_per_tok=4)
+    assert factor("expert_upcycling", one, twice, router_noise=0.0) == promised
+    if promised is None:
+        return
+    [params] = parents_of(one, 1)
+    new = upcycle.upcycle(params, one, twice, recipe="expert_upcycling", router_noise=0.0, key=KEY)
+    x_BTD = jax.random.normal(jax.random.key(1), (2, 8, 16))
+    layer = jax.jit(moe.moe, static_argnums=3)
+    want, got = (
+        layer(
+            x_BTD, jax.tree.map(lambda w: w[0], p["blocks"]["0"]["moe"]), jnp.ones((2, 8), bool), c
+        )
+        for p, c in ((params, one), (new, twice))
     )
-    tokens_BT = jax.random.randint(jax.random.key(1), (2, 8), 0, 32)
-    apply = jax.jit(model.apply, static_argnums=2)
-    want = apply(params, tokens_BT, EIGHT).logits_BTV
-    got = apply(new, tokens_BT, wider).logits_BTV
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    np.testing.assert_allclose(got[0], promised * want[0], rtol=1e-5, atol=1e-5)
