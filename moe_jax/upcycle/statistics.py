@@ -58,10 +58,7 @@ def of_mixture(params: dict, config: ModelConfig, tokens_NBT: Sequence) -> dict[
     for _, grads in _gradients(params, config, tokens_NBT):
         for layer, grads_of_layer in _feed_forwards(grads, config):
             if "experts" in grads_of_layer:
-                found["utility"][layer] += sum(
-                    np.square(np.asarray(g)).sum(axis=tuple(range(1, g.ndim)))
-                    for g in grads_of_layer["experts"].values()
-                )
+                found["utility"][layer] += expert_utility(grads_of_layer["experts"])
     return found
 
 
@@ -122,12 +119,17 @@ def of_dense(
     return found
 
 
+def expert_utility(grads_E: dict) -> np.ndarray:
+    """[E]: the sum of an expert's squared gradients."""
+    return sum(np.square(_exact(g)).sum(axis=tuple(range(1, g.ndim))) for g in grads_E.values())
+
+
 def neuron_importance(ffn: dict, grads: dict) -> np.ndarray:
     """[F]: the sum over a neuron's weights of |weight · gradient|."""
     total_F = 0
     for name in experts.MATRICES:
         if name in ffn:
-            product = np.abs(np.asarray(ffn[name]) * np.asarray(grads[name]))
+            product = np.abs(_exact(ffn[name]) * _exact(grads[name]))
             total_F = total_F + product.sum(axis=1 - experts.NEURON_AXIS[name])
     return total_F
 
@@ -178,6 +180,11 @@ def balanced_clusters(points_NX: np.ndarray, k: int, *, seed: int, rounds: int =
 def _shown(batches: Sequence, what: str):
     """With a bar of progress on a terminal."""
     return tqdm.tqdm(batches, desc=what, unit="batch", disable=None)
+
+
+def _exact(x: jax.Array) -> np.ndarray:
+    # numpy adds bfloat16 in bfloat16, where 256 + 1 is 256.
+    return np.asarray(x, np.float32)
 
 
 def _inner_weights(ffn: dict) -> np.ndarray:

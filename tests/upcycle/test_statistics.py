@@ -91,6 +91,14 @@ def test_the_importance_of_a_neuron_is_its_share_of_weight_times_gradient():
     )
 
 
+def test_sums_over_bfloat16_are_exact():
+    """Where 256 + 1 is 256."""
+    ones = {"up": jnp.ones((1, 300, 2), jnp.bfloat16), "down": jnp.ones((1, 2, 300), jnp.bfloat16)}
+    np.testing.assert_array_equal(statistics.expert_utility(ones), [1200])
+    first = {name: w[0] for name, w in ones.items()}
+    np.testing.assert_array_equal(statistics.neuron_importance(first, first), [600, 600])
+
+
 @pytest.mark.parametrize("neurons", ["weights", "activations", "gradient"])
 def test_statistics_of_a_dense_model_fit_the_recipe_that_takes_them(neurons):
     found = statistics.of_dense(params_of(DENSE), DENSE, TOKENS, num_experts=4, neurons=neurons)
