@@ -101,7 +101,8 @@ def test_sums_over_bfloat16_are_exact():
 
 @pytest.mark.parametrize("neurons", ["weights", "activations", "gradient"])
 def test_statistics_of_a_dense_model_fit_the_recipe_that_takes_them(neurons):
-    found = statistics.of_dense(params_of(DENSE), DENSE, TOKENS, num_experts=4, neurons=neurons)
+    tokens_NBT = TOKENS.reshape(4, 1, 32)
+    found = statistics.of_dense(params_of(DENSE), DENSE, tokens_NBT, num_experts=4, neurons=neurons)
     config = DENSE.to_moe(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6)
     made = plan.make(
         DENSE,
@@ -117,6 +118,34 @@ def test_statistics_of_a_dense_model_fit_the_recipe_that_takes_them(neurons):
             assert len(set(neurons_F)) == 6
         if neurons != "gradient":  # which may give a neuron to several
             assert sorted(found["neurons"][layer].ravel()) == list(range(24))
+
+
+LEARNED = dataclasses.replace(DENSE, position_embedding="learned", max_position_embeddings=31)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 5}, "24 neurons are not divisible by num_experts=5: 4 would be in no"),
+        ({"num_neurons": 6}, "6 of the 24 neurons to each expert cannot be; give neurons='grad"),
+        ({"neurons": "gradient", "num_neurons": 0}, "0 of the 24 neurons"),
+        ({"neurons": "gradient"}, "a batch of text for each of 4 experts, not 2 .* use 4 batches"),
+        ({"tokens_NBT": TOKENS[:, :1, :3]}, "num_experts=4 centroids cannot be of 3 tokens"),
+        ({"tokens_NBT": TOKENS[..., :1]}, "rows of 1 token have no next .* length of 2 or more"),
+        ({"tokens_NBT": TOKENS + 300}, "token .* is beyond the 300 of the model; is this the tok"),
+        ({"config": LEARNED}, "32 tokens are beyond the model's 31 .* length of at most 31"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(changes, message):
+    how = {"config": DENSE, "tokens_NBT": TOKENS, "num_experts": 4, "neurons": "weights"}
+    with pytest.raises(ValueError, match=message) as error:
+        statistics.of_dense({}, **{**how, **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_a_mixture_reads_no_token_beyond_its_vocabulary():
+    with pytest.raises(ValueError, match="is beyond the 300 of the model"):
+        statistics.of_mixture({}, MIXTURE, TOKENS + 300)
 
 
 def test_one_expert_of_the_most_important_neurons_merged_back_is_a_pruned_dense_model():
