@@ -219,17 +219,30 @@ def _problems_of_routers(plan):
 def _problems_of_statistics(plan, recipe):
     for name in sorted(set(plan.statistics) - set(STATISTICS)):
         yield f"the statistic {name!r} is unknown; known are {', '.join(STATISTICS)}"
-    needed = set(plan.recipe.statistics)
+    needed = dict.fromkeys(plan.recipe.statistics, f"recipe {recipe!r}")
     if plan.parameters.get("partition") == "statistics":
-        needed.add("neurons")
+        needed["neurons"] = "partition='statistics'"
     if plan.router == "centroids":
-        needed.add("centroids")
-    for name in sorted(needed - set(plan.statistics)):
+        needed["centroids"] = "router='centroids'"
+    for name in sorted(set(needed) - set(plan.statistics)):
         yield (
-            f"recipe {recipe!r} so needs the statistic {name!r}; "
+            f"{needed[name]} needs the statistic {name!r}; "
             "make it with scripts/collect_statistics.py and pass it"
         )
-    for name in sorted(needed | set(plan.recipe.optional) & set(plan.statistics)):
+    used = {*needed, *plan.recipe.optional} & set(plan.statistics)
+    # A run's moments go the way of its weights, statistics and all, but to zero routers.
+    of_moments = plan.router == "zero" != plan.recipe.router
+    if plan.statistics and not used and not of_moments:
+        useful = [f"the statistic {name!r}" for name in plan.recipe.optional]
+        if "partition" in plan.parameters:
+            useful.append("partition='statistics'")
+        if plan.recipe.gives == recipes.MIXTURE:
+            useful.append("router='centroids'")
+        yield (
+            f"recipe {recipe!r} uses none of the statistics {', '.join(sorted(plan.statistics))}; "
+            f"leave them out, or give {' or '.join(useful)}"
+        )
+    for name in sorted(used):
         want = (plan.source.num_hidden_layers, *STATISTICS[name](plan.source, plan.config))
         if plan.statistics[name].shape != want:
             yield (

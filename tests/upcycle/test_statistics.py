@@ -155,9 +155,11 @@ def test_one_expert_of_the_most_important_neurons_merged_back_is_a_pruned_dense_
         params, DENSE, TOKENS, num_experts=1, neurons="gradient", num_neurons=18
     )
     one = DENSE.to_moe(num_experts=1, num_experts_per_tok=1, moe_intermediate_size=18)
-    how = {"key": jax.random.key(0), "statistics": found}
-    single = upcycle.upcycle(params, DENSE, one, recipe="llama_moe", partition="statistics", **how)
-    pruned = upcycle.upcycle(single, one, one.to_dense(), recipe="merge_back", **how)
+    how = {"recipe": "llama_moe", "partition": "statistics", "statistics": found}
+    single = upcycle.upcycle(params, DENSE, one, key=jax.random.key(0), **how)
+    pruned = upcycle.upcycle(
+        single, one, one.to_dense(), recipe="merge_back", key=jax.random.key(0)
+    )
     for layer in range(2):
         kept = found["neurons"][layer, 0]
         for name, w in pruned["blocks"]["0"]["mlp"].items():
