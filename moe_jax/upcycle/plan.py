@@ -1,6 +1,7 @@
 """What an upcycling will do, decided and checked before any weight is touched."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -117,20 +118,22 @@ def _problems_of_kinds(plan, recipe):
         yield f"recipe {recipe!r} cannot merge a shared expert; this parent has one"
     if plan.num_parents > 1 and not method.several:
         yield f"recipe {recipe!r} takes one parent, not {plan.num_parents}"
+    own = OWN | (OF_ATTENTION if method.attention else set())
+    if method.takes == recipes.MIXTURE:
+        own = own - {"shared_expert_intermediate_size"} | {"intermediate_size"}
+    for name, ours, theirs in differences(source, config, own):
+        yield f"{name}={ours} differs from the parent's {theirs}; use {theirs}"
+
+
+def differences(source: ModelConfig, config: ModelConfig, own: set[str]) -> Iterator[tuple]:
+    """Each field but `own` that two models differ in: its name, the config's and the source's."""
     theirs, ours = (
         dataclasses.replace(c, num_key_value_heads=c.num_kv_heads, head_dim=c.head_size)
         for c in (source, config)
     )
-    own = OWN | (OF_ATTENTION if method.attention else set())
-    if method.takes == recipes.MIXTURE:
-        own = own - {"shared_expert_intermediate_size"} | {"intermediate_size"}
-    for field in dataclasses.fields(ModelConfig):
-        name = field.name
+    for name in (field.name for field in dataclasses.fields(ModelConfig)):
         if name not in own and getattr(ours, name) != getattr(theirs, name):
-            yield (
-                f"{name}={getattr(ours, name)} differs from the parent's "
-                f"{getattr(theirs, name)}; use {getattr(theirs, name)}"
-            )
+            yield name, getattr(ours, name), getattr(theirs, name)
 
 
 # What an upcycled model and its parent may differ in.
