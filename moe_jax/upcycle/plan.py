@@ -131,8 +131,10 @@ def differences(source: ModelConfig, config: ModelConfig, own: set[str]) -> Iter
         dataclasses.replace(c, num_key_value_heads=c.num_kv_heads, head_dim=c.head_size)
         for c in (source, config)
     )
+    # Rotary positions have no weights (Skywork-MoE takes longer texts than its parent).
+    rotary = {"max_position_embeddings"} if config.position_embedding == "rotary" else set()
     for name in (field.name for field in dataclasses.fields(ModelConfig)):
-        if name not in own and getattr(ours, name) != getattr(theirs, name):
+        if name not in own | rotary and getattr(ours, name) != getattr(theirs, name):
             yield name, getattr(ours, name), getattr(theirs, name)
 
 

@@ -368,6 +368,15 @@ def test_what_does_not_fit_a_recipe_is_refused_in_one_line(name, changes, messag
     assert "\n" not in str(error.value)
 
 
+def test_longer_texts_need_another_parent_only_where_positions_have_weights():
+    for positions, differing in (("rotary", []), ("learned", ["max_position_embeddings"])):
+        parent = dataclasses.replace(DENSE, position_embedding=positions)
+        longer = dataclasses.replace(EIGHT, position_embedding=positions)
+        longer = dataclasses.replace(longer, max_position_embeddings=8192)
+        found = plan.differences(parent, longer, plan.OWN)
+        assert [name for name, *_ in found] == differing
+
+
 def test_moments_may_leave_the_routers_statistics_unused():
     """Of a run with router="centroids": they follow its weights, but to routers of zeros."""
     source, config, parameters, _ = CASES["drop"]
