@@ -5,6 +5,7 @@ Each statistic is an array with a leading axis of all layers; `plan.STATISTICS` 
 
 import functools
 import pathlib
+import zipfile
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -22,11 +23,13 @@ SAMPLE = 1024  # tokens that clusters and similarities are measured on
 
 
 def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Raises: ValueError for a file that holds something else."""
+    """Raises: ValueError for no file, or one that holds something else."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = dict(arrays)
-    except (ValueError, AttributeError):
+    except FileNotFoundError:
+        raise ValueError(f"no file {path}; make it with scripts/collect_statistics.py") from None
+    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path} is not a file of scripts/collect_statistics.py") from None
     if not set(found) <= set(plan.STATISTICS):
         raise ValueError(f"{path} holds {', '.join(found)}; known are {', '.join(plan.STATISTICS)}")

@@ -210,6 +210,9 @@ def test_another_file_is_refused_in_one_line(tmp_path):
     np.savez(tmp_path / "other.npz", something=np.zeros(3))
     with pytest.raises(ValueError, match="holds something; known are neurons"):
         statistics.load(tmp_path / "other.npz")
-    (tmp_path / "text.npz").write_text("no arrays")
-    with pytest.raises(ValueError, match="is not a file of scripts/collect_statistics.py"):
-        statistics.load(tmp_path / "text.npz")
+    with pytest.raises(ValueError, match="no file .*none.npz; make it with scripts/collect_stat"):
+        statistics.load(tmp_path / "none.npz")
+    for content in (b"no arrays", b"", b"PK\x03\x04cut"):
+        (tmp_path / "text.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="is not a file of scripts/collect_statistics.py"):
+            statistics.load(tmp_path / "text.npz")
