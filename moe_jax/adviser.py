@@ -14,6 +14,7 @@ from collections.abc import Callable
 from moe_jax import model
 from moe_jax.model.config import DENSE, MOE, ModelConfig
 from moe_jax.training import flops
+from moe_jax.upcycle import plan
 
 UPCYCLE, SCRATCH, UNCLEAR = "upcycle", "scratch", "no clear answer"
 
@@ -75,6 +76,13 @@ def budgets(
     if set(dense.layer_kinds) != {DENSE}:
         raise ValueError(
             f"dense_config is a sparse model's (num_experts={dense.num_experts}); give its parent's"
+        )
+    # An expert may be a shard of the parent's feed-forward, or made of some of its neurons.
+    own = plan.OWN | plan.OF_ATTENTION | {"intermediate_size"}
+    for name, ours, theirs in plan.differences(dense, moe, own):
+        raise ValueError(
+            f"dense_config is of no parent of this model: its {name}={theirs}, not {ours}; "
+            "give the parent's, or leave it out"
         )
     return Budgets(
         moe=moe,

@@ -153,6 +153,10 @@ def test_disagreement_is_named_and_agreement_too():
         ({"dense_tokens": -1.0}, "dense_tokens=-1 must be a finite number more than 0"),
         ({"moe_tokens": math.nan}, "moe_tokens=nan must be a finite number more than 0"),
         ({"moe": PRESETS["drop-upcycling-3.7b"]}, "config is a dense model's"),
+        (
+            {"dense": PRESETS["drop-upcycling-13b"]},
+            "no parent of this model: its vocab_size=99487, not 99584; give the parent's",
+        ),
         ({"dense": SPARSE}, r"dense_config is a sparse model's \(num_experts=8\)"),
     ],
 )

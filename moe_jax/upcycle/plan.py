@@ -1,6 +1,7 @@
 """What an upcycling will do, decided and checked before any weight is touched."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -117,20 +118,24 @@ def _problems_of_kinds(plan, recipe):
         yield f"recipe {recipe!r} cannot merge a shared expert; this parent has one"
     if plan.num_parents > 1 and not method.several:
         yield f"recipe {recipe!r} takes one parent, not {plan.num_parents}"
+    own = OWN | (OF_ATTENTION if method.attention else set())
+    if method.takes == recipes.MIXTURE:
+        own = own - {"shared_expert_intermediate_size"} | {"intermediate_size"}
+    for name, ours, theirs in differences(source, config, own):
+        yield f"{name}={ours} differs from the parent's {theirs}; use {theirs}"
+
+
+def differences(source: ModelConfig, config: ModelConfig, own: set[str]) -> Iterator[tuple]:
+    """Each field but `own` that two models differ in: its name, the config's and the source's."""
     theirs, ours = (
         dataclasses.replace(c, num_key_value_heads=c.num_kv_heads, head_dim=c.head_size)
         for c in (source, config)
     )
-    own = OWN | (OF_ATTENTION if method.attention else set())
-    if method.takes == recipes.MIXTURE:
-        own = own - {"shared_expert_intermediate_size"} | {"intermediate_size"}
-    for field in dataclasses.fields(ModelConfig):
-        name = field.name
-        if name not in own and getattr(ours, name) != getattr(theirs, name):
-            yield (
-                f"{name}={getattr(ours, name)} differs from the parent's "
-                f"{getattr(theirs, name)}; use {getattr(theirs, name)}"
-            )
+    # Rotary positions have no weights (Skywork-MoE takes longer texts than its parent).
+    rotary = {"max_position_embeddings"} if config.position_embedding == "rotary" else set()
+    for name in (field.name for field in dataclasses.fields(ModelConfig)):
+        if name not in own | rotary and getattr(ours, name) != getattr(theirs, name):
+            yield name, getattr(ours, name), getattr(theirs, name)
 
 
 # What an upcycled model and its parent may differ in.
@@ -219,17 +224,30 @@ def _problems_of_routers(plan):
 def _problems_of_statistics(plan, recipe):
     for name in sorted(set(plan.statistics) - set(STATISTICS)):
         yield f"the statistic {name!r} is unknown; known are {', '.join(STATISTICS)}"
-    needed = set(plan.recipe.statistics)
+    needed = dict.fromkeys(plan.recipe.statistics, f"recipe {recipe!r}")
     if plan.parameters.get("partition") == "statistics":
-        needed.add("neurons")
+        needed["neurons"] = "partition='statistics'"
     if plan.router == "centroids":
-        needed.add("centroids")
-    for name in sorted(needed - set(plan.statistics)):
+        needed["centroids"] = "router='centroids'"
+    for name in sorted(set(needed) - set(plan.statistics)):
         yield (
-            f"recipe {recipe!r} so needs the statistic {name!r}; "
+            f"{needed[name]} needs the statistic {name!r}; "
             "make it with scripts/collect_statistics.py and pass it"
         )
-    for name in sorted(needed | set(plan.recipe.optional) & set(plan.statistics)):
+    used = {*needed, *plan.recipe.optional} & set(plan.statistics)
+    # A run's moments go the way of its weights, statistics and all, but to zero routers.
+    of_moments = plan.router == "zero" != plan.recipe.router
+    if plan.statistics and not used and not of_moments:
+        useful = [f"the statistic {name!r}" for name in plan.recipe.optional]
+        if "partition" in plan.parameters:
+            useful.append("partition='statistics'")
+        if plan.recipe.gives == recipes.MIXTURE:
+            useful.append("router='centroids'")
+        yield (
+            f"recipe {recipe!r} uses none of the statistics {', '.join(sorted(plan.statistics))}; "
+            f"leave them out, or give {' or '.join(useful)}"
+        )
+    for name in sorted(used):
         want = (plan.source.num_hidden_layers, *STATISTICS[name](plan.source, plan.config))
         if plan.statistics[name].shape != want:
             yield (

@@ -5,6 +5,7 @@ Each statistic is an array with a leading axis of all layers; `plan.STATISTICS` 
 
 import functools
 import pathlib
+import zipfile
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -22,11 +23,13 @@ SAMPLE = 1024  # tokens that clusters and similarities are measured on
 
 
 def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Raises: ValueError for a file that holds something else."""
+    """Raises: ValueError for no file, or one that holds something else."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = dict(arrays)
-    except (ValueError, AttributeError):
+    except FileNotFoundError:
+        raise ValueError(f"no file {path}; make it with scripts/collect_statistics.py") from None
+    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path} is not a file of scripts/collect_statistics.py") from None
     if not set(found) <= set(plan.STATISTICS):
         raise ValueError(f"{path} holds {', '.join(found)}; known are {', '.join(plan.STATISTICS)}")
@@ -39,7 +42,10 @@ def of_mixture(params: dict, config: ModelConfig, tokens_NBT: Sequence) -> dict[
     Similarity is the linear CKA (Kornblith et al., arXiv 1905.00414) of the experts' outputs for
     the same tokens (Zhang et al., arXiv 2407.09590); utility the sum of squared gradients of the
     loss with respect to an expert's weights (arXiv 2604.19835).
+
+    Raises: ValueError for tokens that this model cannot read.
     """
+    _check(_problems_of_tokens(config, tokens_NBT))
     L, E = config.num_hidden_layers, config.num_experts
     found = {
         "load": np.zeros((L, E)),
@@ -58,10 +64,7 @@ def of_mixture(params: dict, config: ModelConfig, tokens_NBT: Sequence) -> dict[
     for _, grads in _gradients(params, config, tokens_NBT):
         for layer, grads_of_layer in _feed_forwards(grads, config):
             if "experts" in grads_of_layer:
-                found["utility"][layer] += sum(
-                    np.square(np.asarray(g)).sum(axis=tuple(range(1, g.ndim)))
-                    for g in grads_of_layer["experts"].values()
-                )
+                found["utility"][layer] += expert_utility(grads_of_layer["experts"])
     return found
 
 
@@ -83,15 +86,14 @@ def of_dense(
         LLaMA-MoE's (Zhu et al., arXiv 2406.16554, §3.1), the last as its inner sharing.
       num_neurons: of each expert, with "gradient"; else and by default the E-th part of all.
 
-    Raises: ValueError for a number of neurons that cannot be.
+    Raises: ValueError for a number of neurons that cannot be, tokens that this model cannot read,
+      or too few of them for as many experts.
     """
     E, L, F = num_experts, config.num_hidden_layers, config.intermediate_size
-    size = num_neurons or F // E
-    if not 0 < size <= F or (num_neurons and neurons != "gradient"):
-        raise ValueError(
-            f"{size} of the {F} neurons to each expert cannot be; give neurons='gradient' and "
-            f"num_neurons from 1 to {F}, or at most {F} experts"
-        )
+    size = F // E if num_neurons is None else num_neurons
+    _check(_problems_of_tokens(config, tokens_NBT))
+    _check(_problems_of_neurons(config, size, E, neurons, num_neurons))
+    _check(_problems_of_parts(tokens_NBT, E, neurons))
     found = {
         "centroids": np.zeros((L, E, config.hidden_size)),
         "neurons": np.zeros((L, E, size), np.int64),
@@ -122,12 +124,17 @@ def of_dense(
     return found
 
 
+def expert_utility(grads_E: dict) -> np.ndarray:
+    """[E]: the sum of an expert's squared gradients."""
+    return sum(np.square(_exact(g)).sum(axis=tuple(range(1, g.ndim))) for g in grads_E.values())
+
+
 def neuron_importance(ffn: dict, grads: dict) -> np.ndarray:
     """[F]: the sum over a neuron's weights of |weight · gradient|."""
     total_F = 0
     for name in experts.MATRICES:
         if name in ffn:
-            product = np.abs(np.asarray(ffn[name]) * np.asarray(grads[name]))
+            product = np.abs(_exact(ffn[name]) * _exact(grads[name]))
             total_F = total_F + product.sum(axis=1 - experts.NEURON_AXIS[name])
     return total_F
 
@@ -175,9 +182,63 @@ def balanced_clusters(points_NX: np.ndarray, k: int, *, seed: int, rounds: int =
     return groups
 
 
+def _check(problems: Iterator[str]) -> None:
+    for problem in problems:
+        raise ValueError(problem)
+
+
+def _problems_of_tokens(config: ModelConfig, tokens_NBT: Sequence):
+    T = tokens_NBT[0].shape[1]
+    if T < 2:
+        yield f"rows of {T} token have no next one to predict; use a sequence length of 2 or more"
+    if config.position_embedding == "learned" and T > config.max_position_embeddings:
+        yield (
+            f"rows of {T} tokens are beyond the model's {config.max_position_embeddings} "
+            f"positions; use a sequence length of at most {config.max_position_embeddings}"
+        )
+    if (largest := max(int(np.max(tokens_BT)) for tokens_BT in tokens_NBT)) >= config.vocab_size:
+        yield (
+            f"token {largest} is beyond the {config.vocab_size} of the model; "
+            "is this the tokenizer that it was trained with?"
+        )
+
+
+def _problems_of_neurons(config, size, E, neurons, num_neurons):
+    F = config.intermediate_size
+    if not 0 < size <= F or (num_neurons is not None and neurons != "gradient"):
+        yield (
+            f"{size} of the {F} neurons to each expert cannot be; give neurons='gradient' and "
+            f"num_neurons from 1 to {F}, or at most {F} experts"
+        )
+    if neurons != "gradient" and F % E:
+        yield (
+            f"{F} neurons are not divisible by num_experts={E}: {F % E} would be in no expert; "
+            "use a divisor, or neurons='gradient'"
+        )
+
+
+def _problems_of_parts(tokens_NBT, E, neurons):
+    N, M = len(tokens_NBT), min(tokens_NBT[0].size, SAMPLE)
+    if M < E:
+        yield (
+            f"num_experts={E} centroids cannot be of {M} tokens (the first {SAMPLE} of a batch at "
+            f"most); use larger batches, or at most {M} experts"
+        )
+    if neurons == "gradient" and N < E:
+        yield (
+            f"neurons='gradient' needs a batch of text for each of {E} experts, not {N} in all; "
+            f"use {E} batches or more"
+        )
+
+
 def _shown(batches: Sequence, what: str):
     """With a bar of progress on a terminal."""
     return tqdm.tqdm(batches, desc=what, unit="batch", disable=None)
+
+
+def _exact(x: jax.Array) -> np.ndarray:
+    # numpy adds bfloat16 in bfloat16, where 256 + 1 is 256.
+    return np.asarray(x, np.float32)
 
 
 def _inner_weights(ffn: dict) -> np.ndarray:

@@ -100,7 +100,7 @@ def transform(name):
         moe_config=config,
         recipe=name,
         key=KEY,
-        statistics=STATISTICS,
+        statistics=STATISTICS if source.num_experts else None,
         **parameters,
     )
 
@@ -163,7 +163,7 @@ def test_no_more_than_one_dense_layer_is_whole_on_a_device(name):
             moe_config=small,
             recipe=name,
             key=KEY,
-            statistics=statistics,
+            statistics=statistics if source.num_experts else None,
             **parameters,
         )
         shapes = jax.eval_shape(functools.partial(model.init, big), jax.random.key(0))
@@ -336,7 +336,16 @@ def test_what_is_not_finite_in_an_expert_that_is_left_out_stays_out():
         ("drop", {"num_attention_experts": 2}, "num_attention_experts=2 differs"),
         ("prune", {"num_experts": 9}, "must be at most the parent's 8"),
         ("expert_upcycling", {"num_experts": 4}, "must be at least the parent's 8"),
-        ("prune", {"statistics": {}}, "needs the statistic 'load'"),
+        ("prune", {"statistics": {}}, "^recipe 'prune' needs the statistic 'load'"),
+        ("drop", {"statistics": STATISTICS}, "none of .* load, sim.*; leave .* router='centroids'"),
+        (
+            *("llama_moe", {"statistics": {"neurons": draw(2, 4, 8)}}),
+            "'llama_moe' uses none of the statistics neurons; .* give partition='statistics' or r",
+        ),
+        (
+            *("expert_upcycling", {"statistics": {"centroids": draw(2, 12, 16)}}),
+            "uses none of the statistics centroids; leave them out, or give the statistic 'utilit",
+        ),
         ("prune", {"statistics": {"load": draw(2, 7)}}, r"'load' is \[2, 7\], not \[2, 8\]"),
         ("merge_back", {"intermediate_size": 16}, "intermediate_size=16 differs from the experts'"),
     ],
@@ -345,7 +354,7 @@ def test_what_does_not_fit_a_recipe_is_refused_in_one_line(name, changes, messag
     source, config, parameters, number = CASES[name]
     changes = dict(changes)
     number = changes.pop("parents", number)
-    statistics = changes.pop("statistics", STATISTICS)
+    statistics = changes.pop("statistics", STATISTICS if source.num_experts else None)
     config = dataclasses.replace(config, **changes)
     with pytest.raises(ValueError, match=message) as error:
         plan.make(
@@ -357,3 +366,21 @@ def test_what_does_not_fit_a_recipe_is_refused_in_one_line(name, changes, messag
             parameters=parameters,
         )
     assert "\n" not in str(error.value)
+
+
+def test_longer_texts_need_another_parent_only_where_positions_have_weights():
+    for positions, differing in (("rotary", []), ("learned", ["max_position_embeddings"])):
+        parent = dataclasses.replace(DENSE, position_embedding=positions)
+        longer = dataclasses.replace(EIGHT, position_embedding=positions)
+        longer = dataclasses.replace(longer, max_position_embeddings=8192)
+        found = plan.differences(parent, longer, plan.OWN)
+        assert [name for name, *_ in found] == differing
+
+
+def test_moments_may_leave_the_routers_statistics_unused():
+    """Of a run with router="centroids": they follow its weights, but to routers of zeros."""
+    source, config, parameters, _ = CASES["drop"]
+    statistics = {"centroids": draw(2, 8, 16)}
+    for router in ("centroids", "zero"):
+        how = {"recipe": "drop", "router": router, "statistics": statistics}
+        assert plan.make(source, config, **how, parameters=parameters).router == router

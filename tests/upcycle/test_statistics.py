@@ -91,9 +91,18 @@ def test_the_importance_of_a_neuron_is_its_share_of_weight_times_gradient():
     )
 
 
+def test_sums_over_bfloat16_are_exact():
+    """Where 256 + 1 is 256."""
+    ones = {"up": jnp.ones((1, 300, 2), jnp.bfloat16), "down": jnp.ones((1, 2, 300), jnp.bfloat16)}
+    np.testing.assert_array_equal(statistics.expert_utility(ones), [1200])
+    first = {name: w[0] for name, w in ones.items()}
+    np.testing.assert_array_equal(statistics.neuron_importance(first, first), [600, 600])
+
+
 @pytest.mark.parametrize("neurons", ["weights", "activations", "gradient"])
 def test_statistics_of_a_dense_model_fit_the_recipe_that_takes_them(neurons):
-    found = statistics.of_dense(params_of(DENSE), DENSE, TOKENS, num_experts=4, neurons=neurons)
+    tokens_NBT = TOKENS.reshape(4, 1, 32)
+    found = statistics.of_dense(params_of(DENSE), DENSE, tokens_NBT, num_experts=4, neurons=neurons)
     config = DENSE.to_moe(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=6)
     made = plan.make(
         DENSE,
@@ -111,6 +120,34 @@ def test_statistics_of_a_dense_model_fit_the_recipe_that_takes_them(neurons):
             assert sorted(found["neurons"][layer].ravel()) == list(range(24))
 
 
+LEARNED = dataclasses.replace(DENSE, position_embedding="learned", max_position_embeddings=31)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 5}, "24 neurons are not divisible by num_experts=5: 4 would be in no"),
+        ({"num_neurons": 6}, "6 of the 24 neurons to each expert cannot be; give neurons='grad"),
+        ({"neurons": "gradient", "num_neurons": 0}, "0 of the 24 neurons"),
+        ({"neurons": "gradient"}, "a batch of text for each of 4 experts, not 2 .* use 4 batches"),
+        ({"tokens_NBT": TOKENS[:, :1, :3]}, "num_experts=4 centroids cannot be of 3 tokens"),
+        ({"tokens_NBT": TOKENS[..., :1]}, "rows of 1 token have no next .* length of 2 or more"),
+        ({"tokens_NBT": TOKENS + 300}, "token .* is beyond the 300 of the model; is this the tok"),
+        ({"config": LEARNED}, "32 tokens are beyond the model's 31 .* length of at most 31"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(changes, message):
+    how = {"config": DENSE, "tokens_NBT": TOKENS, "num_experts": 4, "neurons": "weights"}
+    with pytest.raises(ValueError, match=message) as error:
+        statistics.of_dense({}, **{**how, **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_a_mixture_reads_no_token_beyond_its_vocabulary():
+    with pytest.raises(ValueError, match="is beyond the 300 of the model"):
+        statistics.of_mixture({}, MIXTURE, TOKENS + 300)
+
+
 def test_one_expert_of_the_most_important_neurons_merged_back_is_a_pruned_dense_model():
     """Minitron's width pruning (arXiv 2407.14679), out of the same transforms."""
     params = params_of(DENSE)
@@ -118,9 +155,11 @@ def test_one_expert_of_the_most_important_neurons_merged_back_is_a_pruned_dense_
         params, DENSE, TOKENS, num_experts=1, neurons="gradient", num_neurons=18
     )
     one = DENSE.to_moe(num_experts=1, num_experts_per_tok=1, moe_intermediate_size=18)
-    how = {"key": jax.random.key(0), "statistics": found}
-    single = upcycle.upcycle(params, DENSE, one, recipe="llama_moe", partition="statistics", **how)
-    pruned = upcycle.upcycle(single, one, one.to_dense(), recipe="merge_back", **how)
+    how = {"recipe": "llama_moe", "partition": "statistics", "statistics": found}
+    single = upcycle.upcycle(params, DENSE, one, key=jax.random.key(0), **how)
+    pruned = upcycle.upcycle(
+        single, one, one.to_dense(), recipe="merge_back", key=jax.random.key(0)
+    )
     for layer in range(2):
         kept = found["neurons"][layer, 0]
         for name, w in pruned["blocks"]["0"]["mlp"].items():
@@ -171,6 +210,9 @@ def test_another_file_is_refused_in_one_line(tmp_path):
     np.savez(tmp_path / "other.npz", something=np.zeros(3))
     with pytest.raises(ValueError, match="holds something; known are neurons"):
         statistics.load(tmp_path / "other.npz")
-    (tmp_path / "text.npz").write_text("no arrays")
-    with pytest.raises(ValueError, match="is not a file of scripts/collect_statistics.py"):
-        statistics.load(tmp_path / "text.npz")
+    with pytest.raises(ValueError, match="no file .*none.npz; make it with scripts/collect_stat"):
+        statistics.load(tmp_path / "none.npz")
+    for content in (b"no arrays", b"", b"PK\x03\x04cut"):
+        (tmp_path / "text.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="is not a file of scripts/collect_statistics.py"):
+            statistics.load(tmp_path / "text.npz")
