@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_jax import model
 from moe_jax.hf import folders, tensors, writing
+from moe_jax.model.config import MOE
 from moe_jax.model.segments import places
 from moe_jax.upcycle import mixing, plan, recipes, router_init
 from moe_jax.upcycle import params as upcycling
@@ -105,11 +106,12 @@ class _Maker:
         if not path.startswith("blocks/"):
             return path, 0
         _, own_place, inner = path.split("/", 2)
-        place, row = self.row_of[self.layer_of[own_place, own_row]]
-        of_parent = f"blocks/{place}/moe" if self.from_mixture else f"blocks/{place}/mlp"
+        layer = self.layer_of[own_place, own_row]
+        place, row = self.row_of[layer]
+        is_sparse = self.made.source.layer_kinds[layer] == MOE
         if inner.startswith("moe/router/"):
-            return of_parent + ("/experts/up" if self.from_mixture else "/up"), row
-        if not self.from_mixture:
+            inner = "moe/experts/up"
+        if not is_sparse:
             for prefix in ("moe/experts/", "moe/shared/", "moe/"):
                 inner = inner.replace(prefix, "mlp/")
         elif inner.startswith("mlp/"):

@@ -72,6 +72,7 @@ OTHERS = [
         lambda c: of_mixture(c, num_experts=2),
     ),
     (*("mixtral", "merge_back", {}, None), lambda c: c.to_dense()),
+    (*("lola", "merge_back", {}, None), lambda c: c.to_dense()),  # its even layers are dense
 ]
 
 
