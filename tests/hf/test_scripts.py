@@ -61,6 +61,10 @@ def test_a_folder_becomes_a_mixture_and_a_checkpoint_and_a_folder_again(tmp_path
             *("upcycle.py", ["--source=tests/golden/llama", "--model.num_experts=4"]),
             "--model.num_experts: use --num_experts",
         ),
+        (
+            *("upcycle.py", ["--source=tests/golden/llama", "--model.dispatch=capacity"]),
+            "(--to=orbax) holds it, or set dispatch='dropless'",
+        ),
         ("upcycle.py", [*MERGED, "--model.num_experts=2"], "makes a dense model"),
         ("convert.py", ["--source=tests", "--to=hf"], "neither a Hugging Face folder"),
     ],
