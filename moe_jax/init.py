@@ -32,15 +32,13 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
     sources = configs.parents(config)
     if not sources:
         return _jit_sharded(create, mesh, key)
-    source_config, parents = load_alike([pathlib.Path(s) for s in sources], mesh)
-    parents = [_float32(params) for params in parents]
-    if config.init.upcycle.recipe:
-        try:
+    try:
+        source_config, parents = load_alike([pathlib.Path(s) for s in sources], mesh)
+        parents = [_float32(params) for params in parents]
+        if config.init.upcycle.recipe:
             return _jit_sharded(_transform(config, source_config), mesh, parents)
-        except (ValueError, OSError) as error:
-            raise configs.ConfigError(
-                f"config.init.source={config.init.source}: {error}"
-            ) from error
+    except (ValueError, OSError) as error:
+        raise configs.ConfigError(f"config.init.source={config.init.source}: {error}") from error
     [params] = parents
     if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(
         lambda x: x.shape, jax.eval_shape(create, key)
@@ -130,7 +128,7 @@ def load_alike(
     for source, (other, _) in zip(sources, loaded, strict=True):
         if dataclasses.replace(other, **how) != first:
             raise configs.ConfigError(
-                f"config.init.source: {source} is another model than {sources[0]}; "
+                f"{source} is another model than {sources[0]}; "
                 "parents must be of one size and family"
             )
     return first, [params for _, params in loaded]

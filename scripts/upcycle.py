@@ -28,6 +28,19 @@ from moe_jax.hf import folders, upcycling
 from moe_jax.parallel import mesh, naming
 from moe_jax.upcycle import recipes, router_init, statistics
 
+# Fields of the new model that its kind or another option decides, and what to do instead.
+OF_KIND = {"model_type": "the family is one that can hold the model; leave it out"}
+DECIDED = {
+    recipes.MIXTURE: OF_KIND
+    | {name: f"use --{name}" for name in ("num_experts", "num_experts_per_tok")},
+    recipes.DENSE: OF_KIND
+    | {
+        name: "the recipe makes a dense model as wide as an expert; leave it out"
+        for name in "intermediate_size moe_intermediate_size num_experts num_expert_groups "
+        "layers".split()
+    },
+}
+
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
@@ -69,7 +82,7 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
         "statistics": statistics.load(arguments.statistics) if arguments.statistics else None,
         **parameters,
     }
-    paths = [pathlib.Path(path) for path in arguments.source.split(",")]
+    paths = sources_of(arguments)
     if arguments.to == "hf" and all(folders.is_folder(path) for path in paths):
         sources = [folders.Folder(path) for path in paths]
         config = config_of(sources[0].config, arguments, fields)
@@ -83,6 +96,20 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
         return []
     dense = len(parents) == 1 and not source_config.num_experts
     return similarity.experts(made, config, *((parents[0], source_config) if dense else ()))
+
+
+def sources_of(arguments) -> list[pathlib.Path]:
+    """Raises: ValueError for none, or an output inside one."""
+    parts = [part.strip() for part in arguments.source.split(",")]
+    paths = [pathlib.Path(part) for part in parts if part]
+    if not paths:
+        raise ValueError(f"--source={arguments.source} names no parent; give its folder")
+    for path in paths:
+        if arguments.output.resolve().is_relative_to(path.resolve()):
+            raise ValueError(
+                f"--output={arguments.output} lies in the source {path}; choose one outside"
+            )
+    return paths
 
 
 def of_folder(made: folders.Folder, sources: list[folders.Folder]) -> list[similarity.Experts]:
@@ -102,8 +129,16 @@ def of_folder(made: folders.Folder, sources: list[folders.Folder]) -> list[simil
 
 
 def config_of(source, arguments, fields: dict):
-    """Of the model that is made of one of `source`."""
-    if recipes.RECIPES[arguments.recipe].gives == recipes.DENSE:
+    """Of the model that is made of one of `source`.
+
+    Raises: ValueError for what no model can have, or that is not a field's to say.
+    """
+    gives = recipes.RECIPES[arguments.recipe].gives
+    if decided := [name for name in fields if name in DECIDED[gives]]:
+        raise ValueError(f"--model.{decided[0]}: {DECIDED[gives][decided[0]]}")
+    if arguments.granularity < 1:
+        raise ValueError(f"--granularity={arguments.granularity} must be at least 1")
+    if gives == recipes.DENSE:
         return source.to_dense(**fields)
     if arguments.granularity > 1:
         fields = {
@@ -115,8 +150,7 @@ def config_of(source, arguments, fields: dict):
     return source.to_moe(
         num_experts=arguments.num_experts,
         num_experts_per_tok=arguments.num_experts_per_tok,
-        layers=source.layers if source.num_experts else None,
-        **fields,
+        **{"layers": source.layers if source.num_experts else None, **fields},
     )
 
 

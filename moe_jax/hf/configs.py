@@ -18,7 +18,8 @@ from moe_jax.model.config import DENSE, ModelConfig
 
 MAX_CONFIG_BYTES = 10_000_000
 
-# Fields that say how a model is computed or trained: a checkpoint does not hold them.
+# Fields that say how a model is computed or trained, or how experts drop what does not fit, which
+# those of no family do (`dispatch` is compared): a checkpoint does not hold them.
 COMPUTED = set(
     """model_type initializer_range capacity_factor min_capacity token_priority
     dtype remat expert_parallel grouped_matmul attention""".split()
@@ -115,9 +116,12 @@ def write(config: ModelConfig) -> dict:
             if not problems[model_type]:
                 return _values(config, model_type)
     closest = min(problems, key=lambda name: len(problems[name]))
+    lost = ", ".join(problems[closest])
+    without = ", or set dispatch='dropless' in its config"
     raise UnsupportedError(
-        f"no Hugging Face model class holds this model; the closest, {closest}, has not "
-        f"{', '.join(problems[closest])}; a run's own checkpoint holds it"
+        f"no Hugging Face model class holds this model; the closest, {closest}, has not {lost}; "
+        "a run's own checkpoint (--to=orbax) holds it"
+        + (without if lost == "dispatch='capacity'" else "")
     )
 
 
@@ -136,15 +140,15 @@ def _in_force(config: ModelConfig) -> dict:
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in COMPUTED}
     fields |= SAME_ROUTER.get(config.router, {})
     fields |= {
-        "merges": config.dispatch == "merge",
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
         "layers": config.layer_kinds,
         "layer_types": tuple(kind.window for kind in config.block_kinds),
     }
-    unused = ["sliding_window", "dispatch", "merge_segment_length"]
+    unused = ["sliding_window", "merge_segment_length"]
     if not config.num_experts:
         unused += ["num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size", "router"]
+        unused += ["dispatch"]
     else:
         fields["moe_intermediate_size"] = config.expert_size
         if DENSE not in config.layer_kinds:

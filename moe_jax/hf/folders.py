@@ -39,6 +39,10 @@ class Folder:
         self.slots: dict[str, list[tensors.Slot]] = {}
         for slot in slots:
             self.slots.setdefault(slot.path, []).append(slot)
+        self._dtypes = {
+            path: np.result_type(*{self.tensors[s.name].dtype for s in slots})
+            for path, slots in self.slots.items()
+        }
         self._check_head()
 
     def _check_head(self) -> None:
@@ -57,10 +61,7 @@ class Folder:
 
     def dtypes(self) -> dict[str, np.dtype]:
         """Path -> the widest dtype of its tensors."""
-        return {
-            path: np.result_type(*{self.tensors[s.name].dtype for s in slots})
-            for path, slots in self.slots.items()
-        }
+        return self._dtypes
 
     def leaf(self, path: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """`index` of a leaf of the parameters, its layers and experts read one by one."""
@@ -71,8 +72,7 @@ class Folder:
         full = (*(max(s.row[i] for s in slots) + 1 for i in range(depth)), *slots[0].shape)
         index = (*index, *(slice(None),) * (len(full) - len(index)))
         ranges = [range(size)[i] for size, i in zip(full, index, strict=True)]
-        dtype = np.result_type(*{self._of(s).dtype for s in slots})
-        leaf = np.empty([len(r) for r in ranges], dtype)
+        leaf = np.empty([len(r) for r in ranges], self._dtypes[path])
         for slot in slots:
             if all(i in r for i, r in zip(slot.row, ranges, strict=False)):
                 at = tuple(i - r.start for i, r in zip(slot.row, ranges, strict=False))
@@ -80,12 +80,13 @@ class Folder:
         return leaf
 
     def part(self, path: str, row: tuple[int, ...]) -> np.ndarray:
-        """The leaf at leading indices `row`, a view of what lies in the file where it can be."""
+        """The leaf at leading indices `row`, in the leaf's dtype."""
         for slot in self.slots[path]:
             if slot.row == row[: len(slot.row)]:
                 inner = row[len(slot.row) :]
                 index = tuple(slice(i, i + 1) for i in inner)
-                return tensors.read(slot, self._of(slot), index)[(0,) * len(inner)]
+                part = tensors.read(slot, self._of(slot), index)[(0,) * len(inner)]
+                return part.astype(self._dtypes[path], copy=False)
         raise KeyError(f"{path} has no {row}")
 
     def feed_forward(self, layer: int, inner: str) -> dict[str, np.ndarray]:

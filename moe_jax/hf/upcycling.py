@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_jax import model
 from moe_jax.hf import folders, tensors, writing
+from moe_jax.model.config import MOE
 from moe_jax.model.segments import places
 from moe_jax.upcycle import mixing, plan, recipes, router_init
 from moe_jax.upcycle import params as upcycling
@@ -35,7 +36,15 @@ def upcycle_folder(
     first = sources[0]
     for other in sources[1:]:
         if other.config != first.config:
-            raise ValueError(f"{other.path} is another model than {first.path}")
+            raise ValueError(
+                f"{other.path} is another model than {first.path}; parents must be of one size "
+                "and family"
+            )
+        if other.dtypes() != first.dtypes():
+            raise ValueError(
+                f"{other.path} is not stored in the dtypes of {first.path}; convert one with "
+                "scripts/convert.py --dtype, or give --to=orbax"
+            )
     made = plan.make(
         first.config,
         config,
@@ -46,13 +55,12 @@ def upcycle_folder(
         parameters=parameters,
     )
     maker = _Maker(sources, made, key)
-    dtypes = first.dtypes()
-    kept = {path: dtypes[maker.of_parent(path)[0]] for path in tensors.shapes(config)}
+    dtypes = maker.dtypes()
     writing.write(
         output,
         config,
-        kept,
-        maker.part,
+        dtypes,
+        lambda slot: maker.part(slot).astype(dtypes[slot.path], copy=False),
         source=first.path,
         progress=progress,
         max_shard_bytes=max_shard_bytes,
@@ -97,7 +105,15 @@ class _Maker:
             return self._mixed(path, row, layer, expert)
         return self._of_dense(layer, expert, name)
 
-    def of_parent(self, path: str, own_row: int = 0) -> tuple[str, int]:
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Path of the result -> the widest dtype of what it is made of."""
+        found = {}
+        for path, shape in tensors.shapes(self.made.config).items():
+            rows = range(shape[0]) if path.startswith("blocks/") else (0,)
+            found[path] = np.result_type(*{self._dtypes[self.of_parent(path, r)[0]] for r in rows})
+        return found
+
+    def of_parent(self, path: str, own_row: int) -> tuple[str, int]:
         """Where the parents hold what a path of the result is made of, and in which row.
 
         A router lies where its layer's up projection does, whose dtype it takes.
@@ -105,11 +121,12 @@ class _Maker:
         if not path.startswith("blocks/"):
             return path, 0
         _, own_place, inner = path.split("/", 2)
-        place, row = self.row_of[self.layer_of[own_place, own_row]]
-        of_parent = f"blocks/{place}/moe" if self.from_mixture else f"blocks/{place}/mlp"
+        layer = self.layer_of[own_place, own_row]
+        place, row = self.row_of[layer]
+        is_sparse = self.made.source.layer_kinds[layer] == MOE
         if inner.startswith("moe/router/"):
-            return of_parent + ("/experts/up" if self.from_mixture else "/up"), row
-        if not self.from_mixture:
+            inner = "moe/experts/up"
+        if not is_sparse:
             for prefix in ("moe/experts/", "moe/shared/", "moe/"):
                 inner = inner.replace(prefix, "mlp/")
         elif inner.startswith("mlp/"):

@@ -61,8 +61,10 @@ def upcycle(
 
 
 def _blocks(parents, made, key) -> dict:
+    # Of a mixture first by its own places: a dense result has its dense and sparse layers in one.
+    own = made.source if made.recipe.takes == recipes.MIXTURE else made.config
     blocks = {}
-    for segment in segments(made.config.block_kinds):
+    for segment in segments(own.block_kinds):
         for place, layers in segment.layers.items():
             owns = [blocks_of(p, made.source, layers) for p in parents]
             feed_forward = "moe" if "moe" in owns[0] else "mlp"
@@ -80,7 +82,11 @@ def _blocks(parents, made, key) -> dict:
             else:
                 block["mlp"] = rest_of(ffns, made)
             blocks[place] = block
-    return blocks
+    return {
+        place: blocks_of({"blocks": blocks}, own, layers)
+        for segment in segments(made.config.block_kinds)
+        for place, layers in segment.layers.items()
+    }
 
 
 def blocks_of(params: dict, config: ModelConfig, layers: tuple[int, ...]) -> dict:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.model.config import ModelConfig
+from moe_jax.model.config import DENSE, ModelConfig
 from moe_jax.upcycle import recipes, router_init, start
 
 # Statistics of a parent: of (its config, the result's) their shape after an axis of all its layers.
@@ -120,7 +120,9 @@ def _problems_of_kinds(plan, recipe):
         yield f"recipe {recipe!r} takes one parent, not {plan.num_parents}"
     own = OWN | (OF_ATTENTION if method.attention else set())
     if method.takes == recipes.MIXTURE:
-        own = own - {"shared_expert_intermediate_size"} | {"intermediate_size"}
+        own = own - {"shared_expert_intermediate_size"}
+        if method.gives == recipes.DENSE or DENSE not in source.layer_kinds:
+            own = own | {"intermediate_size"}
     for name, ours, theirs in differences(source, config, own):
         yield f"{name}={ours} differs from the parent's {theirs}; use {theirs}"
 
@@ -153,6 +155,12 @@ def _problems_of_sizes(plan, recipe):
     source, config, method = plan.source, plan.config, plan.recipe
     E, F = config.num_experts, config.expert_size
     if method.takes == recipes.MIXTURE:
+        dense_F = source.intermediate_size if DENSE in source.layer_kinds else source.expert_size
+        if method.gives == recipes.DENSE and dense_F != source.expert_size:
+            yield (
+                f"recipe {recipe!r} makes all layers of one width, but the parent's dense layers "
+                f"have {dense_F} neurons and its experts {source.expert_size}; use another parent"
+            )
         if method.gives == recipes.DENSE and config.intermediate_size != source.expert_size:
             yield (
                 f"intermediate_size={config.intermediate_size} differs from the experts' "

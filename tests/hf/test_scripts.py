@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ from moe_jax.parallel import mesh as meshes
 from tests.hf.test_golden import GOLDEN
 
 ROOT = pathlib.Path(__file__).parents[2]
+OTHERS = ["--source=tests/golden/llama, tests/golden/mistral,", "--recipe=skywork", "--to=orbax"]
+MERGED = ["--source=tests/golden/mixtral", "--recipe=merge_back"]
 
 
 def run(script, *arguments):
@@ -24,15 +27,16 @@ def run(script, *arguments):
 
 def test_a_folder_becomes_a_mixture_and_a_checkpoint_and_a_folder_again(tmp_path):
     moe, imported, again = (tmp_path / name for name in ("moe", "imported", "again"))
-    experts = ("--num_experts=4", "--num_experts_per_tok=2")
-    done = run("upcycle.py", f"--source={GOLDEN / 'llama'}", f"--output={moe}", *experts)
+    experts = ("--num_experts=4", "--num_experts_per_tok=2", "--model.layers=dense,moe,moe")
+    done = run("upcycle.py", f"--source={GOLDEN / 'qwen3'}", f"--output={moe}", *experts)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1].split()  # of the last layer: a half is redrawn
     assert last[-1] == "0.5000" and 0.1 < float(last[1]) < 0.5 and 0.4 < float(last[4]) < 0.8
     for source, output, to in ((moe, imported, "orbax"), (imported, again, "hf")):
         done = run("convert.py", f"--source={source}", f"--output={output}", f"--to={to}")
         assert done.returncode == 0, done.stderr
-    assert json.loads((again / "config.json").read_text())["model_type"] == "mixtral"
+    values = json.loads((again / "config.json").read_text())
+    assert values["model_type"] == "qwen3_moe" and values["mlp_only_layers"] == [0]
     jax.tree.map(np.testing.assert_array_equal, hf.load(moe)[1], hf.load(again)[1])
 
 
@@ -43,14 +47,38 @@ def test_a_folder_becomes_a_mixture_and_a_checkpoint_and_a_folder_again(tmp_path
         ("upcycle.py", ["--source=tests/golden/mixtral"], "needs a dense parent"),
         ("upcycle.py", ["--source=tests/golden/nemotron"], "no Hugging Face model class"),
         ("upcycle.py", ["--source=tests/golden/llama", "--recipe.ratio=2"], "ratio=2.0"),
+        ("upcycle.py", ["--source=,"], "--source=, names no parent"),
+        ("upcycle.py", OTHERS, ": tests/golden/mistral is another model than tests/golden/llama"),
+        (
+            *("upcycle.py", ["--source=tests/golden/llama", "--output=tests/golden/llama/moe"]),
+            "--output=tests/golden/llama/moe lies in the source",
+        ),
+        (
+            *("upcycle.py", ["--source=tests/golden/llama", "--granularity=0"]),
+            "--granularity=0 must be at least 1",
+        ),
+        (
+            *("upcycle.py", ["--source=tests/golden/llama", "--model.num_experts=4"]),
+            "--model.num_experts: use --num_experts",
+        ),
+        (
+            *("upcycle.py", ["--source=tests/golden/llama", "--model.dispatch=capacity"]),
+            "(--to=orbax) holds it, or set dispatch='dropless'",
+        ),
+        ("upcycle.py", [*MERGED, "--model.num_experts=2"], "makes a dense model"),
         ("convert.py", ["--source=tests", "--to=hf"], "neither a Hugging Face folder"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_status_2(script, arguments, complaint, tmp_path):
-    done = run(script, *arguments, f"--output={tmp_path / 'out'}")
-    assert done.returncode == 2
-    assert complaint in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_a_mistake_is_one_line_and_exit_status_2(
+    script, arguments, complaint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script, f"--output={tmp_path / 'out'}", *arguments])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(f"scripts/{script}", run_name="__main__")
+    assert done.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{script}: ") and complaint in line
     assert not list(tmp_path.iterdir())
 
 

@@ -1,13 +1,15 @@
 """Folder to folder, an expert at a time, gives what the in-memory path gives."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from moe_jax import hf, upcycle
-from moe_jax.hf import folders, upcycling
+from moe_jax.hf import folders, tensors, upcycling
 from tests.hf.test_golden import GOLDEN
 
 CASES = [
@@ -72,6 +74,8 @@ OTHERS = [
         lambda c: of_mixture(c, num_experts=2),
     ),
     (*("mixtral", "merge_back", {}, None), lambda c: c.to_dense()),
+    # Every second layer is dense, and stored in another dtype than the experts.
+    (*("lola", "merge_back", {}, None), lambda c: c.to_dense()),
 ]
 
 
@@ -91,6 +95,11 @@ def test_several_parents_and_mixtures_stream_bitwise_too(
         other = jax.tree.map(lambda w: (w * 1.5).astype(w.dtype), sources[0].params())
         hf.save(tmp_path / "other", sources[0].config, other)
         sources.append(folders.Folder(tmp_path / "other"))
+    if name == "lola":
+        params = sources[0].params()
+        params["blocks"]["0"]["mlp"] = tensors.cast(params["blocks"]["0"]["mlp"], "bfloat16")
+        hf.save(tmp_path / "mixed", sources[0].config, params)
+        sources = [folders.Folder(tmp_path / "mixed")]
     if statistics:
         L = sources[0].config.num_hidden_layers
         statistics = {n: x[:L] for n, x in statistics.items()}
@@ -103,6 +112,30 @@ def test_several_parents_and_mixtures_stream_bitwise_too(
     loaded, streamed = hf.load(tmp_path / "streamed")
     jax.tree.map(np.testing.assert_array_equal, streamed, hf.load(tmp_path / "whole")[1])
     assert loaded.num_experts == config.num_experts
+
+
+def test_parents_stored_in_other_dtypes_are_refused_before_anything_is_written(tmp_path):
+    first = folders.Folder(GOLDEN / "llama")
+    hf.save(tmp_path / "half", first.config, tensors.cast(first.params(), "bfloat16"))
+    moe = first.config.to_moe(num_experts=2, num_experts_per_tok=1)
+    how = {"recipe": "branch_train_mix", "key": jax.random.key(0)}
+    with pytest.raises(ValueError, match=r"/half is not stored in the dtypes of .*/llama; convert"):
+        upcycling.upcycle_folder(
+            [first, folders.Folder(tmp_path / "half")], tmp_path / "out", moe, **how
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_has_the_dtype_of_its_leaf(tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = safetensors.numpy.load_file(GOLDEN / "llama" / "model.safetensors")
+    weights[name] = weights[name].astype(np.float16)
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+    shutil.copyfile(GOLDEN / "llama" / "config.json", tmp_path / "config.json")
+    folder = folders.Folder(tmp_path)
+    leaf, part = folder.leaf("blocks/0/mlp/up"), folder.part("blocks/0/mlp/up", (1,))
+    assert leaf.dtype == part.dtype == np.float32
+    np.testing.assert_array_equal(leaf[1], part)
 
 
 def test_nothing_is_left_of_a_conversion_that_fails(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ DENSE = model.ModelConfig(
 )
 EIGHT = DENSE.to_moe(num_experts=8, num_experts_per_tok=2)
 SHARDS = DENSE.to_moe(num_experts=8, num_experts_per_tok=4, moe_intermediate_size=8)
+PARTLY = dataclasses.replace(EIGHT, layers=("dense", "moe"), moe_intermediate_size=8)
 KEY = jax.random.key(3)
 
 
@@ -348,6 +349,16 @@ def test_what_is_not_finite_in_an_expert_that_is_left_out_stays_out():
         ),
         ("prune", {"statistics": {"load": draw(2, 7)}}, r"'load' is \[2, 7\], not \[2, 8\]"),
         ("merge_back", {"intermediate_size": 16}, "intermediate_size=16 differs from the experts'"),
+        (
+            "merge_back",
+            {"source": PARTLY, "intermediate_size": 8},
+            "dense layers have 32 neurons and its experts 8",
+        ),
+        (
+            "prune",
+            {"source": PARTLY, "layers": PARTLY.layers, "intermediate_size": 8},
+            "intermediate_size=8 differs from the parent's 32",
+        ),
     ],
 )
 def test_what_does_not_fit_a_recipe_is_refused_in_one_line(name, changes, message):
@@ -355,6 +366,7 @@ def test_what_does_not_fit_a_recipe_is_refused_in_one_line(name, changes, messag
     changes = dict(changes)
     number = changes.pop("parents", number)
     statistics = changes.pop("statistics", STATISTICS if source.num_experts else None)
+    source = changes.pop("source", source)
     config = dataclasses.replace(config, **changes)
     with pytest.raises(ValueError, match=message) as error:
         plan.make(
