@@ -76,12 +76,12 @@ def test_what_does_not_fit_is_a_report_not_an_error(libtpu):
 
 
 def test_mixtral_8x7b_fits_sixteen_v5p_and_executes_what_is_due(libtpu):
-    """A hand-written step needs 60.04 GB (MaxText 0.2.5, the same batch and float32 state)."""
+    """MaxText 0.2.5 needs 60.04 GB for the same batch and float32 state."""
     config = configs.load("configs/mixtral/8x7b.py")
     report = dry_run(config, "v5p:2x2x4")
     assert report.fits
     assert report.argument_bytes < 36e9
-    assert report.hbm_peak_bytes < 60.04e9
+    assert report.hbm_peak_bytes < 55e9
     assert 0.99 <= report.step_flops / report.analytic_flops <= 1.10
 
 
