@@ -167,7 +167,11 @@ def parse(arguments: list[str]) -> ConfigDict:
             error = error.args[0]
         raise ConfigError("unknown key " + " ".join(error.args[0].split())) from None
     except Exception as error:  # whatever the flag library or the file itself raises
-        raise ConfigError(" ".join(f"{error}".split()) or f"{path}: {error!r}") from error
+        text = f"{error}".strip() or f"{path}: {error!r}"
+        # What a config file itself raises comes as a traceback, the reason last.
+        if "Traceback" in text:
+            text = f"--config={path}: {text.splitlines()[-1]}"
+        raise ConfigError(" ".join(text.split())) from error
     if unused:
         raise ConfigError(
             f"unexpected argument {unused[0]!r}; options are --config.section.key=value"

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from moe_jax import config as configs
 from moe_jax import hf, model, upcycle
 from moe_jax.hf import folders, safetensors, writing
-from moe_jax.parallel import naming, sharding
+from moe_jax.parallel import distributed, naming, sharding
 from moe_jax.training import checkpoint, flops, optimizer
-from moe_jax.upcycle import recipes, statistics
+from moe_jax.upcycle import plan, recipes, statistics
 
 HOW_IT_IS_COMPUTED = ("dtype", "remat", "expert_parallel", "grouped_matmul", "attention")
 
@@ -36,7 +36,10 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
         source_config, parents = load_alike([pathlib.Path(s) for s in sources], mesh)
         parents = [_float32(params) for params in parents]
         if config.init.upcycle.recipe:
-            return _jit_sharded(_transform(config, source_config), mesh, parents)
+            transform = _transform(config, source_config)
+            at_start = _at_start(config, source_config)
+            distributed.say(f"recipe {config.init.upcycle.recipe}, step 0: {at_start}")
+            return _jit_sharded(transform, mesh, parents)
     except (ValueError, OSError) as error:
         raise configs.ConfigError(f"config.init.source={config.init.source}: {error}") from error
     [params] = parents
@@ -50,13 +53,26 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
     return params
 
 
-def _transform(config: ConfigDict, source_config: model.ModelConfig, **changes):
-    """The upcycling that a run's config asks for, of parents' parameters."""
+def _method(config: ConfigDict) -> dict:
     section = config.init.upcycle
-    how = {
+    return {
         "recipe": section.recipe,
         "router": section.router,
         "statistics": statistics.load(section.statistics) if section.statistics else None,
+    }
+
+
+def _at_start(config: ConfigDict, source_config: model.ModelConfig) -> str:
+    parameters, number = configs.upcycle_parameters(config), len(configs.parents(config))
+    models = source_config, configs.model_config(config)
+    made = plan.make(*models, **_method(config), num_parents=number, parameters=parameters)
+    return made.at_start
+
+
+def _transform(config: ConfigDict, source_config: model.ModelConfig, **changes):
+    """The upcycling that a run's config asks for, of parents' parameters."""
+    how = {
+        **_method(config),
         "key": naming.fold_in(naming.fold_in(jax.random.key(config.seed), "init"), "upcycle"),
         **configs.upcycle_parameters(config),
         **changes,

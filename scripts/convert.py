@@ -4,12 +4,14 @@ Examples:
   python scripts/convert.py --source=runs/quickstart/drop_0.5 --output=path/to/folder --to=hf
   python scripts/convert.py --source=path/to/folder --output=path/to/copy --to=hf --dtype=bfloat16
   python scripts/convert.py --source=path/to/folder --output=runs/imported --to=orbax
+  python scripts/convert.py --source=runs/lola --output=path/to/lola --to=hf --dropless
 
 The source is a Hugging Face folder or a run's workdir. From folder to folder tensors are read and
 written one at a time; a checkpoint is verified before it is used, and so held in memory whole. The
 output appears when it is whole.
 """
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -27,6 +29,11 @@ def main() -> None:
     parser.add_argument("--source", required=True, type=pathlib.Path)
     parser.add_argument("--output", required=True, type=pathlib.Path, help="must not exist")
     parser.add_argument("--to", required=True, choices=("hf", "orbax"))
+    parser.add_argument(
+        "--dropless",
+        action="store_true",
+        help="for a model trained with a capacity: written as one that drops no token",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the output; as the source if not given")
     arguments = parser.parse_args()
     try:
@@ -52,6 +59,8 @@ def run(arguments) -> None:
         )
         return
     config, params = init.load(arguments.source, mesh.one_device())
+    if arguments.dropless:
+        config = dataclasses.replace(config, dispatch="dropless")
     if arguments.dtype:
         params = tensors.cast(params, arguments.dtype)
     init.save_as(arguments.to, arguments.output, config, params, source=arguments.source)

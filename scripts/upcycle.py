@@ -26,7 +26,7 @@ from moe_jax.analysis import similarity
 from moe_jax.config import ConfigError, model_fields
 from moe_jax.hf import folders, upcycling
 from moe_jax.parallel import mesh, naming
-from moe_jax.upcycle import recipes, router_init, statistics
+from moe_jax.upcycle import plan, recipes, router_init, statistics
 
 # Fields of the new model that its kind or another option decides, and what to do instead.
 OF_KIND = {"model_type": "the family is one that can hold the model; leave it out"}
@@ -75,21 +75,28 @@ def main() -> None:
 
 def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
     """Returns how alike the experts are that were made, in some of the layers."""
-    how = {
+    method = {
         "recipe": arguments.recipe,
         "router": arguments.router,
-        "key": naming.fold_in(jax.random.key(arguments.seed), "upcycle"),
         "statistics": statistics.load(arguments.statistics) if arguments.statistics else None,
-        **parameters,
     }
+    key = naming.fold_in(jax.random.key(arguments.seed), "upcycle")
+    how = {**method, "key": key, **parameters}
     paths = sources_of(arguments)
+
+    def say_start(source, config):
+        made = plan.make(source, config, **method, num_parents=len(paths), parameters=parameters)
+        print(f"step 0: {made.at_start}", flush=True)
+
     if arguments.to == "hf" and all(folders.is_folder(path) for path in paths):
         sources = [folders.Folder(path) for path in paths]
         config = config_of(sources[0].config, arguments, fields)
+        say_start(sources[0].config, config)
         upcycling.upcycle_folder(sources, arguments.output, config, progress=True, **how)
         return of_folder(folders.Folder(arguments.output), sources)
     source_config, parents = init.load_alike(paths, mesh.one_device())
     config = config_of(source_config, arguments, fields)
+    say_start(source_config, config)
     made = jax.jit(lambda p: upcycle.upcycle(p, source_config, config, **how))(parents)
     init.save_as(arguments.to, arguments.output, config, made, source=paths[0])
     if config.num_experts < 2:

@@ -18,9 +18,9 @@ The smallest v5p slice that trains 8x3.7b, as compiled ahead of time with jax 0.
         --config.training.accumulation_steps=32
 
     v5p:2x2x2: 8 devices, fsdp=8, microbatches 32, remat full
-      memory   58.79 GB of 102.80 GB (arguments 27.89 GB, temporaries 48.50 GB): fits
+      memory   55.64 GB of 102.80 GB (arguments 27.89 GB, temporaries 44.13 GB): fits
       FLOPs    2.373e+16 = 1.000 x analytic, 1.269 x model
-      seconds  51.7 at least (compute 51.7, hbm 44.6, ici 20, dcn 0): MFU at most 79 %
+      seconds  51.7 at least (compute 51.7, hbm 23.5, ici 13.8, dcn 0): MFU at most 79 %
 """
 
 from moe_jax import config as configs

@@ -14,9 +14,9 @@ GB even with one sequence a device):
     python scripts/dryrun.py --config=configs/mixtral/8x7b.py --topology=v5p:2x2x4
 
     v5p:2x2x4: 16 devices, fsdp=16, microbatches 1, remat full
-      memory   59.58 GB of 102.80 GB (arguments 35.04 GB, temporaries 38.92 GB): fits
+      memory   54.28 GB of 102.80 GB (arguments 35.04 GB, temporaries 29.04 GB): fits
       FLOPs    8.212e+14 = 1.000 x analytic, 1.258 x model
-      seconds  1.79 at least (compute 1.79, hbm 0.975, ici 1.73, dcn 0): MFU at most 80 %
+      seconds  1.79 at least (compute 1.79, hbm 0.906, ici 1.17, dcn 0): MFU at most 80 %
 """
 
 from moe_jax import config as configs

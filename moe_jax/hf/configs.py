@@ -117,7 +117,7 @@ def write(config: ModelConfig) -> dict:
                 return _values(config, model_type)
     closest = min(problems, key=lambda name: len(problems[name]))
     lost = ", ".join(problems[closest])
-    without = ", or set dispatch='dropless' in its config"
+    without = ", and convert.py --dropless writes it as one that drops none"
     raise UnsupportedError(
         f"no Hugging Face model class holds this model; the closest, {closest}, has not {lost}; "
         "a run's own checkpoint (--to=orbax) holds it"

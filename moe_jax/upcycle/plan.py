@@ -43,6 +43,15 @@ class Plan:
             return None
         return self.recipe.start.factor(self.source, self.config, self.router, self.parameters)
 
+    @property
+    def at_start(self) -> str:
+        """What the made model is before any training, in words."""
+        if self.start_factor is None:
+            return f"not equal to the parent (this recipe: {self.recipe.start.text})"
+        if self.start_factor == 1:
+            return "equal to the parent"
+        return f"each feed-forward gives {self.start_factor:.3g} times the parent's"
+
     def parent_of(self, expert: int, num_experts: int) -> int:
         """Several parents' feed-forwards are dealt out in their order, each to as many experts."""
         return expert * self.num_parents // num_experts

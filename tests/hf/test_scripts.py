@@ -30,6 +30,7 @@ def test_a_folder_becomes_a_mixture_and_a_checkpoint_and_a_folder_again(tmp_path
     experts = ("--num_experts=4", "--num_experts_per_tok=2", "--model.layers=dense,moe,moe")
     done = run("upcycle.py", f"--source={GOLDEN / 'qwen3'}", f"--output={moe}", *experts)
     assert done.returncode == 0, done.stderr
+    assert "step 0: not equal to the parent (this recipe: close, equal with" in done.stdout
     last = done.stdout.splitlines()[-1].split()  # of the last layer: a half is redrawn
     assert last[-1] == "0.5000" and 0.1 < float(last[1]) < 0.5 and 0.4 < float(last[4]) < 0.8
     for source, output, to in ((moe, imported, "orbax"), (imported, again, "hf")):
@@ -63,7 +64,7 @@ def test_a_folder_becomes_a_mixture_and_a_checkpoint_and_a_folder_again(tmp_path
         ),
         (
             *("upcycle.py", ["--source=tests/golden/llama", "--model.dispatch=capacity"]),
-            "(--to=orbax) holds it, or set dispatch='dropless'",
+            "(--to=orbax) holds it, and convert.py --dropless writes it",
         ),
         ("upcycle.py", [*MERGED, "--model.num_experts=2"], "makes a dense model"),
         ("convert.py", ["--source=tests", "--to=hf"], "neither a Hugging Face folder"),
