@@ -30,7 +30,14 @@ FILES = {
     for p in sorted((ROOT / "configs").glob("*/*.py"))
     if p.parent.name != "sweeps"
 }
-SIZES = {name: tuple(getattr(module_of(path), "SIZES", ())) for name, path in FILES.items()}
+
+
+def arguments_of(path):
+    module = module_of(path)
+    return tuple(getattr(module, "SIZES", None) or getattr(module, "LAYOUTS", ()))
+
+
+SIZES = {name: arguments_of(path) for name, path in FILES.items()}
 CASES = [f"{name}:{size}" if size else name for name in FILES for size in SIZES[name] or ("",)]
 FIRST_OF_EACH_FILE = {f"{name}:{SIZES[name][0]}" if SIZES[name] else name for name in FILES}
 TRACED = [
@@ -98,7 +105,7 @@ def test_every_published_preset_has_a_valid_config_and_every_parent_one_too():
     loaded = [configs.load(str(ROOT / case)) for case in CASES]
     for config in loaded:
         configs.validate(config)
-    assert sorted(c.model.preset for c in loaded) == sorted(set(model.PRESETS) - WITHOUT_CONFIG)
+    assert sorted({c.model.preset for c in loaded}) == sorted(set(model.PRESETS) - WITHOUT_CONFIG)
     workdirs = {f"runs/{config.model.preset}" for config in loaded}
     assert {config.init.source for config in loaded} - {"", "path/to/llama-2-7b"} <= workdirs
 

@@ -31,17 +31,16 @@ even load (whence the FLOPs) and four devices along the axis. The same command s
 
 from moe_jax import config as configs
 
-
-# The paper's §4 compares expert parallelism over the data-parallel devices, over the tensor-parallel
-# ones, and experts cut by these. Experts have a capacity there, so that an exchange has one shape.
-SIZES = {"fsdp": {}, "ep": {"expert": 4}, "edp": {"edp": 4}, "etp": {"tensor": 4}}
+# The paper's §4 compares experts over the data-parallel devices, over the tensor-parallel ones, and
+# cut by these. Experts have a capacity in all, so that an exchange has one shape.
+LAYOUTS = {"fsdp": {}, "ep": {"expert": 4}, "edp": {"edp": 4}, "etp": {"tensor": 4}}
 
 
 def get_config(layout: str = "fsdp"):
-    if layout not in SIZES:
-        raise ValueError(f"layout {layout!r} is unknown; use one of {', '.join(SIZES)}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
     config = configs.default()
-    config.mesh.update(SIZES[layout])
+    config.mesh.update(LAYOUTS[layout])
     if layout != "fsdp":
         config.model.dispatch = "capacity"
     config.model.preset = "skywork-moe"
