@@ -55,7 +55,9 @@ def _weight(config: ModelConfig, router: str) -> float | None:
 
 def _of_copies(source, config, router, parameters):
     del source
-    return None if parameters.get("ratio", 0) else _weight(config, router)
+    # Merged are weights, and so neurons that are in the same order.
+    merged = config.dispatch == "merge" and parameters.get("permute_neurons")
+    return None if parameters.get("ratio", 0) or merged else _weight(config, router)
 
 
 def _of_shards(source, config, router, parameters):

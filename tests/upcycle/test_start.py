@@ -22,7 +22,7 @@ ROUTERS = [
     {"router": "sigmoid_topk", "routed_scaling_factor": 2.5},
     {"router": "expert_choice", "dispatch": "capacity"},
     {"gate_norm_std": 1.0},
-    {"dispatch": "merge", "merge_segment_length": 4},  # not with a shared expert
+    {"dispatch": "merge", "merge_segment_length": 4},
 ]
 
 
@@ -45,16 +45,22 @@ def upcyclings(draw):
         mlp_bias=bias,
         tie_word_embeddings=draw(st.booleans()),
     )
+    one = name == "llama_moe" and G == 1  # whose logit has no deviation
+    routers = [r for r in ROUTERS if not (one and "gate_norm_std" in r)]
+    if recipes.RECIPES[name].shared:
+        routers = [r for r in routers if r.get("dispatch") != "merge"]
     config = dense.to_moe(
         num_experts=G if name == "llama_moe" else E,
         num_experts_per_tok=min(draw(st.sampled_from([1, 2, 4])), G if name == "llama_moe" else E),
         moe_intermediate_size=dense.intermediate_size // G,
         norm_topk_prob=draw(st.booleans()),
-        **draw(st.sampled_from(ROUTERS[: -1 if recipes.RECIPES[name].shared else None])),
+        **draw(st.sampled_from(routers)),
         shared_expert_intermediate_size=32 if recipes.RECIPES[name].shared else None,
         num_attention_experts=2 if recipes.RECIPES[name].attention else 0,
     )
     parameters = {}
+    if "permute_neurons" in recipes.parameters_of(name):
+        parameters["permute_neurons"] = draw(st.booleans())
     if "scaling" in recipes.parameters_of(name):
         parameters["scaling"] = draw(st.sampled_from(["none", "down", "exact", "paper"]))
     if "ratio" in recipes.parameters_of(name):
