@@ -49,7 +49,7 @@ def bytes_sent(
     size = jnp.dtype(config.dtype).itemsize
     others = (X - 1) / X
     weights = sum(map(math.prod, layers.ffn_shapes(config, config.expert_size).values()))
-    experts = config.num_experts / mesh["edp"] * weights / T * jnp.dtype("float32").itemsize
+    experts = config.num_experts / mesh["edp"] * weights / T * size
     tokens = num_tokens * config.hidden_size * size
     chosen = tokens * A / mesh["edp"]  # of the experts along edp each device serves its own
     hops = max(others, X / 4) if platform == "tpu" else others
