@@ -24,7 +24,7 @@ from moe_jax.hf import configs as hf_configs
 from moe_jax.hf import folders
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.presets import PRESETS
-from moe_jax.parallel import mesh
+from moe_jax.parallel import mesh, sharding
 from moe_jax.upcycle import recipes, router_init
 
 
@@ -438,7 +438,7 @@ def validate_mesh(config: ConfigDict, num_devices: int) -> None:
         sizes = mesh.axis_sizes(config.mesh.to_dict(), num_devices)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from None
-    shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    shards = sharding.batch_shards(sizes)
     microbatch = config.training.batch_size // config.training.accumulation_steps
     for key, size in (
         ("training.batch_size (over accumulation_steps)", microbatch),

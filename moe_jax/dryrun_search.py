@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from moe_jax import config as configs
 from moe_jax import dryrun
 from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import sharding
 
 # Keeping less, from left to right. What is offloaded to the host moves over a network that the
 # roofline does not know.
@@ -73,8 +74,7 @@ def fewest_microbatches(trial: Trial, config: ConfigDict) -> Iterator[dryrun.Rep
 
 def microbatch_numbers(config: ConfigDict) -> list[int]:
     """Those that give every batch shard the same number of whole rows, from 1 on."""
-    shards = config.mesh.data * config.mesh.fsdp * config.mesh.expert
-    rows = config.training.batch_size // shards
+    rows = config.training.batch_size // sharding.batch_shards(config.mesh)
     return [number for number in range(1, rows + 1) if rows % number == 0]
 
 

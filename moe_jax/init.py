@@ -36,10 +36,15 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
         source_config, parents = load_alike([pathlib.Path(s) for s in sources], mesh)
         parents = [_float32(params) for params in parents]
         if config.init.upcycle.recipe:
-            transform = _transform(config, source_config)
-            at_start = _at_start(config, source_config)
-            distributed.say(f"recipe {config.init.upcycle.recipe}, step 0: {at_start}")
-            return _jit_sharded(transform, mesh, parents)
+            method = _method(config)
+            made = plan.make(
+                *(source_config, model_config),
+                **method,
+                num_parents=len(parents),
+                parameters=configs.upcycle_parameters(config),
+            )
+            distributed.say(f"recipe {config.init.upcycle.recipe}, step 0: {made.at_start}")
+            return _jit_sharded(_transform(config, source_config, method), mesh, parents)
     except (ValueError, OSError) as error:
         raise configs.ConfigError(f"config.init.source={config.init.source}: {error}") from error
     [params] = parents
@@ -62,17 +67,10 @@ def _method(config: ConfigDict) -> dict:
     }
 
 
-def _at_start(config: ConfigDict, source_config: model.ModelConfig) -> str:
-    parameters, number = configs.upcycle_parameters(config), len(configs.parents(config))
-    models = source_config, configs.model_config(config)
-    made = plan.make(*models, **_method(config), num_parents=number, parameters=parameters)
-    return made.at_start
-
-
-def _transform(config: ConfigDict, source_config: model.ModelConfig, **changes):
+def _transform(config: ConfigDict, source_config: model.ModelConfig, method: dict, **changes):
     """The upcycling that a run's config asks for, of parents' parameters."""
     how = {
-        **_method(config),
+        **method,
         "key": naming.fold_in(naming.fold_in(jax.random.key(config.seed), "init"), "upcycle"),
         **configs.upcycle_parameters(config),
         **changes,
@@ -114,7 +112,7 @@ def optimizer_state(
         ) from error
     recipe = config.init.upcycle.recipe
     changes = recipes.parameters_of_moments(recipe, configs.upcycle_parameters(config))
-    transform = _transform(config, model_config, router="zero", **changes)
+    transform = _transform(config, model_config, _method(config), router="zero", **changes)
     mu, nu = (_jit_sharded(transform, mesh, moments) for moments in (adam.mu, adam.nu))
     return jax.tree.map(
         lambda node: node._replace(count=adam.count, mu=mu, nu=nu) if _is_adam(node) else node,

@@ -49,12 +49,13 @@ def moe(
     which tokens a full expert drops; without it there is no noise, and the earlier ones stay.
     """
     of_device = merging.merged_of_device if config.dispatch == "merge" else _moe_of_device
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         alone = dataclasses.replace(config, expert_parallel="fsdp")
         return of_device(x_BTD, params, valid_BT, key, config=alone, return_routing=return_routing)
-    if config.dispatch == "merge" and jax.sharding.get_abstract_mesh().shape["edp"] > 1:
+    if config.dispatch == "merge" and mesh.shape["edp"] > 1:
         raise ValueError("dispatch='merge' averages all experts; set config.mesh.edp=1")
-    num_tokens = valid_BT.size // sharding.batch_shards(jax.sharding.get_abstract_mesh())
+    num_tokens = valid_BT.size // sharding.batch_shards(mesh.shape)
     mode = exchange_cost.choose(config, num_tokens)
     config = dataclasses.replace(config, expert_parallel=mode)
     local = functools.partial(of_device, config=config, return_routing=return_routing)

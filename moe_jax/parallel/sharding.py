@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import NamedSharding
@@ -126,5 +127,6 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
-def batch_shards(mesh: jax.sharding.Mesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def batch_shards(sizes: Mapping[str, int]) -> int:
+    """Into how many parts a mesh of these sizes, `mesh.shape`, cuts the batch."""
+    return math.prod(sizes[axis] for axis in BATCH_AXES)

@@ -66,7 +66,7 @@ def filled_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
     if not model_config.num_experts:
         return 1.0
     rows = config.training.batch_size // config.training.accumulation_steps
-    num_tokens = rows * config.data.sequence_length // sharding.batch_shards(mesh)
+    num_tokens = rows * config.data.sequence_length // sharding.batch_shards(mesh.shape)
     with jax.set_mesh(mesh):
         mode = exchange_cost.choose(model_config, num_tokens)
     return exchange_cost.filled(mode, model_config.dispatch, mesh.shape)
@@ -83,7 +83,7 @@ def kernel_flops(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, int]:
     rows = config.training.batch_size // config.training.accumulation_steps
     cut = math.prod(mesh.shape[axis] for axis in sharding.TENSOR)
     heads = model_config.num_attention_heads * model_config.head_size // cut
-    per_pair = 2 * heads * rows // sharding.batch_shards(mesh)
+    per_pair = 2 * heads * rows // sharding.batch_shards(mesh.shape)
     total = collections.Counter()
     for kind in model_config.block_kinds:
         total.update(attention.splash_kernels(T, kind.window))

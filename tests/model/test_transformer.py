@@ -182,7 +182,7 @@ def test_logits_and_gradients_on_a_mesh_equal_one_device(sizes):
         tokens_BT = jax.device_put(TOKENS_BT, jax.NamedSharding(mesh, sharding.BATCH))
         (_, output), grads = jax.jit(value_and_grad)(sharded, tokens_BT)
     np.testing.assert_allclose(output.logits_BTV, alone.logits_BTV, atol=1e-5)
-    shards = sharding.batch_shards(mesh)
+    shards = sharding.batch_shards(mesh.shape)
     counts = output.router.tokens_per_expert_E
     assert counts.shape == (2, shards, 4)
     np.testing.assert_array_equal(counts.sum(axis=1), alone.router.tokens_per_expert_E.sum(axis=1))
