@@ -41,8 +41,12 @@ def experts_of_rows(
     if "up_bias" in experts:
         biases = (_bias_of_rows(experts[f"{name}_bias"], group_sizes_E, x_RD) for name in inner)
         hidden = tuple(h + b for h, b in zip(hidden, biases, strict=True))
-    hidden_RF = layers.activate(remat.named("gate_up", hidden), config)
-    y_RD = product(hidden_RF * weight_R1, "down")[0]
+
+    @remat.made_again
+    def down(hidden, weight_R1):
+        return product(layers.activate(hidden, config) * weight_R1, "down")[0]
+
+    y_RD = down(remat.named("gate_up", hidden), weight_R1)
     if "down_bias" in experts:
         y_RD += _bias_of_rows(experts["down_bias"], group_sizes_E, x_RD) * weight_R1
     return y_RD

@@ -44,8 +44,12 @@ def named(name: str, tree):
     return jax.tree.map(lambda x: checkpoint_name(x, name), tree)
 
 
-def checkpointed(block: Callable, policy: str) -> Callable:
-    """`block`, a scan's step, with its backward pass keeping what `policy` says."""
+def checkpointed(block: Callable, policy: str, *, unrolled: bool) -> Callable:
+    """`block`, a scan's step, with its backward pass keeping what `policy` says.
+
+    Where a scan is `unrolled`, XLA would see that it computes the same as the forward pass, and
+    keep that.
+    """
     if policy == "none":
         return block
     if policy.startswith("offload"):
@@ -57,5 +61,13 @@ def checkpointed(block: Callable, policy: str) -> Callable:
         )
     else:
         keep = jax.checkpoint_policies.save_only_these_names(*SAVED[policy])
-    # prevent_cse only matters outside a scan.
-    return jax.checkpoint(block, policy=keep, prevent_cse=False)
+    return jax.checkpoint(block, policy=keep, prevent_cse=unrolled)
+
+
+def made_again(function: Callable) -> Callable:
+    """`function`, of which the backward pass keeps the inputs alone under any policy.
+
+    For what is cheap beside a product: else each factor of an activation is kept. Its last product
+    is not computed again, for nothing needs the value.
+    """
+    return jax.checkpoint(function, prevent_cse=False)

@@ -128,18 +128,23 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
 
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         counts_LE, dropped_L = sums.tokens_per_expert_LE, sums.dropped_L
-        if training.bias_update_rate:
-            params = balancing.with_updated_biases(
-                params, config, training.bias_update_rate, counts_LE, frozen
+
+        def updated(state, grads):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            if training.bias_update_rate:
+                params = balancing.with_updated_biases(
+                    params, config, training.bias_update_rate, counts_LE, frozen
+                )
+            router_state = balancing.adapted(
+                state.router_state, config, training.adaptive_balance, counts_LE, dropped_L
             )
-        router_state = balancing.adapted(
-            state.router_state, config, training.adaptive_balance, counts_LE, dropped_L
-        )
-        new = TrainState(state.step, params, opt_state, router_state)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+            return TrainState(state.step, params, opt_state, router_state)
+
+        # Not by selecting each array: XLA:CPU then computes the moments once for themselves and
+        # again for the parameters (25 million of them, 116 ms against 46).
+        new = jax.lax.cond(finite, updated, lambda state, _: state, state, grads)
         return new.replace(step=state.step + 1), StepMetrics(
             loss=sums.loss,
             distillation_loss=sums.distillation_loss,
