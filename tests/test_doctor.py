@@ -1,7 +1,6 @@
 """The self-check: all that runs here is right, and a wrong kernel is found and named."""
 
-import dataclasses
-
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -13,15 +12,21 @@ from moe_jax.ops import grouped_matmul, implementations
 def wrong_kernel(monkeypatch):
     """A product whose weight gradient forgets the first row of each group."""
     table = dict(grouped_matmul.IMPLEMENTATIONS)
-    kernel = table["blocked"].function.args[0]
+    right = table["blocked"].function
 
-    def forgetful(x_MD, gradients, group_sizes_E):
-        first_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-        return kernel.weight_gradient(x_MD.at[first_E].set(0), gradients, group_sizes_E)
+    @jax.custom_vjp
+    def forgetful(x_MD, weights, group_sizes_E):
+        return right(x_MD, weights, group_sizes_E)
 
-    function = table["blocked"].function.func
-    broken = dataclasses.replace(kernel, weight_gradient=forgetful)
-    table["blocked"] = implementations.Implementation(lambda *a: function(broken, *a))
+    def backward(residuals, gradients):
+        x_MD, weights, group_sizes_E = residuals
+        of_rows = jax.vjp(lambda x: right(x, weights, group_sizes_E), x_MD)[1](gradients)
+        x_MD = x_MD.at[jnp.cumsum(group_sizes_E) - group_sizes_E].set(0)
+        of_weights = jax.vjp(lambda w: right(x_MD, w, group_sizes_E), weights)[1](gradients)
+        return *of_rows, *of_weights, None
+
+    forgetful.defvjp(lambda *arguments: (right(*arguments), arguments), backward)
+    table["blocked"] = implementations.Implementation(forgetful)
     monkeypatch.setitem(doctor.CASES, "grouped_matmul", (doctor.CASES["grouped_matmul"][0], table))
     monkeypatch.setattr(grouped_matmul, "IMPLEMENTATIONS", table)
     doctor.check.cache_clear()

@@ -106,14 +106,18 @@ def frequencies(config: ModelConfig) -> jax.Array:
 
 def feed_forward(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
     """down(act(gate x) * up x) (Shazeer, arXiv 2002.05202), or down(act(up x)) without a gate."""
-    inner = [name for name in ("gate", "up") if name in params]
-    hidden = tuple(add_bias(product(x, params[n]), params, f"{n}_bias") for n in inner)
 
     @remat.made_again
     def down(hidden):
         return add_bias(product(activate(hidden, config), params["down"]), params, "down_bias")
 
-    return down(remat.named("gate_up", hidden))
+    return down(remat.named("gate_up", hidden(x, params)))
+
+
+def hidden(x: jax.Array, params: dict) -> tuple[jax.Array, ...]:
+    """(gate x, up x), or (up x,) without a gate: what `activate` takes."""
+    inner = [name for name in ("gate", "up") if name in params]
+    return tuple(add_bias(product(x, params[n]), params, f"{n}_bias") for n in inner)
 
 
 def activate(hidden: tuple[jax.Array, ...], config: ModelConfig) -> jax.Array:

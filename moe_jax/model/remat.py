@@ -22,11 +22,11 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.ops import attention
+from moe_jax.ops import attention, grouped_blocked
 
 # What each policy keeps beside a block's input. The names are given in attention.py, layers.py and
 # moe.py with `named`.
-EXPERTS = ("plan", "gate_up")
+EXPERTS = ("plan", "gate_up", grouped_blocked.SAVED_NAME)
 DOTS = ("qkv", attention.SAVED_NAME, "middle", "router_logits", *EXPERTS)
 SAVED = {
     "full": (),
@@ -44,12 +44,8 @@ def named(name: str, tree):
     return jax.tree.map(lambda x: checkpoint_name(x, name), tree)
 
 
-def checkpointed(block: Callable, policy: str, *, unrolled: bool) -> Callable:
-    """`block`, a scan's step, with its backward pass keeping what `policy` says.
-
-    Where a scan is `unrolled`, XLA would see that it computes the same as the forward pass, and
-    keep that.
-    """
+def checkpointed(block: Callable, policy: str) -> Callable:
+    """`block`, a scan's step, with its backward pass keeping what `policy` says."""
     if policy == "none":
         return block
     if policy.startswith("offload"):
@@ -61,7 +57,8 @@ def checkpointed(block: Callable, policy: str, *, unrolled: bool) -> Callable:
         )
     else:
         keep = jax.checkpoint_policies.save_only_these_names(*SAVED[policy])
-    return jax.checkpoint(block, policy=keep, prevent_cse=unrolled)
+    # prevent_cse only matters outside a scan.
+    return jax.checkpoint(block, policy=keep, prevent_cse=False)
 
 
 def made_again(function: Callable) -> Callable:

@@ -1,143 +1,181 @@
-"""The grouped product as a loop over blocks of rows: plain XLA, on any backend.
+"""Functions of rows and of their expert's parameters, over blocks of rows: plain XLA, any backend.
 
 `jax.lax.ragged_dot` executes E times the due products on CPU. Here the padding is bounded by E
 blocks, and blocks that the groups at hand do not need are skipped. Nothing is gathered or
-scattered: a block is a slice, and its expert's matrix is read where it lies.
+scattered: a block is a slice, and its expert's matrix is read where it lies. A block can go through
+several products one after the other while it is in the cache.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.ops.grouped_kernel import Kernel
+from moe_jax.parallel import hlo_text
 
-# Four blocks of one expert are one product where they can: XLA:CPU multiplies 256 rows at the speed
-# of a large product, 64 at 0.87 of it, and adds a gradient to the stack once instead of four times.
-RUN = 4
+SAVED_NAME = "between_stages"  # of what `through_stages` keeps for its gradient, to remat policies
 
 
-def _block_size(M: int, E: int) -> int:
-    """A power of two near a quarter of a balanced group, so that at most 1/4 is padding.
+def products(x_MD, weights, group_sizes_E):
+    """One [M, F] for each [E, D, F] of `weights`."""
+    return through_stages((_products,), x_MD, (weights,), group_sizes_E)
 
-    But no fewer than 64 rows: below that a CPU spends more on packing an expert's matrix than on
-    multiplying by it. Only groups of less than 16 rows, as in decoding, take fewer.
+
+def _products(x_RD, matrices):
+    return tuple(x_RD @ w_DF for w_DF in matrices)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def through_stages(stages: tuple[Callable, ...], rows, params: tuple, group_sizes_E: jax.Array):
+    """Rows through the functions `stages`, one after the other, each with its expert's parameters.
+
+    What comes out of each stage is kept for the gradient, which computes it again from what came
+    in, less the products that it does not need. All is computed in float32 at least.
+
+    Args:
+      stages: functions (rows, parameters of one expert) -> rows, which treat each row by itself.
+      rows: a tree of [M, …], sorted by expert.
+      params: for each stage a tree of [E, …].
+      group_sizes_E: int32; rows beyond their sum give zeros, and add nothing whatever they hold.
+
+    Returns: a tree of [M, …].
     """
-
-    def power_of_two(rows):
-        return 2 ** max(0, rows.bit_length() - 1)
-
-    least = min(max(power_of_two(4 * M // E), 8), 64)
-    return min(max(power_of_two(M // (4 * E)), least), 128, max(1, M))
+    return _forward(stages, rows, params, group_sizes_E)[0]
 
 
-def _fold(visit: Callable, start, M: int, group_sizes_E: jax.Array):
-    """Folds carry = visit(carry, expert, first row, number of rows, size) over all groups.
+def _forward(stages, rows, params, group_sizes_E):
+    M, E = _shape(rows, group_sizes_E)
+    outputs, shapes = (), rows
+    for stage, of_experts in zip(stages, params, strict=True):
+        shapes = jax.eval_shape(stage, shapes, jax.tree.map(lambda p: p[0], of_experts))
+        outputs += (_zeros(shapes),)
 
-    `size`, which is static, is B or RUN·B, the number of rows at most. Runs come first, then what
-    is left of the groups, RUN blocks to a step: so a step costs the same either way, and the
-    number of steps is enough for any groups.
+    def group(outputs, expert):
+        params, *start_and_size = expert
+        params = _wide(params)
+
+        def visit(outputs, block):
+            values = (block.of(rows),)
+            for stage, of_expert in zip(stages, params, strict=True):
+                values += (stage(values[-1], of_expert),)
+            return block.written(outputs, values[1:])
+
+        return over_blocks(visit, outputs, M, E, *start_and_size), None
+
+    groups = params, jnp.cumsum(group_sizes_E) - group_sizes_E, group_sizes_E
+    *between, result = jax.lax.scan(group, outputs, groups)[0]
+    kept = checkpoint_name((rows, *between), SAVED_NAME) if between else (rows,)
+    return result, (kept, params, group_sizes_E)
+
+
+def _backward(stages, residuals, gradients):
+    kept, params, group_sizes_E = residuals
+    M, E = _shape(kept, group_sizes_E)
+
+    def group(of_rows, expert):
+        params, *start_and_size = expert
+        params = _wide(params)
+
+        def visit(totals, block):
+            of_rows, of_params = totals
+            gradient, found = block.of(gradients), ()
+            for stage, values, of_expert in reversed([*zip(stages, kept, params, strict=True)]):
+                _, pull = jax.vjp(stage, block.of(values), of_expert)
+                gradient, of_expert = pull(gradient)
+                found = (of_expert, *found)
+            return block.written(of_rows, gradient), jax.tree.map(jnp.add, of_params, found)
+
+        totals = of_rows, _zeros(params)
+        of_rows, of_params = over_blocks(visit, totals, M, E, *start_and_size)
+        return of_rows, jax.tree.map(lambda d, p: d.astype(p.dtype), of_params, expert[0])
+
+    groups = params, jnp.cumsum(group_sizes_E) - group_sizes_E, group_sizes_E
+    of_rows, of_params = jax.lax.scan(group, _zeros(kept[0]), groups)
+    return of_rows, of_params, None
+
+
+through_stages.defvjp(_forward, _backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """`size` rows from `row` on, of which those before `end` are meant, or all if it is None."""
+
+    row: jax.Array
+    end: jax.Array | None
+    size: int
+
+    def of(self, tree):
+        """Its rows of each array, zeros where not meant."""
+        return _wide(jax.tree.map(lambda x: self._only(*self._cut(x), 0), tree))
+
+    def written(self, tree, rows):
+        """The tree with `rows` in their place."""
+
+        def put(x, new):
+            first, old = self._cut(x)
+            new = self._only(first, new.astype(x.dtype), old)
+            return jax.lax.dynamic_update_slice_in_dim(x, new, first, 0)
+
+        return jax.tree.map(put, tree, rows)
+
+    def _cut(self, x):
+        """Where the block begins, moved so that it ends inside of x, and its rows."""
+        first = self.row if self.end is None else jnp.minimum(self.row, x.shape[0] - self.size)
+        return first, jax.lax.dynamic_slice_in_dim(x, first, self.size)
+
+    def _only(self, first, rows, otherwise):
+        if self.end is None:
+            return rows
+        index_R = first + jnp.arange(self.size)
+        meant_R = (self.row <= index_R) & (index_R < self.end)
+        return jnp.where(meant_R.reshape(-1, *[1] * (rows.ndim - 1)), rows, otherwise)
+
+
+def block_sizes(M: int, E: int) -> list[int]:
+    """Rows of a block, largest first: from 512, where a CPU multiplies fastest, halved down to 32.
+
+    With fewer it spends more on packing an expert's matrix than on multiplying by it; so only
+    groups of less than 16 rows, as in decoding, take fewer.
     """
-    E = group_sizes_E.shape[0]
-    B = _block_size(M, E)
-    run = RUN if M >= RUN * B else 1
-    S = -(-((M + E * (B - 1)) // B) // run)  # steps
-    end_E = jnp.cumsum(group_sizes_E)
-    blocks_E = -(-group_sizes_E // B)
-    last_E = jnp.cumsum(blocks_E)
-    block_P = jnp.arange(S * run)
-    expert_P = jnp.clip(jnp.searchsorted(last_E, block_P, side="right"), max=E - 1)
-    number_P = block_P - (last_E - blocks_E)[expert_P]  # of this block in its expert
-    row_P = (end_E - group_sizes_E)[expert_P] + number_P * B
-    count_P = jnp.clip(end_E[expert_P] - row_P, 0, B)
-    in_run_P = number_P < blocks_E[expert_P] // run * run
-    order_P = jnp.argsort(~in_run_P, stable=True)
-    schedule = [x[order_P].reshape(S, run) for x in (expert_P, row_P, count_P, in_run_P)]
-
-    def one_block(carry, block):
-        expert, row, count = block
-        return jax.lax.cond(
-            count > 0, lambda: visit(carry, expert, row, count, B), lambda: carry
-        ), None
-
-    def step(carry, blocks):
-        *blocks, in_run = blocks
-        expert, row, count = blocks
-        return jax.lax.cond(
-            in_run[0],
-            lambda: visit(carry, expert[0], row[0], jnp.sum(count), run * B),
-            lambda: jax.lax.scan(one_block, carry, blocks)[0],
-        ), None
-
-    return jax.lax.scan(step, start, schedule)[0]
+    least = min(max(8, 2 ** ((4 * M // E).bit_length() - 1)), 32, M)
+    return [size for size in (512, 256, 128, 64) if least < size <= M] + [least]
 
 
-def _slice(M: int, row, count, size: int):
-    """Where to cut `size` rows out of M so that the `count` rows from `row` are in; their mask."""
-    first = jnp.minimum(row, M - size)
-    index_R = first + jnp.arange(size)
-    return first, ((row <= index_R) & (index_R < row + count))[:, None]
+def over_blocks(visit: Callable, carry, M: int, E: int, start: jax.Array, size: jax.Array):
+    """Folds carry = visit(carry, block) over a group's `size` rows from `start` on.
 
-
-def _products(rows: tuple, weights: tuple, group_sizes_E, *, contract: int, together: bool):
-    """rows[i] times weights[i] (transposed if `contract` is 1), or `together` their sum."""
-    M = rows[0].shape[0]
-    rows = rows * len(weights) if len(rows) < len(weights) else rows
-
-    def visit(ys, expert, row, count, size):
-        first, mine_R1 = _slice(M, row, count, size)
-        products = [
-            jax.lax.dot_general(
-                jax.lax.dynamic_slice_in_dim(x, first, size),
-                w[expert],
-                (((1,), (contract,)), ((), ())),
-            )
-            for x, w in zip(rows, weights, strict=True)
-        ]
-        products = [sum(products[1:], products[0])] if together else products
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(
-                y,
-                jnp.where(mine_R1, product, jax.lax.dynamic_slice_in_dim(y, first, size)),
-                first,
-                0,
-            )
-            for y, product in zip(ys, products, strict=True)
+    As many blocks of each size as it fills; only one of the last size may be padded. In loops, for
+    XLA:CPU copies the arrays that more than one branch of a condition writes. How often they run
+    depends on routing; their names say how often with M / E rows, to who reads the program.
+    """
+    end, balanced = start + size, M // E
+    sizes = block_sizes(M, E)
+    for B in sizes:
+        padded = B == sizes[-1]
+        number, expected = (
+            -(-rows // B) if padded else rows // B for rows in (end - start, balanced)
         )
 
-    widths = [w.shape[2 - contract] for w in (weights[:1] if together else weights)]
-    start = tuple(jnp.zeros((M, width), rows[0].dtype) for width in widths)
-    return _fold(visit, start, M, group_sizes_E)
+        def one(i, carry, first=start, B=B, padded=padded):
+            return visit(carry, _Block(first + i * B, end if padded else None, B))
+
+        with jax.named_scope(hlo_text.expected_trips(expected)):
+            carry = jax.lax.fori_loop(0, number, one, carry)
+        start, balanced = start + number * B, balanced - expected * B
+    return carry
 
 
-def product(x_MD, weights, group_sizes_E):
-    return _products((x_MD,), weights, group_sizes_E, contract=0, together=False)
+def _wide(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
-def input_gradient(gradients, weights, group_sizes_E):
-    return _products(gradients, weights, group_sizes_E, contract=1, together=True)[0]
+def _zeros(tree):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
 
 
-def weight_gradient(x_MD, gradients, group_sizes_E):
-    M, D = x_MD.shape
-
-    def visit(stacks, expert, row, count, size):
-        first, mine_R1 = _slice(M, row, count, size)
-        x_RD = jnp.where(mine_R1, jax.lax.dynamic_slice_in_dim(x_MD, first, size), 0)
-        return tuple(
-            dw_EDF.at[expert].add(
-                jnp.matmul(
-                    x_RD.T,
-                    jnp.where(mine_R1, jax.lax.dynamic_slice_in_dim(grad_MF, first, size), 0),
-                    preferred_element_type=jnp.float32,
-                )
-            )
-            for dw_EDF, grad_MF in zip(stacks, gradients, strict=True)
-        )
-
-    E = group_sizes_E.shape[0]
-    start = tuple(jnp.zeros((E, D, g.shape[1]), jnp.float32) for g in gradients)
-    return _fold(visit, start, M, group_sizes_E)
-
-
-KERNEL = Kernel(product, input_gradient, weight_gradient)
+def _shape(rows, group_sizes_E) -> tuple[int, int]:
+    return jax.tree.leaves(rows)[0].shape[0], group_sizes_E.shape[0]

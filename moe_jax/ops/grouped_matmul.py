@@ -47,6 +47,11 @@ def grouped_matmuls(
     return function(x_MD, tuple(w.astype(x_MD.dtype) for w in weights), group_sizes_E)
 
 
+def is_blocked(implementation: str) -> bool:
+    """Whether it is plain XLA by blocks of rows, of which one can go through a whole expert."""
+    return choose("grouped_matmul", implementation, IMPLEMENTATIONS) is grouped_blocked.products
+
+
 def reference(x_MD, weights, group_sizes_E):
     """Every expert over every row, masked: E times the work, nothing to get wrong."""
     ends_E = jnp.cumsum(group_sizes_E)
@@ -85,7 +90,7 @@ _product.defvjp(_forward, _backward)
 IMPLEMENTATIONS = {
     "megablox": Implementation(functools.partial(_product, grouped_tpu.MEGABLOX), ("tpu",)),
     "triton": Implementation(functools.partial(_product, grouped_gpu.TRITON), ("gpu",)),
-    "blocked": Implementation(functools.partial(_product, grouped_blocked.KERNEL)),
+    "blocked": Implementation(grouped_blocked.products),
     "ragged_dot": Implementation(
         functools.partial(_product, grouped_tpu.RAGGED_DOT),
         ("tpu",),

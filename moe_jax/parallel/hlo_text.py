@@ -2,7 +2,8 @@
 
 It reads the text of CPU and of TPU. CPU says how often a loop runs; on TPU that follows from the
 start, the step and the bound of the loop's counter, which the compiler moves in and out of loops,
-and which need not count by one: a ring's products may be unrolled.
+and which need not count by one: a ring's products may be unrolled. A loop that runs as often as its
+data say has in its name how often it is expected to.
 """
 
 import collections
@@ -21,8 +22,14 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_EXPECTED_TRIPS = re.compile(r'expected_trips_(\d+)/while"')
 _SAME = ("bitcast", "convert", "copy", "copy-done", "copy-start", "reshape")
 _SWAPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
+
+
+def expected_trips(number: int) -> str:
+    """The `jax.named_scope` of a loop that runs as its data say, `number` times usually."""
+    return f"expected_trips_{number}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +128,9 @@ class Module:
         return total(self.entry)
 
     def trips(self, computation: str, loop: Instruction) -> int:
-        if known := _TRIP_COUNT.search(loop.rest):
-            return int(known[1])
+        for known in (_TRIP_COUNT, _EXPECTED_TRIPS):
+            if found := known.search(loop.rest):
+                return int(found[1])
         try:
             return self._counted(computation, loop)
         except LookupError:

@@ -31,10 +31,13 @@ GROUPS = {
     "nothing": (0, 0, 0, 0),
 }
 KERNELS = {
-    "blocked": grouped_blocked.KERNEL,
     "megablox": grouped_tpu.megablox(interpret=True),
     "triton": grouped_gpu.triton(interpret=True),
     "ragged_dot": grouped_tpu.RAGGED_DOT,
+}
+FUNCTIONS = {
+    "blocked": grouped_blocked.products,
+    **{name: functools.partial(grouped_matmul._product, k) for name, k in KERNELS.items()},
 }
 
 
@@ -62,14 +65,12 @@ def value_and_gradients(function, x_MD, weights, gradients, sizes_E):
     return ys, pull(gradients)
 
 
-def through(kernel):
-    return functools.partial(
-        value_and_gradients, functools.partial(grouped_matmul._product, kernel)
-    )
+def through(function):
+    return functools.partial(value_and_gradients, function)
 
 
-COMPILED = {name: jax.jit(through(kernel)) for name, kernel in KERNELS.items()}
-REFERENCE = jax.jit(functools.partial(value_and_gradients, grouped_matmul.reference))
+COMPILED = {name: jax.jit(through(function)) for name, function in FUNCTIONS.items()}
+REFERENCE = jax.jit(through(grouped_matmul.reference))
 
 
 def assert_close(tree, expected, tolerance=2e-5):
@@ -83,7 +84,7 @@ def assert_close(tree, expected, tolerance=2e-5):
 # Two matrices by default, which take every path that one does.
 @pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_kernel_equals_autodiff_of_the_reference(name, groups, number):
     """With NaN in all rows beyond the sum of the groups, of which nothing may be seen."""
     x_MD, weights, gradients = pairs(number)
@@ -112,19 +113,34 @@ def test_a_single_expert_is_a_plain_product():
 
 
 @pytest.fixture(scope="module")
-def in_runs():
-    """The blocked kernel with blocks of 4 rows, so that groups of 16 and more make runs."""
-    with mock.patch.object(grouped_blocked, "_block_size", lambda M, E: 4):
+def small_blocks():
+    """The blocked product in blocks of 16, 8 and 4 rows, so that groups here take all of them."""
+    with mock.patch.object(grouped_blocked, "block_sizes", lambda M, E: [16, 8, 4]):
         arguments = (*pairs(2), jnp.array(GROUPS["even"]))
-        return jax.jit(through(grouped_blocked.KERNEL)).lower(*arguments).compile()
+        return jax.jit(through(grouped_blocked.products)).lower(*arguments).compile()
 
 
 @hypothesis.given(ends=st.lists(st.integers(0, M), min_size=E, max_size=E).map(sorted))
-@hypothesis.example(ends=[17, 33, 33, M])  # runs with leftovers, an empty group between
+@hypothesis.example(ends=[17, 33, 33, M])  # one row over, an empty group between
 @hypothesis.settings(deadline=None, max_examples=30)
-def test_runs_of_blocks_and_what_is_left_over_equal_the_reference(in_runs, ends):
+def test_blocks_of_any_size_and_what_is_left_over_equal_the_reference(small_blocks, ends):
     arguments = (*pairs(2), jnp.diff(jnp.array(ends), prepend=0))
-    assert_close(in_runs(*arguments), REFERENCE(*arguments))
+    assert_close(small_blocks(*arguments), REFERENCE(*arguments))
+
+
+@pytest.mark.parametrize("groups", [(4096,), (512,) * 8, (256,) * 64, (9000, *[1] * 63), (3, 2)])
+def test_a_group_is_padded_by_less_than_the_smallest_block(groups):
+    M, sizes_E = sum(groups), jnp.array(groups)
+    least = grouped_blocked.block_sizes(M, len(groups))[-1]
+    assert least <= 32
+
+    def visited(size):
+        return grouped_blocked.over_blocks(
+            lambda total, block: total + block.size, jnp.int32(0), M, len(groups), 0, size
+        )
+
+    visited_E = jax.jit(jax.vmap(visited))(sizes_E)
+    np.testing.assert_array_equal(visited_E, -(-sizes_E // least) * least)
 
 
 def test_gradients_are_the_slopes_of_the_value():
@@ -136,7 +152,7 @@ def test_gradients_are_the_slopes_of_the_value():
         sizes_E = jnp.array(GROUPS["empty"], jnp.int32)
 
         def loss(x_MD, w_EDF):
-            (y_MF,) = grouped_matmul._product(grouped_blocked.KERNEL, x_MD, (w_EDF,), sizes_E)
+            (y_MF,) = grouped_blocked.products(x_MD, (w_EDF,), sizes_E)
             return jnp.sum(jnp.sin(y_MF) * gradients[0])
 
         @jax.jit
@@ -146,10 +162,10 @@ def test_gradients_are_the_slopes_of_the_value():
             return jnp.sum(dx * step_x) + jnp.sum(dw * step_w), (ahead - behind) / 2e-5
 
         slope, difference = slopes(x_MD, weights[0])
-        np.testing.assert_allclose(slope, difference, rtol=1e-5)  # float32 sums of dw
+        np.testing.assert_allclose(slope, difference, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_bfloat16_is_as_exact_as_a_dense_product(name):
     """Both round operands that are the same and a float32 sum once: errors of equal size.
 
@@ -187,7 +203,8 @@ def test_triton_kernels_lower_for_cuda_without_a_gpu(dtype):
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
     arguments = (*pairs(2, dtype=dtype), jnp.array(GROUPS["even"]))
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(through(grouped_gpu.TRITON)).trace(*arguments)
+        product = functools.partial(grouped_matmul._product, grouped_gpu.TRITON)
+        traced = jax.jit(through(product)).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     kernels = re.findall(r'\bir = "((?:[^"\\]|\\.)*)"', text)
     assert len(kernels) == text.count("__gpu$xla.gpu.triton") == 3

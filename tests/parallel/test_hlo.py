@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import config as configs
 from moe_jax import model
-from moe_jax.parallel import hlo
+from moe_jax.parallel import hlo, hlo_text
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import flops, optimizer
 from moe_jax.training.state import TrainState
@@ -95,6 +95,15 @@ def test_a_loop_of_unknown_length_around_products_is_refused():
     with pytest.raises(ValueError, match=r"the trip count of loop [\w.\-]+ is not known"):
         hlo.product_flops(text(lambda x: x @ x))
     assert hlo.product_flops(text(jnp.sin)) == 0  # without products its length does not matter
+
+
+def test_a_loop_of_unknown_length_counts_as_often_as_its_name_expects():
+    def products(x, n):
+        with jax.named_scope(hlo_text.expected_trips(3)):
+            return jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)
+
+    text = jax.jit(products).lower(jnp.ones((M, M)), 5).compile().as_text()
+    assert hlo.product_flops(text) == 3 * 2 * M**3
 
 
 @pytest.mark.parametrize(
