@@ -56,7 +56,7 @@ def adamw(optimizer: ConfigDict, num_steps: int) -> optax.GradientTransformation
     trained = optax.chain(
         optax.chain(
             _scaled(optimizer.gradient_factors),
-            optax.clip_by_global_norm(optimizer.gradient_clip_norm),
+            _clipped(optimizer.gradient_clip_norm),
         ),
         optax.chain(
             optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.epsilon),
@@ -157,6 +157,20 @@ def orthogonal_part(update: jax.Array, weight: jax.Array) -> jax.Array:
     share_EE = jnp.einsum("ekj,ej->ek", vector_EEE, along_EE * inverse_EE, precision="highest")
     part_EN = u_EN - jnp.matmul(share_EE, w_EN, precision="highest")
     return part_EN.reshape(update.shape).astype(update.dtype)
+
+
+def _clipped(most: float) -> optax.GradientTransformation:
+    """Gradients of a larger norm, all together, are made as small as `most`.
+
+    As `optax.clip_by_global_norm`, but one factor for all is multiplied where they are used; the
+    quotients of that are arrays of their own.
+    """
+
+    def clip(updates, _):
+        factor = jnp.minimum(1, most / optax.tree.norm(updates))
+        return jax.tree.map(lambda update: (factor * update).astype(update.dtype), updates)
+
+    return optax.stateless(clip)
 
 
 def _scaled(rules: Rules) -> optax.GradientTransformation:
