@@ -1,9 +1,9 @@
 """Functions of rows and of their expert's parameters, over blocks of rows: plain XLA, any backend.
 
-`jax.lax.ragged_dot` executes E times the due products on CPU. Here the padding is bounded by E
-blocks, and blocks that the groups at hand do not need are skipped. Nothing is gathered or
-scattered: a block is a slice, and its expert's matrix is read where it lies. A block can go through
-several products one after the other while it is in the cache.
+`jax.lax.ragged_dot` executes E times the due products on CPU. Here a group is padded to a multiple
+of 32 rows at most, and nothing is gathered or scattered: a block is a slice. It can go through
+several products one after the other while it is in the cache: a whole expert (`model/experts.py`)
+takes 0.8 of the time of its products over all rows and the activation between them.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.parallel import hlo_text
 
-SAVED_NAME = "between_stages"  # of what `through_stages` keeps for its gradient, to remat policies
+SAVED_NAME = "between_stages"  # of what `through_stages` keeps beside its rows, to remat policies
 
 
 def products(x_MD, weights, group_sizes_E):
@@ -32,8 +32,8 @@ def _products(x_RD, matrices):
 def through_stages(stages: tuple[Callable, ...], rows, params: tuple, group_sizes_E: jax.Array):
     """Rows through the functions `stages`, one after the other, each with its expert's parameters.
 
-    What comes out of each stage is kept for the gradient, which computes it again from what came
-    in, less the products that it does not need. All is computed in float32 at least.
+    What goes into each stage is kept for the gradient, which computes from it what the stage's own
+    gradient needs. All is computed in float32 at least.
 
     Args:
       stages: functions (rows, parameters of one expert) -> rows, which treat each row by itself.
@@ -67,8 +67,8 @@ def _forward(stages, rows, params, group_sizes_E):
 
     groups = params, jnp.cumsum(group_sizes_E) - group_sizes_E, group_sizes_E
     *between, result = jax.lax.scan(group, outputs, groups)[0]
-    kept = checkpoint_name((rows, *between), SAVED_NAME) if between else (rows,)
-    return result, (kept, params, group_sizes_E)
+    between = jax.tree.map(lambda x: checkpoint_name(x, SAVED_NAME), between)
+    return result, ((rows, *between), params, group_sizes_E)
 
 
 def _backward(stages, residuals, gradients):

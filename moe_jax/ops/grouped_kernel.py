@@ -1,4 +1,4 @@
-"""What an implementation of the grouped product consists of."""
+"""What an implementation of the grouped product for an accelerator consists of."""
 
 import dataclasses
 from collections.abc import Callable

@@ -27,9 +27,9 @@ def shape(*sizes, dtype=jnp.bfloat16, spec=None):
     return sizes, dtype, spec or P()
 
 
-def compile_for(devices, function, *arguments, data=1, fsdp=1, expert=1, tensor=1):
+def compile_for(devices, function, *arguments, **sizes):
     """`function` of arrays of these shapes, compiled for the first devices of a topology."""
-    sizes = data, fsdp, expert, tensor, 1
+    sizes = [sizes.get(axis, 1) for axis in meshes.AXES]
     grid = np.array(devices[: math.prod(sizes)]).reshape(sizes)
     auto = (jax.sharding.AxisType.Auto,) * len(meshes.AXES)
     mesh = jax.sharding.Mesh(grid, meshes.AXES, axis_types=auto)
@@ -217,7 +217,7 @@ def partitioned(up_LDF, down_LFD, x_MD):
 def test_gathers_that_overlap_with_products_are_counted_once(libtpu, topology, sizes, sign):
     """v5e has a gather in each fusion that runs beside it; v6e makes a gather and its product one
     ring, a loop unrolled by two."""
-    axes = {**dict.fromkeys(meshes.AXES, 1), **sizes}
+    axes = dict.fromkeys(meshes.AXES, 1) | sizes
     compiled = compile_for(
         libtpu(topology),
         partitioned,
