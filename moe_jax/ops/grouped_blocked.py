@@ -53,19 +53,24 @@ def _forward(stages, rows, params, group_sizes_E):
         shapes = jax.eval_shape(stage, shapes, jax.tree.map(lambda p: p[0], of_experts))
         outputs += (_zeros(shapes),)
 
-    def group(outputs, expert):
-        params, *start_and_size = expert
-        params = _wide(params)
+    def group(outputs, group):
+        expert, start, size = group
 
-        def visit(outputs, block):
-            values = (block.of(rows),)
-            for stage, of_expert in zip(stages, params, strict=True):
-                values += (stage(values[-1], of_expert),)
-            return block.written(outputs, values[1:])
+        def filled():
+            of_expert = _wide(jax.tree.map(lambda p: p[expert], params))
 
-        return over_blocks(visit, outputs, M, E, *start_and_size), None
+            def visit(outputs, block):
+                values = (block.of(rows),)
+                for stage, of_stage in zip(stages, of_expert, strict=True):
+                    values += (stage(values[-1], of_stage),)
+                return block.written(outputs, values[1:])
 
-    groups = params, jnp.cumsum(group_sizes_E) - group_sizes_E, group_sizes_E
+            return over_blocks(visit, outputs, M, E, start, size)
+
+        # In decoding most experts have no rows, and their matrices are not even cut out.
+        return jax.lax.cond(size > 0, filled, lambda: outputs), None
+
+    groups = jnp.arange(E), jnp.cumsum(group_sizes_E) - group_sizes_E, group_sizes_E
     *between, result = jax.lax.scan(group, outputs, groups)[0]
     between = jax.tree.map(lambda x: checkpoint_name(x, SAVED_NAME), between)
     return result, ((rows, *between), params, group_sizes_E)
@@ -138,11 +143,12 @@ class _Block:
 def block_sizes(M: int, E: int) -> list[int]:
     """Rows of a block, largest first: from 512, where a CPU multiplies fastest, halved down to 32.
 
-    With fewer it spends more on packing an expert's matrix than on multiplying by it; so only
-    groups of less than 16 rows, as in decoding, take fewer.
+    With fewer it spends more on packing an expert's matrix than on multiplying by it. Groups of
+    less than 8 rows, as in decoding, take blocks of 8 alone: there each loop costs more than rows.
     """
-    least = min(max(8, 2 ** ((4 * M // E).bit_length() - 1)), 32, M)
-    return [size for size in (512, 256, 128, 64) if least < size <= M] + [least]
+    if M < 8 * E:
+        return [min(M, 8)]
+    return [size for size in (512, 256, 128, 64) if size <= M] + [min(M, 32)]
 
 
 def over_blocks(visit: Callable, carry, M: int, E: int, start: jax.Array, size: jax.Array):
