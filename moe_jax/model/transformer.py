@@ -260,7 +260,7 @@ def run_blocks(
         blocks = {place: params["blocks"][place] for place in segment.kinds}
         step = functools.partial(_segment_step, segment, config, return_routing, shared)
         step = remat.checkpointed(step, config.remat)
-        unroll = 1 if cache is not None else _unrolled(config)
+        unroll = 1 if cache else _layers_at_once(config)
         x_BTD, (stats, new) = jax.lax.scan(step, x_BTD, (blocks, per_layer), unroll=unroll)
         caches |= new
         stats_of_layers += stats.values()
@@ -273,12 +273,13 @@ def run_blocks(
     return x_BTD, jax.tree.map(lambda leaf: leaf[jnp.array(in_order)], stacked), caches
 
 
-def _unrolled(config: ModelConfig) -> int:
-    """Layers in one step of a scan: four on a CPU, where XLA copies what a scan keeps into a stack
-    and out again by one core (4 layers of 8 experts take 0.9 of the time).
+def _layers_at_once(config: ModelConfig) -> int:
+    """In one step of a scan over layers, with gradients or without but not in decoding, which reads
+    few of the weights: four on a CPU, where XLA copies what a scan keeps into a stack and out again
+    by one core (4 layers of 8 experts take 0.9 of the time).
 
     With remat one, as what is not kept is not copied; and XLA would see that an unrolled scan
-    computes the same again, and keep it. In decoding one too: few of the weights are read.
+    computes the same again, and keep it.
     """
     return 4 if implementations.platform() == "cpu" and config.remat == "none" else 1
 

@@ -25,11 +25,15 @@ class Permutation:
 
 
 def sort_by_expert(expert_index_MA: jax.Array, num_experts: int) -> Permutation:
-    """Dropless: an expert's tokens one after the other, in their order."""
+    """Dropless: an expert's tokens one after the other, in their order.
+
+    Raises: ValueError where the number of a place, expert and assignment, is beyond int32.
+    """
     expert_index_R = expert_index_MA.ravel()
     R = expert_index_R.size
+    if num_experts * R >= 2**31:
+        raise ValueError(f"{R} assignments to {num_experts} experts at once; use more microbatches")
     # Sorted as one number, a quarter of the time of an argsort on a CPU.
-    assert num_experts * R < 2**31, "too many assignments on one device"
     assignment_R = jnp.sort(expert_index_R * R + jnp.arange(R)) % R
     return Permutation(
         assignment_R=assignment_R,

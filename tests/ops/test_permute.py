@@ -81,3 +81,10 @@ def test_gradients_with_empty_slots_and_dropped_tokens_are_those_of_plain_indexi
 
     fast, slow = (jax.value_and_grad(f, argnums=(0, 1))(x_MD, weight_MA) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), fast, slow)
+
+
+def test_more_assignments_than_can_be_numbered_are_refused():
+    index_MA = jax.ShapeDtypeStruct((2**20, 8), jnp.int32)
+    with pytest.raises(ValueError, match="use more microbatches"):
+        jax.eval_shape(lambda index: permute.sort_by_expert(index, 256), index_MA)
+    jax.eval_shape(lambda index: permute.sort_by_expert(index, 255), index_MA)
