@@ -12,7 +12,7 @@ from moe_jax.ops import grouped_matmul, implementations
 def wrong_kernel(monkeypatch):
     """A product whose weight gradient forgets the first row of each group."""
     table = dict(grouped_matmul.IMPLEMENTATIONS)
-    right = table["blocked"].function
+    right = table["host"].function
 
     @jax.custom_vjp
     def forgetful(x_MD, weights, group_sizes_E):
@@ -26,7 +26,7 @@ def wrong_kernel(monkeypatch):
         return *of_rows, *of_weights, None
 
     forgetful.defvjp(lambda *arguments: (right(*arguments), arguments), backward)
-    table["blocked"] = implementations.Implementation(forgetful)
+    table["host"] = implementations.Implementation(forgetful)
     monkeypatch.setitem(doctor.CASES, "grouped_matmul", (doctor.CASES["grouped_matmul"][0], table))
     monkeypatch.setattr(grouped_matmul, "IMPLEMENTATIONS", table)
     doctor.check.cache_clear()
@@ -42,7 +42,7 @@ def test_all_that_can_run_here_is_right():
 
 
 def test_a_wrong_gradient_is_found_and_refused(wrong_kernel):
-    assert doctor.check("grouped_matmul", "blocked").status == "wrong"
+    assert doctor.check("grouped_matmul", "host").status == "wrong"
     with pytest.raises(
         ValueError, match="grouped_matmul implementation='auto' on this machine: wrong"
     ):

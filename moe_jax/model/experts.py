@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax.model import layers, remat
 from moe_jax.model.config import ModelConfig
-from moe_jax.ops import grouped_blocked, grouped_matmul
+from moe_jax.ops import grouped_matmul
 
 
 def experts_of_rows(
@@ -23,8 +23,6 @@ def experts_of_rows(
     gradient needs no expert output, so nothing of width D is kept or computed again for it.
     """
     weight_R1 = weight_R[:, None].astype(x_RD.dtype)
-    if group_sizes_E is not None and grouped_matmul.is_blocked(config.grouped_matmul):
-        return _by_blocks(x_RD, weight_R1, experts, group_sizes_E, config)
 
     def product(x, *names):
         weights = tuple(experts[name] for name in names)
@@ -52,25 +50,6 @@ def experts_of_rows(
     if "down_bias" in experts:
         y_RD += _bias_of_rows(experts["down_bias"], group_sizes_E, x_RD) * weight_R1
     return y_RD
-
-
-def _by_blocks(x_RD, weight_R1, experts, group_sizes_E, config):
-    """A block of rows through all of its expert, while a CPU has it in its cache."""
-
-    def into(rows, expert):
-        x_RD, weight_R1 = rows
-        return layers.hidden(x_RD, expert), weight_R1
-
-    def out_of(rows, expert):
-        hidden, weight_R1 = rows
-        y_RD = layers.product(layers.activate(hidden, config) * weight_R1, expert["down"])
-        return y_RD + expert["down_bias"] * weight_R1 if "down_bias" in expert else y_RD
-
-    experts = {name: w.astype(x_RD.dtype) for name, w in experts.items()}
-    out = {name: experts.pop(name) for name in ("down", "down_bias") if name in experts}
-    return grouped_blocked.through_stages(
-        (into, out_of), (x_RD, weight_R1), (experts, out), group_sizes_E
-    )
 
 
 def _bias_of_rows(bias_EF, group_sizes_E, x_RD):

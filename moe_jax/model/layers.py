@@ -111,13 +111,9 @@ def feed_forward(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
     def down(hidden):
         return add_bias(product(activate(hidden, config), params["down"]), params, "down_bias")
 
-    return down(remat.named("gate_up", hidden(x, params)))
-
-
-def hidden(x: jax.Array, params: dict) -> tuple[jax.Array, ...]:
-    """(gate x, up x), or (up x,) without a gate: what `activate` takes."""
     inner = [name for name in ("gate", "up") if name in params]
-    return tuple(add_bias(product(x, params[n]), params, f"{n}_bias") for n in inner)
+    hidden = tuple(add_bias(product(x, params[n]), params, f"{n}_bias") for n in inner)
+    return down(remat.named("gate_up", hidden))
 
 
 def activate(hidden: tuple[jax.Array, ...], config: ModelConfig) -> jax.Array:

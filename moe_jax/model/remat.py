@@ -23,11 +23,11 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.ops import attention, grouped_blocked
+from moe_jax.ops import attention
 
 # What each policy keeps beside a block's input. The names are given in attention.py, layers.py and
 # moe.py with `named`.
-EXPERTS = ("plan", "gate_up", grouped_blocked.SAVED_NAME)
+EXPERTS = ("plan", "gate_up")
 DOTS = ("qkv", attention.SAVED_NAME, "middle", "router_logits", *EXPERTS)
 SAVED = {
     "full": (),

@@ -1,108 +1,81 @@
-"""Functions of rows and of their expert's parameters, over blocks of rows: plain XLA, any backend.
+"""The grouped product over blocks of rows: plain XLA, any backend.
 
 `jax.lax.ragged_dot` executes E times the due products on CPU. Here a group is padded to a multiple
-of 32 rows at most, and nothing is gathered or scattered: a block is a slice. It can go through
-several products one after the other while it is in the cache: a whole expert (`model/experts.py`)
-takes 0.8 of the time of its products over all rows and the activation between them.
+of 32 rows at most, and nothing is gathered or scattered: a block is a slice.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.parallel import hlo_text
 
-SAVED_NAME = "between_stages"  # of what `through_stages` keeps beside its rows, to remat policies
 
-
+@jax.custom_vjp
 def products(x_MD, weights, group_sizes_E):
-    """One [M, F] for each [E, D, F] of `weights`."""
-    return through_stages((_products,), x_MD, (weights,), group_sizes_E)
+    """One [M, F] for each [E, D, F] of `weights`, computed in float32 at least.
 
-
-def _products(x_RD, matrices):
-    return tuple(x_RD @ w_DF for w_DF in matrices)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def through_stages(stages: tuple[Callable, ...], rows, params: tuple, group_sizes_E: jax.Array):
-    """Rows through the functions `stages`, one after the other, each with its expert's parameters.
-
-    What goes into each stage is kept for the gradient, which computes from it what the stage's own
-    gradient needs. All is computed in float32 at least.
-
-    Args:
-      stages: functions (rows, parameters of one expert) -> rows, which treat each row by itself.
-      rows: a tree of [M, …], sorted by expert.
-      params: for each stage a tree of [E, …].
-      group_sizes_E: int32; rows beyond their sum give zeros, and add nothing whatever they hold.
-
-    Returns: a tree of [M, …].
+    Rows beyond the sum of the groups give zeros, and add nothing whatever they hold.
     """
-    return _forward(stages, rows, params, group_sizes_E)[0]
+    (M, _), E = x_MD.shape, len(group_sizes_E)
+    ys = tuple(jnp.zeros((M, w.shape[2]), x_MD.dtype) for w in weights)
 
-
-def _forward(stages, rows, params, group_sizes_E):
-    M, E = _shape(rows, group_sizes_E)
-    outputs, shapes = (), rows
-    for stage, of_experts in zip(stages, params, strict=True):
-        shapes = jax.eval_shape(stage, shapes, jax.tree.map(lambda p: p[0], of_experts))
-        outputs += (_zeros(shapes),)
-
-    def group(outputs, group):
+    def group(ys, group):
         expert, start, size = group
 
         def filled():
-            of_expert = _wide(jax.tree.map(lambda p: p[expert], params))
+            matrices = _wide(tuple(w_EDF[expert] for w_EDF in weights))
 
-            def visit(outputs, block):
-                values = (block.of(rows),)
-                for stage, of_stage in zip(stages, of_expert, strict=True):
-                    values += (stage(values[-1], of_stage),)
-                return block.written(outputs, values[1:])
+            def visit(ys, block):
+                x_RD = block.of(x_MD)
+                return tuple(
+                    block.written(y_MF, x_RD @ w_DF)
+                    for y_MF, w_DF in zip(ys, matrices, strict=True)
+                )
 
-            return over_blocks(visit, outputs, M, E, start, size)
+            return over_blocks(visit, ys, M, E, start, size)
 
         # In decoding most experts have no rows, and their matrices are not even cut out.
-        return jax.lax.cond(size > 0, filled, lambda: outputs), None
+        return jax.lax.cond(size > 0, filled, lambda: ys), None
 
-    groups = jnp.arange(E), jnp.cumsum(group_sizes_E) - group_sizes_E, group_sizes_E
-    *between, result = jax.lax.scan(group, outputs, groups)[0]
-    between = jax.tree.map(lambda x: checkpoint_name(x, SAVED_NAME), between)
-    return result, ((rows, *between), params, group_sizes_E)
+    return jax.lax.scan(group, ys, (jnp.arange(E), *_places(group_sizes_E)))[0]
 
 
-def _backward(stages, residuals, gradients):
-    kept, params, group_sizes_E = residuals
-    M, E = _shape(kept, group_sizes_E)
+def _forward(x_MD, weights, group_sizes_E):
+    return products(x_MD, weights, group_sizes_E), (x_MD, weights, group_sizes_E)
 
-    def group(of_rows, expert):
-        params, *start_and_size = expert
-        params = _wide(params)
+
+def _backward(residuals, gradients):
+    x_MD, weights, group_sizes_E = residuals
+    (M, _), E = x_MD.shape, len(group_sizes_E)
+
+    def group(dx_MD, expert):
+        *matrices, start, size = expert
+        matrices = _wide(matrices)
 
         def visit(totals, block):
-            of_rows, of_params = totals
-            gradient, found = block.of(gradients), ()
-            for stage, values, of_expert in reversed([*zip(stages, kept, params, strict=True)]):
-                _, pull = jax.vjp(stage, block.of(values), of_expert)
-                gradient, of_expert = pull(gradient)
-                found = (of_expert, *found)
-            return block.written(of_rows, gradient), jax.tree.map(jnp.add, of_params, found)
+            dx_MD, dw = totals
+            x_RD, g = block.of(x_MD), [block.of(g_MF) for g_MF in gradients]
+            dx_RD = sum(g_RF @ w_DF.T for g_RF, w_DF in zip(g, matrices, strict=True))
+            dw = [dw_DF + x_RD.T @ g_RF for dw_DF, g_RF in zip(dw, g, strict=True)]
+            return block.written(dx_MD, dx_RD), dw
 
-        totals = of_rows, _zeros(params)
-        of_rows, of_params = over_blocks(visit, totals, M, E, *start_and_size)
-        return of_rows, jax.tree.map(lambda d, p: d.astype(p.dtype), of_params, expert[0])
+        totals = dx_MD, [jnp.zeros_like(w_DF) for w_DF in matrices]
+        dx_MD, dw = over_blocks(visit, totals, M, E, start, size)
+        return dx_MD, tuple(d.astype(w.dtype) for d, w in zip(dw, expert, strict=False))
 
-    groups = params, jnp.cumsum(group_sizes_E) - group_sizes_E, group_sizes_E
-    of_rows, of_params = jax.lax.scan(group, _zeros(kept[0]), groups)
-    return of_rows, of_params, None
+    dx_MD, dw = jax.lax.scan(group, jnp.zeros_like(x_MD), (*weights, *_places(group_sizes_E)))
+    return dx_MD, dw, None
 
 
-through_stages.defvjp(_forward, _backward)
+products.defvjp(_forward, _backward)
+
+
+def _places(group_sizes_E):
+    """Where each group begins, and its size."""
+    return jnp.cumsum(group_sizes_E) - group_sizes_E, group_sizes_E
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,19 +86,15 @@ class _Block:
     end: jax.Array | None
     size: int
 
-    def of(self, tree):
-        """Its rows of each array, zeros where not meant."""
-        return _wide(jax.tree.map(lambda x: self._only(*self._cut(x), 0), tree))
+    def of(self, x):
+        """Its rows of x, zeros where not meant."""
+        return _wide(self._only(*self._cut(x), 0))
 
-    def written(self, tree, rows):
-        """The tree with `rows` in their place."""
-
-        def put(x, new):
-            first, old = self._cut(x)
-            new = self._only(first, new.astype(x.dtype), old)
-            return jax.lax.dynamic_update_slice_in_dim(x, new, first, 0)
-
-        return jax.tree.map(put, tree, rows)
+    def written(self, x, rows):
+        """x with `rows` in their place."""
+        first, old = self._cut(x)
+        new = self._only(first, rows.astype(x.dtype), old)
+        return jax.lax.dynamic_update_slice_in_dim(x, new, first, 0)
 
     def _cut(self, x):
         """Where the block begins, moved so that it ends inside of x, and its rows."""
@@ -137,7 +106,7 @@ class _Block:
             return rows
         index_R = first + jnp.arange(self.size)
         meant_R = (self.row <= index_R) & (index_R < self.end)
-        return jnp.where(meant_R.reshape(-1, *[1] * (rows.ndim - 1)), rows, otherwise)
+        return jnp.where(meant_R[:, None], rows, otherwise)
 
 
 def block_sizes(M: int, E: int) -> list[int]:
@@ -177,11 +146,3 @@ def over_blocks(visit: Callable, carry, M: int, E: int, start: jax.Array, size: 
 
 def _wide(tree):
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-
-
-def _zeros(tree):
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-
-
-def _shape(rows, group_sizes_E) -> tuple[int, int]:
-    return jax.tree.leaves(rows)[0].shape[0], group_sizes_E.shape[0]

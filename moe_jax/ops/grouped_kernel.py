@@ -1,4 +1,4 @@
-"""What an implementation of the grouped product for an accelerator consists of."""
+"""What an implementation of the grouped product consists of, if it is not plain XLA."""
 
 import dataclasses
 from collections.abc import Callable

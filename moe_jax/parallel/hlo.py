@@ -22,6 +22,7 @@ import numpy as np
 from moe_jax.parallel import hlo_text
 
 _KERNEL = 'custom_call_target="tpu_custom_call"'
+_HOST_CALL = re.compile(r'custom_call_target="moe_jax_.*\bflops = (\d+)')  # ops/host_call.py
 _ESTIMATE = re.compile(r'"cost_estimate":\{[^}]*?"flops":"(\d+)"')
 _WITHOUT_PRODUCTS = ("ragged-dot-metadata",)  # XLA's own: which rows a ragged dot's groups have
 _COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
@@ -60,6 +61,8 @@ def product_flops(
             left, right = (module.named[computation][x].shapes[0] for x in i.operands)
             flops = _dot_flops(i, left) if i.operation == "dot" else _window_flops(i, left, right)
             return {"flops": flops}
+        if called := _HOST_CALL.search(i.rest):
+            return {"flops": round(int(called[1]) * filled)}
         return {"flops": _kernel_flops(i, kernels or {}, filled)} if _KERNEL in i.rest else {}
 
     return module.total(own)["flops"]

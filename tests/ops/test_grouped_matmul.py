@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moe_jax.ops import (
     grouped_blocked,
     grouped_gpu,
+    grouped_host,
     grouped_matmul,
     grouped_tpu,
     implementations,
@@ -34,6 +35,7 @@ KERNELS = {
     "megablox": grouped_tpu.megablox(interpret=True),
     "triton": grouped_gpu.triton(interpret=True),
     "ragged_dot": grouped_tpu.RAGGED_DOT,
+    "host": grouped_host.HOST,
 }
 FUNCTIONS = {
     "blocked": grouped_blocked.products,
@@ -44,6 +46,8 @@ FUNCTIONS = {
 @pytest.fixture(autouse=True)
 def tiles_smaller_than_the_arrays(monkeypatch):
     monkeypatch.setattr(grouped_gpu, "_WIDTH", 16)
+    monkeypatch.setattr(grouped_host, "_TASK_ROWS", 8)
+    monkeypatch.setattr(grouped_host, "_ALONE", 0)
     for tiling in ("tiling", "gradient_tiling"):
         monkeypatch.setattr(grouped_tpu, tiling, lambda *sizes: (16, 16, 16))
 
@@ -143,8 +147,9 @@ def test_a_group_is_padded_by_less_than_the_smallest_block(groups):
     np.testing.assert_array_equal(visited_E, -(-sizes_E // least) * least)
 
 
-def test_gradients_are_the_slopes_of_the_value():
-    """Along a random direction, in float64, which only the blocked kernel takes."""
+@pytest.mark.parametrize("name", ["blocked", "host"])
+def test_gradients_are_the_slopes_of_the_value(name):
+    """Along a random direction, in float64, which only these take."""
     with jax.enable_x64(True):
         x_MD, weights, gradients = pairs(1, dtype=jnp.float64)
         step_x, (step_w,), _ = pairs(1, dtype=jnp.float64)
@@ -152,7 +157,7 @@ def test_gradients_are_the_slopes_of_the_value():
         sizes_E = jnp.array(GROUPS["empty"], jnp.int32)
 
         def loss(x_MD, w_EDF):
-            (y_MF,) = grouped_blocked.products(x_MD, (w_EDF,), sizes_E)
+            (y_MF,) = FUNCTIONS[name](x_MD, (w_EDF,), sizes_E)
             return jnp.sum(jnp.sin(y_MF) * gradients[0])
 
         @jax.jit
@@ -217,7 +222,7 @@ def test_auto_is_the_fastest_kernel_of_each_platform():
         table = grouped_matmul.IMPLEMENTATIONS
         return next(n for n in table if not implementations.why_not(table[n], platform))
 
-    assert [first(p) for p in ("cpu", "gpu", "tpu")] == ["blocked", "triton", "megablox"]
+    assert [first(p) for p in ("cpu", "gpu", "tpu")] == ["host", "triton", "megablox"]
 
 
 @pytest.mark.parametrize("name", ["megablox", "triton", "ragged_dot"])

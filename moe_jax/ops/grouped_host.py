@@ -1,0 +1,151 @@
+"""The grouped product on a CPU by numpy's BLAS: a group is one product, whatever its size.
+
+XLA:CPU must know sizes beforehand, so that groups are padded or cut into blocks, and computes
+products as small as those of fine experts on one core. Here products of one expert each are dealt
+to as many threads as there are cores, which read and write the program's own arrays. What it
+spares: `python scripts/benchmark.py grouped_matmul`, whose bound is XLA's with equal groups.
+
+From the first call on numpy's own products in this process take one thread each.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import threadpoolctl
+
+from moe_jax.ops import host_call
+from moe_jax.ops.grouped_kernel import Kernel
+
+_TASK_ROWS = 512  # at most, so that all cores share the rows of one expert
+_ALONE = 1e6  # multiplications for which waking other threads takes longer than it spares
+
+
+def _product(inputs, outputs):
+    x_MD, *weights, sizes_E = inputs
+
+    def of_rows(expert, rows):
+        for w_EDF, y_MF in zip(weights, outputs, strict=True):
+            np.matmul(x_MD[rows], w_EDF[expert], out=y_MF[rows])
+
+    _for_all_rows(of_rows, sizes_E, weights, outputs)
+
+
+def _input_gradient(inputs, outputs):
+    *gradients_and_weights, sizes_E = inputs
+    number = len(gradients_and_weights) // 2
+    gradients, weights = gradients_and_weights[:number], gradients_and_weights[number:]
+    (dx_MD,) = outputs
+
+    def of_rows(expert, rows):
+        np.matmul(gradients[0][rows], weights[0][expert].T, out=dx_MD[rows])
+        for g_MF, w_EDF in zip(gradients[1:], weights[1:], strict=True):
+            dx_MD[rows] += g_MF[rows] @ w_EDF[expert].T
+
+    _for_all_rows(of_rows, sizes_E, weights, outputs)
+
+
+def _weight_gradient(inputs, outputs):
+    x_MD, *gradients, sizes_E = inputs
+    ends_E = np.cumsum(sizes_E)
+
+    def of_expert(expert, g_MF, dw_EDF):
+        rows = slice(ends_E[expert] - sizes_E[expert], ends_E[expert])
+        np.matmul(x_MD[rows].T, g_MF[rows], out=dw_EDF[expert])
+
+    pairs = list(zip(gradients, outputs, strict=True))
+    tasks = [(expert, *pair) for expert in np.argsort(-sizes_E) for pair in pairs]
+    _run(of_expert, tasks, ends_E[-1] * _multiplications(outputs))
+
+
+def _for_all_rows(of_rows, sizes_E, weights, outputs):
+    """of_rows(expert, slice of its rows) for the rows of all groups; those beyond get zeros."""
+    tasks, end = [], 0
+    for expert, size in enumerate(sizes_E.tolist()):
+        start, end = end, end + size
+        cuts = range(start, end, _TASK_ROWS)
+        tasks += [(expert, slice(cut, min(cut + _TASK_ROWS, end))) for cut in cuts]
+    tasks.sort(key=lambda task: task[1].start - task[1].stop)
+    _run(of_rows, tasks, end * _multiplications(weights))
+    for y in outputs:
+        y[end:] = 0
+
+
+def _multiplications(weights) -> int:
+    """For each row."""
+    return sum(w_EDF[0].size for w_EDF in weights)
+
+
+def _run(function, tasks, multiplications):
+    """function(*task) for all, largest first, by this thread and one more for each other core."""
+    left = collections.deque(tasks)
+
+    def until_none_is_left():
+        while True:
+            try:
+                task = left.popleft()
+            except IndexError:
+                return
+            function(*task)
+
+    helpers = os.cpu_count() - 1 if multiplications >= _ALONE else 0
+    helping = []
+    with contextlib.suppress(RuntimeError):  # when the interpreter is about to end
+        helping += (_threads().submit(until_none_is_left) for _ in range(helpers))
+    try:
+        until_none_is_left()
+    finally:
+        for helper in helping:
+            helper.cancel() or helper.result()
+
+
+@functools.cache
+def _threads() -> concurrent.futures.Executor:
+    threadpoolctl.threadpool_limits(1, user_api="blas")  # each product is one thread's
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "grouped_matmul")
+
+
+for _function in (_product, _input_gradient, _weight_gradient):
+    host_call.register(f"moe_jax_grouped{_function.__name__}", _function)
+
+
+def product(x_MD, weights, group_sizes_E):
+    shapes = [(len(x_MD), w.shape[2]) for w in weights]
+    ys = _call("product", shapes, x_MD, *weights, group_sizes_E, multiplied=(x_MD, weights))
+    return tuple(y.astype(x_MD.dtype) for y in ys)
+
+
+def input_gradient(gradients, weights, group_sizes_E):
+    shape = len(gradients[0]), weights[0].shape[1]
+    arrays = *gradients, *weights, group_sizes_E
+    (dx_MD,) = _call("input_gradient", [shape], *arrays, multiplied=(gradients[0], weights))
+    return dx_MD.astype(gradients[0].dtype)
+
+
+def weight_gradient(x_MD, gradients, group_sizes_E):
+    shapes = [(len(group_sizes_E), x_MD.shape[1], g.shape[1]) for g in gradients]
+    found = [jax.ShapeDtypeStruct(shape, x_MD.dtype) for shape in shapes]
+    arrays = x_MD, *gradients, group_sizes_E
+    return tuple(_call("weight_gradient", shapes, *arrays, multiplied=(x_MD, found)))
+
+
+def _call(name, shapes, *arrays, multiplied):
+    """The numpy function of that name, in float32 at least."""
+    rows, weights = multiplied
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    *floats, group_sizes_E = arrays
+    return host_call.call(
+        f"moe_jax_grouped_{name}",
+        [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
+        *(x.astype(dtype) for x in floats),
+        group_sizes_E,
+        flops=2 * len(rows) * sum(w.shape[1] * w.shape[2] for w in weights),
+    )
+
+
+HOST = Kernel(product, input_gradient, weight_gradient)

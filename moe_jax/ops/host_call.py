@@ -1,0 +1,165 @@
+"""A numpy function as a step of a program that XLA runs on a CPU, on the program's own memory.
+
+`jax.pure_callback` puts its inputs on a device again and copies what the function returns. Here XLA
+calls through its foreign function interface (https://openxla.org/xla/custom_call) a C function that
+ctypes makes, and numpy looks at the buffers themselves.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import traceback
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+_VERSION = (0, 3)  # of the interface as used here
+_EXECUTE = 3  # the stage of a call in which it computes
+_INTERNAL = 13  # the code of an error
+_DTYPES = {4: np.int32, 5: np.int64, 11: np.float32, 12: np.float64}
+
+
+def call(
+    name: str, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array, flops: int
+) -> list[jax.Array]:
+    """The function registered as `name`, of arrays of a program.
+
+    Args: flops: of its products, which nobody else could know (`parallel/hlo.py` reads them).
+    """
+    _wait_at_exit()
+    function = jax.ffi.ffi_call(name, results, vmap_method="sequential")
+    return function(*arrays, flops=np.int64(flops))
+
+
+@functools.cache
+def _wait_at_exit() -> None:
+    """A call that begins after the interpreter has ended would wait for it for ever."""
+
+    def wait():
+        with contextlib.suppress(Exception):  # what failed has been said, or nobody asked
+            jax.block_until_ready(jax.live_arrays())
+
+    atexit.register(wait)
+
+
+def register(name: str, function: Callable) -> None:
+    """Makes a numpy function known to XLA.
+
+    function(inputs, outputs): lists of numpy arrays; it fills the outputs. Several devices may call
+    at the same time.
+    """
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Call))
+    def call(frame):
+        frame = frame.contents
+        if frame.extension:  # XLA asks for the version, once
+            version = frame.extension.contents.metadata.contents.version
+            version.major, version.minor = _VERSION
+        elif frame.stage == _EXECUTE:
+            try:
+                function(frame.inputs.arrays(), frame.outputs.arrays())
+            except Exception:  # noqa: BLE001 - nothing may be raised into XLA; it raises this text
+                return frame.api.contents.error(traceback.format_exc())
+        return None
+
+    _ALIVE.append(call)
+    jax.ffi.register_ffi_target(
+        name, jax.ffi.pycapsule(ctypes.cast(call, ctypes.c_void_p).value), platform="cpu"
+    )
+
+
+_ALIVE = []  # the C functions: XLA keeps only their addresses
+
+
+class _Struct(ctypes.Structure):
+    """The structs below are those of xla/ffi/api/c_api.h, as far as they are read."""
+
+
+class _Version(_Struct):
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("extension", ctypes.c_void_p),
+        ("major", ctypes.c_int),
+        ("minor", ctypes.c_int),
+    )
+
+
+class _Metadata(_Struct):
+    _fields_ = (("size", ctypes.c_size_t), ("version", _Version))
+
+
+class _Extension(_Struct):
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("next", ctypes.c_void_p),
+        ("metadata", ctypes.POINTER(_Metadata)),
+    )
+
+
+class _Buffer(_Struct):
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("extension", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("data", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("dims", ctypes.POINTER(ctypes.c_int64)),
+    )
+
+    def array(self) -> np.ndarray:
+        shape, dtype = tuple(self.dims[: self.rank]), np.dtype(_DTYPES[self.dtype])
+        num_bytes = int(np.prod(shape)) * dtype.itemsize
+        if not num_bytes:
+            return np.empty(shape, dtype)
+        memory = (ctypes.c_char * num_bytes).from_address(self.data)
+        return np.frombuffer(memory, dtype).reshape(shape)
+
+
+class _Buffers(_Struct):
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("extension", ctypes.c_void_p),
+        ("number", ctypes.c_int64),
+        ("types", ctypes.c_void_p),
+        ("buffers", ctypes.POINTER(ctypes.POINTER(_Buffer))),
+    )
+
+    def arrays(self) -> list[np.ndarray]:
+        return [self.buffers[i].contents.array() for i in range(self.number)]
+
+
+class _Error(_Struct):
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("extension", ctypes.c_void_p),
+        ("message", ctypes.c_char_p),
+        ("code", ctypes.c_int),
+    )
+
+
+class _Api(_Struct):
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("extension", ctypes.c_void_p),
+        ("version", _Version),
+        ("internal", ctypes.c_void_p),
+        ("make_error", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Error))),
+    )
+
+    def error(self, message: str) -> int:
+        return self.make_error(_Error(ctypes.sizeof(_Error), None, message.encode(), _INTERNAL))
+
+
+class _Call(_Struct):
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("extension", ctypes.POINTER(_Extension)),
+        ("api", ctypes.POINTER(_Api)),
+        ("context", ctypes.c_void_p),
+        ("stage", ctypes.c_int),
+        ("inputs", _Buffers),
+        ("outputs", _Buffers),
+    )
