@@ -119,19 +119,6 @@ def test_a_loop_of_unknown_length_counts_as_often_as_its_name_expects():
     ],
     ids="valid padding cropped dilated feature-groups batch-groups".split(),
 )
-def test_products_that_the_host_computes_are_counted():
-    M, D, F, E = 64, 16, 8, 4
-
-    def product(x_MD, w_EDF):
-        sizes_E = jnp.full(E, M // E)
-        return grouped_matmul.grouped_matmul(x_MD, w_EDF, sizes_E, implementation="host").sum()
-
-    gradients = jax.jit(jax.value_and_grad(product, argnums=(0, 1)))
-    text = gradients.lower(jnp.ones((M, D)), jnp.ones((E, D, F))).compile().as_text()
-    assert hlo.product_flops(text) == 3 * 2 * M * D * F
-    assert hlo.product_flops(text, filled=0.5) == 3 * M * D * F
-
-
 def test_a_convolution_counts_only_what_touches_real_elements(arguments):
     """Of ones with ones it sums up how many products were made."""
     features = 4 // arguments.get("feature_group_count", 1)
@@ -436,3 +423,16 @@ def test_an_implementation_with_every_expert_on_every_token_is_caught():
     text = compiled_step(config)
     assert ratio_to_analytic(text, config) > 1.25
     assert buffers_of_every_expert_on_every_token(text, config)
+
+
+def test_products_that_the_host_computes_are_counted():
+    M, D, F, E = 64, 16, 8, 4
+
+    def product(x_MD, w_EDF):
+        sizes_E = jnp.full(E, M // E)
+        return grouped_matmul.grouped_matmul(x_MD, w_EDF, sizes_E, implementation="host").sum()
+
+    gradients = jax.jit(jax.value_and_grad(product, argnums=(0, 1)))
+    text = gradients.lower(jnp.ones((M, D)), jnp.ones((E, D, F))).compile().as_text()
+    assert hlo.product_flops(text) == 3 * 2 * M * D * F
+    assert hlo.product_flops(text, filled=0.5) == 3 * M * D * F
