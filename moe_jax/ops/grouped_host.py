@@ -5,7 +5,7 @@ products as small as those of fine experts on one core. Here products of one exp
 to as many threads as there are cores, which read and write the program's own arrays. What it
 spares: `python scripts/benchmark.py grouped_matmul`, whose bound is XLA's with equal groups.
 
-From the first call on numpy's own products in this process take one thread each.
+From the first large call on, numpy's products elsewhere in the process take one thread each too.
 """
 
 import collections
@@ -23,7 +23,7 @@ from moe_jax.ops import host_call
 from moe_jax.ops.grouped_kernel import Kernel
 
 _TASK_ROWS = 512  # at most, so that all cores share the rows of one expert
-_ALONE = 1e6  # multiplications for which waking other threads takes longer than it spares
+_ALONE = 1e7  # multiplications, 0.2 ms of one core: waking others would take as long
 
 
 def _product(inputs, outputs):
@@ -93,7 +93,7 @@ def _run(function, tasks, multiplications):
                 return
             function(*task)
 
-    helpers = os.cpu_count() - 1 if multiplications >= _ALONE else 0
+    helpers = min(_num_cores(), len(tasks)) - 1 if multiplications >= _ALONE else 0
     helping = []
     with contextlib.suppress(RuntimeError):  # when the interpreter is about to end
         helping += (_threads().submit(until_none_is_left) for _ in range(helpers))
@@ -107,7 +107,14 @@ def _run(function, tasks, multiplications):
 @functools.cache
 def _threads() -> concurrent.futures.Executor:
     threadpoolctl.threadpool_limits(1, user_api="blas")  # each product is one thread's
-    return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "grouped_matmul")
+    return concurrent.futures.ThreadPoolExecutor(_num_cores(), "grouped_matmul")
+
+
+def _num_cores() -> int:
+    """Those of this process, which a scheduler may have given less than all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 for _function in (_product, _input_gradient, _weight_gradient):

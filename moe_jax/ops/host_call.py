@@ -17,6 +17,7 @@ import numpy as np
 
 _VERSION = (0, 3)  # of the interface as used here
 _EXECUTE = 3  # the stage of a call in which it computes
+_METADATA = 1  # the extension of a call by which XLA asks for the version
 _INTERNAL = 13  # the code of an error
 _DTYPES = {4: np.int32, 5: np.int64, 11: np.float32, 12: np.float64}
 
@@ -54,13 +55,13 @@ def register(name: str, function: Callable) -> None:
     @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Call))
     def call(frame):
         frame = frame.contents
-        if frame.extension:  # XLA asks for the version, once
+        if frame.extension and frame.extension.contents.type == _METADATA:  # at registration
             version = frame.extension.contents.metadata.contents.version
             version.major, version.minor = _VERSION
         elif frame.stage == _EXECUTE:
             try:
                 function(frame.inputs.arrays(), frame.outputs.arrays())
-            except Exception:  # noqa: BLE001 - nothing may be raised into XLA; it raises this text
+            except Exception:  # into XLA nothing can be raised; it raises this text
                 return frame.api.contents.error(traceback.format_exc())
         return None
 
