@@ -106,6 +106,7 @@ def _run(function, tasks, multiplications):
 
 @functools.cache
 def _threads() -> concurrent.futures.Executor:
+    """Each begins during a call and takes over its rounding mode: XLA takes denormals for zero."""
     threadpoolctl.threadpool_limits(1, user_api="blas")  # each product is one thread's
     return concurrent.futures.ThreadPoolExecutor(_num_cores(), "grouped_matmul")
 

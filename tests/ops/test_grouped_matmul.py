@@ -2,6 +2,7 @@
 
 import functools
 import re
+import time
 from unittest import mock
 
 import hypothesis
@@ -145,6 +146,20 @@ def test_a_group_is_padded_by_less_than_the_smallest_block(groups):
 
     visited_E = jax.jit(jax.vmap(visited))(sizes_E)
     np.testing.assert_array_equal(visited_E, -(-sizes_E // least) * least)
+
+
+def test_the_host_computes_the_same_whichever_thread_does(monkeypatch):
+    """Denormal numbers, which XLA takes for zero, and threads that it did not start may not."""
+    matmul = np.matmul
+
+    def slow(*arrays, **options):
+        time.sleep(0.005)  # so that each thread gets some of the tasks
+        return matmul(*arrays, **options)
+
+    monkeypatch.setattr(np, "matmul", slow)
+    x_MD, w_EDF = jnp.full((M, D), 1e-20), jnp.full((E, D, F), 1e-20)
+    (y_MF,) = FUNCTIONS["host"](x_MD, (w_EDF,), jnp.array(GROUPS["ragged"]))
+    assert len(np.unique(np.asarray(y_MF).view(np.int32))) == 1
 
 
 @pytest.mark.parametrize("name", ["blocked", "host"])
