@@ -126,12 +126,14 @@ def test_a_run_killed_and_stopped_at_random_steps_ends_bitwise_like_the_unbroken
 
 
 def interrupt(config_file, workdir, step, signal_number):
-    """Sends the run a signal when it has logged `step`; returns (exit status, stderr)."""
+    """Sends the run a signal when it has logged `step` itself; returns (exit status, stderr)."""
+    logged_before = metrics.read(workdir / "metrics.jsonl")
     process = subprocess.Popen(
         command(config_file, workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None:
-        if any(row["step"] >= step for row in metrics.read(workdir / "metrics.jsonl")):
+        rows = metrics.read(workdir / "metrics.jsonl")
+        if any(row["step"] >= step and row not in logged_before for row in rows):
             process.send_signal(signal_number)
             break
         time.sleep(0.005)

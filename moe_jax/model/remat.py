@@ -8,14 +8,14 @@ state), and what lies in the host's memory:
 | policy | time | peak, MiB | host, MiB |
 |---|---|---|---|
 | none | 1.00 | 2,089 | |
-| full | 1.07 | 634 | |
+| full | 1.03 | 634 | |
 | save_experts | 0.96 | 908 | |
-| save_dots | 0.87 | 1,061 | |
-| offload_experts | 1.10 | 668 | 272 |
-| offload_dots | 1.06 | 784 | 466 |
+| save_dots | 0.94 | 1,061 | |
+| offload_experts | 1.06 | 668 | 272 |
+| offload_dots | 0.94 | 784 | 466 |
 
-Keeping less can be faster: what is kept of a scan's steps is copied into a stack and out again.
-The times are from before `none` was unrolled on a CPU (`transformer.py`), which is faster.
+Keeping less can be faster: what is kept must be written and read, on a CPU into memory that is new
+in each step.
 """
 
 from collections.abc import Callable
