@@ -111,8 +111,8 @@ def grouped_matmul_cases() -> Iterator[Case]:
         for groups, sizes_E in (("balanced", np.full(E, M // E)), ("zipf", zipf_E)):
             sizes_E = jnp.asarray(sizes_E, jnp.int32)
 
-            def product(x_MD, w_EDF, sizes_E=sizes_E):
-                return grouped_matmul.grouped_matmul(x_MD, w_EDF, sizes_E)
+            def product(x_MD, w_EDF, name, sizes_E=sizes_E):
+                return grouped_matmul.grouped_matmul(x_MD, w_EDF, sizes_E, implementation=name)
 
             def einsum(x_MD, w_EDF, E=E):
                 x_ERD = x_MD.reshape(E, -1, D)
@@ -121,7 +121,12 @@ def grouped_matmul_cases() -> Iterator[Case]:
             yield Case(
                 name=f"E={E} {groups}",
                 tokens=M,
-                implementations={picked: _with_gradients(product, (x_MD, w_EDF), grad_MF)},
+                implementations={
+                    name: _with_gradients(
+                        functools.partial(product, name=name), (x_MD, w_EDF), grad_MF
+                    )
+                    for name in (picked, "blocked")
+                },
                 bound="einsum over equal groups",
                 bound_function=_with_gradients(einsum, (x_MD, w_EDF), grad_MF),
             )

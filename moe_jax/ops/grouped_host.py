@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import math
 import os
 
 import jax
@@ -77,8 +78,8 @@ def _for_all_rows(of_rows, sizes_E, weights, outputs):
 
 
 def _multiplications(weights) -> int:
-    """For each row."""
-    return sum(w_EDF[0].size for w_EDF in weights)
+    """Of a row by one matrix of each."""
+    return sum(math.prod(w.shape[1:]) for w in weights)
 
 
 def _run(function, tasks, multiplications):
@@ -124,35 +125,34 @@ for _function in (_product, _input_gradient, _weight_gradient):
 
 def product(x_MD, weights, group_sizes_E):
     shapes = [(len(x_MD), w.shape[2]) for w in weights]
-    ys = _call("product", shapes, x_MD, *weights, group_sizes_E, multiplied=(x_MD, weights))
+    ys = _call("product", shapes, weights, x_MD, *weights, group_sizes_E)
     return tuple(y.astype(x_MD.dtype) for y in ys)
 
 
 def input_gradient(gradients, weights, group_sizes_E):
     shape = len(gradients[0]), weights[0].shape[1]
     arrays = *gradients, *weights, group_sizes_E
-    (dx_MD,) = _call("input_gradient", [shape], *arrays, multiplied=(gradients[0], weights))
+    (dx_MD,) = _call("input_gradient", [shape], weights, *arrays)
     return dx_MD.astype(gradients[0].dtype)
 
 
 def weight_gradient(x_MD, gradients, group_sizes_E):
-    shapes = [(len(group_sizes_E), x_MD.shape[1], g.shape[1]) for g in gradients]
-    found = [jax.ShapeDtypeStruct(shape, x_MD.dtype) for shape in shapes]
-    arrays = x_MD, *gradients, group_sizes_E
-    return tuple(_call("weight_gradient", shapes, *arrays, multiplied=(x_MD, found)))
+    E, D = len(group_sizes_E), x_MD.shape[1]
+    dw = [jax.ShapeDtypeStruct((E, D, g.shape[1]), x_MD.dtype) for g in gradients]
+    shapes = [d.shape for d in dw]
+    return tuple(_call("weight_gradient", shapes, dw, x_MD, *gradients, group_sizes_E))
 
 
-def _call(name, shapes, *arrays, multiplied):
-    """The numpy function of that name, in float32 at least."""
-    rows, weights = multiplied
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+def _call(name, shapes, matrices, *arrays):
+    """The numpy function of that name, in float32 at least, with one of `matrices` for each row."""
     *floats, group_sizes_E = arrays
+    dtype = jnp.promote_types(floats[0].dtype, jnp.float32)
     return host_call.call(
         f"moe_jax_grouped_{name}",
         [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
         *(x.astype(dtype) for x in floats),
         group_sizes_E,
-        flops=2 * len(rows) * sum(w.shape[1] * w.shape[2] for w in weights),
+        flops=2 * len(floats[0]) * _multiplications(matrices),
     )
 
 

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import math
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -53,7 +54,7 @@ def register(name: str, function: Callable) -> None:
     """
 
     @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Call))
-    def call(frame):
+    def entry(frame):
         frame = frame.contents
         if frame.extension and frame.extension.contents.type == _METADATA:  # at registration
             version = frame.extension.contents.metadata.contents.version
@@ -65,33 +66,33 @@ def register(name: str, function: Callable) -> None:
                 return frame.api.contents.error(traceback.format_exc())
         return None
 
-    _ALIVE.append(call)
+    _ALIVE.append(entry)
     jax.ffi.register_ffi_target(
-        name, jax.ffi.pycapsule(ctypes.cast(call, ctypes.c_void_p).value), platform="cpu"
+        name, jax.ffi.pycapsule(ctypes.cast(entry, ctypes.c_void_p).value), platform="cpu"
     )
 
 
 _ALIVE = []  # the C functions: XLA keeps only their addresses
 
 
-class _Struct(ctypes.Structure):
-    """The structs below are those of xla/ffi/api/c_api.h, as far as they are read."""
+# The structs below are those of xla/ffi/api/c_api.h, as far as they are read.
 
 
-class _Version(_Struct):
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("extension", ctypes.c_void_p),
-        ("major", ctypes.c_int),
-        ("minor", ctypes.c_int),
-    )
+def _fields(**fields) -> list[tuple[str, type]]:
+    """Those of a struct, which begins with its size and a list of extensions."""
+    start = {"size": ctypes.c_size_t, "extension": ctypes.c_void_p}
+    return [*(start | fields).items()]
 
 
-class _Metadata(_Struct):
+class _Version(ctypes.Structure):
+    _fields_ = _fields(major=ctypes.c_int, minor=ctypes.c_int)
+
+
+class _Metadata(ctypes.Structure):
     _fields_ = (("size", ctypes.c_size_t), ("version", _Version))
 
 
-class _Extension(_Struct):
+class _Extension(ctypes.Structure):
     _fields_ = (
         ("size", ctypes.c_size_t),
         ("type", ctypes.c_int),
@@ -100,67 +101,55 @@ class _Extension(_Struct):
     )
 
 
-class _Buffer(_Struct):
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("extension", ctypes.c_void_p),
-        ("dtype", ctypes.c_int),
-        ("data", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("dims", ctypes.POINTER(ctypes.c_int64)),
+class _Buffer(ctypes.Structure):
+    _fields_ = _fields(
+        dtype=ctypes.c_int,
+        data=ctypes.c_void_p,
+        rank=ctypes.c_int64,
+        dims=ctypes.POINTER(ctypes.c_int64),
     )
 
     def array(self) -> np.ndarray:
         shape, dtype = tuple(self.dims[: self.rank]), np.dtype(_DTYPES[self.dtype])
-        num_bytes = int(np.prod(shape)) * dtype.itemsize
+        num_bytes = math.prod(shape) * dtype.itemsize
         if not num_bytes:
             return np.empty(shape, dtype)
         memory = (ctypes.c_char * num_bytes).from_address(self.data)
         return np.frombuffer(memory, dtype).reshape(shape)
 
 
-class _Buffers(_Struct):
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("extension", ctypes.c_void_p),
-        ("number", ctypes.c_int64),
-        ("types", ctypes.c_void_p),
-        ("buffers", ctypes.POINTER(ctypes.POINTER(_Buffer))),
+class _Buffers(ctypes.Structure):
+    _fields_ = _fields(
+        number=ctypes.c_int64,
+        types=ctypes.c_void_p,
+        buffers=ctypes.POINTER(ctypes.POINTER(_Buffer)),
     )
 
     def arrays(self) -> list[np.ndarray]:
         return [self.buffers[i].contents.array() for i in range(self.number)]
 
 
-class _Error(_Struct):
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("extension", ctypes.c_void_p),
-        ("message", ctypes.c_char_p),
-        ("code", ctypes.c_int),
-    )
+class _Error(ctypes.Structure):
+    _fields_ = _fields(message=ctypes.c_char_p, code=ctypes.c_int)
 
 
-class _Api(_Struct):
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("extension", ctypes.c_void_p),
-        ("version", _Version),
-        ("internal", ctypes.c_void_p),
-        ("make_error", ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Error))),
+class _Api(ctypes.Structure):
+    _fields_ = _fields(
+        version=_Version,
+        internal=ctypes.c_void_p,
+        make_error=ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Error)),
     )
 
     def error(self, message: str) -> int:
         return self.make_error(_Error(ctypes.sizeof(_Error), None, message.encode(), _INTERNAL))
 
 
-class _Call(_Struct):
-    _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("extension", ctypes.POINTER(_Extension)),
-        ("api", ctypes.POINTER(_Api)),
-        ("context", ctypes.c_void_p),
-        ("stage", ctypes.c_int),
-        ("inputs", _Buffers),
-        ("outputs", _Buffers),
+class _Call(ctypes.Structure):
+    _fields_ = _fields(
+        extension=ctypes.POINTER(_Extension),
+        api=ctypes.POINTER(_Api),
+        context=ctypes.c_void_p,
+        stage=ctypes.c_int,
+        inputs=_Buffers,
+        outputs=_Buffers,
     )

@@ -44,7 +44,8 @@ def product_flops(
     """FLOPs of the matrix products that one device executes, 2 for each multiply-add.
 
     A Pallas kernel on TPU counts with the estimate in its call: `2mkn` for megablox and for
-    `jax.lax.ragged_dot`, without what incomplete tiles add. A product with a vector is elementwise
+    `jax.lax.ragged_dot`, without what incomplete tiles add; so does a product that the host
+    computes (`ops/host_call.py`). A product with a vector is elementwise
     work on TPU and does not count there.
 
     Args: kernels: FLOPs of one call by a regular expression that is found in the kernel's name, the

@@ -64,14 +64,24 @@ def test_all_devices_may_call_at_the_same_time():
 
 
 PROGRAM = """
+import time
 import jax, jax.numpy as jnp
-from moe_jax.ops import grouped_matmul
-step = jax.jit(
-    lambda x, w: grouped_matmul.grouped_matmul(x, w, jnp.full(8, 512), implementation="host")
-)
-x, w = jnp.ones((4096, 256)) / 256, jnp.ones((8, 256, 256))
-for _ in range(40):
-    x = step(x, w)
+from moe_jax.ops import host_call
+
+def sleep(inputs, outputs):
+    time.sleep(0.02)
+    outputs[0][...] = inputs[0]
+
+host_call.register("moe_jax_test_sleep", sleep)
+
+@jax.jit
+def steps(x):
+    def step(_, x):
+        return host_call.call("moe_jax_test_sleep", [x], x, flops=0)[0] @ x
+    return jax.lax.fori_loop(0, 100, step, x)
+
+x = steps(jnp.eye(500))
+assert not x.is_ready()
 """
 
 
