@@ -174,6 +174,7 @@ BAD_FLAGS = {
     "--config.optimizer.no_weight_decay=(": "is not a regular expression",
     "--config.optimizer.weight_decay=inf": "is not a finite number",
     "--config.evaluation.batch_size=-8": "must be more than 0",
+    "--config.model.grouped_matmul=hots": "grouped_matmul implementation='hots' is unknown",
     "--config.model.preset=llama": "is unknown; use one of",
     "positional": "unexpected argument 'positional'",
 }

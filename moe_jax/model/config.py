@@ -248,9 +248,11 @@ class ModelConfig:
 
     @property
     def implementations(self) -> dict[str, str]:
-        """The implementation of each op that a model of this kind calls."""
+        """The implementation of each op that a model of this kind calls, or that was named."""
         ops = {"attention": self.attention, "cross_entropy": "auto"}
-        return {**ops, "grouped_matmul": self.grouped_matmul} if self.num_experts else ops
+        if self.num_experts or self.grouped_matmul != "auto":
+            ops["grouped_matmul"] = self.grouped_matmul
+        return ops
 
     def to_moe(
         self,

@@ -63,6 +63,12 @@ def test_impossible_sizes_are_refused_in_one_line(change, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_dense_model_has_the_product_of_experts_checked_only_if_it_names_one():
+    assert "grouped_matmul" not in TINY.implementations
+    named = dataclasses.replace(TINY, grouped_matmul="nonesuch")
+    assert named.implementations["grouped_matmul"] == "nonesuch"
+
+
 def test_parameter_counts_agree_with_a_count_by_hand():
     V, D, F, L, N, K, H, E, A = 64, 32, 48, 4, 4, 2, 8, 8, 2
     attention = D * H * (2 * N + 2 * K)
