@@ -48,14 +48,19 @@ def _grouped_matmul(implementation: str, normal: Callable) -> list[jax.Array]:
 
 
 def _attention(implementation: str, normal: Callable) -> list[jax.Array]:
-    """Grouped queries; a row of two documents and a row of one."""
+    """Grouped queries; a row of two documents and a row of one, then documents of two tokens."""
     B, T, N, K, H = 2, 256, 4, 2, 128
     *arrays, grad_BTNH = normal((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
-    segments_BT = jnp.where(jnp.arange(T) < jnp.array([[100], [T]]), 1, 2)
-    op = functools.partial(
-        attention.attention, segment_ids_BT=segments_BT, implementation=implementation
-    )
-    return _value_and_gradients(op, arrays, grad_BTNH)
+    few_BT = jnp.where(jnp.arange(T) < jnp.array([[100], [T]]), 1, 2)
+    many_BT = jnp.broadcast_to(1 + jnp.arange(T) // 2, (B, T))
+
+    def both(*arrays):
+        return sum(
+            attention.attention(*arrays, segments_BT, implementation=implementation)
+            for segments_BT in (few_BT, many_BT)
+        )
+
+    return _value_and_gradients(both, arrays, grad_BTNH)
 
 
 def _cross_entropy(implementation: str, normal: Callable) -> list[jax.Array]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe_jax.model.config import ModelConfig
+from moe_jax.ops import bins
 
 
 @struct.dataclass
@@ -283,7 +284,7 @@ def statistics(routing: Routing, valid_M: jax.Array, num_dropped: jax.Array) -> 
     """Sums over the tokens where `valid_M` holds."""
     E = routing.logits_ME.shape[-1]
     counted_MA = jnp.where(valid_M[:, None], routing.expert_index_MA, E)
-    tokens_per_expert_E = jnp.bincount(counted_MA.ravel(), length=E)
+    tokens_per_expert_E = bins.count_by_bin(counted_MA, E)
     load_sum_E = tokens_per_expert_E.astype(jnp.float32)
     if routing.load_ME is not None:
         load_sum_E = jnp.sum(routing.load_ME * valid_M[:, None], axis=0)
@@ -293,7 +294,7 @@ def statistics(routing: Routing, valid_M: jax.Array, num_dropped: jax.Array) -> 
     return RouterStats(
         tokens_per_expert_E=tokens_per_expert_E,
         probability_sum_E=jnp.sum(p_ME * valid_M[:, None], axis=0),
-        weight_sum_E=jnp.zeros(E).at[counted_MA].add(routing.weight_MA, mode="drop"),
+        weight_sum_E=bins.sum_by_bin(routing.weight_MA, counted_MA, E),
         load_sum_E=load_sum_E,
         z_sum=jnp.sum(z_M * valid_M),
         entropy_sum=jnp.sum(entropy_M * valid_M),

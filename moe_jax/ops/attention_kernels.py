@@ -1,9 +1,13 @@
 """Attention by the kernels of others: splash attention on TPU, cuDNN on GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu import splash_attention
 
+from moe_jax.ops import implementations
 from moe_jax.ops.attention_reference import SAVED_NAME, Executed, block_pairs
 
 # The largest block of "splash", and the most key blocks for which its backward pass is one kernel.
@@ -91,15 +95,33 @@ def splash_refuses(T: int, H: int, dtype) -> str:
     return ""
 
 
+# So many documents of a row at most go through cuDNN's packed layout. It takes as many for a row as
+# it is compiled for, and each costs a little even where a row has fewer.
+CUDNN_DOCUMENTS = 32
+
+
 def cudnn(
     q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window: int | None = None, *, library: str = "cudnn"
 ):
-    """cuDNN's flash attention. Not measured, nor even run, on a GPU.
+    """cuDNN's flash attention, which skips what lies after the diagonal or before the window.
 
-    It skips what lies after the diagonal or before the window but knows no segments: those are a
-    mask [B, 1, T, T], which it adds to the logits. Beside a mask a window needs cuDNN 9.10.2:
-    cudnn-frontend refuses it with older ones.
+    Documents are given by where they begin ("packed"), or else as a mask [B, 1, T, T], which it
+    adds to the logits: twice the time (H100). Packed needs Hopper, no window, and rows of at most
+    CUDNN_DOCUMENTS documents, each in one piece, which is looked at at run time. Beside a mask a
+    window needs cuDNN 9.10.2: cudnn-frontend refuses it with older ones.
     """
+    masked = functools.partial(_cudnn_masked, window=window, library=library)
+    B, T, N, H = q_BTNH.shape
+    if not _packs(window) or B * T * N * H >= 2**31:  # its offsets are int32
+        return masked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+    return _either(masked, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+
+
+def _packs(window: int | None) -> bool:
+    return window is None and (implementations.compute_capability() or (0, 0)) >= (9, 0)
+
+
+def _cudnn_masked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window, library):
     same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     return jax.nn.dot_product_attention(
         q_BTNH,
@@ -112,10 +134,81 @@ def cudnn(
     )
 
 
+def _cudnn_packed(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
+    """The function below is private: `jax.nn.dot_product_attention` takes no documents."""
+    start_BS, length_BS, _ = documents(segment_ids_BT, CUDNN_DOCUMENTS)
+    start_BS = jnp.pad(start_BS, ((0, 0), (0, 1)), constant_values=-1)  # where the rows end
+    return fused_attention_stablehlo.dot_product_attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        q_seqlen=length_BS,
+        kv_seqlen=length_BS,
+        q_offsets=start_BS,
+        kv_offsets=start_BS,
+        scale=q_BTNH.shape[-1] ** -0.5,
+        mask_type=fused_attention_stablehlo.MaskType.PADDING_CAUSAL,
+    )
+
+
+def documents(segment_ids_BT, limit: int):
+    """(first positions [B, limit], lengths [B, limit], whether no row has more documents).
+
+    Unused places hold -1. A row whose numbers do not rise, zeros at its end aside, counts as one of
+    too many documents: one of them might be in two pieces.
+    """
+    T = segment_ids_BT.shape[1]
+    id_BT = jnp.where(segment_ids_BT == 0, jnp.iinfo(jnp.int32).max, segment_ids_BT)
+    begins_BT = jnp.diff(id_BT, axis=1, prepend=-1) != 0
+    start_BS = jax.vmap(lambda begins_T: jnp.nonzero(begins_T, size=limit, fill_value=T)[0])(
+        begins_BT
+    )
+    length_BS = jnp.diff(start_BS, axis=1, append=T)
+    used_BS = start_BS < T
+    fits = jnp.all(id_BT[:, 1:] >= id_BT[:, :-1]) & jnp.all(jnp.sum(begins_BT, axis=1) <= limit)
+    start_BS, length_BS = (
+        jnp.where(used_BS, x, -1).astype(jnp.int32) for x in (start_BS, length_BS)
+    )
+    return start_BS, length_BS, fits
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _either(masked, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
+    """Packed if the documents allow it, else masked.
+
+    The backward pass runs the forward one again, which is less than what `lax.cond` would keep for
+    the branch that was not taken.
+    """
+    fits = documents(segment_ids_BT, CUDNN_DOCUMENTS)[2]
+    return jax.lax.cond(fits, _cudnn_packed, masked, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+
+
+def _either_forward(masked, *arrays):
+    return _either(masked, *arrays), arrays
+
+
+def _either_backward(masked, arrays, grad_BTNH):
+    *qkv, segment_ids_BT = arrays
+
+    def gradients(attend):
+        def of_branch(*qkv):
+            return jax.vjp(lambda *qkv: attend(*qkv, segment_ids_BT), *qkv)[1](grad_BTNH)
+
+        return of_branch
+
+    fits = documents(segment_ids_BT, CUDNN_DOCUMENTS)[2]
+    return *jax.lax.cond(fits, gradients(_cudnn_packed), gradients(masked), *qkv), None
+
+
+_either.defvjp(_either_forward, _either_backward)
+
+
 def cudnn_executed(T: int, window: int | None) -> Executed:
     """Its tiles are not documented: of 128, as in the paper's implementation."""
     pairs = len(block_pairs(T, 128, window)) * 128**2
-    return Executed(2 * pairs, 5 * pairs)
+    if _packs(window):  # its backward pass makes the products of the forward one again
+        return Executed(2 * pairs, 7 * pairs)
+    return Executed(2 * pairs, 5 * pairs, from_saved=2 * pairs)  # what it keeps has no name
 
 
 def cudnn_refuses(T: int, H: int, dtype) -> str:

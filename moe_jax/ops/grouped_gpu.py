@@ -1,9 +1,9 @@
 """The grouped product on NVIDIA GPUs from Ampere on: Pallas kernels through Triton.
 
-Checked against the reference in interpret mode, and compiled for sm_80 and sm_90 (tensor cores, at
-most 96 KiB of shared memory, no register spilled where widths are multiples of 128); not run, let
-alone measured, on a GPU. float32 goes through TF32, as everywhere in jax by default. jax 0.12
-announces that Pallas will give up Triton for Mosaic GPU some day; tokamax has such kernels.
+Run and timed on an H100: 0.7 to 0.75 of the rate of a large dense product (README). For Ampere they
+are only compiled. float32 goes through TF32, as everywhere in jax by default. jax 0.12 announces
+that Pallas will give up Triton for Mosaic GPU some day; the Mosaic kernels that come with jax were
+timed beside these, were no faster, and need widths that are multiples of their tiles.
 """
 
 import dataclasses
@@ -14,26 +14,38 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from moe_jax.ops import implementations
 from moe_jax.ops.grouped_kernel import Kernel
 
-# Two accumulators of 128 x 128 fit the registers of 8 warps. Three stages of the widest loop, two
-# pairs of operands and 64 bytes of each row of them, are 96 KiB: what every Ampere has to share.
-_WIDTH = 128
-_CONTRACTED_BYTES = 64
-_PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=3)
+# An accumulator of 128 x 256 fits the registers of 8 warps. A stage is 128 bytes of each row of
+# both operands, 48 KiB: three fit what the warps of an A100 or H100 share, two any other Ampere.
+# On an H100 this beat tiles of 128 x 128 by 10 %, also where those made gate and up in one program
+# and so read the rows once; four warps, and half the bytes in four stages, were no faster.
+_ROWS, _COLUMNS = 128, 256
+_CONTRACTED_BYTES = 128
+_WARPS = 8
+_STAGES = 3
+_STAGES_OF_LITTLE_MEMORY = 2
+_LITTLE_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # compute capabilities: 100 KiB
 
 # So many blocks of rows pass a matrix side by side: one too large for the L2 cache is read once for
 # all of them.
 _ABREAST = 8
 
 
-def _width(size: int) -> int:
-    return min(max(16, pl.next_power_of_2(size)), _WIDTH)  # a product of Triton takes 16 or more
+def _compiler_params():
+    little = implementations.compute_capability() in _LITTLE_MEMORY
+    stages = _STAGES_OF_LITTLE_MEMORY if little else _STAGES
+    return plgpu.CompilerParams(num_warps=_WARPS, num_stages=stages)
+
+
+def _width(size: int, most: int) -> int:
+    return min(max(16, pl.next_power_of_2(size)), most)  # a product of Triton takes 16 or more
 
 
 def _block_rows(M: int, E: int) -> int:
     """At most half a balanced group, so that about a quarter of the rows is padding at most."""
-    return min(max(16, 2 ** ((M // (2 * E)).bit_length() - 1)), _WIDTH)
+    return min(max(16, 2 ** ((M // (2 * E)).bit_length() - 1)), _ROWS)
 
 
 def _blocks(M: int, B: int, group_sizes_E: jax.Array) -> tuple[jax.Array, ...]:
@@ -89,8 +101,8 @@ def _dot(x, y, contract: tuple[int, int]):
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
-def _multiply_kernel(blocks, rows, weights, *results, tiles, transpose: bool):
-    """One result for each of the weights, from the same rows; or one, the sum over the pairs."""
+def _multiply_kernel(blocks, rows, weights, result, *, tiles, transpose: bool):
+    """The sum over the pairs of rows and weights, one after the other."""
     tm, tk, tn = tiles
     _, K, N = weights[0].shape
     K, N = (N, K) if transpose else (K, N)
@@ -99,54 +111,45 @@ def _multiply_kernel(blocks, rows, weights, *results, tiles, transpose: bool):
     block_span = _Span(row, tm, jnp.arange(tm) < count)
     column_span = _Span.tile(pl.program_id(1), tn, N)
 
-    def step(i, sums):
+    def add_tile(x, w, i, sum_MN):
         k_span = _Span.tile(i, tk, K)
-        left = [_load(ref, block_span, k_span) for ref in rows]
-        left = left * len(weights) if len(left) == 1 else left
-        if transpose:
-            right = [_load(ref, column_span, k_span, expert) for ref in weights]
-        else:
-            right = [_load(ref, k_span, column_span, expert) for ref in weights]
-        products = [_dot(x, w, (1, int(transpose))) for x, w in zip(left, right, strict=True)]
-        if len(results) == 1:  # each product added to the sum, so that Triton makes it one
-            return (functools.reduce(jnp.add, products, sums[0]),)
-        return tuple(map(jnp.add, sums, products))
+        w_span = (column_span, k_span) if transpose else (k_span, column_span)
+        x_tile, w_tile = _load(x, block_span, k_span), _load(w, *w_span, expert)
+        return sum_MN + _dot(x_tile, w_tile, (1, int(transpose)))
 
-    zeros = tuple(jnp.zeros((tm, tn), jnp.float32) for _ in results)
-    for ref, y in zip(results, jax.lax.fori_loop(0, steps, step, zeros), strict=True):
-        ref, mask = _at(ref, block_span, column_span)
-        plgpu.store(ref, y.astype(ref.dtype), mask=mask)
+    y = jnp.zeros((tm, tn), jnp.float32)
+    for pair in zip(rows, weights, strict=True):
+        y = jax.lax.fori_loop(0, steps, functools.partial(add_tile, *pair), y)
+    ref, mask = _at(result, block_span, column_span)
+    plgpu.store(ref, y.astype(ref.dtype), mask=mask)
 
 
-def _gradient_kernel(groups, x, gradients, *results, tiles):
-    """An expert's tile of each gradient: its rows of x, transposed, times those of the gradient."""
+def _gradient_kernel(groups, x, gradient, result, *, tiles):
+    """An expert's tile of the gradient: its rows of x, transposed, times those of `gradient`."""
     tm, tk, tn = tiles
     expert = pl.program_id(2)
     start, size, steps = (ref[expert] for ref in groups)
     k_span = _Span.tile(pl.program_id(1), tk, x.shape[1])
-    column_span = _Span.tile(pl.program_id(0), tn, gradients[0].shape[1])
+    column_span = _Span.tile(pl.program_id(0), tn, gradient.shape[1])
 
-    def step(i, sums):
+    def add_rows(i, sum_KN):
         row_span = _Span(start + i * tm, tm, i * tm + jnp.arange(tm) < size)
-        x_tile = _load(x, row_span, k_span)
-        products = [_dot(x_tile, _load(ref, row_span, column_span), (0, 0)) for ref in gradients]
-        return tuple(map(jnp.add, sums, products))
+        x_tile, gradient_tile = _load(x, row_span, k_span), _load(gradient, row_span, column_span)
+        return sum_KN + _dot(x_tile, gradient_tile, (0, 0))
 
-    zeros = tuple(jnp.zeros((tk, tn), jnp.float32) for _ in results)
-    sums = jax.lax.fori_loop(0, steps, step, zeros)
-    for ref, dw in zip(results, sums, strict=True):
-        ref, mask = _at(ref, k_span, column_span, expert)
-        plgpu.store(ref, dw, mask=mask)
+    dw = jax.lax.fori_loop(0, steps, add_rows, jnp.zeros((tk, tn), jnp.float32))
+    ref, mask = _at(result, k_span, column_span, expert)
+    plgpu.store(ref, dw, mask=mask)
 
 
 def triton(interpret: bool = False) -> Kernel:
     """One kernel for the value and the gradient of the rows, one for that of the matrices."""
 
-    def multiply(rows, weights, group_sizes_E, *, transpose, results):
+    def multiply(rows, weights, group_sizes_E, *, transpose):
         (M, K), (E, *DF) = rows[0].shape, weights[0].shape
         N = DF[0 if transpose else 1]
         dtype = rows[0].dtype
-        tiles = _block_rows(M, E), _CONTRACTED_BYTES // dtype.itemsize, _width(N)
+        tiles = _block_rows(M, E), _CONTRACTED_BYTES // dtype.itemsize, _width(N, _COLUMNS)
         expert_P, row_P, count_P = _blocks(M, tiles[0], group_sizes_E)
         # Rows beyond the sum stay zero. Not in the kernel: Pallas lowers a choice between two
         # literal numbers to one between booleans (jax 0.10.2, 0.12.0.1).
@@ -154,32 +157,34 @@ def triton(interpret: bool = False) -> Kernel:
         steps_P = jnp.where(live_P, jnp.int32(pl.cdiv(K, tiles[1])), 0)
         return pl.pallas_call(
             functools.partial(_multiply_kernel, tiles=tiles, transpose=transpose),
-            out_shape=(jax.ShapeDtypeStruct((M, N), dtype),) * results,
+            out_shape=jax.ShapeDtypeStruct((M, N), dtype),
             grid=(_ABREAST, pl.cdiv(N, tiles[2]), expert_P.size // _ABREAST),
-            compiler_params=_PARAMS,
+            compiler_params=_compiler_params(),
             interpret=interpret,
             name="grouped_input_gradient" if transpose else "grouped_product",
         )((expert_P, row_P, count_P, steps_P), rows, weights)
 
     def product(x_MD, weights, group_sizes_E):
-        return multiply((x_MD,), weights, group_sizes_E, transpose=False, results=len(weights))
+        return tuple(multiply((x_MD,), (w,), group_sizes_E, transpose=False) for w in weights)
 
     def input_gradient(gradients, weights, group_sizes_E):
-        return multiply(gradients, weights, group_sizes_E, transpose=True, results=1)[0]
+        return multiply(gradients, weights, group_sizes_E, transpose=True)
 
     def weight_gradient(x_MD, gradients, group_sizes_E):
         D, F, E = x_MD.shape[1], gradients[0].shape[1], group_sizes_E.shape[0]
-        tiles = _CONTRACTED_BYTES // x_MD.dtype.itemsize, _width(D), _width(F)
+        contracted = _CONTRACTED_BYTES // x_MD.dtype.itemsize
+        tiles = contracted, _width(D, _ROWS), _width(F, _COLUMNS)
         sizes_E = group_sizes_E.astype(jnp.int32)
-        groups = jnp.cumsum(sizes_E) - sizes_E, sizes_E, -(-sizes_E // tiles[0])
-        return pl.pallas_call(
+        groups = jnp.cumsum(sizes_E) - sizes_E, sizes_E, -(-sizes_E // contracted)
+        gradient = pl.pallas_call(
             functools.partial(_gradient_kernel, tiles=tiles),
-            out_shape=(jax.ShapeDtypeStruct((E, D, F), jnp.float32),) * len(gradients),
+            out_shape=jax.ShapeDtypeStruct((E, D, F), jnp.float32),
             grid=(pl.cdiv(F, tiles[2]), pl.cdiv(D, tiles[1]), E),
-            compiler_params=_PARAMS,
+            compiler_params=_compiler_params(),
             interpret=interpret,
             name="grouped_weight_gradient",
-        )(groups, x_MD, gradients)
+        )
+        return tuple(gradient(groups, x_MD, g_MF) for g_MF in gradients)
 
     return Kernel(product, input_gradient, weight_gradient)
 

@@ -25,6 +25,14 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Of the NVIDIA GPU that runs this process's arrays, (9, 0) for an H100; None without one."""
+    if jax.default_backend() != "gpu":
+        return None
+    major, minor = jax.devices()[0].compute_capability.split(".")
+    return int(major), int(minor)
+
+
 def choose(op: str, name: str, table: Mapping[str, Implementation]) -> Callable:
     """The function of implementation `name`; of "auto" the first of the table that can run.
 

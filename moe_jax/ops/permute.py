@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moe_jax.ops.bins import count_by_bin
+
 
 @struct.dataclass
 class Permutation:
@@ -38,7 +40,7 @@ def sort_by_expert(expert_index_MA: jax.Array, num_experts: int) -> Permutation:
     return Permutation(
         assignment_R=assignment_R,
         row_MA=_inverse(assignment_R).reshape(expert_index_MA.shape),
-        group_sizes_E=jnp.bincount(expert_index_R, length=num_experts),
+        group_sizes_E=count_by_bin(expert_index_R, num_experts),
         complete=True,
     )
 
@@ -63,7 +65,7 @@ def fill_slots(
     expert_R = expert_MA[order_M].T.ravel()
     by_expert_R = jnp.argsort(expert_R, stable=True)
     sorted_R, expert_R = assignment_AM.ravel()[by_expert_R], expert_R[by_expert_R]
-    load_E = jnp.bincount(expert_R, length=num_experts)
+    load_E = count_by_bin(expert_R, num_experts)
     place_R = jnp.arange(M * A) - (jnp.cumsum(load_E) - load_E).at[expert_R].get(mode="clip")
     slots = num_experts * capacity
     kept_R = (place_R < capacity) & (expert_R < num_experts)
