@@ -21,9 +21,9 @@ from moe_jax import config as configs
 from moe_jax import model, peers
 from moe_jax.evaluation import generate
 from moe_jax.hf import folders, tensors, upcycling, writing
-from moe_jax.model import layers, moe, remat
+from moe_jax.model import layers, moe, remat, transformer
 from moe_jax.ops import attention, cross_entropy, grouped_matmul, implementations
-from moe_jax.training import optimizer, step
+from moe_jax.training import flops, optimizer, step
 from moe_jax.training.state import TrainState
 
 
@@ -53,8 +53,71 @@ class Row:
     ratio_to_bound: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the benchmarks run at: B rows of T tokens, and MoE models of a few layers."""
+
+    dtype: str
+    B: int
+    T: int
+    models: dict[str, model.ModelConfig]
+    groups: dict[str, tuple[int, int, int, int]]  # rows, widths and number of the matrices
+    attention: tuple[tuple[int, int, int, int], ...]  # rows, positions, heads and their width
+    vocabularies: tuple[int, ...]
+    ceiling: int  # the width of a square product that is as fast as any
+
+
+def _cpu_model(num_experts: int, per_token: int, width: int) -> model.ModelConfig:
+    return model.ModelConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=width,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        remat="none",
+        num_experts=num_experts,
+        num_experts_per_tok=per_token,
+    )
+
+
+def _layers_of(preset: str) -> model.ModelConfig:
+    return dataclasses.replace(
+        model.PRESETS[preset], num_hidden_layers=4, remat="none", dtype="bfloat16"
+    )
+
+
+_CPU = Sizes(
+    dtype="float32",
+    B=8,
+    T=256,
+    models={"8e-top2": _cpu_model(8, 2, 512), "64e-top8": _cpu_model(64, 8, 128)},
+    groups={"E=16": (4096, 512, 1024, 16), "E=64": (4096, 512, 1024, 64)},
+    attention=((8, 256, 8, 32), (1, 2048, 8, 64)),
+    vocabularies=(1024, 32_000),
+    ceiling=1024,
+)
+# Drop-Upcycling 8x1.5B and OLMoE-1B-7B, of which one GPU's memory holds four layers in training.
+_ACCELERATOR = Sizes(
+    dtype="bfloat16",
+    B=4,
+    T=4096,
+    models={
+        "8x1.5b": _layers_of("drop-upcycling-8x1.5b"),
+        "olmoe-1b-7b": _layers_of("olmoe-1b-7b"),
+    },
+    groups={"8x1.5b": (32_768, 2048, 7168, 8), "olmoe-1b-7b": (131_072, 2048, 1024, 64)},
+    attention=((4, 4096, 16, 128),),
+    vocabularies=(48_640,),
+    ceiling=8192,
+)
+
+
+def _sizes() -> Sizes:
+    return _CPU if implementations.platform() == "cpu" else _ACCELERATOR
+
+
 def run(name: str, repeats: int, peer: str = "") -> Iterator[Row]:
-    """The rows of a benchmark, in float32, on the default backend.
+    """The rows of a benchmark at the sizes of the default backend (`SIZES`).
 
     With `peer`, a key of `peers.PEERS`, there is one more row for each case that it knows.
     Raises: ValueError for a peer that cannot do this benchmark or is not installed.
@@ -66,24 +129,25 @@ def run(name: str, repeats: int, peer: str = "") -> Iterator[Row]:
 
 def _rows(name: str, repeats: int, peer: str) -> Iterator[Row]:
     for case in BENCHMARKS[name]():
-        implementations = dict(case.implementations)
+        functions = dict(case.implementations)
         if peer:
-            implementations[peer] = peers.PEERS[peer][name](case.config)
-        seconds = medians({**implementations, case.bound: case.bound_function}, repeats)
+            functions[peer] = peers.PEERS[peer][name](case.config)
+        seconds = medians({**functions, case.bound: case.bound_function}, repeats)
         bound_seconds = seconds[case.bound]
-        for implementation in implementations:
+        for implementation in functions:
             yield Row(
                 benchmark=name,
                 case=case.name,
                 implementation=implementation,
                 backend=jax.default_backend(),
-                dtype="float32",
+                dtype=_sizes().dtype,
                 median_seconds=seconds[implementation],
                 tokens_per_second=case.tokens / seconds[implementation],
                 bound=case.bound,
                 bound_seconds=bound_seconds,
                 ratio_to_bound=seconds[implementation] / bound_seconds,
             )
+        del case, functions  # a device may not hold what they do beside the next
 
 
 def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
@@ -101,9 +165,9 @@ def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
 
 def grouped_matmul_cases() -> Iterator[Case]:
     """Value and both gradients; the bound is a batched product over equal groups."""
-    M, D, F = 4096, 512, 1024
     picked = implementations.pick(grouped_matmul.IMPLEMENTATIONS, implementations.platform())
-    for E in (16, 64):
+    names = (picked, "blocked") if implementations.platform() == "cpu" else (picked,)
+    for name, (M, D, F, E) in _sizes().groups.items():
         x_MD, w_EDF, grad_MF = _normal((M, D), (E, D, F), (M, F))
         zipf_E = 1 / np.arange(1, E + 1)
         zipf_E = np.floor(M * zipf_E / zipf_E.sum()).astype(np.int32)
@@ -114,18 +178,19 @@ def grouped_matmul_cases() -> Iterator[Case]:
             def product(x_MD, w_EDF, name, sizes_E=sizes_E):
                 return grouped_matmul.grouped_matmul(x_MD, w_EDF, sizes_E, implementation=name)
 
-            def einsum(x_MD, w_EDF, E=E):
-                x_ERD = x_MD.reshape(E, -1, D)
-                return jnp.einsum("erd,edf->erf", x_ERD, w_EDF).reshape(M, F)
+            def einsum(x_MD, w_EDF):
+                x_ERD = x_MD.reshape(len(w_EDF), -1, x_MD.shape[1])
+                y_ERF = jnp.einsum("erd,edf->erf", x_ERD, w_EDF)
+                return y_ERF.reshape(len(x_MD), -1)
 
             yield Case(
-                name=f"E={E} {groups}",
+                name=f"{name} {groups}",
                 tokens=M,
                 implementations={
                     name: _with_gradients(
                         functools.partial(product, name=name), (x_MD, w_EDF), grad_MF
                     )
-                    for name in (picked, "blocked")
+                    for name in names
                 },
                 bound="einsum over equal groups",
                 bound_function=_with_gradients(einsum, (x_MD, w_EDF), grad_MF),
@@ -135,7 +200,7 @@ def grouped_matmul_cases() -> Iterator[Case]:
 def attention_cases() -> Iterator[Case]:
     """Value and gradients; the bound is the products of all pairs, without a softmax or a mask."""
     picked = implementations.pick(attention.IMPLEMENTATIONS, implementations.platform())
-    for rows, length, heads, H in ((8, 256, 8, 32), (1, 2048, 8, 64)):
+    for rows, length, heads, H in _sizes().attention:
         shape = (rows, length, heads, H)
         *arrays, grad_BTNH = _normal(shape, shape, shape, shape)
         segments_BT = jnp.ones((rows, length), jnp.int32)
@@ -161,8 +226,9 @@ def attention_cases() -> Iterator[Case]:
 
 def cross_entropy_cases() -> Iterator[Case]:
     """Value and both gradients; the bound is the three products of equal sizes alone."""
-    B, T, D = 8, 256, 256
-    for V in (1024, 32_000):
+    sizes = _sizes()
+    B, T, D = sizes.B, sizes.T, next(iter(sizes.models.values())).hidden_size
+    for V in sizes.vocabularies:
         x_BTD, unembed_DV, grad_BTV = _normal((B, T, D), (D, V), (B, T, V))
         targets_BT = jnp.zeros((B, T), jnp.int32)
         weight_BT = jnp.ones((B, T))
@@ -188,30 +254,22 @@ def cross_entropy_cases() -> Iterator[Case]:
         )
 
 
-B, T = 8, 256
-MOE_CASES = {"8e-top2": (8, 2, 512), "64e-top8": (64, 8, 128)}
-
-
-def _configs(name: str) -> tuple[model.ModelConfig, model.ModelConfig]:
-    """The MoE of a case and the dense model with its active FLOPs, F' = A·F."""
-    E, A, F = MOE_CASES[name]
-    dense = model.ModelConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=A * F,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        remat="none",
+def _dense(sparse: model.ModelConfig) -> model.ModelConfig:
+    """The dense model with its active FLOPs, F' = A·F."""
+    return dataclasses.replace(
+        sparse,
+        intermediate_size=sparse.num_experts_per_tok * sparse.expert_size,
+        num_experts=0,
+        model_type="llama",
     )
-    sparse = dataclasses.replace(dense, intermediate_size=F, num_experts=E, num_experts_per_tok=A)
-    return sparse, dense
 
 
 def moe_layer_cases() -> Iterator[Case]:
     """One layer's value and gradients; the bound is the dense layer with F' = A·F."""
-    for name in MOE_CASES:
-        sparse, dense = _configs(name)
-        x_BTD, grad_BTD = _normal((B, T, 256), (B, T, 256))
+    B, T = _sizes().B, _sizes().T
+    for name, sparse in _sizes().models.items():
+        dense = _dense(sparse)
+        x_BTD, grad_BTD = _normal(*[(B, T, sparse.hidden_size)] * 2)
         params = {
             c: jax.tree.map(lambda w: w[0], model.init(c, jax.random.key(0))["blocks"]["0"])
             for c in (sparse, dense)
@@ -235,28 +293,52 @@ def moe_layer_cases() -> Iterator[Case]:
         )
 
 
+def block_stack_cases() -> Iterator[Case]:
+    """Value and gradients of a model's blocks; the bound does their FLOPs in one large product
+    after the other, so that 1 / ratio is the MFU by what the device reaches."""
+    B, T = _sizes().B, _sizes().T
+    for name, sparse in _sizes().models.items():
+        params = jax.jit(functools.partial(model.init, sparse))(jax.random.key(0))
+        tokens_BT = jax.random.randint(jax.random.key(1), (B, T), 0, sparse.vocab_size)
+        shared = transformer.Shared(
+            jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), jnp.int32), jax.random.key(2)
+        )
+
+        def blocks(params, config=sparse, tokens_BT=tokens_BT, shared=shared):
+            return transformer.hidden_states(params, tokens_BT, shared, config)[0]
+
+        head = 6 * sparse.hidden_size * sparse.vocab_size
+        yield Case(
+            name=f"{name} x {sparse.num_hidden_layers} layers",
+            tokens=B * T,
+            implementations={
+                "moe": _with_gradients(blocks, (params,), *_normal((B, T, sparse.hidden_size)))
+            },
+            bound="large products",
+            bound_function=_large_products(B * T * (flops.model_flops(sparse, T) - head)),
+        )
+
+
 def train_step_cases() -> Iterator[Case]:
     """A whole training step; the bound is that of the dense model with F' = A·F."""
-    for name in MOE_CASES:
-        sparse, dense = _configs(name)
+    for name, sparse in _sizes().models.items():
         yield Case(
             name=name,
-            tokens=B * T,
+            tokens=_sizes().B * _sizes().T,
             implementations={"moe": _train_step(sparse)},
             bound="dense_step",
-            bound_function=_train_step(dense),
+            bound_function=_train_step(_dense(sparse)),
             config=sparse,
         )
 
 
 def forced_balance_cases() -> Iterator[Case]:
     """The train step with tokens sent to experts in turn: what uneven routing costs."""
-    for name in MOE_CASES:
-        sparse, _ = _configs(name)
+    for name, sparse in _sizes().models.items():
         balanced = dataclasses.replace(sparse, router="forced_balance")
         yield Case(
             name=f"{name} forced-balance",
-            tokens=B * T,
+            tokens=_sizes().B * _sizes().T,
             implementations={"moe": _train_step(balanced)},
             bound="learned routing",
             bound_function=_train_step(sparse),
@@ -265,11 +347,11 @@ def forced_balance_cases() -> Iterator[Case]:
 
 def remat_cases() -> Iterator[Case]:
     """The train step under each policy; the bound is that without any."""
-    sparse, _ = _configs("8e-top2")
+    name, sparse = next(iter(_sizes().models.items()))
     sparse = dataclasses.replace(sparse, num_hidden_layers=8)
     yield Case(
-        name="8e-top2 x 8 layers",
-        tokens=B * T,
+        name=f"{name} x 8 layers",
+        tokens=_sizes().B * _sizes().T,
         implementations={
             policy: _train_step(dataclasses.replace(sparse, remat=policy)) for policy in remat.SAVED
         },
@@ -280,14 +362,14 @@ def remat_cases() -> Iterator[Case]:
 
 def window_cases() -> Iterator[Case]:
     """A step of 4 microbatches, its balance loss over the exact window; the bound: averaged."""
-    sparse, _ = _configs("8e-top2")
+    name, sparse = next(iter(_sizes().models.items()))
     steps = {
         over: _train_step(sparse, accumulation_steps=4, load_balancing_over=over)
         for over in ("window", "global")
     }
     yield Case(
-        name="8e-top2, 4 microbatches",
-        tokens=B * T,
+        name=f"{name}, 4 microbatches",
+        tokens=_sizes().B * _sizes().T,
         implementations={"window": steps["window"]},
         bound="average",
         bound_function=steps["global"],
@@ -297,8 +379,7 @@ def window_cases() -> Iterator[Case]:
 def decode_cases() -> Iterator[Case]:
     """Continuations of 8 prompts; the bound is each new token's own products alone."""
     rows, length, num_tokens = 8, 32, 32
-    for name in MOE_CASES:
-        config, _ = _configs(name)
+    for name, config in _sizes().models.items():
         params = jax.jit(functools.partial(model.init, config))(jax.random.key(0))
         prompts = list(np.random.default_rng(0).integers(0, config.vocab_size, (rows, length)))
 
@@ -382,6 +463,7 @@ BENCHMARKS = {
     "attention": attention_cases,
     "cross_entropy": cross_entropy_cases,
     "moe_layer": moe_layer_cases,
+    "block_stack": block_stack_cases,
     "train_step": train_step_cases,
     "forced_balance": forced_balance_cases,
     "remat": remat_cases,
@@ -392,7 +474,23 @@ BENCHMARKS = {
 
 
 def _normal(*shapes: tuple[int, ...]) -> list[jax.Array]:
-    return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    dtype = _sizes().dtype
+    return [jax.random.normal(jax.random.key(i), s).astype(dtype) for i, s in enumerate(shapes)]
+
+
+def _large_products(number_of_flops: float) -> Callable:
+    """So many FLOPs (to half a percent) in large products, each of the last one's result."""
+    width = _sizes().ceiling
+    number = max(1, round(number_of_flops / (2 * width**3)))
+    rows = 64 * max(1, round(number_of_flops / (2 * width**2 * number) / 64))
+    y, w = _normal((rows, width), (width, width))
+    w = w * width**-0.5  # keeps the size of the numbers
+
+    @jax.jit
+    def products(y, w):
+        return jax.lax.fori_loop(0, number, lambda _, y: jnp.matmul(y, w), y)
+
+    return lambda: products(y, w)
 
 
 def _with_gradients(function: Callable, arrays: tuple, cotangent: jax.Array) -> Callable:
@@ -412,6 +510,7 @@ def _train_step(config: model.ModelConfig, **training) -> Callable:
     tx = optimizer.adamw(settings.optimizer, 1000)
     create = jax.jit(lambda key: TrainState.create(model.init(config, key), tx))
     state = create(jax.random.key(0))
+    B, T = _sizes().B, _sizes().T
     tokens_BT = jax.random.randint(jax.random.key(1), (B, T + 1), 0, config.vocab_size)
     batch = {
         "tokens": tokens_BT[:, :-1],
