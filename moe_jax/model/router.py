@@ -66,10 +66,16 @@ def softmax_topk(
     if gate_norm_std is not None:
         logits_ME = normalise_logits(logits_ME, gate_norm_std)
     probabilities_ME = jax.nn.softmax(logits_ME, axis=-1)
-    weight_MA, expert_index_MA = jax.lax.top_k(probabilities_ME, num_experts_per_tok)
+    expert_index_MA = top_k(probabilities_ME, num_experts_per_tok)
+    weight_MA = bins.chosen(probabilities_ME, expert_index_MA)
     if norm_topk_prob:
         weight_MA = weight_MA / jnp.sum(weight_MA, axis=-1, keepdims=True)
     return Routing(expert_index_MA, weight_MA, logits_ME, probabilities_ME)
+
+
+def top_k(score_ME: jax.Array, k: int) -> jax.Array:
+    """[M, k]: the indices of the largest, ties to the lower."""
+    return jax.lax.top_k(jax.lax.stop_gradient(score_ME), k)[1]
 
 
 def normalise_logits(logits_ME: jax.Array, std: float) -> jax.Array:
@@ -85,7 +91,8 @@ def normalise_logits(logits_ME: jax.Array, std: float) -> jax.Array:
 def topk_softmax(logits_ME: jax.Array, *, num_experts_per_tok: int) -> Routing:
     """The top k logits, then a softmax over them: `softmax_topk` renormalised, by another way."""
     logits_ME = logits_ME.astype(jnp.float32)
-    chosen_MA, expert_index_MA = jax.lax.top_k(logits_ME, num_experts_per_tok)
+    expert_index_MA = top_k(logits_ME, num_experts_per_tok)
+    chosen_MA = bins.chosen(logits_ME, expert_index_MA)
     probabilities_ME = jax.nn.softmax(logits_ME, axis=-1)
     return Routing(expert_index_MA, jax.nn.softmax(chosen_MA), logits_ME, probabilities_ME)
 
@@ -116,8 +123,8 @@ def sigmoid_topk(
         _, group_index = jax.lax.top_k(best_MG, num_groups_per_tok)
         open_MG = jnp.any(jax.nn.one_hot(group_index, num_groups, dtype=bool), axis=1)
         choice_ME = jnp.where(open_MG[..., None], choice_MGE, -jnp.inf).reshape(M, E)
-    _, expert_index_MA = jax.lax.top_k(choice_ME, num_experts_per_tok)
-    weight_MA = jnp.take_along_axis(score_ME, expert_index_MA, axis=-1)
+    expert_index_MA = top_k(choice_ME, num_experts_per_tok)
+    weight_MA = bins.chosen(score_ME, expert_index_MA)
     if norm_topk_prob:
         weight_MA = weight_MA / (jnp.sum(weight_MA, axis=-1, keepdims=True) + 1e-20)
     probabilities_ME = score_ME / jnp.sum(score_ME, axis=-1, keepdims=True)
