@@ -135,27 +135,20 @@ def _cudnn_masked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window, library):
 
 
 def _cudnn_packed(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
-    """The function below is private: `jax.nn.dot_product_attention` takes no documents.
-
-    Always as if for gradients: without, cuDNN's answer was wrong on an H100 (0.11.2, 30 documents).
-    """
+    """The function below is private: `jax.nn.dot_product_attention` takes no documents."""
     start_BS, length_BS, _ = documents(segment_ids_BT, CUDNN_DOCUMENTS)
     start_BS = jnp.pad(start_BS, ((0, 0), (0, 1)), constant_values=-1)  # where the rows end
-
-    def attend(q_BTNH, k_BSKH, v_BSKH):
-        return fused_attention_stablehlo.dot_product_attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            q_seqlen=length_BS,
-            kv_seqlen=length_BS,
-            q_offsets=start_BS,
-            kv_offsets=start_BS,
-            scale=q_BTNH.shape[-1] ** -0.5,
-            mask_type=fused_attention_stablehlo.MaskType.PADDING_CAUSAL,
-        )
-
-    return jax.vjp(attend, q_BTNH, k_BSKH, v_BSKH)[0]
+    return fused_attention_stablehlo.dot_product_attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        q_seqlen=length_BS,
+        kv_seqlen=length_BS,
+        q_offsets=start_BS,
+        kv_offsets=start_BS,
+        scale=q_BTNH.shape[-1] ** -0.5,
+        mask_type=fused_attention_stablehlo.MaskType.PADDING_CAUSAL,
+    )
 
 
 def documents(segment_ids_BT, limit: int):
@@ -180,14 +173,17 @@ def documents(segment_ids_BT, limit: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _either(masked, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
+def _either(masked, *arrays):
     """Packed if the documents allow it, else masked.
 
     The backward pass runs the forward one again, which is less than what `lax.cond` would keep for
     the branch that was not taken.
     """
-    fits = documents(segment_ids_BT, CUDNN_DOCUMENTS)[2]
-    return jax.lax.cond(fits, _cudnn_packed, masked, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+
+    def packed(*arrays):  # as if for gradients: without, cuDNN 9 was wrong with 30 documents (H100)
+        return jax.vjp(_cudnn_packed, *arrays)[0]
+
+    return jax.lax.cond(_fits(arrays[-1]), packed, masked, *arrays)
 
 
 def _either_forward(masked, *arrays):
@@ -195,19 +191,20 @@ def _either_forward(masked, *arrays):
 
 
 def _either_backward(masked, arrays, grad_BTNH):
-    *qkv, segment_ids_BT = arrays
-
     def gradients(attend):
-        def of_branch(*qkv):
-            return jax.vjp(lambda *qkv: attend(*qkv, segment_ids_BT), *qkv)[1](grad_BTNH)
+        return lambda *arrays: jax.vjp(lambda *qkv: attend(*qkv, arrays[-1]), *arrays[:-1])[1](
+            grad_BTNH
+        )
 
-        return of_branch
-
-    fits = documents(segment_ids_BT, CUDNN_DOCUMENTS)[2]
-    return *jax.lax.cond(fits, gradients(_cudnn_packed), gradients(masked), *qkv), None
+    branches = gradients(_cudnn_packed), gradients(masked)
+    return *jax.lax.cond(_fits(arrays[-1]), *branches, *arrays), None
 
 
 _either.defvjp(_either_forward, _either_backward)
+
+
+def _fits(segment_ids_BT):
+    return documents(segment_ids_BT, CUDNN_DOCUMENTS)[2]
 
 
 def cudnn_executed(T: int, window: int | None) -> Executed:

@@ -100,6 +100,68 @@ def test_the_masks_and_the_heads_given_to_cudnn_are_right(window):
     assert_equals_reference(with_cudnn, *arrays(), window=window)
 
 
+def test_documents_are_where_the_numbers_change():
+    """Padding is one; a row whose numbers fall may hold one in two pieces, so it does not fit."""
+    segments_BT = jnp.array([[1, 1, 2, 2, 2, 0, 0], [5] * 7, [1, 2, 3, 4, 0, 0, 0]])
+    start_BS, length_BS, fits = attention_kernels.documents(segments_BT, 5)
+    assert start_BS.tolist() == [[0, 2, 5, -1, -1], [0, -1, -1, -1, -1], [0, 1, 2, 3, 4]]
+    assert length_BS.tolist() == [[2, 3, 2, -1, -1], [7, -1, -1, -1, -1], [1, 1, 1, 1, 3]]
+    assert fits
+    assert not attention_kernels.documents(segments_BT, 4)[2]
+    assert not attention_kernels.documents(jnp.array([[1, 0, 1, 1]]), 4)[2]
+
+
+@jax.custom_vjp
+def packed_attention(q_BTNH, k_BSKH, v_BSKH, start_BS, length_BS):
+    """What cuDNN's packed layout means, as little differentiable twice as that is."""
+    t_T = jnp.arange(q_BTNH.shape[1])
+    inside_BST = (t_T >= start_BS[..., None]) & (t_T < (start_BS + length_BS)[..., None])
+    number_S1 = 1 + jnp.arange(start_BS.shape[1])[:, None]
+    segments_BT = jnp.sum(inside_BST * (start_BS >= 0)[..., None] * number_S1, axis=1)
+    return attention.reference(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
+def packed_backward(arrays, grad_BTNH):
+    return (
+        *jax.vjp(lambda *qkv: packed_attention.fun(*qkv, *arrays[3:]), *arrays[:3])[1](grad_BTNH),
+        None,
+        None,
+    )
+
+
+packed_attention.defvjp(
+    lambda *arrays: (
+        jax.lax.while_loop(lambda y: False, lambda y: y, packed_attention(*arrays)),
+        arrays,
+    ),
+    packed_backward,
+)
+
+
+@pytest.mark.parametrize("limit", [8, 1], ids=["packed", "masked"])
+def test_cudnn_is_told_of_documents_or_given_a_mask(monkeypatch, limit):
+    """On Hopper, cuDNN's own packed attention replaced by what it means."""
+    calls = []
+
+    def packed(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type):
+        assert mask_type.name == "PADDING_CAUSAL"
+        assert scale == q.shape[-1] ** -0.5
+        assert (q_seqlen is kv_seqlen) and (q_offsets is kv_offsets)
+        assert q_offsets.shape[1] == q_seqlen.shape[1] + 1 == limit + 1
+        calls.append(1)
+        return packed_attention(q, k, v, q_offsets[:, :-1], q_seqlen)
+
+    monkeypatch.setattr(implementations, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(attention_kernels, "CUDNN_DOCUMENTS", limit)
+    monkeypatch.setattr(
+        attention_kernels.fused_attention_stablehlo, "dot_product_attention", packed
+    )
+    q, k, v, segments_BT, grad = arrays()
+    assert attention_kernels.documents(segments_BT, limit)[2] == (limit == 8)
+    assert_equals_reference(functools.partial(attention.cudnn, library="xla"), *arrays())
+    assert calls
+
+
 @pytest.mark.parametrize("window", [None, 45])
 @pytest.mark.parametrize("attend", [attention.chunked, attention.reference, with_cudnn])
 def test_a_token_sees_neither_another_document_nor_the_future(attend, window):
