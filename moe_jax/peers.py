@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable
 
 from moe_jax import model
+from moe_jax.ops import implementations
 
 
 def hugging_face_train_step(config: model.ModelConfig) -> Callable:
@@ -47,10 +48,14 @@ NEEDS = {"hf": ("torch", "transformers")}
 
 
 def check(peer: str, benchmark: str) -> None:
-    """Raises: ValueError for what this peer cannot do, or lacks."""
+    """Raises: ValueError for what this peer cannot do, or not here, or lacks."""
     if benchmark not in PEERS[peer]:
         can = ", ".join(PEERS[peer])
         raise ValueError(f"--peer={peer} does not do {benchmark}; it does {can}")
+    if (here := implementations.platform()) != "cpu":
+        raise ValueError(
+            f"--peer={peer} is made for a CPU, not for a {here}; set JAX_PLATFORMS=cpu"
+        )
     missing = [name for name in NEEDS[peer] if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--peer={peer} needs more: pip install {' '.join(missing)}")

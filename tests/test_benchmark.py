@@ -60,6 +60,9 @@ def test_a_peer_that_cannot_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(peers.NEEDS, "hf", ("json", "no_such_package"))
     with pytest.raises(ValueError, match="needs more: pip install no_such_package"):
         benchmark.run("train_step", 1, peer="hf")
+    monkeypatch.setattr(peers.implementations, "platform", lambda: "gpu")
+    with pytest.raises(ValueError, match="--peer=hf is made for a CPU, not for a gpu"):
+        benchmark.run("train_step", 1, peer="hf")
 
 
 @pytest.mark.long

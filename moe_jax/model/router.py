@@ -197,7 +197,8 @@ def group_topk(
     probabilities_ME = jax.nn.softmax(logits_ME, axis=-1)
     by_group_MGC = probabilities_ME.reshape(M, -1, num_groups).swapaxes(1, 2)
     best_MG, copy_MG = jnp.max(by_group_MGC, axis=-1), jnp.argmax(by_group_MGC, axis=-1)
-    weight_MA, group_MA = jax.lax.top_k(best_MG, num_experts_per_tok)
+    group_MA = top_k(best_MG, num_experts_per_tok)
+    weight_MA = bins.chosen(best_MG, group_MA)
     copy_MA = jnp.take_along_axis(copy_MG, group_MA, axis=-1)
     if norm_topk_prob:
         weight_MA = weight_MA / jnp.sum(weight_MA, axis=-1, keepdims=True)

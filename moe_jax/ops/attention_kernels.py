@@ -114,7 +114,8 @@ def cudnn(
     B, T, N, H = q_BTNH.shape
     if not _packs(window) or B * T * N * H >= 2**31:  # its offsets are int32
         return masked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
-    return _either(masked, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
+    where = documents(segment_ids_BT, CUDNN_DOCUMENTS)
+    return _either(masked, (q_BTNH, k_BSKH, v_BSKH), segment_ids_BT, where)
 
 
 def _packs(window: int | None) -> bool:
@@ -134,9 +135,8 @@ def _cudnn_masked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window, library):
     )
 
 
-def _cudnn_packed(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
+def _cudnn_packed(q_BTNH, k_BSKH, v_BSKH, start_BS, length_BS):
     """The function below is private: `jax.nn.dot_product_attention` takes no documents."""
-    start_BS, length_BS, _ = documents(segment_ids_BT, CUDNN_DOCUMENTS)
     start_BS = jnp.pad(start_BS, ((0, 0), (0, 1)), constant_values=-1)  # where the rows end
     return fused_attention_stablehlo.dot_product_attention(
         q_BTNH,
@@ -173,38 +173,36 @@ def documents(segment_ids_BT, limit: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _either(masked, *arrays):
-    """Packed if the documents allow it, else masked.
+def _either(masked, qkv, segment_ids_BT, where):
+    """Packed if the documents, which are `where`, allow it, else masked.
 
     The backward pass runs the forward one again, which is less than what `lax.cond` would keep for
     the branch that was not taken.
     """
-
-    def packed(*arrays):  # as if for gradients: without, cuDNN 9 was wrong with 30 documents (H100)
-        return jax.vjp(_cudnn_packed, *arrays)[0]
-
-    return jax.lax.cond(_fits(arrays[-1]), packed, masked, *arrays)
+    return _either_forward(masked, qkv, segment_ids_BT, where)[0]
 
 
-def _either_forward(masked, *arrays):
-    return _either(masked, *arrays), arrays
+def _either_forward(masked, qkv, segment_ids_BT, where):
+    start_BS, length_BS, fits = where
+
+    def packed(*qkv):  # as if for gradients: without, cuDNN 9 was wrong with 30 documents (H100)
+        return jax.vjp(lambda *qkv: _cudnn_packed(*qkv, start_BS, length_BS), *qkv)[0]
+
+    y_BTNH = jax.lax.cond(fits, packed, lambda *qkv: masked(*qkv, segment_ids_BT), *qkv)
+    return y_BTNH, (qkv, segment_ids_BT, where)
 
 
-def _either_backward(masked, arrays, grad_BTNH):
-    def gradients(attend):
-        return lambda *arrays: jax.vjp(lambda *qkv: attend(*qkv, arrays[-1]), *arrays[:-1])[1](
-            grad_BTNH
-        )
+def _either_backward(masked, residuals, grad_BTNH):
+    qkv, segment_ids_BT, (start_BS, length_BS, fits) = residuals
 
-    branches = gradients(_cudnn_packed), gradients(masked)
-    return *jax.lax.cond(_fits(arrays[-1]), *branches, *arrays), None
+    def gradients(attend, *documents):
+        return lambda *qkv: jax.vjp(lambda *qkv: attend(*qkv, *documents), *qkv)[1](grad_BTNH)
+
+    packed = gradients(_cudnn_packed, start_BS, length_BS)
+    return jax.lax.cond(fits, packed, gradients(masked, segment_ids_BT), *qkv), None, None
 
 
 _either.defvjp(_either_forward, _either_backward)
-
-
-def _fits(segment_ids_BT):
-    return documents(segment_ids_BT, CUDNN_DOCUMENTS)[2]
 
 
 def cudnn_executed(T: int, window: int | None) -> Executed:

@@ -43,7 +43,7 @@ def grouped_matmuls(
     *,
     implementation: str = "auto",
 ) -> tuple[jax.Array, ...]:
-    """`grouped_matmul` with each of `weights` ([E, D, F], as gate and up), reading x once."""
+    """`grouped_matmul` of the same rows with each of `weights` ([E, D, F], as gate and up)."""
     function = choose("grouped_matmul", implementation, IMPLEMENTATIONS)
     return function(x_MD, tuple(w.astype(x_MD.dtype) for w in weights), group_sizes_E)
 

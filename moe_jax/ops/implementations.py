@@ -27,9 +27,10 @@ def platform() -> str:
 
 def compute_capability() -> tuple[int, int] | None:
     """Of the NVIDIA GPU that runs this process's arrays, (9, 0) for an H100; None without one."""
-    if jax.default_backend() != "gpu":
+    device = jax.devices()[0]
+    if not device.device_kind.startswith("NVIDIA"):
         return None
-    major, minor = jax.devices()[0].compute_capability.split(".")
+    major, minor = device.compute_capability.split(".")
     return int(major), int(minor)
 
 
