@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from moe_jax import benchmark_sizes, peers
-from moe_jax.benchmark_cases import BENCHMARKS, Case
-
-__all__ = ["BENCHMARKS", "Case", "Row", "medians", "run"]
+from moe_jax.benchmark_cases import BENCHMARKS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import dataclasses
 import json
 from collections.abc import Iterable
 
-from moe_jax import benchmark, command_line, peers
+from moe_jax import benchmark, benchmark_cases, command_line, peers
 
 COLUMNS = "{:24} {:15} {:>10} {:>10}  {:26} {:>10} {:>7}"
 
@@ -24,7 +24,7 @@ COLUMNS = "{:24} {:15} {:>10} {:>10}  {:26} {:>10} {:>7}"
 def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.add_argument(
-        "name", choices=benchmark.BENCHMARKS, metavar="NAME", help="one of %(choices)s"
+        "name", choices=benchmark_cases.BENCHMARKS, metavar="NAME", help="one of %(choices)s"
     )
     parser.add_argument("--repeats", type=int, default=11, metavar="N", help="timed calls (11)")
     parser.add_argument(

@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import benchmark, peers
+from moe_jax import benchmark, benchmark_cases, peers
 
 
 def test_functions_are_called_in_turn_and_medians_are_taken(monkeypatch):
@@ -30,8 +30,8 @@ def test_functions_are_called_in_turn_and_medians_are_taken(monkeypatch):
 
 
 def test_a_row_has_the_documented_keys_and_the_ratio_of_its_times(monkeypatch):
-    case = benchmark.Case("c", 100, {"a": lambda: 0, "b": lambda: 0}, "ideal", lambda: 0)
-    monkeypatch.setitem(benchmark.BENCHMARKS, "fake", lambda: [case])
+    case = benchmark_cases.Case("c", 100, {"a": lambda: 0, "b": lambda: 0}, "ideal", lambda: 0)
+    monkeypatch.setitem(benchmark_cases.BENCHMARKS, "fake", lambda: [case])
     monkeypatch.setattr(benchmark, "medians", lambda *_: {"a": 0.5, "b": 2.0, "ideal": 0.25})
     rows = [dataclasses.asdict(row) for row in benchmark.run("fake", 3)]
     assert set(rows[0]) == {
@@ -45,8 +45,8 @@ def test_a_row_has_the_documented_keys_and_the_ratio_of_its_times(monkeypatch):
 
 
 def test_a_peer_gets_a_row_of_its_own(monkeypatch):
-    case = benchmark.Case("c", 100, {"a": lambda: 0}, "ideal", lambda: 0, config="its config")
-    monkeypatch.setitem(benchmark.BENCHMARKS, "fake", lambda: [case])
+    case = benchmark_cases.Case("c", 100, {"a": lambda: 0}, "ideal", lambda: 0, config="its config")
+    monkeypatch.setitem(benchmark_cases.BENCHMARKS, "fake", lambda: [case])
     built = []
     monkeypatch.setitem(peers.PEERS, "hf", {"fake": lambda c: built.append(c) or (lambda: 0)})
     monkeypatch.setitem(peers.NEEDS, "hf", ("json",))
@@ -66,7 +66,7 @@ def test_a_peer_that_cannot_is_refused_in_one_line(monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", benchmark.BENCHMARKS)
+@pytest.mark.parametrize("name", benchmark_cases.BENCHMARKS)
 def test_every_benchmark_prints_rows_as_json(name):
     script = [sys.executable, "scripts/benchmark.py", name, "--repeats=1", "--json"]
     rows = json.loads(subprocess.run(script, capture_output=True, check=True).stdout)
