@@ -12,11 +12,12 @@ import optax
 from ml_collections import ConfigDict
 
 from moe_jax import config as configs
-from moe_jax import hf, model, upcycle
+from moe_jax import hf, model, tree, upcycle
+from moe_jax.analysis import parent_statistics
 from moe_jax.hf import folders, safetensors, writing
-from moe_jax.parallel import distributed, naming, sharding
+from moe_jax.parallel import distributed, sharding
 from moe_jax.training import checkpoint, flops, optimizer
-from moe_jax.upcycle import plan, recipes, statistics
+from moe_jax.upcycle import plan, recipes
 
 HOW_IT_IS_COMPUTED = ("dtype", "remat", "expert_parallel", "grouped_matmul", "attention")
 
@@ -27,7 +28,7 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
     Raises: ConfigError when the source's model does not fit.
     """
     model_config = configs.model_config(config)
-    key = naming.fold_in(jax.random.key(config.seed), "init")
+    key = tree.fold_in(jax.random.key(config.seed), "init")
     create = functools.partial(model.init, model_config)
     sources = configs.parents(config)
     if not sources:
@@ -63,7 +64,7 @@ def _method(config: ConfigDict) -> dict:
     return {
         "recipe": section.recipe,
         "router": section.router,
-        "statistics": statistics.load(section.statistics) if section.statistics else None,
+        "statistics": parent_statistics.load(section.statistics) if section.statistics else None,
     }
 
 
@@ -71,7 +72,7 @@ def _transform(config: ConfigDict, source_config: model.ModelConfig, method: dic
     """The upcycling that a run's config asks for, of parents' parameters."""
     how = {
         **method,
-        "key": naming.fold_in(naming.fold_in(jax.random.key(config.seed), "init"), "upcycle"),
+        "key": tree.fold_in(tree.fold_in(jax.random.key(config.seed), "init"), "upcycle"),
         **configs.upcycle_parameters(config),
         **changes,
     }

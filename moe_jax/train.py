@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import doctor, init, model
+from moe_jax import init, model
 from moe_jax.analysis import routing, similarity
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.evaluation import generate, perplexity
+from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import balancing, checkpoint, flops, loop, metrics, optimizer, step
@@ -73,7 +74,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     # kernels --------------------------------------------------------------------------------
     try:
         for op, implementation in model_config.implementations.items():
-            doctor.verify(op, implementation)
+            verify.verify(op, implementation)
     except ValueError as error:
         raise configs.ConfigError(f"config.model: {error}") from None
 

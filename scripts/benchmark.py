@@ -16,16 +16,16 @@ import dataclasses
 import json
 from collections.abc import Iterable
 
-from moe_jax import benchmark, benchmark_cases, command_line, peers
+from moe_jax import command_line
+from moe_jax.benchmark import cases, peers
+from moe_jax.benchmark import rows as benchmark
 
 COLUMNS = "{:24} {:15} {:>10} {:>10}  {:26} {:>10} {:>7}"
 
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument(
-        "name", choices=benchmark_cases.BENCHMARKS, metavar="NAME", help="one of %(choices)s"
-    )
+    parser.add_argument("name", choices=cases.BENCHMARKS, metavar="NAME", help="one of %(choices)s")
     parser.add_argument("--repeats", type=int, default=11, metavar="N", help="timed calls (11)")
     parser.add_argument(
         "--peer",

@@ -22,10 +22,10 @@ import pathlib
 import numpy as np
 
 from moe_jax import command_line, init
+from moe_jax.analysis import parent_statistics
 from moe_jax.config import ConfigError
 from moe_jax.data import tokenizers
 from moe_jax.parallel import mesh
-from moe_jax.upcycle import statistics
 
 
 def main() -> None:
@@ -55,9 +55,9 @@ def run(arguments) -> None:
     tokenizer = tokenizers.load(arguments.tokenizer or init.tokenizer_of(arguments.source))
     tokens_NBT = batches_of(arguments, tokenizer)
     if config.num_experts:
-        found = statistics.of_mixture(params, config, tokens_NBT)
+        found = parent_statistics.of_mixture(params, config, tokens_NBT)
     else:
-        found = statistics.of_dense(
+        found = parent_statistics.of_dense(
             params,
             config,
             tokens_NBT,

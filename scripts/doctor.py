@@ -15,7 +15,8 @@ import sys
 
 import jax
 
-from moe_jax import command_line, doctor
+from moe_jax import command_line
+from moe_jax.ops import verify
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     if not arguments.json:
         device = jax.devices()[0].device_kind
         print(f"Python {platform.python_version()}, jax {jax.__version__}, {device}")
-    for check in doctor.checks():
+    for check in verify.checks():
         found.append(check)
         if not arguments.json:
             row = (check.op, check.implementation, check.status, check.detail)

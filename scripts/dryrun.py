@@ -27,9 +27,10 @@ import sys
 
 import jax
 
-from moe_jax import chips, command_line, dryrun, dryrun_search
+from moe_jax import command_line, dryrun
 from moe_jax import config as configs
-from moe_jax.parallel import topologies
+from moe_jax.dryrun import search, topologies
+from moe_jax.parallel import chips
 
 
 def main() -> None:
@@ -82,11 +83,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> dryrun.Report:
     if topology.facts is None and limit is None:
         raise ValueError(f"--search needs to know what fits {topology.name}; add --hbm_limit=GB")
     tried = []
-    print(dryrun_search.HEADER, file=sys.stderr)
-    for report in dryrun_search.search(config, len(devices), trial):
+    print(search.HEADER, file=sys.stderr)
+    for report in search.search(config, len(devices), trial):
         tried.append(report)
-        print(dryrun_search.line(report), file=sys.stderr, flush=True)
-    best = dryrun_search.best(tried)
+        print(search.line(report), file=sys.stderr, flush=True)
+    best = search.best(tried)
     if best is None:
         raise ValueError(f"nothing of {len(tried)} tried fits {topology.name}; use more chips")
     return best

@@ -18,7 +18,7 @@ import shlex
 import sys
 
 from moe_jax import command_line, config, sweep
-from moe_jax.analysis import report
+from moe_jax.report import page
 
 TRAIN = str(pathlib.Path(__file__).with_name("train.py"))
 
@@ -71,8 +71,8 @@ def main() -> None:
             *(shlex.join(run.command(train_script)) for run in runs),
         ]
         folders = {run.name: run.workdir if run in finished else None for run in runs}
-        page = report.write(arguments.workdir, folders, commands)
-        print(f"report: {page}")
+        written = page.write(arguments.workdir, folders, commands)
+        print(f"report: {written}")
     raise SystemExit(0 if len(finished) == len(runs) else 1)
 
 

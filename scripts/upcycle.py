@@ -21,12 +21,12 @@ import pathlib
 
 import jax
 
-from moe_jax import command_line, init, upcycle
-from moe_jax.analysis import similarity
+from moe_jax import command_line, init, tree, upcycle
+from moe_jax.analysis import parent_statistics, similarity
 from moe_jax.config import ConfigError, model_fields
-from moe_jax.hf import folders, upcycling
-from moe_jax.parallel import mesh, naming
-from moe_jax.upcycle import plan, recipes, router_init, statistics
+from moe_jax.hf import folders
+from moe_jax.parallel import mesh
+from moe_jax.upcycle import plan, recipes, router_init, streaming
 
 # Fields of the new model that its kind or another option decides, and what to do instead.
 OF_KIND = {"model_type": "the family is one that can hold the model; leave it out"}
@@ -78,9 +78,11 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
     method = {
         "recipe": arguments.recipe,
         "router": arguments.router,
-        "statistics": statistics.load(arguments.statistics) if arguments.statistics else None,
+        "statistics": parent_statistics.load(arguments.statistics)
+        if arguments.statistics
+        else None,
     }
-    key = naming.fold_in(jax.random.key(arguments.seed), "upcycle")
+    key = tree.fold_in(jax.random.key(arguments.seed), "upcycle")
     how = {**method, "key": key, **parameters}
     paths = sources_of(arguments)
 
@@ -92,7 +94,7 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
         sources = [folders.Folder(path) for path in paths]
         config = config_of(sources[0].config, arguments, fields)
         say_start(sources[0].config, config)
-        upcycling.upcycle_folder(sources, arguments.output, config, progress=True, **how)
+        streaming.upcycle_folder(sources, arguments.output, config, progress=True, **how)
         return of_folder(folders.Folder(arguments.output), sources)
     source_config, parents = init.load_alike(paths, mesh.one_device())
     config = config_of(source_config, arguments, fields)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.model.config import MOE, ModelConfig
-from moe_jax.model.segments import places
+from moe_jax.model.layout import places
 from moe_jax.upcycle.experts import MATRICES, NEURON_AXIS
 
 TINY = 1e-15  # the norm that zeros are given; its square is not 0 in float32

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax import model
 from moe_jax.model import transformer
-from moe_jax.model.segments import segments
+from moe_jax.model.layout import segments
 
 
 def generate(

@@ -4,9 +4,10 @@ import pathlib
 
 import numpy as np
 
+from moe_jax import tree
 from moe_jax.hf import configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
-from moe_jax.model.segments import places
+from moe_jax.model.layout import places
 
 
 def is_folder(path: str | pathlib.Path) -> bool:
@@ -98,7 +99,7 @@ class Folder:
         return {n: self.leaf(prefix + n, (rows,))[0] for n in names if "/" not in n}
 
     def params(self) -> dict:
-        return tensors.unflatten({path: self.leaf(path) for path in self.slots})
+        return tree.unflatten({path: self.leaf(path) for path in self.slots})
 
     def _of(self, slot: tensors.Slot) -> safetensors.Tensor:
         return self.tensors[slot.name]

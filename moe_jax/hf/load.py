@@ -4,9 +4,9 @@ import pathlib
 
 import jax
 
-from moe_jax import model
+from moe_jax import model, tree
 from moe_jax.hf import folders, tensors
-from moe_jax.parallel import naming, sharding
+from moe_jax.parallel import sharding
 
 
 def load(
@@ -29,11 +29,11 @@ def load(
         path: jax.ShapeDtypeStruct(shape, dtypes[path])
         for path, shape in tensors.shapes(source.config).items()
     }
-    placed = sharding.shardings(tensors.unflatten(abstract), mesh)
-    return source.config, jax.tree_util.tree_map_with_path(
+    placed = sharding.shardings(tree.unflatten(abstract), mesh)
+    return source.config, tree.map_with_name(
         lambda path, leaf, where: jax.make_array_from_callback(
-            leaf.shape, where, lambda index: source.leaf(naming.path_name(path), index)
+            leaf.shape, where, lambda index: source.leaf(path, index)
         ),
-        tensors.unflatten(abstract),
+        tree.unflatten(abstract),
         placed,
     )

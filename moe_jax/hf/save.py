@@ -2,12 +2,10 @@
 
 import pathlib
 
-import jax
 import numpy as np
 
-from moe_jax import model
+from moe_jax import model, tree
 from moe_jax.hf import writing
-from moe_jax.parallel import naming
 
 
 def save(
@@ -26,9 +24,7 @@ def save(
     Raises: ValueError, in one line, when no Hugging Face class can hold the model, or `folder`
       exists.
     """
-    leaves = {
-        naming.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves = tree.flatten(params)
     dtypes = {path: leaf.dtype for path, leaf in leaves.items()}
     writing.write(
         folder,

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from moe_jax import model
+from moe_jax import model, tree
 from moe_jax.hf import safetensors
 from moe_jax.hf.families import IGNORED, Entry, Family, Table
-from moe_jax.model.segments import segments
-from moe_jax.parallel import naming
+from moe_jax.model.layout import segments
 
 
 class MismatchError(ValueError):
@@ -48,9 +47,8 @@ def _axes(axes: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
 
 def shapes(config: model.ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every leaf of the model's parameters."""
-    tree = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {naming.path_name(path): leaf.shape for path, leaf in leaves}
+    abstract = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
+    return {path: leaf.shape for path, leaf in tree.flatten(abstract).items()}
 
 
 def slots(config: model.ModelConfig, table: Table) -> Iterator[Slot]:
@@ -147,15 +145,3 @@ def assemble(parts: list[tuple[Slot, np.ndarray]]) -> np.ndarray:
 
 def cast(params: dict, dtype: str) -> dict:
     return jax.tree.map(lambda x: x.astype(dtype), params)
-
-
-def unflatten(leaves: dict) -> dict:
-    """The nested tree of path -> leaf."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree

@@ -94,7 +94,7 @@ class ModelConfig:
     # How it is computed rather than what it is.
     dtype: str = "float32"
     remat: str = "full"
-    expert_parallel: str = "auto"  # parallel/expert_parallel.py has the modes and what each moves
+    expert_parallel: str = "auto"  # model/exchange.py has the modes and what each moves
     grouped_matmul: str = "auto"  # or a name that scripts/doctor.py lists; so attention
     attention: str = "auto"
 

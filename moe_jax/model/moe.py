@@ -2,7 +2,7 @@
 
 Always inside `jax.shard_map` when a mesh is set: left to automatic partitioning the sort of the
 dispatch becomes a global one, with all-reduces of [assignments, D]. How tokens and experts that lie
-on other devices meet is `parallel/expert_parallel.py`. Without a mesh the same per-device function
+on other devices meet is `parallel/exchange.py`. Without a mesh the same per-device function
 is called directly.
 """
 
@@ -12,9 +12,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model import layers, merging, remat, router
+from moe_jax import tree
+from moe_jax.model import exchange, exchange_cost, layers, merging, remat, router
 from moe_jax.model.config import ModelConfig
-from moe_jax.parallel import exchange_cost, expert_parallel, naming, sharding
+from moe_jax.parallel import sharding
 
 
 def shapes(config: ModelConfig) -> dict:
@@ -62,7 +63,7 @@ def moe(
     specs = sharding.layer_specs(params, "moe")
 
     def gathered(x_BTD, params, valid_BT, key):
-        gather = functools.partial(sharding.all_gather, keep=expert_parallel.KEPT[mode])
+        gather = functools.partial(sharding.all_gather, keep=exchange.KEPT[mode])
         params = _bias_once(jax.tree.map(gather, _rounded(params, config), specs))
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(sharding.BATCH_AXES))
@@ -112,7 +113,7 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
     x_MD, valid_M = x_BTD.reshape(B * T, D), valid_BT.ravel()
     with jax.named_scope("router"):
         routing = _route(x_MD, params["router"], valid_M, key, config)
-    y_MD, num_dropped = expert_parallel.MODES[config.expert_parallel](
+    y_MD, num_dropped = exchange.MODES[config.expert_parallel](
         x_MD, routing, valid_M, params["experts"], config, key
     )
     if "shared" in params:
@@ -139,6 +140,6 @@ def _route(x_MD, params, valid_M, key, config) -> router.Routing:
         valid_M,
         bias_E=params.get("bias"),
         noise_ME=x_MD @ params["noise"].astype(jnp.float32) if "noise" in params else None,
-        key=None if key is None else naming.fold_in(key, "noise"),
+        key=None if key is None else tree.fold_in(key, "noise"),
     )
     return router.ROUTERS[config.router](logits_ME, config, inputs)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moe_jax import tree
 from moe_jax.model import attention, layers, moe, remat, router
 from moe_jax.model.config import DENSE, MOE, BlockKind, ModelConfig
-from moe_jax.model.segments import Segment, segments
+from moe_jax.model.layout import Segment, segments
 from moe_jax.ops import implementations
-from moe_jax.parallel import naming, sharding
+from moe_jax.parallel import sharding
 
 
 @struct.dataclass
@@ -130,7 +131,7 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
     Keys are folded in by name and layer index, so a layer's parameters depend neither on the mesh
     nor on the other layers, and an expert's not on the number of experts.
     """
-    key_shell, key_blocks = (naming.fold_in(key, name) for name in ("shell", "blocks"))
+    key_shell, key_blocks = (tree.fold_in(key, name) for name in ("shell", "blocks"))
 
     def layer_params(kind, layer):
         block, key_layer = Block(config, kind), jax.random.fold_in(key_blocks, layer)
@@ -151,11 +152,11 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(total, active for one token), embeddings and the whole router included in both."""
-    tree = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     total = active = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for name, leaf in tree.flatten(shapes).items():
         total += leaf.size
-        is_expert = "moe/experts" in naming.path_name(path)
+        is_expert = "moe/experts" in name
         active += (
             leaf.size * config.num_experts_per_tok // config.num_experts if is_expert else leaf.size
         )

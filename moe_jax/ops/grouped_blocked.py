@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax.parallel import hlo_text
+from moe_jax.dryrun import hlo_text
 
 
 @jax.custom_vjp

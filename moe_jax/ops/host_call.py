@@ -28,7 +28,7 @@ def call(
 ) -> list[jax.Array]:
     """The function registered as `name`, of arrays of a program.
 
-    Args: flops: of its products, which nobody else could know (`parallel/hlo.py` reads them).
+    Args: flops: of its products, which nobody else could know (`dryrun/hlo.py` reads them).
     """
     _wait_at_exit()
     function = jax.ffi.ffi_call(name, results, vmap_method="sequential")

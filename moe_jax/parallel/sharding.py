@@ -8,7 +8,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.parallel import naming
+from moe_jax import tree
 
 # The batch, and everything computed per token: experts are parallel where attention is
 # data-parallel.
@@ -56,25 +56,24 @@ def names_of(entry) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def specs(tree) -> object:
+def specs(leaves) -> object:
     """The tree of PartitionSpecs for a tree of parameters, optimizer state, or both."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: spec_of(naming.path_name(path)), tree)
+    return tree.map_with_name(lambda name, _: spec_of(name), leaves)
 
 
-def shardings(tree, mesh: jax.sharding.Mesh) -> object:
+def shardings(leaves, mesh: jax.sharding.Mesh) -> object:
     """The tree of NamedShardings for arrays or their shapes.
 
     Raises: ValueError naming the leaf when an axis of it is not divisible by the mesh's.
     """
 
-    def check(path, leaf):
-        name = naming.path_name(path)
+    def check(name, leaf):
         spec = spec_of(name)
         for size, entry in zip(leaf.shape, spec, strict=False):
             check_divisible(f"{name}: its axis of size {size}", size, mesh, names_of(entry))
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(check, tree)
+    return tree.map_with_name(check, leaves)
 
 
 def check_divisible(what: str, size: int, mesh, axes: tuple[str, ...]) -> None:
@@ -88,12 +87,12 @@ def check_divisible(what: str, size: int, mesh, axes: tuple[str, ...]) -> None:
         )
 
 
-def abstract(tree, mesh: jax.sharding.Mesh) -> object:
+def abstract(leaves, mesh: jax.sharding.Mesh) -> object:
     """Shapes and dtypes with the shardings of the rules: what a checkpoint is restored into."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        tree,
-        shardings(tree, mesh),
+        leaves,
+        shardings(leaves, mesh),
     )
 
 

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from flax import struct
 from ml_collections import ConfigDict
 
-from moe_jax import model
+from moe_jax import model, tree
 from moe_jax.model import router
 from moe_jax.model.config import MOE
-from moe_jax.model.segments import segments
-from moe_jax.parallel import naming
+from moe_jax.model.layout import segments
 
 BIAS = re.compile(r"blocks/(\w+)/moe/router/bias")
 
@@ -72,8 +71,7 @@ def with_updated_biases(
     sparse = [layer for layer, kind in enumerate(config.layer_kinds) if kind == MOE]
     layers = {p: ls for segment in segments(config.block_kinds) for p, ls in segment.layers.items()}
 
-    def updated(path, leaf):
-        name = naming.path_name(path)
+    def updated(name, leaf):
         match = BIAS.fullmatch(name)
         if not match or (frozen and re.search(frozen, name)):
             return leaf
@@ -82,4 +80,4 @@ def with_updated_biases(
         bias_LE = leaf + rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
         return bias_LE - bias_LE.mean(axis=1, keepdims=True)
 
-    return jax.tree_util.tree_map_with_path(updated, params)
+    return tree.map_with_name(updated, params)

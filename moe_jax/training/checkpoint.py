@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 
-from moe_jax.parallel import distributed, naming
+from moe_jax import tree
+from moe_jax.parallel import distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict,
 
     Of several processes each writes its parts of the leaves; `directory` must be the same for all.
     """
-    leaves = _flatten(state)
+    leaves = tree.flatten(state)
     meta = {
         "data": data,
         "config": config,
@@ -63,7 +64,7 @@ def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
 
     Raises: ValueError when it holds other leaves than `abstract_state`.
     """
-    abstract = _flatten(abstract_state)
+    abstract = tree.flatten(abstract_state)
     found = _newest(directory, abstract)
     if found is None:
         return None
@@ -79,7 +80,7 @@ def load(directory: pathlib.Path, abstract: dict) -> dict:
 
     Raises: FileNotFoundError when there is none; ValueError when the model is another.
     """
-    found = _newest(directory, _flatten(abstract))
+    found = _newest(directory, tree.flatten(abstract))
     if found is None:
         raise FileNotFoundError(f"{directory} holds no checkpoint that verifies")
     return jax.tree.unflatten(jax.tree.structure(abstract), found[1].values())
@@ -116,10 +117,6 @@ def _mix(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
-
-
-def _flatten(tree) -> dict:
-    return {naming.path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _newest(directory: pathlib.Path, abstract: dict) -> tuple[int, dict, dict] | None:

@@ -10,9 +10,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from moe_jax import chips
 from moe_jax.model.config import MOE, ModelConfig
 from moe_jax.ops import attention
+from moe_jax.parallel import chips
 
 # Dense bfloat16 matrix-product peak of one device, FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from moe_jax.parallel import naming
+from moe_jax import tree
 
 
 def schedule(optimizer: ConfigDict, num_steps: int) -> optax.Schedule:
@@ -72,7 +72,7 @@ def adamw(optimizer: ConfigDict, num_steps: int) -> optax.GradientTransformation
         return trained
 
     def labels(params):
-        return _map_with_name(
+        return tree.map_with_name(
             lambda name, _: "frozen" if re.search(optimizer.frozen, name) else "trained", params
         )
 
@@ -86,7 +86,7 @@ Rules = Iterable[tuple[str, float]]
 
 def check_paths(optimizer: ConfigDict, params: dict) -> None:
     """Raises: ValueError for a pattern of a rule, or `frozen`, that no path of `params` matches."""
-    names = jax.tree.leaves(_map_with_name(lambda name, _: name, params))
+    names = jax.tree.leaves(tree.map_with_name(lambda name, _: name, params))
     patterns = [(key, pattern) for key in FACTORS for pattern, _ in optimizer[key]]
     patterns += [("frozen", optimizer.frozen)] if optimizer.frozen else []
     for key, pattern in patterns:
@@ -100,7 +100,7 @@ def without_gradient(params: dict, frozen: str) -> dict:
     """The parameters with those of `frozen` paths constant."""
     if not frozen:
         return params
-    return _map_with_name(
+    return tree.map_with_name(
         lambda name, x: jax.lax.stop_gradient(x) if re.search(frozen, name) else x, params
     )
 
@@ -116,7 +116,7 @@ def orthogonal_experts(every: int) -> optax.GradientTransformation:
         return optax.identity()
 
     def project(updates, params):
-        return _map_with_name(
+        return tree.map_with_name(
             lambda name, u, w: jax.vmap(orthogonal_part)(u, w) if "moe/experts/" in name else u,
             updates,
             params,
@@ -179,7 +179,7 @@ def _scaled(rules: Rules) -> optax.GradientTransformation:
         factor = _factor(name, rules)
         return update if factor == 1 else factor * update
 
-    return optax.stateless(lambda updates, _: _map_with_name(scale, updates))
+    return optax.stateless(lambda updates, _: tree.map_with_name(scale, updates))
 
 
 def _decayed(weight_decay: float, rules: Rules) -> optax.GradientTransformation:
@@ -187,14 +187,8 @@ def _decayed(weight_decay: float, rules: Rules) -> optax.GradientTransformation:
         factor = weight_decay * _factor(name, rules)
         return update + factor * param if factor else update
 
-    return optax.stateless(lambda updates, params: _map_with_name(decay, updates, params))
+    return optax.stateless(lambda updates, params: tree.map_with_name(decay, updates, params))
 
 
 def _factor(name: str, rules: Rules) -> float:
     return next((factor for pattern, factor in rules if re.search(pattern, name)), 1.0)
-
-
-def _map_with_name(function, tree, *others):
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: function(naming.path_name(path), *leaves), tree, *others
-    )

@@ -1,5 +1,5 @@
 """Dense parameters to MoE parameters: a pure pytree transform."""
 
-from moe_jax.upcycle.params import upcycle
+from moe_jax.upcycle.transform import upcycle
 
 __all__ = ["upcycle"]

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moe_jax.parallel import naming
+from moe_jax import tree
 
 FFN = dict[str, jax.Array]
 
@@ -41,7 +41,7 @@ def take_neurons(ffn: FFN, index_F: jax.Array) -> FFN:
 
 def permute_neurons(ffn: FFN, key: jax.Array) -> FFN:
     """The same function with its neurons in another order."""
-    return take_neurons(ffn, jax.random.permutation(naming.fold_in(key, "order"), num_neurons(ffn)))
+    return take_neurons(ffn, jax.random.permutation(tree.fold_in(key, "order"), num_neurons(ffn)))
 
 
 def shard(ffn: FFN, index: jax.Array, number: int) -> FFN:
@@ -61,8 +61,8 @@ def chosen_neurons(
     count = math.floor(ratio * F)
 
     def chosen(name):
-        own = {"neuron": key, "per_matrix": naming.fold_in(key, name)}[index_sharing]
-        return jax.random.permutation(naming.fold_in(own, "neurons"), F)[:count]
+        own = {"neuron": key, "per_matrix": tree.fold_in(key, name)}[index_sharing]
+        return jax.random.permutation(tree.fold_in(own, "neurons"), F)[:count]
 
     return {name: chosen(name) for name in MATRICES if name in ffn} if count else {}
 
@@ -82,7 +82,7 @@ def redraw_neurons(ffn: FFN, key: jax.Array, *, ratio: float, index_sharing: str
     for name, index in chosen.items():
         w, at = ffn[name], _slices(name, index)
         block = w[at].astype(jnp.float32)
-        key_values = naming.fold_in(naming.fold_in(key, name), "values")
+        key_values = tree.fold_in(tree.fold_in(key, name), "values")
         values = jax.random.normal(key_values, block.shape)
         values = jnp.mean(block) + jnp.std(block, ddof=1) * values
         redrawn[name] = w.at[at].set(values.astype(w.dtype))
@@ -96,7 +96,7 @@ def add_noise(ffn: FFN, key: jax.Array, *, std: float, ratio: float, index_shari
     for name, index in chosen.items():
         w, at = ffn[name], _slices(name, index)
         block = w[at].astype(jnp.float32)
-        key_values = naming.fold_in(naming.fold_in(key, name), "values")
+        key_values = tree.fold_in(tree.fold_in(key, name), "values")
         block += std * jax.random.normal(key_values, block.shape)
         noisy[name] = w.at[at].set(block.astype(w.dtype))
     return noisy
@@ -159,7 +159,7 @@ def reflect_residual(ffn: FFN, key: jax.Array, *, rank_ratio: float) -> FFN:
         if name not in ffn:
             continue
         u, s_R, v = jnp.linalg.svd(ffn[name].astype(jnp.float32), full_matrices=False)
-        flips_R = jax.random.rademacher(naming.fold_in(key, name), s_R.shape)
+        flips_R = jax.random.rademacher(tree.fold_in(key, name), s_R.shape)
         kept_R = jnp.arange(s_R.size) < math.floor(rank_ratio * s_R.size)
         s_R = jnp.where(kept_R, s_R, s_R * flips_R)
         product = jnp.matmul(u * s_R, v, precision="highest")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from moe_jax.model.config import DENSE, ModelConfig
-from moe_jax.upcycle import recipes, router_init, start
+from moe_jax.upcycle import recipes, router_init, step_zero
 
 # Statistics of a parent: of (its config, the result's) their shape after an axis of all its layers.
 STATISTICS = {
@@ -34,7 +34,7 @@ class Plan:
 
     @property
     def granularity(self) -> int:
-        return start.granularity(self.source, self.config)
+        return step_zero.granularity(self.source, self.config)
 
     @property
     def start_factor(self) -> float | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax import command_line
 from moe_jax.model.config import ModelConfig
-from moe_jax.upcycle import experts, mixing, start
+from moe_jax.upcycle import experts, mixing, step_zero
 
 DENSE, MIXTURE = "dense", "mixture"
 
@@ -118,7 +118,7 @@ def svd_residual(ffn: experts.FFN, place: Place, *, rank_ratio: float = 0.5) -> 
 
 
 def _scaled(ffn, place, scaling):
-    factor = start.needed_scale(place.config, place.granularity)
+    factor = step_zero.needed_scale(place.config, place.granularity)
     return experts.scale(ffn, factor, scaling=scaling, hidden_act=place.config.hidden_act)
 
 
@@ -159,7 +159,7 @@ class Recipe:
     kept: str
     changed: str
     cost: str
-    start: start.Start
+    start: step_zero.Start
     takes: str = DENSE
     gives: str = MIXTURE
     several: bool = False  # dense parents, dealt out to the experts in their order
@@ -180,7 +180,7 @@ RECIPES = {
         kept="all",
         changed="nothing",
         cost=ONE,
-        start=start.COPIES,
+        start=step_zero.COPIES,
     ),
     "noise": Recipe(
         noise,
@@ -188,7 +188,7 @@ RECIPES = {
         kept="all",
         changed="noise N(0, std²) on `ratio` of each matrix's neurons",
         cost=ONE,
-        start=start.COPIES_BUT,
+        start=step_zero.COPIES_BUT,
     ),
     "drop": Recipe(
         drop,
@@ -196,7 +196,7 @@ RECIPES = {
         kept="1 − `ratio` of the neurons",
         changed="`ratio` of the neurons, from their own mean and deviation",
         cost=f"{ONE}, as many normals as new weights",
-        start=start.COPIES_BUT,
+        start=step_zero.COPIES_BUT,
     ),
     "virtual_group": Recipe(
         virtual_group,
@@ -204,7 +204,7 @@ RECIPES = {
         kept="all, in G shards",
         changed="scale",
         cost=ONE,
-        start=start.SHARDS,
+        start=step_zero.SHARDS,
         cut=True,
         router="grouped",
     ),
@@ -214,7 +214,7 @@ RECIPES = {
         kept="1 − `ratio` of each shard",
         changed="`ratio` of each shard, and scale",
         cost=f"{ONE}, as many normals as new weights",
-        start=start.SHARDS_BUT,
+        start=step_zero.SHARDS_BUT,
         cut=True,
         router="grouped",
     ),
@@ -224,7 +224,7 @@ RECIPES = {
         kept="each parent's FFNs; the mean of the rest",
         changed="nothing",
         cost="the training of each parent, one pass over the weights of all",
-        start=start.COPIES_OF_EACH,
+        start=step_zero.COPIES_OF_EACH,
         several=True,
     ),
     "bam": Recipe(
@@ -233,7 +233,7 @@ RECIPES = {
         kept="each parent's FFNs and attention; the mean of the rest",
         changed="nothing",
         cost="as branch_train_mix",
-        start=start.COPIES_OF_EACH,
+        start=step_zero.COPIES_OF_EACH,
         several=True,
         attention=True,
     ),
@@ -243,7 +243,7 @@ RECIPES = {
         kept="the FFNs of each checkpoint or specialist; the rest of the last",
         changed="nothing",
         cost="the training of each parent, one pass over the weights of all",
-        start=start.COPIES_OF_EACH,
+        start=step_zero.COPIES_OF_EACH,
         several=True,
         rest="last",
     ),
@@ -253,7 +253,7 @@ RECIPES = {
         kept="each parent's FFNs, in G shards; the mean of the rest",
         changed="scale",
         cost="the training of each parent, one pass over the weights of all",
-        start=start.SHARDS_OF_EACH,
+        start=step_zero.SHARDS_OF_EACH,
         several=True,
         cut=True,
         router="grouped",
@@ -264,7 +264,7 @@ RECIPES = {
         kept="all, each neuron in one expert",
         changed="scale N/k",
         cost=ONE,
-        start=start.PARTS,
+        start=step_zero.PARTS,
         cut=True,
         router="zero",
     ),
@@ -274,7 +274,7 @@ RECIPES = {
         kept="all, as a shared expert to be frozen (`optimizer.frozen`)",
         changed="experts added, silent at first",
         cost=ONE,
-        start=start.EQUAL,
+        start=step_zero.EQUAL,
         shared=True,
     ),
     "svd_residual": Recipe(
@@ -283,7 +283,7 @@ RECIPES = {
         kept="`rank_ratio` of the singular directions",
         changed="the signs of half of the others",
         cost="a singular value decomposition for each expert",
-        start=start.NEAR_FULL_RANK,
+        start=step_zero.NEAR_FULL_RANK,
     ),
     "expert_upcycling": Recipe(
         expert_upcycling,
@@ -291,7 +291,7 @@ RECIPES = {
         kept="all experts, and copies of the most useful",
         changed="the copies' router columns (noise)",
         cost=f"gradients for the utility, {ONE}",
-        start=start.DUPLICATES,
+        start=step_zero.DUPLICATES,
         takes=MIXTURE,
         router="copied",
         optional=("utility",),
@@ -302,7 +302,7 @@ RECIPES = {
         kept="the most used experts",
         changed="nothing",
         cost=f"a forward pass for the load, {ONE}",
-        start=start.OTHER,
+        start=step_zero.OTHER,
         takes=MIXTURE,
         router="copied",
         statistics=("load",),
@@ -313,7 +313,7 @@ RECIPES = {
         kept="averages of similar experts",
         changed="nothing",
         cost=f"a forward pass of every expert for the similarity, {ONE}",
-        start=start.OTHER,
+        start=step_zero.OTHER,
         takes=MIXTURE,
         router="copied",
         statistics=("similarity",),
@@ -325,7 +325,7 @@ RECIPES = {
         kept="the average of all experts",
         changed="nothing",
         cost=ONE,
-        start=start.EQUAL_IF_EXPERTS_ARE,
+        start=step_zero.EQUAL_IF_EXPERTS_ARE,
         takes=MIXTURE,
         gives=DENSE,
         router="",

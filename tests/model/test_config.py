@@ -6,7 +6,7 @@ import pytest
 
 from moe_jax import model
 from moe_jax.model.config import DENSE, MOE
-from moe_jax.model.segments import segments
+from moe_jax.model.layout import segments
 
 TINY = model.ModelConfig(
     vocab_size=64,

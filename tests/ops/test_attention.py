@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from moe_jax.dryrun import hlo
 from moe_jax.ops import (
     attention,
     attention_chunked,
@@ -17,8 +18,8 @@ from moe_jax.ops import (
     attention_reference,
     implementations,
 )
-from moe_jax.parallel import hlo, sharding
 from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import sharding
 
 B, T, N, K, H = 2, 130, 4, 2, 8  # 130 positions are three blocks of 44, two of them padding
 

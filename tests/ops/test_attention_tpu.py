@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.dryrun import hlo
 from moe_jax.ops import attention, attention_chunked
-from moe_jax.parallel import hlo, sharding
 from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import sharding
 
 pytestmark = pytest.mark.long
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.dryrun import hlo
 from moe_jax.ops import cross_entropy
-from moe_jax.parallel import hlo, sharding
 from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import sharding
 
 B, T, D, V = 8, 12, 16, 40
 

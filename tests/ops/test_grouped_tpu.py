@@ -8,8 +8,8 @@ import pytest
 from hypothesis import strategies as st
 from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 
+from moe_jax.dryrun import hlo
 from moe_jax.ops import grouped_matmul, grouped_tpu, implementations
-from moe_jax.parallel import hlo
 
 EIGHT = (65536, 2048, 7168, 8)  # M, D, F, E
 SIXTY_FOUR = (32768, 2048, 1024, 64)

@@ -6,9 +6,8 @@ The state is cut by fsdp, tensor (or edp) and expert; the batch by data, fsdp an
 import pytest
 
 from moe_jax import config as configs
-from moe_jax.parallel import hlo
+from moe_jax.dryrun import hlo, lowering
 from moe_jax.parallel import mesh as meshes
-from moe_jax.training import ahead
 
 E, D, F = 8, 16, 24
 MODEL = {
@@ -28,7 +27,7 @@ def step_text(mesh, mode):
     config.model.update(MODEL, expert_parallel=mode)
     config.training.batch_size = 8
     config.data.sequence_length = 16
-    return ahead.lower(config, mesh).compile().as_text()
+    return lowering.lower(config, mesh).compile().as_text()
 
 
 def sent(text, mesh):

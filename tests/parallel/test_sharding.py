@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import model
+from moe_jax import model, tree
 from moe_jax.model.config import DENSE, MOE
 from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel import naming, sharding
+from moe_jax.parallel import sharding
 from moe_jax.training import optimizer
 from moe_jax.training.state import TrainState
 
@@ -43,7 +43,7 @@ def leaves_of(config):
     adamw = optimizer.adamw(configs.default().optimizer, 10)
     state = jax.eval_shape(lambda: TrainState.create(model.init(config, jax.random.key(0)), adamw))
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {naming.path_name(path): leaf for path, leaf in leaves}
+    return {tree.path_name(path): leaf for path, leaf in leaves}
 
 
 def mesh_of(**sizes):

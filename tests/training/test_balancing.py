@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import model
+from moe_jax import model, tree
 from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel import naming, sharding
+from moe_jax.parallel import sharding
 from moe_jax.training import balancing, checkpoint, optimizer, step
 from moe_jax.training.state import TrainState
 
@@ -36,7 +36,7 @@ TX = optimizer.adamw(SETTINGS.optimizer, 10)
 
 def biases_of(params):
     """In the order of the model's layers, whatever their places in the tree."""
-    names = {naming.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    names = {tree.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
     biases = [x for name, x in names.items() if name.endswith("moe/router/bias")]
     return np.concatenate(biases)
 

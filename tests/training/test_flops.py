@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import model
-from moe_jax.parallel import hlo
+from moe_jax.dryrun import hlo
 from moe_jax.training import flops, optimizer, step
 from moe_jax.training.state import TrainState
 

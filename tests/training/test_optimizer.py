@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from moe_jax import config as configs
-from moe_jax.parallel import naming
+from moe_jax import tree
 from moe_jax.training import optimizer
 
 
@@ -125,7 +125,7 @@ def test_no_gradient_is_taken_of_frozen_parameters():
 def test_without_rules_the_state_has_the_paths_of_earlier_checkpoints():
     tx = optimizer.adamw(settings(), 10)
     state = tx.init({"a": jnp.zeros(1)})
-    names = [naming.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    names = [tree.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert names == ["1/0/count", "1/0/mu/a", "1/0/nu/a", "1/2/count"]
 
 

@@ -4,10 +4,10 @@ import jax
 import pytest
 
 from moe_jax import config as configs
+from moe_jax.dryrun import hlo, lowering
 from moe_jax.ops import attention, grouped_tpu
-from moe_jax.parallel import hlo
 from moe_jax.parallel import mesh as meshes
-from moe_jax.training import ahead, flops
+from moe_jax.training import flops
 
 T, D, N, DEVICES = 1024, 512, 4, 4
 
@@ -38,7 +38,7 @@ def test_a_step_executes_the_due_products_with_megablox_and_splash(libtpu, topol
     rows_per_expert = 512
     config = step_config(E, A, F, rows_per_expert)
     mesh = meshes.make({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}, libtpu(topology))
-    text = ahead.lower(config, mesh).compile().as_text()
+    text = lowering.lower(config, mesh).compile().as_text()
     B = config.training.batch_size // DEVICES
     heads = 2 * (D // N) * N * B  # multiply-adds of one pair of positions, of all heads and rows
     executed = hlo.product_flops(

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from moe_jax import model, upcycle
-from moe_jax.parallel import hlo, sharding
+from moe_jax.dryrun import hlo
 from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import sharding
 from moe_jax.upcycle import mixing, plan, recipes
 
 DENSE = model.ModelConfig(

@@ -1,0 +1,303 @@
+"""What recipes and routers may want to know of a parent: measured on a text, kept in one file.
+
+Each statistic is an array with a leading axis of all layers; `plan.STATISTICS` has their shapes.
+"""
+
+import functools
+import pathlib
+import zipfile
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from moe_jax.model import attention, layers, moe, transformer
+from moe_jax.model.config import MOE, ModelConfig
+from moe_jax.model.layout import places
+from moe_jax.ops import cross_entropy
+from moe_jax.upcycle import experts, plan
+
+SAMPLE = 1024  # tokens that clusters and similarities are measured on
+
+
+def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """Raises: ValueError for no file, or one that holds something else."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = dict(arrays)
+    except FileNotFoundError:
+        raise ValueError(f"no file {path}; make it with scripts/collect_statistics.py") from None
+    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path} is not a file of scripts/collect_statistics.py") from None
+    if not set(found) <= set(plan.STATISTICS):
+        raise ValueError(f"{path} holds {', '.join(found)}; known are {', '.join(plan.STATISTICS)}")
+    return found
+
+
+def of_mixture(params: dict, config: ModelConfig, tokens_NBT: Sequence) -> dict[str, np.ndarray]:
+    """`load`, `similarity` and `utility` of a mixture's experts on N batches of tokens.
+
+    Similarity is the linear CKA (Kornblith et al., arXiv 1905.00414) of the experts' outputs for
+    the same tokens (Zhang et al., arXiv 2407.09590); utility the sum of squared gradients of the
+    loss with respect to an expert's weights (arXiv 2604.19835).
+
+    Raises: ValueError for tokens that this model cannot read.
+    """
+    _check(_problems_of_tokens(config, tokens_NBT))
+    L, E = config.num_hidden_layers, config.num_experts
+    found = {
+        "load": np.zeros((L, E)),
+        "similarity": np.zeros((L, E, E)),
+        "utility": np.zeros((L, E)),
+    }
+    for number, tokens_BT in enumerate(_shown(tokens_NBT, "experts")):
+        for layer, params_of_layer, x_MD, load_E in _layers(params, tokens_BT, config):
+            if load_E is None:
+                continue
+            found["load"][layer] += load_E
+            if number == 0:
+                found["similarity"][layer] = cka_of_experts(
+                    x_MD[:SAMPLE], params_of_layer["experts"], config
+                )
+    for _, grads in _gradients(params, config, tokens_NBT):
+        for layer, grads_of_layer in _feed_forwards(grads, config):
+            if "experts" in grads_of_layer:
+                found["utility"][layer] += expert_utility(grads_of_layer["experts"])
+    return found
+
+
+def of_dense(
+    params: dict,
+    config: ModelConfig,
+    tokens_NBT: Sequence,
+    *,
+    num_experts: int,
+    neurons: str,
+    num_neurons: int | None = None,
+) -> dict[str, np.ndarray]:
+    """`centroids` of the feed-forwards' inputs, and the `neurons` for each of as many experts.
+
+    Args:
+      neurons: "weights" or "activations": balanced clusters of the neurons by their inner weights
+        or by what they do on the text; "gradient": for each expert the neurons that matter most in
+        one part of the text, by |weight · gradient|, so that experts may share some. All are
+        LLaMA-MoE's (Zhu et al., arXiv 2406.16554, §3.1), the last as its inner sharing.
+      num_neurons: of each expert, with "gradient"; else and by default the E-th part of all.
+
+    Raises: ValueError for a number of neurons that cannot be, tokens that this model cannot read,
+      or too few of them for as many experts.
+    """
+    E, L, F = num_experts, config.num_hidden_layers, config.intermediate_size
+    size = F // E if num_neurons is None else num_neurons
+    _check(_problems_of_tokens(config, tokens_NBT))
+    _check(_problems_of_neurons(config, size, E, neurons, num_neurons))
+    _check(_problems_of_parts(tokens_NBT, E, neurons))
+    found = {
+        "centroids": np.zeros((L, E, config.hidden_size)),
+        "neurons": np.zeros((L, E, size), np.int64),
+    }
+    first_BT = tokens_NBT[0]
+    layers_of_first = _layers(params, first_BT, config)
+    shown = tqdm.tqdm(layers_of_first, desc="clusters", unit="layer", total=L, disable=None)
+    for layer, ffn, x_MD, _ in shown:
+        sample_MD = np.asarray(x_MD[:SAMPLE], np.float64)
+        groups = balanced_clusters(sample_MD[: len(sample_MD) // E * E], E, seed=layer)
+        found["centroids"][layer] = [sample_MD[group].mean(axis=0) for group in groups]
+        features_FX = {
+            "weights": lambda ffn=ffn: _inner_weights(ffn),
+            "activations": lambda ffn=ffn, x=x_MD[:SAMPLE]: hidden_neurons(x, ffn, config).T,
+        }
+        if neurons in features_FX:
+            features = np.asarray(features_FX[neurons](), np.float64)
+            features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+            found["neurons"][layer] = balanced_clusters(features[: E * size], E, seed=layer)
+    if neurons == "gradient":
+        importance = np.zeros((L, E, F))
+        for number, grads in _gradients(params, config, tokens_NBT):
+            pairs = zip(_feed_forwards(params, config), _feed_forwards(grads, config), strict=True)
+            for (layer, ffn), (_, grads_of_layer) in pairs:
+                importance[layer, number % E] += neuron_importance(ffn, grads_of_layer)
+        best = np.argsort(-importance, axis=-1, kind="stable")[..., :size]
+        found["neurons"] = np.sort(best, axis=-1)
+    return found
+
+
+def expert_utility(grads_E: dict) -> np.ndarray:
+    """[E]: the sum of an expert's squared gradients."""
+    return sum(np.square(_exact(g)).sum(axis=tuple(range(1, g.ndim))) for g in grads_E.values())
+
+
+def neuron_importance(ffn: dict, grads: dict) -> np.ndarray:
+    """[F]: the sum over a neuron's weights of |weight · gradient|."""
+    total_F = 0
+    for name in experts.MATRICES:
+        if name in ffn:
+            product = np.abs(_exact(ffn[name]) * _exact(grads[name]))
+            total_F = total_F + product.sum(axis=1 - experts.NEURON_AXIS[name])
+    return total_F
+
+
+def hidden_neurons(x_MD: jax.Array, ffn: dict, config: ModelConfig) -> jax.Array:
+    """[M, F]: what goes into the down projection."""
+    inner = [name for name in ("gate", "up") if name in ffn]
+    hidden = (layers.add_bias(x_MD @ ffn[n].astype(x_MD.dtype), ffn, f"{n}_bias") for n in inner)
+    return layers.activate(tuple(hidden), config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def cka_of_experts(x_MD: jax.Array, experts_E: dict, config: ModelConfig) -> jax.Array:
+    """[E, E]: linear CKA of the experts' outputs for all of these tokens."""
+
+    def gram(ffn):
+        y_MD = layers.feed_forward(x_MD, ffn, config).astype(jnp.float32)
+        y_MD -= jnp.mean(y_MD, axis=0)
+        gram_MM = y_MD @ y_MD.T
+        return gram_MM / jnp.maximum(jnp.linalg.norm(gram_MM), jnp.finfo(jnp.float32).tiny)
+
+    gram_EX = jax.lax.map(gram, experts_E).reshape(config.num_experts, -1)
+    return gram_EX @ gram_EX.T
+
+
+def balanced_clusters(points_NX: np.ndarray, k: int, *, seed: int, rounds: int = 10) -> np.ndarray:
+    """[k, N/k]: the points of k equal clusters, k-means with room for N/k in each.
+
+    In every round the pairs of point and centre are served from the nearest on.
+    """
+    N = len(points_NX)
+    room = N // k
+    centres_KX = points_NX[np.random.default_rng(seed).choice(N, k, replace=False)]
+    for _ in range(rounds):
+        square_NK = ((points_NX**2).sum(axis=1)[:, None] + (centres_KX**2).sum(axis=1)) - (
+            2 * points_NX @ centres_KX.T
+        )
+        cluster_N, left_K = np.full(N, -1), np.full(k, room)
+        for pair in np.argsort(square_NK, axis=None, kind="stable"):
+            n, c = divmod(int(pair), k)
+            if cluster_N[n] < 0 and left_K[c]:
+                cluster_N[n], left_K[c] = c, left_K[c] - 1
+        groups = np.argsort(cluster_N, kind="stable").reshape(k, room)
+        centres_KX = points_NX[groups].mean(axis=1)
+    return groups
+
+
+def _check(problems: Iterator[str]) -> None:
+    for problem in problems:
+        raise ValueError(problem)
+
+
+def _problems_of_tokens(config: ModelConfig, tokens_NBT: Sequence):
+    T = tokens_NBT[0].shape[1]
+    if T < 2:
+        yield f"rows of {T} token have no next one to predict; use a sequence length of 2 or more"
+    if config.position_embedding == "learned" and T > config.max_position_embeddings:
+        yield (
+            f"rows of {T} tokens are beyond the model's {config.max_position_embeddings} "
+            f"positions; use a sequence length of at most {config.max_position_embeddings}"
+        )
+    if (largest := max(int(np.max(tokens_BT)) for tokens_BT in tokens_NBT)) >= config.vocab_size:
+        yield (
+            f"token {largest} is beyond the {config.vocab_size} of the model; "
+            "is this the tokenizer that it was trained with?"
+        )
+
+
+def _problems_of_neurons(config, size, E, neurons, num_neurons):
+    F = config.intermediate_size
+    if not 0 < size <= F or (num_neurons is not None and neurons != "gradient"):
+        yield (
+            f"{size} of the {F} neurons to each expert cannot be; give neurons='gradient' and "
+            f"num_neurons from 1 to {F}, or at most {F} experts"
+        )
+    if neurons != "gradient" and F % E:
+        yield (
+            f"{F} neurons are not divisible by num_experts={E}: {F % E} would be in no expert; "
+            "use a divisor, or neurons='gradient'"
+        )
+
+
+def _problems_of_parts(tokens_NBT, E, neurons):
+    N, M = len(tokens_NBT), min(tokens_NBT[0].size, SAMPLE)
+    if M < E:
+        yield (
+            f"num_experts={E} centroids cannot be of {M} tokens (the first {SAMPLE} of a batch at "
+            f"most); use larger batches, or at most {M} experts"
+        )
+    if neurons == "gradient" and N < E:
+        yield (
+            f"neurons='gradient' needs a batch of text for each of {E} experts, not {N} in all; "
+            f"use {E} batches or more"
+        )
+
+
+def _shown(batches: Sequence, what: str):
+    """With a bar of progress on a terminal."""
+    return tqdm.tqdm(batches, desc=what, unit="batch", disable=None)
+
+
+def _exact(x: jax.Array) -> np.ndarray:
+    # numpy adds bfloat16 in bfloat16, where 256 + 1 is 256.
+    return np.asarray(x, np.float32)
+
+
+def _inner_weights(ffn: dict) -> np.ndarray:
+    return np.concatenate([np.asarray(ffn[n]).T for n in ("gate", "up") if n in ffn], axis=1)
+
+
+def _rows(params: dict, config: ModelConfig) -> Iterator[tuple[int, dict]]:
+    """Each layer's block."""
+    for layer, (place, row) in enumerate(places(config.block_kinds)):
+        yield layer, jax.tree.map(lambda w, row=row: w[row], params["blocks"][place])
+
+
+def _feed_forwards(params: dict, config: ModelConfig) -> Iterator[tuple[int, dict]]:
+    for layer, block in _rows(params, config):
+        yield layer, block.get("moe") or block["mlp"]
+
+
+def _layers(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> Iterator[tuple]:
+    """Layer by layer: its feed-forward's parameters, its inputs after the norm, its load."""
+    B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    x_BTD = params["embed"]["tokens"][tokens_BT].astype(config.dtype)
+    if config.position_embedding == "learned":
+        x_BTD += params["embed"]["positions"][positions_BT].astype(config.dtype)
+    for layer, block in _rows(params, config):
+        x_BTD, inputs_MD, load_E = _layer(
+            x_BTD, block, positions_BT, config, config.block_kinds[layer]
+        )
+        yield layer, block.get("moe") or block["mlp"], inputs_MD, load_E
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def _layer(x_BTD, block, positions_BT, config, kind):
+    segment_ids_BT = jnp.ones_like(positions_BT)
+    y_BTD, _ = attention.attention(
+        *(x_BTD, block["attention"], positions_BT, segment_ids_BT, config), window=kind.window
+    )
+    x_BTD += y_BTD
+    params = block["moe" if kind.feed_forward == MOE else "mlp"]
+    inputs_MD = layers.norm(x_BTD, params["norm"], config).reshape(-1, x_BTD.shape[-1])
+    if kind.feed_forward == MOE:
+        y_BTD, stats = moe.moe(x_BTD, params, segment_ids_BT > 0, config)
+        return x_BTD + y_BTD, inputs_MD, stats.tokens_per_expert_E.sum(axis=0)
+    return x_BTD + layers.mlp(x_BTD, params, config), inputs_MD, None
+
+
+def _gradients(params, config, tokens_NBT) -> Iterator[tuple[int, dict]]:
+    for number, tokens_BT in enumerate(_shown(tokens_NBT, "gradients")):
+        yield number, _gradient(params, jnp.asarray(tokens_BT), config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _gradient(params, tokens_BT, config):
+    def loss(params):
+        B, T = tokens_BT.shape
+        positions_BT = jnp.broadcast_to(jnp.arange(T - 1), (B, T - 1))
+        shared = transformer.Shared(positions_BT, jnp.ones_like(positions_BT))
+        x_BTD, _ = transformer.hidden_states(params, tokens_BT[:, :-1], shared, config)
+        unembed_DV = transformer.unembedding(params)
+        return cross_entropy.token_losses(x_BTD, unembed_DV, tokens_BT[:, 1:]).mean()
+
+    return jax.grad(loss)(params)

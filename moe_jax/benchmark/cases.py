@@ -1,0 +1,398 @@
+"""What is timed: a benchmark is a function that gives cases, whose functions take no arguments."""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import config as configs
+from moe_jax import model
+from moe_jax.benchmark import sizes
+from moe_jax.evaluation import generate
+from moe_jax.hf import folders, tensors, writing
+from moe_jax.model import layers, moe, remat, transformer
+from moe_jax.ops import attention, cross_entropy, grouped_matmul, implementations
+from moe_jax.training import flops, optimizer, step
+from moe_jax.training.state import TrainState
+from moe_jax.upcycle import streaming
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    tokens: int
+    implementations: dict[str, Callable]
+    bound: str
+    bound_function: Callable
+    config: model.ModelConfig | None = None  # for a peer to build
+
+
+def grouped_matmul_cases() -> Iterator[Case]:
+    """Value and both gradients; the bound is a batched product over equal groups."""
+    picked = implementations.pick(grouped_matmul.IMPLEMENTATIONS, implementations.platform())
+    names = (picked, "blocked") if implementations.platform() == "cpu" else (picked,)
+    for name, (M, D, F, E) in sizes.here().groups.items():
+        x_MD, w_EDF, grad_MF = _normal((M, D), (E, D, F), (M, F))
+        zipf_E = 1 / np.arange(1, E + 1)
+        zipf_E = np.floor(M * zipf_E / zipf_E.sum()).astype(np.int32)
+        zipf_E[0] += M - zipf_E.sum()
+        for groups, sizes_E in (("balanced", np.full(E, M // E)), ("zipf", zipf_E)):
+            sizes_E = jnp.asarray(sizes_E, jnp.int32)
+
+            def product(x_MD, w_EDF, name, sizes_E=sizes_E):
+                return grouped_matmul.grouped_matmul(x_MD, w_EDF, sizes_E, implementation=name)
+
+            def einsum(x_MD, w_EDF):
+                x_ERD = x_MD.reshape(len(w_EDF), -1, x_MD.shape[1])
+                y_ERF = jnp.einsum("erd,edf->erf", x_ERD, w_EDF)
+                return y_ERF.reshape(len(x_MD), -1)
+
+            yield Case(
+                name=f"{name} {groups}",
+                tokens=M,
+                implementations={
+                    name: _with_gradients(
+                        functools.partial(product, name=name), (x_MD, w_EDF), grad_MF
+                    )
+                    for name in names
+                },
+                bound="einsum over equal groups",
+                bound_function=_with_gradients(einsum, (x_MD, w_EDF), grad_MF),
+            )
+
+
+def attention_cases() -> Iterator[Case]:
+    """Value and gradients; the bound is the products of all pairs, without a softmax or a mask."""
+    picked = implementations.pick(attention.IMPLEMENTATIONS, implementations.platform())
+    for rows, length, heads, H in sizes.here().attention:
+        shape = (rows, length, heads, H)
+        *arrays, grad_BTNH = _normal(shape, shape, shape, shape)
+        segments_BT = jnp.ones((rows, length), jnp.int32)
+
+        def attend(q_BTNH, k_BTNH, v_BTNH, name, segments_BT=segments_BT):
+            return attention.attention(q_BTNH, k_BTNH, v_BTNH, segments_BT, implementation=name)
+
+        def products(q_BTNH, k_BTNH, v_BTNH):
+            pairs_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH)
+            return jnp.einsum("bnts,bsnh->btnh", pairs_BNTS, v_BTNH)
+
+        yield Case(
+            name=f"T={length} H={H}",
+            tokens=rows * length,
+            implementations={
+                name: _with_gradients(functools.partial(attend, name=name), arrays, grad_BTNH)
+                for name in (picked, "reference")
+            },
+            bound="products of all pairs",
+            bound_function=_with_gradients(products, arrays, grad_BTNH),
+        )
+
+
+def cross_entropy_cases() -> Iterator[Case]:
+    """Value and both gradients; the bound is the three products of equal sizes alone."""
+    here = sizes.here()
+    B, T, D = here.B, here.T, next(iter(here.models.values())).hidden_size
+    for V in here.vocabularies:
+        x_BTD, unembed_DV, grad_BTV = _normal((B, T, D), (D, V), (B, T, V))
+        targets_BT = jnp.zeros((B, T), jnp.int32)
+        weight_BT = jnp.ones((B, T))
+
+        def loss(x_BTD, unembed_DV, name, targets_BT=targets_BT, weight_BT=weight_BT):
+            return cross_entropy.cross_entropy(
+                x_BTD, unembed_DV, targets_BT, weight_BT, implementation=name
+            ).total
+
+        def products(x_BTD, unembed_DV):
+            return jnp.einsum("btd,dv->btv", x_BTD, unembed_DV)
+
+        arrays, one = (x_BTD, unembed_DV), jnp.ones(())
+        yield Case(
+            name=f"V={V}",
+            tokens=B * T,
+            implementations={
+                name: _with_gradients(lambda x, w, name=name: loss(x, w, name), arrays, one)
+                for name in ("chunked", "reference")
+            },
+            bound="three products",
+            bound_function=_with_gradients(products, arrays, grad_BTV),
+        )
+
+
+def _dense(sparse: model.ModelConfig) -> model.ModelConfig:
+    """The dense model with its active FLOPs, F' = A·F."""
+    return dataclasses.replace(
+        sparse,
+        intermediate_size=sparse.num_experts_per_tok * sparse.expert_size,
+        num_experts=0,
+        model_type="llama",
+    )
+
+
+def moe_layer_cases() -> Iterator[Case]:
+    """One layer's value and gradients; the bound is the dense layer with F' = A·F."""
+    B, T = sizes.here().B, sizes.here().T
+    for name, sparse in sizes.here().models.items():
+        dense = _dense(sparse)
+        x_BTD, grad_BTD = _normal(*[(B, T, sparse.hidden_size)] * 2)
+        params = {
+            c: jax.tree.map(lambda w: w[0], model.init(c, jax.random.key(0))["blocks"]["0"])
+            for c in (sparse, dense)
+        }
+        valid_BT = jnp.ones((B, T), bool)
+
+        def moe_layer(x_BTD, params, config=sparse, valid_BT=valid_BT):
+            return moe.moe(x_BTD, params, valid_BT, config)[0]
+
+        def mlp(x_BTD, params, config=dense):
+            return layers.mlp(x_BTD, params, config)
+
+        yield Case(
+            name=name,
+            tokens=B * T,
+            implementations={
+                "moe": _with_gradients(moe_layer, (x_BTD, params[sparse]["moe"]), grad_BTD)
+            },
+            bound="dense_layer",
+            bound_function=_with_gradients(mlp, (x_BTD, params[dense]["mlp"]), grad_BTD),
+        )
+
+
+def block_stack_cases() -> Iterator[Case]:
+    """Value and gradients of a model's blocks; the bound does their FLOPs in one large product
+    after the other, so that 1 / ratio is the MFU by what the device reaches."""
+    B, T = sizes.here().B, sizes.here().T
+    for name, sparse in sizes.here().models.items():
+        params = jax.jit(functools.partial(model.init, sparse))(jax.random.key(0))
+        tokens_BT = jax.random.randint(jax.random.key(1), (B, T), 0, sparse.vocab_size)
+        shared = transformer.Shared(
+            jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), jnp.int32), jax.random.key(2)
+        )
+
+        def blocks(params, config=sparse, tokens_BT=tokens_BT, shared=shared):
+            return transformer.hidden_states(params, tokens_BT, shared, config)[0]
+
+        head = 6 * sparse.hidden_size * sparse.vocab_size
+        yield Case(
+            name=f"{name} x {sparse.num_hidden_layers} layers",
+            tokens=B * T,
+            implementations={
+                "moe": _with_gradients(blocks, (params,), *_normal((B, T, sparse.hidden_size)))
+            },
+            bound="large products",
+            bound_function=_large_products(B * T * (flops.model_flops(sparse, T) - head)),
+        )
+
+
+def train_step_cases() -> Iterator[Case]:
+    """A whole training step; the bound is that of the dense model with F' = A·F."""
+    for name, sparse in sizes.here().models.items():
+        yield Case(
+            name=name,
+            tokens=sizes.here().B * sizes.here().T,
+            implementations={"moe": _train_step(sparse)},
+            bound="dense_step",
+            bound_function=_train_step(_dense(sparse)),
+            config=sparse,
+        )
+
+
+def forced_balance_cases() -> Iterator[Case]:
+    """The train step with tokens sent to experts in turn: what uneven routing costs."""
+    for name, sparse in sizes.here().models.items():
+        balanced = dataclasses.replace(sparse, router="forced_balance")
+        yield Case(
+            name=f"{name} forced-balance",
+            tokens=sizes.here().B * sizes.here().T,
+            implementations={"moe": _train_step(balanced)},
+            bound="learned routing",
+            bound_function=_train_step(sparse),
+        )
+
+
+def remat_cases() -> Iterator[Case]:
+    """The train step under each policy; the bound is that without any."""
+    name, sparse = next(iter(sizes.here().models.items()))
+    sparse = dataclasses.replace(sparse, num_hidden_layers=8)
+    yield Case(
+        name=f"{name} x 8 layers",
+        tokens=sizes.here().B * sizes.here().T,
+        implementations={
+            policy: _train_step(dataclasses.replace(sparse, remat=policy)) for policy in remat.SAVED
+        },
+        bound="no remat",
+        bound_function=_train_step(sparse),
+    )
+
+
+def window_cases() -> Iterator[Case]:
+    """A step of 4 microbatches, its balance loss over the exact window; the bound: averaged."""
+    name, sparse = next(iter(sizes.here().models.items()))
+    steps = {
+        over: _train_step(sparse, accumulation_steps=4, load_balancing_over=over)
+        for over in ("window", "global")
+    }
+    yield Case(
+        name=f"{name}, 4 microbatches",
+        tokens=sizes.here().B * sizes.here().T,
+        implementations={"window": steps["window"]},
+        bound="average",
+        bound_function=steps["global"],
+    )
+
+
+def decode_cases() -> Iterator[Case]:
+    """Continuations of 8 prompts; the bound is each new token's own products alone."""
+    rows, length, num_tokens = 8, 32, 32
+    for name, config in sizes.here().models.items():
+        params = jax.jit(functools.partial(model.init, config))(jax.random.key(0))
+        prompts = list(np.random.default_rng(0).integers(0, config.vocab_size, (rows, length)))
+
+        def decode(config=config, params=params, prompts=prompts):
+            return generate.generate(
+                params, config, prompts, num_tokens=num_tokens, temperature=0.0, key=None
+            )
+
+        @jax.jit
+        def products(params, tokens_B, config=config):
+            def next_token(_, tokens_B):
+                logits_B1V = model.apply(params, tokens_B[:, None], config).logits_BTV
+                return jnp.argmax(logits_B1V[:, 0], axis=-1).astype(tokens_B.dtype)
+
+            return jax.lax.fori_loop(0, num_tokens, next_token, tokens_B)
+
+        yield Case(
+            name=name,
+            tokens=rows * num_tokens,
+            implementations={"kv cache": decode},
+            bound="one position's products",
+            bound_function=functools.partial(products, params, jnp.zeros(rows, jnp.int32)),
+        )
+
+
+def upcycle_cases() -> Iterator[Case]:
+    """From folder to folder, 8 experts, float16; "tokens" are the numbers written.
+
+    The bounds: a copy of the file that is written, and as many normals as numbers are written.
+    """
+    config = dataclasses.replace(model.PRESETS["drop-upcycling-1.5b"], num_hidden_layers=1)
+    moe_config = config.to_moe(num_experts=8, num_experts_per_tok=2)
+    dtypes = dict.fromkeys(tensors.shapes(config), np.dtype(np.float16))
+    draw = np.random.default_rng(0).standard_normal
+    with tempfile.TemporaryDirectory(prefix="moe_jax-benchmark-") as scratch:
+        root = pathlib.Path(scratch)
+        writing.write(
+            root / "dense",
+            config,
+            dtypes,
+            lambda slot: draw(slot.shape, np.float32).astype(np.float16),
+        )
+
+        def made(recipe):
+            shutil.rmtree(root / recipe, ignore_errors=True)
+            streaming.upcycle_folder(
+                [folders.Folder(root / "dense")],
+                root / recipe,
+                moe_config,
+                recipe=recipe,
+                key=jax.random.key(0),
+            )
+
+        def copy():
+            shutil.copyfile(root / "naive" / "model.safetensors", root / "copy")
+
+        made("naive")
+        numbers = (root / "naive" / "model.safetensors").stat().st_size // 2
+        eighth = jax.jit(lambda key: jax.random.normal(key, (numbers // 8,)))
+
+        def normals():
+            for i in range(8):
+                eighth(jax.random.key(i)).block_until_ready()
+
+        for recipe, bound, function in (
+            ("naive", "file copy", copy),
+            ("drop", "file copy", copy),
+            ("drop", "normals", normals),
+        ):
+            yield Case(
+                name=f"{numbers / 1e6:.0f} M numbers",
+                tokens=numbers,
+                implementations={recipe: functools.partial(made, recipe)},
+                bound=bound,
+                bound_function=function,
+            )
+
+
+BENCHMARKS = {
+    "grouped_matmul": grouped_matmul_cases,
+    "attention": attention_cases,
+    "cross_entropy": cross_entropy_cases,
+    "moe_layer": moe_layer_cases,
+    "block_stack": block_stack_cases,
+    "train_step": train_step_cases,
+    "forced_balance": forced_balance_cases,
+    "remat": remat_cases,
+    "window": window_cases,
+    "decode": decode_cases,
+    "upcycle": upcycle_cases,
+}
+
+
+def _normal(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    dtype = sizes.here().dtype
+    return [jax.random.normal(jax.random.key(i), s).astype(dtype) for i, s in enumerate(shapes)]
+
+
+def _large_products(number_of_flops: float) -> Callable:
+    """So many FLOPs (to half a percent) in large products, each of the last one's result."""
+    width = sizes.here().ceiling
+    number = max(1, round(number_of_flops / (2 * width**3)))
+    rows = 64 * max(1, round(number_of_flops / (2 * width**2 * number) / 64))
+    y, w = _normal((rows, width), (width, width))
+    w = w * width**-0.5  # keeps the size of the numbers
+
+    @jax.jit
+    def products(y, w):
+        return jax.lax.fori_loop(0, number, lambda _, y: jnp.matmul(y, w), y)
+
+    return lambda: products(y, w)
+
+
+def _with_gradients(function: Callable, arrays: tuple, cotangent: jax.Array) -> Callable:
+    """Calls `function` and its transpose: value and the gradients of all arrays."""
+
+    @jax.jit
+    def value_and_gradients(arrays, cotangent):
+        value, transpose = jax.vjp(function, *arrays)
+        return value, transpose(cotangent)
+
+    return lambda: value_and_gradients(arrays, cotangent)
+
+
+def _train_step(config: model.ModelConfig, **training) -> Callable:
+    settings = configs.default()
+    settings.training.update(training)
+    tx = optimizer.adamw(settings.optimizer, 1000)
+    create = jax.jit(lambda key: TrainState.create(model.init(config, key), tx))
+    state = create(jax.random.key(0))
+    B, T = sizes.here().B, sizes.here().T
+    tokens_BT = jax.random.randint(jax.random.key(1), (B, T + 1), 0, config.vocab_size)
+    batch = {
+        "tokens": tokens_BT[:, :-1],
+        "targets": tokens_BT[:, 1:],
+        "segment_ids": jnp.ones((B, T), jnp.int32),
+        "positions": jnp.tile(jnp.arange(T), (B, 1)),
+    }
+    train_step = jax.jit(step.make_train_step(config, settings.training, tx), donate_argnums=0)
+
+    def one_step():
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        return state, metrics.loss
+
+    return one_step

@@ -1,0 +1,78 @@
+"""What the parts cost, each beside a bound measured in the same run.
+
+The functions of a case (`cases.py`) are timed in turn, so that a machine that slows down
+slows all of them.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+from moe_jax.benchmark import peers, sizes
+from moe_jax.benchmark.cases import BENCHMARKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Seconds are medians. `ratio_to_bound` is median_seconds / bound_seconds."""
+
+    benchmark: str
+    case: str
+    implementation: str
+    backend: str
+    dtype: str
+    median_seconds: float
+    tokens_per_second: float
+    bound: str
+    bound_seconds: float
+    ratio_to_bound: float
+
+
+def run(name: str, repeats: int, peer: str = "") -> Iterator[Row]:
+    """The rows of a benchmark at the sizes of the default backend (`sizes.py`).
+
+    With `peer`, a key of `peers.PEERS`, there is one more row for each case that it knows.
+    Raises: ValueError for a peer that cannot do this benchmark or is not installed.
+    """
+    if peer:
+        peers.check(peer, name)
+    return _rows(name, repeats, peer)
+
+
+def _rows(name: str, repeats: int, peer: str) -> Iterator[Row]:
+    for case in BENCHMARKS[name]():
+        functions = dict(case.implementations)
+        if peer:
+            functions[peer] = peers.PEERS[peer][name](case.config)
+        seconds = medians({**functions, case.bound: case.bound_function}, repeats)
+        bound_seconds = seconds[case.bound]
+        for implementation in functions:
+            yield Row(
+                benchmark=name,
+                case=case.name,
+                implementation=implementation,
+                backend=jax.default_backend(),
+                dtype=sizes.here().dtype,
+                median_seconds=seconds[implementation],
+                tokens_per_second=case.tokens / seconds[implementation],
+                bound=case.bound,
+                bound_seconds=bound_seconds,
+                ratio_to_bound=seconds[implementation] / bound_seconds,
+            )
+        del case, functions  # a device may not hold what they do beside the next
+
+
+def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Seconds of each function, called in turn after one call that compiles it."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    seconds = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}

@@ -1,0 +1,287 @@
+"""What a compiled step really executes, read from its HLO text, of CPU or of TPU.
+
+`cost_analysis()` counts the body of a loop once and most kernels not at all; here everything is
+multiplied by the trip counts of the loops around it. Of a conditional the most expensive branch
+counts.
+
+On TPU a product is a `convolution` (the batch of a batched product is a window, over an input
+dilated so far that nearly all positions fall between its elements), a Pallas kernel is a custom
+call, and a collective that overlaps with products stands in every fusion that it overlaps with.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from moe_jax.dryrun import hlo_text
+
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+_HOST_CALL = re.compile(r'custom_call_target="moe_jax_.*\bflops = (\d+)')  # ops/host_call.py
+_ESTIMATE = re.compile(r'"cost_estimate":\{[^}]*?"flops":"(\d+)"')
+_WITHOUT_PRODUCTS = ("ragged-dot-metadata",)  # XLA's own: which rows a ragged dot's groups have
+_COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
+_COLLECTIVES |= {"ragged-all-to-all", "reduce-scatter"}
+_BETWEEN_SLICES = 'handler_name="xla_megascale_runtime"'
+_TRANSFER = re.compile(r'_megascale_transfer_type="(\w+)"')
+_RENDEZVOUS = re.compile(r'_transfer_rendezvous="([^"]+)"')
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
+_GROUPS_IOTA = re.compile(rf"replica_groups=\[([\d,]+)\]<={_IOTA}")
+_GROUPS_MESH = re.compile(
+    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:{_IOTA}|([\d,]+))\))? \{{([^}}]*)\}}"
+)
+
+
+def product_flops(
+    text: str, *, kernels: Mapping[str, int] | None = None, filled: float = 1.0
+) -> int:
+    """FLOPs of the matrix products that one device executes, 2 for each multiply-add.
+
+    A Pallas kernel on TPU counts with the estimate in its call: `2mkn` for megablox and for
+    `jax.lax.ragged_dot`, without what incomplete tiles add; so does a product that the host
+    computes (`ops/host_call.py`). A product with a vector is elementwise
+    work on TPU and does not count there.
+
+    Args: kernels: FLOPs of one call by a regular expression that is found in the kernel's name, the
+      first that fits; for kernels without an estimate (splash attention), or instead of it.
+      filled: the part of the rows of a kernel with an estimate, a product of groups of rows, that
+      are in a group: what the others would take is not executed.
+    Raises: ValueError for a loop around products whose trip count cannot be known, and for a kernel
+      with neither an estimate nor an entry in `kernels`.
+    """
+    module = hlo_text.Module(text)
+
+    def own(computation, i):
+        if i.operation in ("dot", "convolution"):
+            left, right = (module.named[computation][x].shapes[0] for x in i.operands)
+            flops = _dot_flops(i, left) if i.operation == "dot" else _window_flops(i, left, right)
+            return {"flops": flops}
+        if called := _HOST_CALL.search(i.rest):
+            return {"flops": round(int(called[1]) * filled)}
+        return {"flops": _kernel_flops(i, kernels or {}, filled)} if _KERNEL in i.rest else {}
+
+    return module.total(own)["flops"]
+
+
+def _dot_flops(dot: hlo_text.Instruction, left: tuple[int, ...]) -> int:
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)[1]
+    sizes = [left[int(axis)] for axis in contracted.split(",") if axis]
+    return 2 * math.prod(dot.shapes[0]) * math.prod(sizes)
+
+
+def _window_flops(
+    convolution: hlo_text.Instruction, left: tuple[int, ...], right: tuple[int, ...]
+) -> int:
+    """FLOPs on elements that exist, not on padding or on what dilation puts between them."""
+    labels = re.search(r"dim_labels=([a-z\d]+)_([a-z\d]+)->([a-z\d]+)", convolution.rest)
+    shapes = zip(labels.groups(), (left, right, convolution.shapes[0]), strict=True)
+    image, kernel, result = (dict(zip(*pair, strict=True)) for pair in shapes)
+    found = re.search(r"window=\{([^}]*)\}", convolution.rest)
+    window = dict(field.split("=") for field in found[1].split()) if found else {}
+    # With groups, of features or of the batch, the kernel has the features of one group only.
+    flops = 2 * result["b"] * result["f"] * kernel["i"]
+    for axis, key in enumerate(sorted(key for key in image if key.isdigit())):
+        defaults = {"size": 1, "stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
+        for name in defaults.keys() & window.keys():
+            defaults[name] = int(window[name].split("x")[axis].split("_")[0])
+        flops *= _positions(image[key], result[key], *defaults.values())
+    return flops
+
+
+@functools.cache
+def _positions(
+    image: int, result: int, size: int, stride: int, pad: int, spread: int, step: int
+) -> int:
+    """How often an element of the window lies on an element of the image, along one axis."""
+    total, first = 0, np.arange(result) * stride - pad
+    for place in (first + k * step for k in range(size)):
+        on = (place >= 0) & (place <= (image - 1) * spread) & (place % spread == 0)
+        total += int(np.count_nonzero(on))
+    return total
+
+
+def _kernel_name(call: hlo_text.Instruction) -> str:
+    """The innermost scope around `pallas_call`. With jax 0.12 the instruction's own name is that of
+    an operand, gmm.1.rhs, where another kernel takes the result."""
+    if scopes := re.search(r'op_name="([^"]+)"', call.rest):
+        scope = scopes[1].removesuffix("/pallas_call").split("/")[-1]
+        return [name for name in re.split(r"[()]", scope) if name][-1]
+    return re.sub(r"(\.(\d+|clone|remat\d*))+$", "", call.name)
+
+
+def _kernel_flops(call: hlo_text.Instruction, kernels: Mapping[str, int], filled: float) -> int:
+    name = _kernel_name(call)
+    for pattern, flops in kernels.items():
+        if re.search(pattern, name):
+            return flops
+    if estimate := _ESTIMATE.search(call.rest):
+        return round(int(estimate[1]) * filled)
+    if name in _WITHOUT_PRODUCTS:
+        return 0
+    raise ValueError(f"kernel {name} has no cost estimate; give the FLOPs of one call in kernels=")
+
+
+def kernel_calls(text: str) -> dict[str, int]:
+    """How often a step runs each Pallas kernel of TPU text, by the name given to `pallas_call`."""
+    count = hlo_text.Module(text).total(
+        lambda _, i: {_kernel_name(i): 1} if _KERNEL in i.rest else {}
+    )
+    return dict(sorted(count.items()))
+
+
+SLICES = ("slices",)  # the `axes` of what goes between slices of TPUs, over another network
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Collective:
+    """The collectives of one kind over one set of mesh axes, of one device in one step."""
+
+    operation: str  # all-gather, all-reduce, all-to-all, collective-permute, …
+    axes: tuple[str, ...]  # in the mesh's order; ("?",) for groups that no axes make; or SLICES
+    count: int
+    bytes: int  # of the results; of a reduce-scatter, of what goes in
+
+
+def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
+    """The collectives of one step, sorted by operation and axes.
+
+    `bytes` are those of the result on one device, without padding: the whole array of an all-gather
+    or all-reduce, what a device holds after an exchange, be it new to it or not, the smaller buffer
+    of a ragged all-to-all (one of them has room for the worst case); of a reduce-scatter those of
+    the operand, the larger one. A
+    collective is over the axes along which the members of a group differ, so never over an axis of
+    size 1; of a permutation, source and target are such members. The text of several slices is that
+    of one: a collective over all is one within each, and one between them whose axes are SLICES.
+
+    Args: axes: names and sizes of the mesh, of one slice's part, in its order; devices are numbered
+      row by row.
+    """
+    module = hlo_text.Module(text)
+    sent = {
+        _RENDEZVOUS.search(i.rest)[1]: i.sizes[0]
+        for instructions in module.computations.values()
+        for i in instructions
+        if i.operation == "send" and _BETWEEN_SLICES in i.rest
+    }
+
+    def own(computation, i):
+        if i.operation == "recv" and _BETWEEN_SLICES in i.rest:
+            operation = _TRANSFER.search(i.rest)[1].lower().replace("_", "-")
+            size = max(i.sizes[0], sent.get(_RENDEZVOUS.search(i.rest)[1], 0))
+            row = operation, SLICES
+            return {(row, "count"): 1, (row, "bytes"): size}
+        operation = i.operation.removesuffix("-start")
+        if operation not in _COLLECTIVES or _is_repeated(module, computation, i.name):
+            return {}
+        size = sum(i.sizes)
+        if i.operation in ("all-gather-start", "collective-permute-start"):
+            number = len(i.operands)
+            size = sum(i.sizes[number : 2 * number])  # after the operands, before the semaphores
+        if computation.startswith("all-reduce-scatter"):  # TPU: an all-reduce and a slice of it
+            operation = "reduce-scatter"
+        elif operation == "reduce-scatter":
+            operands = [module.named[computation][x] for x in i.operands]
+            size = max(size, sum(sum(x.sizes) for x in operands))
+        elif operation == "ragged-all-to-all":
+            rows = module.named[computation][i.operands[0]]
+            size = min(sum(rows.sizes), size)
+        row = operation, _axes(i.rest, axes)
+        return {(row, "count"): 1, (row, "bytes"): size}
+
+    total = module.total(own)
+    rows = {row for row, _ in total}
+    return tuple(sorted(Collective(*r, total[r, "count"], total[r, "bytes"]) for r in rows))
+
+
+def _is_repeated(module: hlo_text.Module, computation: str, collective: str) -> bool:
+    """TPU: in the fusions after the one that starts it, which run beside it or end it. Its channel
+    does not tell: several collectives may share one."""
+    ends = [i for i in module.computations[computation] if '"AsyncCollective' in i.rest]
+    if not ends and not computation.startswith("async_collective_fusion"):
+        return False
+    starts = [i.operands for i in ends if '"AsyncCollectiveStart"' in i.rest]
+    return not any(collective in operands for operands in starts)
+
+
+def _axes(attributes: str, axes: Mapping[str, int]) -> tuple[str, ...]:
+    devices = math.prod(axes.values())
+    groups = _groups(attributes, devices)
+    if max(map(max, groups)) >= devices:
+        return ("?",)
+    places = [np.stack(np.unravel_index(group, tuple(axes.values()))) for group in groups]
+    moves = np.any([np.ptp(place, axis=1) > 0 for place in places], axis=0)
+    moving = {name: size for (name, size), moved in zip(axes.items(), moves, strict=True) if moved}
+    if "source_target_pairs" in attributes:
+        return tuple(moving)
+    sizes = [len(group) for group in groups]
+    whole = set(sizes) == {math.prod(moving.values())} and sum(sizes) == devices
+    return tuple(moving) if whole else ("?",)
+
+
+def _groups(attributes: str, devices: int) -> list[list[int]]:
+    """The devices of each group, or the pairs of a permutation."""
+    if found := _GROUPS.search(attributes):
+        groups = [_integers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
+        return groups or [list(range(devices))]
+    if found := _GROUPS_IOTA.search(attributes):
+        return _iota(found[2], found[3]).reshape(_integers(found[1])).tolist()
+    if not (found := _GROUPS_MESH.search(attributes)):
+        raise ValueError(f"a collective whose groups cannot be read: {attributes[:200]}")
+    mesh, dims, order, listed, grouped = found.groups()
+    sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", mesh)}
+    ids = _integers(listed) if listed else _iota(dims or str(devices), order).ravel().tolist()
+    # A group are the devices whose coordinates agree in all but the axes it spans; of an axis a it
+    # may span a part of so many after so many others: a:(before)part.
+    rest = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
+    for name, before, part in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", grouped):
+        part = int(part or sizes[name])
+        after = sizes[name] // (int(before or 1) * part)
+        row = rest[list(sizes).index(name)]
+        row -= row // after % part * after
+    groups = collections.defaultdict(list)
+    for device, key in zip(ids, map(tuple, rest.T.tolist()), strict=True):
+        groups[key].append(device)
+    return list(groups.values())
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    numbers = np.arange(math.prod(_integers(dims))).reshape(_integers(dims))
+    return numbers.transpose(_integers(order)) if order else numbers
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    arguments: int
+    outputs: int  # with those in the place of donated arguments
+    temporaries: int
+    aliased: int  # outputs in the place of donated arguments
+    peak: int  # the most at any one time; on TPU with the arrays that it keeps in VMEM
+
+
+def memory(compiled: jax.stages.Compiled) -> Memory:
+    stats = compiled.memory_analysis()
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        peak=stats.peak_memory_in_bytes,
+    )
+
+
+def buffer_shapes(text: str) -> set[tuple[int, ...]]:
+    """Every shape that some instruction of the text produces."""
+    computations, _ = hlo_text.parse(text)
+    return {shape for c in computations.values() for i in c for shape in i.shapes}

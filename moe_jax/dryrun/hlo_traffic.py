@@ -1,0 +1,120 @@
+"""How many bytes a compiled step moves to and from a device's main memory."""
+
+import collections
+import functools
+
+from moe_jax.dryrun import hlo_text
+
+_CONTROL = ("while", "conditional", "call", "call-start", "async-start")
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
+_FREE |= {"partition-id", "replica-id", "optimization-barrier", *_CONTROL}
+_SLICES = ("dynamic-slice", "slice", "gather")
+_SAME = ("bitcast", "reshape", "convert", "copy")
+
+
+def traffic(text: str) -> int:
+    """Bytes that one device reads from main memory and writes to it in one step.
+
+    Each instruction reads its operands and writes its results once, a fusion no more than that: of
+    an array that it slices it reads the slice, of one that it updates in place it writes the
+    update. What lies in a chip's own memory (TPU's VMEM) is not moved. Kernels that read an operand
+    several times count it once, so that the sum is a bound from below.
+    """
+    return _Traffic(hlo_text.Module(text)).total()
+
+
+class _Traffic:
+    def __init__(self, module: hlo_text.Module):
+        self.module = module
+        self.users = {
+            name: _users(instructions) for name, instructions in module.computations.items()
+        }
+        self.inner = set()
+        for instructions in module.computations.values():
+            for i in instructions:
+                if i.operation not in _CONTROL:
+                    self._mark_inner(i)
+
+    def _mark_inner(self, caller: hlo_text.Instruction) -> None:
+        """What a fusion or a reduction computes, it computes without main memory."""
+        for name in caller.called:
+            if name in self.module.computations and name not in self.inner:
+                self.inner.add(name)
+                for i in self.module.computations[name]:
+                    self._mark_inner(i)
+
+    def total(self) -> int:
+        def own(computation, i):
+            return {} if computation in self.inner else {"bytes": self.moved(computation, i)}
+
+        return self.module.total(own)["bytes"]
+
+    def moved(self, computation: str, i: hlo_text.Instruction) -> int:
+        if i.operation in _FREE or i.operation.endswith(("-done", "-update")):
+            return 0
+        if i.operation.endswith("-start"):  # the results hold the operands too
+            return sum(i.resident)
+        operands = [self.module.named[computation][x] for x in i.operands]
+        if i.operation in _SLICES:
+            return (1 + any(operands[0].resident)) * sum(i.resident)
+        if i.operation == "dynamic-update-slice":
+            return sum(operands[1].resident) + any(i.resident) * sum(operands[1].sizes)
+        if i.operation != "fusion":
+            return sum(i.resident) + sum(sum(x.resident) for x in operands)
+        inside = i.called[0]
+        read = sum(
+            min(sum(x.resident), self.read(inside, self.parameters(inside)[number]))
+            for number, x in enumerate(operands)
+        )
+        written = self.written(inside, self.module.root[inside].name)
+        return read + sum(
+            size if number >= len(written) else min(size, written[number])
+            for number, size in enumerate(i.resident)
+        )
+
+    @functools.cache  # noqa: B019 - lives as long as one text is read
+    def parameters(self, computation: str) -> dict[int, str]:
+        return {
+            int(i.rest.split(")")[0]): i.name
+            for i in self.module.computations[computation]
+            if i.operation == "parameter"
+        }
+
+    @functools.cache  # noqa: B019 - so too
+    def read(self, computation: str, name: str) -> int:
+        """Bytes of a value inside a fusion that are read: its slices, if nothing else reads it."""
+        total = 0
+        for user, position in self.users[computation][name]:
+            if user.operation in _SLICES and position == 0:
+                total += sum(user.sizes)
+            elif user.operation == "dynamic-update-slice" and position == 0:
+                continue
+            elif user.operation == "fusion":
+                inside = user.called[0]
+                total += self.read(inside, self.parameters(inside)[position])
+            elif user.operation in _SAME and not user.root:
+                total += self.read(computation, user.name)
+            else:
+                return sum(self.module.named[computation][name].sizes)
+        return total
+
+    def written(self, computation: str, name: str) -> list[int]:
+        """Bytes of each result of a fusion: of an update in place, those of the update."""
+        i = self.module.named[computation][name]
+        if i.operation == "tuple":
+            return [size for x in i.operands for size in self.written(computation, x)]
+        if i.operation == "dynamic-update-slice":
+            return [sum(self.module.named[computation][i.operands[1]].sizes)]
+        if i.operation == "fusion":
+            return self.written(i.called[0], self.module.root[i.called[0]].name)
+        if i.operation in ("bitcast", "reshape", "copy"):
+            return self.written(computation, i.operands[0])
+        return list(i.sizes)
+
+
+def _users(instructions: list[hlo_text.Instruction]) -> dict:
+    users = collections.defaultdict(list)
+    for i in instructions:
+        for position, operand in enumerate(i.operands):
+            users[operand].append((i, position))
+    return users

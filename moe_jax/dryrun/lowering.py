@@ -1,0 +1,92 @@
+"""The train step of a config compiled from shapes alone, for any mesh.
+
+The mesh may be one of a topology that this machine does not have: `dryrun/topologies.py`.
+"""
+
+import collections
+import math
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from moe_jax import config as configs
+from moe_jax import model
+from moe_jax.model import exchange_cost
+from moe_jax.ops import attention
+from moe_jax.parallel import sharding
+from moe_jax.training import balancing, optimizer, step
+from moe_jax.training.state import TrainState
+
+
+def abstract_state(config: ConfigDict, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes and dtypes of a run's state, with their shardings.
+
+    Raises: ConfigError for a model that cannot be; ValueError for one that does not fit the mesh.
+    """
+    model_config = configs.model_config(config)
+    tx = optimizer.adamw(config.optimizer, config.training.num_steps)
+    router_state = balancing.initial(model_config, config.training)
+    shapes = jax.eval_shape(
+        lambda: TrainState.create(model.init(model_config, jax.random.key(0)), tx, router_state)
+    )
+    return sharding.abstract(shapes, mesh)
+
+
+def state_bytes(state: TrainState) -> int:
+    """Bytes on one device of what `abstract_state` gives."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+    )
+
+
+def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """The train step that `train.run` would run on this mesh, but for a teacher.
+
+    Raises: as `abstract_state`.
+    """
+    state = abstract_state(config, mesh)
+    size = (config.training.batch_size, config.data.sequence_length)
+    batch_sharding = jax.NamedSharding(mesh, sharding.BATCH)
+    batch = {
+        name: jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding)
+        for name in ("tokens", "targets", "segment_ids", "positions")
+    }
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    tx = optimizer.adamw(config.optimizer, config.training.num_steps)
+    train_step = step.jitted(config, configs.model_config(config), tx, state_shardings, mesh)
+    with jax.set_mesh(mesh):
+        platform = mesh.devices.flat[0].platform
+        return train_step.trace(state, batch).lower(lowering_platforms=(platform,))
+
+
+def filled_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
+    """Of the experts' grouped products, as `hlo.product_flops` takes it."""
+    model_config = configs.model_config(config)
+    if not model_config.num_experts:
+        return 1.0
+    rows = config.training.batch_size // config.training.accumulation_steps
+    num_tokens = rows * config.data.sequence_length // sharding.batch_shards(mesh.shape)
+    with jax.set_mesh(mesh):
+        mode = exchange_cost.choose(model_config, num_tokens)
+    return exchange_cost.filled(mode, model_config.dispatch, mesh.shape)
+
+
+def kernel_flops(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """FLOPs of one call of splash attention on one device, as `hlo.product_flops` takes them.
+
+    Layers of several windows call kernels of one name: the mean over layers.
+    """
+    model_config, T = configs.model_config(config), config.data.sequence_length
+    if T % 128:  # splash attention refuses such rows
+        return {}
+    rows = config.training.batch_size // config.training.accumulation_steps
+    cut = math.prod(mesh.shape[axis] for axis in sharding.TENSOR)
+    heads = model_config.num_attention_heads * model_config.head_size // cut
+    per_pair = 2 * heads * rows // sharding.batch_shards(mesh.shape)
+    total = collections.Counter()
+    for kind in model_config.block_kinds:
+        total.update(attention.splash_kernels(T, kind.window))
+    layers = model_config.num_hidden_layers
+    return {name: per_pair * pairs // layers for name, pairs in total.items()}

@@ -1,0 +1,228 @@
+"""What a train step would need and take on devices that this machine does not have.
+
+The step of a config is compiled for them, as `train.run` would compile it, and read.
+"""
+
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from moe_jax import config as configs
+from moe_jax.dryrun import hlo, hlo_traffic, lowering
+from moe_jax.dryrun import roofline as rooflines
+from moe_jax.parallel import chips
+from moe_jax.parallel import mesh as meshes
+from moe_jax.training import flops
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# The compiler's words for a program that does not fit; the total is that of arguments too.
+_WANTED = (
+    re.compile(r"total memory required for [\w ]+ \(([\d.]+)([KMGT])\) exceeds available HBM"),
+    re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Of one device and one step. What only a compiled step tells is None where compilation ended
+    for want of memory, or never began; what needs a chip's figures is None for CPUs."""
+
+    config: str
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    microbatches: int
+    remat: str
+    fits: bool | None  # None without a limit
+    hbm_limit_bytes: int | None
+    hbm_peak_bytes: int
+    argument_bytes: int
+    temporary_bytes: int | None = None
+    step_flops: int | None = None
+    analytic_flops: float
+    model_flops: float
+    collectives: tuple[hlo.Collective, ...] | None = None
+    hbm_traffic_bytes: int | None = None
+    roofline: rooflines.Seconds | None = None
+    roofline_seconds: float | None = None
+    mfu_bound: float | None = None
+    compile_seconds: float = 0.0  # with lowering; 0 where the state alone does not fit
+
+
+def run(
+    config: ConfigDict,
+    topology: chips.Topology,
+    devices: Sequence[jax.Device],
+    *,
+    name: str = "",
+    hbm_limit: int | None = None,
+) -> Report:
+    """Compiles the step of `config` for the devices of a topology, and reads it.
+
+    Args: name: of the config, for the report. hbm_limit: bytes, instead of what the chip has.
+    Raises: ConfigError for a config that is wrong or does not fit the devices, in one line.
+    """
+    configs.validate(config)
+    configs.validate_mesh(config, len(devices))
+    if config.training.distillation.coefficient:
+        raise configs.ConfigError(
+            "a dry run has no teacher; set config.training.distillation.coefficient=0"
+        )
+    try:
+        mesh = meshes.make(config.mesh.to_dict(), devices)
+        arguments = lowering.state_bytes(lowering.abstract_state(config, mesh))
+    except ValueError as error:
+        raise configs.ConfigError(" ".join(str(error).split())) from error
+    chip = topology.facts
+    limit = hbm_limit or (chip.hbm_bytes if chip else None)
+    facts = {
+        "config": name,
+        "topology": topology.name,
+        "devices": len(devices),
+        "mesh": dict(mesh.shape),
+        "microbatches": config.training.accumulation_steps,
+        "remat": configs.model_config(config).remat,
+        "hbm_limit_bytes": limit,
+        **_due(config, mesh),
+    }
+    if limit is not None and arguments > limit:  # before minutes of compiling
+        return Report(**facts, fits=False, hbm_peak_bytes=arguments, argument_bytes=arguments)
+    print(f"compiling for {topology.name} ...", file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    try:
+        compiled = lowering.lower(config, mesh).compile()
+    except ValueError as error:
+        raise configs.ConfigError(" ".join(str(error).split())) from error
+    except jax.errors.JaxRuntimeError as error:
+        return Report(
+            **facts,
+            fits=False,
+            hbm_peak_bytes=bytes_wanted(str(error)),
+            argument_bytes=arguments,
+            compile_seconds=time.perf_counter() - began,
+        )
+    compile_seconds = time.perf_counter() - began
+    memory, text = hlo.memory(compiled), compiled.as_text()
+    # The peak of a CPU leaves out the temporaries.
+    peak = memory.peak if chip else memory.arguments + memory.temporaries
+    within = dict(zip(mesh.axis_names, meshes.first_slice(mesh).shape, strict=True))
+    read = {
+        "step_flops": hlo.product_flops(
+            text,
+            kernels=lowering.kernel_flops(config, mesh),
+            filled=lowering.filled_rows(config, mesh),
+        ),
+        "collectives": tuple(c for c in hlo.collectives(text, within) if c.axes),
+        "hbm_traffic_bytes": hlo_traffic.traffic(text),
+    }
+    return Report(
+        **facts,
+        **read,
+        **_times(topology, mesh, facts["model_flops"], read),
+        fits=None if limit is None else peak <= limit,
+        hbm_peak_bytes=peak,
+        argument_bytes=memory.arguments,
+        temporary_bytes=memory.temporaries,
+        compile_seconds=compile_seconds,
+    )
+
+
+def _due(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """FLOPs of one device and step, by the two counts of `training/flops.py`."""
+    model_config, T = configs.model_config(config), config.data.sequence_length
+    tokens = config.training.batch_size * T / mesh.size
+    with jax.set_mesh(mesh):
+        analytic = flops.analytic_flops(model_config, T)
+    return {
+        "analytic_flops": tokens * analytic,
+        "model_flops": tokens * flops.model_flops(model_config, T),
+    }
+
+
+def _times(topology: chips.Topology, mesh: jax.sharding.Mesh, model_flops: float, read) -> dict:
+    if topology.facts is None:
+        return {}
+    seconds = rooflines.seconds(
+        step_flops=read["step_flops"],
+        traffic=read["hbm_traffic_bytes"],
+        collectives=read["collectives"],
+        mesh=mesh,
+        topology=topology,
+    )
+    return {
+        "roofline": seconds,
+        "roofline_seconds": seconds.bound,
+        "mfu_bound": model_flops / (seconds.bound * topology.facts.flops),
+    }
+
+
+def bytes_wanted(complaint: str) -> int:
+    """What the compiler says that a program needs which does not fit.
+
+    Raises: ConfigError, if it complains of something else.
+    """
+    for pattern in _WANTED:
+        if found := pattern.search(complaint):
+            return int(float(found[1]) * _UNITS[found[2]])
+    raise configs.ConfigError(f"the compiler cannot make this step: {complaint.splitlines()[0]}")
+
+
+def as_json(report: Report) -> dict:
+    return dataclasses.asdict(report)
+
+
+def text(report: Report) -> str:
+    """The report as a short table of at most 100 columns, and one of the collectives."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1)
+    lines = [
+        f"{report.topology}: {report.devices} devices, {mesh or 'no mesh'}, "
+        f"microbatches {report.microbatches}, remat {report.remat}",
+        f"  memory   {_memory(report)}",
+    ]
+    if report.step_flops is not None:
+        lines.append(
+            f"  FLOPs    {report.step_flops:.4g} = {report.step_flops / report.analytic_flops:.3f} "
+            f"x analytic, {report.step_flops / report.model_flops:.3f} x model"
+        )
+    if report.roofline is not None:
+        parts = dataclasses.asdict(report.roofline)
+        shown = ", ".join(f"{name} {_rounded(value)}" for name, value in parts.items())
+        lines.append(
+            f"  seconds  {_rounded(report.roofline_seconds)} at least ({shown}): "
+            f"MFU at most {100 * report.mfu_bound:.0f} %"
+        )
+    return "\n".join(lines)
+
+
+def collectives_text(report: Report) -> str:
+    """The collectives of a step that was compiled, else nothing."""
+    if report.collectives is None:
+        return ""
+    rows = [f"  {'collectives':20} {'along':22} {'times':>7} {'bytes':>12}"]
+    rows += [
+        f"  {c.operation:20} {', '.join(c.axes):22} {c.count:7,} {size(c.bytes):>12}"
+        for c in report.collectives
+    ]
+    return "\n".join([*rows, f"  compiled in {report.compile_seconds:.0f} s"])
+
+
+def size(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
+
+
+def _memory(report: Report) -> str:
+    verdict = {True: "fits", False: "does not fit", None: "no limit known"}[report.fits]
+    of_limit = f" of {size(report.hbm_limit_bytes)}" if report.hbm_limit_bytes else ""
+    parts = f"arguments {size(report.argument_bytes)}"
+    if report.temporary_bytes is not None:
+        parts += f", temporaries {size(report.temporary_bytes)}"
+    return f"{size(report.hbm_peak_bytes)}{of_limit} ({parts}): {verdict}"
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.3g}"

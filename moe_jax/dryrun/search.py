@@ -1,0 +1,121 @@
+"""The remat policy, number of microbatches and mesh with which a config's step is fastest and fits.
+
+Every candidate is compiled, so the search is greedy: first policies on the config's own mesh, then
+meshes with the best policy, each with the fewest microbatches that fit. More of them need less
+memory, and no less time: weights are gathered once for each.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+from ml_collections import ConfigDict
+
+from moe_jax import config as configs
+from moe_jax.dryrun import report as dryrun
+from moe_jax.parallel import mesh as meshes
+from moe_jax.parallel import sharding
+
+# Keeping less, from left to right. What is offloaded to the host moves over a network that the
+# roofline does not know.
+POLICIES = ("none", "save_dots", "save_experts", "full")
+
+Trial = Callable[[ConfigDict], dryrun.Report]
+
+
+def search(config: ConfigDict, num_devices: int, trial: Trial) -> Iterator[dryrun.Report]:
+    """The reports of all that is tried, in that order, as they come: `best` chooses.
+
+    Args: trial: `dryrun.run` of a config, on the devices searched for.
+    Raises: ConfigError for a config that is wrong.
+    """
+    configs.validate(config)
+    configs.validate_mesh(config, num_devices)
+    sizes = meshes.axis_sizes(config.mesh.to_dict(), num_devices)
+    tried = []
+    for policy in POLICIES:
+        for report in fewest_microbatches(trial, _with(config, sizes, policy)):
+            tried.append(report)
+            yield report
+    found = best(tried)
+    policy = found.remat if found else POLICIES[-1]
+    for other in mesh_shapes(config, sizes):
+        try:
+            yield from fewest_microbatches(trial, _with(config, other, policy))
+        except configs.ConfigError:  # that mesh cannot be laid over the devices, or cuts no array
+            continue
+
+
+def best(reports: Sequence[dryrun.Report]) -> dryrun.Report | None:
+    """The fastest that fits; without a chip's figures the one with the fewest FLOPs. Of equals the
+    one that leaves the most memory."""
+
+    def order(report):
+        least = report.roofline_seconds or report.step_flops
+        return least, report.microbatches, report.hbm_peak_bytes
+
+    return min((r for r in reports if r.fits), key=order, default=None)
+
+
+def fewest_microbatches(trial: Trial, config: ConfigDict) -> Iterator[dryrun.Report]:
+    """Bisects the numbers of microbatches that the batch can have; the reports of those tried."""
+    numbers = microbatch_numbers(config)
+    low, high = 0, len(numbers)  # what is before low does not fit, what is from high on does
+    while low < high:
+        middle = (low + high) // 2
+        changed = copy.deepcopy(config)
+        changed.training.accumulation_steps = numbers[middle]
+        report = trial(changed)
+        yield report
+        if report.fits:
+            high = middle
+        else:
+            low = middle + 1
+
+
+def microbatch_numbers(config: ConfigDict) -> list[int]:
+    """Those that give every batch shard the same number of whole rows, from 1 on."""
+    rows = config.training.batch_size // sharding.batch_shards(config.mesh)
+    return [number for number in range(1, rows + 1) if rows % number == 0]
+
+
+def mesh_shapes(config: ConfigDict, sizes: dict[str, int]) -> list[dict[str, int]]:
+    """Other sizes of expert and tensor, powers of 2, that divide experts and key-value heads."""
+    model = configs.model_config(config)
+    shapes = []
+    for expert in _powers_of_2(model.num_experts):
+        for tensor in _powers_of_2(model.num_kv_heads):
+            rest, left = divmod(sizes["fsdp"] * sizes["expert"] * sizes["tensor"], expert * tensor)
+            shape = {**sizes, "fsdp": rest, "expert": expert, "tensor": tensor}
+            if rest and not left and shape != sizes:
+                shapes.append(shape)
+    return shapes
+
+
+def _powers_of_2(divided: int) -> list[int]:
+    return [2**k for k in range(divided.bit_length()) if divided % 2**k == 0] or [1]
+
+
+def _with(config: ConfigDict, sizes: dict[str, int], policy: str) -> ConfigDict:
+    changed = copy.deepcopy(config)
+    changed.mesh.update(sizes)
+    changed.model.remat = policy
+    return changed
+
+
+def line(report: dryrun.Report) -> str:
+    """One line of a table of trials, under HEADER."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1)
+    least = "" if report.roofline_seconds is None else f"{report.roofline_seconds:.3g}"
+    verdict = "fits" if report.fits else "no"
+    return _COLUMNS.format(
+        report.remat,
+        report.microbatches,
+        mesh or "one device",
+        dryrun.size(report.hbm_peak_bytes),
+        verdict,
+        least,
+    )
+
+
+_COLUMNS = "{:13} {:>12}  {:28} {:>10} {:>5} {:>10}"
+HEADER = _COLUMNS.format("remat", "microbatches", "mesh", "peak", "", "least, s")

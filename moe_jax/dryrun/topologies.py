@@ -1,0 +1,95 @@
+"""Devices to compile for that this machine does not have."""
+
+import fnmatch
+import importlib.metadata
+import os
+import pathlib
+
+import jax
+from jax.experimental import topologies
+
+from moe_jax.parallel import chips
+
+# Read when libtpu is loaded: do not ask a cloud's metadata server what and where this machine is,
+# do not warn, and let other processes load it too, for no TPU is used.
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def devices(topology: chips.Topology) -> list[jax.Device]:
+    """Those of a topology of TPUs, which only compile, or fake CPU devices, which also run.
+
+    Nothing may have used jax's devices before a first call for CPUs.
+
+    Raises: ValueError where libtpu is missing or not that of the installed jax, and for a shape
+      that the chip does not come in.
+    """
+    if topology.facts is None:
+        return _fake(topology.shape[0])
+    check_libtpu()
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    shape = (*topology.shape, 1)[:3]
+    hosts = tuple(min(side, most) for side, most in zip(shape, (2, 2, 1), strict=True))
+    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{topology.chip}:{'x'.join(map(str, topology.shape))}",
+            chip_config_name=topology.facts.config_name,
+            chips_per_host_bounds=hosts,
+            **options,
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"topology {topology.name!r}: {topology.chip} does not come in that shape; use one of "
+            f"2x2, 2x4, 4x4, 4x8, … (x1, x2, x4, … of a chip of three dimensions): {reason}"
+        ) from None
+
+
+def _fake(number: int) -> list[jax.Device]:
+    try:
+        jax.config.update("jax_num_cpu_devices", number)
+    except RuntimeError:  # they are in use already, as many as they are
+        pass
+    here = jax.devices("cpu")
+    if len(here) < number:
+        raise ValueError(
+            f"topology 'cpu:{number}': jax has only {len(here)} CPU device(s) in this process; "
+            "ask for them before anything else uses jax"
+        )
+    return here[:number]
+
+
+def check_libtpu() -> None:
+    """Refuses to compile with a libtpu that is not the installed jax's: it crashes or lies.
+
+    Raises: ValueError.
+    """
+    version, own, found = importlib.metadata.version("jax"), own_libtpu(), libtpu_version()
+    fix = f"pip install 'jax[tpu]=={version}'"
+    if found is None:
+        raise ValueError(f"libtpu, the compiler of TPUs, is not installed; {fix}")
+    if not fnmatch.fnmatchcase(found, own):
+        raise ValueError(f"libtpu {found} is not jax {version}'s own, {own}; {fix}")
+
+
+def own_libtpu() -> str:
+    """The version that the installed jax pins; it may end in ".*"."""
+    pins = (pin.split(";")[0].strip() for pin in importlib.metadata.requires("jax"))
+    return next(pin.removeprefix("libtpu==") for pin in pins if pin.startswith("libtpu=="))
+
+
+def libtpu_version() -> str | None:
+    """That of the library which jax would load; None without one."""
+    path = os.environ.get("TPU_LIBRARY_PATH")
+    places = {"path": [str(pathlib.Path(path).parents[1])]} if path else {}
+    found = importlib.metadata.distributions(name="libtpu", **places)
+    return next((distribution.version for distribution in found), None)

@@ -1,0 +1,171 @@
+"""report.html: one self-contained page about a set of finished runs."""
+
+import base64
+import html
+import json
+import pathlib
+
+from moe_jax.report import figures
+from moe_jax.report.figures import Record
+from moe_jax.training import metrics
+
+CAPTIONS = {
+    "loss": "Loss against the tokens seen as an MoE; an untrained model's is beyond the top. "
+    "Dotted: the dense parent's level, of its last training rows and its final held-out loss.",
+    "languages": "Final held-out bits per byte by language. Bytes are not comparable between "
+    "scripts (a Cyrillic letter has two, a CJK character three): compare runs within a line.",
+    "expert_load": "Where the routers send held-out tokens: each row of a panel sums to 100 %.",
+    "router_health": "Evenness of the load on held-out text during training.",
+    "experts_by_layer": "At the end. Left: how many experts of a layer are in use (dotted: all, "
+    "evenly). Middle: how alike their weights are, place by place: 1 for copies, 0 for random ones "
+    "and for copies with their neurons in another order. Right: how far the routers' weights went "
+    "from their first values.",
+    "training_flops": "The cost of each run alone, and with that of its dense parent.",
+}
+REGISTERS = {"embedded": "LibreOffice help in 19 languages: a technical register only"}
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
+        max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }}
+th, td {{ white-space: nowrap; }}
+td.text {{ text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 34rem; }}
+tr.best td {{ font-weight: 600; }}
+img {{ max-width: 100%; height: auto; }}
+pre {{ background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: .85rem; }}
+.note {{ color: #555; }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
+    """The record of a finished run's workdir."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["model"]["router"] == "forced_balance":
+        name += " (forced balance)"
+    return Record(
+        name=name,
+        place=place,
+        config=config,
+        result=json.loads((folder / "result.json").read_text()),
+        rows=metrics.read(folder / "metrics.jsonl"),
+    )
+
+
+def write(
+    output: pathlib.Path, folders: dict[str, pathlib.Path | None], commands: list[str]
+) -> pathlib.Path:
+    """Writes <output>/report.html and <output>/figures/*.png; returns the page's path.
+
+    Args:
+      folders: workdirs of the runs by name, in the order to show them; None is one not finished.
+      commands: what was run, to be shown.
+    """
+    records = [
+        read_record(name, place, folder)
+        for place, (name, folder) in enumerate(folders.items())
+        if folder
+    ]
+    missing = [name for name, folder in folders.items() if not folder]
+    (output / "figures").mkdir(parents=True, exist_ok=True)
+    title = f"moe_jax: {output.name}"
+    sections = [f"<h1>{html.escape(title)}</h1>", _summary(records, missing)]
+    for name, png in figures.draw(records).items():
+        (output / "figures" / f"{name}.png").write_bytes(png)
+        encoded = base64.b64encode(png).decode()
+        sections.append(
+            f"<h2>{name.replace('_', ' ').capitalize()}</h2>"
+            f'<p class="note">{CAPTIONS[name]}</p>'
+            f'<img src="data:image/png;base64,{encoded}" alt="{CAPTIONS[name]}">'
+        )
+    sections += [_samples(records), _commands(records, commands)]
+    page = output / "report.html"
+    unfinished = page.with_suffix(".tmp")
+    unfinished.write_text(_PAGE.format(title=html.escape(title), body="\n".join(sections)))
+    unfinished.replace(page)
+    return page
+
+
+def _table(head: list[str], rows: list[list[str]], best: int | None = None) -> str:
+    """Cells are escaped; `best` is the index of a row to stress."""
+    lines = ["<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    for i, row in enumerate(rows):
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        lines.append(f'<tr class="best">{cells}</tr>' if i == best else f"<tr>{cells}</tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def _summary(records: list[Record], missing: list[str]) -> str:
+    rows = []
+    for record in records:
+        result = record.result
+        own, parent = result["training_flops"], result["parent_training_flops"]
+        effective = result["effective_experts"]
+        rows.append(
+            [
+                record.name,
+                f"{result['bits_per_byte']:.3f}",
+                f"{result['loss']:.3f}",
+                f"{result['tokens'] / 1e6:.2f} M",
+                f"{result['parameters'] / 1e6:.2f} M",
+                f"{result['active_parameters'] / 1e6:.2f} M",
+                f"{own / 1e12:.3g}",
+                f"{(own + parent) / 1e12:.3g}",
+                f"{sum(effective) / len(effective):.1f}" if effective else "",
+            ]
+        )
+    best = min(range(len(records)), key=lambda i: records[i].result["bits_per_byte"])
+    head = [
+        "run",
+        "bits/byte",
+        "nats/token",
+        "tokens",
+        "parameters",
+        "active",
+        "TFLOP",
+        "TFLOP with parent",
+        "effective experts",
+    ]
+    notes = []
+    for source in dict.fromkeys(record.config["data"]["source"] for record in records):
+        notes.append(f"Text: {REGISTERS.get(source, source)}.")
+    unigram = records[0].result["byte_unigram_bits"]
+    notes.append(
+        f"A model that knows only how often each byte occurs needs {unigram:.3f} bits/byte."
+    )
+    if missing:
+        notes.append(f"Not finished, and not shown here: {', '.join(missing)} (see results.csv).")
+    note = html.escape(" ".join(notes))
+    return f'<p class="note">{note}</p>\n{_table(head, rows, best)}'
+
+
+def _samples(records: list[Record]) -> str:
+    prompts = [sample["prompt"] for sample in records[0].result["samples"]]
+    if not prompts:
+        return ""
+    parts = ["<h2>Sample continuations</h2>"]
+    for prompt in prompts:
+        rows = [
+            f"<tr><td>{html.escape(record.name)}</td><td class='text'><b>{html.escape(prompt)}</b>"
+            f"{html.escape(sample['continuation'])}</td></tr>"
+            for record in records
+            for sample in record.result["samples"]
+            if sample["prompt"] == prompt
+        ]
+        parts.append("<table>" + "".join(rows) + "</table><br>")
+    return "\n".join(parts)
+
+
+def _commands(records: list[Record], commands: list[str]) -> str:
+    versions = records[0].result["versions"] | {"device": records[0].result["device"]}
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines = html.escape("\n".join(commands))
+    return f"<h2>Commands and versions</h2><pre>{lines}</pre><p>{html.escape(shown)}</p>"

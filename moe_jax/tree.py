@@ -1,0 +1,41 @@
+"""Paths of a pytree as text, and random keys folded in by name."""
+
+import hashlib
+from collections.abc import Callable
+
+import jax
+
+
+def path_name(path: tuple) -> str:
+    """ "blocks/0/attention/wq" for a path of `jax.tree_util.tree_leaves_with_path`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def flatten(pytree) -> dict:
+    """The leaves by the names of their paths, in the order of the tree."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(pytree)}
+
+
+def unflatten(leaves: dict) -> dict:
+    """Nested dicts of leaves by name: the inverse of `flatten` for a tree of dicts."""
+    nested: dict = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested
+
+
+def map_with_name(function: Callable, pytree, *others):
+    """`jax.tree.map` whose function gets the name of the leaf's path first."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(path_name(path), *leaves), pytree, *others
+    )
+
+
+def fold_in(key: jax.Array, name: str) -> jax.Array:
+    """A key that depends on `name`, the same in every process and Python version."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))

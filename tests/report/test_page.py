@@ -1,0 +1,118 @@
+"""Router health by hand, and a report of made-up runs: complete, self-contained, escaped."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from moe_jax.analysis import routing
+from moe_jax.report import figures, page
+
+
+def test_health_of_even_collapsed_and_mixed_layers():
+    health = routing.health(
+        np.array([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]]), capacity_factor=1
+    )
+    assert health["effective_experts"] == [4, 1, 2]
+    assert health["max_violation"] == [0, 3, 1]
+    assert health["dead_experts"] == [0, 3, 2]
+    assert health["tokens_per_expert"][2] == [0.5, 0.5, 0, 0]
+    assert health["virtual_drop_rate"] == [0, 0.75, 0.5]
+
+
+def make_run(folder, *, num_experts, bits, source="", router=None):
+    folder.mkdir()
+    load = np.full((2, num_experts), 1 / num_experts) if num_experts else None
+    languages = {"en": {"loss": bits, "bits_per_byte": bits}, "el": {"loss": 1, "bits_per_byte": 1}}
+    rows = []
+    for step in range(0, 41, 10):
+        rows.append({"step": step, "tokens": step * 100, "loss": 3 - step / 40})
+        row = {"step": step, "tokens": step * 100, "validation": {"bits_per_byte": bits}}
+        if num_experts:
+            row["router"] = routing.health(load, capacity_factor=1)
+        rows.append(row)
+    result = {
+        "steps": 40, "tokens": 4000, "training_flops": 2e12, "loss": bits, "bits_per_byte": bits,
+        "parent_training_flops": 3e12 if source else 0, "per_language": languages,
+        "parameters": 1e6, "active_parameters": 5e5, "byte_unigram_bits": 4.5,
+        "tokens_per_expert": None if load is None else load.tolist(),
+        "effective_experts": [num_experts] * 2 if num_experts else None,
+        "router_drift": [1.5, 2.5] if num_experts else [],
+        "expert_similarity": [bits / 4, bits / 8] if num_experts else None,
+        "samples": [{"prompt": "Click <here>", "continuation": f" & {folder.name}"}],
+        "versions": {"jax": "1.2.3"}, "device": "cpu",
+    }  # fmt: skip
+    settings = {"num_experts": num_experts, "router": router}
+    config = {"data": {"source": "embedded"}, "model": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return {
+        "dense": make_run(root / "dense", num_experts=0, bits=3.5),
+        "naive": make_run(root / "naive", num_experts=4, bits=3.25, source="dense"),
+        "drop": make_run(root / "drop", num_experts=4, bits=3.125, source="dense"),
+    }
+
+
+def test_a_report_shows_every_run_and_needs_no_other_file(folders, tmp_path):
+    written = page.write(tmp_path, folders, ["python a.py --b='<c>'"])
+    text = written.read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    for shown in ("3.500", "3.250", "3.125", "4.500", "jax 1.2.3", "technical register only"):
+        assert shown in text
+    assert "python a.py --b=&#x27;&lt;c&gt;&#x27;" in text
+    for name in folders:
+        assert f"<b>Click &lt;here&gt;</b> &amp; {name}" in text
+    assert re.search(r'<tr class="best"><td>drop</td>', text)
+    pictures = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert pictures == set(figures.FIGURES)
+    assert text.count("data:image/png;base64,") == len(pictures)
+
+
+def test_figures_show_the_numbers_of_the_records(folders):
+    records = [page.read_record(name, i, f) for i, (name, f) in enumerate(folders.items())]
+    left, right = figures.loss(records).axes
+    curves = {line.get_label(): line.get_ydata() for line in right.get_lines()}
+    np.testing.assert_array_equal(curves["drop"], [3.125] * 5)
+    np.testing.assert_array_equal(curves["dense (0.00 M tokens)"], [3.5, 3.5])
+    assert len(left.get_lines()) == 3
+    bars = [bar.get_width() for bar in figures.training_flops(records).axes[0].patches]
+    assert bars == [2, 2, 2, 0, 3, 3]
+    used, axes, drift = figures.experts_by_layer(records).axes
+    assert list(drift.get_lines()[0].get_ydata()) == [1.5, 2.5]
+    assert list(used.get_lines()[0].get_ydata()) == [4, 4]
+    curves = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert curves == {"naive": [3.25 / 4, 3.25 / 8], "drop": [3.125 / 4, 3.125 / 8]}
+    [dots] = figures.languages(records).axes
+    assert [tick.get_text() for tick in dots.get_yticklabels()] == ["el", "en"]
+
+
+def test_a_run_that_is_not_finished_is_named_and_changes_no_colour(folders, tmp_path):
+    written = page.write(tmp_path, {**folders, "naive": None}, [])
+    assert "Not finished, and not shown here: naive" in written.read_text()
+    every = [page.read_record(name, i, f) for i, (name, f) in enumerate(folders.items())]
+    assert figures.styles(every)["drop"] == figures.styles([every[0], every[2]])["drop"]
+
+
+def test_dense_runs_alone_have_no_router_figures(folders):
+    pictures = figures.draw([page.read_record("dense", 0, folders["dense"])])
+    assert set(pictures) == {"loss", "languages", "training_flops"}
+
+
+def test_runs_that_do_not_say_how_alike_their_experts_are_have_no_such_figure(folders):
+    record = page.read_record("drop", 0, folders["drop"])
+    del record.result["expert_similarity"]
+    assert figures.experts_by_layer([record]) is None
+
+
+def test_a_run_of_forced_balance_is_always_labelled(tmp_path):
+    run = make_run(tmp_path / "timing", num_experts=4, bits=3.5, router="forced_balance")
+    written = page.write(tmp_path, {"timing": run}, []).read_text()
+    assert written.count("timing (forced balance)") == 2  # in the summary and beside its samples

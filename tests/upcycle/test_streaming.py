@@ -1,0 +1,150 @@
+"""Folder to folder, an expert at a time, gives what the in-memory path gives."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from moe_jax import hf, upcycle
+from moe_jax.hf import folders, tensors
+from moe_jax.upcycle import streaming
+from tests.hf.test_golden import GOLDEN
+
+CASES = [
+    ("llama", "naive", {}),
+    ("llama", "drop", {"ratio": 0.5}),
+    ("llama_bf16", "drop", {"ratio": 0.5, "index_sharing": "per_matrix", "permute_neurons": True}),
+    ("mistral", "drop", {"ratio": 1.0}),
+    ("qwen3", "drop", {"ratio": 0.25}),
+]
+
+
+@pytest.mark.parametrize(("name", "recipe", "parameters"), CASES)
+def test_a_folder_upcycled_in_parts_is_bitwise_what_memory_gives(
+    name, recipe, parameters, tmp_path
+):
+    source, key = folders.Folder(GOLDEN / name), jax.random.key(7)
+    moe = source.config.to_moe(num_experts=3, num_experts_per_tok=2)
+    streaming.upcycle_folder(
+        [source],
+        tmp_path / "streamed",
+        moe,
+        recipe=recipe,
+        key=key,
+        max_shard_bytes=60_000,
+        **parameters,
+    )
+    made = jax.jit(
+        lambda params: upcycle.upcycle(
+            params, source.config, moe, recipe=recipe, key=key, **parameters
+        )
+    )(source.params())
+    hf.save(tmp_path / "whole", moe, made)
+    config, streamed = hf.load(tmp_path / "streamed")
+    _, whole = hf.load(tmp_path / "whole")
+    assert len(list((tmp_path / "streamed").glob("model-*.safetensors"))) > 1
+    jax.tree.map(np.testing.assert_array_equal, streamed, whole)
+    assert config.num_experts == 3
+
+
+def of_mixture(source, **sizes):
+    return dataclasses.replace(source, model_type=None, **sizes)
+
+
+SIMILARITY = np.random.default_rng(0).random((1, 5, 5)) * np.ones((8, 1, 1))
+OTHERS = [
+    (
+        *("llama", "virtual_group+drop", {"scaling": "exact"}, None),
+        lambda c: c.to_moe(
+            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=c.intermediate_size // 2
+        ),
+    ),
+    (
+        *("llama", "branch_train_mix", {}, None),
+        lambda c: c.to_moe(num_experts=4, num_experts_per_tok=2),
+    ),
+    (
+        *("mixtral", "expert_upcycling", {}, None),
+        lambda c: of_mixture(c, num_experts=c.num_experts + 1),
+    ),
+    (
+        *("mixtral", "diversify_merge", {}, {"similarity": SIMILARITY}),
+        lambda c: of_mixture(c, num_experts=2),
+    ),
+    (*("mixtral", "merge_back", {}, None), lambda c: c.to_dense()),
+    # Every second layer is dense, and stored in another dtype than the experts.
+    (*("lola", "merge_back", {}, None), lambda c: c.to_dense()),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "parameters", "statistics", "config_of"),
+    [
+        pytest.param(*case, marks=pytest.mark.long if i in (0, 2) else ())
+        for i, case in enumerate(OTHERS)
+    ],
+)
+def test_several_parents_and_mixtures_stream_bitwise_too(
+    name, recipe, parameters, statistics, config_of, tmp_path
+):
+    sources, key = [folders.Folder(GOLDEN / name)], jax.random.key(7)
+    config = config_of(sources[0].config)
+    if recipe == "branch_train_mix":
+        other = jax.tree.map(lambda w: (w * 1.5).astype(w.dtype), sources[0].params())
+        hf.save(tmp_path / "other", sources[0].config, other)
+        sources.append(folders.Folder(tmp_path / "other"))
+    if name == "lola":
+        params = sources[0].params()
+        params["blocks"]["0"]["mlp"] = tensors.cast(params["blocks"]["0"]["mlp"], "bfloat16")
+        hf.save(tmp_path / "mixed", sources[0].config, params)
+        sources = [folders.Folder(tmp_path / "mixed")]
+    if statistics:
+        L = sources[0].config.num_hidden_layers
+        statistics = {n: x[:L] for n, x in statistics.items()}
+    how = {"recipe": recipe, "key": key, "statistics": statistics, **parameters}
+    streaming.upcycle_folder(sources, tmp_path / "streamed", config, **how)
+    made = jax.jit(lambda parents: upcycle.upcycle(parents, sources[0].config, config, **how))(
+        [source.params() for source in sources]
+    )
+    hf.save(tmp_path / "whole", config, made)
+    loaded, streamed = hf.load(tmp_path / "streamed")
+    jax.tree.map(np.testing.assert_array_equal, streamed, hf.load(tmp_path / "whole")[1])
+    assert loaded.num_experts == config.num_experts
+
+
+def test_parents_stored_in_other_dtypes_are_refused_before_anything_is_written(tmp_path):
+    first = folders.Folder(GOLDEN / "llama")
+    hf.save(tmp_path / "half", first.config, tensors.cast(first.params(), "bfloat16"))
+    moe = first.config.to_moe(num_experts=2, num_experts_per_tok=1)
+    how = {"recipe": "branch_train_mix", "key": jax.random.key(0)}
+    with pytest.raises(ValueError, match=r"/half is not stored in the dtypes of .*/llama; convert"):
+        streaming.upcycle_folder(
+            [first, folders.Folder(tmp_path / "half")], tmp_path / "out", moe, **how
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_has_the_dtype_of_its_leaf(tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = safetensors.numpy.load_file(GOLDEN / "llama" / "model.safetensors")
+    weights[name] = weights[name].astype(np.float16)
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+    shutil.copyfile(GOLDEN / "llama" / "config.json", tmp_path / "config.json")
+    folder = folders.Folder(tmp_path)
+    leaf, part = folder.leaf("blocks/0/mlp/up"), folder.part("blocks/0/mlp/up", (1,))
+    assert leaf.dtype == part.dtype == np.float32
+    np.testing.assert_array_equal(leaf[1], part)
+
+
+def test_nothing_is_left_of_a_conversion_that_fails(tmp_path, monkeypatch):
+    source = folders.Folder(GOLDEN / "llama")
+    moe = source.config.to_moe(num_experts=2, num_experts_per_tok=1)
+    monkeypatch.setattr(folders.Folder, "part", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        streaming.upcycle_folder(
+            [source], tmp_path / "out", moe, recipe="naive", key=jax.random.key(0)
+        )
+    assert not list(tmp_path.iterdir())
