@@ -35,7 +35,8 @@ def test_every_package_is_installed_and_every_script_explains_itself():
     folders = {path.parent for path in (ROOT / "moe_jax").rglob("*.py")}
     assert all((folder / "__init__.py").exists() for folder in folders)
     for script in sorted((ROOT / "scripts").glob("*.py")):
-        assert "Examples:\n  python scripts/" + script.name in script.read_text(), script
+        command = ROOT / "moe_jax" / "commands" / script.name
+        assert "Examples:\n  python scripts/" + script.name in command.read_text(), script
 
 
 def test_the_readmes_table_of_recipes_is_that_of_the_code():

@@ -15,7 +15,7 @@ import tqdm
 
 from moe_jax.model import attention, layers, moe, transformer
 from moe_jax.model.config import MOE, ModelConfig
-from moe_jax.model.layout import places
+from moe_jax.model.layout import slots
 from moe_jax.ops import cross_entropy
 from moe_jax.upcycle import experts, plan
 
@@ -247,7 +247,7 @@ def _inner_weights(ffn: dict) -> np.ndarray:
 
 def _rows(params: dict, config: ModelConfig) -> Iterator[tuple[int, dict]]:
     """Each layer's block."""
-    for layer, (place, row) in enumerate(places(config.block_kinds)):
+    for layer, (place, row) in enumerate(slots(config.block_kinds)):
         yield layer, jax.tree.map(lambda w, row=row: w[row], params["blocks"][place])
 
 

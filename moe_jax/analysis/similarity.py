@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.model.config import MOE, ModelConfig
-from moe_jax.model.layout import places
+from moe_jax.model.layout import slots
 from moe_jax.upcycle.experts import MATRICES, NEURON_AXIS
 
 TINY = 1e-15  # the norm that zeros are given; its square is not 0 in float32
@@ -191,7 +191,7 @@ def sparse_layers(config: ModelConfig) -> list[int]:
 
 def _of_layer(params: dict, config: ModelConfig, layer: int, *path: str) -> dict:
     """The arrays at `path` of one layer's block, cut from their stacks."""
-    place, row = places(config.block_kinds)[layer]
+    place, row = slots(config.block_kinds)[layer]
     stacks = functools.reduce(dict.__getitem__, path, params["blocks"][place])
     return jax.tree.map(lambda stack: stack[row], stacks)
 

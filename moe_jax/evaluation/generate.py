@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax import model
 from moe_jax.model import transformer
-from moe_jax.model.layout import segments
+from moe_jax.model.layout import layer_groups
 
 
 def generate(
@@ -110,9 +110,9 @@ def _empty(config: model.ModelConfig, B: int, S: int) -> dict:
     E = config.num_attention_experts
     shape = (*((E,) if E else ()), B, S, config.num_kv_heads, config.head_size)
     return {
-        place: {n: jnp.zeros((len(layers), *shape), config.dtype) for n in ("k", "v")}
-        for segment in segments(config.block_kinds)
-        for place, layers in segment.layers.items()
+        slot: {n: jnp.zeros((len(layers), *shape), config.dtype) for n in ("k", "v")}
+        for group in layer_groups(config.block_kinds)
+        for slot, layers in group.layers.items()
     }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from moe_jax import tree
 from moe_jax.hf import configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
-from moe_jax.model.layout import places
+from moe_jax.model.layout import slots
 
 
 def is_folder(path: str | pathlib.Path) -> bool:
@@ -92,7 +92,7 @@ class Folder:
 
     def feed_forward(self, layer: int, inner: str) -> dict[str, np.ndarray]:
         """The matrices at "moe/experts" [E, …] or "mlp" of one layer, by name."""
-        place, row = places(self.config.block_kinds)[layer]
+        place, row = slots(self.config.block_kinds)[layer]
         prefix = f"blocks/{place}/{inner}/"
         names = [p.removeprefix(prefix) for p in self.slots if p.startswith(prefix)]
         rows = slice(row, row + 1)

@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax import model, tree
 from moe_jax.hf import safetensors
 from moe_jax.hf.families import IGNORED, Entry, Family, Table
-from moe_jax.model.layout import segments
+from moe_jax.model.layout import layer_groups
 
 
 class MismatchError(ValueError):
@@ -55,8 +55,8 @@ def slots(config: model.ModelConfig, table: Table) -> Iterator[Slot]:
     """All of a model, first what belongs to no layer, then layer by layer, expert by expert."""
     layers_of = {
         place: layers
-        for segment in segments(config.block_kinds)
-        for place, layers in segment.layers.items()
+        for group in layer_groups(config.block_kinds)
+        for place, layers in group.layers.items()
     }
     in_layers = []
     for path, shape in shapes(config).items():

@@ -6,11 +6,11 @@ from collections.abc import Hashable
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
+class LayerGroup:
     """A pattern of layer kinds that repeats; its parameters are stacked and scanned.
 
-    `layers[place]` are the indices of the layers that stand at that place of the pattern, one for
-    each repeat. Places are keyed "0", "1", … through all segments of a model.
+    `layers[slot]` are the indices of the layers that stand at that slot of the pattern, one for
+    each repeat. Slots are keyed "0", "1", … through all layer groups of a model.
     """
 
     kinds: dict[str, Hashable]
@@ -22,12 +22,12 @@ class Segment:
 
 
 @functools.lru_cache
-def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
-    """Cuts a model's layers into the segments that trace the fewest blocks.
+def layer_groups(kinds: tuple[Hashable, ...]) -> tuple[LayerGroup, ...]:
+    """Cuts a model's layers into the layer groups that trace the fewest blocks.
 
-    A leading dense layer becomes a segment of its own, LOLA's alternation one of two places.
+    A leading dense layer becomes a layer group of its own, LOLA's alternation one of two slots.
     """
-    # best[i] = (blocks traced, segments used, cuts) for the layers from i on.
+    # best[i] = (blocks traced, layer groups used, cuts) for the layers from i on.
     best = {len(kinds): (0, 0, ())}
     for i in reversed(range(len(kinds))):
         options = []
@@ -38,26 +38,26 @@ def segments(kinds: tuple[Hashable, ...]) -> tuple[Segment, ...]:
                 blocks, used, cuts = best[end]
                 options.append((blocks + period, used + 1, ((i, period, end), *cuts)))
         best[i] = min(options)
-    found, place = [], 0
+    found, slot = [], 0
     for start, period, end in best[0][2]:
-        names = {str(place + j): start + j for j in range(period)}
+        names = {str(slot + j): start + j for j in range(period)}
         found.append(
-            Segment(
+            LayerGroup(
                 kinds={name: kinds[first] for name, first in names.items()},
                 layers={name: tuple(range(first, end, period)) for name, first in names.items()},
             )
         )
-        place += period
+        slot += period
     return tuple(found)
 
 
 @functools.lru_cache
-def places(kinds: tuple[Hashable, ...]) -> tuple[tuple[str, int], ...]:
-    """For each layer its place, and its row in that place's stack."""
+def slots(kinds: tuple[Hashable, ...]) -> tuple[tuple[str, int], ...]:
+    """For each layer its slot, and its row in that slot's stack."""
     found = {
-        layer: (place, row)
-        for segment in segments(kinds)
-        for place, layers in segment.layers.items()
+        layer: (slot, row)
+        for group in layer_groups(kinds)
+        for slot, layers in group.layers.items()
         for row, layer in enumerate(layers)
     }
     return tuple(found[layer] for layer in range(len(kinds)))

@@ -11,7 +11,7 @@ from flax import struct
 from moe_jax import tree
 from moe_jax.model import attention, layers, moe, remat, router
 from moe_jax.model.config import DENSE, MOE, BlockKind, ModelConfig
-from moe_jax.model.layout import Segment, segments
+from moe_jax.model.layout import LayerGroup, layer_groups
 from moe_jax.ops import implementations
 from moe_jax.parallel import sharding
 
@@ -141,11 +141,11 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
     return {
         **shell.init(key_shell)["params"],
         "blocks": {
-            place: jax.lax.map(
-                functools.partial(layer_params, segment.kinds[place]), jnp.array(indices)
+            slot: jax.lax.map(
+                functools.partial(layer_params, group.kinds[slot]), jnp.array(indices)
             )
-            for segment in segments(config.block_kinds)
-            for place, indices in segment.layers.items()
+            for group in layer_groups(config.block_kinds)
+            for slot, indices in group.layers.items()
         },
     }
 
@@ -247,25 +247,25 @@ def run_blocks(
     return_routing: bool = False,
     cache: dict | None = None,
 ) -> tuple[jax.Array, router.RouterStats | None, dict]:
-    """`hidden_states` with `cache`, place -> stacks [L, B, S, K, H] of keys and values, as it is
+    """`hidden_states` with `cache`, slot -> stacks [L, B, S, K, H] of keys and values, as it is
     before these positions, and then as it is after them."""
     x_BTD = embedded(params["embed"]["tokens"], tokens_BT).astype(config.dtype)
     if config.position_embedding == "learned":
         x_BTD += params["embed"]["positions"][shared.positions_BT].astype(config.dtype)
     x_BTD = sharding.constrain_batch(x_BTD)
     stats_of_layers, order, caches = [], [], {}
-    for segment in segments(config.block_kinds):
-        per_layer = {place: {"index": jnp.array(ls)} for place, ls in segment.layers.items()}
+    for group in layer_groups(config.block_kinds):
+        per_layer = {slot: {"index": jnp.array(ls)} for slot, ls in group.layers.items()}
         if cache is not None:
-            per_layer = {place: {**x, "cache": cache[place]} for place, x in per_layer.items()}
-        blocks = {place: params["blocks"][place] for place in segment.kinds}
-        step = functools.partial(_segment_step, segment, config, return_routing, shared)
+            per_layer = {slot: {**x, "cache": cache[slot]} for slot, x in per_layer.items()}
+        blocks = {slot: params["blocks"][slot] for slot in group.kinds}
+        step = functools.partial(_group_step, group, config, return_routing, shared)
         step = remat.checkpointed(step, config.remat)
         unroll = 1 if cache else _layers_at_once(config)
         x_BTD, (stats, new) = jax.lax.scan(step, x_BTD, (blocks, per_layer), unroll=unroll)
         caches |= new
         stats_of_layers += stats.values()
-        order += [layer for place in stats for layer in segment.layers[place]]
+        order += [layer for slot in stats for layer in group.layers[slot]]
     x_BTD = layers.norm(x_BTD, params["final_norm"], config)
     if not order:
         return x_BTD, None, caches
@@ -288,14 +288,14 @@ def _layers_at_once(config: ModelConfig) -> int | bool:
     return {"cpu": 4, "gpu": True}.get(implementations.platform(), 1)
 
 
-def _segment_step(segment: Segment, config, return_routing, shared, x_BTD, scanned):
+def _group_step(group: LayerGroup, config, return_routing, shared, x_BTD, scanned):
     blocks, per_layer = scanned
     stats, caches = {}, {}
-    for place, kind in segment.kinds.items():
+    for slot, kind in group.kinds.items():
         block = Block(config, kind, return_routing)
-        x_BTD, (layer_stats, caches[place]) = block.apply(
-            {"params": blocks[place]}, x_BTD, per_layer[place], shared
+        x_BTD, (layer_stats, caches[slot]) = block.apply(
+            {"params": blocks[slot]}, x_BTD, per_layer[slot], shared
         )
         if kind.feed_forward == MOE:
-            stats[place] = layer_stats
+            stats[slot] = layer_stats
     return x_BTD, (stats, caches)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from moe_jax import model, tree
 from moe_jax.model import router
 from moe_jax.model.config import MOE
-from moe_jax.model.layout import segments
+from moe_jax.model.layout import layer_groups
 
 BIAS = re.compile(r"blocks/(\w+)/moe/router/bias")
 
@@ -69,7 +69,7 @@ def with_updated_biases(
     drifting off.
     """
     sparse = [layer for layer, kind in enumerate(config.layer_kinds) if kind == MOE]
-    layers = {p: ls for segment in segments(config.block_kinds) for p, ls in segment.layers.items()}
+    layers = {p: ls for group in layer_groups(config.block_kinds) for p, ls in group.layers.items()}
 
     def updated(name, leaf):
         match = BIAS.fullmatch(name)

@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax import model
 from moe_jax.hf import folders, tensors, writing
 from moe_jax.model.config import MOE
-from moe_jax.model.layout import places
+from moe_jax.model.layout import slots
 from moe_jax.upcycle import mixing, plan, recipes, router_init
 from moe_jax.upcycle import transform as upcycling
 
@@ -73,8 +73,8 @@ class _Maker:
     def __init__(self, sources: Sequence[folders.Folder], made: plan.Plan, key: jax.Array):
         self.sources, self.made, self.key = sources, made, key
         self.from_mixture = made.recipe.takes == recipes.MIXTURE
-        self.layer_of = {at: layer for layer, at in enumerate(places(made.config.block_kinds))}
-        self.row_of = places(made.source.block_kinds)
+        self.layer_of = {at: layer for layer, at in enumerate(slots(made.config.block_kinds))}
+        self.row_of = slots(made.source.block_kinds)
         self._make_expert = jax.jit(functools.partial(upcycling.make_experts, made=made))
         self._mix = jax.jit(mixing.mix)
         self._fresh_router = jax.jit(

@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax import tree
 from moe_jax.model.config import MOE, ModelConfig
-from moe_jax.model.layout import places, segments
+from moe_jax.model.layout import layer_groups, slots
 from moe_jax.parallel import sharding
 from moe_jax.upcycle import experts, mixing, plan, recipes, router_init
 
@@ -65,8 +65,8 @@ def _blocks(parents, made, key) -> dict:
     # Of a mixture first by its own places: a dense result has its dense and sparse layers in one.
     own = made.source if made.recipe.takes == recipes.MIXTURE else made.config
     blocks = {}
-    for segment in segments(own.block_kinds):
-        for place, layers in segment.layers.items():
+    for group in layer_groups(own.block_kinds):
+        for place, layers in group.layers.items():
             owns = [blocks_of(p, made.source, layers) for p in parents]
             feed_forward = "moe" if "moe" in owns[0] else "mlp"
             ffns = [own.pop(feed_forward) for own in owns]
@@ -75,7 +75,7 @@ def _blocks(parents, made, key) -> dict:
                 block["attention"] = attention_experts(
                     [own["attention"] for own in owns], layers, made, key
                 )
-            sparse = segment.kinds[place].feed_forward == MOE
+            sparse = group.kinds[place].feed_forward == MOE
             if feed_forward == "moe":
                 block |= _of_mixture(ffns[0], layers, made, key)
             elif sparse:
@@ -85,22 +85,22 @@ def _blocks(parents, made, key) -> dict:
             blocks[place] = block
     return {
         place: blocks_of({"blocks": blocks}, own, layers)
-        for segment in segments(made.config.block_kinds)
-        for place, layers in segment.layers.items()
+        for group in layer_groups(made.config.block_kinds)
+        for place, layers in group.layers.items()
     }
 
 
 def blocks_of(params: dict, config: ModelConfig, layers: tuple[int, ...]) -> dict:
     """The blocks of some layers, which are of one kind, stacked in this order."""
-    places_of = [places(config.block_kinds)[layer] for layer in layers]
+    slots_of = [slots(config.block_kinds)[layer] for layer in layers]
     blocks = params["blocks"]
-    if len({place for place, _ in places_of}) > 1:
+    if len({place for place, _ in slots_of}) > 1:
         of_layers = [
-            jax.tree.map(lambda w, row=row: w[row], blocks[place]) for place, row in places_of
+            jax.tree.map(lambda w, row=row: w[row], blocks[place]) for place, row in slots_of
         ]
         return jax.tree.map(lambda *ws: jnp.stack(ws), *of_layers)
-    index = tuple(row for _, row in places_of)
-    stacked = blocks[places_of[0][0]]
+    index = tuple(row for _, row in slots_of)
+    stacked = blocks[slots_of[0][0]]
     number = jax.tree.leaves(stacked)[0].shape[0]
     if index == tuple(range(number)):
         return dict(stacked)

@@ -6,7 +6,7 @@ import pytest
 
 from moe_jax import model
 from moe_jax.model.config import DENSE, MOE
-from moe_jax.model.layout import segments
+from moe_jax.model.layout import layer_groups
 
 TINY = model.ModelConfig(
     vocab_size=64,
@@ -28,15 +28,15 @@ TINY = model.ModelConfig(
     ],
 )
 def test_layers_are_grouped_into_the_fewest_traced_blocks(kinds, patterns):
-    found = segments(kinds)
+    found = layer_groups(kinds)
     assert [(tuple(s.kinds.values()), s.repeats) for s in found] == patterns
 
 
-def test_places_are_keyed_through_all_segments_and_hold_every_layer_once():
+def test_slots_are_keyed_through_all_layer_groups_and_hold_every_layer_once():
     kinds = (DENSE, MOE, DENSE, MOE, MOE, MOE)
-    found = segments(kinds)
-    places = [place for s in found for place in s.kinds]
-    assert places == [str(i) for i in range(len(places))]
+    found = layer_groups(kinds)
+    keys = [slot for group in found for slot in group.kinds]
+    assert keys == [str(i) for i in range(len(keys))]
     of_layer = {layer: s.kinds[p] for s in found for p, ls in s.layers.items() for layer in ls}
     assert tuple(of_layer[i] for i in range(len(kinds))) == kinds
 

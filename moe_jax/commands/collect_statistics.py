@@ -1,0 +1,85 @@
+"""Measures on a text what some upcycling recipes need to know of their parent.
+
+Examples:
+  python scripts/collect_statistics.py --source=runs/quickstart/dense --text=corpus.txt \\
+      --num_experts=8 --neurons=gradient --output=dense.npz
+  python scripts/collect_statistics.py --source=path/to/moe --text=corpus.txt --output=moe.npz
+  python scripts/upcycle.py --source=path/to/moe --recipe=prune --num_experts=4 \\
+      --statistics=moe.npz --output=path/to/pruned
+
+A dense model is pruned to its most important neurons by --num_experts=1 --neurons=gradient
+--num_neurons=N, then scripts/upcycle.py with --recipe=llama_moe --recipe.partition=statistics
+--num_experts=1 --num_experts_per_tok=1 --model.moe_intermediate_size=N, then --recipe=merge_back.
+
+Of a dense model: `centroids` of each layer's inputs (for --router=centroids) and which `neurons`
+each of --num_experts experts gets (for --recipe=llama_moe --recipe.partition=statistics). Of a
+mixture: `load`, `similarity` and `utility` of its experts (for prune, diversify_merge,
+expert_upcycling). The source is a Hugging Face folder or a run's workdir, held in memory whole.
+"""
+
+import pathlib
+
+import numpy as np
+
+from moe_jax import command_line, init
+from moe_jax.analysis import parent_statistics
+from moe_jax.config import ConfigError
+from moe_jax.data import tokenizers
+from moe_jax.parallel import mesh
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--source", required=True, type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--text", required=True, type=pathlib.Path, help="a text file")
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="a file to be written")
+    parser.add_argument("--tokenizer", help="instead of the model's own")
+    parser.add_argument("--num_batches", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument("--num_experts", type=int, default=8, help="to be made of a dense model")
+    parser.add_argument(
+        "--neurons", default="weights", choices=("weights", "activations", "gradient")
+    )
+    parser.add_argument("--num_neurons", type=int, help="of each expert, with gradient")
+    arguments = parser.parse_args()
+    try:
+        run(arguments)
+    except (ValueError, ConfigError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    print(f"done: {arguments.output}")
+
+
+def run(arguments) -> None:
+    config, params = init.load(arguments.source, mesh.one_device())
+    tokenizer = tokenizers.load(arguments.tokenizer or init.tokenizer_of(arguments.source))
+    tokens_NBT = batches_of(arguments, tokenizer)
+    if config.num_experts:
+        found = parent_statistics.of_mixture(params, config, tokens_NBT)
+    else:
+        found = parent_statistics.of_dense(
+            params,
+            config,
+            tokens_NBT,
+            num_experts=arguments.num_experts,
+            neurons=arguments.neurons,
+            num_neurons=arguments.num_neurons,
+        )
+    with open(arguments.output, "wb") as file:
+        np.savez(file, **found)
+
+
+def batches_of(arguments, tokenizer) -> np.ndarray:
+    """[N, B, T] from the beginning of the text."""
+    shape = (arguments.num_batches, arguments.batch_size, arguments.sequence_length)
+    if min(shape) < 1 or arguments.num_experts < 1:
+        raise ValueError(
+            "--num_batches, --batch_size, --sequence_length, --num_experts: at least 1"
+        )
+    ids = np.asarray(tokenizer.encode(arguments.text.read_text(encoding="utf-8")), np.int32)
+    if ids.size < np.prod(shape):
+        raise ValueError(
+            f"{arguments.text} has {ids.size} tokens, not the {np.prod(shape)} of {shape[0]} "
+            f"batches; give more text or lower --num_batches"
+        )
+    return ids[: np.prod(shape)].reshape(shape)

@@ -1,0 +1,66 @@
+"""Converts a model between Hugging Face folders and runs' checkpoints.
+
+Examples:
+  python scripts/convert.py --source=runs/quickstart/drop_0.5 --output=path/to/folder --to=hf
+  python scripts/convert.py --source=path/to/folder --output=path/to/copy --to=hf --dtype=bfloat16
+  python scripts/convert.py --source=path/to/folder --output=runs/imported --to=orbax
+  python scripts/convert.py --source=runs/lola --output=path/to/lola --to=hf --dropless
+
+The source is a Hugging Face folder or a run's workdir. From folder to folder tensors are read and
+written one at a time; a checkpoint is verified before it is used, and so held in memory whole. The
+output appears when it is whole.
+"""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from moe_jax import command_line, init
+from moe_jax.config import ConfigError
+from moe_jax.hf import folders, tensors, writing
+from moe_jax.parallel import mesh
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--source", required=True, type=pathlib.Path)
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="must not exist")
+    parser.add_argument("--to", required=True, choices=("hf", "orbax"))
+    parser.add_argument(
+        "--dropless",
+        action="store_true",
+        help="for a model trained with a capacity: written as one that drops no token",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the output; as the source if not given")
+    arguments = parser.parse_args()
+    try:
+        run(arguments)
+    except (ValueError, ConfigError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    print(f"done: {arguments.output}")
+
+
+def run(arguments) -> None:
+    if arguments.to == "hf" and folders.is_folder(arguments.source):
+        source = folders.Folder(arguments.source)
+        dtypes = {
+            path: np.dtype(arguments.dtype or dtype) for path, dtype in source.dtypes().items()
+        }
+        writing.write(
+            arguments.output,
+            source.config,
+            dtypes,
+            lambda slot: source.part(slot.path, slot.row).astype(dtypes[slot.path], copy=False),
+            source=source.path,
+            progress=True,
+        )
+        return
+    config, params = init.load(arguments.source, mesh.one_device())
+    if arguments.dropless:
+        config = dataclasses.replace(config, dispatch="dropless")
+    if arguments.dtype:
+        params = tensors.cast(params, arguments.dtype)
+    init.save_as(arguments.to, arguments.output, config, params, source=arguments.source)

@@ -1,0 +1,37 @@
+"""Checks every implementation of every op on this machine against the reference.
+
+Examples:
+  python scripts/doctor.py
+  python scripts/doctor.py --json
+
+Value and gradients on a small, ragged case. "auto" is what a training run would take. Exit status:
+0 if all that can run here are right, 1 otherwise.
+"""
+
+import dataclasses
+import json
+import platform
+import sys
+
+import jax
+
+from moe_jax import command_line
+from moe_jax.ops import verify
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--json", action="store_true", help="print a list of rows, no table")
+    arguments = parser.parse_args()
+    found = []
+    if not arguments.json:
+        device = jax.devices()[0].device_kind
+        print(f"Python {platform.python_version()}, jax {jax.__version__}, {device}")
+    for check in verify.checks():
+        found.append(check)
+        if not arguments.json:
+            row = (check.op, check.implementation, check.status, check.detail)
+            print("{:15} {:12} {:9} {}".format(*row), flush=True)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(check) for check in found], indent=1))
+    sys.exit(any(check.status in ("wrong", "fails") for check in found))

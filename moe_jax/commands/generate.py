@@ -1,0 +1,64 @@
+"""Continues prompts with a model.
+
+Examples:
+  python scripts/generate.py --checkpoint=runs/quickstart/dense --prompt="To insert a table, "
+  python scripts/generate.py --checkpoint=path/to/folder --prompt="The capital of France is" \\
+      --prompt="Water boils at" --num_tokens=32 --temperature=0.7 --top_p=0.9
+
+The checkpoint is a Hugging Face folder (with its tokenizer.json or tokenizer.model) or a run's
+workdir. Temperature 0, the default, takes the likeliest token each time.
+"""
+
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from moe_jax import command_line, config, init
+from moe_jax.data import tokenizers
+from moe_jax.evaluation import generate
+from moe_jax.parallel import mesh
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--prompt", required=True, action="append", help="may be given repeatedly")
+    parser.add_argument("--num_tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=command_line.seed, default=0)
+    parser.add_argument("--tokenizer", help="instead of the model's own")
+    arguments = parser.parse_args()
+    in_range = 0 <= arguments.temperature < math.inf and 0 < arguments.top_p <= 1
+    if arguments.num_tokens < 1 or not in_range:
+        parser.error("--num_tokens is at least 1, --temperature at least 0, --top_p above 0 to 1")
+    try:
+        for text in run(arguments):
+            print(text)
+    except (ValueError, config.ConfigError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+def run(arguments) -> list[str]:
+    model_config, params = init.load(arguments.checkpoint, mesh.one_device())
+    tokenizer = tokenizers.load(arguments.tokenizer or init.tokenizer_of(arguments.checkpoint))
+    prompts = [tokenizer.prompt(text) for text in arguments.prompt]
+    continuations = generate.generate(
+        params,
+        model_config,
+        prompts,
+        num_tokens=arguments.num_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        key=jax.random.key(arguments.seed),
+    )
+    return [
+        tokenizer.decode(np.concatenate([prompt, ids[: _end(ids, tokenizer.eos_id)]]))
+        for prompt, ids in zip(prompts, continuations, strict=True)
+    ]
+
+
+def _end(ids: np.ndarray, eos_id: int) -> int:
+    return int(np.argmax(ids == eos_id)) if (ids == eos_id).any() else len(ids)

@@ -1,0 +1,76 @@
+"""Runs all experiments of one config file and reports on them.
+
+Examples:
+  python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart
+  python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart --list
+
+The file has get_config() and get_sweep(), a list of {"name", "overrides", "after"}. Each run is a
+process (scripts/train.py) in <workdir>/<name>-<id>, the id a hash of its config. Run the same
+command again to go on: finished runs are skipped, broken ones resumed. Writes results.csv,
+report.html and figures/*.png into the workdir.
+
+Exit status: 0 all runs are done, 1 some are not, 2 a mistake in the config, 75 stopped by SIGTERM
+or Ctrl-C (run again to go on).
+"""
+
+import pathlib
+import shlex
+import sys
+
+from moe_jax import command_line, config, sweep
+from moe_jax.report import page
+
+TRAIN = str(pathlib.Path(__file__).parents[2] / "scripts" / "train.py")
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:ARG]",
+        required=True,
+        help="a Python file with get_config() and get_sweep(); changes go into the file",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        required=True,
+        type=pathlib.Path,
+        help="where the runs, results.csv and report.html are kept",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the runs and their commands only"
+    )
+    parser.add_argument(
+        "--launcher", choices=["local"], default="local", help="where runs run (local)"
+    )
+    parser.add_argument(
+        "--max_parallel", metavar="N", type=int, default=1, help="runs at a time (1)"
+    )
+    arguments = parser.parse_args()
+    train_script = TRAIN
+    if pathlib.Path(TRAIN).is_relative_to(pathlib.Path.cwd()):
+        train_script = str(pathlib.Path(TRAIN).relative_to(pathlib.Path.cwd()))
+    try:
+        if arguments.max_parallel < 1:
+            raise config.ConfigError(f"--max_parallel={arguments.max_parallel} must be at least 1")
+        runs = sweep.read(arguments.config, arguments.workdir)
+    except config.ConfigError as error:
+        parser.error(str(error))
+    if arguments.list:
+        print(sweep.listing(runs, train_script))
+        return
+    arguments.workdir.mkdir(parents=True, exist_ok=True)
+    status = sweep.execute(
+        runs, train_script, arguments.workdir, max_parallel=arguments.max_parallel
+    )
+    finished = [run for run in runs if status[run.name] == sweep.DONE]
+    if finished:
+        commands = [
+            shlex.join(["python", *sys.argv]),
+            *(shlex.join(run.command(train_script)) for run in runs),
+        ]
+        folders = {run.name: run.workdir if run in finished else None for run in runs}
+        written = page.write(arguments.workdir, folders, commands)
+        print(f"report: {written}")
+    raise SystemExit(0 if len(finished) == len(runs) else 1)

@@ -1,0 +1,72 @@
+"""Trains a SentencePiece BPE tokenizer on the training split of a text.
+
+Examples:
+  python scripts/train_tokenizer.py --output=embedded.model
+  python scripts/train_tokenizer.py --source=path/to/folder --vocab_size=8192 --output=mine.model
+
+The held-out documents (of a path, the default share of config.data.validation_fraction) are
+not trained on; they tell the bytes per token. Every text comes back from its ids as it was.
+
+Exit status: 0 done, 2 a mistake on the command line or in the text.
+"""
+
+import pathlib
+import shlex
+from collections.abc import Iterator
+
+import tqdm
+
+from moe_jax import command_line, config
+from moe_jax.data import pipeline, sources, tokenizers
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument(
+        "--source", default="embedded", help='"embedded", "tfds:NAME", or a path or glob'
+    )
+    parser.add_argument("--vocab_size", default=4096, type=int, metavar="N", help="pieces (4096)")
+    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="FILE.model")
+    arguments = parser.parse_args()
+    try:
+        bytes_per_token = train(arguments.source, arguments.vocab_size, arguments.output)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(
+        f"{arguments.output}: {arguments.vocab_size} pieces, {bytes_per_token:.2f} bytes/token of "
+        f"held-out text; use --config.data.tokenizer={shlex.quote(str(arguments.output))} "
+        f"--config.model.vocab_size={arguments.vocab_size}"
+    )
+
+
+def train(source: str, vocab_size: int, output: pathlib.Path) -> float:
+    """Writes the model; returns the bytes of held-out text per predicted token, nan without any.
+
+    Raises: ValueError, OSError.
+    """
+    if not output.parent.is_dir():
+        raise ValueError(f"--output={output}: no folder {output.parent}; make it first")
+    if output.is_dir():
+        raise ValueError(f"--output={output} is a folder; give a file, for example FILE.model")
+    sources.check(source)
+    # Read first: a mistake in the text shows before the long part.
+    held_out = list(_texts(source, sources.VALIDATION))
+    tokenizers.train_bpe(_texts(source, sources.TRAIN), vocab_size, output)
+    tokenizer = tokenizers.load(str(output))
+    # One more of each text: its end is predicted too.
+    num_tokens = sum(len(tokenizer.encode(text)) + 1 for text in held_out)
+    num_bytes = sum(len(text.encode()) for text in held_out)
+    return num_bytes / num_tokens if num_tokens else float("nan")
+
+
+def _texts(source: str, split: str) -> Iterator[str]:
+    documents = sources.documents(
+        source,
+        split,
+        validation_fraction=config.default().data.validation_fraction,
+        data_dir=pipeline.cache_folder("") / "tfds",
+    )
+    for document in tqdm.tqdm(
+        documents, f"reading {split}", unit=" documents", disable=None, delay=5
+    ):
+        yield document.text

@@ -1,0 +1,163 @@
+"""Makes a Mixture-of-Experts model of a trained dense one, or of several, or of another mixture.
+
+Examples:
+  python scripts/upcycle.py --source=path/to/dense --output=path/to/moe --recipe=drop \\
+      --num_experts=8 --num_experts_per_tok=2 --recipe.ratio=0.5
+  python scripts/upcycle.py --source=path/to/base,path/to/math --output=path/to/moe \\
+      --recipe=branch_train_mix --num_experts=2 --num_experts_per_tok=1
+  python scripts/upcycle.py --source=path/to/dense --output=runs/fine --to=orbax \\
+      --recipe=virtual_group --granularity=4 --num_experts=16 --num_experts_per_tok=4
+  python scripts/upcycle.py --source=path/to/moe --output=path/to/dense --recipe=merge_back
+
+A source is a Hugging Face folder (config.json and safetensors; read and written an expert at a
+time, so that it need not fit into memory) or a run's workdir. The output is a Hugging Face folder,
+with the source's tokenizer, or with --to=orbax a run's workdir; it appears when it is whole.
+--model.NAME=VALUE sets what else the new model's config has of its own, such as
+--model.norm_topk_prob=false. The recipes, their parameters (--recipe.NAME=VALUE) and what each
+keeps are a table in README.md.
+"""
+
+import pathlib
+
+import jax
+
+from moe_jax import command_line, init, tree, upcycle
+from moe_jax.analysis import parent_statistics, similarity
+from moe_jax.config import ConfigError, model_fields
+from moe_jax.hf import folders
+from moe_jax.parallel import mesh
+from moe_jax.upcycle import plan, recipes, router_init, streaming
+
+# Fields of the new model that its kind or another option decides, and what to do instead.
+OF_KIND = {"model_type": "the family is one that can hold the model; leave it out"}
+DECIDED = {
+    recipes.MIXTURE: OF_KIND
+    | {name: f"use --{name}" for name in ("num_experts", "num_experts_per_tok")},
+    recipes.DENSE: OF_KIND
+    | {
+        name: "the recipe makes a dense model as wide as an expert; leave it out"
+        for name in "intermediate_size moe_intermediate_size num_experts num_expert_groups "
+        "layers".split()
+    },
+}
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument(
+        "--source", required=True, metavar="DIR[,DIR…]", help="the parent or parents"
+    )
+    parser.add_argument("--output", required=True, type=pathlib.Path, help="must not exist")
+    parser.add_argument("--to", default="hf", choices=("hf", "orbax"))
+    parser.add_argument("--recipe", default="drop", choices=recipes.RECIPES)
+    parser.add_argument("--num_experts", type=int, default=8)
+    parser.add_argument("--num_experts_per_tok", type=int, default=2)
+    parser.add_argument("--granularity", type=int, default=1, help="experts to one feed-forward")
+    initialisers = (*router_init.ROUTER_INITIALISERS, router_init.COPIED)
+    parser.add_argument(
+        "--router", default="", choices=initialisers, help="the recipe's by default"
+    )
+    parser.add_argument("--statistics", help="a file of scripts/collect_statistics.py")
+    parser.add_argument("--seed", type=command_line.seed, default=0)
+    parser.add_argument("--recipe.NAME", metavar="VALUE", help="a parameter of the recipe")
+    parser.add_argument("--model.NAME", metavar="VALUE", help="a field of the new model's config")
+    arguments, others = parser.parse_known_args()
+    of_model = [argument for argument in others if argument.startswith("--model.")]
+    of_recipe = [argument for argument in others if argument not in of_model]
+    try:
+        rows = run(arguments, model_fields(of_model), recipes.parse(arguments.recipe, of_recipe))
+    except (ValueError, ConfigError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    print(f"done: {arguments.output} (peak memory {command_line.peak_memory()})")
+    if rows:
+        print(similarity.legend(rows), similarity.table(rows), sep="\n")
+
+
+def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
+    """Returns how alike the experts are that were made, in some of the layers."""
+    method = {
+        "recipe": arguments.recipe,
+        "router": arguments.router,
+        "statistics": parent_statistics.load(arguments.statistics)
+        if arguments.statistics
+        else None,
+    }
+    key = tree.fold_in(jax.random.key(arguments.seed), "upcycle")
+    how = {**method, "key": key, **parameters}
+    paths = sources_of(arguments)
+
+    def say_start(source, config):
+        made = plan.make(source, config, **method, num_parents=len(paths), parameters=parameters)
+        print(f"step 0: {made.at_start}", flush=True)
+
+    if arguments.to == "hf" and all(folders.is_folder(path) for path in paths):
+        sources = [folders.Folder(path) for path in paths]
+        config = config_of(sources[0].config, arguments, fields)
+        say_start(sources[0].config, config)
+        streaming.upcycle_folder(sources, arguments.output, config, progress=True, **how)
+        return of_folder(folders.Folder(arguments.output), sources)
+    source_config, parents = init.load_alike(paths, mesh.one_device())
+    config = config_of(source_config, arguments, fields)
+    say_start(source_config, config)
+    made = jax.jit(lambda p: upcycle.upcycle(p, source_config, config, **how))(parents)
+    init.save_as(arguments.to, arguments.output, config, made, source=paths[0])
+    if config.num_experts < 2:
+        return []
+    dense = len(parents) == 1 and not source_config.num_experts
+    return similarity.experts(made, config, *((parents[0], source_config) if dense else ()))
+
+
+def sources_of(arguments) -> list[pathlib.Path]:
+    """Raises: ValueError for none, or an output inside one."""
+    parts = [part.strip() for part in arguments.source.split(",")]
+    paths = [pathlib.Path(part) for part in parts if part]
+    if not paths:
+        raise ValueError(f"--source={arguments.source} names no parent; give its folder")
+    for path in paths:
+        if arguments.output.resolve().is_relative_to(path.resolve()):
+            raise ValueError(
+                f"--output={arguments.output} lies in the source {path}; choose one outside"
+            )
+    return paths
+
+
+def of_folder(made: folders.Folder, sources: list[folders.Folder]) -> list[similarity.Experts]:
+    """Of the first, the middle and the last sparse layer: one of them is in memory at a time."""
+    layers = similarity.sparse_layers(made.config)
+    if made.config.num_experts < 2:
+        return []
+    dense = len(sources) == 1 and not sources[0].config.num_experts
+    return [
+        similarity.of_layer(
+            layer,
+            made.feed_forward(layer, "moe/experts"),
+            sources[0].feed_forward(layer, "mlp") if dense else None,
+        )
+        for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    ]
+
+
+def config_of(source, arguments, fields: dict):
+    """Of the model that is made of one of `source`.
+
+    Raises: ValueError for what no model can have, or that is not a field's to say.
+    """
+    gives = recipes.RECIPES[arguments.recipe].gives
+    if decided := [name for name in fields if name in DECIDED[gives]]:
+        raise ValueError(f"--model.{decided[0]}: {DECIDED[gives][decided[0]]}")
+    if arguments.granularity < 1:
+        raise ValueError(f"--granularity={arguments.granularity} must be at least 1")
+    if gives == recipes.DENSE:
+        return source.to_dense(**fields)
+    if arguments.granularity > 1:
+        fields = {
+            "moe_intermediate_size": source.intermediate_size // arguments.granularity,
+            **fields,
+        }
+    if recipes.RECIPES[arguments.recipe].shared:
+        fields = {"shared_expert_intermediate_size": source.intermediate_size, **fields}
+    return source.to_moe(
+        num_experts=arguments.num_experts,
+        num_experts_per_tok=arguments.num_experts_per_tok,
+        **{"layers": source.layers if source.num_experts else None, **fields},
+    )
