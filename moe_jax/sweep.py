@@ -16,6 +16,7 @@ import sys
 import time
 
 from moe_jax import config as configs
+from moe_jax.analysis import measures
 from moe_jax.training import loop
 
 DONE, FAILED, STOPPED, BLOCKED, PENDING = "done", "failed", "stopped", "blocked", "pending"
@@ -250,10 +251,13 @@ def write_results(
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["name", "run_id", "status", *RESULT_COLUMNS, "workdir", "error"])
+        of_measures = measures.columns({})
+        head = ["name", "run_id", "status", *RESULT_COLUMNS, *of_measures, "workdir", "error"]
+        rows.writerow(head)
         for run in runs:
             result = run.result or {}
             values = [result.get(column, "") for column in RESULT_COLUMNS]
+            values += measures.columns(result).values()
             error = errors.get(run.name, "")
             rows.writerow([run.name, run.run_id, status[run.name], *values, run.workdir, error])
     unfinished.replace(path)

@@ -15,14 +15,25 @@ from ml_collections import ConfigDict
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import init, model
-from moe_jax.analysis import routing, similarity
-from moe_jax.data import pipeline, tokenizers
-from moe_jax.evaluation import generate, perplexity
+from moe_jax import files, init, model, stores
+from moe_jax.analysis import similarity
+from moe_jax.data import batches, prepare, tokenizers
+from moe_jax.data.corpus import TokenizedCorpus
+from moe_jax.evaluation import evaluators
+from moe_jax.model import router
 from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
-from moe_jax.training import balancing, checkpoint, flops, loop, metrics, optimizer, step
+from moe_jax.training import (
+    balance,
+    checkpoint,
+    flops,
+    loop,
+    metrics,
+    objective,
+    optimizer,
+    step,
+)
 from moe_jax.training.state import TrainState
 
 
@@ -41,49 +52,49 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     except ValueError as error:
         raise configs.ConfigError(str(error)) from None
     together = functools.partial(distributed.together, configs.ConfigError)
-    configs.validate(config)
+    settings = configs.resolve(config)
     with together():
-        configs.validate_environment(config, jax.device_count())
-    model_config = configs.model_config(config)
-    training, evaluation = config.training, config.evaluation
-    cache = pipeline.cache_folder(config.data.cache_dir)
+        configs.validate_environment(settings, jax.device_count())
+    training, length = settings.training, settings.data.sequence_length
+    cache = prepare.cache_folder(settings.data.cache_dir)
     # Runs of a sweep that differ in their parameters only share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
     # mesh -----------------------------------------------------------------------------------
-    mesh = meshes.make(config.mesh.to_dict())
+    mesh = meshes.make(dataclasses.asdict(settings.mesh))
     on_mesh = functools.partial(meshes.under, mesh)
-    batch_sharding = jax.NamedSharding(mesh, sharding.BATCH)
-    tx = optimizer.adamw(config.optimizer, training.num_steps)
+    tx = optimizer.adamw(settings.optimizer, training.num_steps)
     create_state = functools.partial(
-        TrainState.create, optimizer=tx, router_state=balancing.initial(model_config, training)
+        TrainState.create,
+        optimizer=tx,
+        router_state=balance.initial(settings.model, settings.balance),
     )
     shapes = jax.eval_shape(
-        lambda: create_state(model.init(model_config, jax.random.key(config.seed)))
+        lambda: create_state(model.init(settings.model, jax.random.key(settings.seed)))
     )
     try:
         abstract = sharding.abstract(shapes, mesh)
     except ValueError as error:
         raise configs.ConfigError(str(error)) from error
     try:
-        optimizer.check_paths(config.optimizer, shapes.params)
+        optimizer.check_paths(settings.optimizer, shapes.params)
     except ValueError as error:
         raise configs.ConfigError(f"config.{error}") from None
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     # kernels --------------------------------------------------------------------------------
     try:
-        for op, implementation in model_config.implementations.items():
+        for op, implementation in settings.model.implementations.items():
             verify.verify(op, implementation)
     except ValueError as error:
         raise configs.ConfigError(f"config.model: {error}") from None
 
-    # teacher --------------------------------------------------------------------------------
-    teacher, teacher_params = _teacher(config, model_config, mesh)
+    # objective ------------------------------------------------------------------------------
+    frozen = _frozen_models(settings, mesh)
 
     # data -----------------------------------------------------------------------------------
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    open_corpora = functools.partial(_open_corpora, config, tokenizer, cache)
+    tokenizer = tokenizers.load(settings.data.tokenizer)
+    open_corpora = functools.partial(_open_corpora, settings.data, tokenizer, cache)
     train_text, held_out = distributed.first_alone(open_corpora, configs.ConfigError)
 
     # state ----------------------------------------------------------------------------------
@@ -93,11 +104,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         raise configs.ConfigError(f"{error}; give another --workdir or config") from error
     if restored is None:
         start = 0
-        state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
-            init.parameters(config, mesh)
-        )
-        if config.init.upcycle.optimizer_state == "copy":
-            state = state.replace(opt_state=init.optimizer_state(config, mesh, state.opt_state))
+        params, moments = init.parameters(settings, mesh)
+        state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(params)
+        state = state.replace(opt_state=moments(state.opt_state))
     else:
         start, state = restored.step, restored.state
         changed = configs.changes(restored.config, config)
@@ -106,132 +115,89 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         lock = _lock(workdir) if distributed.is_first() else contextlib.nullcontext()
     if distributed.is_first():
         configs.save_json(config, workdir)
-    routers_at_start = _routers_at_start(workdir, start, state.params, model_config)
-    batches = pipeline.feed(
-        pipeline.batches,
+    text = batches.feed(
+        batches.batches,
         train_text,
-        batch_sharding,
+        jax.NamedSharding(mesh, sharding.BATCH),
         batch_size=training.batch_size,
-        sequence_length=config.data.sequence_length,
-        seed=config.seed,
+        sequence_length=length,
+        seed=settings.seed,
         start_step=start,
     )
 
     # step -----------------------------------------------------------------------------------
-    compiled = step.jitted(config, model_config, tx, state_shardings, mesh, teacher)
-
-    def train_step(state: TrainState, batch: step.Batch):
-        return compiled(state, batch, *([] if teacher is None else [teacher_params]))
-
-    eval_config = model_config
-    if evaluation.num_experts_per_tok:
-        eval_config = dataclasses.replace(
-            model_config, num_experts_per_tok=evaluation.num_experts_per_tok
-        )
-    eval_step = on_mesh(
-        jax.jit(
-            perplexity.make_eval_step(eval_config, len(held_out.labels)),
-            out_shardings=jax.NamedSharding(mesh, jax.P()),
-        )
+    compiled = step.jitted(
+        settings, tx, state_shardings, mesh, {name: config for name, (config, _) in frozen.items()}
     )
+    frozen_params = {name: params for name, (_, params) in frozen.items()}
 
-    def evaluate(params: dict) -> perplexity.Evaluation:
-        held_out_batches = pipeline.feed(
-            pipeline.evaluation_batches,
-            held_out,
-            batch_sharding,
-            batch_size=evaluation.batch_size,
-            sequence_length=config.data.sequence_length,
-            max_batches=evaluation.max_batches,
-        )
-        return perplexity.evaluate(eval_step, params, held_out_batches, held_out.bytes_per_token)
+    def train_step(state: TrainState, batch: batches.Batch):
+        return compiled(state, batch, *([frozen_params] if frozen else []))
 
     # loop -----------------------------------------------------------------------------------
-    flops_per_token = flops.model_flops(model_config, config.data.sequence_length)
-    if teacher is not None:  # forward alone
-        flops_per_token += flops.model_flops(teacher, config.data.sequence_length) / 3
-    tokens_per_step = training.batch_size * config.data.sequence_length
-    router_health = functools.partial(
-        routing.health, kind=model_config.router, capacity_factor=model_config.capacity_factor
+    context = evaluators.Context(
+        run=settings,
+        mesh=mesh,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        routers_at_start=_routers_at_start(workdir, start, state.params, settings.model),
     )
-    if model_config.router == "forced_balance":
-        distributed.say("router=forced_balance: for timing only, no routing is learned")
+    tokens_per_step = training.batch_size * length
+    flops_per_token = flops.model_flops(settings.model, length)
+    # Of a frozen model the forward pass alone.
+    flops_per_token += sum(flops.model_flops(config, length) / 3 for config, _ in frozen.values())
+    if not router.ROUTERS[settings.model.router].learned:
+        distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with metrics.writer(workdir, resume_step=start) as writer:
-        state, final = loop.run(
+        state, results = loop.run(
             state,
             start,
-            batches,
-            config,
+            text,
+            settings,
             loop.Parts(
                 train_step=on_mesh(train_step),
-                evaluate=evaluate,
+                evaluators=evaluators.schedule(context),
                 save=functools.partial(_save, workdir, config),
-                learning_rate=optimizer.schedule(config.optimizer, training.num_steps),
+                learning_rate=optimizer.schedule(settings.optimizer, training.num_steps),
                 writer=writer,
                 tokens_per_step=tokens_per_step,
                 model_flops_per_token=flops_per_token,
-                analytic_flops_per_token=flops.analytic_flops(
-                    model_config, config.data.sequence_length
-                ),
+                analytic_flops_per_token=flops.analytic_flops(settings.model, length),
                 peak_flops=flops.peak_flops(jax.devices()[0]) * jax.device_count(),
-                router_health=router_health,
                 largest=distributed.Largest(mesh),
             ),
         )
 
     # result ---------------------------------------------------------------------------------
-    counts_LE = final.tokens_per_expert_LE
-    health = {} if counts_LE is None else router_health(counts_LE)
-    parent = init.lineage(config.init.source)
-    total, active = model.count_parameters(model_config)
+    tokens = training.num_steps * tokens_per_step
     result = {
         "steps": training.num_steps,
-        "tokens": training.num_steps * tokens_per_step,
-        "training_flops": training.num_steps * tokens_per_step * flops_per_token,
-        "parent_tokens": parent.tokens,
-        "parent_training_flops": parent.training_flops,
-        **final.row(),
-        "byte_unigram_bits": held_out.byte_unigram_bits,
-        "tokens_per_expert": health.get("tokens_per_expert"),
-        "effective_experts": health.get("effective_experts"),
-        "expert_similarity": similarity.of_layers(state.params, model_config),
-        "router_drift": [
-            round(row.distance, 5)
-            for row in similarity.router_drift(
-                routers_at_start, similarity.routers(state.params, model_config)
-            )
-        ],
-        "router": model_config.router if model_config.num_experts else "",
-        "samples": _samples(state.params, eval_config, tokenizer, config),
+        "tokens": tokens,
+        "training_flops": tokens * flops_per_token,
+        **_parents(settings),
+        **results,
+        **_machine(settings),
         "seconds": round(time.monotonic() - began, 1),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "moe_jax": moe_jax.__version__,
-        },
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-        "parameters": total,
-        "active_parameters": active,
     }
     if distributed.is_first():
-        unfinished = workdir / "result.json.tmp"
-        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        unfinished.replace(workdir / "result.json")
+        files.write_text(
+            workdir / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        )
         lock.close()
     return result
 
 
 def _open_corpora(
-    config: ConfigDict, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
-) -> list[pipeline.TokenizedCorpus]:
+    data: configs.Data, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
+) -> list[TokenizedCorpus]:
     """The texts to train on and to evaluate on."""
     try:
         return [
-            pipeline.open_corpus(
-                config.data.source,
+            prepare.open_corpus(
+                data.source,
                 split,
                 tokenizer,
-                validation_fraction=config.data.validation_fraction,
+                validation_fraction=data.validation_fraction,
                 cache=cache,
             )
             for split in ("train", "validation")
@@ -240,21 +206,22 @@ def _open_corpora(
         raise configs.ConfigError(" ".join(str(error).split())) from error
 
 
-def _teacher(config: ConfigDict, model_config: model.ModelConfig, mesh) -> tuple:
-    """The model to distil from and its parameters; None and None without distillation."""
-    section = config.training.distillation
-    if not section.coefficient:
-        return None, None
-    try:
-        teacher, params = init.load(pathlib.Path(section.source), mesh)
-    except (ValueError, FileNotFoundError) as error:
-        raise configs.ConfigError(f"config.training.distillation.source: {error}") from error
-    if teacher.vocab_size != model_config.vocab_size:
-        raise configs.ConfigError(
-            f"config.training.distillation.source={section.source}: a teacher of "
-            f"{teacher.vocab_size} tokens cannot teach a model of {model_config.vocab_size}"
-        )
-    return teacher, params
+def _frozen_models(settings: configs.Run, mesh) -> dict[str, tuple[model.ModelConfig, dict]]:
+    """The models beside the one that is trained, such as a teacher: config and parameters."""
+    sources = objective.choose(settings.objective.name).frozen_models(settings.objective)
+    frozen = {}
+    for name, source in sources.items():
+        try:
+            frozen[name] = stores.load(pathlib.Path(source), mesh)
+        except (ValueError, FileNotFoundError) as error:
+            raise configs.ConfigError(f"config.objective, {name}: {error}") from error
+        vocab_size = frozen[name][0].vocab_size
+        if vocab_size != settings.model.vocab_size:
+            raise configs.ConfigError(
+                f"config.objective, {name} {source}: a model of {vocab_size} tokens does not fit "
+                f"one of {settings.model.vocab_size}"
+            )
+    return frozen
 
 
 def _lock(workdir: pathlib.Path):
@@ -298,20 +265,23 @@ def _save(workdir: pathlib.Path, config: ConfigDict, at: int, state: TrainState)
     )
 
 
-def _samples(params: dict, model_config, tokenizer, config: ConfigDict) -> list[dict[str, str]]:
-    """Continuations of `evaluation.prompts`, on one device."""
-    prompts = list(config.evaluation.prompts)
-    if not prompts:
-        return []
-    continuations = generate.generate(
-        distributed.whole(params),
-        model_config,
-        [tokenizer.prompt(prompt) for prompt in prompts],
-        num_tokens=config.evaluation.continuation_tokens,
-        temperature=0.7,
-        key=jax.random.key(config.seed),
-    )
-    return [
-        {"prompt": prompt, "continuation": tokenizer.decode(ids)}
-        for prompt, ids in zip(prompts, continuations, strict=True)
-    ]
+def _parents(settings: configs.Run) -> dict:
+    """What it took to make the parameters that the run began with."""
+    lineage = init.lineage(settings.init.source)
+    return {"parent_tokens": lineage.tokens, "parent_training_flops": lineage.training_flops}
+
+
+def _machine(settings: configs.Run) -> dict:
+    """What was trained, and with what."""
+    total, active = model.count_parameters(settings.model)
+    return {
+        "router": settings.model.router if settings.model.num_experts else "",
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "moe_jax": moe_jax.__version__,
+        },
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "parameters": total,
+        "active_parameters": active,
+    }

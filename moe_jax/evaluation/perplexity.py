@@ -2,25 +2,30 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import model
+from moe_jax.analysis import measures
+from moe_jax.data.batches import Batch
 from moe_jax.model import transformer
 from moe_jax.ops import cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Losses in nats per predicted token. `tokens_per_expert_LE` is None for a dense model."""
+class HeldOutLoss:
+    """Losses in nats per predicted token.
+
+    `router` holds the sums that measures of the routers are computed from; None for a dense model.
+    """
 
     loss: float
     bits_per_byte: float
     per_language: dict[str, dict[str, float]]
-    tokens_per_expert_LE: np.ndarray | None
+    router: Mapping[str, np.ndarray] | None
 
     def row(self) -> dict:
         """What a validation row of metrics.jsonl holds."""
@@ -29,27 +34,27 @@ class Evaluation:
 
 
 def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:
-    """(params, batch) to summed nats and tokens per label, and assignments per layer and expert."""
+    """(params, batch) to summed nats and tokens per label, and the routers' sums."""
 
-    def eval_step(params, batch):
-        shared = transformer.Shared(batch["positions"], batch["segment_ids"])
-        x_BTD, stats = transformer.hidden_states(params, batch["tokens"], shared, config)
+    def eval_step(params: dict, batch: Batch):
+        shared = transformer.Shared(batch.positions_BT, batch.segment_ids_BT)
+        x_BTD, stats = transformer.hidden_states(params, batch.tokens_BT, shared, config)
         unembed_DV = transformer.unembedding(params)
-        nats_BT = cross_entropy.token_losses(x_BTD, unembed_DV, batch["targets"])
+        nats_BT = cross_entropy.token_losses(x_BTD, unembed_DV, batch.targets_BT)
         # Padding goes to a bin of its own, cut off below.
-        label_BT = jnp.where(batch["segment_ids"] > 0, batch["labels"], num_labels)
+        label_BT = jnp.where(batch.segment_ids_BT > 0, batch.labels_BT, num_labels)
         nats, tokens = (
             jnp.bincount(label_BT.ravel(), weights=w_BT.ravel(), length=num_labels + 1)[:-1]
             for w_BT in (nats_BT, jnp.ones_like(nats_BT))
         )
-        return nats, tokens, None if stats is None else stats.tokens_per_expert_E.sum(axis=1)
+        return nats, tokens, measures.router_sums(stats)
 
     return eval_step
 
 
 def evaluate(
-    eval_step: Callable, params: dict, batches: Iterable[dict], bytes_per_token: dict[str, float]
-) -> Evaluation:
+    eval_step: Callable, params: dict, batches: Iterable[Batch], bytes_per_token: dict[str, float]
+) -> HeldOutLoss:
     """Averages `eval_step` over batches.
 
     Args:
@@ -60,7 +65,7 @@ def evaluate(
         lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0),
         *(jax.device_get(eval_step(params, batch)) for batch in batches),
     )
-    nats, tokens, counts_LE = sums
+    nats, tokens, router = sums
     num_bytes = tokens * np.array(list(bytes_per_token.values()))
 
     def row(nats, tokens, num_bytes):
@@ -72,4 +77,4 @@ def evaluate(
         if values[1]
     }
     total = row(nats.sum(), tokens.sum(), num_bytes.sum())
-    return Evaluation(**total, per_language=per_language, tokens_per_expert_LE=counts_LE)
+    return HeldOutLoss(**total, per_language=per_language, router=router)

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moe_jax.analysis import measures
+
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")
@@ -169,20 +171,18 @@ def router_health(records: list[Record]) -> Figure | None:
     if not arms:
         return None
     looks = styles(records)
-    panels = (
-        ("effective_experts", np.mean, "Effective experts, mean of layers", "exp(entropy of load)"),
-        ("max_violation", np.max, "Max violation, worst layer", "(largest load − mean) / mean"),
-        ("dead_experts", np.sum, "Dead experts, all layers", "experts under 1 % of even load"),
-    )
-    figure, all_axes = _figure(len(panels), height=3.6, width=11.0)
-    for (key, reduce, title, label), axes in zip(panels, all_axes, strict=True):
+    panels = {name: m.panel for name, m in measures.MEASURES.items() if m.panel}
+    width = 11.0 * max(1, len(panels) / 3)
+    figure, all_axes = _figure(len(panels), height=3.6, width=width)
+    for (name, panel), axes in zip(panels.items(), all_axes, strict=True):
         for record in arms:
             rows = [row for row in record.validation_rows if row["step"]]
-            values = [reduce(row["router"][key]) for row in rows]
+            rows = [row for row in rows if name in row["router"]]
+            values = [panel.reduce(row["router"][name]) for row in rows]
             tokens = [row["tokens"] / 1e6 for row in rows]
             axes.plot(tokens, values, label=record.name, markersize=5, **looks[record.name])
-        axes.set_title(title)
-        axes.set_ylabel(label)
+        axes.set_title(panel.title)
+        axes.set_ylabel(panel.label)
         axes.set_xlabel("million tokens as MoE")
         axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1))
     num_experts = arms[0].config["model"]["num_experts"]

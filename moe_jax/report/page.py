@@ -5,6 +5,7 @@ import html
 import json
 import pathlib
 
+from moe_jax.analysis import measures
 from moe_jax.report import figures
 from moe_jax.report.figures import Record
 from moe_jax.training import metrics
@@ -108,7 +109,7 @@ def _summary(records: list[Record], missing: list[str]) -> str:
     for record in records:
         result = record.result
         own, parent = result["training_flops"], result["parent_training_flops"]
-        effective = result["effective_experts"]
+        columns = measures.columns(result)
         rows.append(
             [
                 record.name,
@@ -119,7 +120,7 @@ def _summary(records: list[Record], missing: list[str]) -> str:
                 f"{result['active_parameters'] / 1e6:.2f} M",
                 f"{own / 1e12:.3g}",
                 f"{(own + parent) / 1e12:.3g}",
-                f"{sum(effective) / len(effective):.1f}" if effective else "",
+                *("" if value == "" else f"{value:.1f}" for value in columns.values()),
             ]
         )
     best = min(range(len(records)), key=lambda i: records[i].result["bits_per_byte"])
@@ -132,7 +133,7 @@ def _summary(records: list[Record], missing: list[str]) -> str:
         "active",
         "TFLOP",
         "TFLOP with parent",
-        "effective experts",
+        *(name.replace("_", " ") for name in measures.columns({})),
     ]
     notes = []
     for source in dict.fromkeys(record.config["data"]["source"] for record in records):

@@ -17,7 +17,7 @@ class MetricsWriter:
     """Appends rows to <workdir>/metrics.jsonl, one JSON object a line, and scalars to TensorBoard.
 
     On construction the rows that the run will write again are removed: after a restart from a
-    checkpoint at `resume_step` those of later steps, and validation of that step itself.
+    checkpoint at `resume_step` those of later steps, and the evaluators' of that step itself.
     """
 
     def __init__(self, workdir: pathlib.Path, *, resume_step: int):
@@ -89,7 +89,7 @@ def progress(*, total: int, initial: int) -> tqdm.tqdm:
 
 
 def _is_before(row: dict, step: int) -> bool:
-    return row["step"] < step or (row["step"] == step and "validation" not in row)
+    return row["step"] < step or (row["step"] == step and "loss" in row)
 
 
 def _line(row: dict) -> str:

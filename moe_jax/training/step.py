@@ -1,206 +1,109 @@
-"""The pure train step: state and batch in, state and metrics out."""
+"""The pure train step: accumulation, update and guard around any objective."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
-from ml_collections import ConfigDict
 
+from moe_jax import config as configs
 from moe_jax import model
-from moe_jax.model import transformer
-from moe_jax.ops import cross_entropy
+from moe_jax.data.batches import Batch
 from moe_jax.parallel import sharding
-from moe_jax.training import balancing, losses, optimizer
-from moe_jax.training.state import TrainState
+from moe_jax.training import balance, objective, optimizer
+from moe_jax.training.state import Measures, TrainState
 
-Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions: [B, T] int32
-
-
-@struct.dataclass
-class StepMetrics:
-    """Losses are before their coefficients. What is off, or of a dense model's routers, is None."""
-
-    loss: jax.Array  # cross-entropy, nats per token
-    distillation_loss: jax.Array | None
-    router: losses.RouterLosses | None
-    load_balancing_coefficients_L: jax.Array | None  # where they adapt
-    gradient_norm: jax.Array  # before clipping
-    skipped: jax.Array  # loss or gradient were not finite, and the update was not made
-    tokens_per_expert_LE: jax.Array | None
-    dropped_L: jax.Array | None  # assignments beyond the capacity of their expert
-
-
-@struct.dataclass
-class _Sums:
-    """What the microbatches of a step add up to, beside their gradients."""
-
-    loss: jax.Array
-    distillation_loss: jax.Array | None
-    router: losses.RouterLosses | None
-    tokens_per_expert_LE: jax.Array | None
-    dropped_L: jax.Array | None
+Models = Mapping[str, model.ModelConfig]
 
 
 def make_train_step(
-    config: model.ModelConfig,
-    training: ConfigDict,
-    tx: optax.GradientTransformation,
-    seed: int = 0,
-    *,
-    frozen: str = "",
-    teacher: model.ModelConfig | None = None,
-) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """The step for `training.accumulation_steps` microbatches of a batch.
+    run: configs.Run, tx: optax.GradientTransformation, frozen_models: Models | None = None
+) -> Callable[..., tuple[TrainState, Measures]]:
+    """The step of a run: a function of (state, batch, parameters of the frozen models by name).
 
-    It is a function of (state, batch), and of the teacher's parameters where there is a teacher.
-
-    Args:
-      frozen: as `config.optimizer.frozen`: parameters that stay as they are.
-      teacher: the model to distil from, as `training.distillation` says.
+    The last is needed only where the objective has frozen models, a teacher for example.
     """
-    N = training.accumulation_steps
-    two_passes = N > 1 and training.load_balancing_over == "window" and config.num_experts > 0
+    make_loss = objective.choose(run.objective.name).make
+    frozen_configs = frozen_models or {}
 
-    def hidden_states(params, batch, key, config=config):
-        shared = transformer.Shared(batch["positions"], batch["segment_ids"], key)
-        return transformer.hidden_states(params, batch["tokens"], shared, config)
-
-    def train_step(state: TrainState, batch: Batch, teacher_params: dict | None = None):
-        num_tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
-        key = jax.random.fold_in(jax.random.key(seed), state.step) if config.draws else None
-        router_losses = functools.partial(
-            losses.router_losses,
-            training=training,
-            num_experts_per_tok=config.num_experts_per_tok,
-            num_tokens=num_tokens,
-            coefficients_L=state.router_state.coefficients_L,
+    def train_step(state: TrainState, batch: Batch, frozen_params: dict | None = None):
+        key = jax.random.fold_in(jax.random.key(run.seed), state.step) if run.model.draws else None
+        summed = functools.partial(
+            over_microbatches, batch=batch, key=key, number=run.training.accumulation_steps
         )
-        slope = router_parts = None
-        if two_passes:
-            stats = over_microbatches(
-                lambda microbatch, key: hidden_states(state.params, microbatch, key)[1], batch, key
+        loss = make_loss(
+            objective.Context(
+                run=run,
+                params=state.params,
+                batch=batch,
+                router_state=state.router_state,
+                frozen={n: (frozen_configs[n], p) for n, p in (frozen_params or {}).items()},
+                over_microbatches=summed,
             )
-            (_, router_parts), slope = losses.slope(router_losses, stats)
+        )
 
-        def objective(params, microbatch, key):
-            """Sums to the batch's loss over its microbatches, for each is divided by all tokens."""
-            params = optimizer.without_gradient(params, frozen)
-            x_BTD, stats = hidden_states(params, microbatch, key)
-            unembed_DV = transformer.unembedding(params)
-            weight_BT = (microbatch["segment_ids"] > 0) / num_tokens
-            sums = cross_entropy.cross_entropy(
-                x_BTD,
-                unembed_DV,
-                microbatch["targets"],
-                weight_BT,
-                z_coefficient=training.logit_z_coefficient,
-            )
-            total, parts, divergence = sums.total, None, None
-            if slope is not None:
-                total += losses.along(slope, stats)
-            elif stats is not None:
-                router_total, parts = router_losses(stats)
-                total += router_total
-            if teacher is not None:
-                teacher_x_BTC, _ = hidden_states(teacher_params, microbatch, None, teacher)
-                divergence = losses.distillation_loss(
-                    x_BTD,
-                    unembed_DV,
-                    *jax.lax.stop_gradient(
-                        (teacher_x_BTC, transformer.unembedding(teacher_params))
-                    ),
-                    weight_BT,
-                    temperature=training.distillation.temperature,
-                )
-                total += training.distillation.coefficient * divergence
-            counts_LE = dropped_L = None
-            if stats is not None:
-                counts_LE, dropped_L = (
-                    x.sum(axis=1) for x in (stats.tokens_per_expert_E, stats.num_dropped)
-                )
-            return total, _Sums(sums.nats, divergence, parts, counts_LE, dropped_L)
+        def trained(params, microbatch, key):
+            return loss(optimizer.without_gradient(params, run.optimizer.frozen), microbatch, key)
 
-        gradient = functools.partial(jax.grad(objective, has_aux=True), state.params)
-        grads, sums = over_microbatches(gradient, batch, key)
+        grads, measures = summed(
+            functools.partial(jax.grad(trained, has_aux=True), state.params)
+        )
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
-
-        counts_LE, dropped_L = sums.tokens_per_expert_LE, sums.dropped_L
+        finite = jnp.isfinite(measures.loss) & jnp.isfinite(norm)
 
         def updated(state, grads):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            if training.bias_update_rate:
-                params = balancing.with_updated_biases(
-                    params, config, training.bias_update_rate, counts_LE, frozen
-                )
-            router_state = balancing.adapted(
-                state.router_state, config, training.adaptive_balance, counts_LE, dropped_L
-            )
+            params, router_state = balance.updated(params, state.router_state, run, measures)
             return TrainState(state.step, params, opt_state, router_state)
 
         # Not by selecting each array: XLA:CPU then computes the moments once for themselves and
         # again for the parameters (25 million of them, 116 ms against 46).
         new = jax.lax.cond(finite, updated, lambda state, _: state, state, grads)
-        return new.replace(step=state.step + 1), StepMetrics(
-            loss=sums.loss,
-            distillation_loss=sums.distillation_loss,
-            router=router_parts if two_passes else sums.router,
-            load_balancing_coefficients_L=state.router_state.coefficients_L,
+        return new.replace(step=state.step + 1), measures.replace(
             gradient_norm=norm,
             skipped=~finite,
-            tokens_per_expert_LE=counts_LE,
-            dropped_L=dropped_L,
+            load_balancing_coefficients_L=state.router_state.coefficients_L,
         )
-
-    def over_microbatches(function, batch, key):
-        """The sum of `function` over microbatches, each spread over all batch shards."""
-        if N == 1:
-            return function(batch, key)
-        microbatches = jax.tree.map(
-            lambda x: x.reshape(x.shape[0] // N, N, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-
-        def add(total, numbered):
-            number, microbatch = numbered
-            own_key = None if key is None else jax.random.fold_in(key, number)
-            return jax.tree.map(jnp.add, total, function(microbatch, own_key)), None
-
-        first = jax.tree.map(lambda x: x[0], microbatches)
-        shapes = jax.eval_shape(function, first, key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add, zeros, (jnp.arange(N), microbatches))[0]
 
     return train_step
 
 
+def over_microbatches(function: Callable, *, batch: Batch, key: jax.Array | None, number: int):
+    """The sum of function(microbatch, key) over microbatches, each spread over all batch shards."""
+    if number == 1:
+        return function(batch, key)
+    microbatches = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // number, number, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+    def add(total, numbered):
+        i, microbatch = numbered
+        own_key = None if key is None else jax.random.fold_in(key, i)
+        return jax.tree.map(jnp.add, total, function(microbatch, own_key)), None
+
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    shapes = jax.eval_shape(function, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, (jnp.arange(number), microbatches))[0]
+
+
 def jitted(
-    config: ConfigDict,
-    model_config: model.ModelConfig,
+    run: configs.Run,
     tx: optax.GradientTransformation,
     state_shardings: TrainState,
     mesh: jax.sharding.Mesh,
-    teacher: model.ModelConfig | None = None,
-) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    frozen_models: Models | None = None,
+) -> Callable[..., tuple[TrainState, Measures]]:
     """The step of a run, its state donated, compiled for a mesh when it is first called.
 
-    The teacher's parameters stay where they lie.
+    The parameters of frozen models stay where they lie.
     """
-    train_step = make_train_step(
-        model_config,
-        config.training,
-        tx,
-        config.seed,
-        frozen=config.optimizer.frozen,
-        teacher=teacher,
-    )
-    of_teacher = () if teacher is None else (None,)
+    of_frozen = (None,) if frozen_models else ()
     return jax.jit(
-        train_step,
-        in_shardings=(state_shardings, jax.NamedSharding(mesh, sharding.BATCH), *of_teacher),
+        make_train_step(run, tx, frozen_models),
+        in_shardings=(state_shardings, jax.NamedSharding(mesh, sharding.BATCH), *of_frozen),
         out_shardings=(state_shardings, jax.NamedSharding(mesh, jax.P())),
         donate_argnums=0,
     )

@@ -1,0 +1,181 @@
+"""One table of evaluators: what a run looks at beside its training loss, each at its own interval."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from moe_jax import config as configs
+from moe_jax.analysis import measures, similarity
+from moe_jax.data import batches, tokenizers
+from moe_jax.data.corpus import TokenizedCorpus
+from moe_jax.evaluation import generate, perplexity
+from moe_jax.parallel import distributed, sharding
+from moe_jax.parallel import mesh as meshes
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What evaluators are made from."""
+
+    run: configs.Run
+    mesh: jax.sharding.Mesh
+    held_out: TokenizedCorpus
+    tokenizer: tokenizers.Tokenizer
+    routers_at_start: Mapping[int, np.ndarray]  # by layer, for how far they have moved
+
+    @functools.cached_property
+    def model(self):
+        """The model as it is evaluated: it may choose another number of experts."""
+        number = self.run.evaluation.num_experts_per_tok or self.run.model.num_experts_per_tok
+        return dataclasses.replace(self.run.model, num_experts_per_tok=number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """`row` goes into metrics.jsonl, `result` into result.json when the run ends."""
+
+    row: Mapping[str, object]
+    result: Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """`make` gives a function of parameters.
+
+    every: the interval in steps, from the config, unless `evaluation.intervals` names another; with
+      0 it runs at the end only.
+    logged_at_end: its row is written at the end even without an interval.
+    """
+
+    make: Callable[[Context], Callable[[dict], Evaluation]]
+    every: Callable[[configs.Evaluation], int] = lambda evaluation: 0
+    logged_at_end: bool = False
+
+
+def held_out_loss(context: Context) -> Callable[[dict], Evaluation]:
+    """Loss by language and the health of the routers, on the held-out text."""
+    run, held_out, mesh = context.run, context.held_out, context.mesh
+    eval_step = meshes.under(
+        mesh,
+        jax.jit(
+            perplexity.make_eval_step(context.model, len(held_out.labels)),
+            out_shardings=jax.NamedSharding(mesh, jax.P()),
+        ),
+    )
+
+    def evaluate(params: dict) -> Evaluation:
+        text = batches.feed(
+            batches.evaluation_batches,
+            held_out,
+            jax.NamedSharding(mesh, sharding.BATCH),
+            batch_size=run.evaluation.batch_size,
+            sequence_length=run.data.sequence_length,
+            max_batches=run.evaluation.max_batches,
+        )
+        found = perplexity.evaluate(eval_step, params, text, held_out.bytes_per_token)
+        row, sums = {"validation": found.row()}, None
+        if found.router is not None:
+            sums = router_sums(run, found.router, measures.VALIDATION)
+            row["router"] = measures.rows(sums)
+        result = {
+            **found.row(),
+            **measures.result(sums),
+            "byte_unigram_bits": held_out.byte_unigram_bits,
+        }
+        return Evaluation(row, result)
+
+    return evaluate
+
+
+def router_sums(run: configs.Run, router: Mapping[str, np.ndarray], phase: str) -> measures.Sums:
+    return measures.Sums(router, run.model.router, run.model.capacity_factor, phase)
+
+
+def continuations(context: Context) -> Callable[[dict], Evaluation]:
+    """Continuations of `evaluation.prompts`, on one device."""
+    run, tokenizer = context.run, context.tokenizer
+    prompts = list(run.evaluation.prompts)
+
+    def evaluate(params: dict) -> Evaluation:
+        if not prompts:
+            return Evaluation({}, {"samples": []})
+        ids_of_prompts = generate.generate(
+            distributed.whole(params),
+            context.model,
+            [tokenizer.prompt(prompt) for prompt in prompts],
+            num_tokens=run.evaluation.continuation_tokens,
+            temperature=0.7,
+            key=jax.random.key(run.seed),
+        )
+        samples = [
+            {"prompt": prompt, "continuation": tokenizer.decode(ids)}
+            for prompt, ids in zip(prompts, ids_of_prompts, strict=True)
+        ]
+        return Evaluation({"samples": samples}, {"samples": samples})
+
+    return evaluate
+
+
+def expert_similarity(context: Context) -> Callable[[dict], Evaluation]:
+    """How alike the experts are, and how far the routers have moved from their first values."""
+    config = context.run.model
+
+    def evaluate(params: dict) -> Evaluation:
+        drift = similarity.router_drift(
+            dict(context.routers_at_start), similarity.routers(params, config)
+        )
+        found = {
+            "expert_similarity": similarity.of_layers(params, config),
+            "router_drift": [round(row.distance, 5) for row in drift],
+        }
+        return Evaluation(found if config.num_experts else {}, found)
+
+    return evaluate
+
+
+EVALUATORS: dict[str, Evaluator] = {
+    "held_out_loss": Evaluator(
+        held_out_loss, every=lambda evaluation: evaluation.every_steps, logged_at_end=True
+    ),
+    "expert_similarity": Evaluator(expert_similarity),
+    "continuations": Evaluator(continuations),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """An evaluator of a run, which the loop calls every so many steps and at the end."""
+
+    evaluate: Callable[[dict], Evaluation]
+    every: int  # 0 is at the end only
+    logged_at_end: bool
+
+    def is_due(self, step: int) -> bool:
+        return bool(self.every) and step % self.every == 0
+
+
+def schedule(context: Context) -> dict[str, Scheduled]:
+    """All evaluators of a run, by name."""
+    every = intervals(context.run.evaluation)
+    return {
+        name: Scheduled(evaluator.make(context), every[name], evaluator.logged_at_end)
+        for name, evaluator in EVALUATORS.items()
+    }
+
+
+def intervals(evaluation: configs.Evaluation) -> dict[str, int]:
+    """The interval in steps of each evaluator.
+
+    Raises: ConfigError for a name in `evaluation.intervals` that is not in the table.
+    """
+    chosen = dict(evaluation.intervals)
+    for name in chosen.keys() - EVALUATORS.keys():
+        known = ", ".join(EVALUATORS)
+        raise configs.ConfigError(
+            f"config.evaluation.intervals names {name!r}; the evaluators are {known}"
+        )
+    usual = {name: evaluator.every(evaluation) for name, evaluator in EVALUATORS.items()}
+    return {**usual, **chosen}

@@ -1,0 +1,262 @@
+"""Balance between experts: one table of rules, each a term of the loss, an update outside of the
+gradient, or both.
+
+The losses are functions of `RouterStats`, sums over tokens, so that one function gives them over a
+device, over a batch, or over all microbatches of a batch.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import config as configs
+from moe_jax import model, tree
+from moe_jax.model import router
+from moe_jax.model.config import MOE
+from moe_jax.model.layout import layer_groups
+from moe_jax.model.router import RouterStats
+from moe_jax.training.state import Measures, RouterState
+
+BIAS = re.compile(r"blocks/(\w+)/moe/router/bias")
+
+
+def initial(config: model.ModelConfig, balance: configs.Balance) -> RouterState:
+    """The state at the first step of a run of this model and `balance` section."""
+    num_sparse = config.layer_kinds.count(MOE)
+    if balance.load_balancing_schedule != "adaptive" or not num_sparse:
+        return RouterState()
+    return RouterState(jnp.full(num_sparse, balance.load_balancing_coefficient, jnp.float32))
+
+
+def router_losses(
+    stats: RouterStats,
+    balance: configs.Balance,
+    *,
+    num_experts_per_tok: int,
+    num_tokens: jax.Array,
+    accumulation_steps: int = 1,
+    coefficients_L: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What the routers add to the loss of a batch, and its terms before their coefficients.
+
+    A term is the mean over layers. `balance.load_balancing_over` says over which tokens every term
+    is taken that is not a mean over tokens: "device" takes it batch shard by batch shard and
+    averages over those that have tokens, "global" and "window" take it over all of `stats`. Unless
+    it is "window", `stats` may come from one of the `accumulation_steps` microbatches: the results
+    of all of them then add up to the average over microbatches, and a mean over tokens to that of
+    the batch.
+
+    Args:
+      stats: as `model.Output.router`, [L, batch shards, ...].
+      num_tokens: the number of tokens in the whole batch, at least 1.
+      coefficients_L: replace the config's coefficient of the load-balancing loss layer by layer.
+    """
+    over = balance.load_balancing_over
+    groups = stats if over == "device" else pooled(stats)
+    filled_LG = groups.num_tokens > 0
+    share = 1 if over == "window" else 1 / accumulation_steps
+    mean_over_groups_LG = share * filled_LG / jnp.maximum(filled_LG.sum(axis=1, keepdims=True), 1)
+    total, terms = jnp.zeros(()), {}
+    for name, rule in RULES.items():
+        coefficient = getattr(balance, rule.coefficient)
+        if rule.loss is None or not (coefficient or rule.always):
+            continue
+        weight_LG = groups.num_tokens / num_tokens if rule.per_token else mean_over_groups_LG
+        loss_L = jnp.sum(weight_LG * rule.loss(groups, balance, num_experts_per_tok), axis=1)
+        if name == "load_balancing_loss" and coefficients_L is not None:
+            coefficient = coefficients_L
+        total += rule.sign * jnp.mean(coefficient * loss_L)
+        terms[name] = loss_L.mean()
+    return total, terms
+
+
+def updated(
+    params: dict, state: RouterState, run: configs.Run, measures: Measures
+) -> tuple[dict, RouterState]:
+    """Parameters and state after the updates of all rules, from what this step has counted."""
+    for rule in RULES.values():
+        if rule.update is not None:
+            params, state = rule.update(params, state, run, measures)
+    return params, state
+
+
+def slope(function: Callable, stats: RouterStats) -> tuple[object, dict[str, jax.Array]]:
+    """What `function` returns at `stats`, (loss, others), and the loss's gradient by each sum.
+
+    The sums are linear in the microbatches, so that a loss's gradient by the parameters is that of
+    the sum over microbatches of `along(slope, their statistics)`, exactly, whatever function of the
+    sums the loss is.
+    """
+    fields = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
+    floats = {
+        n: x for n, x in fields.items() if x is not None and jnp.issubdtype(x.dtype, jnp.floating)
+    }
+    return jax.value_and_grad(lambda x: function(stats.replace(**x)), has_aux=True)(floats)
+
+
+def along(slope: dict[str, jax.Array], stats: RouterStats) -> jax.Array:
+    """The inner product of a slope, held constant, and statistics."""
+    products = (jnp.vdot(jax.lax.stop_gradient(x), getattr(stats, n)) for n, x in slope.items())
+    return sum(products)
+
+
+def load_balancing(
+    stats: RouterStats, *, num_experts_per_tok: int, scope: str, divide_by_k: bool, form: str
+) -> jax.Array:
+    """How unevenly experts are used, [L, groups], or [1, groups] of all layers together.
+
+    With f_e the assignments of expert e per token (so sum f = k) and P_e its mean probability:
+
+    "switch": E · sum_e f_e P_e (Fedus et al., Switch, arXiv 2101.03961, eq. 4-6); gradients pass
+      through P only. At uniform routing it is k, or 1 with `divide_by_k`.
+    "squared": sum_e (1/E - P_e)^2 (Wei et al., Skywork-MoE, arXiv 2406.06563), 0 at uniform P.
+
+    Args:
+      stats: of each layer and group of tokens.
+      scope: "layer" takes the loss layer by layer, to be averaged (OLMoE; Megatron and DeepSpeed
+        add the layers up: their coefficient times the number of layers is ours); "all_layers"
+        averages f and P over the layers first (Hugging Face's Mixtral, Drop-Upcycling), which a
+        model with every layer collapsed onto other experts also satisfies.
+      divide_by_k: of "switch"; True as in megablocks (OLMoE), False as in Hugging Face.
+    """
+    tokens_LG1 = jnp.maximum(stats.num_tokens, 1)[..., None]
+    f_LGE, P_LGE = (x / tokens_LG1 for x in (stats.tokens_per_expert_E, stats.probability_sum_E))
+    if scope == "all_layers":
+        f_LGE, P_LGE = (x_LGE.mean(axis=0, keepdims=True) for x_LGE in (f_LGE, P_LGE))
+    E = P_LGE.shape[-1]
+    if form == "squared":
+        return jnp.sum((1 / E - P_LGE) ** 2, axis=-1)
+    loss_LG = E * jnp.sum(f_LGE * P_LGE, axis=-1)
+    return loss_LG / num_experts_per_tok if divide_by_k else loss_LG
+
+
+def router_z(stats: RouterStats) -> jax.Array:
+    """Mean over tokens of logsumexp(router logits)^2 (Zoph et al., arXiv 2202.08906)."""
+    return stats.z_sum / jnp.maximum(stats.num_tokens, 1)
+
+
+def importance(stats: RouterStats) -> jax.Array:
+    """CV^2(importance) + CV^2(load) over experts (Shazeer et al., arXiv 1701.06538, §4 and A).
+
+    Importance is the sum of an expert's weights, load how often it is chosen, smoothly where the
+    router has noise. CV^2 = unbiased variance / (mean^2 + 1e-10), as in LLaMA-MoE (Zhu et al.,
+    arXiv 2406.16554); it is 0 for a single expert.
+    """
+    if stats.weight_sum_E.shape[-1] == 1:
+        return jnp.zeros(stats.num_tokens.shape)
+    return _cv_squared(stats.weight_sum_E) + _cv_squared(stats.load_sum_E)
+
+
+def _cv_squared(x_LGE):
+    return jnp.var(x_LGE, axis=-1, ddof=1) / (jnp.mean(x_LGE, axis=-1) ** 2 + 1e-10)
+
+
+def mutual_information(stats: RouterStats) -> jax.Array:
+    """H(mean over tokens of p) - mean over tokens of H(p), in nats (Pan et al., arXiv 2404.05567).
+
+    Of token and expert: 0 where all tokens have the same probabilities, log E where each has one
+    expert and all experts have as many. To be made large.
+    """
+    tokens_LG = jnp.maximum(stats.num_tokens, 1)
+    P_LGE = stats.probability_sum_E / tokens_LG[..., None]
+    log_LGE = jnp.log(jnp.maximum(P_LGE, jnp.finfo(P_LGE.dtype).tiny))
+    return -jnp.sum(P_LGE * log_LGE, axis=-1) - stats.entropy_sum / tokens_LG
+
+
+def pooled(stats: RouterStats) -> RouterStats:
+    """All batch shards as one group of tokens."""
+    return jax.tree.map(lambda x: x.sum(axis=1, keepdims=True), stats)
+
+
+def adapted(
+    params: dict, state: RouterState, run: configs.Run, measures: Measures
+) -> tuple[dict, RouterState]:
+    """alpha <- beta alpha + (1 - beta) min(rate · d, maximum) for each layer's drop rate d.
+
+    Wei et al., Skywork-MoE, arXiv 2406.06563, whose rate (their xi) is 1/5, maximum 0.01 and beta
+    0.99. Where dispatch drops nothing d is the rate at which it would have.
+    """
+    if state.coefficients_L is None:
+        return params, state
+    tokens_per_expert_LE = measures.tokens_per_expert_LE
+    if run.model.dispatch == "capacity":
+        rate_L = measures.dropped_L / jnp.maximum(tokens_per_expert_LE.sum(axis=1), 1)
+    else:
+        rate_L = router.virtual_drop_rate(tokens_per_expert_LE, run.model.capacity_factor)
+    adaptive = run.balance.adaptive
+    target_L = jnp.minimum(adaptive.rate * rate_L, adaptive.maximum)
+    beta = adaptive.beta
+    return params, RouterState(beta * state.coefficients_L + (1 - beta) * target_L)
+
+
+def with_updated_biases(
+    params: dict, state: RouterState, run: configs.Run, measures: Measures
+) -> tuple[dict, RouterState]:
+    """Parameters with bias += rate · sign(mean load - load) in every router that has one.
+
+    A bias whose path `optimizer.frozen` finds stays. Wang et al., arXiv 2408.15664, algorithm 1;
+    DeepSeek-V3, arXiv 2412.19437, §2.1.2. The biases of a layer are then brought to a mean of
+    zero, which changes no choice and keeps them from drifting off.
+    """
+    rate, frozen = run.balance.bias_update_rate, run.optimizer.frozen
+    if not rate or measures.router is None:
+        return params, state
+    sparse = [layer for layer, kind in enumerate(run.model.layer_kinds) if kind == MOE]
+    layers = {s: ls for g in layer_groups(run.model.block_kinds) for s, ls in g.layers.items()}
+
+    def of_leaf(name, leaf):
+        match = BIAS.fullmatch(name)
+        if not match or (frozen and re.search(frozen, name)):
+            return leaf
+        rows = jnp.array([sparse.index(layer) for layer in layers[match[1]]])
+        load_LE = measures.tokens_per_expert_LE[rows]
+        bias_LE = leaf + rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
+        return bias_LE - bias_LE.mean(axis=1, keepdims=True)
+
+    return tree.map_with_name(of_leaf, params), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One way to balance experts.
+
+    coefficient: its key in `config.balance`; 0 turns the rule off.
+    loss: a function of (statistics [L, G, ...], config.balance, num_experts_per_tok) that gives
+      [L, G]; None where the rule is outside of the gradient.
+    update: what changes parameters and RouterState after a step, as `updated`; None for a loss.
+    """
+
+    coefficient: str
+    loss: Callable[[RouterStats, configs.Balance, int], jax.Array] | None = None
+    update: Callable[..., tuple[dict, RouterState]] | None = None
+    sign: int = 1
+    per_token: bool = False  # a mean over tokens: groups count by their tokens, else alike
+    always: bool = False  # reported with a coefficient of 0 too
+
+
+# By the names of their terms in metrics.jsonl.
+RULES = {
+    "load_balancing_loss": Rule(
+        "load_balancing_coefficient",
+        lambda stats, balance, k: load_balancing(
+            stats,
+            num_experts_per_tok=k,
+            scope=balance.load_balancing_scope,
+            divide_by_k=balance.load_balancing_divide_by_k,
+            form=balance.load_balancing_form,
+        ),
+        update=adapted,
+        always=True,
+    ),
+    "router_z_loss": Rule(
+        "router_z_coefficient", lambda stats, *_: router_z(stats), per_token=True, always=True
+    ),
+    "importance_loss": Rule("importance_coefficient", lambda stats, *_: importance(stats)),
+    "mutual_information": Rule(
+        "mutual_information_coefficient", lambda stats, *_: mutual_information(stats), sign=-1
+    ),
+    "selection_bias": Rule("bias_update_rate", update=with_updated_biases),
+}

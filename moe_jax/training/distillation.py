@@ -1,0 +1,60 @@
+"""Learning from a teacher's logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.ops import cross_entropy, implementations
+from moe_jax.parallel import sharding
+
+
+def distillation_loss(
+    x_BTD: jax.Array,
+    unembed_DV: jax.Array,
+    teacher_x_BTC: jax.Array,
+    teacher_unembed_CV: jax.Array,
+    weight_BT: jax.Array,
+    *,
+    temperature: float,
+) -> jax.Array:
+    """T^2 · KL(teacher || student), logits divided by T, summed over tokens times their weight.
+
+    Hinton et al., arXiv 1503.02531. From the final norms' outputs, with the logits of some tokens
+    at a time, made again for the gradient; as in `cross_entropy` each device has its own rows.
+    """
+    local = functools.partial(_divergence, temperature=temperature)
+    arrays = (x_BTD, unembed_DV, teacher_x_BTC, teacher_unembed_CV, weight_BT)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(*arrays)
+    spec = sharding.spec_of("unembed")
+
+    def on_device(x_BTD, unembed_DV, teacher_x_BTC, teacher_unembed_CV, weight_BT):
+        unembeds = (sharding.all_gather(w, spec) for w in (unembed_DV, teacher_unembed_CV))
+        student_DV, teacher_CV = unembeds
+        return local(x_BTD, student_DV, teacher_x_BTC, teacher_CV, weight_BT)[None]
+
+    return jax.shard_map(
+        on_device,
+        in_specs=(sharding.BATCH, spec, sharding.BATCH, spec, sharding.BATCH),
+        out_specs=sharding.BATCH,
+        check_vma=False,  # the tensor axis computes the same on all its devices
+    )(*arrays).sum()
+
+
+def _divergence(x_BTD, unembed_DV, teacher_x_BTC, teacher_unembed_CV, weight_BT, temperature):
+    @jax.checkpoint
+    def of_token(x_D, teacher_x_C):
+        log_p_V, log_q_V = (
+            jax.nn.log_softmax(
+                jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
+            )
+            for x, w in ((x_D, unembed_DV), (teacher_x_C, teacher_unembed_CV))
+        )
+        return temperature**2 * jnp.sum(jnp.exp(log_q_V) * (log_q_V - log_p_V))
+
+    tokens = tuple(x.reshape(-1, x.shape[-1]) for x in (x_BTD, teacher_x_BTC))
+    logits = cross_entropy.CHUNK_LOGITS[implementations.platform()]
+    chunk = max(1, logits // unembed_DV.shape[1] // 2)
+    kl_M = jax.lax.map(lambda token: of_token(*token), tokens, batch_size=chunk)
+    return jnp.sum(kl_M * weight_BT.ravel())

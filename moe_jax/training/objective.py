@@ -1,0 +1,138 @@
+"""What is minimised: one table of objectives, each a function of parameters and a microbatch.
+
+An objective is made anew for each batch, from what the step knows before its first microbatch; what
+it returns, (params, microbatch, key) -> (loss, Measures), is differentiated and summed by the step.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import config as configs
+from moe_jax import model
+from moe_jax.analysis import measures
+from moe_jax.data.batches import Batch
+from moe_jax.model import transformer
+from moe_jax.ops import cross_entropy
+from moe_jax.training import balance, distillation
+from moe_jax.training.state import Measures, RouterState
+
+Loss = Callable[[dict, Batch, jax.Array | None], tuple[jax.Array, Measures]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a step knows before its first microbatch.
+
+    frozen: for each frozen model its config and parameters, which have no gradient.
+    over_microbatches: sums a function of (microbatch, key) over the microbatches of the batch.
+    """
+
+    run: configs.Run
+    params: dict
+    batch: Batch
+    router_state: RouterState
+    frozen: Mapping[str, tuple[model.ModelConfig, dict]]
+    over_microbatches: Callable[[Callable], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """`make` gives the loss of a batch's microbatches, which add up to the loss of the batch.
+
+    `frozen_models` says which other models it needs beside the one that is trained: a name, and the
+    run's workdir or Hugging Face folder to load it from.
+    """
+
+    make: Callable[[Context], Loss]
+    frozen_models: Callable[[configs.Objective], Mapping[str, str]] = lambda objective: {}
+
+
+def next_token(context: Context) -> Loss:
+    """Cross-entropy of the next token in nats, with router losses and a teacher's as terms."""
+    run, batch = context.run, context.batch
+    num_tokens = jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1)
+    of_routers = functools.partial(
+        balance.router_losses,
+        balance=run.balance,
+        num_experts_per_tok=run.model.num_experts_per_tok,
+        num_tokens=num_tokens,
+        accumulation_steps=run.training.accumulation_steps,
+        coefficients_L=context.router_state.coefficients_L,
+    )
+    router_terms = _window(context, of_routers) if _needs_window(run) else None
+
+    def loss(params, microbatch, key):
+        x_BTD, stats = hidden_states(params, microbatch, key, run.model)
+        unembed_DV = transformer.unembedding(params)
+        weights_BT = microbatch.weights_BT / num_tokens
+        sums = cross_entropy.cross_entropy(
+            x_BTD,
+            unembed_DV,
+            microbatch.targets_BT,
+            weights_BT,
+            z_coefficient=run.objective.logit_z_coefficient,
+        )
+        total, terms = sums.total, {}
+        if stats is not None:
+            router_total, terms = (router_terms or of_routers)(stats)
+            total += router_total
+        if "teacher" in context.frozen:
+            teacher, teacher_params = context.frozen["teacher"]
+            teacher_x_BTC, _ = hidden_states(teacher_params, microbatch, None, teacher)
+            divergence = distillation.distillation_loss(
+                x_BTD,
+                unembed_DV,
+                *jax.lax.stop_gradient((teacher_x_BTC, transformer.unembedding(teacher_params))),
+                weights_BT,
+                temperature=run.objective.distillation.temperature,
+            )
+            total += run.objective.distillation.coefficient * divergence
+            terms = {**terms, "distillation_loss": divergence}
+        return total, Measures(loss=sums.nats, terms=terms, router=measures.router_sums(stats))
+
+    return loss
+
+
+def _teacher(objective: configs.Objective) -> Mapping[str, str]:
+    section = objective.distillation
+    return {"teacher": section.source} if section.coefficient else {}
+
+
+OBJECTIVES: dict[str, Objective] = {"next_token": Objective(next_token, _teacher)}
+
+
+def choose(name: str) -> Objective:
+    """Raises: ConfigError for a name that is not in the table."""
+    if name not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        raise configs.ConfigError(f"config.objective.name={name!r} is unknown; use one of {known}")
+    return OBJECTIVES[name]
+
+
+def hidden_states(params: dict, batch: Batch, key: jax.Array | None, config: model.ModelConfig):
+    """The final norm's output for a batch, and the routers' statistics."""
+    shared = transformer.Shared(batch.positions_BT, batch.segment_ids_BT, key)
+    return transformer.hidden_states(params, batch.tokens_BT, shared, config)
+
+
+def _needs_window(run: configs.Run) -> bool:
+    several = run.training.accumulation_steps > 1
+    return several and run.balance.load_balancing_over == "window" and run.model.num_experts > 0
+
+
+def _window(context: Context, of_routers: Callable) -> Callable:
+    """Router losses of one microbatch whose gradient is that of the whole accumulation window.
+
+    They cost another forward pass, in which the statistics of all microbatches are summed.
+    """
+    run = context.run
+    stats = context.over_microbatches(
+        lambda microbatch, key: hidden_states(context.params, microbatch, key, run.model)[1]
+    )
+    (_, terms), slope = balance.slope(of_routers, stats)
+    share = {name: term / run.training.accumulation_steps for name, term in terms.items()}
+    return lambda stats: (balance.along(slope, stats), share)
