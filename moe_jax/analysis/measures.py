@@ -160,7 +160,7 @@ def result(sums: Sums | None) -> dict[str, object]:
 def columns(kept: Mapping[str, object]) -> dict[str, float | str]:
     """The columns of results.csv, one number each, from a result.json; "" where it has none."""
     return {
-        name: m.column(kept[name]) if kept.get(name) else ""
+        name: "" if kept.get(name) is None else float(m.column(kept[name]))
         for name, m in MEASURES.items()
         if m.column
     }

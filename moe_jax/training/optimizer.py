@@ -48,7 +48,7 @@ def adamw(optimizer: ConfigDict, num_steps: int) -> optax.GradientTransformation
     al., arXiv 2112.10684, divide those of experts by the square root of how many devices share
     them out), weight decay in AdamW, and the learning rate after it, weight decay included.
     Paths of `no_weight_decay` do not decay, nor does a router's bias on the choice of experts: as
-    no gradient reaches it either, it is left to `training/balancing.py`. What is `frozen` is not
+    no gradient reaches it either, it is left to `training/balance.py`. What is `frozen` is not
     updated, has no moments and does not count in the norm (MoE-CT, arXiv 2407.00875, trains the
     experts alone).
     """

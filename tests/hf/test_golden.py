@@ -16,7 +16,7 @@ import pytest
 from moe_jax import hf, model
 from moe_jax.hf import safetensors
 from moe_jax.model import router
-from moe_jax.training import losses
+from moe_jax.training import balance as rules
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 NAMES = sorted(p.name for p in GOLDEN.iterdir() if (p / "config.json").exists())
@@ -66,8 +66,8 @@ def test_routing_is_the_references(name):
     if "aux_loss" not in want:
         return
     # LOLA adds its layers up; the others pool the tokens of all layers.
-    ours = losses.load_balancing(
-        losses.pooled(output(name).router),
+    ours = rules.load_balancing(
+        rules.pooled(output(name).router),
         num_experts_per_tok=k,
         scope="layer" if config.model_type == "lola_v1" else "all_layers",
         divide_by_k=False,

@@ -16,7 +16,7 @@ from moe_jax import model
 from moe_jax.dryrun import hlo
 from moe_jax.model import exchange, moe
 from moe_jax.parallel import mesh as meshes
-from moe_jax.training import losses
+from moe_jax.training import balance as rules
 
 B, T, D, E, A = 8, 16, 16, 8, 2
 CONFIG = model.ModelConfig(
@@ -61,9 +61,9 @@ def inputs(config):
 
 def balance(stats):
     """The balance loss of the whole batch, and so of all shards together."""
-    of_layers = losses.pooled(jax.tree.map(lambda x: x[None], stats))
+    of_layers = rules.pooled(jax.tree.map(lambda x: x[None], stats))
     how = {"scope": "layer", "divide_by_k": False, "form": "switch"}
-    return losses.load_balancing(of_layers, num_experts_per_tok=A, **how).mean()
+    return rules.load_balancing(of_layers, num_experts_per_tok=A, **how).mean()
 
 
 def layer(config, key=None):

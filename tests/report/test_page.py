@@ -6,14 +6,17 @@ import re
 import numpy as np
 import pytest
 
-from moe_jax.analysis import routing
+from moe_jax.analysis import measures
 from moe_jax.report import figures, page
 
 
+def router_rows(load_LE):
+    sums = {"tokens_per_expert_E": np.array(load_LE)}
+    return measures.rows(measures.Sums(sums, "softmax_topk", 1.0, measures.VALIDATION))
+
+
 def test_health_of_even_collapsed_and_mixed_layers():
-    health = routing.health(
-        np.array([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]]), capacity_factor=1
-    )
+    health = router_rows([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]])
     assert health["effective_experts"] == [4, 1, 2]
     assert health["max_violation"] == [0, 3, 1]
     assert health["dead_experts"] == [0, 3, 2]
@@ -30,7 +33,7 @@ def make_run(folder, *, num_experts, bits, source="", router=None):
         rows.append({"step": step, "tokens": step * 100, "loss": 3 - step / 40})
         row = {"step": step, "tokens": step * 100, "validation": {"bits_per_byte": bits}}
         if num_experts:
-            row["router"] = routing.health(load, capacity_factor=1)
+            row["router"] = router_rows(load)
         rows.append(row)
     result = {
         "steps": 40, "tokens": 4000, "training_flops": 2e12, "loss": bits, "bits_per_byte": bits,

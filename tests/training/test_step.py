@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.data.batches import Batch
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 from moe_jax.training import checkpoint, optimizer, step
@@ -24,19 +25,20 @@ DENSE = model.ModelConfig(
     num_attention_heads=2,
 )
 MOE = DENSE.to_moe(num_experts=4, num_experts_per_tok=2)
-SETTINGS = configs.default()
-SETTINGS.optimizer.learning_rate = 1e-2
-TX = optimizer.adamw(SETTINGS.optimizer, 10)
+RUN = configs.Run(model=DENSE, optimizer=configs.Optimizer(learning_rate=1e-2))
+TX = optimizer.adamw(RUN.optimizer, 10)
 
 
 def batch_of(seed, lengths=(T,) * B):
     tokens_BT = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, V)
-    return {
-        "tokens": tokens_BT[:, :-1],
-        "targets": tokens_BT[:, 1:],
-        "segment_ids": (jnp.arange(T) < jnp.array(lengths)[:, None]).astype(jnp.int32),
-        "positions": jnp.tile(jnp.arange(T), (B, 1)),
-    }
+    valid_BT = jnp.arange(T) < jnp.array(lengths)[:, None]
+    return Batch(
+        tokens_BT=tokens_BT[:, :-1],
+        targets_BT=tokens_BT[:, 1:],
+        weights_BT=valid_BT.astype(jnp.float32),
+        segment_ids_BT=valid_BT.astype(jnp.int32),
+        positions_BT=jnp.tile(jnp.arange(T), (B, 1)),
+    )
 
 
 @functools.cache
@@ -46,16 +48,17 @@ def initial(config):
 
 @functools.cache
 def train_step(config, accumulation_steps=1, out_shardings=None):
-    training = SETTINGS.training.copy_and_resolve_references()
-    training.accumulation_steps = accumulation_steps
-    return jax.jit(step.make_train_step(config, training, TX), out_shardings=out_shardings)
+    training = configs.Training(accumulation_steps=accumulation_steps)
+    run = dataclasses.replace(RUN, model=config, training=training)
+    return jax.jit(step.make_train_step(run, TX), out_shardings=out_shardings)
 
 
 def losses_of(one_step, state, start=0):
     values = []
     for i in range(start, 3):
         state, metrics = one_step(state, batch_of(i))
-        values.append((metrics.loss, metrics.router.load_balancing_loss, metrics.gradient_norm))
+        balance = metrics.terms["load_balancing_loss"]
+        values.append((metrics.loss, balance, metrics.gradient_norm))
     return np.array(values)
 
 
@@ -120,13 +123,17 @@ def test_padding_reaches_neither_loss_nor_balance():
     batch = batch_of(0, lengths)
     state, metrics = train_step(MOE)(initial(MOE), batch)
     other = batch_of(1)
-    is_pad = batch["segment_ids"] == 0
-    changed = {n: jnp.where(is_pad, other[n], batch[n]) for n in ("tokens", "targets")}
-    state_changed, metrics_changed = train_step(MOE)(initial(MOE), {**batch, **changed})
-    np.testing.assert_allclose(metrics.loss, metrics_changed.loss, rtol=1e-6)
-    np.testing.assert_allclose(
-        metrics.router.load_balancing_loss, metrics_changed.router.load_balancing_loss, rtol=1e-6
+    is_pad = batch.segment_ids_BT == 0
+    changed = batch.replace(
+        tokens_BT=jnp.where(is_pad, other.tokens_BT, batch.tokens_BT),
+        targets_BT=jnp.where(is_pad, other.targets_BT, batch.targets_BT),
     )
+    state_changed, metrics_changed = train_step(MOE)(initial(MOE), changed)
+    np.testing.assert_allclose(metrics.loss, metrics_changed.loss, rtol=1e-6)
+    balance, balance_changed = (
+        m.terms["load_balancing_loss"] for m in (metrics, metrics_changed)
+    )
+    np.testing.assert_allclose(balance, balance_changed, rtol=1e-6)
     assert metrics.tokens_per_expert_LE.sum() == 2 * 2 * sum(lengths)
     # Padding changes which rows share a block, and so the order of float32 sums.
     jax.tree.map(

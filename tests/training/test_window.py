@@ -1,5 +1,6 @@
 """Router losses over an accumulation window are those of one batch; averages are not."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.data.batches import Batch
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 from moe_jax.training import optimizer, step
@@ -26,26 +28,30 @@ CONFIG = model.ModelConfig(
     initializer_range=0.3,  # so that experts are used unevenly
 )
 PARTS = ("load_balancing_loss", "router_z_loss", "importance_loss", "mutual_information")
-SETTINGS = configs.default()
-SETTINGS.optimizer.gradient_clip_norm = 1e9
-SETTINGS.training.update(
-    load_balancing_coefficient=0.5,
-    router_z_coefficient=0.01,
-    importance_coefficient=0.3,
-    mutual_information_coefficient=0.2,
+RUN = configs.Run(
+    model=CONFIG,
+    optimizer=configs.Optimizer(gradient_clip_norm=1e9),
+    balance=configs.Balance(
+        load_balancing_coefficient=0.5,
+        router_z_coefficient=0.01,
+        importance_coefficient=0.3,
+        mutual_information_coefficient=0.2,
+    ),
 )
-TX = optimizer.adamw(SETTINGS.optimizer, 10)
+TX = optimizer.adamw(RUN.optimizer, 10)
 
 
 def batch():
     lengths_B = np.random.default_rng(0).integers(0, T + 1, size=B)
     tokens_BT = jax.random.randint(jax.random.key(0), (B, T + 1), 0, V)
-    return {
-        "tokens": tokens_BT[:, :-1],
-        "targets": tokens_BT[:, 1:],
-        "segment_ids": (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32),
-        "positions": jnp.tile(jnp.arange(T), (B, 1)),
-    }
+    valid_BT = jnp.arange(T) < lengths_B[:, None]
+    return Batch(
+        tokens_BT=tokens_BT[:, :-1],
+        targets_BT=tokens_BT[:, 1:],
+        weights_BT=valid_BT.astype(jnp.float32),
+        segment_ids_BT=valid_BT.astype(jnp.int32),
+        positions_BT=jnp.tile(jnp.arange(T), (B, 1)),
+    )
 
 
 @functools.cache
@@ -56,9 +62,12 @@ def initial():
 
 def step_of(accumulation_steps, over, mesh=None):
     """The metrics of a step, and its gradients, which are ten times Adam's first moments."""
-    training = SETTINGS.training.copy_and_resolve_references()
-    training.update(accumulation_steps=accumulation_steps, load_balancing_over=over)
-    train_step = step.make_train_step(CONFIG, training, TX)
+    run = dataclasses.replace(
+        RUN,
+        training=configs.Training(accumulation_steps=accumulation_steps),
+        balance=dataclasses.replace(RUN.balance, load_balancing_over=over),
+    )
+    train_step = step.make_train_step(run, TX)
     state, shardings = initial(), None
     if mesh is not None:
         state_shardings = sharding.shardings(state, mesh)
@@ -69,7 +78,7 @@ def step_of(accumulation_steps, over, mesh=None):
 
 
 def parts_of(metrics):
-    return np.array([getattr(metrics.router, name) for name in PARTS])
+    return np.array([metrics.terms[name] for name in PARTS])
 
 
 def relative_error(gradients, others):

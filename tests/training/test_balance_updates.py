@@ -10,10 +10,11 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import model, tree
+from moe_jax.data.batches import Batch
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
-from moe_jax.training import balancing, checkpoint, optimizer, step
-from moe_jax.training.state import TrainState
+from moe_jax.training import balance, checkpoint, optimizer, step
+from moe_jax.training.state import Measures, RouterState, TrainState
 
 V, B, T, E = 32, 4, 8, 4
 CONFIG = model.ModelConfig(
@@ -26,35 +27,43 @@ CONFIG = model.ModelConfig(
     router="sigmoid_topk",
     remat="none",
 )
-SETTINGS = configs.default()
-SETTINGS.training.update(
-    load_balancing_schedule="adaptive", load_balancing_coefficient=0.02, bias_update_rate=0.5
+RUN = configs.Run(
+    model=CONFIG,
+    balance=configs.Balance(
+        load_balancing_schedule="adaptive", load_balancing_coefficient=0.02, bias_update_rate=0.5
+    ),
+    optimizer=configs.Optimizer(no_weight_decay="", weight_decay=1.0, learning_rate=0.1),
 )
-SETTINGS.optimizer.update(no_weight_decay="", weight_decay=1.0, learning_rate=0.1)
-TX = optimizer.adamw(SETTINGS.optimizer, 10)
+TX = optimizer.adamw(RUN.optimizer, 10)
+
+
+def counted(counts_LE, dropped_L=None):
+    """What a step with these loads has measured."""
+    dropped_L = jnp.zeros(len(counts_LE), int) if dropped_L is None else dropped_L
+    router = {"tokens_per_expert_E": counts_LE, "num_dropped": dropped_L}
+    return Measures(loss=jnp.zeros(()), router=router)
 
 
 def biases_of(params):
-    """In the order of the model's layers, whatever their places in the tree."""
-    names = {tree.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
-    biases = [x for name, x in names.items() if name.endswith("moe/router/bias")]
+    """In the order of the model's layers, whatever their slots in the tree."""
+    biases = [x for name, x in tree.flatten(params).items() if name.endswith("moe/router/bias")]
     return np.concatenate(biases)
 
 
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 def test_coefficients_follow_the_drop_rates_as_a_loop_says(dispatch):
     config = dataclasses.replace(CONFIG, dispatch=dispatch, capacity_factor=1.0)
-    settings = SETTINGS.training.adaptive_balance
+    run = dataclasses.replace(RUN, model=config)
     rng = np.random.default_rng(0)
     counts = rng.multinomial(64, [0.4, 0.3, 0.2, 0.1], size=(100, 2))
     counts[:, 1] = 16  # the second layer is balanced: nothing would be dropped
     dropped = rng.integers(0, 4, size=(100, 2))
 
     def one(state, now):
-        state = balancing.adapted(state, config, settings, *now)
+        _, state = balance.adapted({}, state, run, counted(*now))
         return state, state.coefficients_L
 
-    state = balancing.initial(config, SETTINGS.training)
+    state = balance.initial(config, RUN.balance)
     _, trace = jax.jit(lambda s: jax.lax.scan(one, s, (counts, dropped)))(state)
 
     alpha = np.array([0.02, 0.02])
@@ -68,13 +77,14 @@ def test_coefficients_follow_the_drop_rates_as_a_loop_says(dispatch):
 
 
 def test_a_bias_rises_where_the_load_is_low_layer_by_layer_and_keeps_a_mean_of_zero():
-    # The places of the tree have the sparse layers 0 and 3, 1 and 4 in two stacks.
+    # The slots of the tree have the sparse layers 0 and 3, 1 and 4 in two stacks.
     layers = ("moe", "moe", "dense") * 2
     config = dataclasses.replace(CONFIG, num_hidden_layers=6, layers=layers)
     params = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params)
     counts = jnp.array([[10, 4, 4, 6], [1, 1, 1, 5], [2, 2, 2, 2], [4, 4, 10, 6]])
-    new = balancing.with_updated_biases(params, config, 0.5, counts)
+    run = dataclasses.replace(RUN, model=config)
+    new, _ = balance.with_updated_biases(params, RouterState(), run, counted(counts))
     # Signs (-1, 1, 1, 0), (1, 1, 1, -1), none, (1, 1, -1, 0), less their means, times 0.5.
     by_hand = [
         [-0.625, 0.375, 0.375, -0.125],
@@ -83,18 +93,21 @@ def test_a_bias_rises_where_the_load_is_low_layer_by_layer_and_keeps_a_mean_of_z
         [0.375, 0.375, -0.625, -0.125],
     ]
     np.testing.assert_allclose(biases_of(new), np.array(by_hand)[[0, 2, 1, 3]])
-    frozen = balancing.with_updated_biases(params, config, 0.5, counts, "blocks/0/.*router")
+    frozen = dataclasses.replace(RUN.optimizer, frozen="blocks/0/.*router")
+    run = dataclasses.replace(run, optimizer=frozen)
+    frozen, _ = balance.with_updated_biases(params, RouterState(), run, counted(counts))
     np.testing.assert_allclose(biases_of(frozen), [*np.zeros((2, 4)), *biases_of(new)[2:]])
 
 
 def batch():
     tokens_BT = jax.random.randint(jax.random.key(1), (B, T + 1), 0, V)
-    return {
-        "tokens": tokens_BT[:, :-1],
-        "targets": tokens_BT[:, 1:],
-        "segment_ids": jnp.ones((B, T), jnp.int32),
-        "positions": jnp.tile(jnp.arange(T), (B, 1)),
-    }
+    return Batch(
+        tokens_BT=tokens_BT[:, :-1],
+        targets_BT=tokens_BT[:, 1:],
+        weights_BT=jnp.ones((B, T)),
+        segment_ids_BT=jnp.ones((B, T), jnp.int32),
+        positions_BT=jnp.tile(jnp.arange(T), (B, 1)),
+    )
 
 
 def test_a_step_moves_biases_and_coefficients_by_their_rules_alone_from_its_own_loads():
@@ -102,8 +115,8 @@ def test_a_step_moves_biases_and_coefficients_by_their_rules_alone_from_its_own_
     params = jax.jit(lambda key: model.init(CONFIG, key))(jax.random.key(0))
     router = params["blocks"]["0"]["moe"]["router"]
     router["bias"] = jnp.array([[0.3, -0.3, 0.1, -0.1], [0.2, 0.2, -0.2, -0.2]])
-    before = TrainState.create(params, TX, balancing.initial(CONFIG, SETTINGS.training))
-    one_step = jax.jit(step.make_train_step(CONFIG, SETTINGS.training, TX))
+    before = TrainState.create(params, TX, balance.initial(CONFIG, RUN.balance))
+    one_step = jax.jit(step.make_train_step(RUN, TX))
     after, metrics = one_step(before, batch())
 
     counts = np.asarray(metrics.tokens_per_expert_LE)
@@ -114,9 +127,7 @@ def test_a_step_moves_biases_and_coefficients_by_their_rules_alone_from_its_own_
         np.testing.assert_array_equal(biases_of(optax.tree.get(after.opt_state, moment)), 0)
 
     np.testing.assert_array_equal(metrics.load_balancing_coefficients_L, np.float32([0.02] * 2))
-    adaptive_balance = SETTINGS.training.adaptive_balance
-    loads = counts, metrics.dropped_L
-    adapted = balancing.adapted(before.router_state, CONFIG, adaptive_balance, *loads)
+    _, adapted = balance.adapted({}, before.router_state, RUN, counted(counts, metrics.dropped_L))
     np.testing.assert_allclose(after.router_state.coefficients_L, adapted.coefficients_L, rtol=1e-6)
     assert (after.router_state.coefficients_L < 0.02).all()
 
@@ -129,7 +140,7 @@ def test_a_step_moves_biases_and_coefficients_by_their_rules_alone_from_its_own_
 
 def test_a_checkpoint_keeps_what_the_rules_remember(tmp_path):
     # The leaf that is the rules', and one more.
-    state = {"router_state": balancing.RouterState(jnp.array([0.1, 0.2])), "step": jnp.int32(1)}
+    state = {"router_state": RouterState(jnp.array([0.1, 0.2])), "step": jnp.int32(1)}
     checkpoint.save(tmp_path, 1, state, data={}, config={}, keep=1)
     mesh = meshes.make({axis: 8 if axis == "fsdp" else 1 for axis in meshes.AXES})
     restored = checkpoint.restore_latest(tmp_path, sharding.abstract(state, mesh)).state
@@ -141,6 +152,5 @@ def test_a_checkpoint_keeps_what_the_rules_remember(tmp_path):
     [(CONFIG, "constant"), (dataclasses.replace(CONFIG, layers=None, num_experts=0), "adaptive")],
 )
 def test_a_state_without_rules_has_the_leaves_it_always_had(config, schedule):
-    training = SETTINGS.training.copy_and_resolve_references()
-    training.load_balancing_schedule = schedule
-    assert jax.tree.leaves(balancing.initial(config, training)) == []
+    settings = dataclasses.replace(RUN.balance, load_balancing_schedule=schedule)
+    assert jax.tree.leaves(balance.initial(config, settings)) == []

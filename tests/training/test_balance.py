@@ -1,5 +1,6 @@
 """The losses against formulas worked by hand."""
 
+import dataclasses
 import functools
 import statistics
 
@@ -10,8 +11,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax.model import router
-from moe_jax.parallel import mesh as meshes
-from moe_jax.training import losses
+from moe_jax.training import balance as rules
 
 E, A = 4, 2
 
@@ -28,8 +28,8 @@ def stats_of(logits_LME):
 
 
 def balance(stats, scope, divide_by_k):
-    return losses.load_balancing(
-        losses.pooled(stats),
+    return rules.load_balancing(
+        rules.pooled(stats),
         num_experts_per_tok=A,
         scope=scope,
         divide_by_k=divide_by_k,
@@ -72,11 +72,10 @@ def test_all_layers_scope_does_not_see_layers_that_collapse_onto_different_exper
 def test_z_loss_is_the_mean_squared_logsumexp():
     logits_LME = jax.random.normal(jax.random.key(0), (3, 8, E))
     z = np.log(np.exp(np.asarray(logits_LME, np.float64)).sum(axis=-1)) ** 2
-    np.testing.assert_allclose(losses.router_z(stats_of(logits_LME)).mean(), z.mean(), rtol=1e-5)
+    np.testing.assert_allclose(rules.router_z(stats_of(logits_LME)).mean(), z.mean(), rtol=1e-5)
 
 
-SETTINGS = configs.default().training
-SETTINGS.update(load_balancing_coefficient=0.5, router_z_coefficient=0.0)
+BALANCE = configs.Balance(load_balancing_coefficient=0.5, router_z_coefficient=0.0)
 
 
 def made_up(seed=0, L=3, S=2, E=E):
@@ -107,9 +106,9 @@ def of_probabilities(p_ME):
 
 def test_mutual_information_is_0_for_equal_tokens_and_log_E_for_one_expert_each():
     equal = of_probabilities([[0.5, 0.3, 0.2, 0]] * 8)
-    np.testing.assert_allclose(losses.mutual_information(equal), 0, atol=1e-6)
+    np.testing.assert_allclose(rules.mutual_information(equal), 0, atol=1e-6)
     one_each = of_probabilities(np.eye(E)[np.arange(8) % E])
-    np.testing.assert_allclose(losses.mutual_information(one_each), np.log(E), rtol=1e-6)
+    np.testing.assert_allclose(rules.mutual_information(one_each), np.log(E), rtol=1e-6)
 
 
 def test_mutual_information_is_that_of_the_joint_distribution_of_token_and_expert():
@@ -117,15 +116,15 @@ def test_mutual_information_is_that_of_the_joint_distribution_of_token_and_exper
     joint = p_ME / 8
     by_hand = np.sum(joint * np.log(joint / (joint.sum(axis=0) / 8)))
     np.testing.assert_allclose(
-        losses.mutual_information(of_probabilities(p_ME)), by_hand, rtol=1e-5
+        rules.mutual_information(of_probabilities(p_ME)), by_hand, rtol=1e-5
     )
 
 
 def test_squared_form_is_0_at_uniform_probabilities_and_by_hand_elsewhere():
     def squared(p_ME):
         settings = {"num_experts_per_tok": A, "scope": "layer", "divide_by_k": True}
-        stats = losses.pooled(of_probabilities(p_ME))
-        return losses.load_balancing(stats, form="squared", **settings).mean()
+        stats = rules.pooled(of_probabilities(p_ME))
+        return rules.load_balancing(stats, form="squared", **settings).mean()
 
     np.testing.assert_allclose(squared(np.full((8, E), 1 / E)), 0, atol=1e-12)
     by_hand = 0.25**2 + 0.05**2 + 0.05**2 + 0.25**2
@@ -139,17 +138,16 @@ def test_importance_loss_is_the_squared_coefficients_of_variation():
         + statistics.variance(y[0]) / statistics.mean(y[0]) ** 2
         for x, y in zip(stats.weight_sum_E.tolist(), stats.load_sum_E.tolist(), strict=True)
     ]
-    np.testing.assert_allclose(losses.importance(stats)[:, 0], by_hand, rtol=1e-5)
+    np.testing.assert_allclose(rules.importance(stats)[:, 0], by_hand, rtol=1e-5)
     even = stats.replace(weight_sum_E=np.full((3, 1, E), 2.0), load_sum_E=np.full((3, 1, E), 4.0))
-    np.testing.assert_array_equal(losses.importance(even), 0)
-    np.testing.assert_array_equal(losses.importance(made_up(E=1)), 0)
+    np.testing.assert_array_equal(rules.importance(even), 0)
+    np.testing.assert_array_equal(rules.importance(made_up(E=1)), 0)
 
 
 @functools.partial(jax.jit, static_argnames=("names", "values"))
 def router_losses(stats, num_tokens, coefficients_L=None, names=(), values=()):
-    settings = SETTINGS.copy_and_resolve_references()
-    settings.update(dict(zip(names, values, strict=True)))
-    return losses.router_losses(
+    settings = dataclasses.replace(BALANCE, **dict(zip(names, values, strict=True)))
+    return rules.router_losses(
         stats,
         settings,
         num_experts_per_tok=A,
@@ -162,9 +160,9 @@ def test_the_total_is_the_sum_of_the_parts_times_their_coefficients():
     stats, coefficients_L = made_up(), np.array([0.1, 0.2, 0.7])
     names = ("router_z_coefficient", "importance_coefficient", "mutual_information_coefficient")
     total, parts = router_losses(stats, 15, None, names, (3.0, 5.0, 7.0))
-    others = 3 * parts.router_z_loss + 5 * parts.importance_loss - 7 * parts.mutual_information
-    np.testing.assert_allclose(total, 0.5 * parts.load_balancing_loss + others, rtol=1e-5)
-    np.testing.assert_allclose(parts.router_z_loss, stats.z_sum.sum(axis=1).mean() / 15, rtol=1e-6)
+    others = 3 * parts["router_z_loss"] + 5 * parts["importance_loss"] - 7 * parts["mutual_information"]
+    np.testing.assert_allclose(total, 0.5 * parts["load_balancing_loss"] + others, rtol=1e-5)
+    np.testing.assert_allclose(parts["router_z_loss"], stats.z_sum.sum(axis=1).mean() / 15, rtol=1e-6)
     f_LE, P_LE = (x.sum(axis=1) / 15 for x in (stats.tokens_per_expert_E, stats.probability_sum_E))
     loss_L = E / A * np.sum(f_LE * P_LE, axis=1)
     total, _ = router_losses(stats, 15, coefficients_L, names, (3.0, 5.0, 7.0))
@@ -179,47 +177,7 @@ def test_over_the_device_is_the_mean_of_each_shards_own_loss_where_it_has_tokens
     _, parts = router_losses(empty, 24, None, names, ("device", 1.0, 1.0))
     alone = [router_losses(s, s.num_tokens[0, 0], None, names, ("global", 1, 1))[1] for s in shard]
     for name in ("load_balancing_loss", "importance_loss", "mutual_information"):
-        by_hand = np.mean([getattr(one, name) for one in alone])
-        np.testing.assert_allclose(getattr(parts, name), by_hand, rtol=1e-5)
+        by_hand = np.mean([one[name] for one in alone])
+        np.testing.assert_allclose(parts[name], by_hand, rtol=1e-5)
     # A mean over tokens is one over all of them, whatever the shards.
-    np.testing.assert_allclose(parts.router_z_loss, stats.z_sum.sum(axis=1).mean() / 24, rtol=1e-6)
-
-
-def distillation(x_BTD, unembed_DV, y_BTC, teacher_CV, weight_BT, temperature):
-    return losses.distillation_loss(
-        x_BTD, unembed_DV, y_BTC, teacher_CV, weight_BT, temperature=temperature
-    )
-
-
-def distillation_case(B=8, T=4, D=8, C=16, V=32):
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = ((B, T, D), (D, V), (B, T, C), (C, V))
-    arrays = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
-    return *arrays, (jnp.arange(B * T) % 3 > 0).reshape(B, T) / 20
-
-
-def test_distillation_is_the_divergence_from_the_teacher_and_0_from_itself(monkeypatch):
-    # Chunks of 5 tokens, one of 2.
-    monkeypatch.setitem(losses.cross_entropy.CHUNK_LOGITS, "cpu", 2 * 5 * 32)
-    value, slope = jax.jit(jax.value_and_grad(distillation, argnums=(0, 1)), static_argnums=5)(
-        *distillation_case(), 2.0
-    )
-    x, w, y, v, weight = (np.asarray(a, np.float64) for a in distillation_case())
-    p, q = (np.exp(a - np.log(np.exp(a).sum(-1, keepdims=True))) for a in (x @ w / 2, y @ v / 2))
-    by_hand = 2.0**2 * np.sum(weight * np.sum(q * np.log(q / p), axis=-1))
-    np.testing.assert_allclose(value, by_hand, rtol=1e-5)
-    # The gradient by the logits is that of cross-entropy with the teacher's shares: T (p - q).
-    by_hand = 2.0 * weight[..., None] * (p - q)
-    np.testing.assert_allclose(slope[0], by_hand @ w.T, atol=1e-5)
-    np.testing.assert_allclose(slope[1], np.einsum("btd,btv->dv", x, by_hand), atol=1e-5)
-    x, w, *_, weight = distillation_case()
-    np.testing.assert_allclose(distillation(x, w, x, w, weight, 2.0), 0, atol=1e-6)
-
-
-def test_distillation_on_eight_devices_is_that_on_one():
-    function = jax.value_and_grad(distillation, argnums=(0, 1))
-    alone = jax.jit(function, static_argnums=5)(*distillation_case(), 1.0)
-    with jax.set_mesh(meshes.make({"data": 2, "fsdp": 2, "expert": 1, "tensor": 2})):
-        spread = jax.jit(function, static_argnums=5)(*distillation_case(), 1.0)
-    for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(parts["router_z_loss"], stats.z_sum.sum(axis=1).mean() / 24, rtol=1e-6)

@@ -1,0 +1,119 @@
+"""A measure and an objective are added from outside of the package, with one registration each.
+
+Routers, recipes and sources are added so in tests/model, tests/upcycle and tests/data.
+"""
+
+import csv
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import config as configs
+from moe_jax import sweep, train
+from moe_jax.analysis import measures
+from moe_jax.model import transformer
+from moe_jax.ops import cross_entropy
+from moe_jax.report import page
+from moe_jax.training import metrics, objective
+from moe_jax.training.state import Measures
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("errands")
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(f"one and two are {i} " * 20)
+    config = configs.default()
+    config.model.update(
+        vocab_size=259,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        remat="none",
+    )
+    config.data.update(source=str(folder), sequence_length=16, validation_fraction=0.3)
+    config.data.cache_dir = str(folder / "cache")
+    config.training.update(num_steps=2, batch_size=8, log_every=1)
+    config.evaluation.update(every_steps=1, batch_size=8, max_batches=1)
+    return config
+
+
+def test_a_measure_from_outside_is_in_the_metrics_the_results_and_the_report(
+    config, tmp_path, monkeypatch
+):
+    def router_entropy(sums):
+        return (sums.router["entropy_sum"] / sums.router["num_tokens"]).round(4).tolist()
+
+    toy = measures.Measure(
+        "nats",
+        router_entropy,
+        needs=("entropy_sum", "num_tokens"),
+        column=np.mean,
+        panel=measures.Panel("Entropy of the routers", "nats", np.mean),
+    )
+    monkeypatch.setitem(measures.MEASURES, "router_entropy", toy)
+    workdir = tmp_path / "run"
+    result = train.run(config, workdir)
+    rows = metrics.read(workdir / "metrics.jsonl")
+    found = [row["router"]["router_entropy"] for row in rows]
+    assert len(found) == 5  # two training rows and three evaluations
+    # Probabilities of a router with small weights are nearly even.
+    np.testing.assert_allclose(found, np.log(4), atol=0.05)
+    assert result["router_entropy"] == found[-1]
+
+    run = sweep.Run("run", "0", workdir, (), (), ())
+    sweep.write_results(tmp_path / "results.csv", [run], {"run": sweep.DONE}, {})
+    with open(tmp_path / "results.csv") as file:
+        [line] = csv.DictReader(file)
+    assert float(line["router_entropy"]) == pytest.approx(np.mean(found[-1]))
+    written = page.write(tmp_path / "out", {"run": workdir}, []).read_text()
+    assert "<th>router entropy</th>" in written
+    record = page.read_record("run", 0, workdir)
+    titles = [axes.get_title("left") for axes in page.figures.router_health([record]).axes]
+    assert "Entropy of the routers" in titles
+
+
+def test_an_objective_from_outside_trains_a_run_and_its_terms_are_logged(
+    config, tmp_path, monkeypatch
+):
+    """The last token of each row alone, with the squared weights of the head as a term."""
+
+    def last_token(context):
+        rows = context.batch.tokens_BT.shape[0]
+
+        def loss(params, batch, key):
+            del key
+            shared = transformer.Shared(batch.positions_BT, batch.segment_ids_BT)
+            x_BTD, _ = transformer.hidden_states(
+                params, batch.tokens_BT, shared, context.run.model
+            )
+            head_DV = transformer.unembedding(params)
+            nats_BT = cross_entropy.token_losses(x_BTD, head_DV, batch.targets_BT)
+            nats, squares = jnp.sum(nats_BT[:, -1]) / rows, jnp.sum(head_DV**2)
+            return nats + squares, Measures(loss=nats, terms={"head_squares": squares})
+
+        return loss
+
+    monkeypatch.setitem(objective.OBJECTIVES, "last_token", objective.Objective(last_token))
+    config = config.copy_and_resolve_references()
+    config.objective.name = "last_token"
+    config.optimizer.learning_rate = 0.1
+    train.run(config, tmp_path / "run")
+    rows = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert rows[1]["head_squares"] < rows[0]["head_squares"]
+    assert "router" not in rows[0]
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["objective"]["name"] == "last_token"
+
+
+def test_a_misspelt_objective_is_refused_with_the_known_ones(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.objective.name = "next_tokens"
+    with pytest.raises(configs.ConfigError, match="config.objective.name='next_tokens'.*next_token"):
+        train.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
