@@ -17,7 +17,7 @@ import moe_jax
 from moe_jax import config as configs
 from moe_jax import init, model
 from moe_jax.analysis import routing, similarity
-from moe_jax.data import pipeline, tokenizers
+from moe_jax.data import batches, corpus, prepare, tokenizers
 from moe_jax.evaluation import generate, perplexity
 from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         configs.validate_environment(config, jax.device_count())
     model_config = configs.model_config(config)
     training, evaluation = config.training, config.evaluation
-    cache = pipeline.cache_folder(config.data.cache_dir)
+    cache = prepare.cache_folder(config.data.cache_dir)
     # Runs of a sweep that differ in their parameters only share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
@@ -107,8 +107,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     if distributed.is_first():
         configs.save_json(config, workdir)
     routers_at_start = _routers_at_start(workdir, start, state.params, model_config)
-    batches = pipeline.feed(
-        pipeline.batches,
+    text = batches.feed(
+        batches.batches,
         train_text,
         batch_sharding,
         batch_size=training.batch_size,
@@ -120,7 +120,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     # step -----------------------------------------------------------------------------------
     compiled = step.jitted(config, model_config, tx, state_shardings, mesh, teacher)
 
-    def train_step(state: TrainState, batch: step.Batch):
+    def train_step(state: TrainState, batch: batches.Batch):
         return compiled(state, batch, *([] if teacher is None else [teacher_params]))
 
     eval_config = model_config
@@ -136,8 +136,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     )
 
     def evaluate(params: dict) -> perplexity.Evaluation:
-        held_out_batches = pipeline.feed(
-            pipeline.evaluation_batches,
+        held_out_batches = batches.feed(
+            batches.evaluation_batches,
             held_out,
             batch_sharding,
             batch_size=evaluation.batch_size,
@@ -160,7 +160,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         state, final = loop.run(
             state,
             start,
-            batches,
+            text,
             config,
             loop.Parts(
                 train_step=on_mesh(train_step),
@@ -223,11 +223,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
 
 def _open_corpora(
     config: ConfigDict, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
-) -> list[pipeline.TokenizedCorpus]:
+) -> list[corpus.TokenizedCorpus]:
     """The texts to train on and to evaluate on."""
     try:
         return [
-            pipeline.open_corpus(
+            prepare.open_corpus(
                 config.data.source,
                 split,
                 tokenizer,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import model
+from moe_jax.data.batches import Batch
 from moe_jax.model import transformer
 from moe_jax.ops import cross_entropy
 
@@ -32,12 +33,12 @@ def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:
     """(params, batch) to summed nats and tokens per label, and assignments per layer and expert."""
 
     def eval_step(params, batch):
-        shared = transformer.Shared(batch["positions"], batch["segment_ids"])
-        x_BTD, stats = transformer.hidden_states(params, batch["tokens"], shared, config)
+        shared = transformer.Shared(batch.positions_BT, batch.segment_ids_BT)
+        x_BTD, stats = transformer.hidden_states(params, batch.tokens_BT, shared, config)
         unembed_DV = transformer.unembedding(params)
-        nats_BT = cross_entropy.token_losses(x_BTD, unembed_DV, batch["targets"])
+        nats_BT = cross_entropy.token_losses(x_BTD, unembed_DV, batch.targets_BT)
         # Padding goes to a bin of its own, cut off below.
-        label_BT = jnp.where(batch["segment_ids"] > 0, batch["labels"], num_labels)
+        label_BT = jnp.where(batch.segment_ids_BT > 0, batch.labels_BT, num_labels)
         nats, tokens = (
             jnp.bincount(label_BT.ravel(), weights=w_BT.ravel(), length=num_labels + 1)[:-1]
             for w_BT in (nats_BT, jnp.ones_like(nats_BT))
@@ -48,7 +49,7 @@ def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:
 
 
 def evaluate(
-    eval_step: Callable, params: dict, batches: Iterable[dict], bytes_per_token: dict[str, float]
+    eval_step: Callable, params: dict, batches: Iterable[Batch], bytes_per_token: dict[str, float]
 ) -> Evaluation:
     """Averages `eval_step` over batches.
 

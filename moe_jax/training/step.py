@@ -10,13 +10,12 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from moe_jax import model
+from moe_jax.data.batches import Batch
 from moe_jax.model import transformer
 from moe_jax.ops import cross_entropy
 from moe_jax.parallel import sharding
 from moe_jax.training import balancing, losses, optimizer
 from moe_jax.training.state import TrainState
-
-Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions: [B, T] int32
 
 
 @struct.dataclass
@@ -65,11 +64,11 @@ def make_train_step(
     two_passes = N > 1 and training.load_balancing_over == "window" and config.num_experts > 0
 
     def hidden_states(params, batch, key, config=config):
-        shared = transformer.Shared(batch["positions"], batch["segment_ids"], key)
-        return transformer.hidden_states(params, batch["tokens"], shared, config)
+        shared = transformer.Shared(batch.positions_BT, batch.segment_ids_BT, key)
+        return transformer.hidden_states(params, batch.tokens_BT, shared, config)
 
     def train_step(state: TrainState, batch: Batch, teacher_params: dict | None = None):
-        num_tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
+        num_tokens = jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1)
         key = jax.random.fold_in(jax.random.key(seed), state.step) if config.draws else None
         router_losses = functools.partial(
             losses.router_losses,
@@ -90,11 +89,11 @@ def make_train_step(
             params = optimizer.without_gradient(params, frozen)
             x_BTD, stats = hidden_states(params, microbatch, key)
             unembed_DV = transformer.unembedding(params)
-            weight_BT = (microbatch["segment_ids"] > 0) / num_tokens
+            weight_BT = microbatch.weights_BT / num_tokens
             sums = cross_entropy.cross_entropy(
                 x_BTD,
                 unembed_DV,
-                microbatch["targets"],
+                microbatch.targets_BT,
                 weight_BT,
                 z_coefficient=training.logit_z_coefficient,
             )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax import model
+from moe_jax.data.batches import Batch
 from moe_jax.evaluation import generate, perplexity
 
 CONFIG = model.ModelConfig(
@@ -30,13 +31,9 @@ def params():
 
 def batch_of(seed):
     tokens_BT = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, 16)
-    return {
-        "tokens": tokens_BT[:, :-1],
-        "targets": tokens_BT[:, 1:],
-        "segment_ids": (jnp.arange(T) < jnp.array([[12], [7], [0], [12]])).astype(jnp.int32),
-        "positions": jnp.tile(jnp.arange(T), (B, 1)),
-        "labels": jnp.tile(jnp.array([[0], [1], [1], [2]]), (1, T)),
-    }
+    segment_ids_BT = (jnp.arange(T) < jnp.array([[12], [7], [0], [12]])).astype(jnp.int32)
+    labels_BT = jnp.tile(jnp.array([[0], [1], [1], [2]]), (1, T))
+    return Batch.of_rows(tokens_BT, segment_ids_BT).replace(labels_BT=labels_BT)
 
 
 def test_losses_by_language_are_means_over_their_tokens_and_bits_are_per_byte(params):
@@ -47,11 +44,11 @@ def test_losses_by_language_are_means_over_their_tokens_and_bits_are_per_byte(pa
 
     nats = {label: [] for label in bytes_per_token}
     for batch in batches:
-        logits_BTV = model.apply(params, batch["tokens"], CONFIG).logits_BTV
+        logits_BTV = model.apply(params, batch.tokens_BT, CONFIG).logits_BTV
         log_p_BTV = np.asarray(jax.nn.log_softmax(logits_BTV), np.float64)
-        for row, column in zip(*np.nonzero(batch["segment_ids"]), strict=True):
-            label = list(bytes_per_token)[batch["labels"][row, column]]
-            nats[label].append(-log_p_BTV[row, column, batch["targets"][row, column]])
+        for row, column in zip(*np.nonzero(batch.segment_ids_BT), strict=True):
+            label = list(bytes_per_token)[batch.labels_BT[row, column]]
+            nats[label].append(-log_p_BTV[row, column, batch.targets_BT[row, column]])
     assert set(found.per_language) == {"en", "ja", "ru"}
     for label in found.per_language:
         mean = np.mean(nats[label])

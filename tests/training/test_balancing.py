@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import model, tree
+from moe_jax.data.batches import Batch
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 from moe_jax.training import balancing, checkpoint, optimizer, step
@@ -89,12 +90,7 @@ def test_a_bias_rises_where_the_load_is_low_layer_by_layer_and_keeps_a_mean_of_z
 
 def batch():
     tokens_BT = jax.random.randint(jax.random.key(1), (B, T + 1), 0, V)
-    return {
-        "tokens": tokens_BT[:, :-1],
-        "targets": tokens_BT[:, 1:],
-        "segment_ids": jnp.ones((B, T), jnp.int32),
-        "positions": jnp.tile(jnp.arange(T), (B, 1)),
-    }
+    return Batch.of_rows(tokens_BT)
 
 
 def test_a_step_moves_biases_and_coefficients_by_their_rules_alone_from_its_own_loads():

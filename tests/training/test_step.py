@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.data.batches import Batch
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 from moe_jax.training import checkpoint, optimizer, step
@@ -31,12 +32,8 @@ TX = optimizer.adamw(SETTINGS.optimizer, 10)
 
 def batch_of(seed, lengths=(T,) * B):
     tokens_BT = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, V)
-    return {
-        "tokens": tokens_BT[:, :-1],
-        "targets": tokens_BT[:, 1:],
-        "segment_ids": (jnp.arange(T) < jnp.array(lengths)[:, None]).astype(jnp.int32),
-        "positions": jnp.tile(jnp.arange(T), (B, 1)),
-    }
+    segment_ids_BT = (jnp.arange(T) < jnp.array(lengths)[:, None]).astype(jnp.int32)
+    return Batch.of_rows(tokens_BT, segment_ids_BT)
 
 
 @functools.cache
@@ -120,9 +117,12 @@ def test_padding_reaches_neither_loss_nor_balance():
     batch = batch_of(0, lengths)
     state, metrics = train_step(MOE)(initial(MOE), batch)
     other = batch_of(1)
-    is_pad = batch["segment_ids"] == 0
-    changed = {n: jnp.where(is_pad, other[n], batch[n]) for n in ("tokens", "targets")}
-    state_changed, metrics_changed = train_step(MOE)(initial(MOE), {**batch, **changed})
+    is_pad = batch.segment_ids_BT == 0
+    changed = batch.replace(
+        tokens_BT=jnp.where(is_pad, other.tokens_BT, batch.tokens_BT),
+        targets_BT=jnp.where(is_pad, other.targets_BT, batch.targets_BT),
+    )
+    state_changed, metrics_changed = train_step(MOE)(initial(MOE), changed)
     np.testing.assert_allclose(metrics.loss, metrics_changed.loss, rtol=1e-6)
     np.testing.assert_allclose(
         metrics.router.load_balancing_loss, metrics_changed.router.load_balancing_loss, rtol=1e-6

@@ -9,6 +9,7 @@ import optax
 
 from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.data.batches import Batch
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 from moe_jax.training import optimizer, step
@@ -40,12 +41,8 @@ TX = optimizer.adamw(SETTINGS.optimizer, 10)
 def batch():
     lengths_B = np.random.default_rng(0).integers(0, T + 1, size=B)
     tokens_BT = jax.random.randint(jax.random.key(0), (B, T + 1), 0, V)
-    return {
-        "tokens": tokens_BT[:, :-1],
-        "targets": tokens_BT[:, 1:],
-        "segment_ids": (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32),
-        "positions": jnp.tile(jnp.arange(T), (B, 1)),
-    }
+    segment_ids_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
+    return Batch.of_rows(tokens_BT, segment_ids_BT)
 
 
 @functools.cache
