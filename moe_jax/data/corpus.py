@@ -24,10 +24,14 @@ class TokenizedCorpus:
     @classmethod
     def load(cls, folder: pathlib.Path) -> "TokenizedCorpus":
         meta = json.loads((folder / "meta.json").read_text())
-        arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pairs", "label_ids")
-        }
-        return cls(folder=folder, **arrays, **{name: tuple(v) for name, v in meta.items()})
+        return cls(
+            folder=folder,
+            labels=tuple(meta["labels"]),
+            pairs=np.load(folder / "pairs.npy", mmap_mode="r"),
+            label_ids=np.load(folder / "label_ids.npy", mmap_mode="r"),
+            bytes_per_label=tuple(meta["bytes_per_label"]),
+            byte_counts=tuple(meta["byte_counts"]),
+        )
 
     @functools.cached_property
     def _records(self) -> grain.sources.ArrayRecordDataSource:
