@@ -1,5 +1,6 @@
 """The published configs: each can be traced on 8 devices, and its model has the published size."""
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -10,6 +11,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.data.batches import Batch
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 from moe_jax.training import balancing, optimizer, step
@@ -92,8 +94,8 @@ def test_a_config_is_valid_and_its_train_step_fits_a_mesh(case):
     )
     state = sharding.abstract(shapes, mesh)
     size = (config.training.batch_size, config.data.sequence_length)
-    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=jax.NamedSharding(mesh, sharding.BATCH))
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), tokens)
+    on_batch = jax.NamedSharding(mesh, sharding.BATCH)
+    batch = Batch.of_shape(size, functools.partial(jax.ShapeDtypeStruct, sharding=on_batch))
     with jax.set_mesh(mesh):
         train_step = step.make_train_step(model_config, config.training, tx)
         new, metrics = jax.eval_shape(train_step, state, batch)

@@ -14,6 +14,7 @@ import numpy as np
 from moe_jax import config as configs
 from moe_jax import model
 from moe_jax.benchmark import sizes
+from moe_jax.data.batches import Batch
 from moe_jax.evaluation import generate
 from moe_jax.hf import folders, tensors, writing
 from moe_jax.model import layers, moe, remat, transformer
@@ -382,12 +383,7 @@ def _train_step(config: model.ModelConfig, **training) -> Callable:
     state = create(jax.random.key(0))
     B, T = sizes.here().B, sizes.here().T
     tokens_BT = jax.random.randint(jax.random.key(1), (B, T + 1), 0, config.vocab_size)
-    batch = {
-        "tokens": tokens_BT[:, :-1],
-        "targets": tokens_BT[:, 1:],
-        "segment_ids": jnp.ones((B, T), jnp.int32),
-        "positions": jnp.tile(jnp.arange(T), (B, 1)),
-    }
+    batch = Batch.of_rows(tokens_BT)
     train_step = jax.jit(step.make_train_step(config, settings.training, tx), donate_argnums=0)
 
     def one_step():

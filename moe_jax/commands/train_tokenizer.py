@@ -17,7 +17,8 @@ from collections.abc import Iterator
 import tqdm
 
 from moe_jax import command_line, config
-from moe_jax.data import pipeline, sources, tokenizers
+from moe_jax.data import prepare, sources, tokenizers
+from moe_jax.data.document import TRAIN, VALIDATION
 
 
 def main() -> None:
@@ -50,8 +51,8 @@ def train(source: str, vocab_size: int, output: pathlib.Path) -> float:
         raise ValueError(f"--output={output} is a folder; give a file, for example FILE.model")
     sources.check(source)
     # Read first: a mistake in the text shows before the long part.
-    held_out = list(_texts(source, sources.VALIDATION))
-    tokenizers.train_bpe(_texts(source, sources.TRAIN), vocab_size, output)
+    held_out = list(_texts(source, VALIDATION))
+    tokenizers.train_bpe(_texts(source, TRAIN), vocab_size, output)
     tokenizer = tokenizers.load(str(output))
     # One more of each text: its end is predicted too.
     num_tokens = sum(len(tokenizer.encode(text)) + 1 for text in held_out)
@@ -64,7 +65,7 @@ def _texts(source: str, split: str) -> Iterator[str]:
         source,
         split,
         validation_fraction=config.default().data.validation_fraction,
-        data_dir=pipeline.cache_folder("") / "tfds",
+        data_dir=prepare.cache_folder("") / "tfds",
     )
     for document in tqdm.tqdm(
         documents, f"reading {split}", unit=" documents", disable=None, delay=5

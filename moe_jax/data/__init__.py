@@ -1,1 +1,1 @@
-"""Text to batches: sources, tokenizers, the row plan, the pipeline."""
+"""Text to batches: sources, tokenizers, token records, the row plan, arrays on devices."""

@@ -4,14 +4,15 @@ The mesh may be one of a topology that this machine does not have: `dryrun/topol
 """
 
 import collections
+import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.data.batches import Batch
 from moe_jax.model import exchange_cost
 from moe_jax.ops import attention
 from moe_jax.parallel import sharding
@@ -49,10 +50,7 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     state = abstract_state(config, mesh)
     size = (config.training.batch_size, config.data.sequence_length)
     batch_sharding = jax.NamedSharding(mesh, sharding.BATCH)
-    batch = {
-        name: jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding)
-        for name in ("tokens", "targets", "segment_ids", "positions")
-    }
+    batch = Batch.of_shape(size, functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding))
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     tx = optimizer.adamw(config.optimizer, config.training.num_steps)
     train_step = step.jitted(config, configs.model_config(config), tx, state_shardings, mesh)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.data.batches import Batch
 from moe_jax.dryrun import hlo, hlo_text
 from moe_jax.ops import grouped_matmul
 from moe_jax.parallel import mesh as meshes
@@ -372,8 +373,7 @@ def compiled_step(config):
     settings = configs.default()
     adamw = optimizer.adamw(settings.optimizer, settings.training.num_steps)
     state = jax.eval_shape(lambda: TrainState.create(model.init(config, jax.random.key(0)), adamw))
-    names = ("tokens", "targets", "segment_ids", "positions")
-    batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in names}
+    batch = Batch.of_shape((B, T), jax.ShapeDtypeStruct)
     step = make_train_step(config, settings.training, adamw)
     return jax.jit(step, donate_argnums=0).lower(state, batch).compile().as_text()
 

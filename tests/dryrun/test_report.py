@@ -60,7 +60,7 @@ def test_memory_and_collectives_are_those_of_the_step(tiny):
     cut = parameters(config.model) - replicated
     experts = E * 3 * D * 128
     state = 3 * 4 * (replicated + (cut - experts) / 4 + experts / 8)
-    batch = 4 * 4 * T  # one row of tokens, targets, segments, positions
+    batch = 5 * 4 * T  # one row of tokens, targets, segments, positions, weights
     assert report.argument_bytes == pytest.approx(state + batch, abs=64)
     assert report.hbm_peak_bytes == report.argument_bytes + report.temporary_bytes
     assert report.fits is None and report.roofline is None

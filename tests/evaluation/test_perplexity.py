@@ -32,13 +32,8 @@ def params():
 def batch_of(seed):
     tokens_BT = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, 16)
     valid_BT = jnp.arange(T) < jnp.array([[12], [7], [0], [12]])
-    return Batch(
-        tokens_BT=tokens_BT[:, :-1],
-        targets_BT=tokens_BT[:, 1:],
-        weights_BT=valid_BT.astype(jnp.float32),
-        segment_ids_BT=valid_BT.astype(jnp.int32),
-        positions_BT=jnp.tile(jnp.arange(T), (B, 1)),
-        labels_BT=jnp.tile(jnp.array([[0], [1], [1], [2]]), (1, T)),
+    return Batch.of_rows(tokens_BT, valid_BT.astype(jnp.int32)).replace(
+        labels_BT=jnp.tile(jnp.array([[0], [1], [1], [2]]), (1, T))
     )
 
 

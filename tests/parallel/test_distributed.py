@@ -16,7 +16,8 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import model
-from moe_jax.data import pipeline, tokenizers
+from moe_jax.data import batches, prepare, tokenizers
+from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.parallel import distributed, sharding, watchdog
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import balancing, optimizer, step
@@ -40,8 +41,8 @@ def config_of(folder: pathlib.Path):
     return config
 
 
-def open_corpus(config) -> pipeline.TokenizedCorpus:
-    return pipeline.open_corpus(
+def open_corpus(config) -> TokenizedCorpus:
+    return prepare.open_corpus(
         config.data.source,
         "train",
         tokenizers.load("bytes"),
@@ -66,11 +67,11 @@ def train(config) -> dict:
     corpus = distributed.first_alone(functools.partial(open_corpus, config), ValueError)
     on_batch = jax.NamedSharding(mesh, sharding.BATCH)
     rows = distributed.rows_of(on_batch.addressable_devices, on_batch, 8)
-    batches = pipeline.batches(corpus, sequence_length=16, batch_size=8, seed=0, rows=rows)
+    text = batches.batches(corpus, sequence_length=16, batch_size=8, seed=0, rows=rows)
     fed, losses = [], []
-    for batch in itertools.islice(batches, STEPS):
-        fed.append(dict(zip(rows.tolist(), batch["tokens"].tolist(), strict=True)))
-        state, values = train_step(state, pipeline.to_device(batch, on_batch, rows, 8))
+    for batch in itertools.islice(text, STEPS):
+        fed.append(dict(zip(rows.tolist(), batch.tokens_BT.tolist(), strict=True)))
+        state, values = train_step(state, batches.to_device(batch, on_batch, rows, 8))
         losses.append([float(values.loss), float(values.gradient_norm)])
     embedding = distributed.whole(state.params["embed"]["tokens"])
     return {"fed": fed, "losses": losses, "embedding": np.asarray(embedding).tolist()}

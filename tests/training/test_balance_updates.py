@@ -101,13 +101,7 @@ def test_a_bias_rises_where_the_load_is_low_layer_by_layer_and_keeps_a_mean_of_z
 
 def batch():
     tokens_BT = jax.random.randint(jax.random.key(1), (B, T + 1), 0, V)
-    return Batch(
-        tokens_BT=tokens_BT[:, :-1],
-        targets_BT=tokens_BT[:, 1:],
-        weights_BT=jnp.ones((B, T)),
-        segment_ids_BT=jnp.ones((B, T), jnp.int32),
-        positions_BT=jnp.tile(jnp.arange(T), (B, 1)),
-    )
+    return Batch.of_rows(tokens_BT)
 
 
 def test_a_step_moves_biases_and_coefficients_by_their_rules_alone_from_its_own_loads():

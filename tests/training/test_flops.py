@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.data.batches import Batch
 from moe_jax.dryrun import hlo
 from moe_jax.training import flops, optimizer, step
 from moe_jax.training.state import TrainState
@@ -51,8 +52,7 @@ def test_a_dense_step_executes_the_analytic_flops_exactly(remat, T):
     state = jax.eval_shape(
         lambda key: TrainState.create(model.init(config, key), tx), jax.random.key(0)
     )
-    names = ("tokens", "targets", "segment_ids", "positions")
-    batch = {name: jax.ShapeDtypeStruct((2, T), "int32") for name in names}
+    batch = Batch.of_shape((2, T), jax.ShapeDtypeStruct)
     compiled = jax.jit(step.make_train_step(config, settings.training, tx)).lower(state, batch)
     executed = hlo.product_flops(compiled.compile().as_text())
     assert executed == 2 * T * flops.analytic_flops(config, T)

@@ -32,13 +32,7 @@ TX = optimizer.adamw(RUN.optimizer, 10)
 def batch_of(seed, lengths=(T,) * B):
     tokens_BT = jax.random.randint(jax.random.key(seed), (B, T + 1), 0, V)
     valid_BT = jnp.arange(T) < jnp.array(lengths)[:, None]
-    return Batch(
-        tokens_BT=tokens_BT[:, :-1],
-        targets_BT=tokens_BT[:, 1:],
-        weights_BT=valid_BT.astype(jnp.float32),
-        segment_ids_BT=valid_BT.astype(jnp.int32),
-        positions_BT=jnp.tile(jnp.arange(T), (B, 1)),
-    )
+    return Batch.of_rows(tokens_BT, valid_BT.astype(jnp.int32))
 
 
 @functools.cache

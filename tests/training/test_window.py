@@ -45,13 +45,7 @@ def batch():
     lengths_B = np.random.default_rng(0).integers(0, T + 1, size=B)
     tokens_BT = jax.random.randint(jax.random.key(0), (B, T + 1), 0, V)
     valid_BT = jnp.arange(T) < lengths_B[:, None]
-    return Batch(
-        tokens_BT=tokens_BT[:, :-1],
-        targets_BT=tokens_BT[:, 1:],
-        weights_BT=valid_BT.astype(jnp.float32),
-        segment_ids_BT=valid_BT.astype(jnp.int32),
-        positions_BT=jnp.tile(jnp.arange(T), (B, 1)),
-    )
+    return Batch.of_rows(tokens_BT, valid_BT.astype(jnp.int32))
 
 
 @functools.cache

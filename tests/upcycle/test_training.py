@@ -12,7 +12,8 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import model, upcycle
-from moe_jax.data import pipeline, tokenizers
+from moe_jax.data import batches as text_batches
+from moe_jax.data import prepare, tokenizers
 from moe_jax.model.config import CHOICES
 from moe_jax.training import balancing, optimizer, step
 from moe_jax.training.state import TrainState
@@ -75,14 +76,14 @@ MODELS = {
 
 @functools.cache
 def batches():
-    corpus = pipeline.open_corpus(
+    corpus = prepare.open_corpus(
         "embedded",
         "train",
         tokenizers.load("bytes"),
         validation_fraction=0.05,
-        cache=pipeline.cache_folder(""),
+        cache=prepare.cache_folder(""),
     )
-    rows = pipeline.batches(
+    rows = text_batches.batches(
         corpus,
         sequence_length=64,
         batch_size=4,

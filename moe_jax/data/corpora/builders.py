@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
-from moe_jax.data import sources
+from moe_jax.data.document import is_held_out
 
 FOLDER = pathlib.Path(__file__).parent
 HELD_OUT = 1 / 16  # of the pages
@@ -42,7 +42,7 @@ class LoParallel19(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split):
         for record in records("lo_parallel19"):
-            if sources.is_held_out(record["doc"], HELD_OUT) == (split == "validation"):
+            if is_held_out(record["doc"], HELD_OUT) == (split == "validation"):
                 yield (
                     f"{record['doc']} {record['lang']}",
                     {

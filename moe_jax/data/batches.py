@@ -1,0 +1,176 @@
+"""Rows to arrays to devices: batches by number.
+
+Batch N is a pure function of (corpus, seed, sizes, N), whatever the number of hosts and threads, so
+the whole state of the data is {"step": N}.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from moe_jax.data.corpus import TokenizedCorpus
+from moe_jax.data.packing import RowPlan
+from moe_jax.parallel import distributed
+
+
+@struct.dataclass
+class Batch:
+    """Rows of packed documents, each array [B, T]: int32, and `weights_BT` float32."""
+
+    tokens_BT: jax.Array
+    targets_BT: jax.Array  # the next token of the same document
+    segment_ids_BT: jax.Array  # 1, 2, … along a row, 0 for padding
+    positions_BT: jax.Array  # from 0 in each segment
+    weights_BT: jax.Array  # the loss weight of each target: 1, and 0 for padding
+    labels_BT: jax.Array  # an index into the corpus's labels
+
+    @classmethod
+    def of_shape(cls, shape: tuple[int, int], make: Callable = np.zeros) -> "Batch":
+        """`make(shape, dtype)` for each array, for example `jax.ShapeDtypeStruct`."""
+        dtypes = {"weights_BT": np.float32}
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: make(shape, dtypes.get(name, np.int32)) for name in names})
+
+    @classmethod
+    def of_rows(cls, rows_BX: jax.Array, segment_ids_BT: jax.Array | None = None) -> "Batch":
+        """Rows of T + 1 tokens, each of one document, padded where `segment_ids_BT` is 0."""
+        B, T = rows_BX.shape[0], rows_BX.shape[1] - 1
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones((B, T), jnp.int32)
+        return cls(
+            tokens_BT=rows_BX[:, :-1],
+            targets_BT=rows_BX[:, 1:],
+            segment_ids_BT=segment_ids_BT,
+            positions_BT=jnp.tile(jnp.arange(T), (B, 1)),
+            weights_BT=(segment_ids_BT > 0).astype(jnp.float32),
+            labels_BT=jnp.zeros((B, T), jnp.int32),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _BatchSource:
+    """Random access to some rows of batch N; rows of the plan from `num_rows` on are padding."""
+
+    corpus: TokenizedCorpus
+    plan: RowPlan
+    sequence_length: int
+    batch_size: int
+    mine: Sequence[int]
+    num_batches: int
+    num_rows: int | None = None
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, n: int) -> Batch:
+        batch = Batch.of_shape((len(self.mine), self.sequence_length))
+        for i, slot in enumerate(self.mine):
+            g = n * self.batch_size + int(slot)
+            if self.num_rows is None or g < self.num_rows:
+                self._fill(jax.tree.map(lambda x_BT, i=i: x_BT[i], batch), self.plan.row(g))
+        return batch
+
+    def _fill(self, row: Batch, pieces) -> None:
+        at = 0
+        for segment, piece in enumerate(pieces, start=1):
+            tokens = self.corpus.tokens(piece.record)
+            there = slice(at, at + piece.stop - piece.start)
+            row.tokens_BT[there] = tokens[piece.start : piece.stop]
+            row.targets_BT[there] = tokens[piece.start + 1 : piece.stop + 1]
+            row.segment_ids_BT[there] = segment
+            row.positions_BT[there] = np.arange(piece.stop - piece.start)
+            row.weights_BT[there] = 1
+            row.labels_BT[there] = self.corpus.label_ids[piece.record]
+            at = there.stop
+
+
+def batches(
+    corpus: TokenizedCorpus,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    rows: Sequence[int] | None = None,
+    num_threads: int = 2,
+) -> Iterator[Batch]:
+    """The rows `rows` (None is all) of batch start_step, start_step + 1, … without end."""
+    source = _BatchSource(
+        corpus,
+        RowPlan(corpus.pairs, sequence_length=sequence_length, seed=seed),
+        sequence_length,
+        batch_size,
+        range(batch_size) if rows is None else rows,
+        num_batches=2**40,  # as good as endless, and a dataset has a length
+    )
+    dataset = grain.MapDataset.source(source)[start_step:]
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def evaluation_batches(
+    corpus: TokenizedCorpus,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    max_batches: int = 0,
+    rows: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """One pass over the corpus, always in the same shuffled order, the last batch padded.
+
+    The first `max_batches` of it (0 is all) are a fair sample of its documents.
+    """
+    plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=0)
+    num_batches = -(-plan.rows_per_epoch // batch_size)
+    source = _BatchSource(
+        corpus,
+        plan,
+        sequence_length,
+        batch_size,
+        range(batch_size) if rows is None else rows,
+        num_batches,
+        num_rows=plan.rows_per_epoch,
+    )
+    return (source[n] for n in range(min(num_batches, max_batches or num_batches)))
+
+
+def to_device(
+    batch: Batch, sharding: jax.NamedSharding, rows: np.ndarray, batch_size: int
+) -> Batch:
+    """Global arrays of `batch_size` rows, of which this process has `rows` in `batch`.
+
+    `rows` are those of its devices, ascending (`parallel.distributed.rows_of`).
+    """
+
+    def part_of(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        wanted = range(batch_size)[index[0]]
+        start = np.searchsorted(rows, wanted.start)
+        return array[start : start + len(wanted)]
+
+    with jax.transfer_guard_host_to_device("allow"):  # the one transfer that a step is to make
+        return jax.tree.map(
+            lambda array: jax.make_array_from_callback(
+                (batch_size, *array.shape[1:]), sharding, functools.partial(part_of, array)
+            ),
+            batch,
+        )
+
+
+def feed(
+    make: Callable[..., Iterator[Batch]],
+    corpus: TokenizedCorpus,
+    sharding: jax.NamedSharding,
+    *,
+    batch_size: int,
+    **how,
+) -> Iterator[Batch]:
+    """Global arrays of `batches` or `evaluation_batches`, of which each process reads its rows."""
+    rows = distributed.rows_of(sharding.addressable_devices, sharding, batch_size)
+    made = make(corpus, batch_size=batch_size, rows=rows, **how)
+    return (to_device(batch, sharding, rows, batch_size) for batch in made)

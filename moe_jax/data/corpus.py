@@ -1,0 +1,69 @@
+"""Token records with random access: what `prepare.open_corpus` wrote."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+
+import grain
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedCorpus:
+    """Token records with random access, and what is known of them without reading."""
+
+    folder: pathlib.Path
+    labels: tuple[str, ...]
+    pairs: np.ndarray  # of each record: predicted tokens
+    label_ids: np.ndarray  # of each record
+    bytes_per_label: tuple[int, ...]  # of text
+    byte_counts: tuple[int, ...]  # how often each of the 256 bytes occurs
+
+    @classmethod
+    def load(cls, folder: pathlib.Path) -> "TokenizedCorpus":
+        meta = json.loads((folder / "meta.json").read_text())
+        return cls(
+            folder=folder,
+            labels=tuple(meta["labels"]),
+            pairs=np.load(folder / "pairs.npy", mmap_mode="r"),
+            label_ids=np.load(folder / "label_ids.npy", mmap_mode="r"),
+            bytes_per_label=tuple(meta["bytes_per_label"]),
+            byte_counts=tuple(meta["byte_counts"]),
+        )
+
+    @functools.cached_property
+    def _records(self) -> grain.sources.ArrayRecordDataSource:
+        return grain.sources.ArrayRecordDataSource(str(self.folder / "tokens.array_record"))
+
+    def tokens(self, record: int) -> np.ndarray:
+        """Raises: ValueError for a record that is not what was written."""
+        try:
+            tokens = np.frombuffer(self._records[int(record)], np.uint32)
+        except Exception as error:  # the reader has no class of its own for damage
+            raise ValueError(f"{self.folder} is damaged ({error}); delete the folder") from error
+        if len(tokens) != self.pairs[record] + 1:
+            raise ValueError(f"{self.folder} is damaged (record {record}); delete the folder")
+        return tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.pairs.sum(dtype=np.int64))
+
+    @property
+    def bytes_per_token(self) -> dict[str, float]:
+        """Mean bytes of text per predicted token, by label."""
+        pairs = np.bincount(self.label_ids, weights=self.pairs, minlength=len(self.labels))
+        return {
+            label: num_bytes / num_pairs
+            for label, num_bytes, num_pairs in zip(
+                self.labels, self.bytes_per_label, pairs, strict=True
+            )
+        }
+
+    @property
+    def byte_unigram_bits(self) -> float:
+        """Entropy of the bytes' frequencies: bits per byte of a model that knows these only."""
+        share = np.array(self.byte_counts) / max(sum(self.byte_counts), 1)
+        return float(-sum(p * math.log2(p) for p in share if p))

@@ -1,0 +1,108 @@
+"""Text to token records: every document is tokenized once and kept under a hash of its content."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+import tqdm
+from array_record.python import array_record_module
+
+from moe_jax.data import sources
+from moe_jax.data.corpus import TokenizedCorpus
+from moe_jax.data.document import Document
+from moe_jax.data.tokenizers import Tokenizer
+
+FORMAT = 1  # of the cache; part of its key
+RECORD_TOKENS = 65_536  # a longer document is cut into several records
+
+
+def cache_folder(cache_dir: str) -> pathlib.Path:
+    """`cache_dir`, or for "" $XDG_CACHE_HOME/moe_jax (~/.cache/moe_jax)."""
+    user = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return pathlib.Path(cache_dir) if cache_dir else user / "moe_jax"
+
+
+def open_corpus(
+    source: str,
+    split: str,
+    tokenizer: Tokenizer,
+    *,
+    validation_fraction: float,
+    cache: pathlib.Path,
+) -> TokenizedCorpus:
+    """The tokenized documents of a split; they are tokenized unless the cache has them.
+
+    Args:
+      cache: the folder that keeps them, under a hash of text, tokenizer and options.
+
+    Raises: ValueError when the split is empty or the source cannot be used.
+    """
+    datasets = cache / "tfds"
+    key = [
+        FORMAT,
+        sources.fingerprint(source, datasets),
+        split,
+        validation_fraction,
+        tokenizer.fingerprint,
+    ]
+    folder = cache / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    if not folder.exists():
+        documents = sources.documents(
+            source, split, validation_fraction=validation_fraction, data_dir=datasets
+        )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+        try:
+            num_records = _tokenize(documents, tokenizer, unfinished, f"{source} {split}")
+            if not num_records:
+                raise ValueError(
+                    f"data.source={source!r} has no {split} documents; "
+                    "set config.data.validation_fraction to another value, or give more text"
+                )
+            try:
+                unfinished.rename(folder)
+            except OSError:
+                if not folder.exists():  # or another process was first, with the same content
+                    raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return TokenizedCorpus.load(folder)
+
+
+def _tokenize(
+    documents: Iterator[Document], tokenizer: Tokenizer, folder: pathlib.Path, name: str
+) -> int:
+    """Writes tokens, lengths and counts; returns the number of records."""
+    pairs, label_ids, bytes_of_label = [], [], {}
+    byte_counts = np.zeros(256, np.int64)
+    writer = array_record_module.ArrayRecordWriter(
+        str(folder / "tokens.array_record"), "group_size:1"
+    )
+    for document in tqdm.tqdm(documents, f"tokenizing {name}", unit=" documents", disable=None):
+        ids = tokenizer.encode(document.text)
+        ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.uint32)
+        text_bytes = np.frombuffer(document.text.encode(), np.uint8)
+        byte_counts += np.bincount(text_bytes, minlength=256)
+        bytes_of_label[document.label] = bytes_of_label.get(document.label, 0) + len(text_bytes)
+        label_id = list(bytes_of_label).index(document.label)
+        # Neighbouring records share a token: the last target of one is the first input of the next.
+        for start in range(0, len(ids) - 1, RECORD_TOKENS - 1):
+            record = ids[start : start + RECORD_TOKENS]
+            writer.write(record.tobytes())
+            pairs.append(len(record) - 1)
+            label_ids.append(label_id)
+    writer.close()
+    np.save(folder / "pairs.npy", np.array(pairs, np.int32))
+    np.save(folder / "label_ids.npy", np.array(label_ids, np.int32))
+    meta = {
+        "labels": list(bytes_of_label),
+        "bytes_per_label": list(bytes_of_label.values()),
+        "byte_counts": byte_counts.tolist(),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return len(pairs)

@@ -1,0 +1,66 @@
+"""TFDS datasets as a source: those that come with the package, and prepared ones."""
+
+import contextlib
+import io
+import pathlib
+from collections.abc import Iterator
+
+from moe_jax.data.document import Document
+
+PREFIX = "tfds:"
+EMBEDDED = "lo_parallel19"
+
+
+def check(spec: str) -> None:
+    if spec == PREFIX:
+        raise ValueError("data.source='tfds:' names no dataset; use tfds:NAME")
+
+
+def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
+    info = _builder(spec, data_dir).info
+    return f"{info.full_name}:{sorted((s.name, s.num_examples) for s in info.splits.values())}"
+
+
+def documents(
+    spec: str, split: str, *, validation_fraction: float, data_dir: pathlib.Path
+) -> Iterator[Document]:
+    """The documents of the dataset's own split of this name."""
+    del validation_fraction
+    builder = _builder(spec, data_dir)
+    if split not in builder.info.splits:
+        raise ValueError(
+            f"data.source={spec!r} has no split {split!r}, only {list(builder.info.splits)}"
+        )
+    for record in builder.as_data_source(split):
+        label = record.get("language", b"all")
+        yield Document(record["text"].decode(), label.decode())
+
+
+def _builder(spec: str, data_dir: pathlib.Path):
+    # TFDS takes most of a second to import, and a person's own files need none of it.
+    import tensorflow_datasets as tfds
+
+    from moe_jax.data import corpora
+
+    name = EMBEDDED if spec == "embedded" else spec.removeprefix(PREFIX)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    if name in corpora.BUILDERS:
+        builder = corpora.BUILDERS[name](data_dir=data_dir, file_format="array_record")
+        # TFDS prepares in a temporary folder and renames it: another process may do so too.
+        tfds.disable_progress_bar()  # it takes two seconds
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+        return builder
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    # The last two for a name that cannot be one, and a version that does not exist.
+    except (
+        tfds.core.DatasetNotFoundError,
+        ModuleNotFoundError,
+        ValueError,
+        AssertionError,
+    ) as error:
+        raise ValueError(
+            f"data.source={spec!r} is not a dataset prepared under {data_dir}; embedded ones are "
+            f"{', '.join(corpora.BUILDERS)}"
+        ) from error

@@ -1,0 +1,16 @@
+"""A corpus that the tests of this folder share."""
+
+import pytest
+
+from moe_jax.data import prepare
+from tests.data.test_prepare import RECORD_TOKENS, RECORDS, open_corpus, write
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "RECORD_TOKENS", RECORD_TOKENS)
+        corpus = open_corpus(write(folder / "text.jsonl"), folder)
+    assert len(corpus.pairs) > len(RECORDS)
+    return corpus

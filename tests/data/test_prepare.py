@@ -1,0 +1,103 @@
+"""Text to token records: kept by what it was made of, and whole or not there."""
+
+import json
+import pathlib
+
+import pytest
+
+from moe_jax.data import prepare, tokenizers
+
+BYTES = tokenizers.ByteTokenizer()
+# Languages of unequal size; texts without a byte, shorter than a row, and longer than a record.
+RECORDS = [
+    {"text": f"{language} {i}: " + word * (i * i % 23), "language": language, "doc": i}
+    for language, word, number in (("en", "word ", 20), ("ru", "слово ", 12), ("zh", "字", 7))
+    for i in range(number)
+] + [{"text": "", "language": "en", "doc": "empty"}]
+RECORD_TOKENS = 50
+
+
+def write(path: pathlib.Path, records=RECORDS) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def open_corpus(source, cache, *, split="train", tokenizer=BYTES, fraction=0.0):
+    return prepare.open_corpus(source, split, tokenizer, validation_fraction=fraction, cache=cache)
+
+
+def tokens_of(corpus):
+    return [corpus.tokens(i).tolist() for i in range(len(corpus.pairs))]
+
+
+def test_a_second_opening_tokenizes_nothing_wherever_the_text_lies(tmp_path, monkeypatch):
+    first = open_corpus(write(tmp_path / "here" / "a.jsonl"), tmp_path)
+
+    def refuse(*arguments):
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr(prepare, "_tokenize", refuse)
+    again = open_corpus(write(tmp_path / "moved" / "a.jsonl"), tmp_path)
+    assert again.folder == first.folder
+    assert tokens_of(again) == tokens_of(first)
+
+
+def test_another_text_tokenizer_split_or_fraction_is_kept_elsewhere(tmp_path):
+    bpe = tmp_path / "bpe.model"
+    tokenizers.train_bpe([r["text"] for r in RECORDS], 290, bpe)
+    source = write(tmp_path / "a.jsonl")
+    edited = write(tmp_path / "edited" / "a.jsonl", [{**RECORDS[0], "text": "!"}, *RECORDS[1:]])
+    corpora = [
+        open_corpus(source, tmp_path, fraction=0.5),
+        open_corpus(edited, tmp_path, fraction=0.5),
+        open_corpus(source, tmp_path, fraction=0.5, tokenizer=tokenizers.load(str(bpe))),
+        open_corpus(source, tmp_path, fraction=0.5, split="validation"),
+        open_corpus(source, tmp_path, fraction=0.4),
+    ]
+    assert len({corpus.folder for corpus in corpora}) == len(corpora)
+
+
+class Interrupting(tokenizers.ByteTokenizer):
+    def encode(self, text):
+        if "9" in text:
+            raise KeyboardInterrupt
+        return super().encode(text)
+
+
+def test_an_interrupted_tokenization_leaves_nothing_and_is_done_over(tmp_path):
+    source = write(tmp_path / "a.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        open_corpus(source, tmp_path, tokenizer=Interrupting())
+    assert not list((tmp_path / "tokens").iterdir())
+    assert len(open_corpus(source, tmp_path).pairs) == len(RECORDS)
+
+
+def test_two_processes_that_tokenize_at_once_end_with_one_folder(tmp_path, monkeypatch):
+    source = write(tmp_path / "a.jsonl")
+    tokenize = prepare._tokenize
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(prepare, "_tokenize", tokenize)
+        open_corpus(source, tmp_path)
+        return tokenize(*arguments)
+
+    monkeypatch.setattr(prepare, "_tokenize", overtaken)
+    corpus = open_corpus(source, tmp_path)
+    assert list((tmp_path / "tokens").iterdir()) == [corpus.folder]
+    assert len(tokens_of(corpus)) == len(RECORDS)
+
+
+def test_a_split_without_documents_is_refused_and_not_kept(tmp_path):
+    source = write(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="has no validation documents; set config.data"):
+        open_corpus(source, tmp_path, split="validation")
+    assert not list((tmp_path / "tokens").iterdir())
+
+
+def test_the_cache_is_the_users_unless_a_folder_is_given(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert prepare.cache_folder("") == pathlib.Path("/xdg/moe_jax")
+    assert prepare.cache_folder("mine") == pathlib.Path("mine")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert prepare.cache_folder("") == pathlib.Path.home() / ".cache" / "moe_jax"

@@ -1,0 +1,67 @@
+"""TFDS datasets: the embedded text whole and split by pages; names that are not there."""
+
+import collections
+import sys
+
+import pytest
+
+from moe_jax.data import sources
+from moe_jax.data.corpora import builders
+
+
+def read(source, split, data_dir):
+    found = sources.documents(source, split, validation_fraction=0.0, data_dir=data_dir)
+    return list(found)
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(scope="module")
+def embedded(tfds_dir):
+    """The documents of both splits of the embedded text, prepared and read without TensorFlow."""
+    splits = ("train", "validation")
+    documents = {split: read("embedded", split, tfds_dir) for split in splits}
+    assert "tensorflow" not in sys.modules
+    return documents
+
+
+def test_the_embedded_corpus_comes_whole_out_of_array_records(embedded, tfds_dir):
+    assert list(tfds_dir.glob("lo_parallel19/*/*.array_record*"))
+    found = collections.Counter((d.label, d.text) for split in embedded.values() for d in split)
+    packaged = [(r["lang"], r["text"]) for r in builders.records("lo_parallel19")]
+    assert len(packaged) == 7429
+    assert found == collections.Counter(packaged)
+
+
+def test_embedded_held_out_pages_are_the_same_in_all_languages_and_never_trained_on(embedded):
+    page = {(r["lang"], r["text"]): r["doc"] for r in builders.records("lo_parallel19")}
+    pages = {split: collections.defaultdict(set) for split in embedded}
+    for split, documents in embedded.items():
+        for document in documents:
+            pages[split][document.label].add(page[document.label, document.text])
+    held_out, trained = (list(pages[split].values()) for split in ("validation", "train"))
+    assert len(held_out) == len(trained) == 19
+    assert all(of_language == held_out[0] for of_language in held_out)
+    assert held_out[0] and held_out[0].isdisjoint(set().union(*trained))
+
+
+def test_the_probe_of_71_languages_has_a_text_in_each_and_only_a_test_split(tfds_dir):
+    documents = read("tfds:udhr_languages", "test", tfds_dir)
+    assert len(documents) == len({d.label for d in documents}) == 71
+    with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]"):
+        read("tfds:udhr_languages", "train", tfds_dir)
+
+
+@pytest.mark.parametrize("name", ["nonexistent", "no name", "a/b", "lo_parallel19:9.9.9"])
+def test_a_dataset_that_is_not_there_is_refused_with_the_names_that_are(name, tmp_path):
+    with pytest.raises(ValueError, match="lo_parallel19, udhr_languages") as error:
+        read(f"tfds:{name}", "train", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_tfds_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="use tfds:NAME"):
+        sources.check("tfds:")
