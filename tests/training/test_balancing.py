@@ -44,7 +44,7 @@ def biases_of(params):
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 def test_coefficients_follow_the_drop_rates_as_a_loop_says(dispatch):
     config = dataclasses.replace(CONFIG, dispatch=dispatch, capacity_factor=1.0)
-    settings = SETTINGS.training.adaptive_balance
+    settings = SETTINGS.balance.adaptive
     rng = np.random.default_rng(0)
     counts = rng.multinomial(64, [0.4, 0.3, 0.2, 0.1], size=(100, 2))
     counts[:, 1] = 16  # the second layer is balanced: nothing would be dropped
@@ -114,7 +114,7 @@ def test_a_step_moves_biases_and_coefficients_by_their_rules_alone_from_its_own_
         np.testing.assert_array_equal(biases_of(optax.tree.get(after.opt_state, moment)), 0)
 
     np.testing.assert_array_equal(metrics.load_balancing_coefficients_L, np.float32([0.02] * 2))
-    adaptive_balance = SETTINGS.training.adaptive_balance
+    adaptive_balance = SETTINGS.balance.adaptive
     loads = counts, metrics.dropped_L
     adapted = balancing.adapted(before.router_state, CONFIG, adaptive_balance, *loads)
     np.testing.assert_allclose(after.router_state.coefficients_L, adapted.coefficients_L, rtol=1e-6)
@@ -142,5 +142,5 @@ def test_a_checkpoint_keeps_what_the_rules_remember(tmp_path):
 )
 def test_a_state_without_rules_has_the_leaves_it_always_had(config, schedule):
     training = SETTINGS.training.copy_and_resolve_references()
-    training.load_balancing_schedule = schedule
+    balance.load_balancing_schedule = schedule
     assert jax.tree.leaves(balancing.initial(config, training)) == []

@@ -60,11 +60,11 @@ def test_a_run_writes_what_is_on_and_evaluates_with_as_many_experts_as_it_is_tol
     params = jax.jit(lambda key: model.init(STUDENT, key))(jax.random.key(0))
     init.save(tmp_path / "teacher", STUDENT, params)
     changes = {
-        "training.load_balancing_schedule": "adaptive",
-        "training.mutual_information_coefficient": 0.1,
-        "training.distillation.source": teacher,
-        "training.distillation.coefficient": 0.5,
-        "training.load_balancing_coefficient": 0.02,
+        "balance.load_balancing_schedule": "adaptive",
+        "balance.mutual_information_coefficient": 0.1,
+        "objective.distillation.source": teacher,
+        "objective.distillation.coefficient": 0.5,
+        "balance.load_balancing_coefficient": 0.02,
         "init.source": teacher,
         "evaluation.num_experts_per_tok": 4,
     }
@@ -84,22 +84,22 @@ REFUSED = {
     "is not a regular expression": {"optimizer.frozen": "("},
     "use pairs of a regular expression and a factor": {"optimizer.gradient_factors": (("a", "b"),)},
     "frozen: 'expert/up' matches no parameter": {"optimizer.frozen": "expert/up"},
-    "set training.load_balancing_scope='layer'": {
-        "training.load_balancing_schedule": "adaptive",
-        "training.load_balancing_scope": "all_layers",
+    "set balance.load_balancing_scope='layer'": {
+        "balance.load_balancing_schedule": "adaptive",
+        "balance.load_balancing_scope": "all_layers",
     },
     "needs a router with a bias, not model.router='softmax_topk'": {
-        "training.bias_update_rate": 0.1
+        "balance.bias_update_rate": 0.1
     },
-    "set training.distillation.source": {"training.distillation.coefficient": 0.1},
-    "set training.distillation.coefficient": {"training.distillation.source": "runs/dense"},
+    "set objective.distillation.source": {"objective.distillation.coefficient": 0.1},
+    "set objective.distillation.coefficient": {"objective.distillation.source": "runs/dense"},
     "init.upcycle sets router, optimizer_state without a recipe": {
         "init.upcycle.router": "zero",
         "init.upcycle.optimizer_state": "copy",
     },
     "source='does/not/exist' has no checkpoints": {
-        "training.distillation.source": "does/not/exist",
-        "training.distillation.coefficient": 0.1,
+        "objective.distillation.source": "does/not/exist",
+        "objective.distillation.coefficient": 0.1,
     },
     "more than the 4 experts": {"evaluation.num_experts_per_tok": 5},
 }
@@ -115,8 +115,8 @@ def test_what_cannot_be_is_refused_in_one_line(complaint, config, tmp_path):
 
 def test_a_teacher_of_another_vocabulary_is_refused(config, tmp_path):
     changes = {
-        "training.distillation.source": str(GOLDEN / "llama"),
-        "training.distillation.coefficient": 0.1,
+        "objective.distillation.source": str(GOLDEN / "llama"),
+        "objective.distillation.coefficient": 0.1,
         "mesh.data": -1,
         "mesh.fsdp": 1,
     }

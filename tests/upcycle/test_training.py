@@ -30,7 +30,7 @@ STEPS = 30
 SETTINGS = configs.default()
 SETTINGS.optimizer.learning_rate = 3e-3
 SETTINGS.training.batch_size = 4
-SETTINGS.training.bias_update_rate = 1e-3
+SETTINGS.balance.bias_update_rate = 1e-3
 
 
 def mixture(**fields):
