@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import init, model, train
+from moe_jax.config.sections import Optimizer
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import checkpoint, metrics, optimizer
 from moe_jax.training.state import TrainState
@@ -134,7 +135,7 @@ def test_rules_of_paths_are_set_on_the_command_line(tmp_path):
 
 def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, tmp_path):
     dense, mesh = dataclasses.replace(STUDENT, num_experts=0), meshes.one_device()
-    tx = optimizer.adamw(config.optimizer, 2)
+    tx = optimizer.adamw(Optimizer(learning_rate=1e-2), 2)
     params = jax.jit(lambda key: model.init(dense, key))(jax.random.key(0))
     state = TrainState.create(params, tx)
     _, opt_state = tx.update(jax.tree.map(jnp.cos, params), state.opt_state, params)
@@ -155,7 +156,7 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
         "init.upcycle.permute_neurons": True,
     }
     child = with_changes(config, changes)
-    configs.validate(child)
+    child = configs.resolve(child)
     made = init.parameters(child, mesh)
     copied = init.optimizer_state(child, mesh, tx.init(made))
     old, new = (
@@ -186,4 +187,4 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
 def test_moments_that_have_no_way_to_go_are_refused(config, changes, message):
     changes["init.upcycle.optimizer_state"] = "copy"
     with pytest.raises(configs.ConfigError, match=message):
-        configs.validate(with_changes(config, changes))
+        configs.resolve(with_changes(config, changes))
