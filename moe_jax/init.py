@@ -9,11 +9,11 @@ import shutil
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from moe_jax import config as configs
 from moe_jax import hf, model, tree, upcycle
 from moe_jax.analysis import parent_statistics
+from moe_jax.config.sections import Upcycle
 from moe_jax.hf import folders, safetensors, writing
 from moe_jax.parallel import distributed, sharding
 from moe_jax.training import checkpoint, flops, optimizer
@@ -22,45 +22,43 @@ from moe_jax.upcycle import plan, recipes
 HOW_IT_IS_COMPUTED = ("dtype", "remat", "expert_parallel", "grouped_matmul", "attention")
 
 
-def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
-    """Sharded parameters for the model of `config`, as its `init` section says.
+def parameters(settings: configs.Run, mesh: jax.sharding.Mesh) -> dict:
+    """Sharded parameters for the model of a run, as its `init` section says.
 
     Raises: ConfigError when the source's model does not fit.
     """
-    model_config = configs.model_config(config)
-    key = tree.fold_in(jax.random.key(config.seed), "init")
+    model_config, section = settings.model, settings.init
+    key = tree.fold_in(jax.random.key(settings.seed), "init")
     create = functools.partial(model.init, model_config)
-    sources = configs.parents(config)
-    if not sources:
+    if not section.parents:
         return _jit_sharded(create, mesh, key)
     try:
-        source_config, parents = load_alike([pathlib.Path(s) for s in sources], mesh)
+        source_config, parents = load_alike([pathlib.Path(s) for s in section.parents], mesh)
         parents = [_float32(params) for params in parents]
-        if config.init.upcycle.recipe:
-            method = _method(config)
+        if section.upcycle.recipe:
+            method = _method(section.upcycle)
             made = plan.make(
                 *(source_config, model_config),
                 **method,
                 num_parents=len(parents),
-                parameters=configs.upcycle_parameters(config),
+                parameters=section.upcycle.parameters,
             )
-            distributed.say(f"recipe {config.init.upcycle.recipe}, step 0: {made.at_start}")
-            return _jit_sharded(_transform(config, source_config, method), mesh, parents)
+            distributed.say(f"recipe {section.upcycle.recipe}, step 0: {made.at_start}")
+            return _jit_sharded(_transform(settings, source_config, method), mesh, parents)
     except (ValueError, OSError) as error:
-        raise configs.ConfigError(f"config.init.source={config.init.source}: {error}") from error
+        raise configs.ConfigError(f"config.init.source={section.source}: {error}") from error
     [params] = parents
     if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(
         lambda x: x.shape, jax.eval_shape(create, key)
     ):
         raise configs.ConfigError(
-            f"config.init.source={config.init.source} holds another model than config.model; "
+            f"config.init.source={section.source} holds another model than config.model; "
             "set config.init.upcycle.recipe, or the same model"
         )
     return params
 
 
-def _method(config: ConfigDict) -> dict:
-    section = config.init.upcycle
+def _method(section: Upcycle) -> dict:
     return {
         "recipe": section.recipe,
         "router": section.router,
@@ -68,42 +66,41 @@ def _method(config: ConfigDict) -> dict:
     }
 
 
-def _transform(config: ConfigDict, source_config: model.ModelConfig, method: dict, **changes):
+def _transform(settings: configs.Run, source_config: model.ModelConfig, method: dict, **changes):
     """The upcycling that a run's config asks for, of parents' parameters."""
     how = {
         **method,
-        "key": tree.fold_in(tree.fold_in(jax.random.key(config.seed), "init"), "upcycle"),
-        **configs.upcycle_parameters(config),
+        "key": tree.fold_in(tree.fold_in(jax.random.key(settings.seed), "init"), "upcycle"),
+        **settings.init.upcycle.parameters,
         **changes,
     }
     return functools.partial(
-        upcycle.upcycle, config=source_config, moe_config=configs.model_config(config), **how
+        upcycle.upcycle, config=source_config, moe_config=settings.model, **how
     )
 
 
 def optimizer_state(
-    config: ConfigDict, mesh: jax.sharding.Mesh, fresh: optax.OptState
+    settings: configs.Run, mesh: jax.sharding.Mesh, fresh: optax.OptState
 ) -> optax.OptState:
     """`fresh` with Adam's moments and their count from the parent's run, routers' zero.
 
     Each moment goes the way of its weight: to the same experts, in the same order of neurons.
     Raises: ConfigError when the parent has no optimizer state.
     """
-    workdir = pathlib.Path(config.init.source)
+    workdir = pathlib.Path(settings.init.source)
     if folders.is_folder(workdir):
         raise configs.ConfigError(
             "config.init.upcycle.optimizer_state='copy' needs the workdir of a run as "
             "config.init.source: a Hugging Face folder has no optimizer state"
         )
-    parent_config = configs.load_json(workdir)
-    if parent_config.optimizer.frozen or config.optimizer.frozen:
+    parent = configs.resolve(configs.load_json(workdir))
+    if parent.optimizer.frozen or settings.optimizer.frozen:
         raise configs.ConfigError(
             "config.init.upcycle.optimizer_state='copy' needs moments of all parameters; "
             "use 'fresh' with optimizer.frozen"
         )
-    model_config = configs.model_config(parent_config)
-    tx = optimizer.adamw(parent_config.optimizer, parent_config.training.num_steps)
-    shapes = jax.eval_shape(lambda: tx.init(model.init(model_config, jax.random.key(0))))
+    tx = optimizer.adamw(parent.optimizer, parent.training.num_steps)
+    shapes = jax.eval_shape(lambda: tx.init(model.init(parent.model, jax.random.key(0))))
     abstract = sharding.abstract({"opt_state": shapes}, mesh)
     try:
         [adam] = _adam_states(checkpoint.load(workdir / "checkpoints", abstract)["opt_state"])
@@ -111,9 +108,9 @@ def optimizer_state(
         raise configs.ConfigError(
             f"config.init.source={workdir}: {error}; set init.upcycle.optimizer_state='fresh'"
         ) from error
-    recipe = config.init.upcycle.recipe
-    changes = recipes.parameters_of_moments(recipe, configs.upcycle_parameters(config))
-    transform = _transform(config, model_config, _method(config), router="zero", **changes)
+    section = settings.init.upcycle
+    changes = recipes.parameters_of_moments(section.recipe, section.parameters)
+    transform = _transform(settings, parent.model, _method(section), router="zero", **changes)
     mu, nu = (_jit_sharded(transform, mesh, moments) for moments in (adam.mu, adam.nu))
     return jax.tree.map(
         lambda node: node._replace(count=adam.count, mu=mu, nu=nu) if _is_adam(node) else node,
@@ -162,7 +159,7 @@ def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelCon
             f"{workdir} is neither a Hugging Face folder (config.json with a model_type) "
             "nor a run's workdir"
         )
-    model_config = configs.model_config(configs.load_json(workdir))
+    model_config = configs.resolve(configs.load_json(workdir)).model
     shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
     abstract = sharding.abstract(shapes, mesh)
     return model_config, checkpoint.load(workdir / "checkpoints", {"params": abstract})["params"]
@@ -252,12 +249,12 @@ def lineage(source: str) -> Lineage:
         return Lineage(sum(p.tokens for p in parts), sum(p.training_flops for p in parts))
     if not source or folders.is_folder(source):
         return Lineage(0, 0.0)
-    config = configs.load_json(pathlib.Path(source))
-    earlier = lineage(config.init.source)
+    run = configs.resolve(configs.load_json(pathlib.Path(source)))
+    earlier = lineage(run.init.source)
     steps = checkpoint.steps(pathlib.Path(source) / "checkpoints")[-1]
-    length = config.data.sequence_length
-    tokens = steps * config.training.batch_size * length
-    per_token = flops.model_flops(configs.model_config(config), length)
+    length = run.data.sequence_length
+    tokens = steps * run.training.batch_size * length
+    per_token = flops.model_flops(run.model, length)
     return Lineage(earlier.tokens + tokens, earlier.training_flops + tokens * per_token)
 
 

@@ -1,7 +1,6 @@
 """One training run, from config to result: read this page top to bottom."""
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import json
@@ -15,12 +14,12 @@ from ml_collections import ConfigDict
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import files, init, model, stores
+from moe_jax import init, model
 from moe_jax.analysis import similarity
+from moe_jax.config import environment
 from moe_jax.data import batches, prepare, tokenizers
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.evaluation import evaluators
-from moe_jax.model import router
 from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
@@ -54,14 +53,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     together = functools.partial(distributed.together, configs.ConfigError)
     settings = configs.resolve(config)
     with together():
-        configs.validate_environment(settings, jax.device_count())
+        environment.validate_environment(settings, jax.device_count())
     training, length = settings.training, settings.data.sequence_length
     cache = prepare.cache_folder(settings.data.cache_dir)
     # Runs of a sweep that differ in their parameters only share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
     # mesh -----------------------------------------------------------------------------------
-    mesh = meshes.make(dataclasses.asdict(settings.mesh))
+    mesh = meshes.make(vars(settings.mesh))
     on_mesh = functools.partial(meshes.under, mesh)
     tx = optimizer.adamw(settings.optimizer, training.num_steps)
     create_state = functools.partial(
@@ -104,12 +103,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         raise configs.ConfigError(f"{error}; give another --workdir or config") from error
     if restored is None:
         start = 0
-        params, moments = init.parameters(settings, mesh)
-        state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(params)
-        state = state.replace(opt_state=moments(state.opt_state))
+        state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
+            init.parameters(settings, mesh)
+        )
+        if settings.init.upcycle.optimizer_state == "copy":
+            state = state.replace(opt_state=init.optimizer_state(settings, mesh, state.opt_state))
     else:
         start, state = restored.step, restored.state
-        changed = configs.changes(restored.config, config)
+        changed = environment.changes(restored.config, config)
         distributed.say(f"going on from step {start}", *changed)
     with together():
         lock = _lock(workdir) if distributed.is_first() else contextlib.nullcontext()
@@ -146,7 +147,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     flops_per_token = flops.model_flops(settings.model, length)
     # Of a frozen model the forward pass alone.
     flops_per_token += sum(flops.model_flops(config, length) / 3 for config, _ in frozen.values())
-    if not router.ROUTERS[settings.model.router].learned:
+    if settings.model.router == "forced_balance":
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with metrics.writer(workdir, resume_step=start) as writer:
         state, results = loop.run(
@@ -180,9 +181,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         "seconds": round(time.monotonic() - began, 1),
     }
     if distributed.is_first():
-        files.write_text(
-            workdir / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-        )
+        unfinished = workdir / "result.json.tmp"
+        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        unfinished.replace(workdir / "result.json")
         lock.close()
     return result
 
@@ -212,7 +213,7 @@ def _frozen_models(settings: configs.Run, mesh) -> dict[str, tuple[model.ModelCo
     frozen = {}
     for name, source in sources.items():
         try:
-            frozen[name] = stores.load(pathlib.Path(source), mesh)
+            frozen[name] = init.load(pathlib.Path(source), mesh)
         except (ValueError, FileNotFoundError) as error:
             raise configs.ConfigError(f"config.objective, {name}: {error}") from error
         vocab_size = frozen[name][0].vocab_size

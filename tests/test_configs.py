@@ -14,7 +14,7 @@ from moe_jax import model
 from moe_jax.data.batches import Batch
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
-from moe_jax.training import balancing, optimizer, step
+from moe_jax.training import balance, optimizer, step
 from moe_jax.training.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -80,33 +80,31 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("case", TRACED)
 def test_a_config_is_valid_and_its_train_step_fits_a_mesh(case):
-    config = configs.load(str(ROOT / case))
-    configs.validate(config)
-    model_config = configs.model_config(config)
-    mesh = meshes.make(config.mesh.to_dict())
-    tx = optimizer.adamw(config.optimizer, config.training.num_steps)
+    settings = configs.resolve(configs.load(str(ROOT / case)))
+    mesh = meshes.make(vars(settings.mesh))
+    tx = optimizer.adamw(settings.optimizer, settings.training.num_steps)
     shapes = jax.eval_shape(
         lambda: TrainState.create(
-            model.init(model_config, jax.random.key(0)),
+            model.init(settings.model, jax.random.key(0)),
             tx,
-            balancing.initial(model_config, config.training),
+            balance.initial(settings.model, settings.balance),
         )
     )
     state = sharding.abstract(shapes, mesh)
-    size = (config.training.batch_size, config.data.sequence_length)
+    size = (settings.training.batch_size, settings.data.sequence_length)
     on_batch = jax.NamedSharding(mesh, sharding.BATCH)
     batch = Batch.of_shape(size, functools.partial(jax.ShapeDtypeStruct, sharding=on_batch))
     with jax.set_mesh(mesh):
-        train_step = step.make_train_step(model_config, config.training, tx)
+        train_step = step.make_train_step(settings, tx)
         new, metrics = jax.eval_shape(train_step, state, batch)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
-    assert (metrics.tokens_per_expert_LE is not None) == (model_config.num_experts > 0)
+    assert (metrics.tokens_per_expert_LE is not None) == (settings.model.num_experts > 0)
 
 
 def test_every_published_preset_has_a_valid_config_and_every_parent_one_too():
     loaded = [configs.load(str(ROOT / case)) for case in CASES]
     for config in loaded:
-        configs.validate(config)
+        configs.resolve(config)
     assert sorted({c.model.preset for c in loaded}) == sorted(set(model.PRESETS) - WITHOUT_CONFIG)
     workdirs = {f"runs/{config.model.preset}" for config in loaded}
     assert {config.init.source for config in loaded} - {"", "path/to/llama-2-7b"} <= workdirs

@@ -74,7 +74,7 @@ def test_a_measure_from_outside_is_in_the_metrics_the_results_and_the_report(
     written = page.write(tmp_path / "out", {"run": workdir}, []).read_text()
     assert "<th>router entropy</th>" in written
     record = page.read_record("run", 0, workdir)
-    titles = [axes.get_title("left") for axes in page.figures.router_health([record]).axes]
+    titles = [axes.get_title() for axes in page.figures.router_health([record]).axes]
     assert "Entropy of the routers" in titles
 
 
@@ -89,9 +89,7 @@ def test_an_objective_from_outside_trains_a_run_and_its_terms_are_logged(
         def loss(params, batch, key):
             del key
             shared = transformer.Shared(batch.positions_BT, batch.segment_ids_BT)
-            x_BTD, _ = transformer.hidden_states(
-                params, batch.tokens_BT, shared, context.run.model
-            )
+            x_BTD, _ = transformer.hidden_states(params, batch.tokens_BT, shared, context.run.model)
             head_DV = transformer.unembedding(params)
             nats_BT = cross_entropy.token_losses(x_BTD, head_DV, batch.targets_BT)
             nats, squares = jnp.sum(nats_BT[:, -1]) / rows, jnp.sum(head_DV**2)
@@ -114,6 +112,8 @@ def test_an_objective_from_outside_trains_a_run_and_its_terms_are_logged(
 def test_a_misspelt_objective_is_refused_with_the_known_ones(config, tmp_path):
     config = config.copy_and_resolve_references()
     config.objective.name = "next_tokens"
-    with pytest.raises(configs.ConfigError, match="config.objective.name='next_tokens'.*next_token"):
+    with pytest.raises(
+        configs.ConfigError, match="objective.name='next_tokens'.*next_token"
+    ):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

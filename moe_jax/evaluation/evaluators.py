@@ -1,4 +1,4 @@
-"""One table of evaluators: what a run looks at beside its training loss, each at its own interval."""
+"""One table of evaluators: what a run measures beside its training loss, at what interval."""
 
 import dataclasses
 import functools

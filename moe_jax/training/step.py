@@ -46,9 +46,7 @@ def make_train_step(
         def trained(params, microbatch, key):
             return loss(optimizer.without_gradient(params, run.optimizer.frozen), microbatch, key)
 
-        grads, measures = summed(
-            functools.partial(jax.grad(trained, has_aux=True), state.params)
-        )
+        grads, measures = summed(functools.partial(jax.grad(trained, has_aux=True), state.params))
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(measures.loss) & jnp.isfinite(norm)
 

@@ -115,9 +115,7 @@ def test_mutual_information_is_that_of_the_joint_distribution_of_token_and_exper
     p_ME = np.random.default_rng(0).dirichlet(np.ones(E), size=8)
     joint = p_ME / 8
     by_hand = np.sum(joint * np.log(joint / (joint.sum(axis=0) / 8)))
-    np.testing.assert_allclose(
-        rules.mutual_information(of_probabilities(p_ME)), by_hand, rtol=1e-5
-    )
+    np.testing.assert_allclose(rules.mutual_information(of_probabilities(p_ME)), by_hand, rtol=1e-5)
 
 
 def test_squared_form_is_0_at_uniform_probabilities_and_by_hand_elsewhere():
@@ -160,9 +158,13 @@ def test_the_total_is_the_sum_of_the_parts_times_their_coefficients():
     stats, coefficients_L = made_up(), np.array([0.1, 0.2, 0.7])
     names = ("router_z_coefficient", "importance_coefficient", "mutual_information_coefficient")
     total, parts = router_losses(stats, 15, None, names, (3.0, 5.0, 7.0))
-    others = 3 * parts["router_z_loss"] + 5 * parts["importance_loss"] - 7 * parts["mutual_information"]
+    others = (
+        3 * parts["router_z_loss"] + 5 * parts["importance_loss"] - 7 * parts["mutual_information"]
+    )
     np.testing.assert_allclose(total, 0.5 * parts["load_balancing_loss"] + others, rtol=1e-5)
-    np.testing.assert_allclose(parts["router_z_loss"], stats.z_sum.sum(axis=1).mean() / 15, rtol=1e-6)
+    np.testing.assert_allclose(
+        parts["router_z_loss"], stats.z_sum.sum(axis=1).mean() / 15, rtol=1e-6
+    )
     f_LE, P_LE = (x.sum(axis=1) / 15 for x in (stats.tokens_per_expert_E, stats.probability_sum_E))
     loss_L = E / A * np.sum(f_LE * P_LE, axis=1)
     total, _ = router_losses(stats, 15, coefficients_L, names, (3.0, 5.0, 7.0))
@@ -180,4 +182,6 @@ def test_over_the_device_is_the_mean_of_each_shards_own_loss_where_it_has_tokens
         by_hand = np.mean([one[name] for one in alone])
         np.testing.assert_allclose(parts[name], by_hand, rtol=1e-5)
     # A mean over tokens is one over all of them, whatever the shards.
-    np.testing.assert_allclose(parts["router_z_loss"], stats.z_sum.sum(axis=1).mean() / 24, rtol=1e-6)
+    np.testing.assert_allclose(
+        parts["router_z_loss"], stats.z_sum.sum(axis=1).mean() / 24, rtol=1e-6
+    )

@@ -124,9 +124,7 @@ def test_padding_reaches_neither_loss_nor_balance():
     )
     state_changed, metrics_changed = train_step(MOE)(initial(MOE), changed)
     np.testing.assert_allclose(metrics.loss, metrics_changed.loss, rtol=1e-6)
-    balance, balance_changed = (
-        m.terms["load_balancing_loss"] for m in (metrics, metrics_changed)
-    )
+    balance, balance_changed = (m.terms["load_balancing_loss"] for m in (metrics, metrics_changed))
     np.testing.assert_allclose(balance, balance_changed, rtol=1e-6)
     assert metrics.tokens_per_expert_LE.sum() == 2 * 2 * sum(lengths)
     # Padding changes which rows share a block, and so the order of float32 sums.
