@@ -100,7 +100,7 @@ def test_an_objective_from_outside_trains_a_run_and_its_terms_are_logged(
     monkeypatch.setitem(objective.OBJECTIVES, "last_token", objective.Objective(last_token))
     config = config.copy_and_resolve_references()
     config.objective.name = "last_token"
-    config.optimizer.learning_rate = 0.1
+    config.optimizer.learning_rate = 1e-3
     train.run(config, tmp_path / "run")
     rows = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert rows[1]["head_squares"] < rows[0]["head_squares"]

@@ -179,7 +179,7 @@ def adapted(
     Wei et al., Skywork-MoE, arXiv 2406.06563, whose rate (their xi) is 1/5, maximum 0.01 and beta
     0.99. Where dispatch drops nothing d is the rate at which it would have.
     """
-    if state.coefficients_L is None:
+    if state.coefficients_L is None or measures.router is None:
         return params, state
     tokens_per_expert_LE = measures.tokens_per_expert_LE
     if run.model.dispatch == "capacity":
