@@ -125,14 +125,6 @@ def test_a_teacher_of_another_vocabulary_is_refused(config, tmp_path):
         train.run(with_changes(config, changes), tmp_path / "run")
 
 
-def test_rules_of_paths_are_set_on_the_command_line(tmp_path):
-    path = tmp_path / "config.py"
-    path.write_text("from moe_jax import config\nget_config = config.default")
-    rules = (("moe/experts", 0.5), ("embed", 2))
-    config = configs.load(str(path), {"optimizer.learning_rate_factors": rules})
-    assert config.optimizer.learning_rate_factors == rules
-
-
 def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, tmp_path):
     dense, mesh = dataclasses.replace(STUDENT, num_experts=0), meshes.one_device()
     tx = optimizer.adamw(Optimizer(learning_rate=1e-2), 2)
@@ -175,16 +167,3 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
             if same.any():  # a neuron that was not redrawn, wherever it went
                 np.testing.assert_array_equal(moment_D, old_m["up"][0].T[same.argmax()])
     assert jax.tree.structure(copied) == jax.tree.structure(tx.init(made))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"init.source": "a,b", "init.upcycle.recipe": "bam"}, "is for one parent"),
-        ({"init.source": "a", "init.upcycle.recipe": "llama_moe"}, "is for one parent"),
-    ],
-)
-def test_moments_that_have_no_way_to_go_are_refused(config, changes, message):
-    changes["init.upcycle.optimizer_state"] = "copy"
-    with pytest.raises(configs.ConfigError, match=message):
-        configs.resolve(with_changes(config, changes))

@@ -1,0 +1,96 @@
+"""What a machine, or the run that goes on in a workdir, does not allow."""
+
+import dataclasses
+
+import pytest
+
+from moe_jax import config as configs
+from moe_jax.config import environment, sections
+from moe_jax.model.presets import PRESETS
+
+RUN = configs.Run(model=PRESETS["quickstart"])
+
+
+def config_of(**keys):
+    config = configs.default()
+    config.model.preset = "quickstart"
+    config.update_from_flattened_dict(keys)
+    return config
+
+
+FIXED = {
+    "seed": 9,
+    "training.batch_size": 64,
+    "model.router": "topk_softmax",
+    "data.source": "tfds:lm1b",
+    "data.tokenizer": "other.model",
+    "data.sequence_length": 64,
+}
+
+
+def test_the_fixed_keys_are_these():
+    assert environment.fixed_keys() == set(FIXED)
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_what_makes_another_run_may_not_change(key):
+    with pytest.raises(configs.ConfigError, match=f"config.{key}=.* differs from the .* began"):
+        environment.changes(config_of().to_dict(), config_of(**{key: FIXED[key]}))
+
+
+def test_other_changes_are_named():
+    before = config_of(**{"evaluation.prompts": ("a",)}).to_dict()
+    before["evaluation"]["prompts"] = ["a"]  # as it comes out of JSON
+    del before["objective"]  # a key that the run did not know had its default
+    after = config_of(
+        **{"evaluation.prompts": ("a",), "training.num_steps": 5, "objective.name": "other"}
+    )
+    assert environment.changes(before, after) == [
+        "objective.name: next_token -> other",
+        "training.num_steps: 1000 -> 5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"mesh": sections.Mesh(data=3)}, "config.mesh data=3, .* does not fit 8 device"),
+        ({"training": sections.Training(batch_size=12)}, "batch_size .*=12 is not divisible by"),
+        (
+            {"training": sections.Training(batch_size=16, accumulation_steps=4)},
+            r"batch_size \(over accumulation_steps\)=4 is not divisible by the 8 batch shards",
+        ),
+        ({"evaluation": sections.Evaluation(batch_size=9)}, "evaluation.batch_size=9 is not div"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_or_the_batch_is_refused(values, complaint):
+    environment.validate_mesh(RUN, 8)
+    with pytest.raises(configs.ConfigError, match=complaint):
+        environment.validate_mesh(dataclasses.replace(RUN, **values), 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"data": sections.Data(source="does/not/exist")}, "matches no file"),
+        ({"data": sections.Data(source="tfds:")}, "config.data.source='tfds:' names no dataset"),
+        ({"data": sections.Data(tokenizer="does/not/exist")}, "does/not/exist"),
+        ({"init": sections.Init(source="runs/none")}, "config.init.source='runs/none' has no ch"),
+        (
+            {
+                "objective": sections.Objective(
+                    distillation=sections.Distillation(source="runs/none", coefficient=1.0)
+                )
+            },
+            "config.objective.distillation.source='runs/none' has no checkpoints",
+        ),
+        (
+            {"model": dataclasses.replace(RUN.model, vocab_size=100)},
+            "config.model.vocab_size=100 is less than the 259 of tokenizer 'bytes'; set it to 259",
+        ),
+    ],
+)
+def test_what_this_machine_does_not_have_is_refused(values, complaint):
+    environment.validate_environment(RUN, 8)
+    with pytest.raises(configs.ConfigError, match=complaint):
+        environment.validate_environment(dataclasses.replace(RUN, **values), 8)
