@@ -12,17 +12,19 @@ import textwrap
 from collections.abc import Callable
 
 from moe_jax import model
-from moe_jax.model.config import DENSE, MOE, ModelConfig
+from moe_jax.model.config import (
+    ATTENTION_EXPERTS,
+    DENSE,
+    EXPERTS,
+    MOE,
+    ROUTER,
+    ModelConfig,
+    fields_of,
+)
 from moe_jax.training import flops
 from moe_jax.upcycle import plan
 
 UPCYCLE, SCRATCH, UNCLEAR = "upcycle", "scratch", "no clear answer"
-
-# What a sparse model has of its own; its dense parent has the defaults.
-_OF_EXPERTS = """num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob
-    shared_expert_intermediate_size gate_norm_std router num_expert_groups num_groups_per_tok
-    routed_scaling_factor dispatch merge_segment_length capacity_factor min_capacity token_priority
-    num_attention_experts layers model_type""".split()
 
 
 def dense_parent(config: ModelConfig, granularity: int = 1) -> ModelConfig:
@@ -32,8 +34,9 @@ def dense_parent(config: ModelConfig, granularity: int = 1) -> ModelConfig:
     """
     if granularity < 1:
         raise ValueError(f"granularity={granularity} must be at least 1")
+    own = fields_of(EXPERTS, ROUTER, ATTENTION_EXPERTS) | {"model_type"}
     defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    plain = {name: defaults[name] for name in _OF_EXPERTS}
+    plain = {name: default for name, default in defaults.items() if name in own}
     width = granularity * config.expert_size
     return dataclasses.replace(config, intermediate_size=width, **plain)
 

@@ -20,6 +20,7 @@ from moe_jax.config import environment
 from moe_jax.data import batches, prepare, tokenizers
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.evaluation import evaluators
+from moe_jax.model.router import ROUTERS
 from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
@@ -147,7 +148,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     flops_per_token = flops.model_flops(settings.model, length)
     # Of a frozen model the forward pass alone.
     flops_per_token += sum(flops.model_flops(config, length) / 3 for config, _ in frozen.values())
-    if settings.model.router == "forced_balance":
+    if not ROUTERS[settings.model.router].learned:
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with metrics.writer(workdir, resume_step=start) as writer:
         state, results = loop.run(

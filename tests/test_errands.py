@@ -1,20 +1,23 @@
-"""A measure and an objective are added from outside of the package, with one registration each.
+"""A router, a measure and an objective are added from outside, with one registration each.
 
-Routers, recipes and sources are added so in tests/model, tests/upcycle and tests/data.
+Recipes and sources are added so in tests/upcycle and tests/data.
 """
 
 import csv
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax import config as configs
+from moe_jax import init as stores
 from moe_jax import sweep, train
 from moe_jax.analysis import measures
-from moe_jax.model import transformer
+from moe_jax.model import router, transformer
 from moe_jax.ops import cross_entropy
+from moe_jax.parallel import mesh as meshes
 from moe_jax.report import page
 from moe_jax.training import metrics, objective
 from moe_jax.training.state import Measures
@@ -41,6 +44,44 @@ def config(tmp_path_factory):
     config.training.update(num_steps=2, batch_size=8, log_every=1)
     config.evaluation.update(every_steps=1, batch_size=8, max_batches=1)
     return config
+
+
+def heated_topk(logits_ME, inputs, *, num_experts_per_tok, heat):
+    """A softmax whose temperature each expert learns, beginning at `heat`."""
+    heat_E = heat * jnp.exp(inputs.leaves["log_heat"])
+    return router.softmax_topk(
+        logits_ME / heat_E, num_experts_per_tok=num_experts_per_tok, norm_topk_prob=True
+    )
+
+
+def test_a_router_from_outside_is_upcycled_and_trained_on_eight_devices(
+    config, tmp_path, monkeypatch
+):
+    """Its leaf is made, sharded and trained; its parameter comes from the config."""
+    toy = router.Router(
+        heated_topk,
+        parameters={"heat": 1.0},
+        leaves={"kernel": router.KERNEL, "log_heat": router.Leaf(lambda D, E: (E,))},
+    )
+    monkeypatch.setitem(router.ROUTERS, "heated_topk", toy)
+    dense = config.copy_and_resolve_references()
+    dense.model.num_experts = 0
+    train.run(dense, tmp_path / "dense")
+
+    config = config.copy_and_resolve_references()
+    config.training.num_steps = 5
+    config.model.router = "heated_topk"
+    config.model.router_parameters = (("heat", 2.0),)
+    config.init.source = str(tmp_path / "dense")
+    config.init.upcycle.recipe = "naive"
+    assert jax.device_count() == 8
+    result = train.run(config, tmp_path / "moe")
+    assert result["router"] == "heated_topk"
+    model_config, params = stores.load(tmp_path / "moe", meshes.make({"fsdp": 8}))
+    assert model_config.router_parameters == (("heat", 2.0),)
+    leaves = params["blocks"]["0"]["moe"]["router"]
+    assert leaves["log_heat"].shape == (2, 4)
+    assert np.all(np.asarray(leaves["log_heat"]) != 0)  # zeros at first, and trained since
 
 
 def test_a_measure_from_outside_is_in_the_metrics_the_results_and_the_report(
@@ -112,8 +153,6 @@ def test_an_objective_from_outside_trains_a_run_and_its_terms_are_logged(
 def test_a_misspelt_objective_is_refused_with_the_known_ones(config, tmp_path):
     config = config.copy_and_resolve_references()
     config.objective.name = "next_tokens"
-    with pytest.raises(
-        configs.ConfigError, match="objective.name='next_tokens'.*next_token"
-    ):
+    with pytest.raises(configs.ConfigError, match="objective.name='next_tokens'.*next_token"):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.model import router
-from moe_jax.model.router import RouterStats
+from moe_jax.model import routing
+from moe_jax.model.routing import RouterStats
 
 TRAINING, VALIDATION = "training", "validation"
 
@@ -92,7 +92,7 @@ def dead_experts(sums: Sums) -> list:
 
 def virtual_drop_rate(sums: Sums) -> list:
     """The share that experts of that capacity would have dropped, the batch as one group."""
-    return router.virtual_drop_rate(sums.load_LE, sums.capacity_factor).round(5).tolist()
+    return routing.virtual_drop_rate(sums.load_LE, sums.capacity_factor).round(5).tolist()
 
 
 def dropped_share(sums: Sums) -> list:

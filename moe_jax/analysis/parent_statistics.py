@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from moe_jax.model import attention, layers, moe, transformer
-from moe_jax.model.config import MOE, ModelConfig
-from moe_jax.model.layout import slots
+from moe_jax.model import layers, layout, transformer
+from moe_jax.model.config import ModelConfig
 from moe_jax.ops import cross_entropy
 from moe_jax.upcycle import experts, plan
 
@@ -245,14 +244,8 @@ def _inner_weights(ffn: dict) -> np.ndarray:
     return np.concatenate([np.asarray(ffn[n]).T for n in ("gate", "up") if n in ffn], axis=1)
 
 
-def _rows(params: dict, config: ModelConfig) -> Iterator[tuple[int, dict]]:
-    """Each layer's block."""
-    for layer, (place, row) in enumerate(slots(config.block_kinds)):
-        yield layer, jax.tree.map(lambda w, row=row: w[row], params["blocks"][place])
-
-
 def _feed_forwards(params: dict, config: ModelConfig) -> Iterator[tuple[int, dict]]:
-    for layer, block in _rows(params, config):
+    for layer, _, block in layout.layers(params, config):
         yield layer, block.get("moe") or block["mlp"]
 
 
@@ -260,29 +253,19 @@ def _layers(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> Iterator
     """Layer by layer: its feed-forward's parameters, its inputs after the norm, its load."""
     B, T = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    x_BTD = params["embed"]["tokens"][tokens_BT].astype(config.dtype)
-    if config.position_embedding == "learned":
-        x_BTD += params["embed"]["positions"][positions_BT].astype(config.dtype)
-    for layer, block in _rows(params, config):
-        x_BTD, inputs_MD, load_E = _layer(
-            x_BTD, block, positions_BT, config, config.block_kinds[layer]
-        )
-        yield layer, block.get("moe") or block["mlp"], inputs_MD, load_E
+    shared = transformer.Shared(positions_BT, jnp.ones_like(positions_BT))
+    x_BTD = transformer.embed(params["embed"], tokens_BT, positions_BT, config)
+    for layer, kind, block in layout.layers(params, config):
+        x_BTD, output = _block(x_BTD, block, {"index": layer}, shared, config=config, kind=kind)
+        inputs_BTD = output.tapped["feed_forward_input"]
+        load_E = None if output.stats is None else output.stats.tokens_per_expert_E.sum(axis=0)
+        yield layer, block.get("moe") or block["mlp"], inputs_BTD.reshape(B * T, -1), load_E
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kind"))
-def _layer(x_BTD, block, positions_BT, config, kind):
-    segment_ids_BT = jnp.ones_like(positions_BT)
-    y_BTD, _ = attention.attention(
-        *(x_BTD, block["attention"], positions_BT, segment_ids_BT, config), window=kind.window
-    )
-    x_BTD += y_BTD
-    params = block["moe" if kind.feed_forward == MOE else "mlp"]
-    inputs_MD = layers.norm(x_BTD, params["norm"], config).reshape(-1, x_BTD.shape[-1])
-    if kind.feed_forward == MOE:
-        y_BTD, stats = moe.moe(x_BTD, params, segment_ids_BT > 0, config)
-        return x_BTD + y_BTD, inputs_MD, stats.tokens_per_expert_E.sum(axis=0)
-    return x_BTD + layers.mlp(x_BTD, params, config), inputs_MD, None
+_block = jax.jit(
+    functools.partial(transformer.block, taps=("feed_forward_input",)),
+    static_argnames=("config", "kind"),
+)
 
 
 def _gradients(params, config, tokens_NBT) -> Iterator[tuple[int, dict]]:

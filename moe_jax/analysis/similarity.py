@@ -7,7 +7,6 @@ in another order they say nothing, and the share of intact neurons does.
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.model import layout
 from moe_jax.model.config import MOE, ModelConfig
-from moe_jax.model.layout import slots
 from moe_jax.upcycle.experts import MATRICES, NEURON_AXIS
 
 TINY = 1e-15  # the norm that zeros are given; its square is not 0 in float32
@@ -85,11 +84,11 @@ def experts(
     if parent_params is not None:
         _check_parent(config, parent_config)
     rows = []
-    for layer in sparse_layers(config):
+    for layer in layout.sparse_layers(config):
         parent = None
         if parent_params is not None:
-            parent = _of_layer(parent_params, parent_config, layer, "mlp")
-        rows.append(of_layer(layer, _of_layer(params, config, layer, "moe", "experts"), parent))
+            parent = layout.layer(parent_params, parent_config, layer, "mlp")
+        rows.append(of_layer(layer, layout.layer(params, config, layer, "moe", "experts"), parent))
     return rows
 
 
@@ -124,8 +123,8 @@ def of_layers(params: dict, config: ModelConfig) -> list[float] | None:
 def routers(params: dict, config: ModelConfig) -> dict[int, np.ndarray]:
     """Each sparse layer's router kernel [D, E]."""
     return {
-        layer: np.asarray(_of_layer(params, config, layer, "moe", "router")["kernel"])
-        for layer in sparse_layers(config)
+        layer: np.asarray(layout.layer(params, config, layer, "moe", "router")["kernel"])
+        for layer in layout.sparse_layers(config)
     }
 
 
@@ -183,17 +182,6 @@ def _check_parent(config: ModelConfig, parent: ModelConfig) -> None:
         theirs, ours = getattr(parent, name), getattr(config, name)
         if theirs != ours:
             raise ValueError(f"{name}={theirs} of the parent differs from {ours}; give its parent")
-
-
-def sparse_layers(config: ModelConfig) -> list[int]:
-    return [layer for layer, kind in enumerate(config.layer_kinds) if kind == MOE]
-
-
-def _of_layer(params: dict, config: ModelConfig, layer: int, *path: str) -> dict:
-    """The arrays at `path` of one layer's block, cut from their stacks."""
-    place, row = slots(config.block_kinds)[layer]
-    stacks = functools.reduce(dict.__getitem__, path, params["blocks"][place])
-    return jax.tree.map(lambda stack: stack[row], stacks)
 
 
 def _matrices(ffn: dict) -> dict:

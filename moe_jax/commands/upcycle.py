@@ -25,6 +25,7 @@ from moe_jax import command_line, init, tree, upcycle
 from moe_jax.analysis import parent_statistics, similarity
 from moe_jax.config import ConfigError, model_fields
 from moe_jax.hf import folders
+from moe_jax.model import layout
 from moe_jax.parallel import mesh
 from moe_jax.upcycle import plan, recipes, router_init, streaming
 
@@ -123,7 +124,7 @@ def sources_of(arguments) -> list[pathlib.Path]:
 
 def of_folder(made: folders.Folder, sources: list[folders.Folder]) -> list[similarity.Experts]:
     """Of the first, the middle and the last sparse layer: one of them is in memory at a time."""
-    layers = similarity.sparse_layers(made.config)
+    layers = layout.sparse_layers(made.config)
     if made.config.num_experts < 2:
         return []
     dense = len(sources) == 1 and not sources[0].config.num_experts

@@ -14,6 +14,7 @@ from moe_jax.hf import configs as hf_configs
 from moe_jax.hf import folders
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.presets import PRESETS
+from moe_jax.model.router import ROUTERS
 from moe_jax.upcycle import recipes
 
 Made = TypeVar("Made", bound=Section)
@@ -45,10 +46,11 @@ class Run(Section, path=""):
                 f"decay_steps={optimizer.decay_steps} exceed training.num_steps={num_steps}"
             )
         model, rate = self.model, self.balance.bias_update_rate
-        if rate and model.num_experts and model.router != "sigmoid_topk":
+        if rate and model.num_experts and "bias" not in ROUTERS[model.router].leaves:
+            biased = " or ".join(repr(n) for n, row in ROUTERS.items() if "bias" in row.leaves)
             yield (
                 f"config.balance.bias_update_rate={rate} needs a router with a bias, "
-                f"not model.router={model.router!r}; use 'sigmoid_topk', or a rate of 0"
+                f"not model.router={model.router!r}; use {biased}, or a rate of 0"
             )
         if self.evaluation.num_experts_per_tok > model.num_experts:
             yield (

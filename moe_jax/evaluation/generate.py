@@ -11,6 +11,7 @@ import numpy as np
 from moe_jax import model
 from moe_jax.model import transformer
 from moe_jax.model.layout import layer_groups
+from moe_jax.model.router import ROUTERS
 
 
 def generate(
@@ -64,7 +65,7 @@ def generate(
         raise ValueError(
             "a model of merged experts (dispatch='merge') cannot generate token by token"
         )
-    router = "softmax_topk" if config.router == "expert_choice" else config.router
+    router = ROUTERS[config.router].decodes_as or config.router
     config = dataclasses.replace(config, dispatch="dropless", router=router, remat="none")
     key = jax.random.key(0) if key is None else key
     return list(

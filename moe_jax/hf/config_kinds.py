@@ -5,7 +5,7 @@ import sys
 import typing
 from collections.abc import Callable
 
-from moe_jax.model.config import CHOICES, FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig
+from moe_jax.model.config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig, choices
 
 
 class UnsupportedError(ValueError):
@@ -59,7 +59,7 @@ KIND_OF_TYPE = {int: COUNT, float: NUMBER, bool: FLAG, str: TEXT}
 KIND_OF_FIELD = {
     "num_hidden_layers": DEPTH,
     "initializer_range": SPREAD,
-    "hidden_act": _one_of(CHOICES["hidden_act"]),
+    "hidden_act": _one_of(choices("hidden_act")),
 }
 
 

@@ -4,24 +4,10 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from moe_jax.model.router import ROUTERS
+
 DENSE, MOE = "dense", "moe"
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
-CHOICES = {
-    "norm": ("rms", "layer", "layer_1p"),
-    "hidden_act": ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu2"),
-    "attention_bias": ("none", "qkv", "all"),
-    "qk_norm": ("none", "head", "full"),
-    "position_embedding": ("rotary", "learned"),
-    "router": (
-        *("softmax_topk", "topk_softmax", "sigmoid_topk", "noisy_topk", "expert_choice"),
-        *("group_topk", "forced_balance"),
-    ),
-    "dispatch": ("dropless", "capacity", "merge"),
-    "token_priority": ("position", "random"),
-    "expert_parallel": ("auto", "fsdp", "ring", "all_to_all"),
-    "dtype": ("float32", "bfloat16"),
-    "remat": ("none", "full", "save_experts", "save_dots", "offload_experts", "offload_dots"),
-}
 
 
 class BlockKind(NamedTuple):
@@ -29,6 +15,28 @@ class BlockKind(NamedTuple):
 
     feed_forward: str  # DENSE or MOE
     window: int | None  # the keys that a query sees, itself included; None is all before it
+
+
+# What a field of ModelConfig belongs to: what is compared of two models, and what a sparse model
+# has of its own, follows from it.
+ARCHITECTURE, ORIGIN, EXPERTS = "architecture", "origin", "experts"
+ROUTER, ATTENTION_EXPERTS, COMPUTATION = "router", "attention_experts", "computation"
+
+
+def _field(
+    default=dataclasses.MISSING,
+    belongs: str = ARCHITECTURE,
+    *,
+    at_least: int | None = None,
+    positive: bool = False,
+    choices: tuple[str, ...] = (),
+):
+    """A field that says what it belongs to, and which values it may have.
+
+    at_least: the smallest whole number. positive: a finite number more than 0.
+    """
+    metadata = {"belongs": belongs, "at_least": at_least, "positive": positive, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,87 +49,117 @@ class ModelConfig:
     Raises: ValueError, in one line, for sizes that no model can have.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int | None = None  # num_attention_heads
-    head_dim: int | None = None  # hidden_size / num_attention_heads
-    max_position_embeddings: int = 4096  # learned positions end there
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    model_type: str | None = None  # the Hugging Face family to save as; else any that can hold it
+    vocab_size: int = _field(at_least=1)
+    hidden_size: int = _field(at_least=1)
+    intermediate_size: int = _field(at_least=1)
+    num_hidden_layers: int = _field(at_least=1)
+    num_attention_heads: int = _field(at_least=1)
+    num_key_value_heads: int | None = _field(None, at_least=1)  # num_attention_heads
+    head_dim: int | None = _field(None, at_least=1)  # hidden_size / num_attention_heads
+    max_position_embeddings: int = _field(4096, at_least=1)  # learned positions end there
+    tie_word_embeddings: bool = _field(False)
+    initializer_range: float = _field(0.02, ORIGIN)
+    # The Hugging Face family to save as; None is any that can hold the model.
+    model_type: str | None = _field(None, ORIGIN)
 
-    norm: str = "rms"  # or LayerNorm; "layer_1p" is one whose scale is kept less 1 (Nemotron)
-    rms_norm_eps: float = 1e-5  # of whichever norm
-    hidden_act: str = "silu"
-    gated_mlp: bool = True  # down(act(gate x) * up x), else down(act(up x))
-    mlp_bias: bool = False
+    # "layer_1p" is LayerNorm whose scale is kept less 1 (Nemotron).
+    norm: str = _field("rms", choices=("rms", "layer", "layer_1p"))
+    rms_norm_eps: float = _field(1e-5, positive=True)  # of whichever norm
+    hidden_act: str = _field(
+        "silu",
+        choices=("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu2"),
+    )
+    gated_mlp: bool = _field(True)  # down(act(gate x) * up x), else down(act(up x))
+    mlp_bias: bool = _field(False)
 
-    attention_bias: str = "none"  # "qkv" (Qwen2), or "all": the output projection's too
-    qk_norm: str = "none"  # "head": each head of q and k (Qwen3); "full": all at once (OLMoE)
-    clip_qkv: float | None = None
-    sliding_window: int | None = None  # the keys that a query sees, itself included
-    layer_types: tuple[str, ...] | None = None  # which layers slide; None: all that have a window
+    # "qkv" (Qwen2), or "all": the output projection's too.
+    attention_bias: str = _field("none", choices=("none", "qkv", "all"))
+    # "head": each head of q and k (Qwen3); "full": all at once (OLMoE).
+    qk_norm: str = _field("none", choices=("none", "head", "full"))
+    clip_qkv: float | None = _field(None, positive=True)
+    sliding_window: int | None = _field(None, at_least=1)  # keys that a query sees, with itself
+    # Which layers slide; None: all of them, if there is a window.
+    layer_types: tuple[str, ...] | None = _field(None)
 
-    position_embedding: str = "rotary"  # or "learned" (GPT-2)
-    rope_theta: float = 10_000.0
-    partial_rotary_factor: float = 1.0  # the share of a head that is rotated
-    rope_scaling_factor: float = 1.0  # Llama 3's, for longer texts; 1 is none
-    rope_low_freq_factor: float = 1.0
-    rope_high_freq_factor: float = 4.0
-    rope_original_length: int = 8192
+    position_embedding: str = _field("rotary", choices=("rotary", "learned"))  # learned: GPT-2
+    rope_theta: float = _field(10_000.0, positive=True)
+    partial_rotary_factor: float = _field(1.0, positive=True)  # the share of a head it rotates
+    rope_scaling_factor: float = _field(1.0, positive=True)  # Llama 3's, for long texts; 1 is none
+    rope_low_freq_factor: float = _field(1.0)
+    rope_high_freq_factor: float = _field(4.0)
+    rope_original_length: int = _field(8192)
 
-    num_experts: int = 0
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int | None = None  # intermediate_size
-    shared_expert_intermediate_size: int | None = None  # of an expert that every token goes to
-    norm_topk_prob: bool = True
-    gate_norm_std: float | None = None  # the deviation router logits are brought to (Skywork-MoE)
-    router: str = "softmax_topk"  # model/router.py has them all
-    num_expert_groups: int = 1  # of sigmoid_topk and group_topk
-    num_groups_per_tok: int = 1  # sigmoid_topk: those that may be chosen from
-    routed_scaling_factor: float = 1.0  # sigmoid_topk: of the weights
-    dispatch: str = "dropless"  # or "capacity": an expert drops what does not fit; or "merge"
-    merge_segment_length: int = 256  # merge: the tokens that share one merged expert (Lory)
-    capacity_factor: float = 1.25  # dropless: of the virtual drop rate that is reported
-    min_capacity: int = 4
-    token_priority: str = "position"  # which tokens a full expert keeps; or "random"
-    num_attention_experts: int = 0  # attentions whose outputs are mixed (BAM); 0 is plain
-    layers: tuple[str, ...] | None = None  # all dense without experts, all sparse with them
+    num_experts: int = _field(0, EXPERTS, at_least=0)  # 0 is a dense model
+    num_experts_per_tok: int = _field(2, EXPERTS, at_least=1)
+    moe_intermediate_size: int | None = _field(None, EXPERTS, at_least=1)  # intermediate_size
+    # The width of an expert that every token goes to.
+    shared_expert_intermediate_size: int | None = _field(None, EXPERTS, at_least=1)
+    router: str = _field("softmax_topk", EXPERTS)  # a row of model/router.py
+    norm_topk_prob: bool = _field(True, ROUTER)
+    # The standard deviation that router logits are brought to (Skywork-MoE).
+    gate_norm_std: float | None = _field(None, ROUTER, positive=True)
+    num_expert_groups: int = _field(1, ROUTER, at_least=1)
+    num_groups_per_tok: int = _field(1, ROUTER, at_least=1)  # those that may be chosen from
+    routed_scaling_factor: float = _field(1.0, ROUTER, positive=True)  # multiplies the weights
+    # Pairs of a name and a value, or a mapping: what only the chosen router knows.
+    router_parameters: tuple[tuple[str, float | int | str | bool], ...] = _field((), ROUTER)
+    # "capacity": an expert drops what does not fit; "merge": Lory's merged expert.
+    dispatch: str = _field("dropless", EXPERTS, choices=("dropless", "capacity", "merge"))
+    # The tokens that share one merged expert (Lory).
+    merge_segment_length: int = _field(256, EXPERTS, at_least=1)
+    # Dropless: the capacity of the virtual drop rate that is reported.
+    capacity_factor: float = _field(1.25, EXPERTS, positive=True)
+    min_capacity: int = _field(4, EXPERTS, at_least=1)
+    # Which tokens a full expert keeps.
+    token_priority: str = _field("position", EXPERTS, choices=("position", "random"))
+    # Attentions whose outputs are mixed (BAM); 0 is plain attention.
+    num_attention_experts: int = _field(0, ATTENTION_EXPERTS)
+    # None: all dense without experts, all sparse with them.
+    layers: tuple[str, ...] | None = _field(None, EXPERTS)
 
     # How it is computed rather than what it is.
-    dtype: str = "float32"
-    remat: str = "full"
-    expert_parallel: str = "auto"  # model/exchange.py has the modes and what each moves
-    grouped_matmul: str = "auto"  # or a name that scripts/doctor.py lists; so attention
-    attention: str = "auto"
+    dtype: str = _field("float32", COMPUTATION, choices=("float32", "bfloat16"))
+    remat: str = _field(
+        "full",
+        COMPUTATION,
+        choices=("none", "full", "save_experts", "save_dots", "offload_experts", "offload_dots"),
+    )
+    # model/exchange.py has the modes and what each moves.
+    expert_parallel: str = _field(
+        "auto", COMPUTATION, choices=("auto", "fsdp", "ring", "all_to_all")
+    )
+    # An implementation that the command `doctor` lists; so is attention.
+    grouped_matmul: str = _field("auto", COMPUTATION)
+    attention: str = _field("auto", COMPUTATION)
 
     def __post_init__(self):
         for name in ("layers", "layer_types"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        pairs = tuple(sorted(dict(self.router_parameters).items()))
+        object.__setattr__(self, "router_parameters", pairs)
         for problem in self._problems():
             raise ValueError(problem)
 
     def _problems(self):
-        for name in (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-            "num_key_value_heads head_dim max_position_embeddings sliding_window "
-            "moe_intermediate_size shared_expert_intermediate_size num_experts_per_tok "
-            "min_capacity num_expert_groups num_groups_per_tok merge_segment_length"
-        ).split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"{name}={value} must be at least 1"
-        for name in (
-            "rms_norm_eps rope_theta partial_rotary_factor rope_scaling_factor clip_qkv "
-            "gate_norm_std capacity_factor routed_scaling_factor"
-        ).split():
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+        for field in dataclasses.fields(self):
+            name, value, allowed = field.name, getattr(self, field.name), field.metadata
+            if value is None:
+                continue
+            if allowed["at_least"] is not None and value < allowed["at_least"]:
+                yield f"{name}={value} must be at least {allowed['at_least']}"
+            if allowed["positive"] and not 0 < value < math.inf:
                 yield f"{name}={value} must be a finite number more than 0"
+            if allowed["choices"] and value not in allowed["choices"]:
+                yield f"{name}={value!r} is unknown; use one of {allowed['choices']}"
+        yield from self._problems_of_sizes()
+        yield from self._problems_of_layers()
+        if self.router not in ROUTERS:
+            yield f"router={self.router!r} is unknown; use one of {tuple(ROUTERS)}"
+        elif self.num_experts:
+            yield from self._problems_of_routing()
+
+    def _problems_of_sizes(self):
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             yield (
                 f"hidden_size={self.hidden_size} is not divisible by "
@@ -139,16 +177,13 @@ class ModelConfig:
                 f"partial_rotary_factor={self.partial_rotary_factor} rotates {self.rotary_size} of "
                 f"head_dim={self.head_size}; rotary positions need an even number from 2 to it"
             )
-        if self.num_experts < 0:
-            yield f"num_experts={self.num_experts} must be 0 (dense) or more"
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             yield (
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than "
                 f"num_experts={self.num_experts}; choose at most {self.num_experts}"
             )
-        yield from self._problems_of_routing()
-        if self.num_experts == 1 and self.gate_norm_std is not None:
-            yield "gate_norm_std needs num_experts of 2 or more: one logit has no deviation"
+
+    def _problems_of_layers(self):
         for name, kinds in (
             ("layers", (DENSE, MOE)),
             ("layer_types", (FULL_ATTENTION, SLIDING_ATTENTION)),
@@ -170,37 +205,33 @@ class ModelConfig:
             )
         if self.sliding_window is None and SLIDING_ATTENTION in (self.layer_types or ()):
             yield f"layer_types has {SLIDING_ATTENTION!r} layers; set sliding_window"
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                yield f"{name}={getattr(self, name)!r} is unknown; use one of {choices}"
 
     def _problems_of_routing(self):
-        if not self.num_experts:
-            return
-        G = self.num_expert_groups
-        if self.num_experts % G:
-            yield f"num_experts={self.num_experts} is not divisible by num_expert_groups={G}"
-        elif G > 1 and self.router == "sigmoid_topk":
-            if self.num_groups_per_tok > G:
-                yield f"num_groups_per_tok={self.num_groups_per_tok} is more than the {G} groups"
-            room = self.num_groups_per_tok * self.num_experts // G
-            if self.num_experts // G < 2 or room < self.num_experts_per_tok:
+        row = ROUTERS[self.router]
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            mine = name in row.reads or name == "router_parameters"
+            if field.metadata["belongs"] == ROUTER and not mine and value != field.default:
+                readers = [router for router, other in ROUTERS.items() if name in other.reads]
                 yield (
-                    f"num_expert_groups={G}: a token chooses {self.num_experts_per_tok} experts "
-                    f"among the {room} of {self.num_groups_per_tok} groups, which need 2 or more "
-                    "each; use fewer groups"
+                    f"{name}={value!r} has no effect with router={self.router!r}; leave it out, "
+                    f"or use a router that reads it: {', '.join(readers)}"
                 )
-        elif self.router == "group_topk" and self.num_experts_per_tok > G:
+        for name, value in self.router_parameters:
+            if name not in row.parameters:
+                takes = ", ".join(row.parameters) or "none"
+                yield (f"router_parameters has {name!r}, but router={self.router!r} takes {takes}")
+            elif not isinstance(value, type(row.parameters[name])):
+                kind = type(row.parameters[name]).__name__
+                yield f"router_parameters: {name}={value!r} must be of the type {kind}"
+        if self.num_experts % self.num_expert_groups:
             yield (
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than "
-                f"num_expert_groups={G}, each of which gives one; use at most {G}"
+                f"num_experts={self.num_experts} is not divisible by "
+                f"num_expert_groups={self.num_expert_groups}"
             )
-        elif G > 1 and self.router not in ("sigmoid_topk", "group_topk"):
-            yield f"num_expert_groups={G} is of the routers sigmoid_topk and group_topk"
-        if self.router == "expert_choice" and self.dispatch != "capacity":
-            yield "router='expert_choice' gives each expert as many tokens; set dispatch='capacity'"
-        if self.gate_norm_std is not None and self.router not in ("softmax_topk", "forced_balance"):
-            yield f"gate_norm_std is of router='softmax_topk', not {self.router!r}"
+        yield from row.problems(self)
+        if self.num_experts == 1 and self.gate_norm_std is not None:
+            yield "gate_norm_std needs num_experts of 2 or more: one logit has no deviation"
         if self.dispatch == "merge" and self.router != "softmax_topk":
             yield f"dispatch='merge' weighs experts by their softmax, not by {self.router!r}"
         if self.expert_parallel == "ring" and self.dispatch != "dropless":
@@ -238,7 +269,7 @@ class ModelConfig:
     def draws(self) -> bool:
         """Whether routing is random in training."""
         dropped = self.dispatch == "capacity" and self.token_priority == "random"
-        return self.num_experts > 0 and (dropped or self.router == "noisy_topk")
+        return self.num_experts > 0 and (dropped or ROUTERS[self.router].random)
 
     @property
     def block_kinds(self) -> tuple[BlockKind, ...]:
@@ -287,3 +318,17 @@ class ModelConfig:
             model_type=None,
             **fields,
         )
+
+
+def fields_of(*belongs: str) -> frozenset[str]:
+    """The names of the fields of ModelConfig that belong to any of these."""
+    fields = dataclasses.fields(ModelConfig)
+    return frozenset(field.name for field in fields if field.metadata["belongs"] in belongs)
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The values that a field of ModelConfig may have."""
+    if name == "router":
+        return tuple(ROUTERS)
+    [field] = (field for field in dataclasses.fields(ModelConfig) if field.name == name)
+    return field.metadata["choices"]

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.model import experts as ffn
-from moe_jax.model import remat, router
+from moe_jax.model import remat
+from moe_jax.model.routing import capacity
 from moe_jax.ops import implementations, permute
 from moe_jax.parallel import sharding
 
@@ -94,7 +95,12 @@ def _plan(expert_index_MA, valid_M, E, config, key) -> tuple[permute.Permutation
             return remat.named("plan", plan), jnp.zeros((), jnp.int32)
         if config.token_priority != "random":
             key = None
-        C = router.slots_of_expert(len(valid_M), config)
+        C = capacity(
+            len(valid_M) * config.num_experts_per_tok,
+            config.num_experts,
+            config.capacity_factor,
+            config.min_capacity,
+        )
         plan = remat.named("plan", permute.fill_slots(expert_index_MA, valid_M, E, C, key))
         chosen_MA = (expert_index_MA < E) & valid_M[:, None]
         num_dropped = jnp.sum(chosen_MA) - jnp.sum(plan.group_sizes_E)

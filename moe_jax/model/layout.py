@@ -1,8 +1,15 @@
-"""How a model's layers are grouped, so that what repeats is traced and compiled once."""
+"""How a model's layers are grouped, so that what repeats is traced and compiled once.
+
+It is also the one way to reach a layer of the parameters, whose block leaves are stacked.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+
+import jax
+
+from moe_jax.model.config import MOE, BlockKind, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +68,21 @@ def slots(kinds: tuple[Hashable, ...]) -> tuple[tuple[str, int], ...]:
         for row, layer in enumerate(layers)
     }
     return tuple(found[layer] for layer in range(len(kinds)))
+
+
+def layer(params: dict, config: ModelConfig, index: int, *path: str) -> dict:
+    """The parameters of one layer, or what lies at a path of them ("moe", "experts")."""
+    slot, row = slots(config.block_kinds)[index]
+    stacks = functools.reduce(dict.__getitem__, path, params["blocks"][slot])
+    return jax.tree.map(lambda stack: stack[row], stacks)
+
+
+def layers(params: dict, config: ModelConfig) -> Iterator[tuple[int, BlockKind, dict]]:
+    """Each layer's index, kind and parameters, in the order of the model."""
+    for index, kind in enumerate(config.block_kinds):
+        yield index, kind, layer(params, config, index)
+
+
+def sparse_layers(config: ModelConfig) -> list[int]:
+    """The indices of the sparse layers."""
+    return [index for index, kind in enumerate(config.layer_kinds) if kind == MOE]

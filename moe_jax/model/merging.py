@@ -7,8 +7,9 @@ no token sees a later one; the first takes its own, through which no gradient pa
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model import layers, router
+from moe_jax.model import layers
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.routing import Routing, statistics
 
 
 def merged_of_device(x_BTD, params, valid_BT, key, *, config: ModelConfig, return_routing: bool):
@@ -36,8 +37,8 @@ def merged_of_device(x_BTD, params, valid_BT, key, *, config: ModelConfig, retur
     logits_ME, probabilities_ME = (jnp.repeat(x, S, axis=0) for x in (logits_GE, probabilities_GE))
     expert_index_M1 = jnp.argmax(probabilities_ME, axis=-1, keepdims=True)
     weight_M1 = jnp.take_along_axis(probabilities_ME, expert_index_M1, axis=-1)
-    routing = router.Routing(expert_index_M1, weight_M1, logits_ME, probabilities_ME)
-    stats = router.statistics(routing, valid_BT.ravel(), jnp.zeros((), jnp.int32))
+    routing = Routing(expert_index_M1, weight_M1, logits_ME, probabilities_ME)
+    stats = statistics(routing, valid_BT.ravel(), jnp.zeros((), jnp.int32))
     stats = jax.tree.map(lambda x: x[None], stats)
     if return_routing:
         by_token = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), routing)

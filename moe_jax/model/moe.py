@@ -15,21 +15,19 @@ import jax.numpy as jnp
 from moe_jax import tree
 from moe_jax.model import exchange, exchange_cost, layers, merging, remat, router
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.routing import RouterStats, Routing, statistics
 from moe_jax.parallel import sharding
 
 
 def shapes(config: ModelConfig) -> dict:
     one = layers.ffn_shapes(config, config.expert_size)
-    kernel = (config.hidden_size, config.num_experts)
+    leaves = router.ROUTERS[config.router].leaves
+    sizes = config.hidden_size, config.num_experts
     shapes = {
         "norm": layers.norm_shapes(config),
-        "router": {"kernel": kernel},
+        "router": {name: leaf.shape(*sizes) for name, leaf in leaves.items()},
         "experts": {name: (config.num_experts, *shape) for name, shape in one.items()},
     }
-    if config.router == "sigmoid_topk":
-        shapes["router"]["bias"] = (config.num_experts,)
-    if config.router == "noisy_topk":
-        shapes["router"]["noise"] = kernel
     if config.shared_expert_intermediate_size:
         shapes["shared"] = layers.ffn_shapes(config, config.shared_expert_intermediate_size)
     return shapes
@@ -43,7 +41,7 @@ def moe(
     *,
     key: jax.Array | None = None,
     return_routing: bool = False,
-) -> tuple[jax.Array, router.RouterStats]:
+) -> tuple[jax.Array, RouterStats]:
     """The layer's output (to be added to x) and its statistics, one row per batch shard.
 
     `key` is of what is random in training: a router's noise, and with `token_priority` "random"
@@ -124,7 +122,7 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
             y_MD, shared_MD = jax.lax.optimization_barrier((y_MD, shared_MD))
             y_MD += shared_MD
 
-    stats = router.statistics(routing, valid_M, num_dropped)
+    stats = statistics(routing, valid_M, num_dropped)
     stats = jax.tree.map(lambda x: x[None], stats)
     if return_routing:
         by_token = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), routing)
@@ -132,14 +130,11 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
     return y_MD.reshape(B, T, D), stats
 
 
-def _route(x_MD, params, valid_M, key, config) -> router.Routing:
+def _route(x_MD, params, valid_M, key, config) -> Routing:
     # In float32: with bfloat16 logits close calls between experts would depend on rounding.
     x_MD = x_MD.astype(jnp.float32)
     logits_ME = remat.named("router_logits", x_MD @ params["kernel"].astype(jnp.float32))
-    inputs = router.Inputs(
-        valid_M,
-        bias_E=params.get("bias"),
-        noise_ME=x_MD @ params["noise"].astype(jnp.float32) if "noise" in params else None,
-        key=None if key is None else tree.fold_in(key, "noise"),
-    )
-    return router.ROUTERS[config.router](logits_ME, config, inputs)
+    key = None if key is None else tree.fold_in(key, "noise")
+    row = router.ROUTERS[config.router]
+    inputs = router.Inputs(x_MD, valid_M, params, key)
+    return row.route(logits_ME, inputs, **row.values(config))

@@ -1,51 +1,17 @@
-"""Routing is data: which experts a token goes to and with what weight, and what to count of it."""
+"""How a token chooses its experts: one table of routers, each a row of all that is known of it."""
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from moe_jax.model.config import ModelConfig
+from moe_jax.model.routing import Routing, capacity
 from moe_jax.ops import bins
 
-
-@struct.dataclass
-class Routing:
-    """The decision for M tokens. `weight` is what an expert's output is multiplied by.
-
-    An `expert_index` of E is a slot that goes to no expert. `load_ME`, where a router has it, is
-    how likely an expert is chosen, a count that gradients pass through.
-    """
-
-    expert_index_MA: jax.Array
-    weight_MA: jax.Array
-    logits_ME: jax.Array
-    probabilities_ME: jax.Array
-    load_ME: jax.Array | None = None
-
-
-@struct.dataclass
-class RouterStats:
-    """Sums over the tokens of a batch shard; padding is not counted.
-
-    In `model.Output` every field has two leading axes: sparse layers (in the order of the model)
-    and batch shards. They are not summed over shards, so that one step can compute a balance loss
-    over a device as well as over the global batch. `routing`, when asked for, has the leading axes
-    sparse layers, batch, time.
-    """
-
-    tokens_per_expert_E: jax.Array  # assignments, all A slots together
-    probability_sum_E: jax.Array
-    weight_sum_E: jax.Array
-    load_sum_E: jax.Array  # of `Routing.load_ME`, else the assignments
-    z_sum: jax.Array  # of logsumexp(logits)^2
-    entropy_sum: jax.Array  # of the probabilities, nats
-    num_tokens: jax.Array
-    num_dropped: jax.Array  # assignments beyond an expert's capacity; 0 when dropless
-    routing: Routing | None = None
+if TYPE_CHECKING:
+    from moe_jax.model.config import ModelConfig
 
 
 def softmax_topk(
@@ -218,94 +184,214 @@ def forced_balance(logits_ME: jax.Array, *, num_experts_per_tok: int, **paramete
 class Inputs:
     """What a router may look at beside its logits."""
 
+    x_MD: jax.Array  # in float32
     valid_M: jax.Array
-    bias_E: jax.Array | None = None  # on the choice alone
-    noise_ME: jax.Array | None = None
+    leaves: Mapping[str, jax.Array]  # the layer's, by the names in the router's row
     key: jax.Array | None = None  # None in evaluation
 
 
-def _fields(config: ModelConfig, *names: str) -> dict:
-    return {name: getattr(config, name) for name in ("num_experts_per_tok", *names)}
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of a router's parameters.
+
+    zero: it begins as zeros, else as a normal of the model's `initializer_range`. An upcycling
+      makes the kernel by an initialiser and every other leaf of zeros.
+    """
+
+    shape: Callable[[int, int], tuple[int, ...]]  # of hidden_size and num_experts
+    zero: bool = True
 
 
-# ModelConfig.router -> (logits_ME, config, inputs) -> Routing.
-ROUTERS: dict[str, Callable[[jax.Array, ModelConfig, Inputs], Routing]] = {
-    "softmax_topk": lambda logits, config, _: softmax_topk(
-        logits, **_fields(config, "norm_topk_prob", "gate_norm_std")
-    ),
-    "topk_softmax": lambda logits, config, _: topk_softmax(logits, **_fields(config)),
-    "sigmoid_topk": lambda logits, config, inputs: sigmoid_topk(
-        logits,
-        inputs.bias_E,
-        **_fields(config, "norm_topk_prob"),
-        num_groups=config.num_expert_groups,
-        num_groups_per_tok=config.num_groups_per_tok,
-        scale=config.routed_scaling_factor,
-    ),
-    "noisy_topk": lambda logits, config, inputs: noisy_topk(
-        logits, inputs.noise_ME, inputs.key, **_fields(config)
-    ),
-    "expert_choice": lambda logits, config, inputs: expert_choice(
-        logits,
+KERNEL = Leaf(lambda D, E: (D, E), zero=False)
+Fields = Mapping[str, float | int | str | bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """A row of the table of routers.
+
+    route: (logits_ME, inputs, **values) -> Routing; the values are the fields of ModelConfig that
+      are named in `reads`, and the router's own `parameters`.
+    parameters: names and defaults of what `ModelConfig.router_parameters` may set for it.
+    problems: lines that refuse a ModelConfig with this router.
+    sum_is_fixed: whether a token's weights have the same sum whatever the logits.
+    even_weight: the sum of a token's weights where the logits of all experts are equal; None takes
+      1 where the sum is fixed, else num_experts_per_tok / num_experts.
+    copies_share: copies of an expert share its probability among them (as in a softmax), or know
+      nothing of each other (False); None where neither holds.
+    causal: a token's experts do not depend on other tokens.
+    random: it draws in training.
+    products: how many products of [M, D] and [D, E] it makes.
+    learned: False for one that ignores its logits, to time the best case.
+    decodes_as: the router that takes its place where tokens are generated one by one.
+    """
+
+    route: Callable[..., Routing]
+    reads: tuple[str, ...] = ("num_experts_per_tok",)
+    parameters: Fields = dataclasses.field(default_factory=dict)
+    leaves: Mapping[str, Leaf] = dataclasses.field(default_factory=lambda: {"kernel": KERNEL})
+    problems: Callable[["ModelConfig"], Iterator[str]] = lambda config: iter(())
+    sum_is_fixed: Callable[["ModelConfig"], bool] = lambda config: True
+    even_weight: Callable[["ModelConfig"], float] | None = None
+    copies_share: Callable[["ModelConfig"], bool] | None = None
+    causal: bool = True
+    random: bool = False
+    products: int = 1
+    learned: bool = True
+    decodes_as: str = ""
+
+    def values(self, config: "ModelConfig") -> dict:
+        """The keyword arguments of `route` for a model."""
+        own = {**self.parameters, **dict(config.router_parameters)}
+        return {**{name: getattr(config, name) for name in self.reads}, **own}
+
+    def weight_at_even_logits(self, config: "ModelConfig") -> float:
+        if self.even_weight is not None:
+            return self.even_weight(config)
+        fixed = self.sum_is_fixed(config)
+        return 1.0 if fixed else config.num_experts_per_tok / config.num_experts
+
+
+def _renormalised(config: "ModelConfig") -> bool:
+    return config.norm_topk_prob
+
+
+def _always(config: "ModelConfig") -> bool:
+    del config
+    return True
+
+
+def _sigmoid_weight(config: "ModelConfig") -> float:
+    """A sigmoid of 0 is 1/2."""
+    total = 1.0 if config.norm_topk_prob else config.num_experts_per_tok / 2
+    return total * config.routed_scaling_factor
+
+
+def _sigmoid_problems(config: "ModelConfig") -> Iterator[str]:
+    E, G = config.num_experts, config.num_expert_groups
+    if G == 1 or E % G:
+        return
+    if config.num_groups_per_tok > G:
+        yield f"num_groups_per_tok={config.num_groups_per_tok} is more than the {G} groups"
+    room = config.num_groups_per_tok * E // G
+    if E // G < 2 or room < config.num_experts_per_tok:
+        yield (
+            f"num_expert_groups={G}: a token chooses {config.num_experts_per_tok} experts "
+            f"among the {room} of {config.num_groups_per_tok} groups, which need 2 or more "
+            "each; use fewer groups"
+        )
+
+
+def _group_problems(config: "ModelConfig") -> Iterator[str]:
+    A, G = config.num_experts_per_tok, config.num_expert_groups
+    if A > G:
+        yield (
+            f"num_experts_per_tok={A} is more than "
+            f"num_expert_groups={G}, each of which gives one; use at most {G}"
+        )
+
+
+def _expert_choice_problems(config: "ModelConfig") -> Iterator[str]:
+    if config.dispatch != "capacity":
+        yield "router='expert_choice' gives each expert as many tokens; set dispatch='capacity'"
+
+
+def _route_sigmoid(
+    logits_ME,
+    inputs: Inputs,
+    *,
+    num_expert_groups: int,
+    routed_scaling_factor: float,
+    **values,
+) -> Routing:
+    return sigmoid_topk(
+        logits_ME,
+        inputs.leaves["bias"],
+        num_groups=num_expert_groups,
+        scale=routed_scaling_factor,
+        **values,
+    )
+
+
+def _route_noisy(logits_ME, inputs: Inputs, **values) -> Routing:
+    noise_ME = inputs.x_MD @ inputs.leaves["noise"].astype(jnp.float32)
+    return noisy_topk(logits_ME, noise_ME, inputs.key, **values)
+
+
+def _route_expert_choice(
+    logits_ME,
+    inputs: Inputs,
+    *,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    capacity_factor: float,
+    min_capacity: int,
+) -> Routing:
+    M, E = logits_ME.shape
+    return expert_choice(
+        logits_ME,
         inputs.valid_M,
-        norm_topk_prob=config.norm_topk_prob,
-        tokens_per_expert=slots_of_expert(len(logits), config),
+        tokens_per_expert=capacity(M * num_experts_per_tok, E, capacity_factor, min_capacity),
+        norm_topk_prob=norm_topk_prob,
+    )
+
+
+def _route_groups(logits_ME, inputs: Inputs, *, num_expert_groups: int, **values) -> Routing:
+    del inputs
+    return group_topk(logits_ME, num_groups=num_expert_groups, **values)
+
+
+SOFTMAX = ("num_experts_per_tok", "norm_topk_prob", "gate_norm_std")
+BIAS, NOISE = Leaf(lambda D, E: (E,)), Leaf(lambda D, E: (D, E))  # noise: arXiv 2406.16554
+
+# By `ModelConfig.router`.
+ROUTERS: dict[str, Router] = {
+    "softmax_topk": Router(
+        lambda logits, inputs, **values: softmax_topk(logits, **values),
+        reads=SOFTMAX,
+        sum_is_fixed=_renormalised,
+        copies_share=_always,
     ),
-    "group_topk": lambda logits, config, _: group_topk(
-        logits, **_fields(config, "norm_topk_prob"), num_groups=config.num_expert_groups
+    "topk_softmax": Router(
+        lambda logits, inputs, **values: topk_softmax(logits, **values), copies_share=_always
     ),
-    "forced_balance": lambda logits, config, _: forced_balance(
-        logits, **_fields(config, "norm_topk_prob", "gate_norm_std")
+    "sigmoid_topk": Router(
+        _route_sigmoid,
+        reads=(
+            *("num_experts_per_tok", "norm_topk_prob", "num_expert_groups"),
+            *("num_groups_per_tok", "routed_scaling_factor"),
+        ),
+        leaves={"kernel": KERNEL, "bias": BIAS},
+        problems=_sigmoid_problems,
+        sum_is_fixed=_renormalised,
+        even_weight=_sigmoid_weight,
+        copies_share=_renormalised,
+    ),
+    "noisy_topk": Router(
+        _route_noisy,
+        leaves={"kernel": KERNEL, "noise": NOISE},
+        copies_share=_always,
+        random=True,
+        products=2,
+    ),
+    "expert_choice": Router(
+        _route_expert_choice,
+        reads=("num_experts_per_tok", "norm_topk_prob", "capacity_factor", "min_capacity"),
+        problems=_expert_choice_problems,
+        sum_is_fixed=_renormalised,
+        causal=False,
+        decodes_as="softmax_topk",
+    ),
+    "group_topk": Router(
+        _route_groups,
+        reads=("num_experts_per_tok", "norm_topk_prob", "num_expert_groups"),
+        problems=_group_problems,
+        sum_is_fixed=_renormalised,
+    ),
+    "forced_balance": Router(
+        lambda logits, inputs, **values: forced_balance(logits, **values),
+        reads=SOFTMAX,
+        sum_is_fixed=_renormalised,
+        learned=False,
     ),
 }
-
-
-def slots_of_expert(num_tokens: int, config: ModelConfig) -> int:
-    """What an expert of a limited capacity has room for among these tokens."""
-    return capacity(
-        num_tokens * config.num_experts_per_tok,
-        config.num_experts,
-        config.capacity_factor,
-        config.min_capacity,
-    )
-
-
-def capacity(num_assignments: int, num_experts: int, factor: float, minimum: int) -> int:
-    """Slots of an expert: its even share times the factor, rounded up."""
-    return max(minimum, math.ceil(factor * num_assignments / num_experts))
-
-
-def virtual_drop_rate(tokens_per_expert_E: jax.Array, factor: float) -> jax.Array:
-    """The share of assignments that a capacity would have dropped in a run that drops none.
-
-    sum_e max(0, load_e - C) / sum_e load_e with C = ceil(factor · sum_e load_e / E), what drives
-    Skywork-MoE's balance coefficients (Wei et al., arXiv 2406.06563). Leading axes are kept; numpy
-    or jax.
-    """
-    total = tokens_per_expert_E.sum(axis=-1, keepdims=True)
-    capacity_E = -(-factor * total // tokens_per_expert_E.shape[-1])
-    beyond = (tokens_per_expert_E - capacity_E).clip(min=0).sum(axis=-1)
-    return beyond / total[..., 0].clip(min=1)
-
-
-def statistics(routing: Routing, valid_M: jax.Array, num_dropped: jax.Array) -> RouterStats:
-    """Sums over the tokens where `valid_M` holds."""
-    E = routing.logits_ME.shape[-1]
-    counted_MA = jnp.where(valid_M[:, None], routing.expert_index_MA, E)
-    tokens_per_expert_E = bins.count_by_bin(counted_MA, E)
-    load_sum_E = tokens_per_expert_E.astype(jnp.float32)
-    if routing.load_ME is not None:
-        load_sum_E = jnp.sum(routing.load_ME * valid_M[:, None], axis=0)
-    z_M = jax.nn.logsumexp(routing.logits_ME, axis=-1) ** 2
-    p_ME = routing.probabilities_ME
-    entropy_M = -jnp.sum(p_ME * jnp.log(jnp.maximum(p_ME, jnp.finfo(p_ME.dtype).tiny)), axis=-1)
-    return RouterStats(
-        tokens_per_expert_E=tokens_per_expert_E,
-        probability_sum_E=jnp.sum(p_ME * valid_M[:, None], axis=0),
-        weight_sum_E=bins.sum_by_bin(routing.weight_MA, counted_MA, E),
-        load_sum_E=load_sum_E,
-        z_sum=jnp.sum(z_M * valid_M),
-        entropy_sum=jnp.sum(entropy_M * valid_M),
-        num_tokens=jnp.sum(valid_M),
-        num_dropped=num_dropped,
-    )

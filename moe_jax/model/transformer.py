@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe_jax import tree
-from moe_jax.model import attention, layers, moe, remat, router
+from moe_jax.model import attention, layers, moe, remat
 from moe_jax.model.config import DENSE, MOE, BlockKind, ModelConfig
 from moe_jax.model.layout import LayerGroup, layer_groups
+from moe_jax.model.router import ROUTERS
+from moe_jax.model.routing import RouterStats
 from moe_jax.ops import implementations
 from moe_jax.parallel import sharding
 
@@ -21,7 +23,7 @@ class Output:
     """`router` is None for a dense model; its fields are described at `RouterStats`."""
 
     logits_BTV: jax.Array
-    router: router.RouterStats | None
+    router: RouterStats | None
 
 
 @struct.dataclass
@@ -31,6 +33,15 @@ class Shared:
     positions_BT: jax.Array
     segment_ids_BT: jax.Array  # 0 is padding
     key: jax.Array | None = None  # of what is random in training
+
+
+@struct.dataclass
+class BlockOutput:
+    """What a block gives beside x: statistics are None for a dense block, the cache in training."""
+
+    stats: RouterStats | None
+    cache: dict | None
+    tapped: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 class Parameters(nn.Module):
@@ -58,7 +69,8 @@ class Parameters(nn.Module):
         if name == "scale" or name in BIASES:
             return nn.initializers.zeros
         deviation = self.config.initializer_range
-        if name == "noise":  # LLaMA-MoE's, arXiv 2406.16554
+        leaf = ROUTERS[self.config.router].leaves.get(name)
+        if leaf is not None and leaf.zero:
             return nn.initializers.zeros
         if name == "kernel":  # a router's, drawn expert by expert: its columns do not depend on E
             return lambda key, shape: deviation * jax.random.normal(key, shape[::-1]).T
@@ -68,45 +80,49 @@ class Parameters(nn.Module):
 BIASES = ("bias", "bq", "bk", "bv", "bo", "gate_bias", "up_bias", "down_bias")
 
 
-class Block(nn.Module):
+def block(
+    x_BTD: jax.Array,
+    params: dict,
+    per_layer: Mapping,
+    shared: Shared,
+    *,
+    config: ModelConfig,
+    kind: BlockKind,
+    return_routing: bool = False,
+    taps: tuple[str, ...] = (),
+) -> tuple[jax.Array, "BlockOutput"]:
     """x + attention(x), then x + feed-forward(x).
 
-    `per_layer` is scanned along with the parameters, `shared` is the same for all layers. Returns x
-    and (statistics, cache): statistics are None for a dense block, the cache is None in training.
+    Args:
+      params: one layer's, as `layout.layer` gives them.
+      per_layer: what is scanned along with the parameters: the layer's `index`, and in decoding its
+        `cache` of keys and values.
+      taps: names of values inside the block that are wanted too: "feed_forward_input" is what the
+        feed-forward gets after its norm, [B, T, D].
     """
-
-    config: ModelConfig
-    kind: BlockKind
-    return_routing: bool = False
-
-    @nn.compact
-    def parameters(self) -> dict:
-        return {
-            name: Parameters(shapes, self.config, name=name)()
-            for name, shapes in block_shapes(self.config, self.kind.feed_forward).items()
-        }
-
-    def __call__(self, x_BTD, per_layer, shared):
-        params, config = self.parameters(), self.config
-        y_BTD, cache = attention.attention(
-            *(x_BTD, params["attention"], shared.positions_BT, shared.segment_ids_BT, config),
-            window=self.kind.window,
-            cache=per_layer.get("cache"),
+    y_BTD, cache = attention.attention(
+        *(x_BTD, params["attention"], shared.positions_BT, shared.segment_ids_BT, config),
+        window=kind.window,
+        cache=per_layer.get("cache"),
+    )
+    x_BTD = remat.named("middle", sharding.constrain_batch(x_BTD + y_BTD))
+    tapped = {}
+    if "feed_forward_input" in taps:
+        feed_forward = params["mlp" if kind.feed_forward == DENSE else "moe"]
+        tapped["feed_forward_input"] = layers.norm(x_BTD, feed_forward["norm"], config)
+    if kind.feed_forward == DENSE:
+        y_BTD, stats = layers.mlp(x_BTD, params["mlp"], config), None
+    else:
+        key = shared.key
+        y_BTD, stats = moe.moe(
+            x_BTD,
+            params["moe"],
+            shared.segment_ids_BT > 0,
+            config,
+            key=None if key is None else jax.random.fold_in(key, per_layer["index"]),
+            return_routing=return_routing,
         )
-        x_BTD = remat.named("middle", sharding.constrain_batch(x_BTD + y_BTD))
-        if self.kind.feed_forward == DENSE:
-            y_BTD, stats = layers.mlp(x_BTD, params["mlp"], config), None
-        else:
-            key = shared.key
-            y_BTD, stats = moe.moe(
-                x_BTD,
-                params["moe"],
-                shared.segment_ids_BT > 0,
-                config,
-                key=None if key is None else jax.random.fold_in(key, per_layer["index"]),
-                return_routing=self.return_routing,
-            )
-        return sharding.constrain_batch(x_BTD + y_BTD), (stats, cache)
+    return sharding.constrain_batch(x_BTD + y_BTD), BlockOutput(stats, cache, tapped)
 
 
 def block_shapes(config: ModelConfig, feed_forward: str) -> dict:
@@ -134,8 +150,8 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
     key_shell, key_blocks = (tree.fold_in(key, name) for name in ("shell", "blocks"))
 
     def layer_params(kind, layer):
-        block, key_layer = Block(config, kind), jax.random.fold_in(key_blocks, layer)
-        return block.init(key_layer, method="parameters")["params"]
+        module = Parameters(block_shapes(config, kind.feed_forward), config)
+        return module.init(jax.random.fold_in(key_blocks, layer))["params"]
 
     shell = Parameters(shell_shapes(config), config)
     return {
@@ -209,10 +225,20 @@ def hidden_states(
     config: ModelConfig,
     *,
     return_routing: bool = False,
-) -> tuple[jax.Array, router.RouterStats | None]:
+) -> tuple[jax.Array, RouterStats | None]:
     """The final norm's output, and the statistics of the sparse layers in the model's order."""
     x_BTD, stats, _ = run_blocks(params, tokens_BT, shared, config, return_routing=return_routing)
     return x_BTD, stats
+
+
+def embed(
+    params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, config: ModelConfig
+) -> jax.Array:
+    """What the first block gets, [B, T, D]."""
+    x_BTD = embedded(params["tokens"], tokens_BT).astype(config.dtype)
+    if config.position_embedding == "learned":
+        x_BTD += params["positions"][positions_BT].astype(config.dtype)
+    return sharding.constrain_batch(x_BTD)
 
 
 def embedded(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -246,13 +272,10 @@ def run_blocks(
     *,
     return_routing: bool = False,
     cache: dict | None = None,
-) -> tuple[jax.Array, router.RouterStats | None, dict]:
+) -> tuple[jax.Array, RouterStats | None, dict]:
     """`hidden_states` with `cache`, slot -> stacks [L, B, S, K, H] of keys and values, as it is
     before these positions, and then as it is after them."""
-    x_BTD = embedded(params["embed"]["tokens"], tokens_BT).astype(config.dtype)
-    if config.position_embedding == "learned":
-        x_BTD += params["embed"]["positions"][shared.positions_BT].astype(config.dtype)
-    x_BTD = sharding.constrain_batch(x_BTD)
+    x_BTD = embed(params["embed"], tokens_BT, shared.positions_BT, config)
     stats_of_layers, order, caches = [], [], {}
     for group in layer_groups(config.block_kinds):
         per_layer = {slot: {"index": jnp.array(ls)} for slot, ls in group.layers.items()}
@@ -292,10 +315,13 @@ def _group_step(group: LayerGroup, config, return_routing, shared, x_BTD, scanne
     blocks, per_layer = scanned
     stats, caches = {}, {}
     for slot, kind in group.kinds.items():
-        block = Block(config, kind, return_routing)
-        x_BTD, (layer_stats, caches[slot]) = block.apply(
-            {"params": blocks[slot]}, x_BTD, per_layer[slot], shared
+        x_BTD, output = block(
+            *(x_BTD, blocks[slot], per_layer[slot], shared),
+            config=config,
+            kind=kind,
+            return_routing=return_routing,
         )
+        caches[slot] = output.cache
         if kind.feed_forward == MOE:
-            stats[slot] = layer_stats
+            stats[slot] = output.stats
     return x_BTD, (stats, caches)

@@ -35,7 +35,7 @@ RULES = (
     (r"(mlp|shared)/down$", P(None, TENSOR, "fsdp")),
     (r"(mlp|shared)/(gate|up)_bias$", P(None, TENSOR)),
     (r"(mlp|shared)/down_bias$", P()),
-    (r"router/(kernel|noise|bias)$", P()),
+    (r"router/\w+$", P()),
     (r"experts/(gate|up)$", P(None, EXPERT, "fsdp", "tensor")),
     (r"experts/down$", P(None, EXPERT, "tensor", "fsdp")),
     (r"experts/(gate|up)_bias$", P(None, EXPERT, "tensor")),

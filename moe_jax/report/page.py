@@ -6,6 +6,7 @@ import json
 import pathlib
 
 from moe_jax.analysis import measures
+from moe_jax.model.router import ROUTERS
 from moe_jax.report import figures
 from moe_jax.report.figures import Record
 from moe_jax.training import metrics
@@ -50,8 +51,9 @@ pre {{ background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: .8
 def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
     """The record of a finished run's workdir."""
     config = json.loads((folder / "config.json").read_text())
-    if config["model"]["router"] == "forced_balance":
-        name += " (forced balance)"
+    row = ROUTERS.get(config["model"]["router"])
+    if row and not row.learned:
+        name += f" ({config['model']['router'].replace('_', ' ')})"
     return Record(
         name=name,
         place=place,

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 
 from moe_jax import config as configs
 from moe_jax import model, tree
-from moe_jax.model import router
 from moe_jax.model.config import MOE
 from moe_jax.model.layout import layer_groups
-from moe_jax.model.router import RouterStats
+from moe_jax.model.routing import RouterStats, virtual_drop_rate
 from moe_jax.training.state import Measures, RouterState
 
 BIAS = re.compile(r"blocks/(\w+)/moe/router/bias")
@@ -185,7 +184,7 @@ def adapted(
     if run.model.dispatch == "capacity":
         rate_L = measures.dropped_L / jnp.maximum(tokens_per_expert_LE.sum(axis=1), 1)
     else:
-        rate_L = router.virtual_drop_rate(tokens_per_expert_LE, run.model.capacity_factor)
+        rate_L = virtual_drop_rate(tokens_per_expert_LE, run.model.capacity_factor)
     adaptive = run.balance.adaptive
     target_L = jnp.minimum(adaptive.rate * rate_L, adaptive.maximum)
     beta = adaptive.beta

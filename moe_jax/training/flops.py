@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.model.config import MOE, ModelConfig
+from moe_jax.model.router import ROUTERS
 from moe_jax.ops import attention
 from moe_jax.parallel import chips
 
@@ -30,7 +31,7 @@ def _products(config: ModelConfig) -> dict[str, float]:
     sparse = config.layer_kinds.count(MOE)
     dense = config.num_hidden_layers - sparse
     attentions = config.num_attention_experts or 1
-    routers = config.num_experts * (2 if config.router == "noisy_topk" else 1)
+    routers = config.num_experts * ROUTERS[config.router].products
     if config.dispatch == "merge":
         # One expert for a token, and a segment's merging shared by its tokens.
         expert_rows = sparse * config.expert_size

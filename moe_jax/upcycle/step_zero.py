@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.router import ROUTERS
 from moe_jax.upcycle import experts
 
 
@@ -35,22 +36,20 @@ def needed_scale(config: ModelConfig, granularity: int) -> float:
 
 def even_weight(config: ModelConfig) -> float:
     """The sum of a token's weights where the logits of all experts are equal."""
-    T, N = config.num_experts_per_tok, config.num_experts
-    sigmoid = config.router == "sigmoid_topk"
-    weight = 1.0 if _sum_is_fixed(config) else T / 2 if sigmoid else T / N
-    return weight * config.routed_scaling_factor if sigmoid else weight
+    if config.dispatch == "merge":
+        return 1.0
+    return ROUTERS[config.router].weight_at_even_logits(config)
 
 
 def _sum_is_fixed(config: ModelConfig) -> bool:
     """Whether a token's weights have the same sum whatever the logits."""
-    by_softmax = config.router in ("topk_softmax", "noisy_topk") or config.dispatch == "merge"
-    return config.norm_topk_prob or by_softmax
+    return config.dispatch == "merge" or ROUTERS[config.router].sum_is_fixed(config)
 
 
 def _weight(config: ModelConfig, router: str) -> float | None:
     """The sum of every token's weights at the start; None where it depends on the token."""
     known = _sum_is_fixed(config) or router == "zero"
-    return even_weight(config) if known and config.router != "expert_choice" else None
+    return even_weight(config) if known and ROUTERS[config.router].causal else None
 
 
 def _of_copies(source, config, router, parameters):
@@ -91,11 +90,10 @@ def _of_duplicates(source, config, router, parameters):
     times, left = divmod(config.num_experts, source.num_experts)
     alike = left == 0 and config.num_experts_per_tok == times * source.num_experts_per_tok
     one_by_one = config.num_expert_groups == 1 and config.gate_norm_std is None
-    routers = ("softmax_topk", "topk_softmax", "noisy_topk", "sigmoid_topk")
-    if parameters["router_noise"] or not (alike and one_by_one and config.router in routers):
+    copies_share = ROUTERS[config.router].copies_share
+    if parameters["router_noise"] or copies_share is None or not (alike and one_by_one):
         return None
-    shared = config.router != "sigmoid_topk" or config.norm_topk_prob
-    return 1.0 if shared else float(times)
+    return 1.0 if copies_share(config) else float(times)
 
 
 def _always(source, config, router, parameters):

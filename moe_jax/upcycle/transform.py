@@ -10,6 +10,7 @@ import numpy as np
 from moe_jax import tree
 from moe_jax.model.config import MOE, ModelConfig
 from moe_jax.model.layout import layer_groups, slots
+from moe_jax.model.router import ROUTERS
 from moe_jax.parallel import sharding
 from moe_jax.upcycle import experts, mixing, plan, recipes, router_init
 
@@ -252,15 +253,15 @@ def _mixed(experts_P, share_LEP, made):
 
 
 def routers(layers_L: jax.Array, made: plan.Plan, dtype, *, key: jax.Array) -> dict:
-    """Fresh ones: kernels by the plan's initialiser, selection biases and noise of zero."""
+    """Fresh ones: kernels by the plan's initialiser, the router's other leaves of zeros."""
     E = made.config.num_experts
     kernel_LDE = make_routers(layers_L, made, dtype, key=key, name="router", E=E)
-    router = {"kernel": kernel_LDE}
-    if made.config.router == "sigmoid_topk":
-        router["bias"] = jnp.zeros((len(layers_L), E), dtype)
-    if made.config.router == "noisy_topk":
-        router["noise"] = jnp.zeros_like(kernel_LDE)
-    return router
+    others = {
+        name: jnp.zeros((len(layers_L), *leaf.shape(made.config.hidden_size, E)), dtype)
+        for name, leaf in ROUTERS[made.config.router].leaves.items()
+        if name != "kernel"
+    }
+    return {"kernel": kernel_LDE, **others}
 
 
 def make_routers(

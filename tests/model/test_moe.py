@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax import model
-from moe_jax.model import moe, router
+from moe_jax.model import moe
+from moe_jax.model.routing import capacity, virtual_drop_rate
 from moe_jax.parallel import mesh as meshes
 
 B, T, D, E, A = 8, 16, 16, 4, 2
@@ -52,7 +53,7 @@ def test_with_room_for_all_capacity_equals_dropless():
 
 def test_what_does_not_fit_is_dropped_and_counted():
     y_BTD, stats, _ = layer(dataclasses.replace(CAPACITY, capacity_factor=0.25))
-    C = router.capacity(B * T * A, E, 0.25, 1)
+    C = capacity(B * T * A, E, 0.25, 1)
     load_E = stats.tokens_per_expert_E[0]
     assert stats.num_dropped[0] == np.maximum(load_E - C, 0).sum() > 0
     untouched_BT = (np.abs(y_BTD) == 0).all(axis=-1)  # both assignments of a token dropped
@@ -84,5 +85,5 @@ def test_forced_balance_loads_every_expert_alike_and_has_the_gradient_of_the_rou
 def test_virtual_drop_rate_by_hand():
     """16 assignments, 4 experts: C = ceil(1.25 * 4) = 5; then 4 + 0, and all but 5 of one."""
     load_LE = np.array([[9, 3, 3, 1], [16, 0, 0, 0], [4, 4, 4, 4]])
-    np.testing.assert_allclose(router.virtual_drop_rate(load_LE, 1.25), [4 / 16, 11 / 16, 0])
-    np.testing.assert_allclose(router.virtual_drop_rate(jnp.array(load_LE), 1.25)[0], 4 / 16)
+    np.testing.assert_allclose(virtual_drop_rate(load_LE, 1.25), [4 / 16, 11 / 16, 0])
+    np.testing.assert_allclose(virtual_drop_rate(jnp.array(load_LE), 1.25)[0], 4 / 16)

@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax import model
 from moe_jax.model import router
+from moe_jax.model.routing import statistics
 
 
 def test_softmax_then_top_k_with_and_without_renormalisation():
@@ -33,7 +34,7 @@ def test_ties_go_to_the_lowest_index():
 def test_statistics_count_assignments_of_valid_tokens_only():
     logits_ME = jnp.array([[5.0, 1.0, 0.0], [0.0, 5.0, 1.0], [9.0, 0.0, 8.0]])
     routing = router.softmax_topk(logits_ME, num_experts_per_tok=2, norm_topk_prob=True)
-    stats = router.statistics(routing, jnp.array([True, True, False]), jnp.array(0))
+    stats = statistics(routing, jnp.array([True, True, False]), jnp.array(0))
     np.testing.assert_array_equal(stats.tokens_per_expert_E, [1, 2, 1])
     assert stats.num_tokens == 2
     np.testing.assert_allclose(
@@ -61,7 +62,8 @@ def test_top_k_then_softmax_is_the_renormalised_softmax():
 def test_switch_is_top_1_weighted_by_its_probability():
     logits_ME = jax.random.normal(jax.random.key(0), (32, 8))
     config = config_of(num_experts=8, num_experts_per_tok=1, norm_topk_prob=False)
-    routing = router.ROUTERS["softmax_topk"](logits_ME, config, router.Inputs(None))
+    row = router.ROUTERS[config.router]
+    routing = row.route(logits_ME, router.Inputs(None, None, {}), **row.values(config))
     best_M1 = jax.nn.softmax(logits_ME).max(axis=1, keepdims=True)
     np.testing.assert_allclose(routing.weight_MA, best_M1, rtol=1e-6)
 
@@ -128,7 +130,7 @@ def test_experts_choose_their_best_valid_tokens():
     np.testing.assert_array_equal(routing.expert_index_MA, want)
     want = [[0.9, 0], [0.8, 0], [0, 0.7], [0, 0.6], [0, 0]]
     np.testing.assert_allclose(routing.weight_MA, want, rtol=1e-6)
-    stats = router.statistics(routing, valid_M, jnp.array(0))
+    stats = statistics(routing, valid_M, jnp.array(0))
     np.testing.assert_array_equal(stats.tokens_per_expert_E, [2, 2])
 
 
@@ -146,7 +148,7 @@ def test_statistics_sum_weights_and_entropies():
     logits_ME = jax.random.normal(jax.random.key(0), (6, 4))
     valid_M = jnp.array([True] * 5 + [False])
     routing = router.softmax_topk(logits_ME, num_experts_per_tok=2, norm_topk_prob=True)
-    stats = router.statistics(routing, valid_M, jnp.array(0))
+    stats = statistics(routing, valid_M, jnp.array(0))
     p_ME = np.asarray(routing.probabilities_ME[:5], np.float64)
     np.testing.assert_allclose(stats.entropy_sum, -(p_ME * np.log(p_ME)).sum(), rtol=1e-5)
     weight_E = np.zeros(4)
@@ -160,9 +162,12 @@ def test_statistics_sum_weights_and_entropies():
         ({"router": "expert_choice"}, "set dispatch='capacity'"),
         ({"router": "group_topk", "num_expert_groups": 3}, "not divisible by num_expert_groups=3"),
         ({"router": "group_topk"}, "more than num_expert_groups=1"),
-        ({"num_expert_groups": 2}, "is of the routers sigmoid_topk and group_topk"),
+        ({"num_expert_groups": 2}, "has no effect .*: sigmoid_topk, group_topk"),
         ({"router": "sigmoid_topk", "num_expert_groups": 4, "num_groups_per_tok": 1}, "among the"),
-        ({"router": "topk_softmax", "gate_norm_std": 1.0}, "gate_norm_std is of"),
+        ({"router": "topk_softmax", "gate_norm_std": 1.0}, "gate_norm_std=1.0 has no effect"),
+        ({"router": "topk_softmax", "norm_topk_prob": False}, "norm_topk_prob=False has no effect"),
+        ({"routed_scaling_factor": 2.0}, "reads it: sigmoid_topk"),
+        ({"router_parameters": {"heat": 1.0}}, "'heat', but router='softmax_topk' takes none"),
         ({"router": "topk_softmax", "dispatch": "merge"}, "dispatch='merge' weighs"),
     ],
 )

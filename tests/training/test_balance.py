@@ -11,6 +11,8 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax.model import router
+from moe_jax.model import routing as routing_data
+from moe_jax.model.routing import RouterStats
 from moe_jax.training import balance as rules
 
 E, A = 4, 2
@@ -21,7 +23,7 @@ def stats_of(logits_LME):
 
     def stats_of_shard(logits_ME):
         routing = router.softmax_topk(logits_ME, num_experts_per_tok=A, norm_topk_prob=True)
-        return router.statistics(routing, jnp.ones(logits_ME.shape[0], bool), jnp.array(0))
+        return routing_data.statistics(routing, jnp.ones(logits_ME.shape[0], bool), jnp.array(0))
 
     L, M, E = logits_LME.shape
     return jax.vmap(jax.vmap(stats_of_shard))(logits_LME.reshape(L, 2, M // 2, E))
@@ -87,7 +89,7 @@ def made_up(seed=0, L=3, S=2, E=E):
     weight_LSE, load_LSE = rng.uniform(1, 2, size=(2, L, S, E))
     z_LS, entropy_LS = rng.uniform(1, 2, size=(2, L, S))
     num_tokens_LS = np.tile(tokens_S, (L, 1))
-    return router.RouterStats(
+    return RouterStats(
         counts_LSE, p_LSE, weight_LSE, load_LSE, z_LS, entropy_LS, num_tokens_LS, 0 * num_tokens_LS
     )
 

@@ -1,0 +1,86 @@
+"""Routing is data: which experts a token goes to and with what weight, and what to count of it."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moe_jax.ops import bins
+
+
+@struct.dataclass
+class Routing:
+    """The decision for M tokens. `weight` is what an expert's output is multiplied by.
+
+    An `expert_index` of E is a slot that goes to no expert. `load_ME`, where a router has it, is
+    how likely an expert is chosen, a count that gradients pass through.
+    """
+
+    expert_index_MA: jax.Array
+    weight_MA: jax.Array
+    logits_ME: jax.Array
+    probabilities_ME: jax.Array
+    load_ME: jax.Array | None = None
+
+
+@struct.dataclass
+class RouterStats:
+    """Sums over the tokens of a batch shard; padding is not counted.
+
+    In `model.Output` every field has two leading axes: sparse layers (in the order of the model)
+    and batch shards. They are not summed over shards, so that one step can compute a balance loss
+    over a device as well as over the global batch. `routing`, when asked for, has the leading axes
+    sparse layers, batch, time.
+    """
+
+    tokens_per_expert_E: jax.Array  # assignments, all A slots together
+    probability_sum_E: jax.Array
+    weight_sum_E: jax.Array
+    load_sum_E: jax.Array  # of `Routing.load_ME`, else the assignments
+    z_sum: jax.Array  # of logsumexp(logits)^2
+    entropy_sum: jax.Array  # of the probabilities, nats
+    num_tokens: jax.Array
+    num_dropped: jax.Array  # assignments beyond an expert's capacity; 0 when dropless
+    routing: Routing | None = None
+
+
+def capacity(num_assignments: int, num_experts: int, factor: float, minimum: int) -> int:
+    """Slots of an expert: its even share times the factor, rounded up."""
+    return max(minimum, math.ceil(factor * num_assignments / num_experts))
+
+
+def virtual_drop_rate(tokens_per_expert_E: jax.Array, factor: float) -> jax.Array:
+    """The share of assignments that a capacity would have dropped in a run that drops none.
+
+    sum_e max(0, load_e - C) / sum_e load_e with C = ceil(factor · sum_e load_e / E), what drives
+    Skywork-MoE's balance coefficients (Wei et al., arXiv 2406.06563). Leading axes are kept; numpy
+    or jax.
+    """
+    total = tokens_per_expert_E.sum(axis=-1, keepdims=True)
+    capacity_E = -(-factor * total // tokens_per_expert_E.shape[-1])
+    beyond = (tokens_per_expert_E - capacity_E).clip(min=0).sum(axis=-1)
+    return beyond / total[..., 0].clip(min=1)
+
+
+def statistics(routing: Routing, valid_M: jax.Array, num_dropped: jax.Array) -> RouterStats:
+    """Sums over the tokens where `valid_M` holds."""
+    E = routing.logits_ME.shape[-1]
+    counted_MA = jnp.where(valid_M[:, None], routing.expert_index_MA, E)
+    tokens_per_expert_E = bins.count_by_bin(counted_MA, E)
+    load_sum_E = tokens_per_expert_E.astype(jnp.float32)
+    if routing.load_ME is not None:
+        load_sum_E = jnp.sum(routing.load_ME * valid_M[:, None], axis=0)
+    z_M = jax.nn.logsumexp(routing.logits_ME, axis=-1) ** 2
+    p_ME = routing.probabilities_ME
+    entropy_M = -jnp.sum(p_ME * jnp.log(jnp.maximum(p_ME, jnp.finfo(p_ME.dtype).tiny)), axis=-1)
+    return RouterStats(
+        tokens_per_expert_E=tokens_per_expert_E,
+        probability_sum_E=jnp.sum(p_ME * valid_M[:, None], axis=0),
+        weight_sum_E=bins.sum_by_bin(routing.weight_MA, counted_MA, E),
+        load_sum_E=load_sum_E,
+        z_sum=jnp.sum(z_M * valid_M),
+        entropy_sum=jnp.sum(entropy_M * valid_M),
+        num_tokens=jnp.sum(valid_M),
+        num_dropped=num_dropped,
+    )
