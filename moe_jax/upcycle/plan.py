@@ -5,7 +5,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_jax.model.config import DENSE, ModelConfig
+from moe_jax.model.config import (
+    ATTENTION_EXPERTS,
+    COMPUTATION,
+    DENSE,
+    EXPERTS,
+    ORIGIN,
+    ROUTER,
+    ModelConfig,
+    fields_of,
+)
 from moe_jax.upcycle import recipes, router_init, step_zero
 
 # Statistics of a parent: of (its config, the result's) their shape after an axis of all its layers.
@@ -127,7 +136,7 @@ def _problems_of_kinds(plan, recipe):
         yield f"recipe {recipe!r} cannot merge a shared expert; this parent has one"
     if plan.num_parents > 1 and not method.several:
         yield f"recipe {recipe!r} takes one parent, not {plan.num_parents}"
-    own = OWN | (OF_ATTENTION if method.attention else set())
+    own = OWN | (OF_ATTENTION if method.attention else frozenset())
     if method.takes == recipes.MIXTURE:
         own = own - {"shared_expert_intermediate_size"}
         if method.gives == recipes.DENSE or DENSE not in source.layer_kinds:
@@ -136,7 +145,7 @@ def _problems_of_kinds(plan, recipe):
         yield f"{name}={ours} differs from the parent's {theirs}; use {theirs}"
 
 
-def differences(source: ModelConfig, config: ModelConfig, own: set[str]) -> Iterator[tuple]:
+def differences(source: ModelConfig, config: ModelConfig, own: frozenset[str]) -> Iterator[tuple]:
     """Each field but `own` that two models differ in: its name, the config's and the source's."""
     theirs, ours = (
         dataclasses.replace(c, num_key_value_heads=c.num_kv_heads, head_dim=c.head_size)
@@ -150,14 +159,8 @@ def differences(source: ModelConfig, config: ModelConfig, own: set[str]) -> Iter
 
 
 # What an upcycled model and its parent may differ in.
-OWN = set(
-    """initializer_range model_type num_experts num_experts_per_tok
-    moe_intermediate_size shared_expert_intermediate_size norm_topk_prob gate_norm_std router
-    num_expert_groups num_groups_per_tok routed_scaling_factor dispatch merge_segment_length
-    capacity_factor min_capacity token_priority layers dtype remat
-    expert_parallel grouped_matmul attention""".split()
-)
-OF_ATTENTION = {"num_attention_experts"}
+OWN = fields_of(ORIGIN, EXPERTS, ROUTER, COMPUTATION)
+OF_ATTENTION = fields_of(ATTENTION_EXPERTS)
 
 
 def _problems_of_sizes(plan, recipe):
