@@ -16,6 +16,7 @@ import sys
 import time
 
 from moe_jax import config as configs
+from moe_jax import files
 from moe_jax.training import loop
 
 DONE, FAILED, STOPPED, BLOCKED, PENDING = "done", "failed", "stopped", "blocked", "pending"
@@ -247,8 +248,7 @@ def write_results(
     path: pathlib.Path, runs: list[Run], status: dict[str, str], errors: dict[str, str]
 ) -> None:
     """One row per run; the numbers of a run that is not done are empty."""
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "w", newline="") as file:
+    with files.whole_file(path) as unfinished, open(unfinished, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["name", "run_id", "status", *RESULT_COLUMNS, "workdir", "error"])
         for run in runs:
@@ -256,7 +256,6 @@ def write_results(
             values = [result.get(column, "") for column in RESULT_COLUMNS]
             error = errors.get(run.name, "")
             rows.writerow([run.name, run.run_id, status[run.name], *values, run.workdir, error])
-    unfinished.replace(path)
 
 
 def listing(runs: list[Run], train_script: str) -> str:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import init, model
+from moe_jax import files, init, model
 from moe_jax.analysis import routing, similarity
 from moe_jax.data import batches, corpus, prepare, tokenizers
 from moe_jax.evaluation import generate, perplexity
@@ -214,9 +214,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         "active_parameters": active,
     }
     if distributed.is_first():
-        unfinished = workdir / "result.json.tmp"
-        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        unfinished.replace(workdir / "result.json")
+        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        files.write_text(workdir / "result.json", text)
         lock.close()
     return result
 
