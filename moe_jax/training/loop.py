@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
+from moe_jax import command_line
 from moe_jax.evaluation.perplexity import Evaluation
 from moe_jax.parallel import distributed
 from moe_jax.training import metrics
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import Batch, StepMetrics
-
-EXIT_NONFINITE, EXIT_PREEMPTED = 3, 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ def run(
             if stopped_by:
                 name = signal.Signals(stopped_by).name
                 distributed.say(f"stopped by {name} at step {step}; saved, run again to go on")
-                raise SystemExit(EXIT_PREEMPTED)
+                raise SystemExit(command_line.EXIT_PREEMPTED)
             if step == last or (every and step % every == 0):
                 log.flush()
                 with log.clock_stopped():
@@ -110,7 +109,7 @@ class _TrainingLog:
                 f"loss or gradient not finite for {self._nonfinite_in_a_row} steps up to {step}; "
                 "their updates were skipped. Lower config.optimizer.learning_rate and run again"
             )
-            raise SystemExit(EXIT_NONFINITE)
+            raise SystemExit(command_line.EXIT_NONFINITE)
 
     @contextlib.contextmanager
     def clock_stopped(self):
