@@ -103,3 +103,23 @@ def test_what_is_no_mistake_of_the_person_keeps_its_traceback(monkeypatch):
         raise TypeError("a bug")
     with pytest.raises(ValueError), parser.refusing((OSError,)):
         raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("train", ["--workdir=none", "--config.training.num_stepz=1"]),
+        ("dryrun", ["--topology=cpu:8", "--config.training.num_stepz=1"]),
+        ("sweep", ["--workdir=none", "--max_parallel=0"]),
+    ],
+)
+def test_a_mistake_is_answered_before_what_a_run_needs_is_imported(name, others):
+    start = ["-X", "importtime", "-m", "moe_jax", name, "--config=configs/quickstart.py"]
+    ended = run(*start, *others, cwd=ROOT)
+    assert ended.returncode == 2
+    *imported, answer = ended.stderr.splitlines()
+    assert answer.startswith(f"moe_jax {name}: ")
+    imported = {line.rpartition("|")[2].strip() for line in imported}
+    assert "moe_jax.config" in imported
+    assert not {"flax", "grain", "jax.experimental.pallas", "matplotlib", "optax"} & imported
+    assert not {"moe_jax.train", "moe_jax.dryrun", "moe_jax.report.page"} & imported
