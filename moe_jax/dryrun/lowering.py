@@ -60,7 +60,10 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
 
 
 def filled_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
-    """Of the experts' grouped products, as `hlo.product_flops` takes it."""
+    """The share of rows of the experts' grouped products that are not padding.
+
+    `hlo.product_flops` takes it as `filled`.
+    """
     model_config = configs.model_config(config)
     if not model_config.num_experts:
         return 1.0

@@ -29,7 +29,7 @@ from moe_jax.parallel import clusters, jax_private, watchdog
 HEARTBEAT_SECONDS = 45  # after which JAX ends the others, should the watchdog not have done it
 JOINING_SECONDS, LEAVING_SECONDS = 20, 5
 FOREVER_MS = 2**31 - 1
-# Of an error of JAX, that another process is gone rather than that ours is wrong.
+# An error of JAX with one of these says that another process is gone, not that ours is wrong.
 SIGNS_OF_LOSS = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection", "coordination service")
 
 _exchanges = itertools.count()
