@@ -14,6 +14,8 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 
+from moe_jax.ops import grouped_blocked
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -22,14 +24,9 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_EXPECTED_TRIPS = re.compile(r'expected_trips_(\d+)/while"')
+_EXPECTED_TRIPS = re.compile(grouped_blocked.expected_trips(r"(\d+)") + '/while"')
 _SAME = ("bitcast", "convert", "copy", "copy-done", "copy-start", "reshape")
 _SWAPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
-
-
-def expected_trips(number: int) -> str:
-    """The `jax.named_scope` of a loop that runs as its data say, `number` times usually."""
-    return f"expected_trips_{number}"
 
 
 @dataclasses.dataclass(frozen=True)
