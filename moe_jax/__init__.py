@@ -1,6 +1,13 @@
 """Mixture-of-Experts language models in JAX: train, upcycle, shard, look inside."""
 
-from moe_jax import model, upcycle
+import importlib
 
-__all__ = ["model", "upcycle"]
+__all__ = ["hf", "model", "upcycle"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # Imported where they are first used: a mistake on a command line is answered without jax.
+    if name in __all__:
+        return importlib.import_module(f"moe_jax.{name}")
+    raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")

@@ -1,22 +1,41 @@
-"""`moe_jax NAME …`: one entry for all commands."""
+"""`moe_jax NAME …` starts the command of that name; `moe_jax` alone lists them all."""
 
+import ast
+import difflib
 import importlib
 import pathlib
 import sys
 
-COMMANDS = sorted(
-    path.stem
-    for path in pathlib.Path(__file__).with_name("commands").glob("*.py")
+FILES = {
+    path.stem: path
+    for path in sorted(pathlib.Path(__file__).with_name("commands").glob("*.py"))
     if path.stem != "__init__"
-)
+}
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
-        sys.exit(f"usage: moe_jax NAME …, NAME one of {', '.join(COMMANDS)}")
-    del sys.argv[1]
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(listing())
+        return
+    if name not in FILES:
+        near = difflib.get_close_matches(name, FILES, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        print(f"moe_jax: no command {name!r}{meant} (moe_jax --help lists all)", file=sys.stderr)
+        sys.exit(2)
+    sys.argv[:2] = [f"moe_jax {name}"]  # the program's name in its help and errors
     importlib.import_module(f"moe_jax.commands.{name}").main()
+
+
+def listing() -> str:
+    """Every command with the first line of its file, which is not imported for that."""
+    width = max(map(len, FILES))
+    rows = []
+    for name, path in FILES.items():
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        rows.append(f"  {name:{width}}  {text.partition(chr(10))[0]}")
+    usage = "usage: moe_jax NAME [options]; moe_jax NAME --help explains them"
+    return "\n".join([usage, "", "commands:", *rows])
 
 
 if __name__ == "__main__":

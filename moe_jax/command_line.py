@@ -1,23 +1,62 @@
-"""What all scripts share: help that is the module's docstring, mistakes that end in one line."""
+"""What all commands share: help that is the module's docstring, mistakes that end in one line."""
 
 import argparse
+import contextlib
+import os
+import pathlib
+import re
 import resource
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
+
+EXIT_MISTAKE, EXIT_NONFINITE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
+ENTRY = "moe_jax"  # the console's entry point, which starts sys.argv with "moe_jax NAME"
+
+
+def started_by_entry() -> bool:
+    return sys.argv[0].startswith(f"{ENTRY} ")
+
+
+def command(name: str) -> list[str]:
+    """The words that start command `name` as this one was started, to be shown and to be run."""
+    if started_by_entry():
+        return ["python", "-m", ENTRY, name]
+    script = pathlib.Path(sys.argv[0]).resolve().with_name(f"{name}.py")
+    here = pathlib.Path.cwd()
+    return ["python", str(script.relative_to(here) if script.is_relative_to(here) else script)]
 
 
 class Parser(argparse.ArgumentParser):
     """Options are written out in full; a mistake is one line on stderr and exit status 2."""
 
     def __init__(self, description: str):
+        if started_by_entry():
+            description = re.sub(r"python scripts/(\w+)\.py", rf"{ENTRY} \1", description)
         super().__init__(
+            prog=os.path.basename(sys.argv[0]),
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(EXIT_MISTAKE, f"{self.prog}: {message}\n")
+
+    @contextlib.contextmanager
+    def refusing(
+        self, mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
+    ) -> Iterator[None]:
+        """A mistake raised in the block ends the program with one line and exit status 2.
+
+        A ConfigError is a ValueError. Ctrl-C ends the program with one line too, and status 130.
+        """
+        try:
+            yield
+        except mistakes as error:
+            self.error(" ".join(str(error).split()))
+        except KeyboardInterrupt:
+            self.exit(EXIT_INTERRUPTED, f"{self.prog}: interrupted\n")
 
 
 IN_WORDS = {int: "a whole number", float: "a number"}

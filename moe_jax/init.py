@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax import config as configs
-from moe_jax import hf, model, tree, upcycle
+from moe_jax import files, hf, model, tree, upcycle
 from moe_jax.analysis import parent_statistics
 from moe_jax.config.sections import Upcycle
-from moe_jax.hf import folders, safetensors, writing
+from moe_jax.hf import folders, safetensors
 from moe_jax.parallel import distributed, sharding
 from moe_jax.training import checkpoint, flops, optimizer
 from moe_jax.upcycle import plan, recipes
@@ -197,8 +197,8 @@ def save_as(
     if kind == "orbax":
         save(output, model_config, params, tokenizer=tokenizer)
         return
-    files = pathlib.Path(tokenizer).parent if os.path.isfile(tokenizer) else None
-    hf.save(output, model_config, params, source=files)
+    beside = pathlib.Path(tokenizer).parent if os.path.isfile(tokenizer) else None
+    hf.save(output, model_config, params, source=beside)
 
 
 def save(
@@ -214,7 +214,7 @@ def save(
     """
     config = configs.default()
     config.model.update(dataclasses.asdict(model_config))
-    with writing.appearing(workdir) as unfinished:
+    with files.whole_folder(workdir) as unfinished:
         config.data.tokenizer = tokenizer
         if os.path.isfile(tokenizer):
             name = pathlib.Path(tokenizer).name

@@ -14,10 +14,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
+from moe_jax import command_line, files
 from moe_jax import config as configs
 from moe_jax.analysis import measures
-from moe_jax.training import loop
 
 DONE, FAILED, STOPPED, BLOCKED, PENDING = "done", "failed", "stopped", "blocked", "pending"
 RESULT_COLUMNS = """steps tokens training_flops loss bits_per_byte parent_tokens
@@ -31,12 +32,13 @@ class Run:
     name: str
     run_id: str
     workdir: pathlib.Path
-    flags: tuple[str, ...]  # --config and its overrides, as scripts/train.py takes them
+    flags: tuple[str, ...]  # --config and its overrides, as the command train takes them
     sources: tuple[str, ...]  # the runs it starts from
     after: tuple[str, ...]  # runs to wait for, however they end
 
-    def command(self, train_script: str) -> list[str]:
-        return ["python", train_script, f"--workdir={self.workdir}", *self.flags]
+    def command(self, train: Sequence[str]) -> list[str]:
+        """`train` begins with "python", and starts the command train: a script or a module."""
+        return [*train, f"--workdir={self.workdir}", *self.flags]
 
     @property
     def result(self) -> dict | None:
@@ -134,7 +136,7 @@ def _sources(overrides: dict) -> tuple[str, ...]:
 
 
 def execute(
-    runs: list[Run], train_script: str, workdir: pathlib.Path, *, max_parallel: int = 1
+    runs: list[Run], train: Sequence[str], workdir: pathlib.Path, *, max_parallel: int = 1
 ) -> dict[str, str]:
     """Runs what is not finished, at most `max_parallel` at a time; returns each run's status.
 
@@ -175,7 +177,7 @@ def execute(
                     if run not in running.values() and ready(run) and room:
                         in_terminal = max_parallel == 1 and sys.stderr.isatty()
                         _announce(runs, run, "starts" if not _begun(run) else "goes on")
-                        task = pool.submit(_launch, run, train_script, in_terminal, processes)
+                        task = pool.submit(_launch, run, train, in_terminal, processes)
                         running[task] = run
                 write_results(workdir / "results.csv", runs, status, errors)
                 if not running:
@@ -196,7 +198,7 @@ def execute(
             signal.signal(number, handler)
     if stopping:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(loop.EXIT_PREEMPTED)
+        raise SystemExit(command_line.EXIT_PREEMPTED)
     return status
 
 
@@ -205,12 +207,12 @@ def _begun(run: Run) -> bool:
 
 
 def _launch(
-    run: Run, train_script: str, in_terminal: bool, processes: list[subprocess.Popen]
+    run: Run, train: Sequence[str], in_terminal: bool, processes: list[subprocess.Popen]
 ) -> tuple[str, str, float]:
     """Runs one to its end: (status, last line of what it said if it failed, seconds)."""
     began = time.monotonic()
     run.workdir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *run.command(train_script)[1:]]
+    command = [sys.executable, *run.command(train)[1:]]
     log = run.workdir / "log.txt"
     with open(log, "w") as output:
         streams = {} if in_terminal else {"stdout": output, "stderr": subprocess.STDOUT}
@@ -226,7 +228,7 @@ def _launch(
     error = f"exit {code}: {said}"
     if code < 0:
         error = f"killed by {signal.Signals(-code).name}; run the sweep again to go on"
-    stopped = code in (loop.EXIT_PREEMPTED, -signal.SIGTERM)
+    stopped = code in (command_line.EXIT_PREEMPTED, -signal.SIGTERM)
     return STOPPED if stopped else FAILED, error, seconds
 
 
@@ -248,8 +250,7 @@ def write_results(
     path: pathlib.Path, runs: list[Run], status: dict[str, str], errors: dict[str, str]
 ) -> None:
     """One row per run; the numbers of a run that is not done are empty."""
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "w", newline="") as file:
+    with files.whole_file(path) as unfinished, open(unfinished, "w", newline="") as file:
         rows = csv.writer(file)
         of_measures = measures.columns({})
         head = ["name", "run_id", "status", *RESULT_COLUMNS, *of_measures, "workdir", "error"]
@@ -260,15 +261,12 @@ def write_results(
             values += measures.columns(result).values()
             error = errors.get(run.name, "")
             rows.writerow([run.name, run.run_id, status[run.name], *values, run.workdir, error])
-    unfinished.replace(path)
 
 
-def listing(runs: list[Run], train_script: str) -> str:
+def listing(runs: list[Run], train: Sequence[str]) -> str:
     """What `--list` prints: status, id, name and the command of each run."""
     rows = []
     for run in runs:
         state = DONE if run.result else "begun" if _begun(run) else PENDING
-        rows.append(
-            f"{state:8} {run.run_id}  {run.name:12} {shlex.join(run.command(train_script))}"
-        )
+        rows.append(f"{state:8} {run.run_id}  {run.name:12} {shlex.join(run.command(train))}")
     return "\n".join(rows)

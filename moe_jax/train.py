@@ -10,11 +10,10 @@ import time
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import init, model
+from moe_jax import files, init, model
 from moe_jax.analysis import similarity
 from moe_jax.config import environment
 from moe_jax.data import batches, prepare, tokenizers
@@ -37,8 +36,8 @@ from moe_jax.training import (
 from moe_jax.training.state import TrainState
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
-    """Trains as `config` says, or goes on where the run in `workdir` stopped; returns its result.
+def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
+    """Trains as `settings` say, or goes on where the run in `workdir` stopped; returns its result.
 
     Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and at the end result.json.
     Several processes (`parallel.distributed`) run this page together, each on its devices and its
@@ -48,11 +47,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     """
     began = time.monotonic()
     try:
-        distributed.check_equal("the config", config.to_json(sort_keys=True) + str(workdir))
+        stored = settings.config.to_json(sort_keys=True)
+        distributed.check_equal("the config", stored + str(workdir))
     except ValueError as error:
         raise configs.ConfigError(str(error)) from None
     together = functools.partial(distributed.together, configs.ConfigError)
-    settings = configs.resolve(config)
     with together():
         environment.validate_environment(settings, jax.device_count())
     training, length = settings.training, settings.data.sequence_length
@@ -111,12 +110,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
             state = state.replace(opt_state=init.optimizer_state(settings, mesh, state.opt_state))
     else:
         start, state = restored.step, restored.state
-        changed = environment.changes(restored.config, config)
+        changed = environment.changes(restored.config, settings.config)
         distributed.say(f"going on from step {start}", *changed)
     with together():
         lock = _lock(workdir) if distributed.is_first() else contextlib.nullcontext()
     if distributed.is_first():
-        configs.save_json(config, workdir)
+        configs.save_json(settings.config, workdir)
     text = batches.feed(
         batches.batches,
         train_text,
@@ -159,7 +158,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
             loop.Parts(
                 train_step=on_mesh(train_step),
                 evaluators=evaluators.schedule(context),
-                save=functools.partial(_save, workdir, config),
+                save=functools.partial(_save, workdir, settings),
                 learning_rate=optimizer.schedule(settings.optimizer, training.num_steps),
                 writer=writer,
                 tokens_per_step=tokens_per_step,
@@ -182,9 +181,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         "seconds": round(time.monotonic() - began, 1),
     }
     if distributed.is_first():
-        unfinished = workdir / "result.json.tmp"
-        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        unfinished.replace(workdir / "result.json")
+        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        files.write_text(workdir / "result.json", text)
         lock.close()
     return result
 
@@ -256,14 +254,14 @@ def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_con
         return {int(layer): kernel for layer, kernel in kernels.items()}
 
 
-def _save(workdir: pathlib.Path, config: ConfigDict, at: int, state: TrainState) -> None:
+def _save(workdir: pathlib.Path, settings: configs.Run, at: int, state: TrainState) -> None:
     checkpoint.save(
         workdir / "checkpoints",
         at,
         state,
         data={"step": at},
-        config=config.to_dict(),
-        keep=config.checkpoint.keep,
+        config=settings.config.to_dict(),
+        keep=settings.checkpoint.keep,
     )
 
 

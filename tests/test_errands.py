@@ -66,7 +66,7 @@ def test_a_router_from_outside_is_upcycled_and_trained_on_eight_devices(
     monkeypatch.setitem(router.ROUTERS, "heated_topk", toy)
     dense = config.copy_and_resolve_references()
     dense.model.num_experts = 0
-    train.run(dense, tmp_path / "dense")
+    train.run(configs.resolve(dense), tmp_path / "dense")
 
     config = config.copy_and_resolve_references()
     config.training.num_steps = 5
@@ -75,7 +75,7 @@ def test_a_router_from_outside_is_upcycled_and_trained_on_eight_devices(
     config.init.source = str(tmp_path / "dense")
     config.init.upcycle.recipe = "naive"
     assert jax.device_count() == 8
-    result = train.run(config, tmp_path / "moe")
+    result = train.run(configs.resolve(config), tmp_path / "moe")
     assert result["router"] == "heated_topk"
     model_config, params = stores.load(tmp_path / "moe", meshes.make({"fsdp": 8}))
     assert model_config.router_parameters == (("heat", 2.0),)
@@ -99,7 +99,7 @@ def test_a_measure_from_outside_is_in_the_metrics_the_results_and_the_report(
     )
     monkeypatch.setitem(measures.MEASURES, "router_entropy", toy)
     workdir = tmp_path / "run"
-    result = train.run(config, workdir)
+    result = train.run(configs.resolve(config), workdir)
     rows = metrics.read(workdir / "metrics.jsonl")
     found = [row["router"]["router_entropy"] for row in rows]
     assert len(found) == 5  # two training rows and three evaluations
@@ -142,7 +142,7 @@ def test_an_objective_from_outside_trains_a_run_and_its_terms_are_logged(
     config = config.copy_and_resolve_references()
     config.objective.name = "last_token"
     config.optimizer.learning_rate = 1e-3
-    train.run(config, tmp_path / "run")
+    train.run(configs.resolve(config), tmp_path / "run")
     rows = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert rows[1]["head_squares"] < rows[0]["head_squares"]
     assert "router" not in rows[0]
@@ -154,5 +154,5 @@ def test_a_misspelt_objective_is_refused_with_the_known_ones(config, tmp_path):
     config = config.copy_and_resolve_references()
     config.objective.name = "next_tokens"
     with pytest.raises(configs.ConfigError, match="objective.name='next_tokens'.*next_token"):
-        train.run(config, tmp_path / "run")
+        train.run(configs.resolve(config), tmp_path / "run")
     assert not (tmp_path / "run").exists()

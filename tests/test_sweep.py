@@ -59,7 +59,7 @@ def read(folder, entries):
 
 
 def execute(folder, runs, **options):
-    return sweep.execute(runs, str(folder / "train.py"), folder / "out", **options)
+    return sweep.execute(runs, ["python", str(folder / "train.py")], folder / "out", **options)
 
 
 def order(folder):
@@ -135,7 +135,7 @@ import pathlib
 from moe_jax import sweep
 folder = pathlib.Path({str(folder)!r})
 runs = sweep.read(str(folder / "config.py"), folder / "out")
-sweep.execute(runs, str(folder / "train.py"), folder / "out", max_parallel=2)
+sweep.execute(runs, ["python", str(folder / "train.py")], folder / "out", max_parallel=2)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     while not all((run.workdir / "config.json").exists() for run in runs):

@@ -74,7 +74,7 @@ def unbroken(config_file, tmp_path_factory):
     logger.addHandler(handler)
     try:
         with jax.log_compiles():
-            result = train.run(configs.load(config_file), workdir)
+            result = train.run(configs.resolve(configs.load(config_file)), workdir)
     finally:
         logger.removeHandler(handler)
     return workdir, result, messages
@@ -115,7 +115,7 @@ def test_a_run_killed_and_stopped_at_random_steps_ends_bitwise_like_the_unbroken
     assert f"stopped by SIGTERM at step {saved}; saved" in said
     assert not (workdir / "result.json").exists()
 
-    train.run(configs.load(config_file), workdir)
+    train.run(configs.resolve(configs.load(config_file)), workdir)
     assert f"going on from step {saved}" in capsys.readouterr().err
     whole = unbroken[0]
     assert without_clock(workdir) == without_clock(whole)
@@ -152,7 +152,7 @@ def state_in(workdir, config_file):
     with patch.context() as context:
         context.setattr(checkpoint, "restore_latest", keep)
         with pytest.raises(configs.ConfigError, match="seen"):
-            train.run(configs.load(config_file), workdir)
+            train.run(configs.resolve(configs.load(config_file)), workdir)
     return restored["state"]
 
 
@@ -183,13 +183,15 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("flag", BAD_FLAGS)
 def test_a_mistake_is_refused_in_one_line_before_anything_is_written(flag, config_file, tmp_path):
     with pytest.raises(configs.ConfigError, match=BAD_FLAGS[flag]) as error:
-        train.run(configs.parse([f"--config={config_file}", flag]), tmp_path / "run")
+        train.run(
+            configs.resolve(configs.parse([f"--config={config_file}", flag])), tmp_path / "run"
+        )
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("flag", ["--config.optimizer.learning_rate=nan", "--config.seeed=1"])
-def test_the_command_line_says_it_in_under_five_seconds_and_exits_2(flag, config_file, tmp_path):
+def test_the_command_line_says_it_in_under_two_seconds_and_exits_2(flag, config_file, tmp_path):
     def seconds_of_children():  # of processors, not of a busy machine's clock
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
@@ -201,13 +203,13 @@ def test_the_command_line_says_it_in_under_five_seconds_and_exits_2(flag, config
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1 and ended.stderr.startswith("train.py: ")
     assert not (tmp_path / "run").exists()
-    assert seconds_of_children() - began < 5
+    assert seconds_of_children() - began < 2
 
 
 def test_losses_that_stay_not_finite_end_the_run_with_3(unbroken, config_file, tmp_path):
     config = configs.load(config_file, {"optimizer.learning_rate": 1e30, "training.num_steps": 30})
     with pytest.raises(SystemExit) as ended:
-        train.run(config, tmp_path / "run")
+        train.run(configs.resolve(config), tmp_path / "run")
     assert ended.value.code == 3
 
 
@@ -215,12 +217,12 @@ def test_a_workdir_in_use_and_one_of_another_model_are_refused(unbroken, config_
     workdir, _, _ = unbroken
     lock = train._lock(workdir)
     with pytest.raises(configs.ConfigError, match="another run is using it"):
-        train.run(configs.load(config_file), workdir)
+        train.run(configs.resolve(configs.load(config_file)), workdir)
     lock.close()
     for key, value in (("seed", 9), ("training.batch_size", 16)):
         with pytest.raises(configs.ConfigError, match=f"{key}={value} differs from the .* began"):
-            train.run(configs.load(config_file, {key: value}), workdir)
+            train.run(configs.resolve(configs.load(config_file, {key: value})), workdir)
     wider = configs.load(config_file, {"model.intermediate_size": 64})
     with pytest.raises(configs.ConfigError, match="is of another model: .*give another --workdir"):
-        train.run(wider, workdir)
+        train.run(configs.resolve(wider), workdir)
     assert json.loads((workdir / "config.json").read_text())["model"]["intermediate_size"] == 32

@@ -1,1 +1,1 @@
-"""What the parts cost, beside bounds and peers measured in the same run."""
+"""Benchmarks: the time of each part beside bounds and peers measured in the same run."""

@@ -1,4 +1,4 @@
-"""What is timed: a benchmark is a function that gives cases, whose functions take no arguments."""
+"""Cases of the benchmarks: a benchmark is a function that yields what is timed."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What the parts cost, each beside a bound measured in the same run.
+"""Rows of a benchmark: the time of a part beside a bound measured in the same run.
 
 The functions of a case (`cases.py`) are timed in turn, so that a machine that slows down
 slows all of them.

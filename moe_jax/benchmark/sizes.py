@@ -1,4 +1,4 @@
-"""What the benchmarks run at: small float32 models on a CPU, layers of published ones elsewhere."""
+"""Sizes of the benchmarks: small float32 models on a CPU, layers of published ones elsewhere."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from moe_jax.ops import implementations
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What the benchmarks run at: B rows of T tokens, and MoE models of a few layers."""
+    """B rows of T tokens, and MoE models of a few layers."""
 
     dtype: str
     B: int

@@ -27,10 +27,8 @@ def main() -> None:
     parent.add_argument("--granularity", type=int, default=1, help="parent's width / an expert's")
     parser.add_argument("--json", action="store_true", help="print an object, no tables")
     arguments = parser.parse_args()
-    try:
+    with parser.refusing():
         budgets = read(arguments)
-    except (configs.ConfigError, ValueError) as error:
-        parser.error(" ".join(str(error).split()))
     if arguments.json:
         print(json.dumps(adviser.as_json(budgets), indent=1))
     else:

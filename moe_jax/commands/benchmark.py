@@ -39,10 +39,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats={arguments.repeats} must be at least 1")
-    try:
+    with parser.refusing():
         rows = benchmark.run(arguments.name, arguments.repeats, arguments.peer)
-    except ValueError as error:
-        parser.error(str(error))
     if arguments.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:

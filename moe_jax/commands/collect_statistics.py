@@ -23,7 +23,6 @@ import numpy as np
 
 from moe_jax import command_line, init
 from moe_jax.analysis import parent_statistics
-from moe_jax.config import ConfigError
 from moe_jax.data import tokenizers
 from moe_jax.parallel import mesh
 
@@ -43,10 +42,8 @@ def main() -> None:
     )
     parser.add_argument("--num_neurons", type=int, help="of each expert, with gradient")
     arguments = parser.parse_args()
-    try:
+    with parser.refusing():
         run(arguments)
-    except (ValueError, ConfigError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     print(f"done: {arguments.output}")
 
 

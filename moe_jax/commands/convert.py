@@ -17,7 +17,6 @@ import pathlib
 import numpy as np
 
 from moe_jax import command_line, init
-from moe_jax.config import ConfigError
 from moe_jax.hf import folders, tensors, writing
 from moe_jax.parallel import mesh
 
@@ -36,10 +35,8 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the output; as the source if not given")
     arguments = parser.parse_args()
-    try:
+    with parser.refusing():
         run(arguments)
-    except (ValueError, ConfigError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     print(f"done: {arguments.output}")
 
 

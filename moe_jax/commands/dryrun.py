@@ -25,12 +25,8 @@ import json
 import math
 import sys
 
-import jax
-
-from moe_jax import command_line, dryrun
+from moe_jax import command_line
 from moe_jax import config as configs
-from moe_jax.dryrun import search, topologies
-from moe_jax.parallel import chips
 
 
 def main() -> None:
@@ -51,23 +47,30 @@ def main() -> None:
         "--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key"
     )
     arguments, overrides = parser.parse_known_args()
-    jax.config.update("jax_platforms", "cpu")  # what is compiled for is not looked for here
-    try:
-        report = run(arguments, overrides)
-    except (configs.ConfigError, ValueError) as error:
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        parser.exit(130, "dryrun.py: interrupted\n")
+    with parser.refusing():
+        if arguments.hbm_limit is not None and not 0 < arguments.hbm_limit < math.inf:
+            raise ValueError(
+                f"--hbm_limit={arguments.hbm_limit} must be a number of GB more than 0"
+            )
+        settings = configs.resolve(configs.parse([f"--config={arguments.config}", *overrides]))
+        report = run(settings, arguments)
+    from moe_jax import dryrun
+
     if arguments.json:
         print(json.dumps(dryrun.as_json(report), indent=1))
     else:
         print("\n".join(filter(None, (dryrun.text(report), dryrun.collectives_text(report)))))
 
 
-def run(arguments: argparse.Namespace, overrides: list[str]) -> dryrun.Report:
-    if arguments.hbm_limit is not None and not 0 < arguments.hbm_limit < math.inf:
-        raise ValueError(f"--hbm_limit={arguments.hbm_limit} must be a number of GB more than 0")
-    settings = configs.resolve(configs.parse([f"--config={arguments.config}", *overrides]))
+def run(settings, arguments: argparse.Namespace):
+    """The `dryrun.Report` to print: of the run itself, or with --search of the best found."""
+    import jax
+
+    from moe_jax import dryrun
+    from moe_jax.dryrun import search, topologies
+    from moe_jax.parallel import chips
+
+    jax.config.update("jax_platforms", "cpu")  # what is compiled for is not looked for here
     topology = chips.topology(arguments.topology)
     limit = None if arguments.hbm_limit is None else int(arguments.hbm_limit * 1e9)
     devices = topologies.devices(topology)

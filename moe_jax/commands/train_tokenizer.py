@@ -29,10 +29,8 @@ def main() -> None:
     parser.add_argument("--vocab_size", default=4096, type=int, metavar="N", help="pieces (4096)")
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="FILE.model")
     arguments = parser.parse_args()
-    try:
+    with parser.refusing():
         bytes_per_token = train(arguments.source, arguments.vocab_size, arguments.output)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     print(
         f"{arguments.output}: {arguments.vocab_size} pieces, {bytes_per_token:.2f} bytes/token of "
         f"held-out text; use --config.data.tokenizer={shlex.quote(str(arguments.output))} "

@@ -23,7 +23,7 @@ import jax
 
 from moe_jax import command_line, init, tree, upcycle
 from moe_jax.analysis import parent_statistics, similarity
-from moe_jax.config import ConfigError, model_fields
+from moe_jax.config import model_fields
 from moe_jax.hf import folders
 from moe_jax.model import layout
 from moe_jax.parallel import mesh
@@ -65,10 +65,8 @@ def main() -> None:
     arguments, others = parser.parse_known_args()
     of_model = [argument for argument in others if argument.startswith("--model.")]
     of_recipe = [argument for argument in others if argument not in of_model]
-    try:
+    with parser.refusing():
         rows = run(arguments, model_fields(of_model), recipes.parse(arguments.recipe, of_recipe))
-    except (ValueError, ConfigError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     print(f"done: {arguments.output} (peak memory {command_line.peak_memory()})")
     if rows:
         print(similarity.legend(rows), similarity.table(rows), sep="\n")

@@ -37,6 +37,8 @@ class Run(Section, path=""):
     objective: sections.Objective = part(sections.Objective)
     evaluation: sections.Evaluation = part(sections.Evaluation)
     checkpoint: sections.Checkpoint = part(sections.Checkpoint)
+    # What it was resolved from, as it is stored in the run's workdir and checkpoints.
+    config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
 
     def problems(self) -> Iterator[str]:
         optimizer, num_steps = self.optimizer, self.training.num_steps
@@ -79,7 +81,7 @@ def resolve(config: ConfigDict) -> Run:
         "parameters": {n: v for n, v in upcycle.items() if n not in own and v is not None},
     }
     values["model"] = _model(values["model"], _made(sections.Init, values["init"]))
-    return _made(Run, values)
+    return _made(Run, {**values, "config": config})
 
 
 def _made(kind: type[Made], values: dict[str, Any]) -> Made:

@@ -4,14 +4,13 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 
 import numpy as np
 import tqdm
 from array_record.python import array_record_module
 
+from moe_jax import files
 from moe_jax.data import sources
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import Document
@@ -55,22 +54,13 @@ def open_corpus(
         documents = sources.documents(
             source, split, validation_fraction=validation_fraction, data_dir=datasets
         )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
-        try:
+        with files.whole_folder(folder, shared=True) as unfinished:
             num_records = _tokenize(documents, tokenizer, unfinished, f"{source} {split}")
             if not num_records:
                 raise ValueError(
                     f"data.source={source!r} has no {split} documents; "
                     "set config.data.validation_fraction to another value, or give more text"
                 )
-            try:
-                unfinished.rename(folder)
-            except OSError:
-                if not folder.exists():  # or another process was first, with the same content
-                    raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     return TokenizedCorpus.load(folder)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from moe_jax import files
+
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 # (begin, end) of a tokenizer.json that has no tokenizer_config.json to say them.
 USUAL = (
@@ -197,9 +199,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> No
         for line in text.splitlines()
         for start in range(0, len(line), LINE_CHARACTERS)
     ]
-    unfinished = output.with_name(output.name + ".tmp")
     try:
-        with open(unfinished, "wb") as model:
+        with files.whole_file(output) as unfinished, open(unfinished, "wb") as model:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(lines),
                 model_writer=model,
@@ -219,7 +220,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> No
                 max_sentence_length=4 * LINE_CHARACTERS,  # in bytes; longer ones would be skipped
                 minloglevel=2,
             )
-        unfinished.replace(output)
     except RuntimeError as error:
         # Less the place in its source, the condition that did not hold, and an option of its own.
         reason = str(error).splitlines()[-1].rpartition("] ")[2].partition(" or decrease ")[0]
@@ -227,5 +227,3 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> No
         raise ValueError(
             f"vocab_size={vocab_size} cannot be trained on this text: {reason}"
         ) from None
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -36,7 +36,7 @@ class _Traffic:
                     self._mark_inner(i)
 
     def _mark_inner(self, caller: hlo_text.Instruction) -> None:
-        """What a fusion or a reduction computes, it computes without main memory."""
+        """A fusion or a reduction computes inside without main memory."""
         for name in caller.called:
             if name in self.module.computations and name not in self.inner:
                 self.inner.add(name)

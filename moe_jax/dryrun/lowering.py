@@ -58,7 +58,10 @@ def lower(settings: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
 
 
 def filled_rows(settings: Run, mesh: jax.sharding.Mesh) -> float:
-    """Of the experts' grouped products, as `hlo.product_flops` takes it."""
+    """The share of rows of the experts' grouped products that are not padding.
+
+    `hlo.product_flops` takes it as `filled`.
+    """
     model_config = settings.model
     if not model_config.num_experts:
         return 1.0

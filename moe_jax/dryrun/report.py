@@ -1,6 +1,6 @@
-"""What a train step would need and take on devices that this machine does not have.
+"""The dry run: what a train step needs on devices that this machine does not have.
 
-The step of a config is compiled for them, as `train.run` would compile it, and read.
+It compiles the step of a config for them, as `train.run` would, and reads the compiled program.
 """
 
 import dataclasses
@@ -29,8 +29,11 @@ _WANTED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Of one device and one step. What only a compiled step tells is None where compilation ended
-    for want of memory, or never began; what needs a chip's figures is None for CPUs."""
+    """The numbers of one device and one step.
+
+    Those that only a compiled step tells are None where compilation ran out of memory or never
+    began; those that need a chip's figures are None for CPUs.
+    """
 
     config: str
     topology: str
@@ -64,7 +67,7 @@ def run(
 ) -> Report:
     """Compiles a run's step for the devices of a topology, and reads it.
 
-    Args: name: of the config, for the report. hbm_limit: bytes, instead of what the chip has.
+    Args: name: the config's name in the report. hbm_limit: bytes, instead of what the chip has.
     Raises: ConfigError for a config that is wrong or does not fit the devices, in one line.
     """
     environment.validate_mesh(settings, len(devices))
@@ -161,7 +164,7 @@ def _times(topology: chips.Topology, mesh: jax.sharding.Mesh, model_flops: float
 
 
 def bytes_wanted(complaint: str) -> int:
-    """What the compiler says that a program needs which does not fit.
+    """The bytes that a program needs which does not fit, as the compiler's complaint says.
 
     Raises: ConfigError, if it complains of something else.
     """

@@ -49,7 +49,7 @@ def links(grid: np.ndarray, axes: tuple[int, ...], topology: chips.Topology) -> 
 
 
 def ici_seconds(row: hlo.Collective, size: int, links: int, chip: chips.Chip) -> float:
-    """Of groups of `size` devices; two cores of one chip share without a link, in no time."""
+    """The time of a collective in groups of `size` devices: none between the cores of a chip."""
     if not links:
         return 0.0
     return SENT[row.operation](row.bytes, size) / (links * chip.link_bandwidth)

@@ -1,16 +1,14 @@
 """A Hugging Face folder written tensor by tensor, that appears whole or not at all."""
 
-import contextlib
 import json
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import tqdm
 
-from moe_jax import model
+from moe_jax import files, model
 from moe_jax.hf import configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
 
@@ -44,7 +42,7 @@ def write(
         name: (slots[0].tensor_shape(), dtypes[slots[0].path]) for name, slots in by_tensor.items()
     }
     values["dtype"] = values["torch_dtype"] = str(np.dtype(dtypes["embed/tokens"]))
-    with appearing(folder) as unfinished:
+    with files.whole_folder(folder) as unfinished:
         if source is not None:
             values = {**_carried(pathlib.Path(source), values, unfinished), **values}
         with safetensors.Writer(unfinished, plan, max_shard_bytes=max_shard_bytes) as writer:
@@ -65,25 +63,3 @@ def _carried(source: pathlib.Path, values: dict, unfinished: pathlib.Path) -> di
     if old.get("model_type") == values["model_type"]:
         return old
     return {name: old[name] for name in TOKEN_IDS if name in old}
-
-
-@contextlib.contextmanager
-def appearing(folder: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder that becomes `folder` at the end, and vanishes if anything is raised.
-
-    Raises: ValueError when `folder` exists.
-    """
-    folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists; choose another output or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = pathlib.Path(
-        tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent)
-    )
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        unfinished.replace(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise

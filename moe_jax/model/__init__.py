@@ -1,7 +1,20 @@
 """The transformer: configuration, parameters, forward pass."""
 
+import typing
+
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.presets import PRESETS
-from moe_jax.model.transformer import Output, apply, count_parameters, init
+
+if typing.TYPE_CHECKING:
+    from moe_jax.model.transformer import Output, apply, count_parameters, init
 
 __all__ = ["PRESETS", "ModelConfig", "Output", "apply", "count_parameters", "init"]
+
+
+def __getattr__(name: str):
+    # Flax and the kernels are imported with the forward pass, not for who only reads a config.
+    if name in __all__:
+        from moe_jax.model import transformer
+
+        return getattr(transformer, name)
+    raise AttributeError(f"module 'moe_jax.model' has no attribute {name!r}")

@@ -4,11 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from moe_jax.ops import implementations
 from moe_jax.ops.attention_reference import SAVED_NAME, Executed, block_pairs
+from moe_jax.parallel import jax_private
 
 # The largest block of "splash", and the most key blocks for which its backward pass is one kernel.
 SPLASH_BLOCK = 1024
@@ -136,9 +136,8 @@ def _cudnn_masked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window, library):
 
 
 def _cudnn_packed(q_BTNH, k_BSKH, v_BSKH, start_BS, length_BS):
-    """The function below is private: `jax.nn.dot_product_attention` takes no documents."""
     start_BS = jnp.pad(start_BS, ((0, 0), (0, 1)), constant_values=-1)  # where the rows end
-    return fused_attention_stablehlo.dot_product_attention(
+    return jax_private.load("cudnn_attention")(
         q_BTNH,
         k_BSKH,
         v_BSKH,
@@ -147,7 +146,7 @@ def _cudnn_packed(q_BTNH, k_BSKH, v_BSKH, start_BS, length_BS):
         q_offsets=start_BS,
         kv_offsets=start_BS,
         scale=q_BTNH.shape[-1] ** -0.5,
-        mask_type=fused_attention_stablehlo.MaskType.PADDING_CAUSAL,
+        mask_type=jax_private.load("cudnn_mask").PADDING_CAUSAL,
     )
 
 

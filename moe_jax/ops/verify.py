@@ -1,8 +1,8 @@
-"""Every implementation of every op on a small case, against the reference: value and gradients.
+"""Checks implementations of ops on a small case against the reference: value and gradients.
 
-A training run checks the ones it will use before its first step: kernels have been silently wrong
-on one chip and one version (marin-community/marin#8339: a weight gradient, unless groups began at
-multiples of 64 rows).
+`moe_jax doctor` checks all of them, a training run those that it will use before its first step:
+kernels have been silently wrong on one chip and one version (marin-community/marin#8339: a weight
+gradient, unless groups began at multiples of 64 rows).
 """
 
 import dataclasses

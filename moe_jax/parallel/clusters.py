@@ -5,7 +5,7 @@ JAX finds out the rest (the address of process 0, who this process is) when it i
 
 from collections.abc import Callable, Mapping
 
-from jax._src import clusters as jax_clusters
+from moe_jax.parallel import jax_private
 
 
 def _slurm(environ: Mapping[str, str]) -> int:
@@ -25,7 +25,7 @@ def _tpu_environment(environ: Mapping[str, str]) -> int:
 
 def _tpu_metadata(environ: Mapping[str, str]) -> int:
     """A Cloud TPU VM, whose metadata server is asked; JAX knows whether this machine is one."""
-    cluster = jax_clusters.GceTpuCluster
+    cluster = jax_private.load("tpu_vm")
     if environ.get("JAX_PLATFORMS") == "cpu" or not cluster.is_env_present():
         return 1
     return cluster.get_process_count()

@@ -22,15 +22,14 @@ from typing import NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed as runtime
 from jax.experimental import multihost_utils
 
-from moe_jax.parallel import clusters, watchdog
+from moe_jax.parallel import clusters, jax_private, watchdog
 
 HEARTBEAT_SECONDS = 45  # after which JAX ends the others, should the watchdog not have done it
 JOINING_SECONDS, LEAVING_SECONDS = 20, 5
 FOREVER_MS = 2**31 - 1
-# Of an error of JAX, that another process is gone rather than that ours is wrong.
+# An error of JAX with one of these says that another process is gone, not that ours is wrong.
 SIGNS_OF_LOSS = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection", "coordination service")
 
 _exchanges = itertools.count()
@@ -107,12 +106,12 @@ def initialize(
 
 
 def process_count() -> int:
-    return runtime.global_state.num_processes
+    return jax_private.process_count()
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes and prints for all."""
-    return runtime.global_state.process_id == 0
+    return jax_private.process_id() == 0
 
 
 def say(*texts: str) -> None:
@@ -128,8 +127,8 @@ def exchange(value) -> list:
     """
     if process_count() == 1:
         return [value]
-    client, key = runtime.global_state.client, f"moe_jax/exchange/{next(_exchanges)}/"
-    client.key_value_set(f"{key}{runtime.global_state.process_id}", json.dumps(value))
+    client, key = jax_private.client(), f"moe_jax/exchange/{next(_exchanges)}/"
+    client.key_value_set(f"{key}{jax_private.process_id()}", json.dumps(value))
     client.wait_at_barrier(key, FOREVER_MS)
     said = {int(name.rpartition("/")[2]): text for name, text in client.key_value_dir_get(key)}
     return [json.loads(said[process]) for process in range(process_count())]
@@ -241,7 +240,7 @@ def ending_together() -> Iterator[None]:
     if process_count() == 1:
         yield
         return
-    client, process = runtime.global_state.client, runtime.global_state.process_id
+    client, process = jax_private.client(), jax_private.process_id()
     with watchdog.watching(client, process):
         try:
             yield
@@ -271,7 +270,7 @@ def _report(error: BaseException) -> int:
     text = " ".join(str(error).split())
     if isinstance(error, jax.errors.JaxRuntimeError) and any(s in text for s in SIGNS_OF_LOSS):
         print(
-            f"process {runtime.global_state.process_id} of {process_count()} lost another one "
+            f"process {jax_private.process_id()} of {process_count()} lost another one "
             f"({text[:120]}); {watchdog.GO_ON}",
             file=sys.stderr,
         )

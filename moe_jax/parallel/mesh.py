@@ -87,7 +87,7 @@ def first_slice(mesh: jax.sharding.Mesh) -> np.ndarray:
 
 
 def one_device() -> jax.sharding.Mesh:
-    """What a command that works on one device uses."""
+    """The mesh of a command that works on one device."""
     return make({}, jax.devices()[:1])
 
 

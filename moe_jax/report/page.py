@@ -5,6 +5,7 @@ import html
 import json
 import pathlib
 
+from moe_jax import files
 from moe_jax.analysis import measures
 from moe_jax.model.router import ROUTERS
 from moe_jax.report import figures
@@ -91,9 +92,7 @@ def write(
         )
     sections += [_samples(records), _commands(records, commands)]
     page = output / "report.html"
-    unfinished = page.with_suffix(".tmp")
-    unfinished.write_text(_PAGE.format(title=html.escape(title), body="\n".join(sections)))
-    unfinished.replace(page)
+    files.write_text(page, _PAGE.format(title=html.escape(title), body="\n".join(sections)))
     return page
 
 

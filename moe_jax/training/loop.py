@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
+from moe_jax import command_line
 from moe_jax import config as configs
 from moe_jax.analysis import measures
 from moe_jax.data.batches import Batch
@@ -15,8 +16,6 @@ from moe_jax.evaluation.evaluators import Scheduled
 from moe_jax.parallel import distributed
 from moe_jax.training import metrics
 from moe_jax.training.state import Measures, TrainState
-
-EXIT_NONFINITE, EXIT_PREEMPTED = 3, 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ def run(
             if stopped_by:
                 name = signal.Signals(stopped_by).name
                 distributed.say(f"stopped by {name} at step {step}; saved, run again to go on")
-                raise SystemExit(EXIT_PREEMPTED)
+                raise SystemExit(command_line.EXIT_PREEMPTED)
             for evaluator in parts.evaluators.values():
                 if step == last or evaluator.is_due(step):
                     log.flush()
@@ -114,7 +113,7 @@ class _TrainingLog:
                 f"loss or gradient not finite for {self._nonfinite_in_a_row} steps up to {step}; "
                 "their updates were skipped. Lower config.optimizer.learning_rate and run again"
             )
-            raise SystemExit(EXIT_NONFINITE)
+            raise SystemExit(command_line.EXIT_NONFINITE)
 
     @contextlib.contextmanager
     def clock_stopped(self):

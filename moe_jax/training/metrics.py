@@ -10,6 +10,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from moe_jax import files
 from moe_jax.parallel import distributed
 
 
@@ -23,9 +24,7 @@ class MetricsWriter:
     def __init__(self, workdir: pathlib.Path, *, resume_step: int):
         path = workdir / "metrics.jsonl"
         kept = [row for row in read(path) if _is_before(row, resume_step)] if resume_step else []
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(_line(row) for row in kept))
-        unfinished.replace(path)
+        files.write_text(path, "".join(_line(row) for row in kept))
         self._jsonl = open(path, "a", encoding="utf-8")
         self._tensorboard = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=resume_step or None

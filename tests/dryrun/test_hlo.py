@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from moe_jax import model
 from moe_jax.config import Run
 from moe_jax.data.batches import Batch
-from moe_jax.dryrun import hlo, hlo_text
-from moe_jax.ops import grouped_matmul
+from moe_jax.dryrun import hlo
+from moe_jax.ops import grouped_blocked, grouped_matmul
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import flops, optimizer
 from moe_jax.training.state import TrainState
@@ -101,7 +101,7 @@ def test_a_loop_of_unknown_length_around_products_is_refused():
 
 def test_a_loop_of_unknown_length_counts_as_often_as_its_name_expects():
     def products(x, n):
-        with jax.named_scope(hlo_text.expected_trips(3)):
+        with jax.named_scope(grouped_blocked.expected_trips(3)):
             return jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)
 
     text = jax.jit(products).lower(jnp.ones((M, M)), 5).compile().as_text()

@@ -18,8 +18,8 @@ from moe_jax.ops import (
     attention_reference,
     implementations,
 )
+from moe_jax.parallel import jax_private, sharding
 from moe_jax.parallel import mesh as meshes
-from moe_jax.parallel import sharding
 
 B, T, N, K, H = 2, 130, 4, 2, 8  # 130 positions are three blocks of 44, two of them padding
 
@@ -154,9 +154,8 @@ def test_cudnn_is_told_of_documents_or_given_a_mask(monkeypatch, limit):
 
     monkeypatch.setattr(implementations, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(attention_kernels, "CUDNN_DOCUMENTS", limit)
-    monkeypatch.setattr(
-        attention_kernels.fused_attention_stablehlo, "dot_product_attention", packed
-    )
+    private = jax_private.TABLE["cudnn_attention"]
+    monkeypatch.setattr(f"{private.module}.{private.attribute}", packed)
     q, k, v, segments_BT, grad = arrays()
     assert attention_kernels.documents(segments_BT, limit)[2] == (limit == 8)
     assert_equals_reference(functools.partial(attention.cudnn, library="xla"), *arrays())

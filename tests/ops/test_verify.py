@@ -1,4 +1,4 @@
-"""The self-check: all that runs here is right, and a wrong kernel is found and named."""
+"""The doctor's checks: all that runs here is right, and a wrong kernel is found and named."""
 
 import jax
 import jax.numpy as jnp

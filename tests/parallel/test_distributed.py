@@ -18,7 +18,7 @@ from moe_jax import config as configs
 from moe_jax import model
 from moe_jax.data import batches, prepare, tokenizers
 from moe_jax.data.corpus import TokenizedCorpus
-from moe_jax.parallel import distributed, sharding, watchdog
+from moe_jax.parallel import distributed, jax_private, sharding, watchdog
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import balance, optimizer, step
 from moe_jax.training.state import TrainState
@@ -78,7 +78,7 @@ def train(settings) -> dict:
 
 def disagree() -> dict:
     """What becomes of it when process 1 alone fails, has another config, or gets a signal."""
-    me = distributed.runtime.global_state.process_id
+    me = jax_private.process_id()
     said = {"exchanged": distributed.exchange({"process": me}), "first": distributed.of_first(me)}
     try:
         with distributed.together(RuntimeError):

@@ -1,0 +1,43 @@
+"""Files and folders appear whole, or not at all."""
+
+import pytest
+
+from moe_jax import files
+
+
+def test_a_file_is_replaced_at_the_end_and_stays_as_it_was_after_an_error(tmp_path):
+    path = tmp_path / "results.csv"
+    files.write_text(path, "whole\n")
+    with pytest.raises(RuntimeError), files.whole_file(path) as unfinished:
+        unfinished.write_text("a ha")
+        assert path.read_text() == "whole\n"
+        raise RuntimeError
+    assert path.read_text() == "whole\n"
+    files.write_text(path, "anew é\n")
+    assert path.read_text("utf-8") == "anew é\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_appears_at_the_end_and_leaves_nothing_after_an_error(tmp_path):
+    folder = tmp_path / "new" / "model"
+    with pytest.raises(RuntimeError), files.whole_folder(folder) as unfinished:
+        (unfinished / "part").touch()
+        assert not folder.exists()
+        raise RuntimeError
+    assert not list(folder.parent.iterdir())
+    folder.mkdir()  # an empty one is as good as none
+    with files.whole_folder(folder) as unfinished:
+        (unfinished / "whole").touch()
+    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_that_exists_is_refused_unless_it_is_shared(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "first").touch()
+    with pytest.raises(ValueError, match="exists; choose another output"):
+        with files.whole_folder(tmp_path / "cache"):
+            raise AssertionError("not to be reached")
+    with files.whole_folder(tmp_path / "cache", shared=True) as unfinished:
+        (unfinished / "second").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["cache", "first"]
