@@ -130,8 +130,8 @@ def _model_placeholders() -> dict:
 
 def _recipe_placeholders() -> dict:
     defaults = {}
-    for recipe in recipes.RECIPES:
-        defaults |= recipes.parameters_of(recipe)
+    for recipe in recipes.RECIPES.values():
+        defaults |= recipe.defaults
     return {name: config_dict.placeholder(type(value)) for name, value in defaults.items()}
 
 
@@ -325,7 +325,7 @@ def validate(config: ConfigDict) -> None:
                 "set config.model.num_experts"
             )
         if config.init.upcycle.optimizer_state == "copy" and (
-            len(parents(config)) > 1 or recipe in recipes.WITHOUT_MOMENTS
+            len(parents(config)) > 1 or not recipes.RECIPES[recipe].moments
         ):
             raise ConfigError(
                 f"config.init.upcycle.optimizer_state='copy' is for one parent, and not for recipe "

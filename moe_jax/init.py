@@ -1,10 +1,10 @@
-"""Where parameters come from: random, a run's checkpoint, a Hugging Face folder, or upcycled."""
+"""Where a run's parameters and moments come from: random, a model's folder, or upcycled."""
 
+import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
-import shutil
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,42 +12,52 @@ import optax
 from ml_collections import ConfigDict
 
 from moe_jax import config as configs
-from moe_jax import hf, model, tree, upcycle
+from moe_jax import model, stores, tree
 from moe_jax.analysis import parent_statistics
-from moe_jax.hf import folders, safetensors, writing
+from moe_jax.hf import folders
 from moe_jax.parallel import distributed, sharding
 from moe_jax.training import checkpoint, flops, optimizer
-from moe_jax.upcycle import plan, recipes
+from moe_jax.upcycle import plan as plans
+from moe_jax.upcycle import transform
 
-HOW_IT_IS_COMPUTED = ("dtype", "remat", "expert_parallel", "grouped_matmul", "attention")
 
-
-def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
-    """Sharded parameters for the model of `config`, as its `init` section says.
+def plan_of(config: ConfigDict) -> plans.Plan | None:
+    """The plan of the upcycling that a run's config asks for; None without a recipe.
 
     Raises: ConfigError when the source's model does not fit.
     """
-    model_config = configs.model_config(config)
+    section, sources = config.init.upcycle, configs.parents(config)
+    if not section.recipe:
+        return None
+    with _about_source(config):
+        plan = plans.make(
+            stores.config_of(pathlib.Path(sources[0])),
+            configs.model_config(config),
+            recipe=section.recipe,
+            router=section.router,
+            num_parents=len(sources),
+            statistics=parent_statistics.load(section.statistics) if section.statistics else None,
+            parameters=configs.upcycle_parameters(config),
+        )
+    distributed.say(f"recipe {section.recipe}, step 0: {plan.at_start}")
+    return plan
+
+
+def parameters(config: ConfigDict, mesh: jax.sharding.Mesh, plan: plans.Plan | None) -> dict:
+    """Sharded parameters for the model of `config`, as its `init` section and the plan say.
+
+    Raises: ConfigError when the source's model does not fit.
+    """
+    create = functools.partial(model.init, configs.model_config(config))
     key = tree.fold_in(jax.random.key(config.seed), "init")
-    create = functools.partial(model.init, model_config)
     sources = configs.parents(config)
     if not sources:
         return _jit_sharded(create, mesh, key)
-    try:
-        source_config, parents = load_alike([pathlib.Path(s) for s in sources], mesh)
+    with _about_source(config):
+        _, parents = stores.load_alike([pathlib.Path(s) for s in sources], mesh)
         parents = [_float32(params) for params in parents]
-        if config.init.upcycle.recipe:
-            method = _method(config)
-            made = plan.make(
-                *(source_config, model_config),
-                **method,
-                num_parents=len(parents),
-                parameters=configs.upcycle_parameters(config),
-            )
-            distributed.say(f"recipe {config.init.upcycle.recipe}, step 0: {made.at_start}")
-            return _jit_sharded(_transform(config, source_config, method), mesh, parents)
-    except (ValueError, OSError) as error:
-        raise configs.ConfigError(f"config.init.source={config.init.source}: {error}") from error
+        if plan is not None:
+            return _executed(plan, parents, config, mesh)
     [params] = parents
     if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(
         lambda x: x.shape, jax.eval_shape(create, key)
@@ -59,30 +69,21 @@ def parameters(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict:
     return params
 
 
-def _method(config: ConfigDict) -> dict:
-    section = config.init.upcycle
-    return {
-        "recipe": section.recipe,
-        "router": section.router,
-        "statistics": parent_statistics.load(section.statistics) if section.statistics else None,
-    }
+@contextlib.contextmanager
+def _about_source(config: ConfigDict) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise configs.ConfigError(f"config.init.source={config.init.source}: {error}") from error
 
 
-def _transform(config: ConfigDict, source_config: model.ModelConfig, method: dict, **changes):
-    """The upcycling that a run's config asks for, of parents' parameters."""
-    how = {
-        **method,
-        "key": tree.fold_in(tree.fold_in(jax.random.key(config.seed), "init"), "upcycle"),
-        **configs.upcycle_parameters(config),
-        **changes,
-    }
-    return functools.partial(
-        upcycle.upcycle, config=source_config, moe_config=configs.model_config(config), **how
-    )
+def _executed(plan: plans.Plan, parents: list[dict], config: ConfigDict, mesh) -> dict:
+    key = tree.fold_in(tree.fold_in(jax.random.key(config.seed), "init"), "upcycle")
+    return _jit_sharded(functools.partial(transform.execute, plan, key=key), mesh, parents)
 
 
 def optimizer_state(
-    config: ConfigDict, mesh: jax.sharding.Mesh, fresh: optax.OptState
+    config: ConfigDict, mesh: jax.sharding.Mesh, fresh: optax.OptState, plan: plans.Plan
 ) -> optax.OptState:
     """`fresh` with Adam's moments and their count from the parent's run, routers' zero.
 
@@ -101,9 +102,8 @@ def optimizer_state(
             "config.init.upcycle.optimizer_state='copy' needs moments of all parameters; "
             "use 'fresh' with optimizer.frozen"
         )
-    model_config = configs.model_config(parent_config)
     tx = optimizer.adamw(parent_config.optimizer, parent_config.training.num_steps)
-    shapes = jax.eval_shape(lambda: tx.init(model.init(model_config, jax.random.key(0))))
+    shapes = jax.eval_shape(lambda: tx.init(model.init(plan.source, jax.random.key(0))))
     abstract = sharding.abstract({"opt_state": shapes}, mesh)
     try:
         [adam] = _adam_states(checkpoint.load(workdir / "checkpoints", abstract)["opt_state"])
@@ -111,10 +111,9 @@ def optimizer_state(
         raise configs.ConfigError(
             f"config.init.source={workdir}: {error}; set init.upcycle.optimizer_state='fresh'"
         ) from error
-    recipe = config.init.upcycle.recipe
-    changes = recipes.parameters_of_moments(recipe, configs.upcycle_parameters(config))
-    transform = _transform(config, model_config, _method(config), router="zero", **changes)
-    mu, nu = (_jit_sharded(transform, mesh, moments) for moments in (adam.mu, adam.nu))
+    mu, nu = (
+        _executed(plan.for_moments(), [moments], config, mesh) for moments in (adam.mu, adam.nu)
+    )
     return jax.tree.map(
         lambda node: node._replace(count=adam.count, mu=mu, nu=nu) if _is_adam(node) else node,
         fresh,
@@ -128,110 +127,6 @@ def _is_adam(node) -> bool:
 
 def _adam_states(opt_state: optax.OptState) -> list[optax.ScaleByAdamState]:
     return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(node)]
-
-
-def load_alike(
-    sources: list[pathlib.Path], mesh: jax.sharding.Mesh
-) -> tuple[model.ModelConfig, list[dict]]:
-    """Parents of one and the same model.
-
-    Raises: ConfigError naming the first that is another.
-    """
-    loaded = [load(source, mesh) for source in sources]
-    first = loaded[0][0]
-    how = {name: getattr(first, name) for name in HOW_IT_IS_COMPUTED}
-    for source, (other, _) in zip(sources, loaded, strict=True):
-        if dataclasses.replace(other, **how) != first:
-            raise configs.ConfigError(
-                f"{source} is another model than {sources[0]}; "
-                "parents must be of one size and family"
-            )
-    return first, [params for _, params in loaded]
-
-
-def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelConfig, dict]:
-    """The model config and the sharded parameters of a Hugging Face folder or a run's workdir.
-
-    Of a run it is the newest checkpoint that verifies. Raises: ValueError for a folder that is
-    neither, or damaged.
-    """
-    if folders.is_folder(workdir):
-        return hf.load(workdir, mesh=mesh)
-    if not (workdir / "checkpoints").exists():
-        raise ValueError(
-            f"{workdir} is neither a Hugging Face folder (config.json with a model_type) "
-            "nor a run's workdir"
-        )
-    model_config = configs.model_config(configs.load_json(workdir))
-    shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
-    abstract = sharding.abstract(shapes, mesh)
-    return model_config, checkpoint.load(workdir / "checkpoints", {"params": abstract})["params"]
-
-
-def tokenizer_of(workdir: pathlib.Path) -> str:
-    """What `tokenizers.load` takes for the model of a Hugging Face folder or a run's workdir."""
-    if not folders.is_folder(workdir):
-        return configs.load_json(workdir).data.tokenizer
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    found = [name for name in files if (workdir / name).exists()]
-    for name in found:
-        safetensors.resolve_inside(workdir, name)
-    if found and found[0] != "tokenizer_config.json":
-        return str(workdir / found[0])
-    raise ValueError(f"{workdir} has no tokenizer.json or tokenizer.model; set --tokenizer")
-
-
-def save_as(
-    kind: str,
-    output: pathlib.Path,
-    model_config: model.ModelConfig,
-    params: dict,
-    *,
-    source: pathlib.Path,
-) -> None:
-    """A model as "hf", a Hugging Face folder, or "orbax", a workdir; with the source's tokenizer.
-
-    Raises: ValueError when `output` exists or cannot hold the model.
-    """
-    try:
-        tokenizer = tokenizer_of(source)
-    except ValueError:
-        tokenizer = "bytes"
-    if kind == "orbax":
-        save(output, model_config, params, tokenizer=tokenizer)
-        return
-    files = pathlib.Path(tokenizer).parent if os.path.isfile(tokenizer) else None
-    hf.save(output, model_config, params, source=files)
-
-
-def save(
-    workdir: pathlib.Path,
-    model_config: model.ModelConfig,
-    params: dict,
-    *,
-    tokenizer: str = "bytes",
-) -> None:
-    """A workdir with these parameters as its checkpoint of step 0, whole or not at all.
-
-    A tokenizer that is a file is copied into it.
-    """
-    config = configs.default()
-    config.model.update(dataclasses.asdict(model_config))
-    with writing.appearing(workdir) as unfinished:
-        config.data.tokenizer = tokenizer
-        if os.path.isfile(tokenizer):
-            name = pathlib.Path(tokenizer).name
-            shutil.copyfile(tokenizer, unfinished / name)
-            config.data.tokenizer = str(workdir / name)
-        configs.save_json(config, unfinished)
-        checkpoint.save(
-            unfinished / "checkpoints",
-            0,
-            {"params": params},
-            data={"step": 0},
-            config=config.to_dict(),
-            keep=1,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +152,7 @@ def lineage(source: str) -> Lineage:
     steps = checkpoint.steps(pathlib.Path(source) / "checkpoints")[-1]
     length = config.data.sequence_length
     tokens = steps * config.training.batch_size * length
-    per_token = flops.model_flops(configs.model_config(config), length)
+    per_token = flops.model_flops(stores.config_of(pathlib.Path(source)), length)
     return Lineage(earlier.tokens + tokens, earlier.training_flops + tokens * per_token)
 
 

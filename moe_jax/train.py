@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import init, model
+from moe_jax import init, model, stores
 from moe_jax.analysis import routing, similarity
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.evaluation import generate, perplexity
@@ -92,12 +92,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     except ValueError as error:
         raise configs.ConfigError(f"{error}; give another --workdir or config") from error
     if restored is None:
-        start = 0
+        start, plan = 0, init.plan_of(config)
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
-            init.parameters(config, mesh)
+            init.parameters(config, mesh, plan)
         )
         if config.init.upcycle.optimizer_state == "copy":
-            state = state.replace(opt_state=init.optimizer_state(config, mesh, state.opt_state))
+            opt_state = init.optimizer_state(config, mesh, state.opt_state, plan)
+            state = state.replace(opt_state=opt_state)
     else:
         start, state = restored.step, restored.state
         changed = configs.changes(restored.config, config)
@@ -246,7 +247,7 @@ def _teacher(config: ConfigDict, model_config: model.ModelConfig, mesh) -> tuple
     if not section.coefficient:
         return None, None
     try:
-        teacher, params = init.load(pathlib.Path(section.source), mesh)
+        teacher, params = stores.load(pathlib.Path(section.source), mesh)
     except (ValueError, FileNotFoundError) as error:
         raise configs.ConfigError(f"config.training.distillation.source: {error}") from error
     if teacher.vocab_size != model_config.vocab_size:

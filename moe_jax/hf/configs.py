@@ -50,6 +50,18 @@ def load_json(folder: pathlib.Path) -> dict:
     return values
 
 
+def of_folder(folder: pathlib.Path) -> ModelConfig:
+    """The ModelConfig of a folder's config.json.
+
+    Raises: UnsupportedError, in one line.
+    """
+    values = load_json(folder)
+    try:
+        return read(values)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{folder}/config.json: {error}") from None
+
+
 def read(values: dict) -> ModelConfig:
     """The ModelConfig of a parsed config.json.
 

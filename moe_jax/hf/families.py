@@ -17,7 +17,7 @@ class Entry:
     part: int = 0  # of a fused tensor
 
 
-Table = dict[str, Entry]  # path of a leaf, without "blocks/<place>/"
+Table = dict[str, Entry]  # path of a leaf, without "blocks/<slot>/"
 
 
 @dataclasses.dataclass(frozen=True)

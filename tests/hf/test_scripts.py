@@ -90,7 +90,7 @@ def test_a_run_starts_from_a_folder_and_takes_its_model():
     config.model.num_experts = 4
     config.mesh.fsdp = 8
     mesh = meshes.make(config.mesh.to_dict())
-    params = init.parameters(config, mesh)
+    params = init.parameters(config, mesh, init.plan_of(config))
     _, parent = hf.load(GOLDEN / "llama_bf16")
     up = params["blocks"]["0"]["moe"]["experts"]["up"]
     assert up.dtype == np.float32 and not up.sharding.is_fully_replicated

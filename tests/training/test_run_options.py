@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import init, model, train
+from moe_jax import init, model, stores, train
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import checkpoint, metrics, optimizer
 from moe_jax.training.state import TrainState
@@ -58,7 +58,7 @@ def with_changes(config, changes):
 def test_a_run_writes_what_is_on_and_evaluates_with_as_many_experts_as_it_is_told(config, tmp_path):
     teacher = str(tmp_path / "teacher")
     params = jax.jit(lambda key: model.init(STUDENT, key))(jax.random.key(0))
-    init.save(tmp_path / "teacher", STUDENT, params)
+    stores.save(tmp_path / "teacher", STUDENT, params)
     changes = {
         "training.load_balancing_schedule": "adaptive",
         "training.mutual_information_coefficient": 0.1,
@@ -156,8 +156,9 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
     }
     child = with_changes(config, changes)
     configs.validate(child)
-    made = init.parameters(child, mesh)
-    copied = init.optimizer_state(child, mesh, tx.init(made))
+    plan = init.plan_of(child)
+    made = init.parameters(child, mesh, plan)
+    copied = init.optimizer_state(child, mesh, tx.init(made), plan)
     old, new = (
         next(n for n in jax.tree.leaves(s, is_leaf=init._is_adam) if init._is_adam(n))
         for s in (opt_state, copied)

@@ -390,10 +390,12 @@ def test_longer_texts_need_another_parent_only_where_positions_have_weights():
         assert [name for name, *_ in found] == differing
 
 
-def test_moments_may_leave_the_routers_statistics_unused():
-    """Of a run with router="centroids": they follow its weights, but to routers of zeros."""
+def test_moments_go_the_way_of_their_weights_but_to_routers_of_zeros():
+    """Neither redrawn nor disturbed; statistics of the weights' routers stay unused."""
     source, config, parameters, _ = CASES["drop"]
-    statistics = {"centroids": draw(2, 8, 16)}
-    for router in ("centroids", "zero"):
-        how = {"recipe": "drop", "router": router, "statistics": statistics}
-        assert plan.make(source, config, **how, parameters=parameters).router == router
+    how = {"recipe": "drop", "router": "centroids", "statistics": {"centroids": draw(2, 8, 16)}}
+    weights = plan.make(source, config, **how, parameters={**parameters, "permute_neurons": True})
+    moments = weights.for_moments()
+    assert (weights.router, moments.router) == ("centroids", "zero")
+    assert weights.parameters == {**moments.parameters, "ratio": 0.25}
+    assert moments.parameters["ratio"] == 0 and moments.parameters["permute_neurons"]
