@@ -86,14 +86,14 @@ def mix_on_mesh(
     """
 
     def on_device(experts, share_LEP):
-        size, place = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+        size, device = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
         mine = share_LEP.shape[1] // size
         if cut:
-            share_LEP = jax.lax.dynamic_slice_in_dim(share_LEP, place * mine, mine, axis=1)
+            share_LEP = jax.lax.dynamic_slice_in_dim(share_LEP, device * mine, mine, axis=1)
 
         def fetch(w_P, p):
             owner, index = p // len(w_P), p % len(w_P)
-            mine = jnp.where(owner == place, w_P[index], jnp.zeros_like(w_P[index]))
+            mine = jnp.where(owner == device, w_P[index], jnp.zeros_like(w_P[index]))
             return jax.lax.psum(mine, axis)
 
         return mix(experts, share_LEP, fetch)

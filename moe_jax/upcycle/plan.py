@@ -128,10 +128,10 @@ class Plan:
     def _attention(self, leaf: str, name: str) -> dict[str, origins.Origin]:
         if name.startswith("norm/"):
             return {leaf: self._kept(leaf)}
-        E = self.config.num_attention_experts
+        D, E = self.config.hidden_size, self.config.num_attention_experts
         found = {f"attention/experts/{name}": origins.Stacked(leaf, self.parents_of(E))}
         if name == "wq":
-            kernel = origins.FreshRouter(leaf, "attention_router", self.router, E)
+            kernel = origins.FreshRouter(leaf, "attention_router", (D, E), self.router)
             found["attention/router/kernel"] = kernel
         return found
 
@@ -155,11 +155,15 @@ class Plan:
     def _fresh_router(self, path: str) -> dict[str, origins.Origin]:
         """The kernel by the initialiser, selection biases and noise of zero."""
         D, E = self.config.hidden_size, self.config.num_experts
-        kernel = origins.FreshRouter(path, "router", self.router, E)
-        others = {"sigmoid_topk": {"bias": (E,)}, "noisy_topk": {"noise": (D, E)}}
-        return {"moe/router/kernel": kernel} | {
-            f"moe/router/{leaf}": origins.Zeros(path, shape)
-            for leaf, shape in others.get(self.config.router, {}).items()
+        leaves = {"kernel": (D, E)}
+        leaves |= {"sigmoid_topk": {"bias": (E,)}, "noisy_topk": {"noise": (D, E)}}.get(
+            self.config.router, {}
+        )
+        return {
+            f"moe/router/{leaf}": origins.FreshRouter(
+                path, "router", shape, self.router if leaf == "kernel" else ""
+            )
+            for leaf, shape in leaves.items()
         }
 
 

@@ -66,7 +66,7 @@ class Stream:
         if not path.startswith("blocks/"):
             return self._kept(self._shell[path], path, row)
         _, slot, leaf = path.split("/", 2)
-        layer = self._layer_of[slot, row[0]]
+        layer, name = self._layer_of[slot, row[0]], leaf.rpartition("/")[2]
         origin, expert = self._layers[layer][leaf], row[1] if len(row) > 1 else 0
         source, source_row = self._source_of(layer, origin), self._slot_rows[layer][1]
         match origin:
@@ -75,18 +75,16 @@ class Stream:
             case origins.Stacked(parents=parents):
                 return np.stack([self.parents[p].part(source, (source_row,)) for p in parents])
             case origins.Expert():
-                return self._of_ffn(layer, expert, leaf.rpartition("/")[2], origin.parents)
+                return self._of_ffn(layer, expert, name, origin.parents)
             case origins.Mixture():
                 return self._mixed(source, source_row, layer, expert)
             case origins.CopiedRouter():
                 w_1X = jnp.asarray(self.parents[0].part(source, (source_row,)))[None]
                 share_1EP = jnp.array(self._share_EP(layer), jnp.float32)[None]
-                return np.asarray(self._copied_router(leaf, w_1X, share_1EP, jnp.array([layer])))[0]
+                return np.asarray(self._copied_router(name, w_1X, share_1EP, jnp.array([layer])))[0]
             case origins.FreshRouter():
                 dtype = self._dtypes[path]
                 return np.asarray(self._fresh_router(jnp.array([layer]), origin, dtype))[0]
-            case origins.Zeros(shape=shape):
-                return np.zeros(shape, self._dtypes[path])
 
     def _source_of(self, layer: int, origin: origins.Origin) -> str:
         return f"blocks/{self._slot_rows[layer][0]}/{origin.path}"

@@ -118,41 +118,30 @@ def _restacked(blocks: dict[tuple[int, ...], dict], layers: tuple[int, ...]) -> 
 
 def _block(stacks: list[dict], origin_of: dict, layers: Sequence[int], plan, key) -> dict:
     """The leaves of some layers, made of the parents' stacks of the same layers."""
-    layers_L, made = jnp.array(layers), {}
-    by_expert, mixed = {}, {}
+    layers_L, ffn_P, made = jnp.array(layers), {}, {}
     if any(isinstance(origin, origins.Mixture) for origin in origin_of.values()):
         share_LEP = jnp.array(np.stack([plan.shares(layer) for layer in layers]), jnp.float32)
     for leaf, origin in origin_of.items():
-        own = [stack[origin.path] for stack in stacks]
-        dtype = jnp.result_type(*own)
+        own, name = [stack[origin.path] for stack in stacks], leaf.rpartition("/")[2]
         match origin:
             case origins.Kept():
                 made[leaf] = _kept(stacks, origin)
             case origins.Stacked(parents=parents):
                 made[leaf] = jnp.stack([own[p] for p in parents], axis=1)
             case origins.Expert():
-                by_expert[leaf] = jnp.stack(own, axis=1)
+                ffn_P[name] = jnp.stack(own, axis=1)
             case origins.Mixture():
-                mixed[leaf] = own[0]
+                made[leaf] = _mixed(name, own[0], share_LEP, plan)
             case origins.CopiedRouter():
-                made[leaf] = copied_router(leaf, own[0], share_LEP, layers_L, plan=plan, key=key)
+                made[leaf] = copied_router(name, own[0], share_LEP, layers_L, plan=plan, key=key)
             case origins.FreshRouter():
+                dtype = jnp.result_type(*own)
                 made[leaf] = fresh_router(layers_L, origin, dtype, plan=plan, key=key)
-            case origins.Zeros(shape=shape):
-                made[leaf] = jnp.zeros((len(layers), *shape), dtype)
-    if by_expert:
+    if ffn_P:
         make = functools.partial(make_experts, plan=plan, key=key)
-        made |= _named(by_expert, lambda ffn_P: _on_mesh(make, ffn_P, layers_L, plan))
-    if mixed:
-        made |= _named(mixed, lambda experts_P: _mixed(experts_P, share_LEP, plan))
+        experts_E = _on_mesh(make, ffn_P, layers_L, plan)
+        made |= {f"moe/experts/{name}": w for name, w in experts_E.items()}
     return made
-
-
-def _named(leaves: dict, function: Callable[[dict], dict]) -> dict:
-    """`function` of leaves of one folder, by their names within it."""
-    folder = next(iter(leaves)).rpartition("/")[0]
-    results = function({leaf.rpartition("/")[2]: w for leaf, w in leaves.items()})
-    return {f"{folder}/{name}": w for name, w in results.items()}
 
 
 def _kept(trees: Sequence[dict], origin: origins.Kept) -> jax.Array:
@@ -235,21 +224,23 @@ def _on_mesh(make: Callable, ffn_P: experts.FFN, layers_L: jax.Array, plan) -> e
     )(ffn_P, layers_L)
 
 
-def _mixed(experts_P: dict, share_LEP: jax.Array, plan: plans.Plan) -> dict:
+def _mixed(name: str, w_LPX: jax.Array, share_LEP: jax.Array, plan: plans.Plan) -> jax.Array:
     mesh, to_dense = jax.sharding.get_abstract_mesh(), plan.recipe.gives == recipes.DENSE
     if mesh.empty:
-        mixed = mixing.mix(experts_P, share_LEP)
+        mixed = mixing.mix({name: w_LPX}, share_LEP)[name]
     else:
-        out_specs = sparse = sharding.specs({"experts": experts_P})["experts"]
+        out_spec = spec = sharding.spec_of(f"experts/{name}")
         if to_dense:
-            out_specs = {name: sharding.P(None, None, *spec[2:]) for name, spec in sparse.items()}
+            out_spec = sharding.P(None, None, *spec[2:])
         else:
             E = plan.config.num_experts
             sharding.check_divisible(f"num_experts={E}", E, mesh, sharding.EXPERT)
         mixed = mixing.mix_on_mesh(
-            experts_P, share_LEP, sparse, out_specs, cut=not to_dense, axis=sharding.EXPERT
-        )
-    return {name: w[:, 0] for name, w in mixed.items()} if to_dense else mixed
+            *({name: w_LPX}, share_LEP, {name: spec}, {name: out_spec}),
+            cut=not to_dense,
+            axis=sharding.EXPERT,
+        )[name]
+    return mixed[:, 0] if to_dense else mixed
 
 
 # Routers ---------------------------------------------------------------------------------------
@@ -258,25 +249,27 @@ def _mixed(experts_P: dict, share_LEP: jax.Array, plan: plans.Plan) -> dict:
 def fresh_router(
     layers_L: jax.Array, origin: origins.FreshRouter, dtype, *, plan: plans.Plan, key: jax.Array
 ) -> jax.Array:
-    """Kernels [L, D, E] for these layers."""
+    """This leaf of the routers of these layers, [L, …]."""
+    if not origin.initialiser:
+        return jnp.zeros((len(layers_L), *origin.shape), dtype)
+    D, E = origin.shape
     centroids = plan.statistics.get("centroids")
-    initialise = router_init.ROUTER_INITIALISERS[origin.initialiser]
 
     def router_of(layer):
         context = router_init.RouterContext(
             key=jax.random.fold_in(tree.fold_in(key, origin.name), layer),
-            D=plan.config.hidden_size,
-            E=origin.num_experts,
+            D=D,
+            E=E,
             granularity=plan.granularity if plan.recipe.cut else 1,
             centroids_ED=None if centroids is None else jnp.asarray(centroids)[layer],
         )
-        return initialise(context).astype(dtype)
+        return router_init.ROUTER_INITIALISERS[origin.initialiser](context).astype(dtype)
 
     return jax.lax.map(router_of, layers_L)
 
 
 def copied_router(
-    leaf: str,
+    name: str,
     w_LX: jax.Array,
     share_LEP: jax.Array,
     layers_L: jax.Array,
@@ -289,7 +282,7 @@ def copied_router(
     The noise is `router_noise` times the deviation of the parent's column; on a bias it is that
     number itself.
     """
-    name, std = leaf.rpartition("/")[2], plan.parameters.get("router_noise", 0.0)
+    std = plan.parameters.get("router_noise", 0.0)
     by_column = (lambda w: jnp.swapaxes(w, 1, 2)) if w_LX.ndim == 3 else lambda w: w
     mixed = mixing.mix({name: by_column(w_LX)}, share_LEP)[name]
     if not std or name == "noise":

@@ -13,6 +13,7 @@ from moe_jax import init, model, stores, train
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import checkpoint, metrics, optimizer
 from moe_jax.training.state import TrainState
+from moe_jax.upcycle import plan
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 STUDENT = model.ModelConfig(
@@ -132,6 +133,23 @@ def test_rules_of_paths_are_set_on_the_command_line(tmp_path):
     assert config.optimizer.learning_rate_factors == rules
 
 
+def test_a_run_with_a_recipe_makes_one_plan_for_its_weights_and_their_moments(
+    config, tmp_path, monkeypatch
+):
+    train.run(with_changes(config, {"model.num_experts": 0}), tmp_path / "parent")
+    plans, make = [], plan.make
+    monkeypatch.setattr(
+        plan, "make", lambda *args, **how: plans.append(make(*args, **how)) or plans[-1]
+    )
+    changes = {
+        "init.source": str(tmp_path / "parent"),
+        "init.upcycle.recipe": "drop",
+        "init.upcycle.optimizer_state": "copy",
+    }
+    train.run(with_changes(config, changes), tmp_path / "child")
+    assert [made.name for made in plans] == ["drop"]
+
+
 def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, tmp_path):
     dense, mesh = dataclasses.replace(STUDENT, num_experts=0), meshes.one_device()
     tx = optimizer.adamw(config.optimizer, 2)
@@ -156,9 +174,9 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
     }
     child = with_changes(config, changes)
     configs.validate(child)
-    plan = init.plan_of(child)
-    made = init.parameters(child, mesh, plan)
-    copied = init.optimizer_state(child, mesh, tx.init(made), plan)
+    planned = init.plan_of(child)
+    made = init.parameters(child, mesh, planned)
+    copied = init.optimizer_state(child, mesh, tx.init(made), planned)
     old, new = (
         next(n for n in jax.tree.leaves(s, is_leaf=init._is_adam) if init._is_adam(n))
         for s in (opt_state, copied)
