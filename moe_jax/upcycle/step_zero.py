@@ -1,4 +1,4 @@
-"""What a made model is to its parent before any training: promised by each recipe, and tested."""
+"""What a new model is to its parent before any training: each recipe promises it and is tested."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from moe_jax.upcycle import experts
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a model made by a recipe is to the one it was made of, before any training.
+    """What the new model is to its parent before any training.
 
     `factor` says for (parent's config, config, router initialiser, parameters), dropless, how many
     times its parent's each layer's feed-forward output is; None when it is no multiple of it.

@@ -139,7 +139,7 @@ class Stream:
         if len(parts) == 1:
             return parts[0]
         share_1EP = jnp.array(share_P[members], jnp.float32)[None, None]
-        return np.asarray(self._mix({"w": jnp.stack(parts)[None]}, share_1EP)["w"])[0, 0]
+        return np.asarray(self._mix(jnp.stack(parts)[None], share_1EP))[0, 0]
 
 
 def _handed_through(plan, shapes) -> set[str]:

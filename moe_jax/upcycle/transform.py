@@ -226,20 +226,15 @@ def _on_mesh(make: Callable, ffn_P: experts.FFN, layers_L: jax.Array, plan) -> e
 
 def _mixed(name: str, w_LPX: jax.Array, share_LEP: jax.Array, plan: plans.Plan) -> jax.Array:
     mesh, to_dense = jax.sharding.get_abstract_mesh(), plan.recipe.gives == recipes.DENSE
+    spec, E = sharding.spec_of(f"experts/{name}"), plan.config.num_experts
     if mesh.empty:
-        mixed = mixing.mix({name: w_LPX}, share_LEP)[name]
+        mixed = mixing.mix(w_LPX, share_LEP)
+    elif to_dense:
+        whole = sharding.P(None, None, *spec[2:])
+        mixed = mixing.mix_on_mesh(w_LPX, share_LEP, spec, whole, axis=sharding.EXPERT)
     else:
-        out_spec = spec = sharding.spec_of(f"experts/{name}")
-        if to_dense:
-            out_spec = sharding.P(None, None, *spec[2:])
-        else:
-            E = plan.config.num_experts
-            sharding.check_divisible(f"num_experts={E}", E, mesh, sharding.EXPERT)
-        mixed = mixing.mix_on_mesh(
-            *({name: w_LPX}, share_LEP, {name: spec}, {name: out_spec}),
-            cut=not to_dense,
-            axis=sharding.EXPERT,
-        )[name]
+        sharding.check_divisible(f"num_experts={E}", E, mesh, sharding.EXPERT)
+        mixed = mixing.mix_on_mesh(w_LPX, share_LEP, spec, spec, axis=sharding.EXPERT)
     return mixed[:, 0] if to_dense else mixed
 
 
@@ -284,7 +279,7 @@ def copied_router(
     """
     std = plan.parameters.get("router_noise", 0.0)
     by_column = (lambda w: jnp.swapaxes(w, 1, 2)) if w_LX.ndim == 3 else lambda w: w
-    mixed = mixing.mix({name: by_column(w_LX)}, share_LEP)[name]
+    mixed = mixing.mix(by_column(w_LX), share_LEP)
     if not std or name == "noise":
         return by_column(mixed)
     is_copy_LE = (jnp.cumsum(share_LEP, axis=1) > 1).any(axis=2, where=share_LEP > 0)

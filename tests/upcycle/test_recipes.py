@@ -320,8 +320,8 @@ def test_merging_a_naive_mixture_back_gives_its_parent_and_any_other_the_average
 
 def test_what_is_not_finite_in_an_expert_that_is_left_out_stays_out():
     w_LPX = jnp.array([[[1.0], [jnp.inf]]])
-    mixed = mixing.mix({"w": w_LPX}, jnp.array([[[1.0, 0.0]]]))
-    np.testing.assert_array_equal(mixed["w"], [[[1.0]]])
+    mixed = mixing.mix(w_LPX, jnp.array([[[1.0, 0.0]]]))
+    np.testing.assert_array_equal(mixed, [[[1.0]]])
 
 
 # A recipe from outside ---------------------------------------------------------------------------
