@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from moe_jax import config as configs
 from moe_jax import model, stores, tree
@@ -21,88 +20,88 @@ from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import transform
 
 
-def plan_of(config: ConfigDict) -> plans.Plan | None:
+def plan_of(settings: configs.Run) -> plans.Plan | None:
     """The plan of the upcycling that a run's config asks for; None without a recipe.
 
     Raises: ConfigError when the source's model does not fit.
     """
-    section, sources = config.init.upcycle, configs.parents(config)
+    section, sources = settings.init.upcycle, settings.init.parents
     if not section.recipe:
         return None
-    with _about_source(config):
+    with _about_source(settings):
         plan = plans.make(
             stores.config_of(pathlib.Path(sources[0])),
-            configs.model_config(config),
+            settings.model,
             recipe=section.recipe,
             router=section.router,
             num_parents=len(sources),
             statistics=parent_statistics.load(section.statistics) if section.statistics else None,
-            parameters=configs.upcycle_parameters(config),
+            parameters=section.parameters,
         )
     distributed.say(f"recipe {section.recipe}, step 0: {plan.at_start}")
     return plan
 
 
-def parameters(config: ConfigDict, mesh: jax.sharding.Mesh, plan: plans.Plan | None) -> dict:
-    """Sharded parameters for the model of `config`, as its `init` section and the plan say.
+def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan | None) -> dict:
+    """Sharded parameters for the model of a run, as its `init` section and the plan say.
 
     Raises: ConfigError when the source's model does not fit.
     """
-    create = functools.partial(model.init, configs.model_config(config))
-    key = tree.fold_in(jax.random.key(config.seed), "init")
-    sources = configs.parents(config)
+    create = functools.partial(model.init, settings.model)
+    key = tree.fold_in(jax.random.key(settings.seed), "init")
+    sources = settings.init.parents
     if not sources:
         return _jit_sharded(create, mesh, key)
-    with _about_source(config):
+    with _about_source(settings):
         _, parents = stores.load_alike([pathlib.Path(s) for s in sources], mesh)
         parents = [_float32(params) for params in parents]
         if plan is not None:
-            return _executed(plan, parents, config, mesh)
+            return _executed(plan, parents, settings, mesh)
     [params] = parents
     if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(
         lambda x: x.shape, jax.eval_shape(create, key)
     ):
         raise configs.ConfigError(
-            f"config.init.source={config.init.source} holds another model than config.model; "
+            f"config.init.source={settings.init.source} holds another model than config.model; "
             "set config.init.upcycle.recipe, or the same model"
         )
     return params
 
 
 @contextlib.contextmanager
-def _about_source(config: ConfigDict) -> Iterator[None]:
+def _about_source(settings: configs.Run) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise configs.ConfigError(f"config.init.source={config.init.source}: {error}") from error
+        raise configs.ConfigError(f"config.init.source={settings.init.source}: {error}") from error
 
 
-def _executed(plan: plans.Plan, parents: list[dict], config: ConfigDict, mesh) -> dict:
-    key = tree.fold_in(tree.fold_in(jax.random.key(config.seed), "init"), "upcycle")
+def _executed(plan: plans.Plan, parents: list[dict], settings: configs.Run, mesh) -> dict:
+    key = tree.fold_in(tree.fold_in(jax.random.key(settings.seed), "init"), "upcycle")
     return _jit_sharded(functools.partial(transform.execute, plan, key=key), mesh, parents)
 
 
 def optimizer_state(
-    config: ConfigDict, mesh: jax.sharding.Mesh, fresh: optax.OptState, plan: plans.Plan
+    settings: configs.Run, mesh: jax.sharding.Mesh, fresh: optax.OptState, plan: plans.Plan
 ) -> optax.OptState:
     """`fresh` with Adam's moments and their count from the parent's run, routers' zero.
 
     Each moment goes the way of its weight: to the same experts, in the same order of neurons.
     Raises: ConfigError when the parent has no optimizer state.
     """
-    workdir = pathlib.Path(config.init.source)
+    workdir = pathlib.Path(settings.init.source)
     if folders.is_folder(workdir):
         raise configs.ConfigError(
             "config.init.upcycle.optimizer_state='copy' needs the workdir of a run as "
             "config.init.source: a Hugging Face folder has no optimizer state"
         )
-    parent_config = configs.load_json(workdir)
-    if parent_config.optimizer.frozen or config.optimizer.frozen:
+    parent = configs.resolve(configs.load_json(workdir))
+    if parent.optimizer.frozen or settings.optimizer.frozen:
         raise configs.ConfigError(
             "config.init.upcycle.optimizer_state='copy' needs moments of all parameters; "
             "use 'fresh' with optimizer.frozen"
         )
-    tx = optimizer.adamw(parent_config.optimizer, parent_config.training.num_steps)
+    tx = optimizer.adamw(parent.optimizer, parent.training.num_steps)
     shapes = jax.eval_shape(lambda: tx.init(model.init(plan.source, jax.random.key(0))))
     abstract = sharding.abstract({"opt_state": shapes}, mesh)
     try:
@@ -112,7 +111,7 @@ def optimizer_state(
             f"config.init.source={workdir}: {error}; set init.upcycle.optimizer_state='fresh'"
         ) from error
     mu, nu = (
-        _executed(plan.for_moments(), [moments], config, mesh) for moments in (adam.mu, adam.nu)
+        _executed(plan.for_moments(), [moments], settings, mesh) for moments in (adam.mu, adam.nu)
     )
     return jax.tree.map(
         lambda node: node._replace(count=adam.count, mu=mu, nu=nu) if _is_adam(node) else node,
@@ -147,12 +146,12 @@ def lineage(source: str) -> Lineage:
         return Lineage(sum(p.tokens for p in parts), sum(p.training_flops for p in parts))
     if not source or folders.is_folder(source):
         return Lineage(0, 0.0)
-    config = configs.load_json(pathlib.Path(source))
-    earlier = lineage(config.init.source)
+    run = configs.resolve(configs.load_json(pathlib.Path(source)))
+    earlier = lineage(run.init.source)
     steps = checkpoint.steps(pathlib.Path(source) / "checkpoints")[-1]
-    length = config.data.sequence_length
-    tokens = steps * config.training.batch_size * length
-    per_token = flops.model_flops(stores.config_of(pathlib.Path(source)), length)
+    length = run.data.sequence_length
+    tokens = steps * run.training.batch_size * length
+    per_token = flops.model_flops(run.model, length)
     return Lineage(earlier.tokens + tokens, earlier.training_flops + tokens * per_token)
 
 

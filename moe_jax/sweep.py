@@ -69,7 +69,7 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
         sources = _sources(overrides)
         try:
             config = configs.load(path, overrides)
-            configs.validate(config)
+            configs.resolve(config)
         except configs.ConfigError as error:
             raise configs.ConfigError(f"run {name!r}: {error}") from error
         if sources:

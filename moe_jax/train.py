@@ -17,6 +17,8 @@ import moe_jax
 from moe_jax import config as configs
 from moe_jax import init, model, stores
 from moe_jax.analysis import routing, similarity
+from moe_jax.config import environment
+from moe_jax.config.sections import Data, Evaluation, Objective
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.evaluation import generate, perplexity
 from moe_jax.ops import verify
@@ -41,32 +43,34 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     except ValueError as error:
         raise configs.ConfigError(str(error)) from None
     together = functools.partial(distributed.together, configs.ConfigError)
-    configs.validate(config)
+    settings = configs.resolve(config)
     with together():
-        configs.validate_environment(config, jax.device_count())
-    model_config = configs.model_config(config)
-    training, evaluation = config.training, config.evaluation
-    cache = pipeline.cache_folder(config.data.cache_dir)
+        environment.validate_environment(settings, jax.device_count())
+    model_config, data = settings.model, settings.data
+    training, evaluation = settings.training, settings.evaluation
+    cache = pipeline.cache_folder(data.cache_dir)
     # Runs of a sweep that differ in their parameters only share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
     # mesh -----------------------------------------------------------------------------------
-    mesh = meshes.make(config.mesh.to_dict())
+    mesh = meshes.make(vars(settings.mesh))
     on_mesh = functools.partial(meshes.under, mesh)
     batch_sharding = jax.NamedSharding(mesh, sharding.BATCH)
-    tx = optimizer.adamw(config.optimizer, training.num_steps)
+    tx = optimizer.adamw(settings.optimizer, training.num_steps)
     create_state = functools.partial(
-        TrainState.create, optimizer=tx, router_state=balancing.initial(model_config, training)
+        TrainState.create,
+        optimizer=tx,
+        router_state=balancing.initial(model_config, settings.balance),
     )
     shapes = jax.eval_shape(
-        lambda: create_state(model.init(model_config, jax.random.key(config.seed)))
+        lambda: create_state(model.init(model_config, jax.random.key(settings.seed)))
     )
     try:
         abstract = sharding.abstract(shapes, mesh)
     except ValueError as error:
         raise configs.ConfigError(str(error)) from error
     try:
-        optimizer.check_paths(config.optimizer, shapes.params)
+        optimizer.check_paths(settings.optimizer, shapes.params)
     except ValueError as error:
         raise configs.ConfigError(f"config.{error}") from None
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -79,11 +83,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         raise configs.ConfigError(f"config.model: {error}") from None
 
     # teacher --------------------------------------------------------------------------------
-    teacher, teacher_params = _teacher(config, model_config, mesh)
+    teacher, teacher_params = _teacher(settings.objective, model_config, mesh)
 
     # data -----------------------------------------------------------------------------------
-    tokenizer = tokenizers.load(config.data.tokenizer)
-    open_corpora = functools.partial(_open_corpora, config, tokenizer, cache)
+    tokenizer = tokenizers.load(data.tokenizer)
+    open_corpora = functools.partial(_open_corpora, data, tokenizer, cache)
     train_text, held_out = distributed.first_alone(open_corpora, configs.ConfigError)
 
     # state ----------------------------------------------------------------------------------
@@ -92,16 +96,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     except ValueError as error:
         raise configs.ConfigError(f"{error}; give another --workdir or config") from error
     if restored is None:
-        start, plan = 0, init.plan_of(config)
+        start, plan = 0, init.plan_of(settings)
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
-            init.parameters(config, mesh, plan)
+            init.parameters(settings, mesh, plan)
         )
-        if config.init.upcycle.optimizer_state == "copy":
-            opt_state = init.optimizer_state(config, mesh, state.opt_state, plan)
+        if settings.init.upcycle.optimizer_state == "copy":
+            opt_state = init.optimizer_state(settings, mesh, state.opt_state, plan)
             state = state.replace(opt_state=opt_state)
     else:
         start, state = restored.step, restored.state
-        changed = configs.changes(restored.config, config)
+        changed = environment.changes(restored.config, config)
         distributed.say(f"going on from step {start}", *changed)
     with together():
         lock = _lock(workdir) if distributed.is_first() else contextlib.nullcontext()
@@ -113,13 +117,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         train_text,
         batch_sharding,
         batch_size=training.batch_size,
-        sequence_length=config.data.sequence_length,
-        seed=config.seed,
+        sequence_length=data.sequence_length,
+        seed=settings.seed,
         start_step=start,
     )
 
     # step -----------------------------------------------------------------------------------
-    compiled = step.jitted(config, model_config, tx, state_shardings, mesh, teacher)
+    compiled = step.jitted(settings, tx, state_shardings, mesh, teacher)
 
     def train_step(state: TrainState, batch: step.Batch):
         return compiled(state, batch, *([] if teacher is None else [teacher_params]))
@@ -142,16 +146,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
             held_out,
             batch_sharding,
             batch_size=evaluation.batch_size,
-            sequence_length=config.data.sequence_length,
+            sequence_length=data.sequence_length,
             max_batches=evaluation.max_batches,
         )
         return perplexity.evaluate(eval_step, params, held_out_batches, held_out.bytes_per_token)
 
     # loop -----------------------------------------------------------------------------------
-    flops_per_token = flops.model_flops(model_config, config.data.sequence_length)
+    flops_per_token = flops.model_flops(model_config, data.sequence_length)
     if teacher is not None:  # forward alone
-        flops_per_token += flops.model_flops(teacher, config.data.sequence_length) / 3
-    tokens_per_step = training.batch_size * config.data.sequence_length
+        flops_per_token += flops.model_flops(teacher, data.sequence_length) / 3
+    tokens_per_step = training.batch_size * data.sequence_length
     router_health = functools.partial(
         routing.health, kind=model_config.router, capacity_factor=model_config.capacity_factor
     )
@@ -162,18 +166,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
             state,
             start,
             batches,
-            config,
+            settings,
             loop.Parts(
                 train_step=on_mesh(train_step),
                 evaluate=evaluate,
                 save=functools.partial(_save, workdir, config),
-                learning_rate=optimizer.schedule(config.optimizer, training.num_steps),
+                learning_rate=optimizer.schedule(settings.optimizer, training.num_steps),
                 writer=writer,
                 tokens_per_step=tokens_per_step,
                 model_flops_per_token=flops_per_token,
-                analytic_flops_per_token=flops.analytic_flops(
-                    model_config, config.data.sequence_length
-                ),
+                analytic_flops_per_token=flops.analytic_flops(model_config, data.sequence_length),
                 peak_flops=flops.peak_flops(jax.devices()[0]) * jax.device_count(),
                 router_health=router_health,
                 largest=distributed.Largest(mesh),
@@ -183,7 +185,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     # result ---------------------------------------------------------------------------------
     counts_LE = final.tokens_per_expert_LE
     health = {} if counts_LE is None else router_health(counts_LE)
-    parent = init.lineage(config.init.source)
+    parent = init.lineage(settings.init.source)
     total, active = model.count_parameters(model_config)
     result = {
         "steps": training.num_steps,
@@ -203,7 +205,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
             )
         ],
         "router": model_config.router if model_config.num_experts else "",
-        "samples": _samples(state.params, eval_config, tokenizer, config),
+        "samples": _samples(state.params, eval_config, tokenizer, evaluation, settings.seed),
         "seconds": round(time.monotonic() - began, 1),
         "versions": {
             "python": platform.python_version(),
@@ -223,16 +225,16 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
 
 
 def _open_corpora(
-    config: ConfigDict, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
+    data: Data, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
 ) -> list[pipeline.TokenizedCorpus]:
     """The texts to train on and to evaluate on."""
     try:
         return [
             pipeline.open_corpus(
-                config.data.source,
+                data.source,
                 split,
                 tokenizer,
-                validation_fraction=config.data.validation_fraction,
+                validation_fraction=data.validation_fraction,
                 cache=cache,
             )
             for split in ("train", "validation")
@@ -241,18 +243,18 @@ def _open_corpora(
         raise configs.ConfigError(" ".join(str(error).split())) from error
 
 
-def _teacher(config: ConfigDict, model_config: model.ModelConfig, mesh) -> tuple:
+def _teacher(objective: Objective, model_config: model.ModelConfig, mesh) -> tuple:
     """The model to distil from and its parameters; None and None without distillation."""
-    section = config.training.distillation
+    section = objective.distillation
     if not section.coefficient:
         return None, None
     try:
         teacher, params = stores.load(pathlib.Path(section.source), mesh)
     except (ValueError, FileNotFoundError) as error:
-        raise configs.ConfigError(f"config.training.distillation.source: {error}") from error
+        raise configs.ConfigError(f"config.objective.distillation.source: {error}") from error
     if teacher.vocab_size != model_config.vocab_size:
         raise configs.ConfigError(
-            f"config.training.distillation.source={section.source}: a teacher of "
+            f"config.objective.distillation.source={section.source}: a teacher of "
             f"{teacher.vocab_size} tokens cannot teach a model of {model_config.vocab_size}"
         )
     return teacher, params
@@ -299,18 +301,20 @@ def _save(workdir: pathlib.Path, config: ConfigDict, at: int, state: TrainState)
     )
 
 
-def _samples(params: dict, model_config, tokenizer, config: ConfigDict) -> list[dict[str, str]]:
+def _samples(
+    params: dict, model_config, tokenizer, evaluation: Evaluation, seed: int
+) -> list[dict[str, str]]:
     """Continuations of `evaluation.prompts`, on one device."""
-    prompts = list(config.evaluation.prompts)
+    prompts = list(evaluation.prompts)
     if not prompts:
         return []
     continuations = generate.generate(
         distributed.whole(params),
         model_config,
         [tokenizer.prompt(prompt) for prompt in prompts],
-        num_tokens=config.evaluation.continuation_tokens,
+        num_tokens=evaluation.continuation_tokens,
         temperature=0.7,
-        key=jax.random.key(config.seed),
+        key=jax.random.key(seed),
     )
     return [
         {"prompt": prompt, "continuation": tokenizer.decode(ids)}

@@ -78,33 +78,31 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("case", TRACED)
 def test_a_config_is_valid_and_its_train_step_fits_a_mesh(case):
-    config = configs.load(str(ROOT / case))
-    configs.validate(config)
-    model_config = configs.model_config(config)
-    mesh = meshes.make(config.mesh.to_dict())
-    tx = optimizer.adamw(config.optimizer, config.training.num_steps)
+    settings = configs.resolve(configs.load(str(ROOT / case)))
+    mesh = meshes.make(vars(settings.mesh))
+    tx = optimizer.adamw(settings.optimizer, settings.training.num_steps)
     shapes = jax.eval_shape(
         lambda: TrainState.create(
-            model.init(model_config, jax.random.key(0)),
+            model.init(settings.model, jax.random.key(0)),
             tx,
-            balancing.initial(model_config, config.training),
+            balancing.initial(settings.model, settings.balance),
         )
     )
     state = sharding.abstract(shapes, mesh)
-    size = (config.training.batch_size, config.data.sequence_length)
+    size = (settings.training.batch_size, settings.data.sequence_length)
     tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=jax.NamedSharding(mesh, sharding.BATCH))
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), tokens)
     with jax.set_mesh(mesh):
-        train_step = step.make_train_step(model_config, config.training, tx)
+        train_step = step.make_train_step(settings, tx)
         new, metrics = jax.eval_shape(train_step, state, batch)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
-    assert (metrics.tokens_per_expert_LE is not None) == (model_config.num_experts > 0)
+    assert (metrics.tokens_per_expert_LE is not None) == (settings.model.num_experts > 0)
 
 
 def test_every_published_preset_has_a_valid_config_and_every_parent_one_too():
     loaded = [configs.load(str(ROOT / case)) for case in CASES]
     for config in loaded:
-        configs.validate(config)
+        configs.resolve(config)
     assert sorted({c.model.preset for c in loaded}) == sorted(set(model.PRESETS) - WITHOUT_CONFIG)
     workdirs = {f"runs/{config.model.preset}" for config in loaded}
     assert {config.init.source for config in loaded} - {"", "path/to/llama-2-7b"} <= workdirs

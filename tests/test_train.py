@@ -166,7 +166,7 @@ BAD_FLAGS = {
     "--config.mesh.data=3": "mesh data=3.* does not fit 8",
     "--config.model.hidden_size=20": "axis of size 20 is not divisible by the mesh's fsdp axis",
     "--config.data.source=does/not/exist": "'does/not/exist' matches no file",
-    "--config.training.load_balancing_scope=all": "use one of",
+    "--config.balance.load_balancing_scope=all": "use one of",
     "--config.init.upcycle.recipe=drop": "needs a parent; set config.init.source",
     "--config.init.source=does/not/exist": "has no checkpoints",
     "--config.seed=-1": "seed=-1 must not be negative",

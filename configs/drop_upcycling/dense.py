@@ -37,6 +37,6 @@ def get_config(size: str = "152m"):
     config.optimizer.warmup_steps = 2000
     config.training.batch_size = batch_size
     config.training.num_steps = num_steps
-    config.training.logit_z_coefficient = 1e-4
+    config.objective.logit_z_coefficient = 1e-4
     config.evaluation.batch_size = batch_size
     return config

@@ -53,8 +53,8 @@ def get_config(size: str = "8x152m"):
     config.optimizer.warmup_steps = 2000
     config.training.batch_size = batch_size
     config.training.num_steps = num_steps
-    config.training.load_balancing_coefficient = 0.02
-    config.training.load_balancing_scope = "all_layers"
-    config.training.load_balancing_divide_by_k = False
+    config.balance.load_balancing_coefficient = 0.02
+    config.balance.load_balancing_scope = "all_layers"
+    config.balance.load_balancing_divide_by_k = False
     config.evaluation.batch_size = batch_size
     return config

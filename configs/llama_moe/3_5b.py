@@ -31,7 +31,7 @@ def get_config():
     config.optimizer.warmup_steps = 100
     config.training.batch_size = 3584
     config.training.num_steps = TOKENS // (3584 * config.data.sequence_length)
-    config.training.load_balancing_coefficient = 0.0
-    config.training.importance_coefficient = 0.01
+    config.balance.load_balancing_coefficient = 0.0
+    config.balance.importance_coefficient = 0.01
     config.evaluation.batch_size = 3584
     return config

@@ -41,6 +41,6 @@ def get_config(size: str = "150m"):
     config.optimizer.warmup_steps = 2000
     config.training.batch_size = batch_size
     config.training.num_steps = TOKENS // (batch_size * config.data.sequence_length)
-    config.training.logit_z_coefficient = 1e-4
+    config.objective.logit_z_coefficient = 1e-4
     config.evaluation.batch_size = batch_size
     return config

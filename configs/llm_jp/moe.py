@@ -39,9 +39,9 @@ def get_config(size: str = "8x1.8b"):
     config.training.num_steps = TOKENS // (1024 * config.data.sequence_length)
     # Megatron's coefficient is 0.01 for the sum over layers; the loss here is their mean.
     num_layers = PRESETS[config.model.preset].num_hidden_layers
-    config.training.load_balancing_coefficient = 0.01 * num_layers
-    config.training.load_balancing_scope = "layer"
-    config.training.load_balancing_divide_by_k = True
-    config.training.logit_z_coefficient = 1e-4
+    config.balance.load_balancing_coefficient = 0.01 * num_layers
+    config.balance.load_balancing_scope = "layer"
+    config.balance.load_balancing_divide_by_k = True
+    config.objective.logit_z_coefficient = 1e-4
     config.evaluation.batch_size = 1024
     return config

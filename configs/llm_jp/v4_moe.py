@@ -25,10 +25,10 @@ def get_config():
     config.optimizer.warmup_steps = 2000
     config.training.batch_size = 1024
     config.training.num_steps = 100_000
-    config.training.bias_update_rate = 1e-3
-    config.training.load_balancing_coefficient = 1e-4
-    config.training.load_balancing_scope = "layer"
-    config.training.load_balancing_over = "device"
-    config.training.router_z_coefficient = 1e-3
+    config.balance.bias_update_rate = 1e-3
+    config.balance.load_balancing_coefficient = 1e-4
+    config.balance.load_balancing_scope = "layer"
+    config.balance.load_balancing_over = "device"
+    config.balance.router_z_coefficient = 1e-3
     config.evaluation.batch_size = 1024
     return config

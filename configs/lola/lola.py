@@ -42,7 +42,7 @@ def get_config():
     config.training.batch_size = 768
     config.training.num_steps = STEPS_OF_1T * 8 // 10
     # DeepSpeed's coefficient is 0.01 for the sum over layers; the loss here is their mean.
-    config.training.load_balancing_coefficient = 0.01 * NUM_MOE_LAYERS
-    config.training.load_balancing_scope = "layer"
+    config.balance.load_balancing_coefficient = 0.01 * NUM_MOE_LAYERS
+    config.balance.load_balancing_scope = "layer"
     config.evaluation.batch_size = 768
     return config

@@ -34,8 +34,8 @@ def get_config(chips: str = "16"):
     config.mesh.fsdp = -1
     config.data.sequence_length = 4096
     config.training.batch_size = SEQUENCES_PER_CHIP * int(chips)
-    config.training.load_balancing_coefficient = 0.02
-    config.training.load_balancing_scope = "all_layers"
-    config.training.load_balancing_divide_by_k = False
+    config.balance.load_balancing_coefficient = 0.02
+    config.balance.load_balancing_scope = "all_layers"
+    config.balance.load_balancing_divide_by_k = False
     config.evaluation.batch_size = config.training.batch_size
     return config

@@ -40,9 +40,9 @@ def get_config():
     config.optimizer.no_weight_decay = ""
     config.training.batch_size = 1024
     config.training.num_steps = TOKENS // (1024 * config.data.sequence_length)
-    config.training.load_balancing_coefficient = 0.01
-    config.training.load_balancing_scope = "layer"
-    config.training.load_balancing_divide_by_k = True
-    config.training.router_z_coefficient = 0.001
+    config.balance.load_balancing_coefficient = 0.01
+    config.balance.load_balancing_scope = "layer"
+    config.balance.load_balancing_divide_by_k = True
+    config.balance.router_z_coefficient = 0.001
     config.evaluation.batch_size = 1024
     return config

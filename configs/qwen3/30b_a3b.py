@@ -28,9 +28,9 @@ def get_config():
     config.optimizer.warmup_steps = 2000
     config.training.batch_size = 1024
     config.training.num_steps = TOKENS // (1024 * config.data.sequence_length)
-    config.training.load_balancing_coefficient = 0.001
-    config.training.load_balancing_scope = "layer"
+    config.balance.load_balancing_coefficient = 0.001
+    config.balance.load_balancing_scope = "layer"
     # As in the Hugging Face loss, for which the coefficient is written.
-    config.training.load_balancing_divide_by_k = False
+    config.balance.load_balancing_divide_by_k = False
     config.evaluation.batch_size = 1024
     return config

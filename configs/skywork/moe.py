@@ -56,9 +56,9 @@ def get_config(layout: str = "fsdp"):
     config.optimizer.warmup_steps = 2000
     config.training.batch_size = 2048
     config.training.num_steps = 10_000
-    config.training.load_balancing_coefficient = 0.01
-    config.training.load_balancing_scope = "layer"
-    config.training.load_balancing_form = "squared"
-    config.training.load_balancing_schedule = "adaptive"
+    config.balance.load_balancing_coefficient = 0.01
+    config.balance.load_balancing_scope = "layer"
+    config.balance.load_balancing_form = "squared"
+    config.balance.load_balancing_schedule = "adaptive"
     config.evaluation.batch_size = 2048
     return config

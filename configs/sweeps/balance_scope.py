@@ -27,8 +27,8 @@ def get_config():
     config.training.num_steps = 700
     config.training.batch_size = 8
     config.training.log_every = 5
-    config.training.load_balancing_coefficient = 0.02
-    config.training.load_balancing_divide_by_k = False
+    config.balance.load_balancing_coefficient = 0.02
+    config.balance.load_balancing_divide_by_k = False
     config.evaluation.every_steps = 100
     config.evaluation.batch_size = 64
     config.evaluation.max_batches = 4
@@ -53,7 +53,7 @@ def get_sweep():
                 "overrides": {
                     **arm,
                     "init.upcycle.recipe": recipe,
-                    "training.load_balancing_scope": scope,
+                    "balance.load_balancing_scope": scope,
                 },
                 "after": [],
             }

@@ -12,7 +12,7 @@ best; the report shows loss, experts in use and how alike they are.
 from moe_jax import config as configs
 
 RECIPE, SOURCE = "init.upcycle.recipe", "init.source"
-BALANCE, ROUTER = "training.load_balancing_coefficient", "model.router"
+BALANCE, ROUTER = "balance.load_balancing_coefficient", "model.router"
 TWO = {SOURCE: "@dense,@second"}
 SHARDS = {
     "model.num_experts": 16,
@@ -37,7 +37,7 @@ SYSTEMS = {
     },
     "llama_moe": {
         **{RECIPE: "llama_moe", **PARTS, ROUTER: "noisy_topk"},
-        **{BALANCE: 0.0, "training.importance_coefficient": 0.01},
+        **{BALANCE: 0.0, "balance.importance_coefficient": 0.01},
     },
     "moe_ct": {
         **{RECIPE: "moe_ct", "model.shared_expert_intermediate_size": 256},
@@ -45,16 +45,16 @@ SYSTEMS = {
     },
     "skywork": {
         **{RECIPE: "skywork", "model.gate_norm_std": 1.0},
-        "training.load_balancing_form": "squared",
-        "training.load_balancing_schedule": "adaptive",
+        "balance.load_balancing_form": "squared",
+        "balance.load_balancing_schedule": "adaptive",
     },
-    "loss_free": {ROUTER: "sigmoid_topk", BALANCE: 0.0, "training.bias_update_rate": 1e-3},
+    "loss_free": {ROUTER: "sigmoid_topk", BALANCE: 0.0, "balance.bias_update_rate": 1e-3},
     "expert_choice": {ROUTER: "expert_choice", "model.dispatch": "capacity"},
     "lory": {"model.dispatch": "merge", "model.merge_segment_length": 32, BALANCE: 0.0},
     "ds_moe": {
         **{"model.num_experts_per_tok": 8, "model.norm_topk_prob": False, BALANCE: 0.0},
         "evaluation.num_experts_per_tok": 3,
-        "training.mutual_information_coefficient": 6.3e-4,
+        "balance.mutual_information_coefficient": 6.3e-4,
     },
     "omoe": {"optimizer.orthogonal_every": 20},
 }

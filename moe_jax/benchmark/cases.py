@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import config as configs
 from moe_jax import model, stores
 from moe_jax.benchmark import sizes
+from moe_jax.config import Run
+from moe_jax.config.sections import Balance, Training
 from moe_jax.evaluation import generate
 from moe_jax.hf import folders, tensors, writing
 from moe_jax.model import layers, moe, remat, transformer
@@ -234,7 +235,11 @@ def window_cases() -> Iterator[Case]:
     """A step of 4 microbatches, its balance loss over the exact window; the bound: averaged."""
     name, sparse = next(iter(sizes.here().models.items()))
     steps = {
-        over: _train_step(sparse, accumulation_steps=4, load_balancing_over=over)
+        over: _train_step(
+            sparse,
+            training=Training(accumulation_steps=4),
+            balance=Balance(load_balancing_over=over),
+        )
         for over in ("window", "global")
     }
     yield Case(
@@ -370,9 +375,8 @@ def _with_gradients(function: Callable, arrays: tuple, cotangent: jax.Array) -> 
     return lambda: value_and_gradients(arrays, cotangent)
 
 
-def _train_step(config: model.ModelConfig, **training) -> Callable:
-    settings = configs.default()
-    settings.training.update(training)
+def _train_step(config: model.ModelConfig, **sections) -> Callable:
+    settings = Run(model=config, **sections)
     tx = optimizer.adamw(settings.optimizer, 1000)
     create = jax.jit(lambda key: TrainState.create(model.init(config, key), tx))
     state = create(jax.random.key(0))
@@ -384,7 +388,7 @@ def _train_step(config: model.ModelConfig, **training) -> Callable:
         "segment_ids": jnp.ones((B, T), jnp.int32),
         "positions": jnp.tile(jnp.arange(T), (B, 1)),
     }
-    train_step = jax.jit(step.make_train_step(config, settings.training, tx), donate_argnums=0)
+    train_step = jax.jit(step.make_train_step(settings, tx), donate_argnums=0)
 
     def one_step():
         nonlocal state

@@ -38,11 +38,11 @@ def main() -> None:
 
 
 def read(arguments: argparse.Namespace) -> adviser.Budgets:
-    config = configs.load(arguments.config)
-    moe, length = configs.model_config(config), config.data.sequence_length
+    run = configs.resolve(configs.load(arguments.config))
+    moe, length = run.model, run.data.sequence_length
     if arguments.dense_config:
-        config = configs.load(arguments.dense_config)
-        dense = configs.model_config(config)
+        run = configs.resolve(configs.load(arguments.dense_config))
+        dense = run.model
     else:
         dense = adviser.dense_parent(moe, arguments.granularity)
     return adviser.budgets(
@@ -51,5 +51,5 @@ def read(arguments: argparse.Namespace) -> adviser.Budgets:
         moe_tokens=arguments.moe_tokens,
         dense_tokens=arguments.dense_tokens,
         moe_sequence_length=length,
-        dense_sequence_length=config.data.sequence_length,
+        dense_sequence_length=run.data.sequence_length,
     )

@@ -67,7 +67,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> dryrun.Report:
     if arguments.hbm_limit is not None and not 0 < arguments.hbm_limit < math.inf:
         raise ValueError(f"--hbm_limit={arguments.hbm_limit} must be a number of GB more than 0")
-    config = configs.parse([f"--config={arguments.config}", *overrides])
+    settings = configs.resolve(configs.parse([f"--config={arguments.config}", *overrides]))
     topology = chips.topology(arguments.topology)
     limit = None if arguments.hbm_limit is None else int(arguments.hbm_limit * 1e9)
     devices = topologies.devices(topology)
@@ -79,12 +79,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> dryrun.Report:
         hbm_limit=limit,
     )
     if not arguments.search:
-        return trial(config)
+        return trial(settings)
     if topology.facts is None and limit is None:
         raise ValueError(f"--search needs to know what fits {topology.name}; add --hbm_limit=GB")
     tried = []
     print(search.HEADER, file=sys.stderr)
-    for report in search.search(config, len(devices), trial):
+    for report in search.search(settings, len(devices), trial):
         tried.append(report)
         print(search.line(report), file=sys.stderr, flush=True)
     best = search.best(tried)

@@ -9,7 +9,7 @@ Examples:
       --coordinator=host0:9876 --num_processes=2 --process_id=0
 
 Run the same command again to go on where a run stopped. The config file is Python and is executed.
-All keys with their defaults: moe_jax/config.py.
+All keys with their defaults: moe_jax/config/sections.py.
 
 On several hosts start the same command on each, with one workdir that all of them see. Slurm's
 srun, Open MPI, Cloud TPU slices and Kubernetes (GKE) say themselves how many there are; elsewhere

@@ -8,10 +8,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.config import Run
 from moe_jax.model import exchange_cost
 from moe_jax.ops import attention
 from moe_jax.parallel import sharding
@@ -19,16 +18,15 @@ from moe_jax.training import balancing, optimizer, step
 from moe_jax.training.state import TrainState
 
 
-def abstract_state(config: ConfigDict, mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(settings: Run, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes and dtypes of a run's state, with their shardings.
 
-    Raises: ConfigError for a model that cannot be; ValueError for one that does not fit the mesh.
+    Raises: ValueError for a model that does not fit the mesh.
     """
-    model_config = configs.model_config(config)
-    tx = optimizer.adamw(config.optimizer, config.training.num_steps)
-    router_state = balancing.initial(model_config, config.training)
+    tx = optimizer.adamw(settings.optimizer, settings.training.num_steps)
+    router_state = balancing.initial(settings.model, settings.balance)
     shapes = jax.eval_shape(
-        lambda: TrainState.create(model.init(model_config, jax.random.key(0)), tx, router_state)
+        lambda: TrainState.create(model.init(settings.model, jax.random.key(0)), tx, router_state)
     )
     return sharding.abstract(shapes, mesh)
 
@@ -41,47 +39,47 @@ def state_bytes(state: TrainState) -> int:
     )
 
 
-def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+def lower(settings: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """The train step that `train.run` would run on this mesh, but for a teacher.
 
     Raises: as `abstract_state`.
     """
-    state = abstract_state(config, mesh)
-    size = (config.training.batch_size, config.data.sequence_length)
+    state = abstract_state(settings, mesh)
+    size = (settings.training.batch_size, settings.data.sequence_length)
     batch_sharding = jax.NamedSharding(mesh, sharding.BATCH)
     batch = {
         name: jax.ShapeDtypeStruct(size, jnp.int32, sharding=batch_sharding)
         for name in ("tokens", "targets", "segment_ids", "positions")
     }
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    tx = optimizer.adamw(config.optimizer, config.training.num_steps)
-    train_step = step.jitted(config, configs.model_config(config), tx, state_shardings, mesh)
+    tx = optimizer.adamw(settings.optimizer, settings.training.num_steps)
+    train_step = step.jitted(settings, tx, state_shardings, mesh)
     with jax.set_mesh(mesh):
         platform = mesh.devices.flat[0].platform
         return train_step.trace(state, batch).lower(lowering_platforms=(platform,))
 
 
-def filled_rows(config: ConfigDict, mesh: jax.sharding.Mesh) -> float:
+def filled_rows(settings: Run, mesh: jax.sharding.Mesh) -> float:
     """Of the experts' grouped products, as `hlo.product_flops` takes it."""
-    model_config = configs.model_config(config)
+    model_config = settings.model
     if not model_config.num_experts:
         return 1.0
-    rows = config.training.batch_size // config.training.accumulation_steps
-    num_tokens = rows * config.data.sequence_length // sharding.batch_shards(mesh.shape)
+    rows = settings.training.batch_size // settings.training.accumulation_steps
+    num_tokens = rows * settings.data.sequence_length // sharding.batch_shards(mesh.shape)
     with jax.set_mesh(mesh):
         mode = exchange_cost.choose(model_config, num_tokens)
     return exchange_cost.filled(mode, model_config.dispatch, mesh.shape)
 
 
-def kernel_flops(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, int]:
+def kernel_flops(settings: Run, mesh: jax.sharding.Mesh) -> dict[str, int]:
     """FLOPs of one call of splash attention on one device, as `hlo.product_flops` takes them.
 
     Layers of several windows call kernels of one name: the mean over layers.
     """
-    model_config, T = configs.model_config(config), config.data.sequence_length
+    model_config, T = settings.model, settings.data.sequence_length
     if T % 128:  # splash attention refuses such rows
         return {}
-    rows = config.training.batch_size // config.training.accumulation_steps
+    rows = settings.training.batch_size // settings.training.accumulation_steps
     cut = math.prod(mesh.shape[axis] for axis in sharding.TENSOR)
     heads = model_config.num_attention_heads * model_config.head_size // cut
     per_pair = 2 * heads * rows // sharding.batch_shards(mesh.shape)

@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 
 import jax
-from ml_collections import ConfigDict
 
 from moe_jax import config as configs
+from moe_jax.config import environment
 from moe_jax.dryrun import hlo, hlo_traffic, lowering
 from moe_jax.dryrun import roofline as rooflines
 from moe_jax.parallel import chips
@@ -55,27 +55,26 @@ class Report:
 
 
 def run(
-    config: ConfigDict,
+    settings: configs.Run,
     topology: chips.Topology,
     devices: Sequence[jax.Device],
     *,
     name: str = "",
     hbm_limit: int | None = None,
 ) -> Report:
-    """Compiles the step of `config` for the devices of a topology, and reads it.
+    """Compiles a run's step for the devices of a topology, and reads it.
 
     Args: name: of the config, for the report. hbm_limit: bytes, instead of what the chip has.
     Raises: ConfigError for a config that is wrong or does not fit the devices, in one line.
     """
-    configs.validate(config)
-    configs.validate_mesh(config, len(devices))
-    if config.training.distillation.coefficient:
+    environment.validate_mesh(settings, len(devices))
+    if settings.objective.distillation.coefficient:
         raise configs.ConfigError(
-            "a dry run has no teacher; set config.training.distillation.coefficient=0"
+            "a dry run has no teacher; set config.objective.distillation.coefficient=0"
         )
     try:
-        mesh = meshes.make(config.mesh.to_dict(), devices)
-        arguments = lowering.state_bytes(lowering.abstract_state(config, mesh))
+        mesh = meshes.make(vars(settings.mesh), devices)
+        arguments = lowering.state_bytes(lowering.abstract_state(settings, mesh))
     except ValueError as error:
         raise configs.ConfigError(" ".join(str(error).split())) from error
     chip = topology.facts
@@ -85,17 +84,17 @@ def run(
         "topology": topology.name,
         "devices": len(devices),
         "mesh": dict(mesh.shape),
-        "microbatches": config.training.accumulation_steps,
-        "remat": configs.model_config(config).remat,
+        "microbatches": settings.training.accumulation_steps,
+        "remat": settings.model.remat,
         "hbm_limit_bytes": limit,
-        **_due(config, mesh),
+        **_due(settings, mesh),
     }
     if limit is not None and arguments > limit:  # before minutes of compiling
         return Report(**facts, fits=False, hbm_peak_bytes=arguments, argument_bytes=arguments)
     print(f"compiling for {topology.name} ...", file=sys.stderr, flush=True)
     began = time.perf_counter()
     try:
-        compiled = lowering.lower(config, mesh).compile()
+        compiled = lowering.lower(settings, mesh).compile()
     except ValueError as error:
         raise configs.ConfigError(" ".join(str(error).split())) from error
     except jax.errors.JaxRuntimeError as error:
@@ -114,8 +113,8 @@ def run(
     read = {
         "step_flops": hlo.product_flops(
             text,
-            kernels=lowering.kernel_flops(config, mesh),
-            filled=lowering.filled_rows(config, mesh),
+            kernels=lowering.kernel_flops(settings, mesh),
+            filled=lowering.filled_rows(settings, mesh),
         ),
         "collectives": tuple(c for c in hlo.collectives(text, within) if c.axes),
         "hbm_traffic_bytes": hlo_traffic.traffic(text),
@@ -132,10 +131,10 @@ def run(
     )
 
 
-def _due(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, float]:
+def _due(settings: configs.Run, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """FLOPs of one device and step, by the two counts of `training/flops.py`."""
-    model_config, T = configs.model_config(config), config.data.sequence_length
-    tokens = config.training.batch_size * T / mesh.size
+    model_config, T = settings.model, settings.data.sequence_length
+    tokens = settings.training.batch_size * T / mesh.size
     with jax.set_mesh(mesh):
         analytic = flops.analytic_flops(model_config, T)
     return {

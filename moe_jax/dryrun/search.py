@@ -5,12 +5,10 @@ meshes with the best policy, each with the fewest microbatches that fit. More of
 memory, and no less time: weights are gathered once for each.
 """
 
-import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from ml_collections import ConfigDict
-
-from moe_jax import config as configs
+from moe_jax.config import ConfigError, Run, environment, sections
 from moe_jax.dryrun import report as dryrun
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
@@ -19,29 +17,28 @@ from moe_jax.parallel import sharding
 # roofline does not know.
 POLICIES = ("none", "save_dots", "save_experts", "full")
 
-Trial = Callable[[ConfigDict], dryrun.Report]
+Trial = Callable[[Run], dryrun.Report]
 
 
-def search(config: ConfigDict, num_devices: int, trial: Trial) -> Iterator[dryrun.Report]:
+def search(settings: Run, num_devices: int, trial: Trial) -> Iterator[dryrun.Report]:
     """The reports of all that is tried, in that order, as they come: `best` chooses.
 
     Args: trial: `dryrun.run` of a config, on the devices searched for.
-    Raises: ConfigError for a config that is wrong.
+    Raises: ConfigError for a mesh or batch that does not fit the devices.
     """
-    configs.validate(config)
-    configs.validate_mesh(config, num_devices)
-    sizes = meshes.axis_sizes(config.mesh.to_dict(), num_devices)
+    environment.validate_mesh(settings, num_devices)
+    sizes = meshes.axis_sizes(vars(settings.mesh), num_devices)
     tried = []
     for policy in POLICIES:
-        for report in fewest_microbatches(trial, _with(config, sizes, policy)):
+        for report in fewest_microbatches(trial, _with(settings, sizes, policy)):
             tried.append(report)
             yield report
     found = best(tried)
     policy = found.remat if found else POLICIES[-1]
-    for other in mesh_shapes(config, sizes):
+    for other in mesh_shapes(settings, sizes):
         try:
-            yield from fewest_microbatches(trial, _with(config, other, policy))
-        except configs.ConfigError:  # that mesh cannot be laid over the devices, or cuts no array
+            yield from fewest_microbatches(trial, _with(settings, other, policy))
+        except ConfigError:  # that mesh cannot be laid over the devices, or cuts no array
             continue
 
 
@@ -56,15 +53,14 @@ def best(reports: Sequence[dryrun.Report]) -> dryrun.Report | None:
     return min((r for r in reports if r.fits), key=order, default=None)
 
 
-def fewest_microbatches(trial: Trial, config: ConfigDict) -> Iterator[dryrun.Report]:
+def fewest_microbatches(trial: Trial, settings: Run) -> Iterator[dryrun.Report]:
     """Bisects the numbers of microbatches that the batch can have; the reports of those tried."""
-    numbers = microbatch_numbers(config)
+    numbers = microbatch_numbers(settings)
     low, high = 0, len(numbers)  # what is before low does not fit, what is from high on does
     while low < high:
         middle = (low + high) // 2
-        changed = copy.deepcopy(config)
-        changed.training.accumulation_steps = numbers[middle]
-        report = trial(changed)
+        training = dataclasses.replace(settings.training, accumulation_steps=numbers[middle])
+        report = trial(dataclasses.replace(settings, training=training))
         yield report
         if report.fits:
             high = middle
@@ -72,18 +68,17 @@ def fewest_microbatches(trial: Trial, config: ConfigDict) -> Iterator[dryrun.Rep
             low = middle + 1
 
 
-def microbatch_numbers(config: ConfigDict) -> list[int]:
+def microbatch_numbers(settings: Run) -> list[int]:
     """Those that give every batch shard the same number of whole rows, from 1 on."""
-    rows = config.training.batch_size // sharding.batch_shards(config.mesh)
+    rows = settings.training.batch_size // sharding.batch_shards(vars(settings.mesh))
     return [number for number in range(1, rows + 1) if rows % number == 0]
 
 
-def mesh_shapes(config: ConfigDict, sizes: dict[str, int]) -> list[dict[str, int]]:
+def mesh_shapes(settings: Run, sizes: dict[str, int]) -> list[dict[str, int]]:
     """Other sizes of expert and tensor, powers of 2, that divide experts and key-value heads."""
-    model = configs.model_config(config)
     shapes = []
-    for expert in _powers_of_2(model.num_experts):
-        for tensor in _powers_of_2(model.num_kv_heads):
+    for expert in _powers_of_2(settings.model.num_experts):
+        for tensor in _powers_of_2(settings.model.num_kv_heads):
             rest, left = divmod(sizes["fsdp"] * sizes["expert"] * sizes["tensor"], expert * tensor)
             shape = {**sizes, "fsdp": rest, "expert": expert, "tensor": tensor}
             if rest and not left and shape != sizes:
@@ -95,11 +90,9 @@ def _powers_of_2(divided: int) -> list[int]:
     return [2**k for k in range(divided.bit_length()) if divided % 2**k == 0] or [1]
 
 
-def _with(config: ConfigDict, sizes: dict[str, int], policy: str) -> ConfigDict:
-    changed = copy.deepcopy(config)
-    changed.mesh.update(sizes)
-    changed.model.remat = policy
-    return changed
+def _with(settings: Run, sizes: dict[str, int], policy: str) -> Run:
+    model = dataclasses.replace(settings.model, remat=policy)
+    return dataclasses.replace(settings, mesh=sections.Mesh(**sizes), model=model)
 
 
 def line(report: dryrun.Report) -> str:

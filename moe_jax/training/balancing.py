@@ -5,9 +5,9 @@ import re
 import jax
 import jax.numpy as jnp
 from flax import struct
-from ml_collections import ConfigDict
 
 from moe_jax import model, tree
+from moe_jax.config.sections import AdaptiveBalance, Balance
 from moe_jax.model import router
 from moe_jax.model.config import MOE
 from moe_jax.model.layout import layer_groups
@@ -22,18 +22,18 @@ class RouterState:
     coefficients_L: jax.Array | None = None  # of each sparse layer's load-balancing loss
 
 
-def initial(config: model.ModelConfig, training: ConfigDict) -> RouterState:
-    """The state at the first step of a run of this model and `training` section."""
+def initial(config: model.ModelConfig, balance: Balance) -> RouterState:
+    """The state at the first step of a run of this model and `balance` section."""
     num_sparse = config.layer_kinds.count(MOE)
-    if training.load_balancing_schedule != "adaptive" or not num_sparse:
+    if balance.load_balancing_schedule != "adaptive" or not num_sparse:
         return RouterState()
-    return RouterState(jnp.full(num_sparse, training.load_balancing_coefficient, jnp.float32))
+    return RouterState(jnp.full(num_sparse, balance.load_balancing_coefficient, jnp.float32))
 
 
 def adapted(
     state: RouterState,
     config: model.ModelConfig,
-    adaptive_balance: ConfigDict,
+    adaptive: AdaptiveBalance,
     tokens_per_expert_LE: jax.Array,
     dropped_L: jax.Array,
 ) -> RouterState:
@@ -48,8 +48,8 @@ def adapted(
         rate_L = dropped_L / jnp.maximum(tokens_per_expert_LE.sum(axis=1), 1)
     else:
         rate_L = router.virtual_drop_rate(tokens_per_expert_LE, config.capacity_factor)
-    target_L = jnp.minimum(adaptive_balance.rate * rate_L, adaptive_balance.maximum)
-    beta = adaptive_balance.beta
+    target_L = jnp.minimum(adaptive.rate * rate_L, adaptive.maximum)
+    beta = adaptive.beta
     return RouterState(beta * state.coefficients_L + (1 - beta) * target_L)
 
 

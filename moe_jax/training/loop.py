@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
-from ml_collections import ConfigDict
 
+from moe_jax.config import Run
 from moe_jax.evaluation.perplexity import Evaluation
 from moe_jax.parallel import distributed
 from moe_jax.training import metrics
@@ -36,9 +36,9 @@ class Parts:
 
 
 def run(
-    state: TrainState, start: int, batches: Iterator[Batch], config: ConfigDict, parts: Parts
+    state: TrainState, start: int, batches: Iterator[Batch], settings: Run, parts: Parts
 ) -> tuple[TrainState, Evaluation]:
-    """Trains from step `start` to `config.training.num_steps`; returns the last evaluation too.
+    """Trains from step `start` to `settings.training.num_steps`; returns the last evaluation too.
 
     At a step where several are due the order is checkpoint, evaluation, train step: a run restored
     at that step goes on with the evaluation and writes the same rows.
@@ -48,14 +48,14 @@ def run(
     Raises: SystemExit 75 after SIGTERM or Ctrl-C (a checkpoint is saved first), 3 when too many
     steps in a row were not finite.
     """
-    last = config.training.num_steps
-    log = _TrainingLog(config, parts, start)
-    every = config.evaluation.every_steps
+    last = settings.training.num_steps
+    log = _TrainingLog(settings, parts, start)
+    every = settings.evaluation.every_steps
     evaluation = None
     with _stop_signals() as stop, metrics.progress(total=last, initial=start) as bar:
         for step in range(start, last + 1):
             stopped_by = parts.largest(stop.requested)
-            due = step % config.checkpoint.every_steps == 0 or step == last or stopped_by
+            due = step % settings.checkpoint.every_steps == 0 or step == last or stopped_by
             if step > start and due:
                 log.flush()
                 parts.save(step, state)
@@ -85,10 +85,10 @@ class _TrainingLog:
     Reading a metric waits for its step; one step late, the device never waits for the reader.
     """
 
-    def __init__(self, config: ConfigDict, parts: Parts, start: int):
+    def __init__(self, settings: Run, parts: Parts, start: int):
         self.pending: tuple[int, StepMetrics] | None = None
         self.shown: dict[str, str] = {}
-        self._config, self._parts = config, parts
+        self._settings, self._parts = settings, parts
         self._nonfinite_in_a_row = 0
         self._timed_step, self._since = start, time.monotonic()
 
@@ -98,14 +98,15 @@ class _TrainingLog:
         (step, step_metrics), self.pending = self.pending, None
         skipped = bool(jax.device_get(step_metrics.skipped))
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
-        if step % self._config.training.log_every == 0 or step == self._config.training.num_steps:
+        training = self._settings.training
+        if step % training.log_every == 0 or step == training.num_steps:
             row = self._row(step, jax.device_get(step_metrics))
             self._parts.writer.write(row)
             self.shown = {
                 "loss": f"{row['loss']:.3f}",
                 "tokens/s": f"{row['tokens_per_second']:,.0f}",
             }
-        if self._nonfinite_in_a_row >= self._config.training.max_nonfinite_steps:
+        if self._nonfinite_in_a_row >= training.max_nonfinite_steps:
             distributed.say(
                 f"loss or gradient not finite for {self._nonfinite_in_a_row} steps up to {step}; "
                 "their updates were skipped. Lower config.optimizer.learning_rate and run again"

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from ml_collections import ConfigDict
 
+from moe_jax.config.sections import Balance
 from moe_jax.model.router import RouterStats
 from moe_jax.ops import cross_entropy, implementations
 from moe_jax.parallel import sharding
@@ -30,15 +30,16 @@ class RouterLosses:
 
 def router_losses(
     stats: RouterStats,
-    training: ConfigDict,
+    balance: Balance,
     *,
+    accumulation_steps: int,
     num_experts_per_tok: int,
     num_tokens: jax.Array,
     coefficients_L: jax.Array | None = None,
 ) -> tuple[jax.Array, RouterLosses]:
     """What the routers add to the loss of a batch, and its parts.
 
-    `training.load_balancing_over` says over which tokens every part is taken that is not a mean
+    `balance.load_balancing_over` says over which tokens every part is taken that is not a mean
     over tokens: "device" takes it batch shard by batch shard and averages over those that have
     tokens, "global" and "window" over all of `stats`. Unless it is "window", `stats` may be of one
     of the `accumulation_steps` microbatches: the results of all of them then add up to the average
@@ -49,18 +50,18 @@ def router_losses(
       num_tokens: of the whole batch, at least 1.
       coefficients_L: of the load-balancing loss of each layer, in the place of the config's one.
     """
-    over = training.load_balancing_over
+    over = balance.load_balancing_over
     groups = stats if over == "device" else pooled(stats)
     filled_LG = groups.num_tokens > 0
-    share = 1 if over == "window" else 1 / training.accumulation_steps
+    share = 1 if over == "window" else 1 / accumulation_steps
     mean_over_groups_LG = share * filled_LG / jnp.maximum(filled_LG.sum(axis=1, keepdims=True), 1)
     total, means = jnp.zeros(()), {}
     for name, term in TERMS.items():
-        coefficient = training[term.coefficient]
+        coefficient = getattr(balance, term.coefficient)
         if not coefficient and not term.always:
             continue
         weight_LG = groups.num_tokens / num_tokens if term.per_token else mean_over_groups_LG
-        loss_L = jnp.sum(weight_LG * term.loss(groups, training, num_experts_per_tok), axis=1)
+        loss_L = jnp.sum(weight_LG * term.loss(groups, balance, num_experts_per_tok), axis=1)
         if name == "load_balancing_loss" and coefficients_L is not None:
             coefficient = coefficients_L
         total += term.sign * jnp.mean(coefficient * loss_L)
@@ -158,10 +159,10 @@ def pooled(stats: RouterStats) -> RouterStats:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """`loss` is of (statistics [L, G, ...], config.training, num_experts_per_tok), [L, G]."""
+    """`loss` is of (statistics [L, G, ...], config.balance, num_experts_per_tok), [L, G]."""
 
-    coefficient: str  # its key in config.training
-    loss: Callable[[RouterStats, ConfigDict, int], jax.Array]
+    coefficient: str  # its key in config.balance
+    loss: Callable[[RouterStats, Balance, int], jax.Array]
     sign: int = 1
     per_token: bool = False  # a mean over tokens: groups count by their tokens, else alike
     always: bool = False  # reported with a coefficient of 0 too
@@ -171,12 +172,12 @@ class Term:
 TERMS = {
     "load_balancing_loss": Term(
         "load_balancing_coefficient",
-        lambda stats, training, k: load_balancing(
+        lambda stats, balance, k: load_balancing(
             stats,
             num_experts_per_tok=k,
-            scope=training.load_balancing_scope,
-            divide_by_k=training.load_balancing_divide_by_k,
-            form=training.load_balancing_form,
+            scope=balance.load_balancing_scope,
+            divide_by_k=balance.load_balancing_divide_by_k,
+            form=balance.load_balancing_form,
         ),
         always=True,
     ),

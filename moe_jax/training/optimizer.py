@@ -6,12 +6,12 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from moe_jax import tree
+from moe_jax.config.sections import Optimizer
 
 
-def schedule(optimizer: ConfigDict, num_steps: int) -> optax.Schedule:
+def schedule(optimizer: Optimizer, num_steps: int) -> optax.Schedule:
     """Linear warmup, then "cosine" to the final rate, or "wsd": constant and a linear decay.
 
     A run's steps count from its own beginning, so an upcycled model whose parent had ended at a low
@@ -40,7 +40,7 @@ def schedule(optimizer: ConfigDict, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, shapes[optimizer.schedule]()], [optimizer.warmup_steps])
 
 
-def adamw(optimizer: ConfigDict, num_steps: int) -> optax.GradientTransformation:
+def adamw(optimizer: Optimizer, num_steps: int) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW, with the factors of the config's rules for each path.
 
     A rule is (regular expression of parameter paths, factor); the first that matches decides, and
@@ -84,10 +84,10 @@ FACTORS = ("gradient_factors", "weight_decay_factors", "learning_rate_factors")
 Rules = Iterable[tuple[str, float]]
 
 
-def check_paths(optimizer: ConfigDict, params: dict) -> None:
+def check_paths(optimizer: Optimizer, params: dict) -> None:
     """Raises: ValueError for a pattern of a rule, or `frozen`, that no path of `params` matches."""
     names = jax.tree.leaves(tree.map_with_name(lambda name, _: name, params))
-    patterns = [(key, pattern) for key in FACTORS for pattern, _ in optimizer[key]]
+    patterns = [(key, pattern) for key in FACTORS for pattern, _ in getattr(optimizer, key)]
     patterns += [("frozen", optimizer.frozen)] if optimizer.frozen else []
     for key, pattern in patterns:
         if not any(re.search(pattern, name) for name in names):

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from ml_collections import ConfigDict
 
 from moe_jax import model
+from moe_jax.config import Run
 from moe_jax.model import transformer
 from moe_jax.ops import cross_entropy
 from moe_jax.parallel import sharding
@@ -45,24 +45,21 @@ class _Sums:
 
 
 def make_train_step(
-    config: model.ModelConfig,
-    training: ConfigDict,
+    settings: Run,
     tx: optax.GradientTransformation,
-    seed: int = 0,
     *,
-    frozen: str = "",
     teacher: model.ModelConfig | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """The step for `training.accumulation_steps` microbatches of a batch.
+    """The step for `settings.training.accumulation_steps` microbatches of a batch.
 
     It is a function of (state, batch), and of the teacher's parameters where there is a teacher.
 
     Args:
-      frozen: as `config.optimizer.frozen`: parameters that stay as they are.
-      teacher: the model to distil from, as `training.distillation` says.
+      teacher: the model to distil from, as `settings.objective.distillation` says.
     """
-    N = training.accumulation_steps
-    two_passes = N > 1 and training.load_balancing_over == "window" and config.num_experts > 0
+    config, balance, terms = settings.model, settings.balance, settings.objective
+    frozen, N = settings.optimizer.frozen, settings.training.accumulation_steps
+    two_passes = N > 1 and balance.load_balancing_over == "window" and config.num_experts > 0
 
     def hidden_states(params, batch, key, config=config):
         shared = transformer.Shared(batch["positions"], batch["segment_ids"], key)
@@ -70,10 +67,13 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, teacher_params: dict | None = None):
         num_tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
-        key = jax.random.fold_in(jax.random.key(seed), state.step) if config.draws else None
+        key = (
+            jax.random.fold_in(jax.random.key(settings.seed), state.step) if config.draws else None
+        )
         router_losses = functools.partial(
             losses.router_losses,
-            training=training,
+            balance=balance,
+            accumulation_steps=N,
             num_experts_per_tok=config.num_experts_per_tok,
             num_tokens=num_tokens,
             coefficients_L=state.router_state.coefficients_L,
@@ -96,7 +96,7 @@ def make_train_step(
                 unembed_DV,
                 microbatch["targets"],
                 weight_BT,
-                z_coefficient=training.logit_z_coefficient,
+                z_coefficient=terms.logit_z_coefficient,
             )
             total, parts, divergence = sums.total, None, None
             if slope is not None:
@@ -113,9 +113,9 @@ def make_train_step(
                         (teacher_x_BTC, transformer.unembedding(teacher_params))
                     ),
                     weight_BT,
-                    temperature=training.distillation.temperature,
+                    temperature=terms.distillation.temperature,
                 )
-                total += training.distillation.coefficient * divergence
+                total += terms.distillation.coefficient * divergence
             counts_LE = dropped_L = None
             if stats is not None:
                 counts_LE, dropped_L = (
@@ -133,12 +133,12 @@ def make_train_step(
         def updated(state, grads):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            if training.bias_update_rate:
+            if balance.bias_update_rate:
                 params = balancing.with_updated_biases(
-                    params, config, training.bias_update_rate, counts_LE, frozen
+                    params, config, balance.bias_update_rate, counts_LE, frozen
                 )
             router_state = balancing.adapted(
-                state.router_state, config, training.adaptive_balance, counts_LE, dropped_L
+                state.router_state, config, balance.adaptive, counts_LE, dropped_L
             )
             return TrainState(state.step, params, opt_state, router_state)
 
@@ -178,8 +178,7 @@ def make_train_step(
 
 
 def jitted(
-    config: ConfigDict,
-    model_config: model.ModelConfig,
+    settings: Run,
     tx: optax.GradientTransformation,
     state_shardings: TrainState,
     mesh: jax.sharding.Mesh,
@@ -189,14 +188,7 @@ def jitted(
 
     The teacher's parameters stay where they lie.
     """
-    train_step = make_train_step(
-        model_config,
-        config.training,
-        tx,
-        config.seed,
-        frozen=config.optimizer.frozen,
-        teacher=teacher,
-    )
+    train_step = make_train_step(settings, tx, teacher=teacher)
     of_teacher = () if teacher is None else (None,)
     return jax.jit(
         train_step,

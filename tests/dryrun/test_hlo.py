@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.config import Run
 from moe_jax.dryrun import hlo, hlo_text
 from moe_jax.ops import grouped_matmul
 from moe_jax.parallel import mesh as meshes
@@ -369,12 +369,12 @@ TOKENS = B * T
 
 def compiled_step(config):
     """The text of the whole train step, compiled from shapes alone."""
-    settings = configs.default()
+    settings = Run(model=config)
     adamw = optimizer.adamw(settings.optimizer, settings.training.num_steps)
     state = jax.eval_shape(lambda: TrainState.create(model.init(config, jax.random.key(0)), adamw))
     names = ("tokens", "targets", "segment_ids", "positions")
     batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32) for name in names}
-    step = make_train_step(config, settings.training, adamw)
+    step = make_train_step(settings, adamw)
     return jax.jit(step, donate_argnums=0).lower(state, batch).compile().as_text()
 
 

@@ -42,7 +42,7 @@ def tiny(tmp_path_factory):
 
 def dry_run(config, where, **options):
     topology = chips.topology(where)
-    return dryrun.run(config, topology, topologies.devices(topology), **options)
+    return dryrun.run(configs.resolve(config), topology, topologies.devices(topology), **options)
 
 
 def parameters(model):

@@ -33,7 +33,7 @@ def tiny(**mesh):
 
 def dry_run(config, name, **options):
     topology = chips.topology(name)
-    return dryrun.run(config, topology, topologies.devices(topology), **options)
+    return dryrun.run(configs.resolve(config), topology, topologies.devices(topology), **options)
 
 
 def test_one_slice_of_every_dimension_and_two_slices(libtpu):

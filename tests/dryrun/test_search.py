@@ -1,6 +1,9 @@
 """The search over a memory that is a formula: what fits is known, and so what is the best."""
 
+import dataclasses
+
 from moe_jax import config as configs
+from moe_jax.config import sections
 from moe_jax.dryrun import report as dryrun
 from moe_jax.dryrun import search
 
@@ -21,33 +24,33 @@ def tiny():
         num_experts_per_tok=2,
     )
     config.training.batch_size = config.evaluation.batch_size = 96
-    return config
+    return configs.resolve(config)
 
 
 def trial_within(limit, tried):
     """Memory grows with a microbatch's rows and what is kept of each, less with tensor; a
     microbatch takes a hundredth of a second."""
 
-    def trial(config):
-        rows = 96 * config.mesh.tensor // 8 // config.training.accumulation_steps
-        peak = rows * KEPT[config.model.remat] * 8 // config.mesh.tensor
-        tried.append((config.model.remat, config.training.accumulation_steps))
+    def trial(run):
+        rows = 96 * run.mesh.tensor // 8 // run.training.accumulation_steps
+        peak = rows * KEPT[run.model.remat] * 8 // run.mesh.tensor
+        tried.append((run.model.remat, run.training.accumulation_steps))
         return dryrun.Report(
             config="",
             topology="",
             devices=8,
-            mesh=config.mesh.to_dict(),
-            microbatches=config.training.accumulation_steps,
-            remat=config.model.remat,
+            mesh=vars(run.mesh),
+            microbatches=run.training.accumulation_steps,
+            remat=run.model.remat,
             fits=peak <= limit,
             hbm_limit_bytes=limit,
             hbm_peak_bytes=peak,
             argument_bytes=0,
             analytic_flops=1.0,
             model_flops=1.0,
-            roofline_seconds=SECONDS[config.model.remat]
-            + 0.01 * config.training.accumulation_steps
-            + 0.5 * (config.mesh.tensor > 1),
+            roofline_seconds=SECONDS[run.model.remat]
+            + 0.01 * run.training.accumulation_steps
+            + 0.5 * (run.mesh.tensor > 1),
         )
 
     return trial
@@ -73,6 +76,5 @@ def test_where_little_fits_everything_is_recomputed_and_where_nothing_fits_there
 
 
 def test_a_microbatch_has_whole_rows_on_every_device():
-    config = tiny()
-    config.mesh.update(data=1, fsdp=4, expert=2, tensor=1)
-    assert search.microbatch_numbers(config) == [1, 2, 3, 4, 6, 12]
+    settings = dataclasses.replace(tiny(), mesh=sections.Mesh(fsdp=4, expert=2))
+    assert search.microbatch_numbers(settings) == [1, 2, 3, 4, 6, 12]

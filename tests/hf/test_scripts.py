@@ -89,8 +89,9 @@ def test_a_run_starts_from_a_folder_and_takes_its_model():
     config.init.upcycle.recipe = "naive"
     config.model.num_experts = 4
     config.mesh.fsdp = 8
-    mesh = meshes.make(config.mesh.to_dict())
-    params = init.parameters(config, mesh, init.plan_of(config))
+    settings = configs.resolve(config)
+    mesh = meshes.make(vars(settings.mesh))
+    params = init.parameters(settings, mesh, init.plan_of(settings))
     _, parent = hf.load(GOLDEN / "llama_bf16")
     up = params["blocks"]["0"]["moe"]["experts"]["up"]
     assert up.dtype == np.float32 and not up.sharding.is_fully_replicated

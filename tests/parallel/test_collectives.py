@@ -27,7 +27,7 @@ def step_text(mesh, mode):
     config.model.update(MODEL, expert_parallel=mode)
     config.training.batch_size = 8
     config.data.sequence_length = 16
-    return lowering.lower(config, mesh).compile().as_text()
+    return lowering.lower(configs.resolve(config), mesh).compile().as_text()
 
 
 def sent(text, mesh):

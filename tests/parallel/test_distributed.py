@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 3
 
 
-def config_of(folder: pathlib.Path):
+def settings_of(folder: pathlib.Path):
     config = configs.default()
     config.model.update(
         vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
@@ -37,33 +37,32 @@ def config_of(folder: pathlib.Path):
     config.data.cache_dir = str(folder / "cache")
     config.optimizer.learning_rate = 1e-2
     config.training.update(num_steps=STEPS, batch_size=8)
-    return config
+    return configs.resolve(config)
 
 
-def open_corpus(config) -> pipeline.TokenizedCorpus:
+def open_corpus(settings) -> pipeline.TokenizedCorpus:
     return pipeline.open_corpus(
-        config.data.source,
+        settings.data.source,
         "train",
         tokenizers.load("bytes"),
         validation_fraction=0.0,
-        cache=pathlib.Path(config.data.cache_dir),
+        cache=pathlib.Path(settings.data.cache_dir),
     )
 
 
-def train(config) -> dict:
+def train(settings) -> dict:
     """What this process feeds in each step, row by row, and the losses that it sees."""
-    mesh = meshes.make(config.mesh.to_dict())
-    model_config = configs.model_config(config)
-    tx = optimizer.adamw(config.optimizer, STEPS)
+    mesh = meshes.make(vars(settings.mesh))
+    tx = optimizer.adamw(settings.optimizer, STEPS)
 
     def create():
-        params = model.init(model_config, jax.random.key(0))
-        return TrainState.create(params, tx, balancing.initial(model_config, config.training))
+        params = model.init(settings.model, jax.random.key(0))
+        return TrainState.create(params, tx, balancing.initial(settings.model, settings.balance))
 
     shardings = sharding.shardings(jax.eval_shape(create), mesh)
     state = meshes.under(mesh, jax.jit(create, out_shardings=shardings))()
-    train_step = meshes.under(mesh, step.jitted(config, model_config, tx, shardings, mesh))
-    corpus = distributed.first_alone(functools.partial(open_corpus, config), ValueError)
+    train_step = meshes.under(mesh, step.jitted(settings, tx, shardings, mesh))
+    corpus = distributed.first_alone(functools.partial(open_corpus, settings), ValueError)
     on_batch = jax.NamedSharding(mesh, sharding.BATCH)
     rows = distributed.rows_of(on_batch.addressable_devices, on_batch, 8)
     batches = pipeline.batches(corpus, sequence_length=16, batch_size=8, seed=0, rows=rows)
@@ -99,7 +98,7 @@ if __name__ == "__main__":
     folder, port, process = sys.argv[1:]
     distributed.initialize(f"localhost:{port}", 2, int(process))
     with distributed.ending_together():
-        result = train(config_of(pathlib.Path(folder))) | disagree()
+        result = train(settings_of(pathlib.Path(folder))) | disagree()
     (pathlib.Path(folder) / f"{process}.json").write_text(json.dumps(result))
 
 
@@ -137,7 +136,7 @@ def two(folder):
 
 
 def test_two_processes_train_as_one_on_the_same_rows(two, folder):
-    one = train(config_of(folder))
+    one = train(settings_of(folder))
     for n in range(STEPS):
         first, second = ({int(row): tokens for row, tokens in p["fed"][n].items()} for p in two)
         assert not set(first) & set(second)

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config as configs
 from moe_jax import model, tree
+from moe_jax.config.sections import Optimizer
 from moe_jax.model.config import DENSE, MOE
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
@@ -40,7 +40,7 @@ CONFIGS = {
 @functools.cache
 def leaves_of(config):
     """Path to shape of everything in a train state; nothing is computed."""
-    adamw = optimizer.adamw(configs.default().optimizer, 10)
+    adamw = optimizer.adamw(Optimizer(), 10)
     state = jax.eval_shape(lambda: TrainState.create(model.init(config, jax.random.key(0)), adamw))
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {tree.path_name(path): leaf for path, leaf in leaves}

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax import config as configs
 from moe_jax import model, tree
+from moe_jax.config import Run
+from moe_jax.config.sections import Balance, Optimizer
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 from moe_jax.training import balancing, checkpoint, optimizer, step
@@ -26,12 +27,10 @@ CONFIG = model.ModelConfig(
     router="sigmoid_topk",
     remat="none",
 )
-SETTINGS = configs.default()
-SETTINGS.training.update(
+BALANCE = Balance(
     load_balancing_schedule="adaptive", load_balancing_coefficient=0.02, bias_update_rate=0.5
 )
-SETTINGS.optimizer.update(no_weight_decay="", weight_decay=1.0, learning_rate=0.1)
-TX = optimizer.adamw(SETTINGS.optimizer, 10)
+TX = optimizer.adamw(Optimizer(no_weight_decay="", weight_decay=1.0, learning_rate=0.1), 10)
 
 
 def biases_of(params):
@@ -44,17 +43,16 @@ def biases_of(params):
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 def test_coefficients_follow_the_drop_rates_as_a_loop_says(dispatch):
     config = dataclasses.replace(CONFIG, dispatch=dispatch, capacity_factor=1.0)
-    settings = SETTINGS.training.adaptive_balance
     rng = np.random.default_rng(0)
     counts = rng.multinomial(64, [0.4, 0.3, 0.2, 0.1], size=(100, 2))
     counts[:, 1] = 16  # the second layer is balanced: nothing would be dropped
     dropped = rng.integers(0, 4, size=(100, 2))
 
     def one(state, now):
-        state = balancing.adapted(state, config, settings, *now)
+        state = balancing.adapted(state, config, BALANCE.adaptive, *now)
         return state, state.coefficients_L
 
-    state = balancing.initial(config, SETTINGS.training)
+    state = balancing.initial(config, BALANCE)
     _, trace = jax.jit(lambda s: jax.lax.scan(one, s, (counts, dropped)))(state)
 
     alpha = np.array([0.02, 0.02])
@@ -102,8 +100,8 @@ def test_a_step_moves_biases_and_coefficients_by_their_rules_alone_from_its_own_
     params = jax.jit(lambda key: model.init(CONFIG, key))(jax.random.key(0))
     router = params["blocks"]["0"]["moe"]["router"]
     router["bias"] = jnp.array([[0.3, -0.3, 0.1, -0.1], [0.2, 0.2, -0.2, -0.2]])
-    before = TrainState.create(params, TX, balancing.initial(CONFIG, SETTINGS.training))
-    one_step = jax.jit(step.make_train_step(CONFIG, SETTINGS.training, TX))
+    before = TrainState.create(params, TX, balancing.initial(CONFIG, BALANCE))
+    one_step = jax.jit(step.make_train_step(Run(model=CONFIG, balance=BALANCE), TX))
     after, metrics = one_step(before, batch())
 
     counts = np.asarray(metrics.tokens_per_expert_LE)
@@ -114,9 +112,8 @@ def test_a_step_moves_biases_and_coefficients_by_their_rules_alone_from_its_own_
         np.testing.assert_array_equal(biases_of(optax.tree.get(after.opt_state, moment)), 0)
 
     np.testing.assert_array_equal(metrics.load_balancing_coefficients_L, np.float32([0.02] * 2))
-    adaptive_balance = SETTINGS.training.adaptive_balance
     loads = counts, metrics.dropped_L
-    adapted = balancing.adapted(before.router_state, CONFIG, adaptive_balance, *loads)
+    adapted = balancing.adapted(before.router_state, CONFIG, BALANCE.adaptive, *loads)
     np.testing.assert_allclose(after.router_state.coefficients_L, adapted.coefficients_L, rtol=1e-6)
     assert (after.router_state.coefficients_L < 0.02).all()
 
@@ -141,6 +138,5 @@ def test_a_checkpoint_keeps_what_the_rules_remember(tmp_path):
     [(CONFIG, "constant"), (dataclasses.replace(CONFIG, layers=None, num_experts=0), "adaptive")],
 )
 def test_a_state_without_rules_has_the_leaves_it_always_had(config, schedule):
-    training = SETTINGS.training.copy_and_resolve_references()
-    training.load_balancing_schedule = schedule
-    assert jax.tree.leaves(balancing.initial(config, training)) == []
+    balance = dataclasses.replace(BALANCE, load_balancing_schedule=schedule)
+    assert jax.tree.leaves(balancing.initial(config, balance)) == []

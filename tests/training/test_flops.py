@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.config import Run
 from moe_jax.dryrun import hlo
 from moe_jax.training import flops, optimizer, step
 from moe_jax.training.state import TrainState
@@ -46,13 +46,13 @@ LESS_OFTEN = ("save_experts", "offload_experts", "offload_dots")
 @pytest.mark.parametrize("T", [pytest.param(32, marks=pytest.mark.long, id="one block"), T])
 def test_a_dense_step_executes_the_analytic_flops_exactly(remat, T):
     config = dataclasses.replace(DENSE, remat=remat)
-    settings = configs.default()
+    settings = Run(model=config)
     tx = optimizer.adamw(settings.optimizer, 10)
     state = jax.eval_shape(
         lambda key: TrainState.create(model.init(config, key), tx), jax.random.key(0)
     )
     names = ("tokens", "targets", "segment_ids", "positions")
     batch = {name: jax.ShapeDtypeStruct((2, T), "int32") for name in names}
-    compiled = jax.jit(step.make_train_step(config, settings.training, tx)).lower(state, batch)
+    compiled = jax.jit(step.make_train_step(settings, tx)).lower(state, batch)
     executed = hlo.product_flops(compiled.compile().as_text())
     assert executed == 2 * T * flops.analytic_flops(config, T)

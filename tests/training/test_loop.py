@@ -4,13 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config as configs
+from moe_jax import model
+from moe_jax.config import Run
+from moe_jax.config.sections import Training
 from moe_jax.training import loop
 
 
 def test_a_step_with_an_implicit_transfer_is_refused():
-    config = configs.default()
-    config.training.num_steps = 1
+    settings = Run(model=model.PRESETS["quickstart"], training=Training(num_steps=1))
     host_array = np.ones(3, np.float32)
     parts = loop.Parts(
         train_step=lambda state, batch: (state + host_array, None),
@@ -26,4 +27,4 @@ def test_a_step_with_an_implicit_transfer_is_refused():
         largest=lambda number: number,
     )
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        loop.run(jnp.zeros(3), 0, iter([None]), config, parts)
+        loop.run(jnp.zeros(3), 0, iter([None]), settings, parts)

@@ -1,5 +1,6 @@
 """The losses against formulas worked by hand."""
 
+import dataclasses
 import functools
 import statistics
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config as configs
+from moe_jax.config.sections import Balance
 from moe_jax.model import router
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import losses
@@ -75,8 +76,7 @@ def test_z_loss_is_the_mean_squared_logsumexp():
     np.testing.assert_allclose(losses.router_z(stats_of(logits_LME)).mean(), z.mean(), rtol=1e-5)
 
 
-SETTINGS = configs.default().training
-SETTINGS.update(load_balancing_coefficient=0.5, router_z_coefficient=0.0)
+BALANCE = Balance(load_balancing_coefficient=0.5, router_z_coefficient=0.0)
 
 
 def made_up(seed=0, L=3, S=2, E=E):
@@ -147,11 +147,10 @@ def test_importance_loss_is_the_squared_coefficients_of_variation():
 
 @functools.partial(jax.jit, static_argnames=("names", "values"))
 def router_losses(stats, num_tokens, coefficients_L=None, names=(), values=()):
-    settings = SETTINGS.copy_and_resolve_references()
-    settings.update(dict(zip(names, values, strict=True)))
     return losses.router_losses(
         stats,
-        settings,
+        dataclasses.replace(BALANCE, **dict(zip(names, values, strict=True))),
+        accumulation_steps=1,
         num_experts_per_tok=A,
         num_tokens=num_tokens,
         coefficients_L=coefficients_L,

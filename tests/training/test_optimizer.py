@@ -1,20 +1,20 @@
 """Schedules at points known by hand, what decays, what is clipped, rules of paths, OMoE."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from moe_jax import config as configs
 from moe_jax import tree
+from moe_jax.config.sections import Optimizer
 from moe_jax.training import optimizer
 
 
 def settings(**changes):
-    section = configs.default().optimizer
-    section.update(learning_rate=1.0, final_learning_rate_ratio=0.1, **changes)
-    return section
+    return Optimizer(learning_rate=1.0, final_learning_rate_ratio=0.1, **changes)
 
 
 def rates(section, num_steps):
@@ -85,7 +85,7 @@ def test_gradient_factors_come_before_the_clip_and_the_first_rule_decides():
     section = settings(gradient_factors=RULES, gradient_clip_norm=1.0)
     _, state = first_update(section, tree_of(8.0, 0.0, 0.0))
     np.testing.assert_allclose(values(optax.tree.get(state, "mu"))[0], 0.1 / 2, rtol=1e-5)
-    section.gradient_clip_norm = 1e9
+    section = dataclasses.replace(section, gradient_clip_norm=1e9)
     _, state = first_update(section, tree_of(8.0, 6.0, 0.0))
     np.testing.assert_allclose(values(optax.tree.get(state, "mu"))[:2], [0.2, 0.3], rtol=1e-5)
 
@@ -136,7 +136,9 @@ def test_a_pattern_without_a_parameter_is_refused(key):
     )
     with pytest.raises(ValueError, match=f"{key}: 'expert/up' matches no parameter"):
         optimizer.check_paths(section, tree_of(1.0, 1.0))
-    section[key] = "experts/up" if key == "frozen" else (("embed", 1), ("experts/up", 2))
+    section = settings(
+        **{key: "experts/up" if key == "frozen" else (("embed", 1), ("experts/up", 2))}
+    )
     optimizer.check_paths(section, tree_of(1.0, 1.0))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import init, model, stores, train
+from moe_jax.config.sections import Optimizer
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import checkpoint, metrics, optimizer
 from moe_jax.training.state import TrainState
@@ -61,11 +62,11 @@ def test_a_run_writes_what_is_on_and_evaluates_with_as_many_experts_as_it_is_tol
     params = jax.jit(lambda key: model.init(STUDENT, key))(jax.random.key(0))
     stores.save(tmp_path / "teacher", STUDENT, params)
     changes = {
-        "training.load_balancing_schedule": "adaptive",
-        "training.mutual_information_coefficient": 0.1,
-        "training.distillation.source": teacher,
-        "training.distillation.coefficient": 0.5,
-        "training.load_balancing_coefficient": 0.02,
+        "balance.load_balancing_schedule": "adaptive",
+        "balance.mutual_information_coefficient": 0.1,
+        "objective.distillation.source": teacher,
+        "objective.distillation.coefficient": 0.5,
+        "balance.load_balancing_coefficient": 0.02,
         "init.source": teacher,
         "evaluation.num_experts_per_tok": 4,
     }
@@ -85,22 +86,22 @@ REFUSED = {
     "is not a regular expression": {"optimizer.frozen": "("},
     "use pairs of a regular expression and a factor": {"optimizer.gradient_factors": (("a", "b"),)},
     "frozen: 'expert/up' matches no parameter": {"optimizer.frozen": "expert/up"},
-    "set training.load_balancing_scope='layer'": {
-        "training.load_balancing_schedule": "adaptive",
-        "training.load_balancing_scope": "all_layers",
+    "set balance.load_balancing_scope='layer'": {
+        "balance.load_balancing_schedule": "adaptive",
+        "balance.load_balancing_scope": "all_layers",
     },
     "needs a router with a bias, not model.router='softmax_topk'": {
-        "training.bias_update_rate": 0.1
+        "balance.bias_update_rate": 0.1
     },
-    "set training.distillation.source": {"training.distillation.coefficient": 0.1},
-    "set training.distillation.coefficient": {"training.distillation.source": "runs/dense"},
+    "set objective.distillation.source": {"objective.distillation.coefficient": 0.1},
+    "set objective.distillation.coefficient": {"objective.distillation.source": "runs/dense"},
     "init.upcycle sets router, optimizer_state without a recipe": {
         "init.upcycle.router": "zero",
         "init.upcycle.optimizer_state": "copy",
     },
     "source='does/not/exist' has no checkpoints": {
-        "training.distillation.source": "does/not/exist",
-        "training.distillation.coefficient": 0.1,
+        "objective.distillation.source": "does/not/exist",
+        "objective.distillation.coefficient": 0.1,
     },
     "more than the 4 experts": {"evaluation.num_experts_per_tok": 5},
 }
@@ -116,8 +117,8 @@ def test_what_cannot_be_is_refused_in_one_line(complaint, config, tmp_path):
 
 def test_a_teacher_of_another_vocabulary_is_refused(config, tmp_path):
     changes = {
-        "training.distillation.source": str(GOLDEN / "llama"),
-        "training.distillation.coefficient": 0.1,
+        "objective.distillation.source": str(GOLDEN / "llama"),
+        "objective.distillation.coefficient": 0.1,
         "mesh.data": -1,
         "mesh.fsdp": 1,
     }
@@ -152,7 +153,7 @@ def test_a_run_with_a_recipe_makes_one_plan_for_its_weights_and_their_moments(
 
 def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, tmp_path):
     dense, mesh = dataclasses.replace(STUDENT, num_experts=0), meshes.one_device()
-    tx = optimizer.adamw(config.optimizer, 2)
+    tx = optimizer.adamw(Optimizer(learning_rate=1e-2), 2)
     params = jax.jit(lambda key: model.init(dense, key))(jax.random.key(0))
     state = TrainState.create(params, tx)
     _, opt_state = tx.update(jax.tree.map(jnp.cos, params), state.opt_state, params)
@@ -173,7 +174,7 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
         "init.upcycle.permute_neurons": True,
     }
     child = with_changes(config, changes)
-    configs.validate(child)
+    child = configs.resolve(child)
     planned = init.plan_of(child)
     made = init.parameters(child, mesh, planned)
     copied = init.optimizer_state(child, mesh, tx.init(made), planned)
@@ -205,4 +206,4 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
 def test_moments_that_have_no_way_to_go_are_refused(config, changes, message):
     changes["init.upcycle.optimizer_state"] = "copy"
     with pytest.raises(configs.ConfigError, match=message):
-        configs.validate(with_changes(config, changes))
+        configs.resolve(with_changes(config, changes))

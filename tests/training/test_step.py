@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.config import Run
+from moe_jax.config.sections import Optimizer, Training
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 from moe_jax.training import checkpoint, optimizer, step
@@ -24,9 +25,7 @@ DENSE = model.ModelConfig(
     num_attention_heads=2,
 )
 MOE = DENSE.to_moe(num_experts=4, num_experts_per_tok=2)
-SETTINGS = configs.default()
-SETTINGS.optimizer.learning_rate = 1e-2
-TX = optimizer.adamw(SETTINGS.optimizer, 10)
+TX = optimizer.adamw(Optimizer(learning_rate=1e-2), 10)
 
 
 def batch_of(seed, lengths=(T,) * B):
@@ -46,9 +45,8 @@ def initial(config):
 
 @functools.cache
 def train_step(config, accumulation_steps=1, out_shardings=None):
-    training = SETTINGS.training.copy_and_resolve_references()
-    training.accumulation_steps = accumulation_steps
-    return jax.jit(step.make_train_step(config, training, TX), out_shardings=out_shardings)
+    settings = Run(model=config, training=Training(accumulation_steps=accumulation_steps))
+    return jax.jit(step.make_train_step(settings, TX), out_shardings=out_shardings)
 
 
 def losses_of(one_step, state, start=0):

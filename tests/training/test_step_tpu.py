@@ -28,7 +28,7 @@ def step_config(E, A, F, rows_per_expert):
     )
     config.data.sequence_length = T
     config.training.batch_size = DEVICES * rows_per_expert * E // A // T
-    return config
+    return configs.resolve(config)
 
 
 @pytest.mark.long
@@ -36,18 +36,17 @@ def step_config(E, A, F, rows_per_expert):
 @pytest.mark.parametrize(("E", "A", "F"), [(8, 2, 1024), (64, 8, 256)])
 def test_a_step_executes_the_due_products_with_megablox_and_splash(libtpu, topology, E, A, F):
     rows_per_expert = 512
-    config = step_config(E, A, F, rows_per_expert)
+    settings = step_config(E, A, F, rows_per_expert)
     mesh = meshes.make({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}, libtpu(topology))
-    text = lowering.lower(config, mesh).compile().as_text()
-    B = config.training.batch_size // DEVICES
+    text = lowering.lower(settings, mesh).compile().as_text()
+    B = settings.training.batch_size // DEVICES
     heads = 2 * (D // N) * N * B  # multiply-adds of one pair of positions, of all heads and rows
     executed = hlo.product_flops(
         text,
         kernels={name: heads * n for name, n in attention.splash_kernels(T).items()},
     )
-    model_config = configs.model_config(config)
     with jax.set_mesh(mesh):
-        due = flops.analytic_flops(model_config, T) * B * T
+        due = flops.analytic_flops(settings.model, T) * B * T
     M = rows_per_expert * E
     tm, *_ = grouped_tpu.tiling(M, D, F, E, itemsize=2)
     tiles = grouped_tpu.visited_rows(M, E, tm) / M

@@ -1,5 +1,6 @@
 """Router losses over an accumulation window are those of one batch; averages are not."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moe_jax import config as configs
 from moe_jax import model
+from moe_jax.config import Run
+from moe_jax.config.sections import Balance, Optimizer, Training
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 from moe_jax.training import optimizer, step
@@ -26,15 +28,13 @@ CONFIG = model.ModelConfig(
     initializer_range=0.3,  # so that experts are used unevenly
 )
 PARTS = ("load_balancing_loss", "router_z_loss", "importance_loss", "mutual_information")
-SETTINGS = configs.default()
-SETTINGS.optimizer.gradient_clip_norm = 1e9
-SETTINGS.training.update(
+BALANCE = Balance(
     load_balancing_coefficient=0.5,
     router_z_coefficient=0.01,
     importance_coefficient=0.3,
     mutual_information_coefficient=0.2,
 )
-TX = optimizer.adamw(SETTINGS.optimizer, 10)
+TX = optimizer.adamw(Optimizer(gradient_clip_norm=1e9), 10)
 
 
 def batch():
@@ -56,9 +56,12 @@ def initial():
 
 def step_of(accumulation_steps, over, mesh=None):
     """The metrics of a step, and its gradients, which are ten times Adam's first moments."""
-    training = SETTINGS.training.copy_and_resolve_references()
-    training.update(accumulation_steps=accumulation_steps, load_balancing_over=over)
-    train_step = step.make_train_step(CONFIG, training, TX)
+    settings = Run(
+        model=CONFIG,
+        training=Training(batch_size=B, accumulation_steps=accumulation_steps),
+        balance=dataclasses.replace(BALANCE, load_balancing_over=over),
+    )
+    train_step = step.make_train_step(settings, TX)
     state, shardings = initial(), None
     if mesh is not None:
         state_shardings = sharding.shardings(state, mesh)

@@ -383,7 +383,8 @@ def test_a_recipe_that_is_registered_is_one_of_a_runs_config(toy, tmp_path):
     config.training.update(num_steps=1, batch_size=8)
     config.evaluation.update(batch_size=8, max_batches=1, continuation_tokens=1)
     mesh = meshes.one_device()
-    down = init.parameters(config, mesh, init.plan_of(config))["blocks"]["0"]["moe"]["experts"][
+    settings = configs.resolve(config)
+    down = init.parameters(settings, mesh, init.plan_of(settings))["blocks"]["0"]["moe"]["experts"][
         "down"
     ]
     old = params["blocks"]["0"]["mlp"]["down"]

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import config as configs
 from moe_jax import model, upcycle
+from moe_jax.config import Run
+from moe_jax.config.sections import Balance, Optimizer
 from moe_jax.data import pipeline, tokenizers
 from moe_jax.model.config import CHOICES
-from moe_jax.training import balancing, optimizer, step
+from moe_jax.training import optimizer, step
 from moe_jax.training.state import TrainState
 from moe_jax.upcycle import recipes
 
@@ -27,10 +28,6 @@ DENSE = model.ModelConfig(
     remat="none",
 )
 STEPS = 30
-SETTINGS = configs.default()
-SETTINGS.optimizer.learning_rate = 3e-3
-SETTINGS.training.batch_size = 4
-SETTINGS.training.bias_update_rate = 1e-3
 
 
 def mixture(**fields):
@@ -94,13 +91,15 @@ def batches():
 
 @functools.cache
 def train_step(config):
-    tx = optimizer.adamw(SETTINGS.optimizer, STEPS)
-    return tx, jax.jit(step.make_train_step(config, SETTINGS.training, tx))
+    tx = optimizer.adamw(Optimizer(learning_rate=3e-3), STEPS)
+    rate = 1e-3 if config.router == "sigmoid_topk" else 0.0
+    settings = Run(model=config, balance=Balance(bias_update_rate=rate))
+    return tx, jax.jit(step.make_train_step(settings, tx))
 
 
 def train(params, config, batches):
     tx, one_step = train_step(config)
-    state = TrainState.create(params, tx, balancing.initial(config, SETTINGS.training))
+    state = TrainState.create(params, tx)
     losses, loads = [], []
     for batch in batches:
         state, metrics = one_step(state, batch)

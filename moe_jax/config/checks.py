@@ -1,0 +1,88 @@
+"""What a config's value must be, and the one line that refuses another value.
+
+A check is a function of a key's full name and its value. The keys of `sections.py` carry theirs as
+metadata of their fields.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+
+
+class ConfigError(ValueError):
+    """A mistake in a config or on the command line; its text is the one line to print."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A finite number for which `holds` is true."""
+
+    complaint: str
+    holds: Callable[[float], bool]
+
+    def __call__(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise ConfigError(f"{name}={value} is not a finite number; it {self.complaint}")
+        if not self.holds(value):
+            raise ConfigError(f"{name}={value} {self.complaint}")
+
+
+POSITIVE = Number("must be more than 0", lambda v: v > 0)
+NOT_NEGATIVE = Number("must not be negative", lambda v: v >= 0)
+SHARE = Number("must be from 0 to 1", lambda v: 0 <= v <= 1)
+AXIS_SIZE = Number("must be at least 1, or -1 to fill", lambda v: v >= 1 or v == -1)
+
+
+def seed(name: str, value: int) -> None:
+    NOT_NEGATIVE(name, value)
+    if value >= 2**31:
+        raise ConfigError(f"{name}={value} must be less than 2**31")
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """One of `choices()`, which are looked up when a value is checked: tables of them may grow."""
+
+    choices: Callable[[], tuple[str, ...]]
+
+    def __call__(self, name: str, value: str) -> None:
+        if value not in (choices := self.choices()):
+            raise ConfigError(f"{name}={value!r} is unknown; use one of {choices}")
+
+
+def one_of(*choices: str) -> OneOf:
+    return OneOf(lambda: choices)
+
+
+def pattern(name: str, value: str) -> None:
+    """A regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigError(f"{name}={value!r} is not a regular expression: {error}") from None
+
+
+def rules(name: str, value: tuple) -> None:
+    """Pairs of a regular expression and a factor."""
+    for rule in value:
+        match rule:
+            case (str(expression), int() | float() as factor) if 0 <= factor < math.inf:
+                pattern(name, expression)
+            case _:
+                raise ConfigError(
+                    f"{name} has {rule!r}; use pairs of a regular expression and a factor "
+                    "of at least 0"
+                )
+
+
+def intervals(name: str, value: tuple) -> None:
+    """Pairs of a name and a number of steps."""
+    for pair in value:
+        match pair:
+            case (str(), int() as every) if every >= 0 and not isinstance(every, bool):
+                continue
+        raise ConfigError(
+            f"{name} has {pair!r}; use pairs of an evaluator's name and a whole number of steps "
+            "of at least 0"
+        )

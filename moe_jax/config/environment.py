@@ -1,0 +1,109 @@
+"""Refusals of what does not fit this machine, or the run that a workdir holds."""
+
+import dataclasses
+import glob
+import json
+import os
+
+from ml_collections import ConfigDict
+
+from moe_jax.config import reading
+from moe_jax.config.checks import ConfigError
+from moe_jax.config.resolved import Run
+from moe_jax.config.sections import Section, section_of
+from moe_jax.data import sources, tokenizers
+from moe_jax.hf import folders
+from moe_jax.parallel import mesh, sharding
+
+
+def validate_environment(run: Run, num_devices: int) -> None:
+    """Refuses what does not fit this machine: devices, data, tokenizer, parent.
+
+    Raises: ConfigError, in one line that says what to change.
+    """
+    validate_mesh(run, num_devices)
+    try:
+        sources.check(run.data.source)
+        tokenizer = tokenizers.load(run.data.tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
+    vocab_size = run.model.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} of "
+            f"tokenizer {run.data.tokenizer!r}; set it to {tokenizer.vocab_size}"
+        )
+    named = [("init.source", source) for source in run.init.parents]
+    if run.objective.distillation.source:
+        named.append(("objective.distillation.source", run.objective.distillation.source))
+    for key, source in named:
+        if folders.is_folder(source):
+            continue
+        if not glob.glob(os.path.join(glob.escape(source), "checkpoints", "*")):
+            raise ConfigError(
+                f"config.{key}={source!r} has no checkpoints; "
+                "give the workdir of a run that saved one, or a Hugging Face folder"
+            )
+
+
+def validate_mesh(run: Run, num_devices: int) -> None:
+    """Refuses a mesh that does not fit the devices, and batches that do not fit the mesh.
+
+    Raises: ConfigError, in one line that says what to change.
+    """
+    try:
+        sizes = mesh.axis_sizes(vars(run.mesh), num_devices)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from None
+    shards = sharding.batch_shards(sizes)
+    microbatch = run.training.batch_size // run.training.accumulation_steps
+    for key, size in (
+        ("training.batch_size (over accumulation_steps)", microbatch),
+        ("evaluation.batch_size", run.evaluation.batch_size),
+    ):
+        if size % shards:
+            raise ConfigError(
+                f"config.{key}={size} is not divisible by the {shards} batch shards of the mesh; "
+                f"use a multiple of {shards}"
+            )
+
+
+def changes(before: dict, config: ConfigDict) -> list[str]:
+    """What `config` changes of the config that a run began with, as "key: old -> new".
+
+    Raises: ConfigError for a change of what must stay in a run that goes on.
+    """
+    old, new = _flatten(reading.stored(before).to_dict()), _flatten(config.to_dict())
+    changed = [key for key in new if json.dumps(old[key]) != json.dumps(new[key])]
+    for key in changed:
+        if key in fixed_keys():
+            raise ConfigError(
+                f"config.{key}={new[key]!r} differs from the {old[key]!r} that the run in "
+                "--workdir began with; give another --workdir"
+            )
+    return [f"{key}: {old[key]} -> {new[key]}" for key in changed]
+
+
+def fixed_keys(kind: type[Section] = Run) -> set[str]:
+    """The keys that decide which text a step sees, and whether routing is learned at all."""
+    prefix = f"{kind.path}." if kind.path else ""
+    found = set()
+    for field in dataclasses.fields(kind):
+        fixed = field.metadata.get("fixed")
+        if section := section_of(field):
+            found |= fixed_keys(section)
+        elif isinstance(fixed, tuple):
+            found |= {f"{prefix}{field.name}.{name}" for name in fixed}
+        elif fixed:
+            found.add(prefix + field.name)
+    return found
+
+
+def _flatten(section: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in section.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

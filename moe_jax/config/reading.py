@@ -1,0 +1,129 @@
+"""Configs out of files, command lines and workdirs.
+
+A config file has `get_config()`, which starts from `default()` and changes what it needs:
+
+    python scripts/train.py --config=configs/quickstart.py --config.training.num_steps=100
+"""
+
+import json
+import os
+import pathlib
+import re
+import typing
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from moe_jax import command_line
+from moe_jax.config.checks import ConfigError
+from moe_jax.config.defaults import default, plain_type
+from moe_jax.model.config import ModelConfig
+
+# Keys and sections of older configs.
+MOVED = {
+    **{
+        f"training.{name}": f"balance.{name}"
+        for name in (
+            *("load_balancing_coefficient", "load_balancing_scope", "load_balancing_divide_by_k"),
+            *("load_balancing_form", "load_balancing_over", "load_balancing_schedule"),
+            *("bias_update_rate", "importance_coefficient", "mutual_information_coefficient"),
+            "router_z_coefficient",
+        )
+    },
+    "training.adaptive_balance": "balance.adaptive",
+    "training.logit_z_coefficient": "objective.logit_z_coefficient",
+    "training.distillation": "objective.distillation",
+}
+
+
+def load(path: str, overrides: dict | None = None) -> ConfigDict:
+    """The config that FILE[:arg] makes, with dotted keys overridden. Runs the file's Python code.
+
+    Raises: ConfigError for a file that cannot be used, an unknown key or a value of a wrong type.
+    """
+    flag = [f"--config.{key}={value}" for key, value in (overrides or {}).items()]
+    return parse([f"--config={path}", *flag])
+
+
+def parse(arguments: list[str]) -> ConfigDict:
+    """`load` from command-line arguments: --config=FILE[:arg] and --config.section.key=value."""
+    path = next((a.removeprefix("--config=") for a in arguments if a.startswith("--config=")), "")
+    if not path:
+        raise ConfigError("--config=FILE is missing; for example --config=configs/quickstart.py")
+    if not os.path.isfile(path.split(":")[0]):
+        raise ConfigError(f"--config={path}: no such file; the examples are under configs/")
+    arguments = ["config", *arguments]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+        unused = values(arguments)[1:]
+    except (AttributeError, KeyError) as error:
+        raise _unknown_key(error) from None
+    except Exception as error:  # whatever the flag library or the file itself raises
+        text = f"{error}".strip() or f"{path}: {error!r}"
+        # What a config file itself raises comes as a traceback, the reason last.
+        if "Traceback" in text:
+            text = f"--config={path}: {text.splitlines()[-1]}"
+        raise ConfigError(" ".join(text.split())) from error
+    if unused:
+        raise ConfigError(
+            f"unexpected argument {unused[0]!r}; options are --config.section.key=value"
+        )
+    return values.config
+
+
+def _unknown_key(error: AttributeError | KeyError) -> ConfigError:
+    """The refusal of a key that a ConfigDict complained of, by its new name if it has one."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = re.sub(r' Other fields present: ".*\}"', "", " ".join(error.args[0].split()))
+    named = re.search(r"""["'](\w+)["']""", text)
+    for old, new in MOVED.items():
+        if named and named[1] == old.rpartition(".")[2]:
+            return ConfigError(f"config.{old} is config.{new} now")
+    return ConfigError(f"unknown key {text}")
+
+
+def model_fields(arguments: list[str]) -> dict:
+    """The ModelConfig fields in command-line arguments "--model.NAME=VALUE".
+
+    Raises: ValueError for a field or value that ModelConfig does not have.
+    """
+    hints = typing.get_type_hints(ModelConfig)
+    fields = {}
+    for name, text in command_line.options("model", arguments).items():
+        if name not in hints:
+            raise ValueError(f"--model.{name}: a model's config has no such field")
+        fields[name] = command_line.typed(f"model.{name}", text, plain_type(hints[name]))
+    return fields
+
+
+def save_json(config: ConfigDict, workdir: pathlib.Path) -> None:
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+
+
+def load_json(workdir: pathlib.Path) -> ConfigDict:
+    """The config of the run that lives in `workdir`.
+
+    Raises: ConfigError for one that this version cannot read.
+    """
+    path = workdir / "config.json"
+    try:
+        return stored(json.loads(path.read_text()))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def stored(values: dict) -> ConfigDict:
+    """The config whose `to_dict()` was stored in a workdir or a checkpoint.
+
+    Raises: ConfigError for a key or value that a config cannot have.
+    """
+    config = default()
+    try:
+        config.update(values)
+    except (AttributeError, KeyError) as error:
+        raise _unknown_key(error) from None
+    except TypeError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    return config

@@ -1,0 +1,129 @@
+"""A run's settings: its config, resolved once into dataclasses of which functions take a part."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from moe_jax.config import checks, sections
+from moe_jax.config.checks import ConfigError
+from moe_jax.config.sections import Section, key, part, section_of
+from moe_jax.hf import configs as hf_configs
+from moe_jax.hf import folders
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.presets import PRESETS
+from moe_jax.upcycle import recipes
+
+Made = TypeVar("Made", bound=Section)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Section, path=""):
+    """All that a run is told. In a config `model` is a preset and what to change of it, or all
+    fields that ModelConfig has no default for."""
+
+    seed: int = key(0, "of parameters and the order of the text", checks.seed, fixed=True)
+    # Another router would decide whether routing is learned at all.
+    model: ModelConfig = dataclasses.field(metadata={"fixed": ("router",)})
+    init: sections.Init = part(sections.Init)
+    data: sections.Data = part(sections.Data)
+    mesh: sections.Mesh = part(sections.Mesh)
+    optimizer: sections.Optimizer = part(sections.Optimizer)
+    training: sections.Training = part(sections.Training)
+    balance: sections.Balance = part(sections.Balance)
+    objective: sections.Objective = part(sections.Objective)
+    evaluation: sections.Evaluation = part(sections.Evaluation)
+    checkpoint: sections.Checkpoint = part(sections.Checkpoint)
+
+    def problems(self) -> Iterator[str]:
+        optimizer, num_steps = self.optimizer, self.training.num_steps
+        if optimizer.warmup_steps + optimizer.decay_steps > num_steps:
+            yield (
+                f"config.optimizer: warmup_steps={optimizer.warmup_steps} and "
+                f"decay_steps={optimizer.decay_steps} exceed training.num_steps={num_steps}"
+            )
+        model, rate = self.model, self.balance.bias_update_rate
+        if rate and model.num_experts and model.router != "sigmoid_topk":
+            yield (
+                f"config.balance.bias_update_rate={rate} needs a router with a bias, "
+                f"not model.router={model.router!r}; use 'sigmoid_topk', or a rate of 0"
+            )
+        if self.evaluation.num_experts_per_tok > model.num_experts:
+            yield (
+                f"config.evaluation.num_experts_per_tok={self.evaluation.num_experts_per_tok} is "
+                f"more than the {model.num_experts} experts of the model"
+            )
+        recipe = self.init.upcycle.recipe
+        if recipe and not model.num_experts and recipes.RECIPES[recipe].gives == recipes.MIXTURE:
+            yield (
+                f"config.init.upcycle.recipe={recipe!r} makes a sparse model; "
+                "set config.model.num_experts"
+            )
+
+
+def resolve(config: ConfigDict) -> Run:
+    """The settings that a config gives, with the ModelConfig of its model.
+
+    Raises: ConfigError, in one line that says what to change, for what can be seen from the config
+      alone.
+    """
+    values = _with_tuples(config.to_dict())
+    upcycle = values["init"]["upcycle"]
+    own = {field.name for field in dataclasses.fields(sections.Upcycle)}
+    values["init"]["upcycle"] = {
+        **{name: value for name, value in upcycle.items() if name in own},
+        "parameters": {n: v for n, v in upcycle.items() if n not in own and v is not None},
+    }
+    values["model"] = _model(values["model"], _made(sections.Init, values["init"]))
+    return _made(Run, values)
+
+
+def _made(kind: type[Made], values: dict[str, Any]) -> Made:
+    parts = {
+        field.name: _made(section, values[field.name])
+        for field in dataclasses.fields(kind)
+        if (section := section_of(field))
+    }
+    return kind(**{**values, **parts})
+
+
+def _with_tuples(value: Any) -> Any:
+    """Lists, which a stored config has in the place of tuples, as tuples."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(inner) for name, inner in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _model(section: dict[str, Any], init: sections.Init) -> ModelConfig:
+    fields = {name: value for name, value in section.items() if value is not None}
+    preset = fields.pop("preset")
+    if preset and preset not in PRESETS:
+        raise ConfigError(
+            f"config.model.preset={preset!r} is unknown; use one of {', '.join(PRESETS)}"
+        )
+    base = dataclasses.asdict(PRESETS[preset]) if preset else {}
+    if not preset and "vocab_size" not in fields and init.parents:
+        base = _fields_of_source(init.parents[0])
+        if "num_experts" in fields:
+            base["model_type"] = None
+    try:
+        return ModelConfig(**{**base, **fields})
+    except TypeError as error:
+        missing = str(error).split("argument")[-1].strip("s: ")
+        raise ConfigError(
+            f"config.model lacks {missing}; set them, or config.model.preset"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"config.model.{error}") from None
+
+
+def _fields_of_source(source: str) -> dict[str, Any]:
+    """Of a model's Hugging Face folder; a run's config says its model itself."""
+    if not folders.is_folder(source):
+        return {}
+    try:
+        return dataclasses.asdict(hf_configs.read(hf_configs.load_json(pathlib.Path(source))))
+    except ValueError as error:
+        raise ConfigError(f"config.init.source={source}: {error}") from None
