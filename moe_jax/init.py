@@ -130,7 +130,7 @@ def _adam_states(opt_state: optax.OptState) -> list[optax.ScaleByAdamState]:
 
 @dataclasses.dataclass(frozen=True)
 class Lineage:
-    """What it took to make a source of parameters, its own sources included."""
+    """The training behind a source of parameters, that of its own sources included."""
 
     tokens: int
     training_flops: float

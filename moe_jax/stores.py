@@ -70,7 +70,7 @@ def config_of(workdir: pathlib.Path) -> model.ModelConfig:
 
 
 def tokenizer_of(workdir: pathlib.Path) -> str:
-    """What `tokenizers.load` takes for the model of a Hugging Face folder or a run's workdir."""
+    """The name by which `tokenizers.load` finds the tokenizer of a model's folder."""
     if not folders.is_folder(workdir):
         return configs.load_json(workdir).data.tokenizer
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")

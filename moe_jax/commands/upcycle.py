@@ -29,7 +29,7 @@ from moe_jax.parallel import mesh
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import recipes, router_init, transform
 
-# Fields of the new model that its kind or another option decides, and what to do instead.
+# Fields that --model cannot set, and what to do instead.
 OF_KIND = {"model_type": "the family is one that can hold the model; leave it out"}
 DECIDED = {
     recipes.MIXTURE: OF_KIND
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
-    """Returns how alike the experts are that were made, in some of the layers."""
+    """Returns how similar the new experts are in some of the layers."""
     key = tree.fold_in(jax.random.key(arguments.seed), "upcycle")
     paths = sources_of(arguments)
     if arguments.to == "hf" and all(folders.is_folder(path) for path in paths):
@@ -142,7 +142,7 @@ def sources_of(arguments) -> list[pathlib.Path]:
 
 
 def of_folder(made: folders.Folder, sources: list[folders.Folder]) -> list[similarity.Experts]:
-    """Of the first, the middle and the last sparse layer: one of them is in memory at a time."""
+    """Rows for the first, middle and last sparse layer; one layer is in memory at a time."""
     layers = similarity.sparse_layers(made.config)
     if made.config.num_experts < 2:
         return []
@@ -158,9 +158,9 @@ def of_folder(made: folders.Folder, sources: list[folders.Folder]) -> list[simil
 
 
 def config_of(source, arguments, fields: dict):
-    """Of the model that is made of one of `source`.
+    """The config of the model that the command makes of parents of the config `source`.
 
-    Raises: ValueError for what no model can have, or that is not a field's to say.
+    Raises: ValueError for what no model can have, or what is set by another option.
     """
     gives = recipes.RECIPES[arguments.recipe].gives
     if decided := [name for name in fields if name in DECIDED[gives]]:

@@ -11,7 +11,7 @@ from moe_jax.model.layout import slots
 
 
 def is_folder(path: str | pathlib.Path) -> bool:
-    """Whether this is a Hugging Face folder, rather than a run's workdir or nothing."""
+    """True for a Hugging Face folder; False for a run's workdir, or for nothing."""
     path = pathlib.Path(path)
     return (path / "config.json").exists() and "model_type" in configs.load_json(path)
 

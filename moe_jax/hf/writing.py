@@ -14,7 +14,7 @@ from moe_jax import model
 from moe_jax.hf import configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
 
-# What a folder holds beside its weights, carried along when a model is made of another.
+# Files beside the weights that are copied when a model is made of another.
 TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
     vocab.json vocab.txt merges.txt added_tokens.json chat_template.jinja
     generation_config.json""".split()

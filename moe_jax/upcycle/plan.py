@@ -15,10 +15,10 @@ from moe_jax.upcycle import origins, recipes, router_init, step_zero
 
 # Statistics of a parent: from (its config, the result's) their shape after an axis of all layers.
 STATISTICS = {
-    # Which neurons each expert takes; clusters of the feed-forward's inputs.
+    # The neurons of each expert; clusters of the feed-forward's inputs.
     "neurons": lambda source, config: (config.num_experts, config.expert_size),
     "centroids": lambda source, config: (config.num_experts, config.hidden_size),
-    # What the loss owes to an expert; its assignments; how alike the outputs of two are.
+    # An expert's squared gradients, summed; its assignments; how similar two experts' outputs are.
     "utility": lambda source, config: (source.num_experts,),
     "load": lambda source, config: (source.num_experts,),
     "similarity": lambda source, config: (source.num_experts,) * 2,
@@ -27,7 +27,7 @@ STATISTICS = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one upcycling does. `statistics` are arrays [num_hidden_layers, …] by name."""
+    """One upcycling. `statistics` are arrays [num_hidden_layers, …] by name."""
 
     name: str  # of the recipe
     recipe: recipes.Recipe
@@ -68,15 +68,15 @@ class Plan:
         }
 
     def for_moments(self) -> "Plan":
-        """The plan that takes each moment of an optimizer the way of its weight, routers' to zero.
+        """The plan by which an optimizer's moments follow their weights to experts and neurons.
 
-        To the same experts, in the same order of neurons, but not redrawn, scaled or disturbed.
+        They are not redrawn, scaled or disturbed; those of routers are zero.
         """
         limits = self.recipe.limits.items()
         own = {name: p.for_moments for name, p in limits if p.for_moments is not None}
         return dataclasses.replace(self, router="zero", parameters={**self.parameters, **own})
 
-    # What the leaves are made of ------------------------------------------------------------
+    # Origins of leaves ------------------------------------------------------------
 
     def shell(self, paths: Iterable[str]) -> dict[str, origins.Kept]:
         """The leaves that belong to no layer; `paths` are all leaves of a parent."""
@@ -251,7 +251,7 @@ def differences(source: ModelConfig, config: ModelConfig, own: set[str]) -> Iter
             yield name, getattr(ours, name), getattr(theirs, name)
 
 
-# What an upcycled model and its parent may differ in.
+# Fields that may differ between an upcycled model and its parent.
 OWN = set(
     """initializer_range model_type num_experts num_experts_per_tok
     moe_intermediate_size shared_expert_intermediate_size norm_topk_prob gate_norm_std router

@@ -26,7 +26,7 @@ class ExpertContext:
     expert: jax.Array  # its index
     key: jax.Array  # its own
     layer_key: jax.Array  # the same for all experts of the layer
-    config: ModelConfig  # of the mixture that is made
+    config: ModelConfig  # of the result
     granularity: int  # experts to one feed-forward of the parent's width
     neurons_F: jax.Array | None = None  # the statistic of that name
 
@@ -134,7 +134,7 @@ def expert_upcycling(
     Noise of `router_noise` times its deviation on a copy's router column (and on its selection
     bias, if there is one) is what lets it become another expert.
     """
-    del router_noise  # where the routers are made
+    del router_noise  # `transform.copied_router` uses it
     return mixing.duplicated(P, E, statistics.get("utility"))
 
 

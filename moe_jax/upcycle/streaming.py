@@ -27,7 +27,7 @@ class Reader(Protocol):
 
 
 class Stream:
-    """The model that `transform.execute` makes of the plan, bitwise, in parts made when asked for.
+    """The model that `transform.execute` makes, bit for bit, each part computed when asked for.
 
     Parts are best asked for layer by layer, and expert by expert.
     """
@@ -55,7 +55,7 @@ class Stream:
         self._handed_through = functools.cache(functools.partial(_handed_through, plan))
 
     def dtypes(self) -> dict[str, np.dtype]:
-        """Path -> the widest dtype of what a leaf of the result is made of."""
+        """Path -> the widest dtype of the parents' leaves that a leaf of the result comes from."""
         return self._dtypes
 
     def part(self, path: str, row: tuple[int, ...]) -> np.ndarray:

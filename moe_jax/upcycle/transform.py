@@ -26,7 +26,7 @@ def upcycle(
     statistics: dict[str, np.ndarray] | None = None,
     **parameters,
 ) -> dict:
-    """MoE parameters made of a dense model's (or of several; or of a mixture's).
+    """MoE parameters from those of a dense model, of several, or of a mixture.
 
     Attention, norms, embeddings and head are the parent's; each layer that is sparse in
     `moe_config` gets `num_experts` experts made of its FFN by `recipe`, and a fresh router.
@@ -68,7 +68,7 @@ def execute(plan: plans.Plan, parents: Sequence[dict], key: jax.Array) -> dict:
     origins_L = plan.layers(leaves[0])
     for group in layer_groups(plan.config.block_kinds):
         for slot, layers in group.layers.items():
-            # The parents of one stack may differ: a dense model made of dense and sparse layers.
+            # Layers of one slot may have unlike origins: dense ones of dense and of sparse layers.
             alike: dict[tuple, list[int]] = {}
             for layer in layers:
                 alike.setdefault(tuple(origins_L[layer].items()), []).append(layer)
@@ -117,7 +117,7 @@ def _restacked(blocks: dict[tuple[int, ...], dict], layers: tuple[int, ...]) -> 
 
 
 def _block(stacks: list[dict], origin_of: dict, layers: Sequence[int], plan, key) -> dict:
-    """The leaves of some layers, made of the parents' stacks of the same layers."""
+    """The leaves of some layers of the result, from the parents' stacks of the same layers."""
     layers_L, ffn_P, made = jnp.array(layers), {}, {}
     if any(isinstance(origin, origins.Mixture) for origin in origin_of.values()):
         share_LEP = jnp.array(np.stack([plan.shares(layer) for layer in layers]), jnp.float32)
