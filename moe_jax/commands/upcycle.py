@@ -79,36 +79,29 @@ def main() -> None:
 def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
     """Returns how similar the new experts are in some of the layers."""
     key = tree.fold_in(jax.random.key(arguments.seed), "upcycle")
-    paths = sources_of(arguments)
+    paths, statistics = sources_of(arguments), arguments.statistics
+    source_config = stores.config_of(paths[0])
+    plan = plans.make(
+        source_config,
+        config_of(source_config, arguments, fields),
+        recipe=arguments.recipe,
+        router=arguments.router,
+        num_parents=len(paths),
+        statistics=parent_statistics.load(statistics) if statistics else None,
+        parameters=parameters,
+    )
+    print(f"step 0: {plan.at_start}", flush=True)
     if arguments.to == "hf" and all(folders.is_folder(path) for path in paths):
         parents = [folders.Folder(path) for path in paths]
-        plan = plan_of(parents[0].config, len(parents), arguments, fields, parameters)
         stores.upcycle_folders(plan, parents, arguments.output, key, progress=True)
         return of_folder(folders.Folder(arguments.output), parents)
-    source_config, parents = stores.load_alike(paths, mesh.one_device())
-    plan = plan_of(source_config, len(parents), arguments, fields, parameters)
+    _, parents = stores.load_alike(paths, mesh.one_device())
     made = jax.jit(lambda parents: transform.execute(plan, parents, key))(parents)
     stores.save_as(arguments.to, arguments.output, plan.config, made, source=paths[0])
     if plan.config.num_experts < 2:
         return []
     dense = len(parents) == 1 and not source_config.num_experts
     return similarity.experts(made, plan.config, *((parents[0], source_config) if dense else ()))
-
-
-def plan_of(source, num_parents: int, arguments, fields: dict, parameters: dict) -> plans.Plan:
-    """The plan for parents of the config `source`; prints what the new model is before training."""
-    statistics = arguments.statistics
-    plan = plans.make(
-        source,
-        config_of(source, arguments, fields),
-        recipe=arguments.recipe,
-        router=arguments.router,
-        num_parents=num_parents,
-        statistics=parent_statistics.load(statistics) if statistics else None,
-        parameters=parameters,
-    )
-    print(f"step 0: {plan.at_start}", flush=True)
-    return plan
 
 
 def recipe_parameters(recipe: str, arguments: list[str]) -> dict:
