@@ -13,7 +13,7 @@ import numpy as np
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import files, init, model
+from moe_jax import files, init, model, stores
 from moe_jax.analysis import similarity
 from moe_jax.config import environment
 from moe_jax.data import batches, prepare, tokenizers
@@ -102,12 +102,13 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     except ValueError as error:
         raise configs.ConfigError(f"{error}; give another --workdir or config") from error
     if restored is None:
-        start = 0
+        start, plan = 0, init.plan_of(settings)
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
-            init.parameters(settings, mesh)
+            init.parameters(settings, mesh, plan)
         )
         if settings.init.upcycle.optimizer_state == "copy":
-            state = state.replace(opt_state=init.optimizer_state(settings, mesh, state.opt_state))
+            opt_state = init.optimizer_state(settings, mesh, state.opt_state, plan)
+            state = state.replace(opt_state=opt_state)
     else:
         start, state = restored.step, restored.state
         changed = environment.changes(restored.config, settings.config)
@@ -212,7 +213,7 @@ def _frozen_models(settings: configs.Run, mesh) -> dict[str, tuple[model.ModelCo
     frozen = {}
     for name, source in sources.items():
         try:
-            frozen[name] = init.load(pathlib.Path(source), mesh)
+            frozen[name] = stores.load(pathlib.Path(source), mesh)
         except (ValueError, FileNotFoundError) as error:
             raise configs.ConfigError(f"config.objective, {name}: {error}") from error
         vocab_size = frozen[name][0].vocab_size

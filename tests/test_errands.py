@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import init as stores
-from moe_jax import sweep, train
+from moe_jax import stores, sweep, train
 from moe_jax.analysis import measures
 from moe_jax.model import router, transformer
 from moe_jax.ops import cross_entropy

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import model
+from moe_jax import model, stores
 from moe_jax.benchmark import sizes
 from moe_jax.config import Run
 from moe_jax.config.sections import Balance, Training
@@ -22,7 +22,7 @@ from moe_jax.model import layers, moe, remat, transformer
 from moe_jax.ops import attention, cross_entropy, grouped_matmul, implementations
 from moe_jax.training import flops, optimizer, step
 from moe_jax.training.state import TrainState
-from moe_jax.upcycle import streaming
+from moe_jax.upcycle import plan as plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,18 +296,14 @@ def upcycle_cases() -> Iterator[Case]:
             root / "dense",
             config,
             dtypes,
-            lambda slot: draw(slot.shape, np.float32).astype(np.float16),
+            lambda part: draw(part.shape, np.float32).astype(np.float16),
         )
 
         def made(recipe):
             shutil.rmtree(root / recipe, ignore_errors=True)
-            streaming.upcycle_folder(
-                [folders.Folder(root / "dense")],
-                root / recipe,
-                moe_config,
-                recipe=recipe,
-                key=jax.random.key(0),
-            )
+            plan = plans.make(config, moe_config, recipe=recipe, parameters={})
+            parents = [folders.Folder(root / "dense")]
+            stores.upcycle_folders(plan, parents, root / recipe, jax.random.key(0))
 
         def copy():
             shutil.copyfile(root / "naive" / "model.safetensors", root / "copy")

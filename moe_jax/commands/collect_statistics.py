@@ -21,7 +21,7 @@ import pathlib
 
 import numpy as np
 
-from moe_jax import command_line, init
+from moe_jax import command_line, stores
 from moe_jax.analysis import parent_statistics
 from moe_jax.data import tokenizers
 from moe_jax.parallel import mesh
@@ -48,8 +48,8 @@ def main() -> None:
 
 
 def run(arguments) -> None:
-    config, params = init.load(arguments.source, mesh.one_device())
-    tokenizer = tokenizers.load(arguments.tokenizer or init.tokenizer_of(arguments.source))
+    config, params = stores.load(arguments.source, mesh.one_device())
+    tokenizer = tokenizers.load(arguments.tokenizer or stores.tokenizer_of(arguments.source))
     tokens_NBT = batches_of(arguments, tokenizer)
     if config.num_experts:
         found = parent_statistics.of_mixture(params, config, tokens_NBT)

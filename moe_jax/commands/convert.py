@@ -16,7 +16,7 @@ import pathlib
 
 import numpy as np
 
-from moe_jax import command_line, init
+from moe_jax import command_line, stores
 from moe_jax.hf import folders, tensors, writing
 from moe_jax.parallel import mesh
 
@@ -55,9 +55,9 @@ def run(arguments) -> None:
             progress=True,
         )
         return
-    config, params = init.load(arguments.source, mesh.one_device())
+    config, params = stores.load(arguments.source, mesh.one_device())
     if arguments.dropless:
         config = dataclasses.replace(config, dispatch="dropless")
     if arguments.dtype:
         params = tensors.cast(params, arguments.dtype)
-    init.save_as(arguments.to, arguments.output, config, params, source=arguments.source)
+    stores.save_as(arguments.to, arguments.output, config, params, source=arguments.source)

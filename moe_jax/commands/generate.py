@@ -15,7 +15,7 @@ import pathlib
 import jax
 import numpy as np
 
-from moe_jax import command_line, init
+from moe_jax import command_line, stores
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
 from moe_jax.parallel import mesh
@@ -40,8 +40,8 @@ def main() -> None:
 
 
 def run(arguments) -> list[str]:
-    model_config, params = init.load(arguments.checkpoint, mesh.one_device())
-    tokenizer = tokenizers.load(arguments.tokenizer or init.tokenizer_of(arguments.checkpoint))
+    model_config, params = stores.load(arguments.checkpoint, mesh.one_device())
+    tokenizer = tokenizers.load(arguments.tokenizer or stores.tokenizer_of(arguments.checkpoint))
     prompts = [tokenizer.prompt(text) for text in arguments.prompt]
     continuations = generate.generate(
         params,

@@ -21,15 +21,16 @@ import pathlib
 
 import jax
 
-from moe_jax import command_line, init, tree, upcycle
+from moe_jax import command_line, stores, tree
 from moe_jax.analysis import parent_statistics, similarity
 from moe_jax.config import model_fields
 from moe_jax.hf import folders
 from moe_jax.model import layout
 from moe_jax.parallel import mesh
-from moe_jax.upcycle import plan, recipes, router_init, streaming
+from moe_jax.upcycle import plan as plans
+from moe_jax.upcycle import recipes, router_init, transform
 
-# Fields of the new model that its kind or another option decides, and what to do instead.
+# Fields that --model cannot set, and what to do instead.
 OF_KIND = {"model_type": "the family is one that can hold the model; leave it out"}
 DECIDED = {
     recipes.MIXTURE: OF_KIND
@@ -66,44 +67,55 @@ def main() -> None:
     of_model = [argument for argument in others if argument.startswith("--model.")]
     of_recipe = [argument for argument in others if argument not in of_model]
     with parser.refusing():
-        rows = run(arguments, model_fields(of_model), recipes.parse(arguments.recipe, of_recipe))
+        parameters = recipe_parameters(arguments.recipe, of_recipe)
+        rows = run(arguments, model_fields(of_model), parameters)
     print(f"done: {arguments.output} (peak memory {command_line.peak_memory()})")
     if rows:
         print(similarity.legend(rows), similarity.table(rows), sep="\n")
 
 
 def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
-    """Returns how alike the experts are that were made, in some of the layers."""
-    method = {
-        "recipe": arguments.recipe,
-        "router": arguments.router,
-        "statistics": parent_statistics.load(arguments.statistics)
-        if arguments.statistics
-        else None,
-    }
+    """Returns how similar the new experts are in some of the layers."""
     key = tree.fold_in(jax.random.key(arguments.seed), "upcycle")
-    how = {**method, "key": key, **parameters}
-    paths = sources_of(arguments)
-
-    def say_start(source, config):
-        made = plan.make(source, config, **method, num_parents=len(paths), parameters=parameters)
-        print(f"step 0: {made.at_start}", flush=True)
-
+    paths, statistics = sources_of(arguments), arguments.statistics
+    source_config = stores.config_of(paths[0])
+    plan = plans.make(
+        source_config,
+        config_of(source_config, arguments, fields),
+        recipe=arguments.recipe,
+        router=arguments.router,
+        num_parents=len(paths),
+        statistics=parent_statistics.load(statistics) if statistics else None,
+        parameters=parameters,
+    )
+    print(f"step 0: {plan.at_start}", flush=True)
     if arguments.to == "hf" and all(folders.is_folder(path) for path in paths):
-        sources = [folders.Folder(path) for path in paths]
-        config = config_of(sources[0].config, arguments, fields)
-        say_start(sources[0].config, config)
-        streaming.upcycle_folder(sources, arguments.output, config, progress=True, **how)
-        return of_folder(folders.Folder(arguments.output), sources)
-    source_config, parents = init.load_alike(paths, mesh.one_device())
-    config = config_of(source_config, arguments, fields)
-    say_start(source_config, config)
-    made = jax.jit(lambda p: upcycle.upcycle(p, source_config, config, **how))(parents)
-    init.save_as(arguments.to, arguments.output, config, made, source=paths[0])
-    if config.num_experts < 2:
+        parents = [folders.Folder(path) for path in paths]
+        stores.upcycle_folders(plan, parents, arguments.output, key, progress=True)
+        return of_folder(folders.Folder(arguments.output), parents)
+    _, parents = stores.load_alike(paths, mesh.one_device())
+    made = jax.jit(lambda parents: transform.execute(plan, parents, key))(parents)
+    stores.save_as(arguments.to, arguments.output, plan.config, made, source=paths[0])
+    if plan.config.num_experts < 2:
         return []
     dense = len(parents) == 1 and not source_config.num_experts
-    return similarity.experts(made, config, *((parents[0], source_config) if dense else ()))
+    return similarity.experts(made, plan.config, *((parents[0], source_config) if dense else ()))
+
+
+def recipe_parameters(recipe: str, arguments: list[str]) -> dict:
+    """The parameters in command-line arguments "--recipe.NAME=VALUE", by their defaults' types.
+
+    Raises: ValueError for one that the recipe does not take, or not with that value.
+    """
+    texts = command_line.options("recipe", arguments)
+    recipes.check(recipe, dict.fromkeys(texts))
+    defaults = recipes.RECIPES[recipe].defaults
+    parameters = {
+        name: command_line.typed(f"recipe.{name}", text, type(defaults[name]))
+        for name, text in texts.items()
+    }
+    recipes.check(recipe, parameters)
+    return parameters
 
 
 def sources_of(arguments) -> list[pathlib.Path]:
@@ -121,7 +133,7 @@ def sources_of(arguments) -> list[pathlib.Path]:
 
 
 def of_folder(made: folders.Folder, sources: list[folders.Folder]) -> list[similarity.Experts]:
-    """Of the first, the middle and the last sparse layer: one of them is in memory at a time."""
+    """Rows for the first, middle and last sparse layer; one layer is in memory at a time."""
     layers = layout.sparse_layers(made.config)
     if made.config.num_experts < 2:
         return []
@@ -137,9 +149,9 @@ def of_folder(made: folders.Folder, sources: list[folders.Folder]) -> list[simil
 
 
 def config_of(source, arguments, fields: dict):
-    """Of the model that is made of one of `source`.
+    """The config of the model that the command makes of parents of the config `source`.
 
-    Raises: ValueError for what no model can have, or that is not a field's to say.
+    Raises: ValueError for what no model can have, or what is set by another option.
     """
     gives = recipes.RECIPES[arguments.recipe].gives
     if decided := [name for name in fields if name in DECIDED[gives]]:

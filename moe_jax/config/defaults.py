@@ -41,8 +41,8 @@ def _model_placeholders() -> dict:
 
 def _recipe_placeholders() -> dict:
     defaults = {}
-    for recipe in recipes.RECIPES:
-        defaults |= recipes.parameters_of(recipe)
+    for recipe in recipes.RECIPES.values():
+        defaults |= recipe.defaults
     return {name: config_dict.placeholder(type(value)) for name, value in defaults.items()}
 
 

@@ -118,7 +118,7 @@ class Init(Section, path="init"):
                 "set config.init.upcycle.recipe to one that takes several"
             )
         if self.upcycle.optimizer_state == "copy" and (
-            several or recipe in recipes.WITHOUT_MOMENTS
+            several or not recipes.RECIPES[recipe].moments
         ):
             yield (
                 "config.init.upcycle.optimizer_state='copy' is for one parent, and not for recipe "

@@ -1,5 +1,6 @@
-"""What a value of config.json may be, in words and as a test."""
+"""The kinds of values in config.json, each in words and as a test."""
 
+import dataclasses
 import reprlib
 import sys
 import typing
@@ -13,13 +14,22 @@ class UnsupportedError(ValueError):
 
 
 class Kind(typing.NamedTuple):
-    """What a value of config.json must be, in words and as a test."""
+    """A kind of value in config.json, in words and as a test."""
 
     words: str
     fits: Callable[[object], bool]
 
     def or_null(self) -> "Kind":
         return Kind(f"{self.words}, or null", lambda value: value is None or self.fits(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Keys that mean something together only; `keys`: theirs -> (kind, the class's default)."""
+
+    keys: dict[str, tuple]
+    read: Callable[[dict], dict]  # of the values of all the family's keys
+    write: Callable[[ModelConfig], dict]
 
 
 def _is_number(value: object) -> bool:

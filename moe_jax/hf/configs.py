@@ -50,6 +50,18 @@ def load_json(folder: pathlib.Path) -> dict:
     return values
 
 
+def of_folder(folder: pathlib.Path) -> ModelConfig:
+    """The ModelConfig of a folder's config.json.
+
+    Raises: UnsupportedError, in one line.
+    """
+    values = load_json(folder)
+    try:
+        return read(values)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{folder}/config.json: {error}") from None
+
+
 def read(values: dict) -> ModelConfig:
     """The ModelConfig of a parsed config.json.
 
@@ -85,7 +97,7 @@ def read(values: dict) -> ModelConfig:
 
 
 def _found(keys: Keys, values: dict) -> dict:
-    """What a config.json says of each key of a family, or the family's default."""
+    """The value of each key of a family in a config.json, or the family's default."""
     table = {"layer_types": (LAYER_TYPES.or_null(), None)}
     table |= {theirs: (kind_of(ours), default) for ours, (theirs, default) in keys.fields.items()}
     for part in keys.parts:
@@ -126,7 +138,7 @@ def write(config: ModelConfig) -> dict:
 
 
 def _cannot_hold(config: ModelConfig, model_type: str) -> list[str]:
-    """What of the config is lost in a family's config.json, as "name=value"."""
+    """The fields that a family's config.json cannot hold, as "name=value"."""
     try:
         other = read(_values(config, model_type))
     except (UnsupportedError, ValueError) as error:

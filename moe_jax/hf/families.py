@@ -17,7 +17,7 @@ class Entry:
     part: int = 0  # of a fused tensor
 
 
-Table = dict[str, Entry]  # path of a leaf, without "blocks/<place>/"
+Table = dict[str, Entry]  # path of a leaf, without "blocks/<slot>/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ _STACKED = _below(
     moe__experts__up=("experts.gate_up_proj", "E (2 F) D -> E D F", 1),
     moe__experts__down=("experts.down_proj", "E D F -> E F D"),
 )
-# Of the Skywork group's own code for MoE models.
+# The layout of the Skywork group's own code for MoE models.
 _SKYWORK_REMOTE = _below(
     _LAYER + "mlp.moe.",
     moe__router__kernel=("gate.wg.weight", "E D -> D E"),

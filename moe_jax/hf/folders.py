@@ -11,7 +11,7 @@ from moe_jax.model.layout import slots
 
 
 def is_folder(path: str | pathlib.Path) -> bool:
-    """Whether this is a Hugging Face folder, rather than a run's workdir or nothing."""
+    """True for a Hugging Face folder; False for a run's workdir, or for nothing."""
     path = pathlib.Path(path)
     return (path / "config.json").exists() and "model_type" in configs.load_json(path)
 
@@ -25,24 +25,20 @@ class Folder:
 
     def __init__(self, folder: str | pathlib.Path):
         self.path = pathlib.Path(folder)
-        self.values = configs.load_json(self.path)
-        try:
-            config = configs.read(self.values)
-        except configs.UnsupportedError as error:
-            raise configs.UnsupportedError(f"{self.path}/config.json: {error}") from None
+        config = configs.of_folder(self.path)
         self.tensors = safetensors.open_folder(self.path)
         family = FAMILIES[config.model_type]
         self.config = config
         try:
-            slots = tensors.match(config, family, self.tensors)
+            matched = tensors.match(config, family, self.tensors)
         except tensors.MismatchError as error:
             raise tensors.MismatchError(f"{self.path}: {error}") from None
-        self.slots: dict[str, list[tensors.Slot]] = {}
-        for slot in slots:
-            self.slots.setdefault(slot.path, []).append(slot)
+        self.parts: dict[str, list[tensors.TensorPart]] = {}
+        for part in matched:
+            self.parts.setdefault(part.path, []).append(part)
         self._dtypes = {
-            path: np.result_type(*{self.tensors[s.name].dtype for s in slots})
-            for path, slots in self.slots.items()
+            path: np.result_type(*{self.tensors[part.name].dtype for part in parts})
+            for path, parts in self.parts.items()
         }
         self._check_head()
 
@@ -50,7 +46,7 @@ class Folder:
         head = self.tensors.get("lm_head.weight")
         if not self.config.tie_word_embeddings or head is None:
             return
-        embedding = self.tensors[self.slots["embed/tokens"][0].name]
+        embedding = self.tensors[self.parts["embed/tokens"][0].name]
         same = head.shape == embedding.shape and np.array_equal(
             head.read().astype(np.float32), embedding.read().astype(np.float32)
         )
@@ -66,40 +62,40 @@ class Folder:
 
     def leaf(self, path: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """`index` of a leaf of the parameters, its layers and experts read one by one."""
-        slots = self.slots[path]
-        if slots[0].row == ():
-            return np.ascontiguousarray(tensors.read(slots[0], self._of(slots[0]), index))
-        depth = len(slots[0].row)
-        full = (*(max(s.row[i] for s in slots) + 1 for i in range(depth)), *slots[0].shape)
+        parts = self.parts[path]
+        if parts[0].row == ():
+            return np.ascontiguousarray(tensors.read(parts[0], self._of(parts[0]), index))
+        depth = len(parts[0].row)
+        full = (*(max(p.row[i] for p in parts) + 1 for i in range(depth)), *parts[0].shape)
         index = (*index, *(slice(None),) * (len(full) - len(index)))
         ranges = [range(size)[i] for size, i in zip(full, index, strict=True)]
         leaf = np.empty([len(r) for r in ranges], self._dtypes[path])
-        for slot in slots:
-            if all(i in r for i, r in zip(slot.row, ranges, strict=False)):
-                at = tuple(i - r.start for i, r in zip(slot.row, ranges, strict=False))
-                leaf[at] = tensors.read(slot, self._of(slot), index[depth:])
+        for part in parts:
+            if all(i in r for i, r in zip(part.row, ranges, strict=False)):
+                at = tuple(i - r.start for i, r in zip(part.row, ranges, strict=False))
+                leaf[at] = tensors.read(part, self._of(part), index[depth:])
         return leaf
 
     def part(self, path: str, row: tuple[int, ...]) -> np.ndarray:
         """The leaf at leading indices `row`, in the leaf's dtype."""
-        for slot in self.slots[path]:
-            if slot.row == row[: len(slot.row)]:
-                inner = row[len(slot.row) :]
+        for own in self.parts[path]:
+            if own.row == row[: len(own.row)]:
+                inner = row[len(own.row) :]
                 index = tuple(slice(i, i + 1) for i in inner)
-                part = tensors.read(slot, self._of(slot), index)[(0,) * len(inner)]
+                part = tensors.read(own, self._of(own), index)[(0,) * len(inner)]
                 return part.astype(self._dtypes[path], copy=False)
         raise KeyError(f"{path} has no {row}")
 
     def feed_forward(self, layer: int, inner: str) -> dict[str, np.ndarray]:
         """The matrices at "moe/experts" [E, …] or "mlp" of one layer, by name."""
-        place, row = slots(self.config.block_kinds)[layer]
-        prefix = f"blocks/{place}/{inner}/"
-        names = [p.removeprefix(prefix) for p in self.slots if p.startswith(prefix)]
+        slot, row = slots(self.config.block_kinds)[layer]
+        prefix = f"blocks/{slot}/{inner}/"
+        names = [p.removeprefix(prefix) for p in self.parts if p.startswith(prefix)]
         rows = slice(row, row + 1)
         return {n: self.leaf(prefix + n, (rows,))[0] for n in names if "/" not in n}
 
     def params(self) -> dict:
-        return tree.unflatten({path: self.leaf(path) for path in self.slots})
+        return tree.unflatten({path: self.leaf(path) for path in self.parts})
 
-    def _of(self, slot: tensors.Slot) -> safetensors.Tensor:
-        return self.tensors[slot.name]
+    def _of(self, part: tensors.TensorPart) -> safetensors.Tensor:
+        return self.tensors[part.name]

@@ -30,6 +30,6 @@ def save(
         folder,
         config,
         dtypes,
-        lambda slot: np.asarray(leaves[slot.path][slot.row]),
+        lambda part: np.asarray(leaves[part.path][part.row]),
         source=source,
     )

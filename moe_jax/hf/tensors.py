@@ -20,8 +20,8 @@ class MismatchError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
-    """One leaf of one layer, and of one expert where each has a tensor of its own."""
+class TensorPart:
+    """A tensor of a folder or a part of one: one leaf of one layer, or of one of its experts."""
 
     path: str  # in our tree, "blocks/0/moe/experts/up"
     row: tuple[int, ...]  # the leading indices of the leaf that this is: (), (layer), (layer, e)
@@ -51,34 +51,34 @@ def shapes(config: model.ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in tree.flatten(abstract).items()}
 
 
-def slots(config: model.ModelConfig, table: Table) -> Iterator[Slot]:
+def tensor_parts(config: model.ModelConfig, table: Table) -> Iterator[TensorPart]:
     """All of a model, first what belongs to no layer, then layer by layer, expert by expert."""
     layers_of = {
-        place: layers
+        slot: layers
         for group in layer_groups(config.block_kinds)
-        for place, layers in group.layers.items()
+        for slot, layers in group.layers.items()
     }
     in_layers = []
     for path, shape in shapes(config).items():
         if not path.startswith("blocks/"):
-            yield Slot(path, (), table[path], table[path].name, shape)
+            yield TensorPart(path, (), table[path], table[path].name, shape)
             continue
-        _, place, inner = path.split("/", 2)
+        _, slot, inner = path.split("/", 2)
         entry = table[inner]
         apart = "{expert}" in entry.name
-        for row, layer in enumerate(layers_of[place]):
+        for row, layer in enumerate(layers_of[slot]):
             for expert in range(shape[1]) if apart else (0,):
                 name = entry.name.format(layer=layer, expert=expert)
                 index = (row, expert) if apart else (row,)
-                slot = Slot(path, index, entry, name, shape[len(index) :])
-                in_layers.append(((layer, expert if apart else -1), slot))
-    yield from (slot for _, slot in sorted(in_layers, key=lambda item: item[0]))
+                part = TensorPart(path, index, entry, name, shape[len(index) :])
+                in_layers.append(((layer, expert if apart else -1), part))
+    yield from (part for _, part in sorted(in_layers, key=lambda item: item[0]))
 
 
 def match(
     config: model.ModelConfig, family: Family, tensors: dict[str, safetensors.Tensor]
-) -> list[Slot]:
-    """The slots of the family's layout that fits the tensors.
+) -> list[TensorPart]:
+    """The parts of the family's layout that fits the tensors.
 
     Raises: MismatchError with every missing, extra and misshapen tensor of the layout that fits
       best.
@@ -88,7 +88,7 @@ def match(
         found.discard("lm_head.weight")  # the embedding once more; the caller compares them
 
     def problems(layout):
-        wanted = {slot.name: slot.tensor_shape() for slot in layout}
+        wanted = {part.name: part.tensor_shape() for part in layout}
         return [
             *(f"{name} is missing" for name in wanted if name not in found),
             *(f"{name} is not part of this model" for name in sorted(found - set(wanted))),
@@ -99,7 +99,7 @@ def match(
             ),
         ]
 
-    layouts = [list(slots(config, table)) for table in (family.table, *family.read_only)]
+    layouts = [list(tensor_parts(config, table)) for table in (family.table, *family.read_only)]
     best = min(layouts, key=lambda layout: len(problems(layout)))
     if wrong := problems(best):
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
@@ -107,10 +107,10 @@ def match(
     return best
 
 
-def read(slot: Slot, tensor: safetensors.Tensor, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """`index` of our array of this slot, out of about only the bytes that it needs."""
-    theirs, ours = _axes(slot.entry.axes)
-    size = dict(zip(ours, slot.shape, strict=True))
+def read(part: TensorPart, tensor: safetensors.Tensor, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """`index` of our array of this part, out of about only the bytes that it needs."""
+    theirs, ours = _axes(part.entry.axes)
+    size = dict(zip(ours, part.shape, strict=True))
     index = (*index, *(slice(None),) * (len(ours) - len(index)))
     wanted = {a: range(size[a])[i] for a, i in zip(ours, index, strict=True)}
     ranges, split, order = [], [], []
@@ -118,19 +118,19 @@ def read(slot: Slot, tensor: safetensors.Tensor, index: tuple[slice, ...] = ()) 
         letters = [a for a in group if not a.isdigit()]
         first, *inner = letters
         width = math.prod(size[a] for a in inner)
-        base = slot.entry.part * size[first] * width if group[0].isdigit() else 0
-        part = wanted[first]
-        ranges.append(slice(base + part.start * width, base + part.stop * width))
-        split += [len(part), *(size[a] for a in inner)]
+        base = part.entry.part * size[first] * width if group[0].isdigit() else 0
+        own = wanted[first]
+        ranges.append(slice(base + own.start * width, base + own.stop * width))
+        split += [len(own), *(size[a] for a in inner)]
         order += letters
-        wanted[first] = range(len(part))
+        wanted[first] = range(len(own))
     block = tensor.read(tuple(ranges)).reshape(split)
     block = block.transpose([order.index(a) for a in ours])
     return block[tuple(slice(wanted[a].start, wanted[a].stop) for a in ours)]
 
 
-def assemble(parts: list[tuple[Slot, np.ndarray]]) -> np.ndarray:
-    """The tensor that these slots share, each a part of it; most tensors have one."""
+def assemble(parts: list[tuple[TensorPart, np.ndarray]]) -> np.ndarray:
+    """The tensor of these parts; most tensors have one."""
     theirs, ours = _axes(parts[0][0].entry.axes)
     order = [a for group in theirs for a in group]
     arrays = [array for _, array in sorted(parts, key=lambda part: part[0].entry.part)]

@@ -12,7 +12,7 @@ from moe_jax import files, model
 from moe_jax.hf import configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
 
-# What a folder holds beside its weights, carried along when a model is made of another.
+# Files beside the weights that are copied when a model is made of another.
 TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
     vocab.json vocab.txt merges.txt added_tokens.json chat_template.jinja
     generation_config.json""".split()
@@ -23,7 +23,7 @@ def write(
     folder: str | pathlib.Path,
     config: model.ModelConfig,
     dtypes: dict[str, np.dtype],
-    value: Callable[[tensors.Slot], np.ndarray],
+    value: Callable[[tensors.TensorPart], np.ndarray],
     *,
     source: str | pathlib.Path | None = None,
     max_shard_bytes: int = 4 * 10**9,
@@ -35,20 +35,20 @@ def write(
     """
     values = configs.write(config)
     table = FAMILIES[values["model_type"]].table
-    by_tensor: dict[str, list[tensors.Slot]] = {}
-    for slot in tensors.slots(config, table):
-        by_tensor.setdefault(slot.name, []).append(slot)
-    plan = {
-        name: (slots[0].tensor_shape(), dtypes[slots[0].path]) for name, slots in by_tensor.items()
+    by_tensor: dict[str, list[tensors.TensorPart]] = {}
+    for part in tensors.tensor_parts(config, table):
+        by_tensor.setdefault(part.name, []).append(part)
+    header = {
+        name: (parts[0].tensor_shape(), dtypes[parts[0].path]) for name, parts in by_tensor.items()
     }
     values["dtype"] = values["torch_dtype"] = str(np.dtype(dtypes["embed/tokens"]))
     with files.whole_folder(folder) as unfinished:
         if source is not None:
             values = {**_carried(pathlib.Path(source), values, unfinished), **values}
-        with safetensors.Writer(unfinished, plan, max_shard_bytes=max_shard_bytes) as writer:
+        with safetensors.Writer(unfinished, header, max_shard_bytes=max_shard_bytes) as writer:
             items = tqdm.tqdm(by_tensor.items(), unit="tensor", disable=not progress)
-            for name, slots in items:
-                writer.write(name, tensors.assemble([(slot, value(slot)) for slot in slots]))
+            for name, parts in items:
+                writer.write(name, tensors.assemble([(part, value(part)) for part in parts]))
         (unfinished / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 

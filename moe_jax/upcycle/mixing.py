@@ -51,8 +51,8 @@ def averaged(P: int, load_P: np.ndarray | None = None) -> np.ndarray:
     return (np.asarray(load_P, np.float64) / np.sum(load_P))[None]
 
 
-def mix(experts: dict, share_LEP: jax.Array, fetch=lambda w_P, p: w_P[p]) -> dict:
-    """Averages [L, E, …] of arrays [L, P, …], summed in the order of the old experts.
+def mix(w_LPX: jax.Array, share_LEP: jax.Array, fetch=lambda w_P, p: w_P[p]) -> jax.Array:
+    """Averages [L, E, …] of an array [L, P, …], summed in the order of the old experts.
 
     One old expert is held at a time. `fetch` gets it from where it lies.
     """
@@ -73,31 +73,31 @@ def mix(experts: dict, share_LEP: jax.Array, fetch=lambda w_P, p: w_P[p]) -> dic
         total, _ = jax.lax.scan(add, zeros, (jnp.arange(P), share_EP.T))
         return total.astype(w_P.dtype)
 
-    return {name: jax.lax.map(of_layer, (w, share_LEP)) for name, w in experts.items()}
+    return jax.lax.map(of_layer, (w_LPX, share_LEP))
 
 
 def mix_on_mesh(
-    experts: dict, share_LEP: jax.Array, in_specs, out_specs, *, cut: bool, axis: str
-) -> dict:
-    """`mix` of arrays whose experts lie along a mesh axis, where no device holds them all.
+    w_LPX: jax.Array, share_LEP: jax.Array, in_spec: jax.P, out_spec: jax.P, *, axis: str
+) -> jax.Array:
+    """`mix` of an array whose experts lie along a mesh axis, where no device holds them all.
 
     Every device gets the old experts one after the other from their owners, and makes the new
-    ones that are its own, or with `cut` False all of them.
+    ones that are its own: all of them where `out_spec` does not cut them along the axis.
     """
 
-    def on_device(experts, share_LEP):
-        size, place = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    def on_device(w_LPX, share_LEP):
+        size, device = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
         mine = share_LEP.shape[1] // size
-        if cut:
-            share_LEP = jax.lax.dynamic_slice_in_dim(share_LEP, place * mine, mine, axis=1)
+        if out_spec[1] is not None:
+            share_LEP = jax.lax.dynamic_slice_in_dim(share_LEP, device * mine, mine, axis=1)
 
         def fetch(w_P, p):
             owner, index = p // len(w_P), p % len(w_P)
-            mine = jnp.where(owner == place, w_P[index], jnp.zeros_like(w_P[index]))
-            return jax.lax.psum(mine, axis)
+            own = jnp.where(owner == device, w_P[index], jnp.zeros_like(w_P[index]))
+            return jax.lax.psum(own, axis)
 
-        return mix(experts, share_LEP, fetch)
+        return mix(w_LPX, share_LEP, fetch)
 
     return jax.shard_map(
-        on_device, in_specs=(in_specs, jax.P()), out_specs=out_specs, check_vma=False
-    )(experts, share_LEP)
+        on_device, in_specs=(in_spec, jax.P()), out_specs=out_spec, check_vma=False
+    )(w_LPX, share_LEP)

@@ -1,7 +1,11 @@
-"""What an upcycling will do, decided and checked before any weight is touched."""
+"""The plan of an upcycling, made and checked before any weight is touched.
+
+It says of every leaf of the result where it comes from. `transform.py` (in memory and on a mesh)
+and `streaming.py` (from folder to folder) execute it.
+"""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -10,19 +14,22 @@ from moe_jax.model.config import (
     COMPUTATION,
     DENSE,
     EXPERTS,
+    MOE,
     ORIGIN,
     ROUTER,
     ModelConfig,
     fields_of,
 )
-from moe_jax.upcycle import recipes, router_init, step_zero
+from moe_jax.model.layout import slots
+from moe_jax.model.router import ROUTERS
+from moe_jax.upcycle import origins, recipes, router_init, step_zero
 
-# Statistics of a parent: of (its config, the result's) their shape after an axis of all its layers.
+# Statistics of a parent: from (its config, the result's) their shape after an axis of all layers.
 STATISTICS = {
-    # Which neurons each expert takes; clusters of the feed-forward's inputs.
+    # The neurons of each expert; clusters of the feed-forward's inputs.
     "neurons": lambda source, config: (config.num_experts, config.expert_size),
     "centroids": lambda source, config: (config.num_experts, config.hidden_size),
-    # What the loss owes to an expert; its assignments; how alike the outputs of two are.
+    # An expert's squared gradients, summed; its assignments; how similar two experts' outputs are.
     "utility": lambda source, config: (source.num_experts,),
     "load": lambda source, config: (source.num_experts,),
     "similarity": lambda source, config: (source.num_experts,) * 2,
@@ -31,8 +38,9 @@ STATISTICS = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Of one upcycling. `statistics` are arrays [num_hidden_layers, …] by name."""
+    """One upcycling. `statistics` are arrays [num_hidden_layers, …] by name."""
 
+    name: str  # of the recipe
     recipe: recipes.Recipe
     parameters: dict
     source: ModelConfig
@@ -54,25 +62,116 @@ class Plan:
 
     @property
     def at_start(self) -> str:
-        """What the made model is before any training, in words."""
+        """The relation of the new model to its parent before any training, in words."""
         if self.start_factor is None:
             return f"not equal to the parent (this recipe: {self.recipe.start.text})"
         if self.start_factor == 1:
             return "equal to the parent"
         return f"each feed-forward gives {self.start_factor:.3g} times the parent's"
 
-    def parent_of(self, expert: int, num_experts: int) -> int:
-        """Several parents' feed-forwards are dealt out in their order, each to as many experts."""
-        return expert * self.num_parents // num_experts
+    @property
+    def of_parameters(self) -> dict[str, str]:
+        """The statistics that the parameters' values need, each with what needs it."""
+        return {
+            limits.statistics[self.parameters[name]]: f"{name}={self.parameters[name]!r}"
+            for name, limits in self.recipe.limits.items()
+            if self.parameters[name] in limits.statistics
+        }
 
-    def make_expert(self, ffn: dict, place: recipes.Place) -> dict:
-        return self.recipe.make(ffn, place, **self.parameters)
+    def for_moments(self) -> "Plan":
+        """The plan by which an optimizer's moments follow their weights to experts and neurons.
+
+        They are not redrawn, scaled or disturbed; those of routers are zero.
+        """
+        limits = self.recipe.limits.items()
+        own = {name: p.for_moments for name, p in limits if p.for_moments is not None}
+        return dataclasses.replace(self, router="zero", parameters={**self.parameters, **own})
+
+    # Origins of leaves ------------------------------------------------------------
+
+    def shell(self, paths: Iterable[str]) -> dict[str, origins.Kept]:
+        """The leaves that belong to no layer; `paths` are all leaves of a parent."""
+        return {path: self._kept(path) for path in paths if not path.startswith("blocks/")}
+
+    def layers(self, paths: Iterable[str]) -> list[dict[str, origins.Origin]]:
+        """For each layer of the result the origins of its leaves; `paths` are a parent's leaves."""
+        leaves: dict[str, list[str]] = {}
+        for path in paths:
+            if path.startswith("blocks/"):
+                _, slot, leaf = path.split("/", 2)
+                leaves.setdefault(slot, []).append(leaf)
+        slots_of_source = enumerate(slots(self.source.block_kinds))
+        return [self._layer(layer, leaves[slot]) for layer, (slot, _) in slots_of_source]
 
     def shares(self, layer: int) -> np.ndarray:
-        """[E, P]: of a mixture's experts in those of the result, in this layer."""
+        """[E, P]: the shares of a mixture's experts in those of the result, in this layer."""
         own = {name: x[layer] for name, x in self.statistics.items()}
         P, E = self.source.num_experts, self.config.num_experts
         return self.recipe.make(P, E, own, **self.parameters)
+
+    def parents_of(self, num_experts: int) -> tuple[int, ...]:
+        """The parent of each expert: they are dealt out in order, each to as many experts."""
+        return tuple(e * self.num_parents // num_experts for e in range(num_experts))
+
+    def _layer(self, layer: int, leaves: list[str]) -> dict[str, origins.Origin]:
+        was_sparse, is_sparse = (
+            config.layer_kinds[layer] == MOE for config in (self.source, self.config)
+        )
+        found: dict[str, origins.Origin] = {}
+        for leaf in leaves:
+            part, name = leaf.split("/", 1)
+            if part == "attention" and self.recipe.attention:
+                found |= self._attention(leaf, name)
+            elif part == "moe":
+                found |= self._of_mixture(leaf, name)
+            elif part == "mlp" and is_sparse:
+                found |= self._of_dense(leaf, name)
+            else:
+                found[leaf] = self._kept(leaf)
+        if is_sparse and self.router != router_init.COPIED:
+            found |= self._fresh_router("moe/experts/up" if was_sparse else "mlp/up")
+        return found
+
+    def _kept(self, path: str) -> origins.Kept:
+        last = self.num_parents - 1
+        return origins.Kept(path, (last,) if self.recipe.rest == "last" else tuple(range(last + 1)))
+
+    def _attention(self, leaf: str, name: str) -> dict[str, origins.Origin]:
+        if name.startswith("norm/"):
+            return {leaf: self._kept(leaf)}
+        D, E = self.config.hidden_size, self.config.num_attention_experts
+        found = {f"attention/experts/{name}": origins.Stacked(leaf, self.parents_of(E))}
+        if name == "wq":
+            kernel = origins.FreshRouter(leaf, "attention_router", (D, E), self.router)
+            found["attention/router/kernel"] = kernel
+        return found
+
+    def _of_dense(self, leaf: str, name: str) -> dict[str, origins.Origin]:
+        if name.startswith("norm/"):
+            return {f"moe/{name}": self._kept(leaf)}
+        expert = origins.Expert(leaf, self.parents_of(self.config.num_experts))
+        shared = {f"moe/shared/{name}": self._kept(leaf)} if self.recipe.shared else {}
+        return {f"moe/experts/{name}": expert, **shared}
+
+    def _of_mixture(self, leaf: str, name: str) -> dict[str, origins.Origin]:
+        dense = self.recipe.gives == recipes.DENSE
+        part, _, inner = name.partition("/")
+        if part == "experts":
+            return {f"mlp/{inner}" if dense else leaf: origins.Mixture(leaf)}
+        if part == "router":
+            copied = not dense and self.router == router_init.COPIED
+            return {leaf: origins.CopiedRouter(leaf)} if copied else {}
+        return {f"mlp/{name}" if dense else leaf: self._kept(leaf)}
+
+    def _fresh_router(self, path: str) -> dict[str, origins.Origin]:
+        """The kernel by the initialiser, the router's other leaves of zeros."""
+        sizes = self.config.hidden_size, self.config.num_experts
+        return {
+            f"moe/router/{name}": origins.FreshRouter(
+                path, "router", leaf.shape(*sizes), self.router if name == "kernel" else ""
+            )
+            for name, leaf in ROUTERS[self.config.router].leaves.items()
+        }
 
 
 def make(
@@ -97,28 +196,29 @@ def make(
         raise ValueError(f"router={router!r} is unknown; use one of {', '.join(known)}")
     given = {name: value for name, value in parameters.items() if value is not None}
     plan = Plan(
+        name=recipe,
         recipe=method,
-        parameters={**recipes.parameters_of(recipe), **given},
+        parameters={**method.defaults, **given},
         source=source,
         config=config,
         router=router or method.router,
         num_parents=num_parents,
         statistics={name: np.asarray(x) for name, x in (statistics or {}).items()},
     )
-    for problem in _problems(plan, recipe):
+    for problem in _problems(plan):
         raise ValueError(problem)
     return plan
 
 
-def _problems(plan: Plan, recipe: str):
-    yield from _problems_of_kinds(plan, recipe)
-    yield from _problems_of_sizes(plan, recipe)
+def _problems(plan: Plan) -> Iterator[str]:
+    yield from _problems_of_kinds(plan)
+    yield from _problems_of_sizes(plan)
     yield from _problems_of_routers(plan)
-    yield from _problems_of_statistics(plan, recipe)
+    yield from _problems_of_statistics(plan)
 
 
-def _problems_of_kinds(plan, recipe):
-    source, config, method = plan.source, plan.config, plan.recipe
+def _problems_of_kinds(plan):
+    source, config, method, recipe = plan.source, plan.config, plan.recipe, plan.name
     if method.takes == recipes.DENSE and source.num_experts:
         yield (
             f"recipe {recipe!r} needs a dense parent; this one has num_experts={source.num_experts}"
@@ -163,8 +263,8 @@ OWN = fields_of(ORIGIN, EXPERTS, ROUTER, COMPUTATION)
 OF_ATTENTION = fields_of(ATTENTION_EXPERTS)
 
 
-def _problems_of_sizes(plan, recipe):
-    source, config, method = plan.source, plan.config, plan.recipe
+def _problems_of_sizes(plan):
+    source, config, method, recipe = plan.source, plan.config, plan.recipe, plan.name
     E, F = config.num_experts, config.expert_size
     if method.takes == recipes.MIXTURE:
         dense_F = source.intermediate_size if DENSE in source.layer_kinds else source.expert_size
@@ -183,9 +283,9 @@ def _problems_of_sizes(plan, recipe):
                 f"moe_intermediate_size={F} differs from the parent's {source.expert_size}; "
                 "leave it out"
             )
-        grows, P = method.make is recipes.expert_upcycling, source.num_experts
-        if method.gives == recipes.MIXTURE and (E < P if grows else E > P):
-            bound = "at least" if grows else "at most"
+        P = source.num_experts
+        if method.gives == recipes.MIXTURE and (E < P if method.grows else E > P):
+            bound = "at least" if method.grows else "at most"
             yield f"num_experts={E} must be {bound} the parent's {P} for recipe {recipe!r}"
         return
     if not method.cut and F != source.intermediate_size:
@@ -193,14 +293,14 @@ def _problems_of_sizes(plan, recipe):
             f"moe_intermediate_size={F} differs from the parent's "
             f"intermediate_size={source.intermediate_size}; leave it out"
         )
-    given = "neurons" in plan.statistics and plan.parameters.get("partition") == "statistics"
+    given = "neurons" in plan.statistics and "neurons" in plan.of_parameters
     G = plan.granularity
     if method.cut and not given and (G == 0 or source.intermediate_size % F):
         yield (
             f"moe_intermediate_size={F} does not divide the parent's "
             f"intermediate_size={source.intermediate_size}; use a divisor of it"
         )
-    elif method.make is recipes.llama_moe and not given and E != G:
+    elif method.partitions and not given and E != G:
         yield (
             f"num_experts={E} of moe_intermediate_size={F} do not share out the parent's "
             f"{source.intermediate_size} neurons; use {G} experts"
@@ -241,12 +341,11 @@ def _problems_of_routers(plan):
         yield "router='grouped' is for the shards of dense feed-forwards"
 
 
-def _problems_of_statistics(plan, recipe):
+def _problems_of_statistics(plan):
+    recipe = plan.name
     for name in sorted(set(plan.statistics) - set(STATISTICS)):
         yield f"the statistic {name!r} is unknown; known are {', '.join(STATISTICS)}"
-    needed = dict.fromkeys(plan.recipe.statistics, f"recipe {recipe!r}")
-    if plan.parameters.get("partition") == "statistics":
-        needed["neurons"] = "partition='statistics'"
+    needed = dict.fromkeys(plan.recipe.statistics, f"recipe {recipe!r}") | plan.of_parameters
     if plan.router == "centroids":
         needed["centroids"] = "router='centroids'"
     for name in sorted(set(needed) - set(plan.statistics)):
@@ -255,12 +354,10 @@ def _problems_of_statistics(plan, recipe):
             "make it with scripts/collect_statistics.py and pass it"
         )
     used = {*needed, *plan.recipe.optional} & set(plan.statistics)
-    # A run's moments go the way of its weights, statistics and all, but to zero routers.
-    of_moments = plan.router == "zero" != plan.recipe.router
-    if plan.statistics and not used and not of_moments:
+    if plan.statistics and not used:
         useful = [f"the statistic {name!r}" for name in plan.recipe.optional]
-        if "partition" in plan.parameters:
-            useful.append("partition='statistics'")
+        for name, limits in plan.recipe.limits.items():
+            useful += [f"{name}={value!r}" for value in limits.statistics]
         if plan.recipe.gives == recipes.MIXTURE:
             useful.append("router='centroids'")
         yield (

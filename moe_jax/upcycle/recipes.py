@@ -1,65 +1,63 @@
 """The published ways to make a mixture, as compositions of transforms, and what each promises.
 
-A recipe for dense parents is a function (ffn, place, **parameters) -> ffn that makes one expert of
-the FFN of one layer; a recipe for mixtures says in what shares the new experts are made of the old
-ones. Its keyword arguments are the parameters that `config.init.upcycle`, `upcycle.upcycle` and
-`--recipe.NAME=VALUE` accept for it.
+A recipe for dense parents is a function (ffn, context, **parameters) -> ffn that makes one expert
+of the FFN of one layer; a recipe for mixtures says in what shares the new experts are made of the
+old ones. Its keyword arguments are the parameters that `config.init.upcycle`, `upcycle.upcycle` and
+`--recipe.NAME=VALUE` accept for it. Adding a recipe is adding a row to `RECIPES`.
 """
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from moe_jax import command_line
 from moe_jax.model.config import ModelConfig
-from moe_jax.upcycle import experts, mixing, step_zero
+from moe_jax.upcycle import experts, mixing, parameters, step_zero
 
 DENSE, MIXTURE = "dense", "mixture"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where an expert goes: what a recipe may look at beside the weights."""
+class ExpertContext:
+    """What a recipe may look at beside the weights when it makes an expert."""
 
     expert: jax.Array  # its index
     key: jax.Array  # its own
     layer_key: jax.Array  # the same for all experts of the layer
-    config: ModelConfig  # of the mixture that is made
+    config: ModelConfig  # of the result
     granularity: int  # experts to one feed-forward of the parent's width
     neurons_F: jax.Array | None = None  # the statistic of that name
 
 
-def naive(ffn: experts.FFN, place: Place) -> experts.FFN:
+def naive(ffn: experts.FFN, context: ExpertContext) -> experts.FFN:
     """Exact copies."""
-    del place
+    del context
     return ffn
 
 
 def noise(
     ffn: experts.FFN,
-    place: Place,
+    context: ExpertContext,
     *,
-    ratio: float = 0.5,
-    std: float = 0.02,
-    index_sharing: str = "per_matrix",
+    ratio: parameters.Ratio = 0.5,
+    std: parameters.Deviation = 0.02,
+    index_sharing: parameters.IndexSharing = "per_matrix",
     permute_neurons: bool = True,
 ) -> experts.FFN:
     """Copies with noise N(0, std²) on a share `ratio` of the neurons."""
     if permute_neurons:
-        ffn = experts.permute_neurons(ffn, place.key)
-    return experts.add_noise(ffn, place.key, std=std, ratio=ratio, index_sharing=index_sharing)
+        ffn = experts.permute_neurons(ffn, context.key)
+    return experts.add_noise(ffn, context.key, std=std, ratio=ratio, index_sharing=index_sharing)
 
 
 def drop(
     ffn: experts.FFN,
-    place: Place,
+    context: ExpertContext,
     *,
-    ratio: float = 0.5,
-    index_sharing: str = "neuron",
+    ratio: parameters.Ratio = 0.5,
+    index_sharing: parameters.IndexSharing = "neuron",
     permute_neurons: bool = False,
 ) -> experts.FFN:
     """Copies with a share `ratio` of the neurons redrawn.
@@ -68,67 +66,75 @@ def drop(
     permute_neurons=True.
     """
     if permute_neurons:
-        ffn = experts.permute_neurons(ffn, place.key)
-    return experts.redraw_neurons(ffn, place.key, ratio=ratio, index_sharing=index_sharing)
+        ffn = experts.permute_neurons(ffn, context.key)
+    return experts.redraw_neurons(ffn, context.key, ratio=ratio, index_sharing=index_sharing)
 
 
-def virtual_group(ffn: experts.FFN, place: Place, *, scaling: str = "paper") -> experts.FFN:
+def virtual_group(
+    ffn: experts.FFN, context: ExpertContext, *, scaling: parameters.Scaling = "paper"
+) -> experts.FFN:
     """Expert i is shard i mod G of the parent, scaled up for the weight it will get."""
-    G = place.granularity
-    return _scaled(experts.shard(ffn, place.expert % G, G), place, scaling)
+    G = context.granularity
+    return _scaled(experts.shard(ffn, context.expert % G, G), context, scaling)
 
 
 def virtual_group_drop(
     ffn: experts.FFN,
-    place: Place,
+    context: ExpertContext,
     *,
-    ratio: float = 0.5,
-    index_sharing: str = "neuron",
-    scaling: str = "paper",
+    ratio: parameters.Ratio = 0.5,
+    index_sharing: parameters.IndexSharing = "neuron",
+    scaling: parameters.Scaling = "paper",
 ) -> experts.FFN:
     """Virtual groups whose shards are partly redrawn, each copy on its own."""
-    G = place.granularity
-    ffn = experts.shard(ffn, place.expert % G, G)
-    ffn = experts.redraw_neurons(ffn, place.key, ratio=ratio, index_sharing=index_sharing)
-    return _scaled(ffn, place, scaling)
+    G = context.granularity
+    ffn = experts.shard(ffn, context.expert % G, G)
+    ffn = experts.redraw_neurons(ffn, context.key, ratio=ratio, index_sharing=index_sharing)
+    return _scaled(ffn, context, scaling)
 
 
-def llama_moe(ffn: experts.FFN, place: Place, *, partition: str = "random") -> experts.FFN:
+def llama_moe(
+    ffn: experts.FFN, context: ExpertContext, *, partition: parameters.Partition = "random"
+) -> experts.FFN:
     """The parent's neurons dealt out to the experts, outputs times N/k."""
     if partition == "statistics":
-        ffn = experts.take_neurons(ffn, place.neurons_F)
+        ffn = experts.take_neurons(ffn, context.neurons_F)
     else:
         if partition == "random":
-            ffn = experts.permute_neurons(ffn, place.layer_key)
-        ffn = experts.shard(ffn, place.expert, place.granularity)
-    config = place.config
+            ffn = experts.permute_neurons(ffn, context.layer_key)
+        ffn = experts.shard(ffn, context.expert, context.granularity)
+    config = context.config
     factor = config.num_experts / config.num_experts_per_tok
     return experts.scale(ffn, factor, scaling="down", hidden_act=config.hidden_act)
 
 
-def moe_ct(ffn: experts.FFN, place: Place) -> experts.FFN:
+def moe_ct(ffn: experts.FFN, context: ExpertContext) -> experts.FFN:
     """Copies that are silent at first, beside the parent's FFN as a shared expert."""
-    del place
+    del context
     return experts.silence(ffn)
 
 
-def svd_residual(ffn: experts.FFN, place: Place, *, rank_ratio: float = 0.5) -> experts.FFN:
+def svd_residual(
+    ffn: experts.FFN, context: ExpertContext, *, rank_ratio: parameters.RankRatio = 0.5
+) -> experts.FFN:
     """Copies that share the leading singular directions of each matrix."""
-    return experts.reflect_residual(ffn, place.key, rank_ratio=rank_ratio)
+    return experts.reflect_residual(ffn, context.key, rank_ratio=rank_ratio)
 
 
-def _scaled(ffn, place, scaling):
-    factor = step_zero.needed_scale(place.config, place.granularity)
-    return experts.scale(ffn, factor, scaling=scaling, hidden_act=place.config.hidden_act)
+def _scaled(ffn, context, scaling):
+    factor = step_zero.needed_scale(context.config, context.granularity)
+    return experts.scale(ffn, factor, scaling=scaling, hidden_act=context.config.hidden_act)
 
 
-def expert_upcycling(P: int, E: int, statistics: dict, *, router_noise: float = 0.01) -> np.ndarray:
+def expert_upcycling(
+    P: int, E: int, statistics: dict, *, router_noise: parameters.RouterNoise = 0.01
+) -> np.ndarray:
     """The old experts and copies of the most useful ones (without that statistic, of all in turn).
 
     Noise of `router_noise` times its deviation on a copy's router column (and on its selection
     bias, if there is one) is what lets it become another expert.
     """
-    del router_noise  # where the routers are made
+    del router_noise  # `transform.copied_router` uses it
     return mixing.duplicated(P, E, statistics.get("utility"))
 
 
@@ -152,7 +158,7 @@ def merge_back(P: int, E: int, statistics: dict) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A published method: how it makes experts, what it needs, and what is said of it."""
+    """A published method: how it makes experts, what it needs, and what the README's table says."""
 
     make: Callable
     source: str
@@ -167,9 +173,27 @@ class Recipe:
     cut: bool = False  # experts may be narrower than the parent's feed-forward
     shared: bool = False  # the parent's feed-forward is kept as a shared expert
     attention: bool = False  # experts of attention too
+    partitions: bool = False  # each of the parent's neurons goes to exactly one expert
+    grows: bool = False  # a mixture to one of at least as many experts, rather than at most
+    moments: bool = True  # whether Adam's moments can follow their weights
     router: str = "normal"  # its initialiser, unless another is asked for
     statistics: tuple[str, ...] = ()  # that it cannot do without
     optional: tuple[str, ...] = ()  # and those that it uses where there are any
+
+    @property
+    def defaults(self) -> dict:
+        """The parameters that it takes, and their defaults."""
+        return {argument.name: argument.default for argument in self._arguments}
+
+    @property
+    def limits(self) -> dict[str, parameters.Parameter]:
+        """The parameters that it takes, and the values that each may have."""
+        return {a.name: parameters.limits(a.annotation) for a in self._arguments}
+
+    @property
+    def _arguments(self) -> list[inspect.Parameter]:
+        arguments = inspect.signature(self.make, eval_str=True).parameters.values()
+        return [argument for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
 
 
 ONE = "one pass over the weights"
@@ -266,6 +290,8 @@ RECIPES = {
         cost=ONE,
         start=step_zero.PARTS,
         cut=True,
+        partitions=True,
+        moments=False,
         router="zero",
     ),
     "moe_ct": Recipe(
@@ -284,6 +310,7 @@ RECIPES = {
         changed="the signs of half of the others",
         cost="a singular value decomposition for each expert",
         start=step_zero.NEAR_FULL_RANK,
+        moments=False,
     ),
     "expert_upcycling": Recipe(
         expert_upcycling,
@@ -293,6 +320,7 @@ RECIPES = {
         cost=f"gradients for the utility, {ONE}",
         start=step_zero.DUPLICATES,
         takes=MIXTURE,
+        grows=True,
         router="copied",
         optional=("utility",),
     ),
@@ -333,65 +361,18 @@ RECIPES = {
     ),
 }
 
-CHOICES = {
-    "index_sharing": ("neuron", "per_matrix"),
-    "scaling": tuple(experts.SCALINGS),
-    "partition": ("random", "contiguous", "statistics"),
-}
-SHARES = {"ratio": "neurons", "rank_ratio": "singular directions"}
 
-# Of moments, which follow their weights but are not redrawn, scaled or disturbed.
-OF_MOMENTS = {"ratio": 0.0, "scaling": "none", "router_noise": 0.0}
-WITHOUT_MOMENTS = ("llama_moe", "svd_residual")
-
-
-def parameters_of_moments(recipe: str, parameters: dict) -> dict:
-    """What takes each moment of an optimizer the way of its weight."""
-    own = {name: value for name, value in OF_MOMENTS.items() if name in parameters_of(recipe)}
-    return {**parameters, **own}
-
-
-def check(recipe: str, parameters: dict) -> None:
+def check(recipe: str, given: dict) -> None:
     """Raises: ValueError for an unknown recipe, or a parameter or value it does not take."""
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is unknown; use one of {', '.join(RECIPES)}")
-    accepted = parameters_of(recipe)
-    for name, value in parameters.items():
-        if name not in accepted:
-            takes = ", ".join(accepted) or "no parameters"
+    limits = RECIPES[recipe].limits
+    for name, value in given.items():
+        if name not in limits:
+            takes = ", ".join(limits) or "no parameters"
             raise ValueError(f"recipe {recipe!r} has no parameter {name!r}; it takes {takes}")
-        if value is None:
-            continue
-        if name in SHARES and not 0 <= value <= 1:
-            raise ValueError(
-                f"{name}={value} is not a share of {SHARES[name]}; use a value from 0 to 1"
-            )
-        if name in ("std", "router_noise") and not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value} must be a finite number of at least 0")
-        if value not in CHOICES.get(name, (value,)):
-            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(CHOICES[name])}")
-
-
-def parse(recipe: str, arguments: list[str]) -> dict:
-    """The parameters in command-line arguments "--recipe.NAME=VALUE", by their defaults' types.
-
-    Raises: ValueError for one that the recipe does not take, or not with that value.
-    """
-    accepted = parameters_of(recipe)
-    texts = command_line.options("recipe", arguments)
-    check(recipe, dict.fromkeys(texts))
-    parameters = {
-        name: command_line.typed(f"recipe.{name}", text, type(accepted[name]))
-        for name, text in texts.items()
-    }
-    check(recipe, parameters)
-    return parameters
-
-
-def parameters_of(recipe: str) -> dict:
-    """The parameters that a recipe takes, and their defaults."""
-    arguments = inspect.signature(RECIPES[recipe].make).parameters.values()
-    return {a.name: a.default for a in arguments if a.kind is a.KEYWORD_ONLY}
+        if value is not None:
+            limits[name].check(name, value)
 
 
 def table() -> str:

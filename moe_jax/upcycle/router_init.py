@@ -9,8 +9,8 @@ STANDARD_DEVIATION = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterPlace:
-    """What a router's first values may be made of."""
+class RouterContext:
+    """What an initialiser may look at: sizes, a key, and statistics of the parent."""
 
     key: jax.Array
     D: int
@@ -19,43 +19,43 @@ class RouterPlace:
     centroids_ED: jax.Array | None = None  # of the router's inputs
 
 
-def normal(place: RouterPlace) -> jax.Array:
+def normal(context: RouterContext) -> jax.Array:
     """N(0, 0.02²), drawn expert by expert: the first experts' columns do not depend on E."""
-    return STANDARD_DEVIATION * jax.random.normal(place.key, (place.E, place.D)).T
+    return STANDARD_DEVIATION * jax.random.normal(context.key, (context.E, context.D)).T
 
 
-def centred_uniform(place: RouterPlace) -> jax.Array:
+def centred_uniform(context: RouterContext) -> jax.Array:
     """Uniform of standard deviation 0.02 minus its own mean (Drop-Upcycling's released code)."""
-    uniform_DE = jax.random.uniform(place.key, (place.E, place.D)).T
+    uniform_DE = jax.random.uniform(context.key, (context.E, context.D)).T
     return (uniform_DE - jnp.mean(uniform_DE)) * STANDARD_DEVIATION * 12**0.5
 
 
-def grouped(place: RouterPlace) -> jax.Array:
+def grouped(context: RouterContext) -> jax.Array:
     """One normal column for each virtual group (He et al., arXiv 2410.07524).
 
     The G experts of a group, which together hold a whole feed-forward, have the same logits.
     """
-    one_each = dataclasses.replace(place, E=place.E // place.granularity)
-    return jnp.repeat(normal(one_each), place.granularity, axis=1)
+    one_each = dataclasses.replace(context, E=context.E // context.granularity)
+    return jnp.repeat(normal(one_each), context.granularity, axis=1)
 
 
-def zero(place: RouterPlace) -> jax.Array:
+def zero(context: RouterContext) -> jax.Array:
     """Every expert alike (LLaMA-MoE, arXiv 2406.16554; ties go to the lowest index)."""
-    return jnp.zeros((place.D, place.E))
+    return jnp.zeros((context.D, context.E))
 
 
-def centroids(place: RouterPlace) -> jax.Array:
+def centroids(context: RouterContext) -> jax.Array:
     """Clusters of the layer's inputs, as long as a normal column would be.
 
     Less their mean and what lies along it: what all inputs have in common favours no expert.
     """
-    mean_D = jnp.mean(place.centroids_ED, axis=0)
+    mean_D = jnp.mean(context.centroids_ED, axis=0)
     mean_D /= jnp.maximum(jnp.linalg.norm(mean_D), jnp.finfo(jnp.float32).tiny)
-    apart_ED = place.centroids_ED - jnp.outer(place.centroids_ED @ mean_D, mean_D)
+    apart_ED = context.centroids_ED - jnp.outer(context.centroids_ED @ mean_D, mean_D)
     apart_ED -= jnp.mean(apart_ED, axis=0)
     length_E1 = jnp.linalg.norm(apart_ED, axis=1, keepdims=True)
     unit_ED = apart_ED / jnp.maximum(length_E1, jnp.finfo(jnp.float32).tiny)
-    return (STANDARD_DEVIATION * place.D**0.5 * unit_ED).T
+    return (STANDARD_DEVIATION * context.D**0.5 * unit_ED).T
 
 
 ROUTER_INITIALISERS = {

@@ -1,4 +1,4 @@
-"""What a made model is to its parent before any training: promised by each recipe, and tested."""
+"""The relation of a new model to its parent before any training, as each recipe promises it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from moe_jax.upcycle import experts
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a model made by a recipe is to the one it was made of, before any training.
+    """The relation of a new model to its parent before any training.
 
     `factor` says for (parent's config, config, router initialiser, parameters), dropless, how many
     times its parent's each layer's feed-forward output is; None when it is no multiple of it.
@@ -26,7 +26,7 @@ def granularity(source: ModelConfig, config: ModelConfig) -> int:
 
 
 def needed_scale(config: ModelConfig, granularity: int) -> float:
-    """What makes the chosen shards of a feed-forward, weighted at the start, the whole of it.
+    """The factor that makes the chosen shards, weighted at the start, the whole feed-forward.
 
     He et al., arXiv 2410.07524: N G / T for softmax then top-k, whose weights are about 1 / N
     each (E G² / T in their letters); G where the T weights sum to one.
@@ -42,7 +42,7 @@ def even_weight(config: ModelConfig) -> float:
 
 
 def _sum_is_fixed(config: ModelConfig) -> bool:
-    """Whether a token's weights have the same sum whatever the logits."""
+    """True if the sum of a token's weights does not depend on the logits."""
     return config.dispatch == "merge" or ROUTERS[config.router].sum_is_fixed(config)
 
 
@@ -54,7 +54,7 @@ def _weight(config: ModelConfig, router: str) -> float | None:
 
 def _of_copies(source, config, router, parameters):
     del source
-    # Merged are weights, and so neurons that are in the same order.
+    # dispatch="merge" averages weights, so the neurons must be in the same order.
     merged = config.dispatch == "merge" and parameters.get("permute_neurons")
     return None if parameters.get("ratio", 0) or merged else _weight(config, router)
 

@@ -1,4 +1,4 @@
-"""Walks the parameter tree: `mlp` leaves to `moe` leaves, everything else kept as it is."""
+"""Executes the plan of an upcycling in memory, on one device or on a mesh."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import tree
-from moe_jax.model.config import MOE, ModelConfig
+from moe_jax.model.config import ModelConfig
 from moe_jax.model.layout import layer_groups, slots
-from moe_jax.model.router import ROUTERS
 from moe_jax.parallel import sharding
-from moe_jax.upcycle import experts, mixing, plan, recipes, router_init
+from moe_jax.upcycle import experts, mixing, origins, recipes, router_init
+from moe_jax.upcycle import plan as plans
 
 
 def upcycle(
@@ -26,7 +26,7 @@ def upcycle(
     statistics: dict[str, np.ndarray] | None = None,
     **parameters,
 ) -> dict:
-    """MoE parameters made of a dense model's (or of several; or of a mixture's).
+    """MoE parameters from those of a dense model, of several, or of a mixture.
 
     Attention, norms, embeddings and head are the parent's; each layer that is sparse in
     `moe_config` gets `num_experts` experts made of its FFN by `recipe`, and a fresh router.
@@ -49,7 +49,7 @@ def upcycle(
     Raises: ValueError, in one line, for a recipe, parameter or pair of configs that do not fit.
     """
     parents = tuple(params) if isinstance(params, list | tuple) else (params,)
-    made = plan.make(
+    plan = plans.make(
         config,
         moe_config,
         recipe=recipe,
@@ -58,61 +58,95 @@ def upcycle(
         statistics=statistics,
         parameters=parameters,
     )
-    shell = rest_of([{k: w for k, w in p.items() if k != "blocks"} for p in parents], made)
-    return {**shell, "blocks": _blocks(parents, made, key)}
+    return execute(plan, parents, key)
 
 
-def _blocks(parents, made, key) -> dict:
-    # Of a mixture first by its own places: a dense result has its dense and sparse layers in one.
-    own = made.source if made.recipe.takes == recipes.MIXTURE else made.config
-    blocks = {}
-    for group in layer_groups(own.block_kinds):
-        for place, layers in group.layers.items():
-            owns = [blocks_of(p, made.source, layers) for p in parents]
-            feed_forward = "moe" if "moe" in owns[0] else "mlp"
-            ffns = [own.pop(feed_forward) for own in owns]
-            block = rest_of(owns, made)
-            if made.config.num_attention_experts and made.recipe.attention:
-                block["attention"] = attention_experts(
-                    [own["attention"] for own in owns], layers, made, key
+def execute(plan: plans.Plan, parents: Sequence[dict], key: jax.Array) -> dict:
+    """The parameters that the plan makes of its parents' parameters."""
+    leaves = [tree.flatten(parent) for parent in parents]
+    made = {path: _kept(leaves, origin) for path, origin in plan.shell(leaves[0]).items()}
+    origins_L = plan.layers(leaves[0])
+    for group in layer_groups(plan.config.block_kinds):
+        for slot, layers in group.layers.items():
+            # Layers of one slot may have unlike origins: dense ones of dense and of sparse layers.
+            alike: dict[tuple, list[int]] = {}
+            for layer in layers:
+                alike.setdefault(tuple(origins_L[layer].items()), []).append(layer)
+            blocks = {
+                tuple(own): _block(
+                    [_of_layers(w, plan.source, own) for w in leaves], dict(same), own, plan, key
                 )
-            sparse = group.kinds[place].feed_forward == MOE
-            if feed_forward == "moe":
-                block |= _of_mixture(ffns[0], layers, made, key)
-            elif sparse:
-                block["moe"] = _of_dense(ffns, layers, made, key)
-            else:
-                block["mlp"] = rest_of(ffns, made)
-            blocks[place] = block
+                for same, own in alike.items()
+            }
+            block = _restacked(blocks, layers)
+            made |= {f"blocks/{slot}/{leaf}": w for leaf, w in block.items()}
+    return tree.unflatten(made)
+
+
+def _of_layers(leaves: dict, config: ModelConfig, layers: Sequence[int]) -> dict[str, jax.Array]:
+    """The leaves of the blocks of some layers, which are alike, stacked in this order."""
+    slot_rows = [slots(config.block_kinds)[layer] for layer in layers]
+    stacks = {
+        slot: {
+            path.removeprefix(f"blocks/{slot}/"): w
+            for path, w in leaves.items()
+            if path.startswith(f"blocks/{slot}/")
+        }
+        for slot, _ in slot_rows
+    }
+    stack, *others = stacks.values()
+    if others:
+        return {
+            leaf: jnp.stack([stacks[slot][leaf][row] for slot, row in slot_rows]) for leaf in stack
+        }
+    rows = [row for _, row in slot_rows]
+    if rows == list(range(len(next(iter(stack.values()))))):
+        return stack
+    return {leaf: w[jnp.array(rows)] for leaf, w in stack.items()}
+
+
+def _restacked(blocks: dict[tuple[int, ...], dict], layers: tuple[int, ...]) -> dict:
+    """One stack of the blocks of these layers, which are several stacks of some of them."""
+    if len(blocks) == 1:
+        return blocks[layers]
+    at = {layer: (own, row) for own in blocks for row, layer in enumerate(own)}
     return {
-        place: blocks_of({"blocks": blocks}, own, layers)
-        for group in layer_groups(made.config.block_kinds)
-        for place, layers in group.layers.items()
+        leaf: jnp.stack([blocks[at[layer][0]][leaf][at[layer][1]] for layer in layers])
+        for leaf in next(iter(blocks.values()))
     }
 
 
-def blocks_of(params: dict, config: ModelConfig, layers: tuple[int, ...]) -> dict:
-    """The blocks of some layers, which are of one kind, stacked in this order."""
-    slots_of = [slots(config.block_kinds)[layer] for layer in layers]
-    blocks = params["blocks"]
-    if len({place for place, _ in slots_of}) > 1:
-        of_layers = [
-            jax.tree.map(lambda w, row=row: w[row], blocks[place]) for place, row in slots_of
-        ]
-        return jax.tree.map(lambda *ws: jnp.stack(ws), *of_layers)
-    index = tuple(row for _, row in slots_of)
-    stacked = blocks[slots_of[0][0]]
-    number = jax.tree.leaves(stacked)[0].shape[0]
-    if index == tuple(range(number)):
-        return dict(stacked)
-    return jax.tree.map(lambda w: w[jnp.array(index)], stacked)
+def _block(stacks: list[dict], origin_of: dict, layers: Sequence[int], plan, key) -> dict:
+    """The leaves of some layers of the result, from the parents' stacks of the same layers."""
+    layers_L, ffn_P, made = jnp.array(layers), {}, {}
+    if any(isinstance(origin, origins.Mixture) for origin in origin_of.values()):
+        share_LEP = jnp.array(np.stack([plan.shares(layer) for layer in layers]), jnp.float32)
+    for leaf, origin in origin_of.items():
+        own, name = [stack[origin.path] for stack in stacks], leaf.rpartition("/")[2]
+        match origin:
+            case origins.Kept():
+                made[leaf] = _kept(stacks, origin)
+            case origins.Stacked(parents=parents):
+                made[leaf] = jnp.stack([own[p] for p in parents], axis=1)
+            case origins.Expert():
+                ffn_P[name] = jnp.stack(own, axis=1)
+            case origins.Mixture():
+                made[leaf] = _mixed(name, own[0], share_LEP, plan)
+            case origins.CopiedRouter():
+                made[leaf] = copied_router(name, own[0], share_LEP, layers_L, plan=plan, key=key)
+            case origins.FreshRouter():
+                dtype = jnp.result_type(*own)
+                made[leaf] = fresh_router(layers_L, origin, dtype, plan=plan, key=key)
+    if ffn_P:
+        make = functools.partial(make_experts, plan=plan, key=key)
+        experts_E = _on_mesh(make, ffn_P, layers_L, plan)
+        made |= {f"moe/experts/{name}": w for name, w in experts_E.items()}
+    return made
 
 
-def rest_of(trees: list[dict], made: plan.Plan) -> dict:
-    """What is not made into experts: the mean of the parents', or the last one's."""
-    if made.recipe.rest == "last" or len(trees) == 1:
-        return trees[-1]
-    return jax.tree.map(lambda *ws: mean(ws), *trees)
+def _kept(trees: Sequence[dict], origin: origins.Kept) -> jax.Array:
+    own = [trees[parent][origin.path] for parent in origin.parents]
+    return own[0] if len(own) == 1 else mean(own)
 
 
 @jax.jit
@@ -121,35 +155,7 @@ def mean(arrays: Sequence[jax.Array]) -> jax.Array:
     return (total / len(arrays)).astype(arrays[0].dtype)
 
 
-def attention_experts(attentions: list[dict], layers, made: plan.Plan, key: jax.Array) -> dict:
-    """The parents' attentions beside each other, dealt out in their order, and a fresh router."""
-    E = made.config.num_attention_experts
-    of_expert = [attentions[made.parent_of(e, E)] for e in range(E)]
-    stacked = jax.tree.map(lambda *ws: jnp.stack(ws, axis=1), *of_expert)
-    del stacked["norm"]
-    dtype = attentions[0]["wq"].dtype
-    kernels = make_routers(jnp.array(layers), made, dtype, key=key, name="attention_router", E=E)
-    return {
-        "norm": rest_of([a["norm"] for a in attentions], made),
-        "router": {"kernel": kernels},
-        "experts": stacked,
-    }
-
-
-# Experts of dense feed-forwards ---------------------------------------------------------------
-
-
-def _of_dense(mlps, layers, made, key) -> dict:
-    ffns = [{name: w for name, w in mlp.items() if name != "norm"} for mlp in mlps]
-    ffn_P = jax.tree.map(lambda *ws: jnp.stack(ws, axis=1), *ffns)
-    layers_L = jnp.array(layers)
-    make = functools.partial(make_experts, made=made, key=key)
-    moe = {
-        "norm": rest_of([mlp["norm"] for mlp in mlps], made),
-        "router": routers(layers_L, made, ffn_P["up"].dtype, key=key),
-        "experts": _on_mesh(make, ffn_P, layers_L, made),
-    }
-    return {**moe, "shared": ffns[0]} if made.recipe.shared else moe
+# Experts ---------------------------------------------------------------------------------------
 
 
 def make_experts(
@@ -157,7 +163,7 @@ def make_experts(
     layers_L: jax.Array,
     experts_E: jax.Array,
     *,
-    made: plan.Plan,
+    plan: plans.Plan,
     key: jax.Array,
     whole: Callable = lambda ffn: ffn,
     part: Callable = lambda ffn: ffn,
@@ -167,9 +173,9 @@ def make_experts(
     `whole` gathers a layer's FFN, `part` cuts this device's share.
     """
     key = tree.fold_in(key, "experts")
-    E, P = made.config.num_experts, ffn_P["up"].shape[1]
-    parent_E = jnp.array([made.parent_of(e, E) for e in range(E)]) if P > 1 else jnp.zeros(E, int)
-    neurons = made.statistics.get("neurons")
+    E, P = plan.config.num_experts, ffn_P["up"].shape[1]
+    parent_E = jnp.array(plan.parents_of(E)) if P > 1 else jnp.zeros(E, int)
+    neurons = plan.statistics.get("neurons")
 
     def layer(scanned):
         ffn_P, layer = scanned
@@ -178,23 +184,23 @@ def make_experts(
 
         def expert(e):
             ffn = only or whole({name: w[parent_E[e]] for name, w in ffn_P.items()})
-            place = recipes.Place(
+            context = recipes.ExpertContext(
                 expert=e,
                 key=jax.random.fold_in(layer_key, e),
                 layer_key=layer_key,
-                config=made.config,
-                granularity=made.granularity,
+                config=plan.config,
+                granularity=plan.granularity,
                 neurons_F=None if neurons is None else jnp.asarray(neurons)[layer, e],
             )
-            return part(made.make_expert(ffn, place))
+            return part(plan.recipe.make(ffn, context, **plan.parameters))
 
         return jax.lax.map(expert, experts_E)
 
     return jax.lax.map(layer, (ffn_P, layers_L))
 
 
-def _on_mesh(make: Callable, ffn_P: experts.FFN, layers_L: jax.Array, made) -> experts.FFN:
-    mesh, E = jax.sharding.get_abstract_mesh(), made.config.num_experts
+def _on_mesh(make: Callable, ffn_P: experts.FFN, layers_L: jax.Array, plan) -> experts.FFN:
+    mesh, E = jax.sharding.get_abstract_mesh(), plan.config.num_experts
     if mesh.empty:
         return make(ffn_P, layers_L, jnp.arange(E))
     sharding.check_divisible(f"num_experts={E}", E, mesh, sharding.EXPERT)
@@ -218,97 +224,73 @@ def _on_mesh(make: Callable, ffn_P: experts.FFN, layers_L: jax.Array, made) -> e
     )(ffn_P, layers_L)
 
 
-# Experts of a mixture's ------------------------------------------------------------------------
-
-
-def _of_mixture(moe, layers, made, key) -> dict:
-    share_LEP = jnp.array(np.stack([made.shares(layer) for layer in layers]), jnp.float32)
-    mixed = _mixed(moe["experts"], share_LEP, made)
-    if made.recipe.gives == recipes.DENSE:
-        return {"mlp": {"norm": moe["norm"], **{name: w[:, 0] for name, w in mixed.items()}}}
-    if made.router == router_init.COPIED:
-        router = copied_routers(moe["router"], share_LEP, jnp.array(layers), made, key=key)
-    else:
-        router = routers(jnp.array(layers), made, moe["experts"]["up"].dtype, key=key)
-    return {"moe": {**moe, "router": router, "experts": mixed}}
-
-
-def _mixed(experts_P, share_LEP, made):
-    mesh = jax.sharding.get_abstract_mesh()
+def _mixed(name: str, w_LPX: jax.Array, share_LEP: jax.Array, plan: plans.Plan) -> jax.Array:
+    mesh, to_dense = jax.sharding.get_abstract_mesh(), plan.recipe.gives == recipes.DENSE
+    spec, E = sharding.spec_of(f"experts/{name}"), plan.config.num_experts
     if mesh.empty:
-        return mixing.mix(experts_P, share_LEP)
-    sparse = sharding.specs({"experts": experts_P})["experts"]
-    out_specs = sparse
-    if made.recipe.gives == recipes.DENSE:
-        out_specs = {name: sharding.P(None, None, *spec[2:]) for name, spec in sparse.items()}
+        mixed = mixing.mix(w_LPX, share_LEP)
+    elif to_dense:
+        whole = sharding.P(None, None, *spec[2:])
+        mixed = mixing.mix_on_mesh(w_LPX, share_LEP, spec, whole, axis=sharding.EXPERT)
     else:
-        E = made.config.num_experts
         sharding.check_divisible(f"num_experts={E}", E, mesh, sharding.EXPERT)
-    return mixing.mix_on_mesh(
-        experts_P, share_LEP, sparse, out_specs, cut=out_specs is sparse, axis=sharding.EXPERT
-    )
+        mixed = mixing.mix_on_mesh(w_LPX, share_LEP, spec, spec, axis=sharding.EXPERT)
+    return mixed[:, 0] if to_dense else mixed
 
 
 # Routers ---------------------------------------------------------------------------------------
 
 
-def routers(layers_L: jax.Array, made: plan.Plan, dtype, *, key: jax.Array) -> dict:
-    """Fresh ones: kernels by the plan's initialiser, the router's other leaves of zeros."""
-    E = made.config.num_experts
-    kernel_LDE = make_routers(layers_L, made, dtype, key=key, name="router", E=E)
-    others = {
-        name: jnp.zeros((len(layers_L), *leaf.shape(made.config.hidden_size, E)), dtype)
-        for name, leaf in ROUTERS[made.config.router].leaves.items()
-        if name != "kernel"
-    }
-    return {"kernel": kernel_LDE, **others}
-
-
-def make_routers(
-    layers_L: jax.Array, made: plan.Plan, dtype, *, key: jax.Array, name: str, E: int
+def fresh_router(
+    layers_L: jax.Array, origin: origins.FreshRouter, dtype, *, plan: plans.Plan, key: jax.Array
 ) -> jax.Array:
-    """Kernels [L, D, E] for these layers."""
-    centroids = made.statistics.get("centroids")
-    initialise = router_init.ROUTER_INITIALISERS[made.router]
+    """This leaf of the routers of these layers, [L, …]."""
+    if not origin.initialiser:
+        return jnp.zeros((len(layers_L), *origin.shape), dtype)
+    D, E = origin.shape
+    centroids = plan.statistics.get("centroids")
 
     def router_of(layer):
-        place = router_init.RouterPlace(
-            key=jax.random.fold_in(tree.fold_in(key, name), layer),
-            D=made.config.hidden_size,
+        context = router_init.RouterContext(
+            key=jax.random.fold_in(tree.fold_in(key, origin.name), layer),
+            D=D,
             E=E,
-            granularity=made.granularity if made.recipe.cut else 1,
+            granularity=plan.granularity if plan.recipe.cut else 1,
             centroids_ED=None if centroids is None else jnp.asarray(centroids)[layer],
         )
-        return initialise(place).astype(dtype)
+        return router_init.ROUTER_INITIALISERS[origin.initialiser](context).astype(dtype)
 
     return jax.lax.map(router_of, layers_L)
 
 
-def copied_routers(
-    router: dict, share_LEP: jax.Array, layers_L: jax.Array, made: plan.Plan, *, key: jax.Array
-) -> dict:
-    """The old experts' columns and biases, shared out as the experts are, and noise on copies.
+def copied_router(
+    name: str,
+    w_LX: jax.Array,
+    share_LEP: jax.Array,
+    layers_L: jax.Array,
+    *,
+    plan: plans.Plan,
+    key: jax.Array,
+) -> jax.Array:
+    """The old experts' columns or biases, shared out as the experts are, and noise on copies.
 
     The noise is `router_noise` times the deviation of the parent's column; on a bias it is that
     number itself.
     """
-    std = made.parameters.get("router_noise", 0.0)
-    by_expert = {n: jnp.swapaxes(w, 1, 2) if w.ndim == 3 else w for n, w in router.items()}
-    mixed = mixing.mix(by_expert, share_LEP)
-    if std:
-        is_copy_LE = (jnp.cumsum(share_LEP, axis=1) > 1).any(axis=2, where=share_LEP > 0)
+    std = plan.parameters.get("router_noise", 0.0)
+    by_column = (lambda w: jnp.swapaxes(w, 1, 2)) if w_LX.ndim == 3 else lambda w: w
+    mixed = mixing.mix(by_column(w_LX), share_LEP)
+    if not std or name == "noise":
+        return by_column(mixed)
+    is_copy_LE = (jnp.cumsum(share_LEP, axis=1) > 1).any(axis=2, where=share_LEP > 0)
 
-        def noisy(name, x_LE):
-            def of_layer(scanned):
-                layer, x_E, is_copy_E = scanned
-                own = jax.random.fold_in(tree.fold_in(key, f"router_{name}"), layer)
-                noise = std * jax.random.normal(own, x_E.shape)
-                if x_E.ndim == 2:
-                    noise *= jnp.std(x_E.astype(jnp.float32), axis=1, keepdims=True)
-                noise = jnp.where(is_copy_E.reshape(-1, *(1,) * (x_E.ndim - 1)), noise, 0)
-                return (x_E + noise).astype(x_E.dtype)
+    def of_layer(scanned):
+        layer, x_E, is_copy_E = scanned
+        own = jax.random.fold_in(tree.fold_in(key, f"router_{name}"), layer)
+        noise = std * jax.random.normal(own, x_E.shape)
+        if x_E.ndim == 2:
+            noise *= jnp.std(x_E.astype(jnp.float32), axis=1, keepdims=True)
+        noise = jnp.where(is_copy_E.reshape(-1, *(1,) * (x_E.ndim - 1)), noise, 0)
+        return (x_E + noise).astype(x_E.dtype)
 
-            return jax.lax.map(of_layer, (layers_L, x_LE, is_copy_LE))
-
-        mixed = {n: x if n == "noise" else noisy(n, x) for n, x in mixed.items()}
-    return {n: jnp.swapaxes(w, 1, 2) if w.ndim == 3 else w for n, w in mixed.items()}
+    return by_column(jax.lax.map(of_layer, (layers_L, mixed, is_copy_LE)))

@@ -90,7 +90,8 @@ def test_a_run_starts_from_a_folder_and_takes_its_model():
     config.model.num_experts = 4
     config.mesh.fsdp = 8
     settings = configs.resolve(config)
-    params = init.parameters(settings, meshes.make(vars(settings.mesh)))
+    mesh = meshes.make(vars(settings.mesh))
+    params = init.parameters(settings, mesh, init.plan_of(settings))
     _, parent = hf.load(GOLDEN / "llama_bf16")
     up = params["blocks"]["0"]["moe"]["experts"]["up"]
     assert up.dtype == np.float32 and not up.sharding.is_fully_replicated

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import init, model, train
+from moe_jax import init, model, stores, train
 from moe_jax.config.sections import Optimizer
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import checkpoint, metrics, optimizer
 from moe_jax.training.state import TrainState
+from moe_jax.upcycle import plan
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 STUDENT = model.ModelConfig(
@@ -59,7 +60,7 @@ def with_changes(config, changes):
 def test_a_run_writes_what_is_on_and_evaluates_with_as_many_experts_as_it_is_told(config, tmp_path):
     teacher = str(tmp_path / "teacher")
     params = jax.jit(lambda key: model.init(STUDENT, key))(jax.random.key(0))
-    init.save(tmp_path / "teacher", STUDENT, params)
+    stores.save(tmp_path / "teacher", STUDENT, params)
     changes = {
         "balance.load_balancing_schedule": "adaptive",
         "balance.mutual_information_coefficient": 0.1,
@@ -125,6 +126,23 @@ def test_a_teacher_of_another_vocabulary_is_refused(config, tmp_path):
         train.run(configs.resolve(with_changes(config, changes)), tmp_path / "run")
 
 
+def test_a_run_with_a_recipe_makes_one_plan_for_its_weights_and_their_moments(
+    config, tmp_path, monkeypatch
+):
+    train.run(with_changes(config, {"model.num_experts": 0}), tmp_path / "parent")
+    plans, make = [], plan.make
+    monkeypatch.setattr(
+        plan, "make", lambda *args, **how: plans.append(make(*args, **how)) or plans[-1]
+    )
+    changes = {
+        "init.source": str(tmp_path / "parent"),
+        "init.upcycle.recipe": "drop",
+        "init.upcycle.optimizer_state": "copy",
+    }
+    train.run(with_changes(config, changes), tmp_path / "child")
+    assert [made.name for made in plans] == ["drop"]
+
+
 def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, tmp_path):
     dense, mesh = dataclasses.replace(STUDENT, num_experts=0), meshes.one_device()
     tx = optimizer.adamw(Optimizer(learning_rate=1e-2), 2)
@@ -149,8 +167,9 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
     }
     child = with_changes(config, changes)
     child = configs.resolve(child)
-    made = init.parameters(child, mesh)
-    copied = init.optimizer_state(child, mesh, tx.init(made))
+    planned = init.plan_of(child)
+    made = init.parameters(child, mesh, planned)
+    copied = init.optimizer_state(child, mesh, tx.init(made), planned)
     old, new = (
         next(n for n in jax.tree.leaves(s, is_leaf=init._is_adam) if init._is_adam(n))
         for s in (opt_state, copied)

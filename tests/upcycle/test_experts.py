@@ -21,11 +21,11 @@ NAMES = ("gate", "up", "down")
 
 @functools.partial(jax.jit, static_argnames=("ratio", "index_sharing", "permute_neurons"))
 def drop(ffn, keys_E, **parameters):
-    """The experts of several keys, stacked, as `params.upcycle` makes them."""
+    """The experts of several keys, stacked, as `transform.make_experts` makes them."""
 
     def expert(key):
-        place = recipes.Place(0, key, layer_key=key, config=None, granularity=1)
-        return recipes.drop(ffn, place, **parameters)
+        context = recipes.ExpertContext(0, key, layer_key=key, config=None, granularity=1)
+        return recipes.drop(ffn, context, **parameters)
 
     return jax.lax.map(expert, keys_E)
 
@@ -169,8 +169,8 @@ def test_mean_and_unbiased_deviation_are_those_of_the_redrawn_entries_alone():
 @pytest.mark.parametrize("name", ["normal", "centred_uniform", "grouped"])
 def test_router_kernels_have_mean_zero_and_deviation_0_02(name):
     D, E = 256, 16
-    place = router_init.RouterPlace(jax.random.key(0), D, E)
-    kernel_DE = np.asarray(router_init.ROUTER_INITIALISERS[name](place))
+    context = router_init.RouterContext(jax.random.key(0), D, E)
+    kernel_DE = np.asarray(router_init.ROUTER_INITIALISERS[name](context))
     assert kernel_DE.shape == (D, E)
     assert abs(kernel_DE.mean()) < 5 * 0.02 / math.sqrt(D * E)
     assert abs(kernel_DE.std() - 0.02) < 5 * 0.02 / math.sqrt(2 * D * E)
@@ -184,8 +184,8 @@ def test_router_kernels_have_mean_zero_and_deviation_0_02(name):
 
 def test_centroid_kernels_send_the_clusters_apart():
     centroids_ED = np.random.default_rng(0).normal(size=(4, 32)) + 5
-    place = router_init.RouterPlace(None, 32, 4, centroids_ED=centroids_ED)
-    kernel_DE = router_init.centroids(place)
+    context = router_init.RouterContext(None, 32, 4, centroids_ED=centroids_ED)
+    kernel_DE = router_init.centroids(context)
     assert (np.argmax(centroids_ED @ kernel_DE, axis=1) == np.arange(4)).all()
     np.testing.assert_allclose(np.linalg.norm(kernel_DE, axis=0), 0.02 * math.sqrt(32), rtol=1e-5)
 
@@ -193,8 +193,10 @@ def test_centroid_kernels_send_the_clusters_apart():
 def test_noise_is_added_to_half_of_each_matrix_and_has_its_deviation():
     D, F, std = 64, 40, 0.02
     ffn = random_ffn(D, F)
-    place = recipes.Place(0, jax.random.key(0), jax.random.key(0), config=None, granularity=1)
-    made = jax.jit(lambda ffn: recipes.noise(ffn, place, permute_neurons=False))(ffn)
+    context = recipes.ExpertContext(
+        0, jax.random.key(0), jax.random.key(0), config=None, granularity=1
+    )
+    made = jax.jit(lambda ffn: recipes.noise(ffn, context, permute_neurons=False))(ffn)
     for name in NAMES:
         added_FD = by_neuron(made[name], name) - by_neuron(ffn[name], name)
         changed_F = (added_FD != 0).any(axis=1)
@@ -217,8 +219,8 @@ def test_weight_scaling_is_the_published_one(E, G, T, factor):
         moe_intermediate_size=8,
         norm_topk_prob=False,
     )
-    place = recipes.Place(0, None, None, config=config, granularity=G)
-    made = recipes.virtual_group({n: np.ones((8 * G, 8 * G), np.float32) for n in NAMES}, place)
+    context = recipes.ExpertContext(0, None, None, config=config, granularity=G)
+    made = recipes.virtual_group({n: np.ones((8 * G, 8 * G), np.float32) for n in NAMES}, context)
     for name in NAMES:
         np.testing.assert_allclose(made[name], factor, rtol=1e-5)
     assert made["up"].shape == (8 * G, 8) and made["down"].shape == (8, 8 * G)

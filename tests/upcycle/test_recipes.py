@@ -5,17 +5,21 @@ Bitwise comparisons are between eager on one device and compiled on eight, shard
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import model, upcycle
+from moe_jax import config as configs
+from moe_jax import hf, init, model, stores, train, upcycle
 from moe_jax.dryrun import hlo
+from moe_jax.hf import folders
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
-from moe_jax.upcycle import mixing, plan, recipes
+from moe_jax.upcycle import mixing, parameters, plan, recipes, step_zero
+from tests.hf.test_golden import GOLDEN
 
 DENSE = model.ModelConfig(
     vocab_size=32,
@@ -316,84 +320,73 @@ def test_merging_a_naive_mixture_back_gives_its_parent_and_any_other_the_average
 
 def test_what_is_not_finite_in_an_expert_that_is_left_out_stays_out():
     w_LPX = jnp.array([[[1.0], [jnp.inf]]])
-    mixed = mixing.mix({"w": w_LPX}, jnp.array([[[1.0, 0.0]]]))
-    np.testing.assert_array_equal(mixed["w"], [[[1.0]]])
+    mixed = mixing.mix(w_LPX, jnp.array([[[1.0, 0.0]]]))
+    np.testing.assert_array_equal(mixed, [[[1.0]]])
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("branch_train_mix", {"parents": 3}, "num_experts=8 is not divisible by the 3 parents"),
-        ("drop", {"parents": 2}, "recipe 'drop' takes one parent, not 2"),
-        ("virtual_group", {"moe_intermediate_size": 12}, "does not divide the parent's"),
-        ("virtual_group", {"num_experts": 6}, "use a multiple of 4"),
-        ("llama_moe", {"num_experts": 8}, "do not share out .* use 4 experts"),
-        (
-            "moe_ct",
-            {"shared_expert_intermediate_size": None},
-            "set shared_expert_intermediate_size",
-        ),
-        ("drop", {"shared_expert_intermediate_size": 32}, "makes no shared expert"),
-        ("bam", {"num_attention_experts": 0}, "set num_attention_experts"),
-        ("drop", {"num_attention_experts": 2}, "num_attention_experts=2 differs"),
-        ("prune", {"num_experts": 9}, "must be at most the parent's 8"),
-        ("expert_upcycling", {"num_experts": 4}, "must be at least the parent's 8"),
-        ("prune", {"statistics": {}}, "^recipe 'prune' needs the statistic 'load'"),
-        ("drop", {"statistics": STATISTICS}, "none of .* load, sim.*; leave .* router='centroids'"),
-        (
-            *("llama_moe", {"statistics": {"neurons": draw(2, 4, 8)}}),
-            "'llama_moe' uses none of the statistics neurons; .* give partition='statistics' or r",
-        ),
-        (
-            *("expert_upcycling", {"statistics": {"centroids": draw(2, 12, 16)}}),
-            "uses none of the statistics centroids; leave them out, or give the statistic 'utilit",
-        ),
-        ("prune", {"statistics": {"load": draw(2, 7)}}, r"'load' is \[2, 7\], not \[2, 8\]"),
-        ("merge_back", {"intermediate_size": 16}, "intermediate_size=16 differs from the experts'"),
-        (
-            "merge_back",
-            {"source": PARTLY, "intermediate_size": 8},
-            "dense layers have 32 neurons and its experts 8",
-        ),
-        (
-            "prune",
-            {"source": PARTLY, "layers": PARTLY.layers, "intermediate_size": 8},
-            "intermediate_size=8 differs from the parent's 32",
-        ),
-    ],
-)
-def test_what_does_not_fit_a_recipe_is_refused_in_one_line(name, changes, message):
-    source, config, parameters, number = CASES[name]
-    changes = dict(changes)
-    number = changes.pop("parents", number)
-    statistics = changes.pop("statistics", STATISTICS if source.num_experts else None)
-    source = changes.pop("source", source)
-    config = dataclasses.replace(config, **changes)
-    with pytest.raises(ValueError, match=message) as error:
-        plan.make(
-            source,
-            config,
-            recipe=name,
-            num_parents=number,
-            statistics=statistics,
-            parameters=parameters,
+# A recipe from outside ---------------------------------------------------------------------------
+
+HALF = Annotated[float, parameters.Parameter(share_of="the output")]
+
+
+def quieter(ffn, context, *, quiet: HALF = 0.5):
+    """Expert e of E gives 1 - quiet · e / E of the parent's output."""
+    share = 1 - quiet * context.expert / context.config.num_experts
+    return {**ffn, "down": (ffn["down"] * share).astype(ffn["down"].dtype)}
+
+
+@pytest.fixture
+def toy():
+    recipes.RECIPES["toy"] = recipes.Recipe(
+        quieter,
+        source="this test",
+        kept="all but the scale",
+        changed="scale",
+        cost=recipes.ONE,
+        start=step_zero.OTHER,
+    )
+    yield
+    del recipes.RECIPES["toy"]
+
+
+def test_a_recipe_that_is_registered_runs_in_memory_and_from_folder_to_folder(toy, tmp_path):
+    source, key = folders.Folder(GOLDEN / "llama"), jax.random.key(0)
+    moe = source.config.to_moe(num_experts=4, num_experts_per_tok=2)
+    how = {"recipe": "toy", "quiet": 0.25}
+    with pytest.raises(ValueError, match="quiet=2 is not a share of the output"):
+        upcycle.upcycle(source.params(), source.config, moe, **{**how, "quiet": 2}, key=key)
+    in_memory = upcycle.upcycle(source.params(), source.config, moe, **how, key=key)
+    hf.save(tmp_path / "whole", moe, in_memory)
+    planned = plan.make(source.config, moe, recipe="toy", parameters={"quiet": 0.25})
+    stores.upcycle_folders(planned, [source], tmp_path / "streamed", key)
+    streamed = folders.Folder(tmp_path / "streamed").params()
+    whole = folders.Folder(tmp_path / "whole").params()
+    jax.tree.map(np.testing.assert_array_equal, streamed, whole)
+    old, new = (p["blocks"]["0"] for p in (source.params(), streamed))
+    for e in range(4):
+        share = np.float32(1 - 0.25 * e / 4)
+        np.testing.assert_array_equal(
+            new["moe"]["experts"]["down"][:, e], old["mlp"]["down"] * share
         )
-    assert "\n" not in str(error.value)
 
 
-def test_longer_texts_need_another_parent_only_where_positions_have_weights():
-    for positions, differing in (("rotary", []), ("learned", ["max_position_embeddings"])):
-        parent = dataclasses.replace(DENSE, position_embedding=positions)
-        longer = dataclasses.replace(EIGHT, position_embedding=positions)
-        longer = dataclasses.replace(longer, max_position_embeddings=8192)
-        found = plan.differences(parent, longer, plan.OWN)
-        assert [name for name, *_ in found] == differing
-
-
-def test_moments_may_leave_the_routers_statistics_unused():
-    """Of a run with router="centroids": they follow its weights, but to routers of zeros."""
-    source, config, parameters, _ = CASES["drop"]
-    statistics = {"centroids": draw(2, 8, 16)}
-    for router in ("centroids", "zero"):
-        how = {"recipe": "drop", "router": router, "statistics": statistics}
-        assert plan.make(source, config, **how, parameters=parameters).router == router
+def test_a_recipe_that_is_registered_is_one_of_a_runs_config(toy, tmp_path):
+    parent = dataclasses.replace(DENSE, vocab_size=259)
+    [params] = parents_of(parent, 1)
+    stores.save(tmp_path / "parent", parent, params)
+    config = configs.default()
+    config.init.source = str(tmp_path / "parent")
+    config.init.upcycle.update(recipe="toy", quiet=0.25)
+    moe = parent.to_moe(num_experts=4, num_experts_per_tok=2)
+    config.model.update({k: v for k, v in vars(moe).items() if v is not None})
+    config.data.update(sequence_length=16, cache_dir=str(tmp_path / "cache"))
+    config.training.update(num_steps=1, batch_size=8)
+    config.evaluation.update(batch_size=8, max_batches=1, continuation_tokens=1)
+    mesh = meshes.one_device()
+    settings = configs.resolve(config)
+    down = init.parameters(settings, mesh, init.plan_of(settings))["blocks"]["0"]["moe"]["experts"][
+        "down"
+    ]
+    old = params["blocks"]["0"]["mlp"]["down"]
+    np.testing.assert_array_equal(down[:, 3], old * np.float32(1 - 0.25 * 3 / 4))
+    assert train.run(config, tmp_path / "run")["steps"] == 1

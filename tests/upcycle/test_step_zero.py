@@ -59,11 +59,11 @@ def upcyclings(draw):
         num_attention_experts=2 if recipes.RECIPES[name].attention else 0,
     )
     parameters = {}
-    if "permute_neurons" in recipes.parameters_of(name):
+    if "permute_neurons" in recipes.RECIPES[name].defaults:
         parameters["permute_neurons"] = draw(st.booleans())
-    if "scaling" in recipes.parameters_of(name):
+    if "scaling" in recipes.RECIPES[name].defaults:
         parameters["scaling"] = draw(st.sampled_from(["none", "down", "exact", "paper"]))
-    if "ratio" in recipes.parameters_of(name):
+    if "ratio" in recipes.RECIPES[name].defaults:
         parameters["ratio"] = draw(st.sampled_from([0.0, 0.5]))
     router = draw(st.sampled_from(["", "zero", "grouped"]))
     return name, dense, config, router, parameters

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from moe_jax import hf, upcycle
+from moe_jax import hf, stores, upcycle
 from moe_jax.hf import folders, tensors
-from moe_jax.upcycle import streaming
+from moe_jax.upcycle import plan, transform
 from tests.hf.test_golden import GOLDEN
 
 CASES = [
@@ -28,15 +28,8 @@ def test_a_folder_upcycled_in_parts_is_bitwise_what_memory_gives(
 ):
     source, key = folders.Folder(GOLDEN / name), jax.random.key(7)
     moe = source.config.to_moe(num_experts=3, num_experts_per_tok=2)
-    streaming.upcycle_folder(
-        [source],
-        tmp_path / "streamed",
-        moe,
-        recipe=recipe,
-        key=key,
-        max_shard_bytes=60_000,
-        **parameters,
-    )
+    made_of = plan.make(source.config, moe, recipe=recipe, parameters=parameters)
+    stores.upcycle_folders(made_of, [source], tmp_path / "streamed", key, max_shard_bytes=60_000)
     made = jax.jit(
         lambda params: upcycle.upcycle(
             params, source.config, moe, recipe=recipe, key=key, **parameters
@@ -104,9 +97,16 @@ def test_several_parents_and_mixtures_stream_bitwise_too(
     if statistics:
         L = sources[0].config.num_hidden_layers
         statistics = {n: x[:L] for n, x in statistics.items()}
-    how = {"recipe": recipe, "key": key, "statistics": statistics, **parameters}
-    streaming.upcycle_folder(sources, tmp_path / "streamed", config, **how)
-    made = jax.jit(lambda parents: upcycle.upcycle(parents, sources[0].config, config, **how))(
+    made_of = plan.make(
+        sources[0].config,
+        config,
+        recipe=recipe,
+        num_parents=len(sources),
+        statistics=statistics,
+        parameters=parameters,
+    )
+    stores.upcycle_folders(made_of, sources, tmp_path / "streamed", key)
+    made = jax.jit(lambda parents: transform.execute(made_of, parents, key))(
         [source.params() for source in sources]
     )
     hf.save(tmp_path / "whole", config, made)
@@ -119,11 +119,10 @@ def test_parents_stored_in_other_dtypes_are_refused_before_anything_is_written(t
     first = folders.Folder(GOLDEN / "llama")
     hf.save(tmp_path / "half", first.config, tensors.cast(first.params(), "bfloat16"))
     moe = first.config.to_moe(num_experts=2, num_experts_per_tok=1)
-    how = {"recipe": "branch_train_mix", "key": jax.random.key(0)}
+    parents = [first, folders.Folder(tmp_path / "half")]
+    made_of = plan.make(first.config, moe, recipe="branch_train_mix", num_parents=2, parameters={})
     with pytest.raises(ValueError, match=r"/half is not stored in the dtypes of .*/llama; convert"):
-        streaming.upcycle_folder(
-            [first, folders.Folder(tmp_path / "half")], tmp_path / "out", moe, **how
-        )
+        stores.upcycle_folders(made_of, parents, tmp_path / "out", jax.random.key(0))
     assert not (tmp_path / "out").exists()
 
 
@@ -142,9 +141,8 @@ def test_a_part_has_the_dtype_of_its_leaf(tmp_path):
 def test_nothing_is_left_of_a_conversion_that_fails(tmp_path, monkeypatch):
     source = folders.Folder(GOLDEN / "llama")
     moe = source.config.to_moe(num_experts=2, num_experts_per_tok=1)
+    made_of = plan.make(source.config, moe, recipe="naive", parameters={})
     monkeypatch.setattr(folders.Folder, "part", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        streaming.upcycle_folder(
-            [source], tmp_path / "out", moe, recipe="naive", key=jax.random.key(0)
-        )
+        stores.upcycle_folders(made_of, [source], tmp_path / "out", jax.random.key(0))
     assert not list(tmp_path.iterdir())

@@ -23,7 +23,7 @@ PARENT = model.ModelConfig(
 )
 SPARSE = PARENT.to_moe(num_experts=4, num_experts_per_tok=2)
 MIXED = dataclasses.replace(SPARSE, layers=(DENSE, MOE, DENSE, MOE, DENSE))
-MIXED_PLACES = {"0": (0,), "1": (1, 3), "2": (2, 4)}  # dense, then (sparse, dense) twice
+MIXED_SLOTS = {"0": (0,), "1": (1, 3), "2": (2, 4)}  # dense, then (sparse, dense) twice
 MORE = dataclasses.replace(SPARSE, num_experts=6)
 KEY = jax.random.key(3)
 PAPER = {"ratio": 0.25}  # floor(0.25 * 38) = 9
@@ -95,15 +95,15 @@ def test_ratio_zero_is_naive_upcycling():
 
 def test_each_layer_is_made_of_its_own_dense_layer():
     blocks, old = upcycled(MIXED, "naive")["blocks"], parent()["blocks"]["0"]
-    assert set(blocks) == set(MIXED_PLACES)
-    for place, layers in MIXED_PLACES.items():
+    assert set(blocks) == set(MIXED_SLOTS)
+    for slot, layers in MIXED_SLOTS.items():
         of_layers = jax.tree.map(lambda w, layers=layers: np.asarray(w)[list(layers)], old)
         if MIXED.layers[layers[0]] == DENSE:
-            assert_bitwise_equal(blocks[place], of_layers)
+            assert_bitwise_equal(blocks[slot], of_layers)
             continue
-        assert set(blocks[place]) == {"attention", "moe"}
-        moe, mlp = blocks[place]["moe"], of_layers["mlp"]
-        assert_bitwise_equal(blocks[place]["attention"], of_layers["attention"])
+        assert set(blocks[slot]) == {"attention", "moe"}
+        moe, mlp = blocks[slot]["moe"], of_layers["mlp"]
+        assert_bitwise_equal(blocks[slot]["attention"], of_layers["attention"])
         assert_bitwise_equal(moe["norm"], mlp["norm"])
         for name in ("gate", "up", "down"):
             copies = np.broadcast_to(mlp[name][:, None], moe["experts"][name].shape)
@@ -149,7 +149,7 @@ def first_experts(params, number):
 def test_an_expert_does_not_depend_on_compilation_nor_on_which_other_layers_are_sparse():
     somewhere = upcycled(MIXED, "drop", **PAPER)["blocks"]["1"]["moe"]
     everywhere = first_experts(upcycled_eagerly(**PAPER), 4)["blocks"]["0"]["moe"]
-    of_layers = jax.tree.map(lambda w: np.asarray(w)[list(MIXED_PLACES["1"])], everywhere)
+    of_layers = jax.tree.map(lambda w: np.asarray(w)[list(MIXED_SLOTS["1"])], everywhere)
     assert_bitwise_equal(somewhere, of_layers)
 
 

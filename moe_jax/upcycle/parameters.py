@@ -1,0 +1,51 @@
+"""The parameters of recipes: a type each, annotated with the values that it may have."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Annotated
+
+from moe_jax.upcycle import experts
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """The values of a recipe's keyword argument of type `Annotated[type, Parameter(...)]`.
+
+    `for_moments` is its value when the recipe transforms Adam's moments, which follow their weights
+    but are not redrawn, scaled or disturbed; None is the value that the weights have.
+    """
+
+    choices: tuple[str, ...] = ()
+    share_of: str = ""  # a number from 0 to 1: the share of these
+    deviation: bool = False  # a finite number of at least 0
+    statistics: Mapping[str, str] = dataclasses.field(default_factory=dict)  # that choices need
+    for_moments: object = None
+
+    def check(self, name: str, value) -> None:
+        """Raises: ValueError for a value that it may not have."""
+        if self.share_of and not 0 <= value <= 1:
+            raise ValueError(
+                f"{name}={value} is not a share of {self.share_of}; use a value from 0 to 1"
+            )
+        if self.deviation and not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be a finite number of at least 0")
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(self.choices)}")
+
+
+def limits(annotation) -> Parameter:
+    """The `Parameter` of an annotated type; any value is right for a type without one."""
+    return next(iter(getattr(annotation, "__metadata__", ())), Parameter())
+
+
+Ratio = Annotated[float, Parameter(share_of="neurons", for_moments=0.0)]
+RankRatio = Annotated[float, Parameter(share_of="singular directions")]
+Deviation = Annotated[float, Parameter(deviation=True)]
+RouterNoise = Annotated[float, Parameter(deviation=True, for_moments=0.0)]
+IndexSharing = Annotated[str, Parameter(choices=("neuron", "per_matrix"))]
+Scaling = Annotated[str, Parameter(choices=tuple(experts.SCALINGS), for_moments="none")]
+Partition = Annotated[
+    str,
+    Parameter(choices=("random", "contiguous", "statistics"), statistics={"statistics": "neurons"}),
+]
