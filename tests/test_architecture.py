@@ -34,23 +34,6 @@ ROOMS = (
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 80
 LONGER_FUNCTIONS = {("train.py", "run"): 150}  # the program, on one page
 
-# TEMPORARY, to be emptied: what pieces of work that are on their way will mend.
-NOT_YET_IMPORTS = {
-    ("upcycle.streaming", "hf.folders"): "upcycle/ gets a reader instead of folders",
-    ("upcycle.streaming", "hf.tensors"): "upcycle/ gets a reader instead of folders",
-    ("upcycle.streaming", "hf.writing"): "upcycle/ gets a reader instead of folders",
-}
-NOT_YET_SIZES = {
-    "config.py": "becomes a room",
-    "config.py default": "becomes a room",
-    "hf/config_keys.py": "to be split",
-    "train.py run": "evaluators and objectives leave it",
-    "training/step.py make_train_step": "objectives leave it",
-    "training/step.py train_step": "objectives leave it",
-    "upcycle/recipes.py": "to be split",
-}
-NOT_YET_THERE = ("stores",)
-
 
 def read_imports(package: pathlib.Path) -> dict[str, set[str]]:
     """For each module of the package, "ops.permute", those of the package that it imports.
@@ -103,10 +86,7 @@ def faults(graph: dict[str, set[str]], rooms=ROOMS) -> list[str]:
 
 @pytest.fixture(scope="module")
 def graph():
-    whole = read_imports(PACKAGE)
-    for name, other in NOT_YET_IMPORTS:
-        whole.get(name, set()).discard(other)
-    return whole
+    return read_imports(PACKAGE)
 
 
 def test_rooms_import_from_below_only_and_in_no_circle(graph):
@@ -115,7 +95,7 @@ def test_rooms_import_from_below_only_and_in_no_circle(graph):
 
 def test_the_table_has_no_room_that_is_not_there(graph):
     there = {name.split(".")[0] for name in graph}
-    assert {room for line in ROOMS for room in line} - there <= set(NOT_YET_THERE)
+    assert {room for line in ROOMS for room in line} <= there
 
 
 @pytest.mark.parametrize(
@@ -181,7 +161,7 @@ def test_no_file_and_no_function_is_long():
                 most = LONGER_FUNCTIONS.get((name, node.name), MOST_LINES_OF_A_FUNCTION)
                 if node.end_lineno - node.lineno + 1 > most:
                     long.append(f"{name} {node.name}")
-    assert set(long) <= set(NOT_YET_SIZES)
+    assert long == []
 
 
 def test_scripts_only_launch_commands():
