@@ -23,7 +23,7 @@ def default() -> ConfigDict:
             config["model"] = {"preset": "", **_model_placeholders()}
         elif section := section_of(field):
             config[field.name] = dataclasses.asdict(section())
-        else:
+        elif "explanation" in field.metadata:
             config[field.name] = field.default
     upcycle = config["init"]["upcycle"]
     del upcycle["parameters"]

@@ -4,6 +4,8 @@ Zhong et al., arXiv 2405.03133. The weights of a segment come from the segment b
 no token sees a later one; the first takes its own, through which no gradient passes.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -42,7 +44,7 @@ def merged_of_device(x_BTD, params, valid_BT, key, *, config: ModelConfig, retur
     stats = jax.tree.map(lambda x: x[None], stats)
     if return_routing:
         by_token = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), routing)
-        stats = stats.replace(routing=by_token)
+        stats = dataclasses.replace(stats, routing=by_token)
     return y_GSD.reshape(B, T, D), stats
 
 

@@ -126,7 +126,7 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
     stats = jax.tree.map(lambda x: x[None], stats)
     if return_routing:
         by_token = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), routing)
-        stats = stats.replace(routing=by_token)
+        stats = dataclasses.replace(stats, routing=by_token)
     return y_MD.reshape(B, T, D), stats
 
 

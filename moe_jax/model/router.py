@@ -124,7 +124,7 @@ def noisy_topk(
     chosen_ME = noisy_ME > best_MA[:, A:]
     threshold_ME = jnp.where(chosen_ME, best_MA[:, A:], best_MA[:, A - 1 : A])
     load_ME = jax.scipy.stats.norm.cdf((clean_ME - threshold_ME) / deviation_ME)
-    return routing.replace(load_ME=load_ME)
+    return dataclasses.replace(routing, load_ME=load_ME)
 
 
 def expert_choice(
@@ -177,7 +177,7 @@ def forced_balance(logits_ME: jax.Array, *, num_experts_per_tok: int, **paramete
     A = num_experts_per_tok
     routing = softmax_topk(logits_ME, num_experts_per_tok=A, **parameters)
     expert_index_MA = (jnp.arange(M * A, dtype=jnp.int32) % E).reshape(M, A)
-    return routing.replace(expert_index_MA=expert_index_MA)
+    return dataclasses.replace(routing, expert_index_MA=expert_index_MA)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """Routing is data: which experts a token goes to and with what weight, and what to count of it."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from moe_jax.ops import bins
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Routing:
     """The decision for M tokens. `weight` is what an expert's output is multiplied by.
 
@@ -24,7 +25,8 @@ class Routing:
     load_ME: jax.Array | None = None
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class RouterStats:
     """Sums over the tokens of a batch shard; padding is not counted.
 

@@ -93,7 +93,9 @@ def slope(function: Callable, stats: RouterStats) -> tuple[object, dict[str, jax
     floats = {
         n: x for n, x in fields.items() if x is not None and jnp.issubdtype(x.dtype, jnp.floating)
     }
-    return jax.value_and_grad(lambda x: function(stats.replace(**x)), has_aux=True)(floats)
+    return jax.value_and_grad(lambda x: function(dataclasses.replace(stats, **x)), has_aux=True)(
+        floats
+    )
 
 
 def along(slope: dict[str, jax.Array], stats: RouterStats) -> jax.Array:

@@ -15,7 +15,7 @@ def test_every_field_of_a_model_and_parameter_of_a_recipe_is_a_key_that_is_not_s
     config = configs.default()
     assert set(config.model) == {"preset"} | {f.name for f in dataclasses.fields(ModelConfig)}
     assert all(config.model[name] is None for name in config.model if name != "preset")
-    parameters = {name for recipe in recipes.RECIPES for name in recipes.parameters_of(recipe)}
+    parameters = {name for recipe in recipes.RECIPES.values() for name in recipe.defaults}
     assert all(config.init.upcycle[name] is None for name in parameters)
 
 

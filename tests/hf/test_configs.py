@@ -364,7 +364,7 @@ def test_a_mixture_that_no_class_computes_is_not_written(changes):
 
 
 def test_a_router_is_written_as_the_one_that_computes_the_same():
-    topk = dataclasses.replace(SPARSE, router="topk_softmax", norm_topk_prob=False)
+    topk = dataclasses.replace(SPARSE, router="topk_softmax")
     for config in (SPARSE, topk):
         assert configs.write(config)["model_type"] == "mixtral"
     plain = dataclasses.replace(SPARSE, qk_norm="full")

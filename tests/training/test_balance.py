@@ -99,7 +99,8 @@ def of_probabilities(p_ME):
     p_ME = np.asarray(p_ME, np.float32)
     entropy_M = -np.sum(p_ME * np.log(np.where(p_ME > 0, p_ME, 1)), axis=1)
     stats = made_up(L=1, S=1, E=p_ME.shape[1])
-    return stats.replace(
+    return dataclasses.replace(
+        stats,
         probability_sum_E=p_ME.sum(axis=0)[None, None],
         entropy_sum=entropy_M.sum()[None, None],
         num_tokens=np.array([[len(p_ME)]]),
@@ -139,7 +140,9 @@ def test_importance_loss_is_the_squared_coefficients_of_variation():
         for x, y in zip(stats.weight_sum_E.tolist(), stats.load_sum_E.tolist(), strict=True)
     ]
     np.testing.assert_allclose(rules.importance(stats)[:, 0], by_hand, rtol=1e-5)
-    even = stats.replace(weight_sum_E=np.full((3, 1, E), 2.0), load_sum_E=np.full((3, 1, E), 4.0))
+    even = dataclasses.replace(
+        stats, weight_sum_E=np.full((3, 1, E), 2.0), load_sum_E=np.full((3, 1, E), 4.0)
+    )
     np.testing.assert_array_equal(rules.importance(even), 0)
     np.testing.assert_array_equal(rules.importance(made_up(E=1)), 0)
 

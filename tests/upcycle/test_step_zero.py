@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe_jax import upcycle
 from moe_jax.model import layers, moe
+from moe_jax.model import router as router_rows
 from moe_jax.upcycle import plan, recipes
 from tests.upcycle.test_recipes import CASES, DENSE, EIGHT, KEY, SHARDS, parents_of
 
@@ -49,12 +50,14 @@ def upcyclings(draw):
     routers = [r for r in ROUTERS if not (one and "gate_norm_std" in r)]
     if recipes.RECIPES[name].shared:
         routers = [r for r in routers if r.get("dispatch") != "merge"]
+    fields = draw(st.sampled_from(routers))
+    if "norm_topk_prob" in router_rows.ROUTERS[fields.get("router", "softmax_topk")].reads:
+        fields = {**fields, "norm_topk_prob": draw(st.booleans())}
     config = dense.to_moe(
         num_experts=G if name == "llama_moe" else E,
         num_experts_per_tok=min(draw(st.sampled_from([1, 2, 4])), G if name == "llama_moe" else E),
         moe_intermediate_size=dense.intermediate_size // G,
-        norm_topk_prob=draw(st.booleans()),
-        **draw(st.sampled_from(routers)),
+        **fields,
         shared_expert_intermediate_size=32 if recipes.RECIPES[name].shared else None,
         num_attention_experts=2 if recipes.RECIPES[name].attention else 0,
     )
