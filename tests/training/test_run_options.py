@@ -129,7 +129,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(config, tmp_path):
 def test_a_run_with_a_recipe_makes_one_plan_for_its_weights_and_their_moments(
     config, tmp_path, monkeypatch
 ):
-    train.run(with_changes(config, {"model.num_experts": 0}), tmp_path / "parent")
+    train.run(configs.resolve(with_changes(config, {"model.num_experts": 0})), tmp_path / "parent")
     plans, make = [], plan.make
     monkeypatch.setattr(
         plan, "make", lambda *args, **how: plans.append(make(*args, **how)) or plans[-1]
@@ -139,7 +139,7 @@ def test_a_run_with_a_recipe_makes_one_plan_for_its_weights_and_their_moments(
         "init.upcycle.recipe": "drop",
         "init.upcycle.optimizer_state": "copy",
     }
-    train.run(with_changes(config, changes), tmp_path / "child")
+    train.run(configs.resolve(with_changes(config, changes)), tmp_path / "child")
     assert [made.name for made in plans] == ["drop"]
 
 

@@ -389,4 +389,4 @@ def test_a_recipe_that_is_registered_is_one_of_a_runs_config(toy, tmp_path):
     ]
     old = params["blocks"]["0"]["mlp"]["down"]
     np.testing.assert_array_equal(down[:, 3], old * np.float32(1 - 0.25 * 3 / 4))
-    assert train.run(config, tmp_path / "run")["steps"] == 1
+    assert train.run(configs.resolve(config), tmp_path / "run")["steps"] == 1
