@@ -54,6 +54,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     together = functools.partial(distributed.together, configs.ConfigError)
     with together():
         environment.validate_environment(settings, jax.device_count())
+    evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
     training, length = settings.training, settings.data.sequence_length
     cache = prepare.cache_folder(settings.data.cache_dir)
     # Runs of a sweep that differ in their parameters only share one compilation.
@@ -89,7 +90,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         raise configs.ConfigError(f"config.model: {error}") from None
 
     # objective ------------------------------------------------------------------------------
-    frozen = _frozen_models(settings, mesh)
+    frozen, frozen_params = _frozen_models(settings, mesh)
 
     # data -----------------------------------------------------------------------------------
     tokenizer = tokenizers.load(settings.data.tokenizer)
@@ -128,10 +129,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     )
 
     # step -----------------------------------------------------------------------------------
-    compiled = step.jitted(
-        settings, tx, state_shardings, mesh, {name: config for name, (config, _) in frozen.items()}
-    )
-    frozen_params = {name: params for name, (_, params) in frozen.items()}
+    compiled = step.jitted(settings, tx, state_shardings, mesh, frozen)
 
     def train_step(state: TrainState, batch: batches.Batch):
         return compiled(state, batch, *([frozen_params] if frozen else []))
@@ -147,7 +145,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     tokens_per_step = training.batch_size * length
     flops_per_token = flops.model_flops(settings.model, length)
     # Of a frozen model the forward pass alone.
-    flops_per_token += sum(flops.model_flops(config, length) / 3 for config, _ in frozen.values())
+    flops_per_token += sum(flops.model_flops(config, length) / 3 for config in frozen.values())
     if not ROUTERS[settings.model.router].learned:
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with metrics.writer(workdir, resume_step=start) as writer:
@@ -207,22 +205,22 @@ def _open_corpora(
         raise configs.ConfigError(" ".join(str(error).split())) from error
 
 
-def _frozen_models(settings: configs.Run, mesh) -> dict[str, tuple[model.ModelConfig, dict]]:
-    """The models beside the one that is trained, such as a teacher: config and parameters."""
+def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
+    """The configs and the parameters of the models beside the one that is trained, by name."""
     sources = objective.choose(settings.objective.name).frozen_models(settings.objective)
-    frozen = {}
+    frozen, params = {}, {}
     for name, source in sources.items():
         try:
-            frozen[name] = stores.load(pathlib.Path(source), mesh)
+            frozen[name], params[name] = stores.load(pathlib.Path(source), mesh)
         except (ValueError, FileNotFoundError) as error:
             raise configs.ConfigError(f"config.objective, {name}: {error}") from error
-        vocab_size = frozen[name][0].vocab_size
+        vocab_size = frozen[name].vocab_size
         if vocab_size != settings.model.vocab_size:
             raise configs.ConfigError(
                 f"config.objective, {name} {source}: a model of {vocab_size} tokens does not fit "
                 f"one of {settings.model.vocab_size}"
             )
-    return frozen
+    return frozen, params
 
 
 def _lock(workdir: pathlib.Path):

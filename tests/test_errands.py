@@ -1,4 +1,4 @@
-"""A router, a measure and an objective are added from outside, with one registration each.
+"""A router, a measure, an evaluator and an objective come from outside, by one registration each.
 
 Recipes and sources are added so in tests/upcycle and tests/data.
 """
@@ -14,6 +14,7 @@ import pytest
 from moe_jax import config as configs
 from moe_jax import stores, sweep, train
 from moe_jax.analysis import measures
+from moe_jax.evaluation import evaluators
 from moe_jax.model import router, transformer
 from moe_jax.ops import cross_entropy
 from moe_jax.parallel import mesh as meshes
@@ -116,6 +117,36 @@ def test_a_measure_from_outside_is_in_the_metrics_the_results_and_the_report(
     record = page.read_record("run", 0, workdir)
     titles = [axes.get_title() for axes in page.figures.router_health([record]).axes]
     assert "Entropy of the routers" in titles
+
+
+def test_an_evaluator_from_outside_runs_at_its_own_interval_and_at_the_end(
+    config, tmp_path, monkeypatch
+):
+    def embedding_norm(context):
+        assert context.run.model.vocab_size == 259
+
+        def evaluate(params):
+            norm = float(jnp.linalg.norm(params["embed"]["tokens"]))
+            return evaluators.Evaluation({"embedding_norm": norm}, {"embedding_norm": norm})
+
+        return evaluate
+
+    toy = evaluators.Evaluator(embedding_norm)
+    monkeypatch.setitem(evaluators.EVALUATORS, "embedding_norm", toy)
+    config = config.copy_and_resolve_references()
+    config.evaluation.intervals = (("embedding_norm", 2),)
+    result = train.run(configs.resolve(config), tmp_path / "run")
+    rows = [r for r in metrics.read(tmp_path / "run" / "metrics.jsonl") if "embedding_norm" in r]
+    assert [row["step"] for row in rows] == [0, 2]
+    assert rows[1]["embedding_norm"] == result["embedding_norm"] != rows[0]["embedding_norm"]
+
+
+def test_an_evaluator_that_is_not_in_the_table_is_refused_before_the_run(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.evaluation.intervals = (("norms", 2),)
+    with pytest.raises(configs.ConfigError, match="names 'norms'; the evaluators are held"):
+        train.run(configs.resolve(config), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_objective_from_outside_trains_a_run_and_its_terms_are_logged(
