@@ -62,5 +62,7 @@ def shift(logits_BGE: jax.Array) -> jax.Array:
 
 def merged_expert(x_SD: jax.Array, share_E: jax.Array, experts: dict, config: ModelConfig):
     """The feed-forward whose weights are the experts' average in these shares."""
-    merged = {n: jnp.tensordot(share_E, w.astype(x_SD.dtype), axes=1) for n, w in experts.items()}
+    # The shares' gradient is a sum over the matrices: their order decides its last bits.
+    names = layers.ffn_shapes(config, config.expert_size)
+    merged = {n: jnp.tensordot(share_E, experts[n].astype(x_SD.dtype), axes=1) for n in names}
     return layers.feed_forward(x_SD, merged, config)

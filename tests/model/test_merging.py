@@ -44,6 +44,21 @@ def test_a_segment_goes_through_the_average_weights_of_the_segment_before_it():
     np.testing.assert_allclose(layer(X_BTD)[1, 2 * S :], want_SD, rtol=1e-4, atol=1e-5)
 
 
+def test_the_order_of_the_experts_names_changes_no_bit_of_a_gradient():
+    """The gradient of the shares is a sum over the matrices."""
+    experts = {n: LAYER["experts"][n] for n in ("gate", "up", "down")}
+
+    def gradients_E(experts):
+        def loss(share_E, x_SD):
+            return jnp.sum(jnp.sin(merging.merged_expert(x_SD, share_E, experts, CONFIG)))
+
+        shares = jax.random.uniform(jax.random.key(2), (B, E))
+        return [jax.grad(loss)(*of_row) for of_row in zip(shares, X_BTD, strict=True)]
+
+    in_reverse = dict(reversed(experts.items()))
+    np.testing.assert_array_equal(gradients_E(experts), gradients_E(in_reverse))
+
+
 def test_no_token_depends_on_a_later_segment_nor_on_later_tokens_of_its_own():
     """But for the first segment, which is routed by its own mean (without gradient)."""
     for changed in range(S, T):
