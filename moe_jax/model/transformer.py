@@ -66,13 +66,12 @@ class Parameters(nn.Module):
     def _initializer(self, name):
         if name == "scale" and self.config.norm != "layer_1p":
             return nn.initializers.ones
-        if name == "scale" or name in BIASES:
+        is_router = self.path[-2:] == ("moe", "router")
+        of_router = ROUTERS[self.config.router].leaves if is_router else {}
+        if of_router[name].zero if name in of_router else name in ("scale", *BIASES):
             return nn.initializers.zeros
         deviation = self.config.initializer_range
-        leaf = ROUTERS[self.config.router].leaves.get(name)
-        if leaf is not None and leaf.zero:
-            return nn.initializers.zeros
-        if name == "kernel":  # a router's, drawn expert by expert: its columns do not depend on E
+        if is_router or name == "kernel":  # drawn expert by expert: columns do not depend on E
             return lambda key, shape: deviation * jax.random.normal(key, shape[::-1]).T
         return nn.initializers.normal(deviation)
 

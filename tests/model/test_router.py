@@ -174,3 +174,13 @@ def test_statistics_sum_weights_and_entropies():
 def test_routers_that_cannot_be_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         config_of(num_experts=8, **{"num_experts_per_tok": 4, **fields})
+
+
+def test_a_routers_leaf_begins_as_its_row_says_and_no_other_parameter_of_its_name(monkeypatch):
+    leaves = {"kernel": router.KERNEL, "gate": router.Leaf(lambda D, E: (E,))}
+    toy = router.Router(lambda logits, inputs, **values: None, leaves=leaves)
+    monkeypatch.setitem(router.ROUTERS, "toy", toy)
+    config = config_of(num_experts=4, router="toy")
+    moe = model.init(config, jax.random.key(0))["blocks"]["0"]["moe"]
+    assert moe["router"]["gate"].shape == (1, 4) and not moe["router"]["gate"].any()
+    assert moe["experts"]["gate"].all() and moe["router"]["kernel"].all()
