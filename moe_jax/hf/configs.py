@@ -15,6 +15,7 @@ from moe_jax.hf.config_keys import KEYS, REQUIRED, Keys, layer_types
 from moe_jax.hf.config_kinds import LAYER_TYPES, UnsupportedError, check, kind_of
 from moe_jax.hf.families import FAMILIES
 from moe_jax.model.config import DENSE, ModelConfig
+from moe_jax.model.router import ROUTERS
 
 MAX_CONFIG_BYTES = 10_000_000
 
@@ -24,11 +25,6 @@ COMPUTED = set(
     """model_type initializer_range capacity_factor min_capacity token_priority
     dtype remat expert_parallel grouped_matmul attention""".split()
 )
-# Routers that compute, without training's noise or a benchmark's force, what another does.
-SAME_ROUTER = {
-    "topk_softmax": {"router": "softmax_topk", "norm_topk_prob": True},
-    "forced_balance": {"router": "softmax_topk"},
-}
 
 
 def load_json(folder: pathlib.Path) -> dict:
@@ -150,7 +146,7 @@ def _cannot_hold(config: ModelConfig, model_type: str) -> list[str]:
 def _in_force(config: ModelConfig) -> dict:
     """The fields that decide what is computed, each with the value in force."""
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in COMPUTED}
-    fields |= SAME_ROUTER.get(config.router, {})
+    fields |= ROUTERS[config.router].same_as
     fields |= {
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,

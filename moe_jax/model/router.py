@@ -196,10 +196,12 @@ class Leaf:
 
     zero: it begins as zeros, else as a normal of the model's `initializer_range`. An upcycling
       makes the kernel by an initialiser and every other leaf of zeros.
+    noise_on_copies: recipes that add noise to a copied expert's router add it to this leaf too.
     """
 
     shape: Callable[[int, int], tuple[int, ...]]  # of hidden_size and num_experts
     zero: bool = True
+    noise_on_copies: bool = True
 
 
 KERNEL = Leaf(lambda D, E: (D, E), zero=False)
@@ -219,10 +221,12 @@ class Router:
       1 where the sum is fixed, else num_experts_per_tok / num_experts.
     copies_share: copies of an expert share its probability among them (as in a softmax), or know
       nothing of each other (False); None where neither holds.
+    one_per_group: a token goes to at most one expert of each of `num_expert_groups`.
     causal: a token's experts do not depend on other tokens.
     random: it draws in training.
     products: how many products of [M, D] and [D, E] it makes.
     learned: False for one that ignores its logits, to time the best case.
+    same_as: fields of a model that computes the same in evaluation, by another router.
     decodes_as: the router that takes its place where tokens are generated one by one.
     """
 
@@ -234,10 +238,12 @@ class Router:
     sum_is_fixed: Callable[["ModelConfig"], bool] = lambda config: True
     even_weight: Callable[["ModelConfig"], float] | None = None
     copies_share: Callable[["ModelConfig"], bool] | None = None
+    one_per_group: bool = False
     causal: bool = True
     random: bool = False
     products: int = 1
     learned: bool = True
+    same_as: Fields = dataclasses.field(default_factory=dict)
     decodes_as: str = ""
 
     def values(self, config: "ModelConfig") -> dict:
@@ -297,20 +303,10 @@ def _expert_choice_problems(config: "ModelConfig") -> Iterator[str]:
 
 
 def _route_sigmoid(
-    logits_ME,
-    inputs: Inputs,
-    *,
-    num_expert_groups: int,
-    routed_scaling_factor: float,
-    **values,
+    logits_ME, inputs: Inputs, *, num_expert_groups: int, routed_scaling_factor: float, **values
 ) -> Routing:
-    return sigmoid_topk(
-        logits_ME,
-        inputs.leaves["bias"],
-        num_groups=num_expert_groups,
-        scale=routed_scaling_factor,
-        **values,
-    )
+    groups, scale = num_expert_groups, routed_scaling_factor
+    return sigmoid_topk(logits_ME, inputs.leaves["bias"], num_groups=groups, scale=scale, **values)
 
 
 def _route_noisy(logits_ME, inputs: Inputs, **values) -> Routing:
@@ -319,21 +315,11 @@ def _route_noisy(logits_ME, inputs: Inputs, **values) -> Routing:
 
 
 def _route_expert_choice(
-    logits_ME,
-    inputs: Inputs,
-    *,
-    num_experts_per_tok: int,
-    norm_topk_prob: bool,
-    capacity_factor: float,
-    min_capacity: int,
+    logits_ME, inputs: Inputs, *, num_experts_per_tok, capacity_factor, min_capacity, **values
 ) -> Routing:
     M, E = logits_ME.shape
-    return expert_choice(
-        logits_ME,
-        inputs.valid_M,
-        tokens_per_expert=capacity(M * num_experts_per_tok, E, capacity_factor, min_capacity),
-        norm_topk_prob=norm_topk_prob,
-    )
+    room = capacity(M * num_experts_per_tok, E, capacity_factor, min_capacity)
+    return expert_choice(logits_ME, inputs.valid_M, tokens_per_expert=room, **values)
 
 
 def _route_groups(logits_ME, inputs: Inputs, *, num_expert_groups: int, **values) -> Routing:
@@ -342,7 +328,8 @@ def _route_groups(logits_ME, inputs: Inputs, *, num_expert_groups: int, **values
 
 
 SOFTMAX = ("num_experts_per_tok", "norm_topk_prob", "gate_norm_std")
-BIAS, NOISE = Leaf(lambda D, E: (E,)), Leaf(lambda D, E: (D, E))  # noise: arXiv 2406.16554
+BIAS = Leaf(lambda D, E: (E,))
+NOISE = Leaf(KERNEL.shape, noise_on_copies=False)  # zero at first: arXiv 2406.16554
 
 # By `ModelConfig.router`.
 ROUTERS: dict[str, Router] = {
@@ -353,7 +340,9 @@ ROUTERS: dict[str, Router] = {
         copies_share=_always,
     ),
     "topk_softmax": Router(
-        lambda logits, inputs, **values: topk_softmax(logits, **values), copies_share=_always
+        lambda logits, inputs, **values: topk_softmax(logits, **values),
+        copies_share=_always,
+        same_as={"router": "softmax_topk", "norm_topk_prob": True},
     ),
     "sigmoid_topk": Router(
         _route_sigmoid,
@@ -387,11 +376,13 @@ ROUTERS: dict[str, Router] = {
         reads=("num_experts_per_tok", "norm_topk_prob", "num_expert_groups"),
         problems=_group_problems,
         sum_is_fixed=_renormalised,
+        one_per_group=True,
     ),
     "forced_balance": Router(
         lambda logits, inputs, **values: forced_balance(logits, **values),
         reads=SOFTMAX,
         sum_is_fixed=_renormalised,
         learned=False,
+        same_as={"router": "softmax_topk"},
     ),
 }

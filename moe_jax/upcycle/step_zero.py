@@ -66,7 +66,7 @@ def _of_shards(source, config, router, parameters):
         parameters["scaling"],
         _weight(config, router),
     )
-    whole = T == G if config.router == "group_topk" else T % G == 0
+    whole = T == G if ROUTERS[config.router].one_per_group else T % G == 0
     whole &= router in ("grouped", "zero") and config.dispatch != "merge"
     if not whole or weight is None or parameters.get("ratio", 0):
         return None

@@ -10,6 +10,7 @@ import numpy as np
 from moe_jax import tree
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layout import layer_groups, slots
+from moe_jax.model.router import ROUTERS
 from moe_jax.parallel import sharding
 from moe_jax.upcycle import experts, mixing, origins, recipes, router_init
 from moe_jax.upcycle import plan as plans
@@ -280,7 +281,7 @@ def copied_router(
     std = plan.parameters.get("router_noise", 0.0)
     by_column = (lambda w: jnp.swapaxes(w, 1, 2)) if w_LX.ndim == 3 else lambda w: w
     mixed = mixing.mix(by_column(w_LX), share_LEP)
-    if not std or name == "noise":
+    if not std or not ROUTERS[plan.config.router].leaves[name].noise_on_copies:
         return by_column(mixed)
     is_copy_LE = (jnp.cumsum(share_LEP, axis=1) > 1).any(axis=2, where=share_LEP > 0)
 
