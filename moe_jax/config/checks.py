@@ -1,7 +1,7 @@
-"""What a config's value must be, and the one line that refuses another value.
+"""Checks of a config's values, each of which refuses a wrong one in one line.
 
-A check is a function of a key's full name and its value. The keys of `sections.py` carry theirs as
-metadata of their fields.
+A check is a function of a key's full name and its value, kept in the metadata of the key's field in
+`sections.py`.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def seed(name: str, value: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """One of `choices()`, which are looked up when a value is checked: tables of them may grow."""
+    """One of `choices()`, called when a value is checked, for a table of choices may grow."""
 
     choices: Callable[[], tuple[str, ...]]
 
@@ -70,10 +70,8 @@ def rules(name: str, value: tuple) -> None:
             case (str(expression), int() | float() as factor) if 0 <= factor < math.inf:
                 pattern(name, expression)
             case _:
-                raise ConfigError(
-                    f"{name} has {rule!r}; use pairs of a regular expression and a factor "
-                    "of at least 0"
-                )
+                need = "pairs of a regular expression and a factor of at least 0"
+                raise ConfigError(f"{name} has {rule!r}; use {need}")
 
 
 def intervals(name: str, value: tuple) -> None:
@@ -82,7 +80,5 @@ def intervals(name: str, value: tuple) -> None:
         match pair:
             case (str(), int() as every) if every >= 0 and not isinstance(every, bool):
                 continue
-        raise ConfigError(
-            f"{name} has {pair!r}; use pairs of an evaluator's name and a whole number of steps "
-            "of at least 0"
-        )
+        need = "pairs of an evaluator's name and a whole number of steps of at least 0"
+        raise ConfigError(f"{name} has {pair!r}; use {need}")

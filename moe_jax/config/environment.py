@@ -1,10 +1,11 @@
-"""Refusals of what does not fit this machine, or the run that a workdir holds."""
+"""Checks of a run against this machine, and against the run that a workdir holds."""
 
 import dataclasses
 import glob
 import json
 import os
 
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from moe_jax.config import reading
@@ -17,7 +18,7 @@ from moe_jax.parallel import mesh, sharding
 
 
 def validate_environment(run: Run, num_devices: int) -> None:
-    """Refuses what does not fit this machine: devices, data, tokenizer, parent.
+    """Refuses a run whose devices, data, tokenizer or parents this machine does not have.
 
     Raises: ConfigError, in one line that says what to change.
     """
@@ -37,9 +38,8 @@ def validate_environment(run: Run, num_devices: int) -> None:
     if run.objective.distillation.source:
         named.append(("objective.distillation.source", run.objective.distillation.source))
     for key, source in named:
-        if folders.is_folder(source):
-            continue
-        if not glob.glob(os.path.join(glob.escape(source), "checkpoints", "*")):
+        checkpoints = os.path.join(glob.escape(source), "checkpoints", "*")
+        if not folders.is_folder(source) and not glob.glob(checkpoints):
             raise ConfigError(
                 f"config.{key}={source!r} has no checkpoints; "
                 "give the workdir of a run that saved one, or a Hugging Face folder"
@@ -69,11 +69,14 @@ def validate_mesh(run: Run, num_devices: int) -> None:
 
 
 def changes(before: dict, config: ConfigDict) -> list[str]:
-    """What `config` changes of the config that a run began with, as "key: old -> new".
+    """The changes from the config that a run began with to `config`, as "key: old -> new".
 
-    Raises: ConfigError for a change of what must stay in a run that goes on.
+    Raises: ConfigError for a change of a key that must stay as it is in a run that goes on.
     """
-    old, new = _flatten(reading.stored(before).to_dict()), _flatten(config.to_dict())
+    old, new = (
+        traverse_util.flatten_dict(one.to_dict(), sep=".")
+        for one in (reading.stored(before), config)
+    )
     changed = [key for key in new if json.dumps(old[key]) != json.dumps(new[key])]
     for key in changed:
         if key in fixed_keys():
@@ -86,24 +89,14 @@ def changes(before: dict, config: ConfigDict) -> list[str]:
 
 def fixed_keys(kind: type[Section] = Run) -> set[str]:
     """The keys that decide which text a step sees, and whether routing is learned at all."""
-    prefix = f"{kind.path}." if kind.path else ""
     found = set()
     for field in dataclasses.fields(kind):
+        name = f"{kind.path}.{field.name}".removeprefix(".")
         fixed = field.metadata.get("fixed")
         if section := section_of(field):
             found |= fixed_keys(section)
         elif isinstance(fixed, tuple):
-            found |= {f"{prefix}{field.name}.{name}" for name in fixed}
+            found |= {f"{name}.{inner}" for inner in fixed}
         elif fixed:
-            found.add(prefix + field.name)
+            found.add(name)
     return found
-
-
-def _flatten(section: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in section.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -1,39 +1,64 @@
-"""Configs out of files, command lines and workdirs.
+"""Configs: their defaults, and reading them from files, command lines and workdirs.
 
 A config file has `get_config()`, which starts from `default()` and changes what it needs:
 
     python scripts/train.py --config=configs/quickstart.py --config.training.num_steps=100
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
+import types
 import typing
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from moe_jax import command_line
 from moe_jax.config.checks import ConfigError
-from moe_jax.config.defaults import default, plain_type
+from moe_jax.config.resolved import Run
+from moe_jax.config.sections import Balance, key_names, section_of
 from moe_jax.model.config import ModelConfig
+from moe_jax.upcycle import recipes
 
-# Keys and sections of older configs.
+# Keys and sections of older configs, with their names of today.
 MOVED = {
-    **{
-        f"training.{name}": f"balance.{name}"
-        for name in (
-            *("load_balancing_coefficient", "load_balancing_scope", "load_balancing_divide_by_k"),
-            *("load_balancing_form", "load_balancing_over", "load_balancing_schedule"),
-            *("bias_update_rate", "importance_coefficient", "mutual_information_coefficient"),
-            "router_z_coefficient",
-        )
-    },
+    **{f"training.{name}": f"balance.{name}" for name in key_names(Balance)},
     "training.adaptive_balance": "balance.adaptive",
     "training.logit_z_coefficient": "objective.logit_z_coefficient",
     "training.distillation": "objective.distillation",
 }
+
+
+def default() -> ConfigDict:
+    """All sections with their defaults, locked: a key that it does not have cannot be set.
+
+    A field of the model or a parameter of a recipe is None, "not set", and knows its type.
+    """
+    hints = typing.get_type_hints(ModelConfig)
+    config: dict[str, typing.Any] = {}
+    for field in dataclasses.fields(Run):
+        if section := section_of(field):
+            config[field.name] = dataclasses.asdict(section())
+        elif "explanation" in field.metadata:
+            config[field.name] = field.default
+    config["model"] = {"preset": ""}
+    for name in (field.name for field in dataclasses.fields(ModelConfig)):
+        config["model"][name] = config_dict.placeholder(plain_type(hints[name]))
+    del config["init"]["upcycle"]["parameters"]
+    for recipe in recipes.RECIPES.values():
+        for name, value in recipe.defaults.items():
+            config["init"]["upcycle"][name] = config_dict.placeholder(type(value))
+    return ConfigDict(config).lock()
+
+
+def plain_type(hint: typing.Any) -> type:
+    """The type of a field's values: `int | None` is int, `tuple[str, ...]` is tuple."""
+    if isinstance(hint, types.UnionType):
+        hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
+    return typing.get_origin(hint) or hint
 
 
 def load(path: str, overrides: dict | None = None) -> ConfigDict:
@@ -46,7 +71,10 @@ def load(path: str, overrides: dict | None = None) -> ConfigDict:
 
 
 def parse(arguments: list[str]) -> ConfigDict:
-    """`load` from command-line arguments: --config=FILE[:arg] and --config.section.key=value."""
+    """The config of the arguments --config=FILE[:arg] and --config.section.key=value.
+
+    Raises: as `load`.
+    """
     path = next((a.removeprefix("--config=") for a in arguments if a.startswith("--config=")), "")
     if not path:
         raise ConfigError("--config=FILE is missing; for example --config=configs/quickstart.py")
@@ -61,7 +89,7 @@ def parse(arguments: list[str]) -> ConfigDict:
         raise _unknown_key(error) from None
     except Exception as error:  # whatever the flag library or the file itself raises
         text = f"{error}".strip() or f"{path}: {error!r}"
-        # What a config file itself raises comes as a traceback, the reason last.
+        # An exception of the config file itself comes as a traceback, the reason last.
         if "Traceback" in text:
             text = f"--config={path}: {text.splitlines()[-1]}"
         raise ConfigError(" ".join(text.split())) from error

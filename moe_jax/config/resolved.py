@@ -22,11 +22,13 @@ Made = TypeVar("Made", bound=Section)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Section, path=""):
-    """All that a run is told. In a config `model` is a preset and what to change of it, or all
-    fields that ModelConfig has no default for."""
+    """All settings of a run. In a config `model` is a preset and the fields that differ from it,
+    or all fields that ModelConfig has no default for."""
 
-    seed: int = key(0, "of parameters and the order of the text", checks.seed, fixed=True)
-    # Another router would decide whether routing is learned at all.
+    seed: int = key(
+        0, "seed of the parameters and of the order of the text", checks.seed, fixed=True
+    )
+    # The router decides whether routing is learned at all.
     model: ModelConfig = dataclasses.field(metadata={"fixed": ("router",)})
     init: sections.Init = part(sections.Init)
     data: sections.Data = part(sections.Data)
@@ -37,7 +39,7 @@ class Run(Section, path=""):
     objective: sections.Objective = part(sections.Objective)
     evaluation: sections.Evaluation = part(sections.Evaluation)
     checkpoint: sections.Checkpoint = part(sections.Checkpoint)
-    # What it was resolved from, as it is stored in the run's workdir and checkpoints.
+    # The settings come from this config, which is stored in the run's workdir and checkpoints.
     config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
 
     def problems(self) -> Iterator[str]:
@@ -70,12 +72,12 @@ class Run(Section, path=""):
 def resolve(config: ConfigDict) -> Run:
     """The settings that a config gives, with the ModelConfig of its model.
 
-    Raises: ConfigError, in one line that says what to change, for what can be seen from the config
-      alone.
+    Raises: ConfigError, in one line that says what to change, for any mistake that the config
+      itself shows.
     """
     values = _with_tuples(config.to_dict())
     upcycle = values["init"]["upcycle"]
-    own = {field.name for field in dataclasses.fields(sections.Upcycle)}
+    own = sections.key_names(sections.Upcycle)
     values["init"]["upcycle"] = {
         **{name: value for name, value in upcycle.items() if name in own},
         "parameters": {n: v for n, v in upcycle.items() if n not in own and v is not None},
@@ -94,7 +96,7 @@ def _made(kind: type[Made], values: dict[str, Any]) -> Made:
 
 
 def _with_tuples(value: Any) -> Any:
-    """Lists, which a stored config has in the place of tuples, as tuples."""
+    """`value` with tuples in the place of the lists that JSON has for them."""
     if isinstance(value, dict):
         return {name: _with_tuples(inner) for name, inner in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
@@ -108,8 +110,14 @@ def _model(section: dict[str, Any], init: sections.Init) -> ModelConfig:
             f"config.model.preset={preset!r} is unknown; use one of {', '.join(PRESETS)}"
         )
     base = dataclasses.asdict(PRESETS[preset]) if preset else {}
-    if not preset and "vocab_size" not in fields and init.parents:
-        base = _fields_of_source(init.parents[0])
+    source = init.parents[0] if init.parents else ""
+    # A run's own config has the fields of its model; a Hugging Face folder gives those of its own.
+    if source and not preset and "vocab_size" not in fields and folders.is_folder(source):
+        try:
+            parent = hf_configs.read(hf_configs.load_json(pathlib.Path(source)))
+        except ValueError as error:
+            raise ConfigError(f"config.init.source={source}: {error}") from None
+        base = dataclasses.asdict(parent)
         if "num_experts" in fields:
             base["model_type"] = None
     try:
@@ -121,13 +129,3 @@ def _model(section: dict[str, Any], init: sections.Init) -> ModelConfig:
         ) from None
     except ValueError as error:
         raise ConfigError(f"config.model.{error}") from None
-
-
-def _fields_of_source(source: str) -> dict[str, Any]:
-    """Of a model's Hugging Face folder; a run's config says its model itself."""
-    if not folders.is_folder(source):
-        return {}
-    try:
-        return dataclasses.asdict(hf_configs.read(hf_configs.load_json(pathlib.Path(source))))
-    except ValueError as error:
-        raise ConfigError(f"config.init.source={source}: {error}") from None

@@ -13,19 +13,18 @@ from moe_jax.config.checks import NOT_NEGATIVE, POSITIVE, SHARE, ConfigError, on
 from moe_jax.upcycle import recipes, router_init
 
 
-def key(
-    default: Any,
-    explanation: str,
-    check: Callable[[str, Any], None] | None = None,
-    *,
-    fixed: bool = False,
-) -> Any:
-    """A field that is a key of the config.
+def key(default: Any, explanation: str, check: Callable | None = None, *, fixed=False) -> Any:
+    """A field that is a key of the config; `check(name, value)` raises ConfigError.
 
     A `fixed` key decides which text a step sees: it may not change in a run that goes on.
     """
     metadata = {"explanation": explanation, "check": check, "fixed": fixed}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def key_names(section: "type[Section]") -> set[str]:
+    """The keys of a section, without those of the sections in it."""
+    return {f.name for f in dataclasses.fields(section) if "explanation" in f.metadata}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +39,13 @@ class Section:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if check := field.metadata.get("check"):
-                name = ".".join(filter(None, ("config", self.path, field.name)))
-                check(name, getattr(self, field.name))
+                name = f"{self.path}.{field.name}".removeprefix(".")
+                check(f"config.{name}", getattr(self, field.name))
         for problem in self.problems():
             raise ConfigError(problem)
 
     def problems(self) -> Iterator[str]:
-        """Mistakes that only several values together show."""
+        """Mistakes that several values make together, each as the line to print."""
         yield from ()
 
 
@@ -56,7 +55,7 @@ def part(section: type[Section]) -> Any:
 
 
 def section_of(field: dataclasses.Field) -> type[Section] | None:
-    """The section that a field is, if it is one."""
+    """The class of a field that is a section itself; None for any other field."""
     factory = field.default_factory
     return factory if isinstance(factory, type) and issubclass(factory, Section) else None
 
@@ -65,16 +64,16 @@ def section_of(field: dataclasses.Field) -> type[Section] | None:
 class Upcycle(Section, path="init.upcycle"):
     """Parameters of the recipe are keys of this section too; the recipe has their defaults."""
 
-    recipe: str = key("", "how a mixture is made of its parents; empty: their parameters as is")
+    recipe: str = key("", "recipe that makes the model of its parents; empty copies the parent")
     router: str = key(
         "",
-        "the initialiser of the routers; empty: the recipe's own",
+        "initialiser of the routers; empty takes the recipe's own",
         checks.OneOf(lambda: ("", *router_init.ROUTER_INITIALISERS, router_init.COPIED)),
     )
-    statistics: str = key("", "a file of the command collect_statistics")
+    statistics: str = key("", "file that the command collect_statistics wrote")
     optimizer_state: str = key(
         "fresh",
-        "or copy: Adam's moments of the parent, which is a run, take the way of its weights",
+        "fresh starts Adam's moments at zero; copy upcycles those of the parent, which is a run",
         one_of("fresh", "copy"),
     )
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)  # those that are set
@@ -87,8 +86,7 @@ class Upcycle(Section, path="init.upcycle"):
                 yield f"config.init.upcycle: {error}"
         own = (field for field in dataclasses.fields(self) if field.metadata)
         changed = [field.name for field in own if getattr(self, field.name) != field.default]
-        if (given := [*self.parameters, *changed]) and not self.recipe:
-            given = ", ".join(given)
+        if not self.recipe and (given := ", ".join([*self.parameters, *changed])):
             yield f"config.init.upcycle sets {given} without a recipe; set recipe too"
 
 
@@ -96,9 +94,9 @@ class Upcycle(Section, path="init.upcycle"):
 class Init(Section, path="init"):
     source: str = key(
         "",
-        "where parameters come from: empty is random, else a run's workdir or a Hugging Face "
-        "folder; several, 'A,B,C', for a recipe that takes several parents. Without a preset and "
-        "sizes the model is that of the Hugging Face folder",
+        "source of the parameters: empty for random ones, a run's workdir, a Hugging Face folder, "
+        "or several, 'A,B,C', for a recipe of several parents; a model without preset and sizes "
+        "is that of the Hugging Face folder",
     )
     upcycle: Upcycle = part(Upcycle)
 
@@ -108,18 +106,16 @@ class Init(Section, path="init"):
         return tuple(source for source in self.source.split(",") if source)
 
     def problems(self) -> Iterator[str]:
-        recipe = self.upcycle.recipe
+        recipe, several = self.upcycle.recipe, len(self.parents) > 1
         if recipe and not self.parents:
             yield f"config.init.upcycle.recipe={recipe!r} needs a parent; set config.init.source"
-        several = len(self.parents) > 1
         if several and not recipe:
             yield (
                 f"config.init.source={self.source!r} names several models; "
                 "set config.init.upcycle.recipe to one that takes several"
             )
-        if self.upcycle.optimizer_state == "copy" and (
-            several or not recipes.RECIPES[recipe].moments
-        ):
+        copy = self.upcycle.optimizer_state == "copy"
+        if copy and (several or not recipes.RECIPES[recipe].moments):
             yield (
                 "config.init.upcycle.optimizer_state='copy' is for one parent, and not for recipe "
                 f"{recipe!r} here; use 'fresh'"
@@ -129,66 +125,78 @@ class Init(Section, path="init"):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(Section, path="data"):
     source: str = key(
-        "embedded", "or tfds:NAME, or a path or glob of .txt and .jsonl files", fixed=True
+        "embedded", "embedded, tfds:NAME, or a path or glob of .txt and .jsonl files", fixed=True
     )
-    tokenizer: str = key("bytes", "or the path of a SentencePiece model", fixed=True)
-    sequence_length: int = key(256, "tokens of a row", POSITIVE, fixed=True)
+    tokenizer: str = key("bytes", "bytes, or the path of a SentencePiece model", fixed=True)
+    sequence_length: int = key(256, "number of tokens in a row", POSITIVE, fixed=True)
     validation_fraction: float = key(
-        0.05, "of a path's documents, held out; other sources have a split", SHARE
+        0.05, "share of a path's documents to hold out; other sources have a split of theirs", SHARE
     )
-    cache_dir: str = key("", "of tokens and compiled steps; empty is the user's cache folder")
+    cache_dir: str = key(
+        "", "folder for tokens and compiled steps; empty is the user's cache folder"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh(Section, path="mesh"):
     """Sizes of the axes of `parallel/mesh.py`; -1 fills one of them."""
 
-    data: int = key(1, "copies of the parameters", checks.AXIS_SIZE)
-    fsdp: int = key(-1, "cuts parameters and the batch", checks.AXIS_SIZE)
-    expert: int = key(1, "spreads experts over devices of other tokens", checks.AXIS_SIZE)
-    tensor: int = key(1, "cuts heads and neurons", checks.AXIS_SIZE)
-    edp: int = key(1, "spreads experts over devices of the same tokens", checks.AXIS_SIZE)
+    data: int = key(1, "number of copies of the parameters", checks.AXIS_SIZE)
+    fsdp: int = key(-1, "number of parts of the parameters and the batch", checks.AXIS_SIZE)
+    expert: int = key(1, "devices of other tokens to spread experts over", checks.AXIS_SIZE)
+    tensor: int = key(1, "number of parts of the heads and neurons", checks.AXIS_SIZE)
+    edp: int = key(1, "devices of the same tokens to spread experts over", checks.AXIS_SIZE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptiveBalance(Section, path="balance.adaptive"):
-    """Of load_balancing_schedule='adaptive': see `training.balancing.adapted`."""
+    """Constants of load_balancing_schedule='adaptive': see `training.balance.adapted`."""
 
-    rate: float = key(0.2, "the coefficient for a drop rate of 1", NOT_NEGATIVE)
-    maximum: float = key(0.01, "the largest coefficient", NOT_NEGATIVE)
-    beta: float = key(0.99, "the share of a coefficient that a step keeps", SHARE)
+    rate: float = key(0.2, "adaptive coefficient at a drop rate of 1", NOT_NEGATIVE)
+    maximum: float = key(0.01, "largest adaptive coefficient", NOT_NEGATIVE)
+    beta: float = key(0.99, "share of an adaptive coefficient that a step keeps", SHARE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Balance(Section, path="balance"):
     """Terms of the loss, and rules beside it, that keep all experts in use."""
 
-    load_balancing_coefficient: float = key(0.01, "of the load-balancing loss", NOT_NEGATIVE)
-    load_balancing_scope: str = key(
-        "layer", "layer by layer, or all_layers together", one_of("layer", "all_layers")
+    load_balancing_coefficient: float = key(
+        0.01, "coefficient of the load-balancing loss", NOT_NEGATIVE
     )
-    load_balancing_divide_by_k: bool = key(True, "so that the loss is 1 at uniform routing")
+    load_balancing_scope: str = key(
+        "layer",
+        "layer takes the load-balancing loss layer by layer, all_layers over all together",
+        one_of("layer", "all_layers"),
+    )
+    load_balancing_divide_by_k: bool = key(
+        True, "divides the load-balancing loss by k, so that it is 1 at uniform routing"
+    )
     load_balancing_form: str = key(
-        "switch", "or squared (Skywork-MoE's)", one_of("switch", "squared")
+        "switch",
+        "load-balancing loss of Switch or, for squared, of Skywork-MoE",
+        one_of("switch", "squared"),
     )
     load_balancing_over: str = key(
         "global",
-        "the tokens of a router loss: of a device, of the devices' microbatch (global), or of the "
-        "whole batch (window), which takes another forward pass if there are microbatches",
+        "tokens that a router loss is taken over: a device's, those of all devices' microbatch "
+        "(global), or the whole batch's (window: one more forward pass if it has microbatches)",
         one_of("device", "global", "window"),
     )
     load_balancing_schedule: str = key(
         "constant",
-        "or adaptive: layer by layer, from load_balancing_coefficient on",
+        "constant, or adaptive: a coefficient per layer, at first load_balancing_coefficient",
         one_of("constant", "adaptive"),
     )
     adaptive: AdaptiveBalance = part(AdaptiveBalance)
-    bias_update_rate: float = key(0.0, "of the selection bias of sigmoid_topk", NOT_NEGATIVE)
-    importance_coefficient: float = key(0.0, "of the importance loss", NOT_NEGATIVE)
-    mutual_information_coefficient: float = key(
-        0.0, "of the mutual information of tokens and experts", NOT_NEGATIVE
+    bias_update_rate: float = key(
+        0.0, "change of a router's selection bias in a step; 0 turns it off", NOT_NEGATIVE
     )
-    router_z_coefficient: float = key(0.0, "of the z-loss of router logits", NOT_NEGATIVE)
+    importance_coefficient: float = key(0.0, "coefficient of the importance loss", NOT_NEGATIVE)
+    mutual_information_coefficient: float = key(
+        0.0, "coefficient of the mutual information of tokens and experts", NOT_NEGATIVE
+    )
+    router_z_coefficient: float = key(0.0, "coefficient of the router z-loss", NOT_NEGATIVE)
 
     def problems(self) -> Iterator[str]:
         if self.load_balancing_schedule == "adaptive" and self.load_balancing_scope != "layer":
@@ -200,9 +208,9 @@ class Balance(Section, path="balance"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation(Section, path="objective.distillation"):
-    source: str = key("", "the teacher, of the same vocabulary: a run or a Hugging Face folder")
-    coefficient: float = key(0.0, "of the divergence from the teacher", NOT_NEGATIVE)
-    temperature: float = key(1.0, "by which both models' logits are divided", POSITIVE)
+    source: str = key("", "teacher of the same vocabulary: a run or a Hugging Face folder")
+    coefficient: float = key(0.0, "coefficient of the divergence from the teacher", NOT_NEGATIVE)
+    temperature: float = key(1.0, "divisor of the logits of model and teacher", POSITIVE)
 
     def problems(self) -> Iterator[str]:
         if self.source and not self.coefficient:
@@ -219,8 +227,10 @@ class Distillation(Section, path="objective.distillation"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(Section, path="objective"):
-    name: str = key("next_token", "the loss that is minimised")
-    logit_z_coefficient: float = key(0.0, "of the z-loss of the output's logits", NOT_NEGATIVE)
+    name: str = key("next_token", "name of the loss that is minimised")
+    logit_z_coefficient: float = key(
+        0.0, "coefficient of the z-loss of the output's logits", NOT_NEGATIVE
+    )
     distillation: Distillation = part(Distillation)
 
 
@@ -229,39 +239,47 @@ class Optimizer(Section, path="optimizer"):
     """AdamW. A rule is (regular expression of parameter paths, factor): the first that matches
     decides, and the factor is 1 where none does."""
 
-    learning_rate: float = key(3e-4, "the peak", POSITIVE)
+    learning_rate: float = key(3e-4, "largest learning rate", POSITIVE)
     schedule: str = key(
         "cosine",
-        "or wsd: constant, then linear over the last decay_steps",
+        "cosine decay, or wsd: constant, then linear over the last decay_steps",
         one_of("cosine", "wsd"),
     )
-    warmup_steps: int = key(0, "in which the rate grows linearly", NOT_NEGATIVE)
-    decay_steps: int = key(0, "of the schedule wsd", NOT_NEGATIVE)
-    final_learning_rate_ratio: float = key(0.1, "of the last rate to the peak", SHARE)
-    beta1: float = key(0.9, "the decay of Adam's first moments", SHARE)
-    beta2: float = key(0.95, "the decay of Adam's second moments", SHARE)
-    epsilon: float = key(1e-8, "what Adam adds to the root of second moments", POSITIVE)
-    weight_decay: float = key(0.1, "decoupled, as in AdamW", NOT_NEGATIVE)
+    warmup_steps: int = key(0, "steps in which the learning rate grows linearly", NOT_NEGATIVE)
+    decay_steps: int = key(0, "steps of the linear decay of wsd", NOT_NEGATIVE)
+    final_learning_rate_ratio: float = key(0.1, "last learning rate over the largest", SHARE)
+    beta1: float = key(0.9, "decay of Adam's first moments", SHARE)
+    beta2: float = key(0.95, "decay of Adam's second moments", SHARE)
+    epsilon: float = key(1e-8, "number that Adam adds to the root of second moments", POSITIVE)
+    weight_decay: float = key(0.1, "weight decay, decoupled as in AdamW", NOT_NEGATIVE)
     no_weight_decay: str = key(
-        r"norm/scale$|bias$|/b[qkvo]$", "a regular expression of parameter paths", checks.pattern
+        r"norm/scale$|bias$|/b[qkvo]$",
+        "regular expression of the paths of parameters that do not decay",
+        checks.pattern,
     )
-    gradient_clip_norm: float = key(1.0, "the largest norm of all gradients together", POSITIVE)
-    gradient_factors: tuple = key((), "rules, before gradients are clipped", checks.rules)
-    weight_decay_factors: tuple = key((), "rules", checks.rules)
-    learning_rate_factors: tuple = key((), "rules, weight decay included", checks.rules)
+    gradient_clip_norm: float = key(1.0, "largest norm of all gradients together", POSITIVE)
+    gradient_factors: tuple = key((), "rules for gradients before they are clipped", checks.rules)
+    weight_decay_factors: tuple = key((), "rules for the weight decay", checks.rules)
+    learning_rate_factors: tuple = key(
+        (), "rules for the learning rate, weight decay included", checks.rules
+    )
     frozen: str = key(
-        "", "a regular expression of parameter paths that are not trained", checks.pattern
+        "", "regular expression of the paths of parameters that are not trained", checks.pattern
     )
-    orthogonal_every: int = key(0, "steps of a phase of OMoE's alternation; 0: off", NOT_NEGATIVE)
+    orthogonal_every: int = key(
+        0, "steps in a phase of OMoE's alternation; 0 turns it off", NOT_NEGATIVE
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(Section, path="training"):
-    num_steps: int = key(1000, "updates of the parameters", POSITIVE)
-    batch_size: int = key(16, "sequences a step, over all devices", POSITIVE, fixed=True)
-    accumulation_steps: int = key(1, "microbatches of a batch", POSITIVE)
+    num_steps: int = key(1000, "number of updates of the parameters", POSITIVE)
+    batch_size: int = key(16, "sequences in a step, over all devices", POSITIVE, fixed=True)
+    accumulation_steps: int = key(1, "number of microbatches in a batch", POSITIVE)
     log_every: int = key(10, "steps between the rows of metrics.jsonl", POSITIVE)
-    max_nonfinite_steps: int = key(3, "skipped in a row before the run stops", POSITIVE)
+    max_nonfinite_steps: int = key(
+        3, "steps in a row without a finite loss or gradient before the run stops", POSITIVE
+    )
 
     def problems(self) -> Iterator[str]:
         if self.batch_size % self.accumulation_steps:
@@ -273,18 +291,26 @@ class Training(Section, path="training"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(Section, path="evaluation"):
-    every_steps: int = key(0, "between losses of held-out text; 0: only at the end", NOT_NEGATIVE)
-    intervals: tuple = key(
-        (), "pairs of another evaluator's name and its steps; 0: only at the end", checks.intervals
+    every_steps: int = key(
+        0, "steps between losses of held-out text; 0 for one at the end", NOT_NEGATIVE
     )
-    batch_size: int = key(32, "sequences, over all devices", POSITIVE)
-    max_batches: int = key(0, "0 is all of the held-out text", NOT_NEGATIVE)
+    intervals: tuple = key(
+        (),
+        "pairs of another evaluator's name and the steps between its runs; 0 for one at the end",
+        checks.intervals,
+    )
+    batch_size: int = key(32, "sequences in a batch of held-out text, over all devices", POSITIVE)
+    max_batches: int = key(0, "batches of held-out text; 0 for all", NOT_NEGATIVE)
     prompts: tuple = key((), "texts that the trained model continues")
-    continuation_tokens: int = key(96, "of a prompt", POSITIVE)
-    num_experts_per_tok: int = key(0, "in evaluation; 0 is the model's", NOT_NEGATIVE)
+    continuation_tokens: int = key(96, "tokens that continue a prompt", POSITIVE)
+    num_experts_per_tok: int = key(
+        0, "experts per token in evaluation; 0 for the model's own number", NOT_NEGATIVE
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint(Section, path="checkpoint"):
-    every_steps: int = key(1000, "between checkpoints; one more is saved at the end", POSITIVE)
-    keep: int = key(2, "the newest ones", POSITIVE)
+    every_steps: int = key(
+        1000, "steps between checkpoints; one more is saved at the end", POSITIVE
+    )
+    keep: int = key(2, "number of checkpoints that are kept, the newest ones", POSITIVE)
