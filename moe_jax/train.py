@@ -15,7 +15,7 @@ import moe_jax
 from moe_jax import config as configs
 from moe_jax import files, init, model, stores
 from moe_jax.analysis import similarity
-from moe_jax.config import environment
+from moe_jax.config import checks, environment
 from moe_jax.data import batches, prepare, tokenizers
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.evaluation import evaluators
@@ -23,16 +23,7 @@ from moe_jax.model.router import ROUTERS
 from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
-from moe_jax.training import (
-    balance,
-    checkpoint,
-    flops,
-    loop,
-    metrics,
-    objective,
-    optimizer,
-    step,
-)
+from moe_jax.training import balance, checkpoint, flops, loop, metrics, objective, optimizer, step
 from moe_jax.training.state import TrainState
 
 
@@ -46,18 +37,16 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     Raises: ConfigError before anything is written; SystemExit as `training.loop.run`.
     """
     began = time.monotonic()
-    try:
+    with checks.refusing():
         stored = settings.config.to_json(sort_keys=True)
         distributed.check_equal("the config", stored + str(workdir))
-    except ValueError as error:
-        raise configs.ConfigError(str(error)) from None
     together = functools.partial(distributed.together, configs.ConfigError)
     with together():
         environment.validate_environment(settings, jax.device_count())
     evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
     training, length = settings.training, settings.data.sequence_length
     cache = prepare.cache_folder(settings.data.cache_dir)
-    # Runs of a sweep that differ in their parameters only share one compilation.
+    # Runs of a sweep that differ in nothing but their parameters share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
     # mesh -----------------------------------------------------------------------------------
@@ -72,22 +61,16 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     shapes = jax.eval_shape(
         lambda: create_state(model.init(settings.model, jax.random.key(settings.seed)))
     )
-    try:
+    with checks.refusing():
         abstract = sharding.abstract(shapes, mesh)
-    except ValueError as error:
-        raise configs.ConfigError(str(error)) from error
-    try:
+    with checks.refusing("config."):
         optimizer.check_paths(settings.optimizer, shapes.params)
-    except ValueError as error:
-        raise configs.ConfigError(f"config.{error}") from None
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     # kernels --------------------------------------------------------------------------------
-    try:
+    with checks.refusing("config.model: "):
         for op, implementation in settings.model.implementations.items():
             verify.verify(op, implementation)
-    except ValueError as error:
-        raise configs.ConfigError(f"config.model: {error}") from None
 
     # objective ------------------------------------------------------------------------------
     frozen, frozen_params = _frozen_models(settings, mesh)
@@ -98,10 +81,8 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     train_text, held_out = distributed.first_alone(open_corpora, configs.ConfigError)
 
     # state ----------------------------------------------------------------------------------
-    try:
+    with checks.refusing(after="; give another --workdir or config"):
         restored = checkpoint.restore_latest(workdir / "checkpoints", abstract)
-    except ValueError as error:
-        raise configs.ConfigError(f"{error}; give another --workdir or config") from error
     if restored is None:
         start, plan = 0, init.plan_of(settings)
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
@@ -144,11 +125,11 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     )
     tokens_per_step = training.batch_size * length
     flops_per_token = flops.model_flops(settings.model, length)
-    # Of a frozen model the forward pass alone.
-    flops_per_token += sum(flops.model_flops(config, length) / 3 for config in frozen.values())
+    # A frozen model has a forward pass only.
+    flops_per_token += sum(flops.model_flops(config, length) / 3 for config, _ in frozen.values())
     if not ROUTERS[settings.model.router].learned:
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
-    with metrics.writer(workdir, resume_step=start) as writer:
+    with metrics.writer(workdir, resume_step=start) as write_row:
         state, results = loop.run(
             state,
             start,
@@ -159,7 +140,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
                 evaluators=evaluators.schedule(context),
                 save=functools.partial(_save, workdir, settings),
                 learning_rate=optimizer.schedule(settings.optimizer, training.num_steps),
-                writer=writer,
+                write=write_row,
                 tokens_per_step=tokens_per_step,
                 model_flops_per_token=flops_per_token,
                 analytic_flops_per_token=flops.analytic_flops(settings.model, length),
@@ -169,14 +150,15 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         )
 
     # result ---------------------------------------------------------------------------------
-    tokens = training.num_steps * tokens_per_step
+    tokens, lineage = training.num_steps * tokens_per_step, init.lineage(settings.init.source)
     result = {
         "steps": training.num_steps,
         "tokens": tokens,
         "training_flops": tokens * flops_per_token,
-        **_parents(settings),
+        "parent_tokens": lineage.tokens,
+        "parent_training_flops": lineage.training_flops,
         **results,
-        **_machine(settings),
+        **_model_and_machine(settings.model),
         "seconds": round(time.monotonic() - began, 1),
     }
     if distributed.is_first():
@@ -190,19 +172,11 @@ def _open_corpora(
     data: configs.Data, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
 ) -> list[TokenizedCorpus]:
     """The texts to train on and to evaluate on."""
-    try:
-        return [
-            prepare.open_corpus(
-                data.source,
-                split,
-                tokenizer,
-                validation_fraction=data.validation_fraction,
-                cache=cache,
-            )
-            for split in ("train", "validation")
-        ]
-    except (ValueError, OSError) as error:
-        raise configs.ConfigError(" ".join(str(error).split())) from error
+    open_split = functools.partial(
+        prepare.open_corpus, validation_fraction=data.validation_fraction, cache=cache
+    )
+    with checks.refusing():
+        return [open_split(data.source, split, tokenizer) for split in ("train", "validation")]
 
 
 def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
@@ -210,11 +184,9 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
     sources = objective.choose(settings.objective.name).frozen_models(settings.objective)
     frozen, params = {}, {}
     for name, source in sources.items():
-        try:
-            frozen[name], params[name] = stores.load(pathlib.Path(source), mesh)
-        except (ValueError, FileNotFoundError) as error:
-            raise configs.ConfigError(f"config.objective, {name}: {error}") from error
-        vocab_size = frozen[name].vocab_size
+        with checks.refusing(f"config.objective, {name}: "):
+            frozen[name] = stores.load(pathlib.Path(source), mesh)
+        vocab_size = frozen[name][0].vocab_size
         if vocab_size != settings.model.vocab_size:
             raise configs.ConfigError(
                 f"config.objective, {name} {source}: a model of {vocab_size} tokens does not fit "
@@ -224,7 +196,7 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
 
 
 def _lock(workdir: pathlib.Path):
-    """Makes the workdir; keeps a second run out of it for as long as the file is open."""
+    """Makes the workdir, and locks it against a second run until the file is closed."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "w")
@@ -264,22 +236,13 @@ def _save(workdir: pathlib.Path, settings: configs.Run, at: int, state: TrainSta
     )
 
 
-def _parents(settings: configs.Run) -> dict:
-    """What it took to make the parameters that the run began with."""
-    lineage = init.lineage(settings.init.source)
-    return {"parent_tokens": lineage.tokens, "parent_training_flops": lineage.training_flops}
-
-
-def _machine(settings: configs.Run) -> dict:
-    """What was trained, and with what."""
-    total, active = model.count_parameters(settings.model)
+def _model_and_machine(model_config: model.ModelConfig) -> dict:
+    """The router and the size of the model, and the machine and versions that trained it."""
+    total, active = model.count_parameters(model_config)
+    versions = {"jax": jax.__version__, "moe_jax": moe_jax.__version__}
     return {
-        "router": settings.model.router if settings.model.num_experts else "",
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "moe_jax": moe_jax.__version__,
-        },
+        "router": model_config.router if model_config.num_experts else "",
+        "versions": {"python": platform.python_version(), **versions},
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "parameters": total,
         "active_parameters": active,

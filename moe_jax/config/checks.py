@@ -4,14 +4,24 @@ A check is a function of a key's full name and its value, kept in the metadata o
 `sections.py`.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class ConfigError(ValueError):
     """A mistake in a config or on the command line; its text is the one line to print."""
+
+
+@contextlib.contextmanager
+def refusing(before: str = "", after: str = "") -> Iterator[None]:
+    """A ValueError or OSError of the block becomes a ConfigError: its text between these."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{before}{' '.join(str(error).split())}{after}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +66,7 @@ def one_of(*choices: str) -> OneOf:
 
 
 def pattern(name: str, value: str) -> None:
-    """A regular expression."""
+    """Refuses text that is no regular expression."""
     try:
         re.compile(value)
     except re.error as error:
@@ -64,7 +74,7 @@ def pattern(name: str, value: str) -> None:
 
 
 def rules(name: str, value: tuple) -> None:
-    """Pairs of a regular expression and a factor."""
+    """Refuses all but pairs of a regular expression and a factor."""
     for rule in value:
         match rule:
             case (str(expression), int() | float() as factor) if 0 <= factor < math.inf:
@@ -75,7 +85,7 @@ def rules(name: str, value: tuple) -> None:
 
 
 def intervals(name: str, value: tuple) -> None:
-    """Pairs of a name and a number of steps."""
+    """Refuses all but pairs of a name and a number of steps."""
     for pair in value:
         match pair:
             case (str(), int() as every) if every >= 0 and not isinstance(every, bool):

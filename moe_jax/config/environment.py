@@ -9,7 +9,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from moe_jax.config import reading
-from moe_jax.config.checks import ConfigError
+from moe_jax.config.checks import ConfigError, refusing
 from moe_jax.config.resolved import Run
 from moe_jax.config.sections import Section, section_of
 from moe_jax.data import sources, tokenizers
@@ -23,11 +23,9 @@ def validate_environment(run: Run, num_devices: int) -> None:
     Raises: ConfigError, in one line that says what to change.
     """
     validate_mesh(run, num_devices)
-    try:
+    with refusing("config."):
         sources.check(run.data.source)
         tokenizer = tokenizers.load(run.data.tokenizer)
-    except ValueError as error:
-        raise ConfigError(f"config.{error}") from None
     vocab_size = run.model.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
@@ -51,10 +49,8 @@ def validate_mesh(run: Run, num_devices: int) -> None:
 
     Raises: ConfigError, in one line that says what to change.
     """
-    try:
+    with refusing("config."):
         sizes = mesh.axis_sizes(vars(run.mesh), num_devices)
-    except ValueError as error:
-        raise ConfigError(f"config.{error}") from None
     shards = sharding.batch_shards(sizes)
     microbatch = run.training.batch_size // run.training.accumulation_steps
     for key, size in (

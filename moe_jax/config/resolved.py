@@ -113,19 +113,16 @@ def _model(section: dict[str, Any], init: sections.Init) -> ModelConfig:
     source = init.parents[0] if init.parents else ""
     # A run's own config has the fields of its model; a Hugging Face folder gives those of its own.
     if source and not preset and "vocab_size" not in fields and folders.is_folder(source):
-        try:
+        with checks.refusing(f"config.init.source={source}: "):
             parent = hf_configs.read(hf_configs.load_json(pathlib.Path(source)))
-        except ValueError as error:
-            raise ConfigError(f"config.init.source={source}: {error}") from None
         base = dataclasses.asdict(parent)
         if "num_experts" in fields:
             base["model_type"] = None
     try:
-        return ModelConfig(**{**base, **fields})
+        with checks.refusing("config.model."):
+            return ModelConfig(**{**base, **fields})
     except TypeError as error:
         missing = str(error).split("argument")[-1].strip("s: ")
         raise ConfigError(
             f"config.model lacks {missing}; set them, or config.model.preset"
         ) from None
-    except ValueError as error:
-        raise ConfigError(f"config.model.{error}") from None

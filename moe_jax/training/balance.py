@@ -39,24 +39,23 @@ def router_losses(
     accumulation_steps: int = 1,
     coefficients_L: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What the routers add to the loss of a batch, and its terms before their coefficients.
+    """The routers' part of the loss of a batch, and its terms before their coefficients.
 
-    A term is the mean over layers. `balance.load_balancing_over` says over which tokens every term
-    is taken that is not a mean over tokens: "device" takes it batch shard by batch shard and
-    averages over those that have tokens, "global" and "window" take it over all of `stats`. Unless
-    it is "window", `stats` may come from one of the `accumulation_steps` microbatches: the results
-    of all of them then add up to the average over microbatches, and a mean over tokens to that of
-    the batch.
+    A term is the mean over layers. Terms that are not a mean over tokens are taken over the tokens
+    that `balance.load_balancing_over` names: "device" takes them batch shard by batch shard and
+    averages over the shards that have tokens, "global" and "window" take them over all of `stats`.
+    Unless it is "window", `stats` may come from one of the `accumulation_steps` microbatches: the
+    results of all of them then add up to the average over microbatches, and a mean over tokens to
+    that of the batch.
 
     Args:
       stats: as `model.Output.router`, [L, batch shards, ...].
       num_tokens: the number of tokens in the whole batch, at least 1.
       coefficients_L: replace the config's coefficient of the load-balancing loss layer by layer.
     """
-    over = balance.load_balancing_over
-    groups = stats if over == "device" else pooled(stats)
+    groups = stats if balance.load_balancing_over == "device" else pooled(stats)
     filled_LG = groups.num_tokens > 0
-    share = 1 if over == "window" else 1 / accumulation_steps
+    share = 1 if balance.load_balancing_over == "window" else 1 / accumulation_steps
     mean_over_groups_LG = share * filled_LG / jnp.maximum(filled_LG.sum(axis=1, keepdims=True), 1)
     total, terms = jnp.zeros(()), {}
     for name, rule in RULES.items():
@@ -75,7 +74,7 @@ def router_losses(
 def updated(
     params: dict, state: RouterState, run: configs.Run, measures: Measures
 ) -> tuple[dict, RouterState]:
-    """Parameters and state after the updates of all rules, from what this step has counted."""
+    """Parameters and state after the updates of all rules, from the counts of this step."""
     for rule in RULES.values():
         if rule.update is not None:
             params, state = rule.update(params, state, run, measures)
@@ -83,31 +82,26 @@ def updated(
 
 
 def slope(function: Callable, stats: RouterStats) -> tuple[object, dict[str, jax.Array]]:
-    """What `function` returns at `stats`, (loss, others), and the loss's gradient by each sum.
+    """The value (loss, others) of `function` at `stats`, and the loss's gradient by each sum.
 
-    The sums are linear in the microbatches, so that a loss's gradient by the parameters is that of
-    the sum over microbatches of `along(slope, their statistics)`, exactly, whatever function of the
-    sums the loss is.
+    The sums are linear in the microbatches. So a loss, whatever function of the sums it is, has by
+    the parameters exactly the gradient of the sum over microbatches of `along(slope, their sums)`.
     """
-    fields = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
-    floats = {
-        n: x for n, x in fields.items() if x is not None and jnp.issubdtype(x.dtype, jnp.floating)
-    }
-    return jax.value_and_grad(lambda x: function(dataclasses.replace(stats, **x)), has_aux=True)(
-        floats
-    )
+    fields = {name: x for name, x in vars(stats).items() if x is not None}
+    sums = {name: x for name, x in fields.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    of_sums = jax.value_and_grad(lambda x: function(dataclasses.replace(stats, **x)), has_aux=True)
+    return of_sums(sums)
 
 
 def along(slope: dict[str, jax.Array], stats: RouterStats) -> jax.Array:
     """The inner product of a slope, held constant, and statistics."""
-    products = (jnp.vdot(jax.lax.stop_gradient(x), getattr(stats, n)) for n, x in slope.items())
-    return sum(products)
+    return sum(jnp.vdot(jax.lax.stop_gradient(x), getattr(stats, n)) for n, x in slope.items())
 
 
 def load_balancing(
     stats: RouterStats, *, num_experts_per_tok: int, scope: str, divide_by_k: bool, form: str
 ) -> jax.Array:
-    """How unevenly experts are used, [L, groups], or [1, groups] of all layers together.
+    """A measure of uneven use of experts, [L, groups], or [1, groups] of all layers together.
 
     With f_e the assignments of expert e per token (so sum f = k) and P_e its mean probability:
 
@@ -116,12 +110,12 @@ def load_balancing(
     "squared": sum_e (1/E - P_e)^2 (Wei et al., Skywork-MoE, arXiv 2406.06563), 0 at uniform P.
 
     Args:
-      stats: of each layer and group of tokens.
+      stats: sums of each layer and group of tokens.
       scope: "layer" takes the loss layer by layer, to be averaged (OLMoE; Megatron and DeepSpeed
         add the layers up: their coefficient times the number of layers is ours); "all_layers"
         averages f and P over the layers first (Hugging Face's Mixtral, Drop-Upcycling), which a
         model with every layer collapsed onto other experts also satisfies.
-      divide_by_k: of "switch"; True as in megablocks (OLMoE), False as in Hugging Face.
+      divide_by_k: True as in megablocks (OLMoE), False as in Hugging Face; for "switch" only.
     """
     tokens_LG1 = jnp.maximum(stats.num_tokens, 1)[..., None]
     f_LGE, P_LGE = (x / tokens_LG1 for x in (stats.tokens_per_expert_E, stats.probability_sum_E))
@@ -134,12 +128,12 @@ def load_balancing(
     return loss_LG / num_experts_per_tok if divide_by_k else loss_LG
 
 
-def router_z(stats: RouterStats) -> jax.Array:
+def router_z(stats: RouterStats, *_) -> jax.Array:
     """Mean over tokens of logsumexp(router logits)^2 (Zoph et al., arXiv 2202.08906)."""
     return stats.z_sum / jnp.maximum(stats.num_tokens, 1)
 
 
-def importance(stats: RouterStats) -> jax.Array:
+def importance(stats: RouterStats, *_) -> jax.Array:
     """CV^2(importance) + CV^2(load) over experts (Shazeer et al., arXiv 1701.06538, §4 and A).
 
     Importance is the sum of an expert's weights, load how often it is chosen, smoothly where the
@@ -155,11 +149,11 @@ def _cv_squared(x_LGE):
     return jnp.var(x_LGE, axis=-1, ddof=1) / (jnp.mean(x_LGE, axis=-1) ** 2 + 1e-10)
 
 
-def mutual_information(stats: RouterStats) -> jax.Array:
+def mutual_information(stats: RouterStats, *_) -> jax.Array:
     """H(mean over tokens of p) - mean over tokens of H(p), in nats (Pan et al., arXiv 2404.05567).
 
-    Of token and expert: 0 where all tokens have the same probabilities, log E where each has one
-    expert and all experts have as many. To be made large.
+    The mutual information of token and expert is 0 where all tokens have the same probabilities,
+    and log E where each has one expert and all experts have as many. Training makes it large.
     """
     tokens_LG = jnp.maximum(stats.num_tokens, 1)
     P_LGE = stats.probability_sum_E / tokens_LG[..., None]
@@ -187,9 +181,8 @@ def adapted(
         rate_L = measures.dropped_L / jnp.maximum(tokens_per_expert_LE.sum(axis=1), 1)
     else:
         rate_L = virtual_drop_rate(tokens_per_expert_LE, run.model.capacity_factor)
-    adaptive = run.balance.adaptive
+    adaptive, beta = run.balance.adaptive, run.balance.adaptive.beta
     target_L = jnp.minimum(adaptive.rate * rate_L, adaptive.maximum)
-    beta = adaptive.beta
     return params, RouterState(beta * state.coefficients_L + (1 - beta) * target_L)
 
 
@@ -198,9 +191,9 @@ def with_updated_biases(
 ) -> tuple[dict, RouterState]:
     """Parameters with bias += rate · sign(mean load - load) in every router that has one.
 
-    A bias whose path `optimizer.frozen` finds stays. Wang et al., arXiv 2408.15664, algorithm 1;
-    DeepSeek-V3, arXiv 2412.19437, §2.1.2. The biases of a layer are then brought to a mean of
-    zero, which changes no choice and keeps them from drifting off.
+    Wang et al., arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, §2.1.2. The biases
+    of a layer are then brought to a mean of zero, which changes no choice and keeps them from
+    drifting off. A bias whose path matches `optimizer.frozen` keeps its value.
     """
     rate, frozen = run.balance.bias_update_rate, run.optimizer.frozen
     if not rate or measures.router is None:
@@ -208,7 +201,7 @@ def with_updated_biases(
     sparse = [layer for layer, kind in enumerate(run.model.layer_kinds) if kind == MOE]
     layers = {s: ls for g in layer_groups(run.model.block_kinds) for s, ls in g.layers.items()}
 
-    def of_leaf(name, leaf):
+    def updated_leaf(name, leaf):
         match = BIAS.fullmatch(name)
         if not match or (frozen and re.search(frozen, name)):
             return leaf
@@ -217,7 +210,7 @@ def with_updated_biases(
         bias_LE = leaf + rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
         return bias_LE - bias_LE.mean(axis=1, keepdims=True)
 
-    return tree.map_with_name(of_leaf, params), state
+    return tree.map_with_name(updated_leaf, params), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +220,7 @@ class Rule:
     coefficient: its key in `config.balance`; 0 turns the rule off.
     loss: a function of (statistics [L, G, ...], config.balance, num_experts_per_tok) that gives
       [L, G]; None where the rule is outside of the gradient.
-    update: what changes parameters and RouterState after a step, as `updated`; None for a loss.
+    update: changes parameters and RouterState after a step, as `updated` does; None for a loss.
     """
 
     coefficient: str
@@ -238,7 +231,7 @@ class Rule:
     always: bool = False  # reported with a coefficient of 0 too
 
 
-# By the names of their terms in metrics.jsonl.
+# Rules by the names of their terms in metrics.jsonl.
 RULES = {
     "load_balancing_loss": Rule(
         "load_balancing_coefficient",
@@ -252,12 +245,8 @@ RULES = {
         update=adapted,
         always=True,
     ),
-    "router_z_loss": Rule(
-        "router_z_coefficient", lambda stats, *_: router_z(stats), per_token=True, always=True
-    ),
-    "importance_loss": Rule("importance_coefficient", lambda stats, *_: importance(stats)),
-    "mutual_information": Rule(
-        "mutual_information_coefficient", lambda stats, *_: mutual_information(stats), sign=-1
-    ),
+    "router_z_loss": Rule("router_z_coefficient", router_z, per_token=True, always=True),
+    "importance_loss": Rule("importance_coefficient", importance),
+    "mutual_information": Rule("mutual_information_coefficient", mutual_information, sign=-1),
     "selection_bias": Rule("bias_update_rate", update=with_updated_biases),
 }

@@ -1,4 +1,4 @@
-"""Checkpoints that verify: Orbax files, and a digest of every leaf to hold them against.
+"""Checkpoints that verify: Orbax files, and a digest of every leaf to compare them with.
 
 Orbax notices missing and truncated files, but not flipped bits, and takes any folder with a number
 for a checkpoint. Here the newest is the newest whose leaves have the digests they were saved with.
@@ -27,13 +27,13 @@ class Restored:
 
 
 class _Mismatch(ValueError):
-    """The checkpoint is sound but of another state than the one asked for."""
+    """The checkpoint is sound, but its state is not the one that is asked for."""
 
 
 def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict, keep: int) -> None:
     """Writes <directory>/<step> (a temporary folder, then renamed), then deletes all but `keep`.
 
-    Of several processes each writes its parts of the leaves; `directory` must be the same for all.
+    Each of several processes writes its parts of the leaves into the same `directory`.
     """
     leaves = tree.flatten(state)
     meta = {
@@ -51,7 +51,7 @@ def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict,
 
 
 def steps(directory: pathlib.Path) -> list[int]:
-    """The steps that have a folder, oldest first; whether they verify is not looked at."""
+    """The steps that have a folder, oldest first, which need not verify."""
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit() and p.is_dir())
 
 
@@ -59,8 +59,8 @@ def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
     """The newest checkpoint that verifies; None when there is none.
 
     Args:
-      abstract_state: `jax.ShapeDtypeStruct`s with the shardings wanted, which need not be those it
-        was saved with.
+      abstract_state: `jax.ShapeDtypeStruct`s with the shardings to restore to, which may differ
+        from those that it was saved with.
 
     Raises: ValueError when it holds other leaves than `abstract_state`.
     """
@@ -76,7 +76,7 @@ def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
 
 
 def load(directory: pathlib.Path, abstract: dict) -> dict:
-    """Parts of the newest checkpoint that verifies, such as {"params": …}; no others are read.
+    """The parts in `abstract`, such as {"params": …}, of the newest checkpoint that verifies.
 
     Raises: FileNotFoundError when there is none; ValueError when the model is another.
     """
@@ -89,8 +89,8 @@ def load(directory: pathlib.Path, abstract: dict) -> dict:
 def digests(leaves: dict[str, jax.Array]) -> dict[str, int]:
     """A 32-bit hash of each leaf's bits, computed where the leaf lies.
 
-    A sum over elements of a hash of value and position: the same for any sharding, changed by any
-    one bit. Not a defence against a forger.
+    It sums a hash of value and position over the elements, so it is the same for any sharding, and
+    any one bit changes it. It is no defence against a forger.
     """
     return {path: int(x) for path, x in jax.device_get(_digests(leaves)).items()}
 
@@ -122,13 +122,15 @@ def _mix(x: jax.Array) -> jax.Array:
 def _newest(directory: pathlib.Path, abstract: dict) -> tuple[int, dict, dict] | None:
     """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify.
 
-    It is the same one in all processes: what one of them cannot read, none takes.
+    It is the same one in all processes: a checkpoint that one of them cannot read none takes.
     """
     for step in reversed(distributed.of_first(steps(directory))):
         try:
             with distributed.together(ValueError):
                 leaves, meta = _load((directory / str(step)).absolute(), abstract)
-            _verify(leaves, meta)
+            for path, digest in digests(leaves).items():
+                if digest != meta["digests"][path]:
+                    raise ValueError(f"{path} has another digest than it was saved with")
             return step, leaves, meta
         except _Mismatch:
             raise
@@ -160,7 +162,7 @@ def _load(folder: pathlib.Path, abstract: dict) -> tuple[dict, dict]:
 
 
 def _reading() -> ocp.Context:
-    """Each process reads its own parts alone: in Orbax none waits for one that fails."""
+    """Each process reads its own parts alone, and waits for no other that fails."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     if distributed.process_count() > 1:
@@ -168,9 +170,3 @@ def _reading() -> ocp.Context:
         context.multiprocessing.primary_host = jax.process_index()
         context.multiprocessing.barrier_sync_key_prefix = f"process_{jax.process_index()}"
     return context
-
-
-def _verify(leaves: dict, meta: dict) -> None:
-    for path, digest in digests(leaves).items():
-        if digest != meta["digests"][path]:
-            raise ValueError(f"{path} has another digest than it was saved with")

@@ -20,8 +20,9 @@ def distillation_loss(
 ) -> jax.Array:
     """T^2 · KL(teacher || student), logits divided by T, summed over tokens times their weight.
 
-    Hinton et al., arXiv 1503.02531. From the final norms' outputs, with the logits of some tokens
-    at a time, made again for the gradient; as in `cross_entropy` each device has its own rows.
+    Hinton et al., arXiv 1503.02531. It takes the final norms' outputs, makes the logits of some
+    tokens at a time and makes them again for the gradient; as in `cross_entropy` each device has
+    its own rows.
     """
     local = functools.partial(_divergence, temperature=temperature)
     arrays = (x_BTD, unembed_DV, teacher_x_BTC, teacher_unembed_CV, weight_BT)
@@ -30,9 +31,10 @@ def distillation_loss(
     spec = sharding.spec_of("unembed")
 
     def on_device(x_BTD, unembed_DV, teacher_x_BTC, teacher_unembed_CV, weight_BT):
-        unembeds = (sharding.all_gather(w, spec) for w in (unembed_DV, teacher_unembed_CV))
-        student_DV, teacher_CV = unembeds
-        return local(x_BTD, student_DV, teacher_x_BTC, teacher_CV, weight_BT)[None]
+        unembed_DV, teacher_unembed_CV = (
+            sharding.all_gather(w, spec) for w in (unembed_DV, teacher_unembed_CV)
+        )
+        return local(x_BTD, unembed_DV, teacher_x_BTC, teacher_unembed_CV, weight_BT)[None]
 
     return jax.shard_map(
         on_device,
@@ -44,7 +46,7 @@ def distillation_loss(
 
 def _divergence(x_BTD, unembed_DV, teacher_x_BTC, teacher_unembed_CV, weight_BT, temperature):
     @jax.checkpoint
-    def of_token(x_D, teacher_x_C):
+    def divergence(x_D, teacher_x_C):
         log_p_V, log_q_V = (
             jax.nn.log_softmax(
                 jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
@@ -56,5 +58,5 @@ def _divergence(x_BTD, unembed_DV, teacher_x_BTC, teacher_unembed_CV, weight_BT,
     tokens = tuple(x.reshape(-1, x.shape[-1]) for x in (x_BTD, teacher_x_BTC))
     logits = cross_entropy.CHUNK_LOGITS[implementations.platform()]
     chunk = max(1, logits // unembed_DV.shape[1] // 2)
-    kl_M = jax.lax.map(lambda token: of_token(*token), tokens, batch_size=chunk)
+    kl_M = jax.lax.map(lambda token: divergence(*token), tokens, batch_size=chunk)
     return jnp.sum(kl_M * weight_BT.ravel())

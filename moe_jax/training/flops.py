@@ -1,7 +1,7 @@
 """Two counts of floating-point operations, never mixed.
 
-`model_flops` is what the model needs and is the numerator of MFU; `analytic_flops` is what the
-compiled step should execute, and is what executed products are compared with.
+`model_flops`, the operations that the model needs, is the numerator of MFU. `analytic_flops`, those
+that the compiled step should execute, is compared with the products that it does execute.
 """
 
 import collections
@@ -25,21 +25,19 @@ PEAK_FLOPS = {
 
 
 def _products(config: ModelConfig) -> dict[str, float]:
-    """Multiply-adds of one token's forward pass, by place, over all layers; without attention."""
+    """Multiply-adds of one token's forward pass, by kind, over all layers; without attention."""
     D, H = config.hidden_size, config.head_size
     N, K = config.num_attention_heads, config.num_kv_heads
     sparse = config.layer_kinds.count(MOE)
     dense = config.num_hidden_layers - sparse
     attentions = config.num_attention_experts or 1
     routers = config.num_experts * ROUTERS[config.router].products
-    if config.dispatch == "merge":
-        # One expert for a token, and a segment's merging shared by its tokens.
-        expert_rows = sparse * config.expert_size
-        expert_rows *= 1 + config.num_experts / config.merge_segment_length
-    else:
-        expert_rows = sparse * config.num_experts_per_tok * config.expert_size
-    neurons = dense * config.intermediate_size + expert_rows
-    neurons += sparse * (config.shared_expert_intermediate_size or 0)
+    per_token: float = config.num_experts_per_tok
+    if config.dispatch == "merge":  # one expert, and a segment's merging shared by its tokens
+        per_token = 1 + config.num_experts / config.merge_segment_length
+    shared = config.shared_expert_intermediate_size or 0
+    neurons = dense * config.intermediate_size
+    neurons += sparse * (per_token * config.expert_size + shared)
     return {
         "projections": config.num_hidden_layers * attentions * D * H * (2 * N + 2 * K),
         "router": D * (sparse * routers + config.num_hidden_layers * config.num_attention_experts),
@@ -61,16 +59,15 @@ def _windows(config: ModelConfig) -> dict[int | None, int]:
 
 def model_flops(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs per trained token: active parameters, causal attention, backward = 2x forward."""
-    T = sequence_length
-    seen = {window: min(window or T, T) for window in _windows(config)}
-    pairs = {window: W * (2 * T - W + 1) / 2 for window, W in seen.items()}
-    attended = sum(number * pairs[window] for window, number in _windows(config).items()) / T
-    attention = 2 * _heads(config) * attended
-    return 6 * (sum(_products(config).values()) + attention)
+    T, pairs = sequence_length, 0.0
+    for window, number in _windows(config).items():
+        W = min(window or T, T)
+        pairs += number * W * (2 * T - W + 1) / 2
+    return 6 * (sum(_products(config).values()) + 2 * _heads(config) * (pairs / T))
 
 
-# What each remat policy computes again, beside elementwise work. Never the down projection, whose
-# result no gradient needs.
+# The products that each remat policy computes again, beside elementwise work; never the down
+# projection, whose result no gradient needs.
 AGAIN = {
     "none": (),
     "full": ("projections", "attention", "router", "gate_up"),
@@ -86,8 +83,7 @@ def analytic_flops(config: ModelConfig, sequence_length: int) -> float:
     Attention counts the positions that its implementation on the mesh's platform visits, and the
     products that it makes of them.
     """
-    products = _products(config)
-    T = sequence_length
+    products, T = _products(config), sequence_length
     forward = backward = saved = 0.0
     for window, number in _windows(config).items():
         pairs = attention.executed_pairs(
@@ -103,7 +99,7 @@ def analytic_flops(config: ModelConfig, sequence_length: int) -> float:
 
 
 def peak_flops(device: jax.Device) -> float:
-    """The device's peak: from the table, else what a matrix product reaches here and now."""
+    """The device's peak: from the table, else the speed of a matrix product here and now."""
     for kind, peak in PEAK_FLOPS.items():
         if device.device_kind.startswith(kind):
             return peak

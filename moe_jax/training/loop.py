@@ -20,18 +20,18 @@ from moe_jax.training.state import Measures, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What the loop calls; everything that knows of files, meshes or models is behind these."""
+    """The functions that the loop calls, behind which are files, meshes and the model."""
 
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Measures]]
     evaluators: Mapping[str, Scheduled]
     save: Callable[[int, TrainState], None]
     learning_rate: Callable[[int], float]
-    writer: metrics.MetricsWriter | metrics.NoMetrics
+    write: Callable[[dict], None]  # a row of metrics.jsonl
     tokens_per_step: int
     model_flops_per_token: float
     analytic_flops_per_token: float
-    peak_flops: float  # of all devices together
-    largest: Callable[[int], int]  # parallel.distributed.Largest: over all processes
+    peak_flops: float  # of all devices together, in FLOP/s
+    largest: Callable[[int], int]  # over all processes: parallel.distributed.Largest
 
 
 def run(
@@ -39,10 +39,9 @@ def run(
 ) -> tuple[TrainState, dict]:
     """Trains from step `start` to `training.num_steps`; returns the evaluators' last results too.
 
-    At a step where several are due the order is checkpoint, evaluators, train step: a run restored
-    at that step goes on with the evaluators and writes the same rows.
-
-    A signal to one process stops all, at the same step.
+    Where a step is due for several of them, the order is checkpoint, evaluators, train step: a run
+    restored at that step goes on with the evaluators and writes the same rows. A signal to one
+    process stops all, at the same step.
 
     Raises: SystemExit 75 after SIGTERM or Ctrl-C (a checkpoint is saved first), 3 when too many
     steps in a row were not finite.
@@ -50,9 +49,9 @@ def run(
     last = settings.training.num_steps
     log = _TrainingLog(settings, parts, start)
     results: dict = {}
-    with _stop_signals() as stop, metrics.progress(total=last, initial=start) as bar:
+    with _stop_signals() as requested, metrics.progress(total=last, initial=start) as bar:
         for step in range(start, last + 1):
-            stopped_by = parts.largest(stop.requested)
+            stopped_by = parts.largest(requested())
             due = step % settings.checkpoint.every_steps == 0 or step == last or stopped_by
             if step > start and due:
                 log.flush()
@@ -68,7 +67,7 @@ def run(
                         found = evaluator.evaluate(state.params)
                         if found.row and (evaluator.is_due(step) or evaluator.logged_at_end):
                             tokens = step * parts.tokens_per_step
-                            parts.writer.write({"step": step, "tokens": tokens, **found.row})
+                            parts.write({"step": step, "tokens": tokens, **found.row})
                     results |= found.result
             if step < last:
                 # An implicit transfer would make the host wait for the device, or the reverse.
@@ -84,7 +83,7 @@ def run(
 class _TrainingLog:
     """Holds the metrics of the step that runs and writes those of the step before it.
 
-    Reading a metric waits for its step; one step late, the device never waits for the reader.
+    To read a metric is to wait for its step; one step late, the device never waits for the reader.
     """
 
     def __init__(self, settings: configs.Run, parts: Parts, start: int):
@@ -98,12 +97,12 @@ class _TrainingLog:
         if self.pending is None:
             return
         (step, step_measures), self.pending = self.pending, None
-        skipped = bool(jax.device_get(step_measures.skipped))
+        skipped = jax.device_get(step_measures.skipped)
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
         training = self._settings.training
         if step % training.log_every == 0 or step == training.num_steps:
             row = self._row(step, jax.device_get(step_measures))
-            self._parts.writer.write(row)
+            self._parts.write(row)
             self.shown = {
                 "loss": f"{row['loss']:.3f}",
                 "tokens/s": f"{row['tokens_per_second']:,.0f}",
@@ -143,35 +142,30 @@ class _TrainingLog:
         if values.load_balancing_coefficients_L is not None:
             row["load_balancing_coefficients"] = values.load_balancing_coefficients_L
         if values.router is not None:
-            model = self._settings.model
-            sums = measures.Sums(
-                values.router, model.router, model.capacity_factor, measures.TRAINING
-            )
+            router, factor = self._settings.model.router, self._settings.model.capacity_factor
+            sums = measures.Sums(values.router, router, factor, measures.TRAINING)
             row["router"] = measures.rows(sums)
         return row
-
-
-@dataclasses.dataclass
-class _Stop:
-    requested: int = 0  # the number of the signal
 
 
 @contextlib.contextmanager
 def _stop_signals():
     """Turns SIGTERM (a cloud's notice of preemption) and Ctrl-C into a request the loop sees.
 
-    The second Ctrl-C interrupts at once.
+    It gives a function that returns the number of the signal, 0 before one. The second Ctrl-C
+    interrupts at once.
     """
-    stop = _Stop()
+    requested = 0
 
     def request(number, _):
-        stop.requested = number
+        nonlocal requested
+        requested = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield lambda: requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,9 +1,11 @@
 """metrics.jsonl, TensorBoard and the progress bar."""
 
+import contextlib
 import json
 import math
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -14,63 +16,39 @@ from moe_jax import files
 from moe_jax.parallel import distributed
 
 
-class MetricsWriter:
-    """Appends rows to <workdir>/metrics.jsonl, one JSON object a line, and scalars to TensorBoard.
+@contextlib.contextmanager
+def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dict], None]]:
+    """A function that appends a row to <workdir>/metrics.jsonl and its scalars to TensorBoard.
 
-    On construction the rows that the run will write again are removed: after a restart from a
+    A row has `step`; its values are numbers, arrays, text, or dicts of these. Numbers that are not
+    finite become null, for JSON has no others. In processes beside the first the function does
+    nothing. At first the rows that the run will write again are removed: after a restart from a
     checkpoint at `resume_step` those of later steps, and the evaluators' of that step itself.
     """
+    if not distributed.is_first():
+        yield lambda row: None
+        return
+    path = workdir / "metrics.jsonl"
+    kept = [row for row in read(path) if _is_before(row, resume_step)] if resume_step else []
+    files.write_text(path, "".join(_line(row) for row in kept))
+    purge_step = resume_step or None
+    with (
+        open(path, "a", encoding="utf-8") as jsonl,
+        tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step) as board,
+    ):
 
-    def __init__(self, workdir: pathlib.Path, *, resume_step: int):
-        path = workdir / "metrics.jsonl"
-        kept = [row for row in read(path) if _is_before(row, resume_step)] if resume_step else []
-        files.write_text(path, "".join(_line(row) for row in kept))
-        self._jsonl = open(path, "a", encoding="utf-8")
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=resume_step or None
-        )
+        def write(row: dict) -> None:
+            plain = _plain(row)
+            jsonl.write(_line(plain))
+            jsonl.flush()
+            try:
+                for name, value in _scalars(plain):
+                    board.add_scalar(name, value, row["step"])
+                board.flush()
+            except OSError as error:  # metrics.jsonl has the same numbers: not worth a run
+                print(f"TensorBoard: {error}", file=sys.stderr)
 
-    def write(self, row: dict) -> None:
-        """`row` has `step`; values are numbers, arrays, text, or dicts of these.
-
-        Numbers that are not finite become null, for JSON has no others.
-        """
-        plain = _plain(row)
-        self._jsonl.write(_line(plain))
-        self._jsonl.flush()
-        try:
-            for name, value in _scalars(plain):
-                self._tensorboard.add_scalar(name, value, row["step"])
-            self._tensorboard.flush()
-        except OSError as error:  # a second copy of what is in metrics.jsonl: not worth a run
-            print(f"TensorBoard: {error}", file=sys.stderr)
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._jsonl.close()
-        self._tensorboard.close()
-
-
-class NoMetrics:
-    """In the place of a writer, in the processes beside the first."""
-
-    def write(self, row: dict) -> None:
-        pass
-
-    def __enter__(self) -> "NoMetrics":
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
-
-
-def writer(workdir: pathlib.Path, *, resume_step: int) -> MetricsWriter | NoMetrics:
-    """Process 0 writes for all."""
-    if distributed.is_first():
-        return MetricsWriter(workdir, resume_step=resume_step)
-    return NoMetrics()
+        yield write
 
 
 def read(path: pathlib.Path) -> list[dict]:
@@ -82,7 +60,7 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def progress(*, total: int, initial: int) -> tqdm.tqdm:
-    """A bar of steps with the time left, of process 0; silent unless stderr is a terminal."""
+    """The bar of process 0, with steps and the time left; silent unless stderr is a terminal."""
     silent = None if distributed.is_first() else True
     return tqdm.tqdm(total=total, initial=initial, unit="step", disable=silent, dynamic_ncols=True)
 

@@ -1,7 +1,7 @@
-"""What is minimised: one table of objectives, each a function of parameters and a microbatch.
+"""One table of objectives, each a function of parameters and a microbatch to minimise.
 
-An objective is made anew for each batch, from what the step knows before its first microbatch; what
-it returns, (params, microbatch, key) -> (loss, Measures), is differentiated and summed by the step.
+The step makes an objective anew for each batch, from a `Context`, and differentiates and sums the
+function that it returns, (params, microbatch, key) -> (loss, Measures).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ Loss = Callable[[dict, Batch, jax.Array | None], tuple[jax.Array, Measures]]
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a step knows before its first microbatch.
+    """All that a step knows before its first microbatch.
 
     frozen: for each frozen model its config and parameters, which have no gradient.
     over_microbatches: sums a function of (microbatch, key) over the microbatches of the batch.
@@ -43,7 +43,7 @@ class Context:
 class Objective:
     """`make` gives the loss of a batch's microbatches, which add up to the loss of the batch.
 
-    `frozen_models` says which other models it needs beside the one that is trained: a name, and the
+    `frozen_models` names the models that it needs beside the one that is trained, each with the
     run's workdir or Hugging Face folder to load it from.
     """
 
@@ -55,7 +55,7 @@ def next_token(context: Context) -> Loss:
     """Cross-entropy of the next token in nats, with router losses and a teacher's as terms."""
     run, batch = context.run, context.batch
     num_tokens = jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1)
-    of_routers = functools.partial(
+    router_losses = functools.partial(
         balance.router_losses,
         balance=run.balance,
         num_experts_per_tok=run.model.num_experts_per_tok,
@@ -63,7 +63,9 @@ def next_token(context: Context) -> Loss:
         accumulation_steps=run.training.accumulation_steps,
         coefficients_L=context.router_state.coefficients_L,
     )
-    router_terms = _window(context, of_routers) if _needs_window(run) else None
+    several = run.training.accumulation_steps > 1
+    if several and run.balance.load_balancing_over == "window" and run.model.num_experts:
+        router_losses = _over_window(context, router_losses)
 
     def loss(params, microbatch, key):
         x_BTD, stats = hidden_states(params, microbatch, key, run.model)
@@ -78,7 +80,7 @@ def next_token(context: Context) -> Loss:
         )
         total, terms = sums.total, {}
         if stats is not None:
-            router_total, terms = (router_terms or of_routers)(stats)
+            router_total, terms = router_losses(stats)
             total += router_total
         if "teacher" in context.frozen:
             teacher, teacher_params = context.frozen["teacher"]
@@ -91,7 +93,7 @@ def next_token(context: Context) -> Loss:
                 temperature=run.objective.distillation.temperature,
             )
             total += run.objective.distillation.coefficient * divergence
-            terms = {**terms, "distillation_loss": divergence}
+            terms = terms | {"distillation_loss": divergence}
         return total, Measures(loss=sums.nats, terms=terms, router=measures.router_sums(stats))
 
     return loss
@@ -119,20 +121,15 @@ def hidden_states(params: dict, batch: Batch, key: jax.Array | None, config: mod
     return transformer.hidden_states(params, batch.tokens_BT, shared, config)
 
 
-def _needs_window(run: configs.Run) -> bool:
-    several = run.training.accumulation_steps > 1
-    return several and run.balance.load_balancing_over == "window" and run.model.num_experts > 0
-
-
-def _window(context: Context, of_routers: Callable) -> Callable:
+def _over_window(context: Context, router_losses: Callable) -> Callable:
     """Router losses of one microbatch whose gradient is that of the whole accumulation window.
 
-    They cost another forward pass, in which the statistics of all microbatches are summed.
+    They cost another forward pass, which sums the statistics of all microbatches.
     """
     run = context.run
     stats = context.over_microbatches(
         lambda microbatch, key: hidden_states(context.params, microbatch, key, run.model)[1]
     )
-    (_, terms), slope = balance.slope(of_routers, stats)
+    (_, terms), slope = balance.slope(router_losses, stats)
     share = {name: term / run.training.accumulation_steps for name, term in terms.items()}
     return lambda stats: (balance.along(slope, stats), share)

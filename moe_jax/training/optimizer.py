@@ -20,24 +20,19 @@ def schedule(optimizer: Optimizer, num_steps: int) -> optax.Schedule:
     peak = optimizer.learning_rate
     final = peak * optimizer.final_learning_rate_ratio
     after_warmup = num_steps - optimizer.warmup_steps
-    stable = after_warmup - optimizer.decay_steps
-    shapes = {
-        "cosine": lambda: optax.cosine_decay_schedule(
-            peak, max(after_warmup, 1), alpha=optimizer.final_learning_rate_ratio
-        ),
-        "wsd": lambda: optax.join_schedules(
-            [
-                optax.constant_schedule(peak),
-                optax.linear_schedule(peak, final, max(optimizer.decay_steps, 1)),
-            ],
-            [stable],
-        ),
-    }
-    # From one step's worth of the peak, so that no step is spent at a rate of zero.
+    if optimizer.schedule == "cosine":
+        ratio = optimizer.final_learning_rate_ratio
+        shape = optax.cosine_decay_schedule(peak, max(after_warmup, 1), alpha=ratio)
+    else:
+        decay = optax.linear_schedule(peak, final, max(optimizer.decay_steps, 1))
+        shape = optax.join_schedules(
+            [optax.constant_schedule(peak), decay], [after_warmup - optimizer.decay_steps]
+        )
+    # The warmup starts from one step's worth of the peak, so that no step has a rate of zero.
     warmup = optax.linear_schedule(
         peak / max(optimizer.warmup_steps, 1), peak, max(optimizer.warmup_steps - 1, 1)
     )
-    return optax.join_schedules([warmup, shapes[optimizer.schedule]()], [optimizer.warmup_steps])
+    return optax.join_schedules([warmup, shape], [optimizer.warmup_steps])
 
 
 def adamw(optimizer: Optimizer, num_steps: int) -> optax.GradientTransformation:
@@ -45,28 +40,24 @@ def adamw(optimizer: Optimizer, num_steps: int) -> optax.GradientTransformation:
 
     A rule is (regular expression of parameter paths, factor); the first that matches decides, and
     the factor is 1 where none does. Gradients are multiplied before they are clipped (Artetxe et
-    al., arXiv 2112.10684, divide those of experts by the square root of how many devices share
-    them out), weight decay in AdamW, and the learning rate after it, weight decay included.
-    Paths of `no_weight_decay` do not decay, nor does a router's bias on the choice of experts: as
-    no gradient reaches it either, it is left to `training/balance.py`. What is `frozen` is not
-    updated, has no moments and does not count in the norm (MoE-CT, arXiv 2407.00875, trains the
-    experts alone).
+    al., arXiv 2112.10684, divide those of experts by the square root of the number of devices that
+    share them out), weight decay in AdamW, and the learning rate after it, weight decay included.
+    Paths of `no_weight_decay` do not decay. Nor does a router's bias on the choice of experts,
+    which no gradient reaches and `training/balance.py` updates. `frozen` paths are not updated,
+    have no moments and do not count in the norm (MoE-CT, arXiv 2407.00875, trains experts alone).
     """
-    whole = ((optimizer.no_weight_decay or NOTHING, 0.0), (r"moe/router/bias$", 0.0))
+    undecayed = ((optimizer.no_weight_decay or NOTHING, 0.0), (r"moe/router/bias$", 0.0))
+    gradient = optax.chain(
+        _scaled(optimizer.gradient_factors), _clipped(optimizer.gradient_clip_norm)
+    )
+    adam = optax.chain(
+        optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.epsilon),
+        _decayed(optimizer.weight_decay, (*undecayed, *optimizer.weight_decay_factors)),
+        optax.scale_by_learning_rate(schedule(optimizer, num_steps)),
+    )
+    rate, orthogonal = optimizer.learning_rate_factors, optimizer.orthogonal_every
     trained = optax.chain(
-        optax.chain(
-            _scaled(optimizer.gradient_factors),
-            _clipped(optimizer.gradient_clip_norm),
-        ),
-        optax.chain(
-            optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.epsilon),
-            _decayed(optimizer.weight_decay, (*whole, *optimizer.weight_decay_factors)),
-            optax.scale_by_learning_rate(schedule(optimizer, num_steps)),
-        ),
-        optax.chain(
-            _scaled(optimizer.learning_rate_factors),
-            orthogonal_experts(optimizer.orthogonal_every),
-        ),
+        gradient, adam, optax.chain(_scaled(rate), orthogonal_experts(orthogonal))
     )
     if not optimizer.frozen:
         return trained
@@ -86,7 +77,7 @@ Rules = Iterable[tuple[str, float]]
 
 def check_paths(optimizer: Optimizer, params: dict) -> None:
     """Raises: ValueError for a pattern of a rule, or `frozen`, that no path of `params` matches."""
-    names = jax.tree.leaves(tree.map_with_name(lambda name, _: name, params))
+    names = list(tree.flatten(params))
     patterns = [(key, pattern) for key in FACTORS for pattern, _ in getattr(optimizer, key)]
     patterns += [("frozen", optimizer.frozen)] if optimizer.frozen else []
     for key, pattern in patterns:
@@ -97,7 +88,7 @@ def check_paths(optimizer: Optimizer, params: dict) -> None:
 
 
 def without_gradient(params: dict, frozen: str) -> dict:
-    """The parameters with those of `frozen` paths constant."""
+    """The parameters, of which those with `frozen` paths are constants to the gradient."""
     if not frozen:
         return params
     return tree.map_with_name(
@@ -108,9 +99,9 @@ def without_gradient(params: dict, frozen: str) -> dict:
 def orthogonal_experts(every: int) -> optax.GradientTransformation:
     """OMoE (Feng et al., arXiv 2310.09762): experts that move away from each other in weight space.
 
-    The first `every` updates pass as they are; in the next `every` each expert's update, matrix by
-    matrix, is replaced by its part orthogonal to the other experts' weights there, which may then
-    still be any; and so on. 0 is off.
+    The first `every` updates pass unchanged. In the next `every`, each expert's update of a matrix
+    is replaced by its part orthogonal to the other experts' weights in that matrix; then the two
+    phases alternate. 0 turns it off.
     """
     if not every:
         return optax.identity()
@@ -137,11 +128,11 @@ def orthogonal_experts(every: int) -> optax.GradientTransformation:
 def orthogonal_part(update: jax.Array, weight: jax.Array) -> jax.Array:
     """Each expert's update less its projection onto the span of the other experts' weights.
 
-    Both are [E, ...]. With the others' weights as rows of W the projection is W^T (W W^T)^+ W u, of
-    which only Gram matrices [E, E] leave the device that has the weights. The inverse is a
-    pseudo-inverse by eigendecomposition: experts that were upcycled are at first copies of each
-    other, whose Gram matrix is singular, and a ridge that makes it safe to invert would hide the
-    small differences that training makes, the very directions to stay orthogonal to.
+    Both are [E, ...]. With the others' weights as rows of W the projection is W^T (W W^T)^+ W u;
+    only Gram matrices [E, E] leave the device that has the weights. The inverse is a pseudo-inverse
+    by eigendecomposition: upcycled experts are copies of each other at first, so that their Gram
+    matrix is singular, and a ridge large enough to invert it would hide the small differences that
+    training makes, the very directions to stay orthogonal to.
     """
     E = weight.shape[0]
     u_EN, w_EN = (x.reshape(E, -1).astype(jnp.float32) for x in (update, weight))
@@ -149,9 +140,8 @@ def orthogonal_part(update: jax.Array, weight: jax.Array) -> jax.Array:
     others_EE = 1 - jnp.eye(E)
     gram_EEE = gram_EE * others_EE[:, :, None] * others_EE[:, None, :]
     value_EE, vector_EEE = jnp.linalg.eigh(gram_EEE)
-    # Below this a direction is the rounding of the Gram matrix.
-    least_E1 = E * jnp.finfo(jnp.float32).eps * value_EE[:, -1:]
-    kept_EE = value_EE > least_E1
+    # A direction with a smaller eigenvalue is rounding of the Gram matrix.
+    kept_EE = value_EE > E * jnp.finfo(jnp.float32).eps * value_EE[:, -1:]
     inverse_EE = kept_EE / jnp.where(kept_EE, value_EE, 1)
     along_EE = jnp.einsum("ekj,ek->ej", vector_EEE, product_EE * others_EE, precision="highest")
     share_EE = jnp.einsum("ekj,ej->ek", vector_EEE, along_EE * inverse_EE, precision="highest")
@@ -160,11 +150,11 @@ def orthogonal_part(update: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _clipped(most: float) -> optax.GradientTransformation:
-    """Gradients of a larger norm, all together, are made as small as `most`.
+    """Scales all gradients together so that their norm is at most `most`.
 
-    As `optax.clip_by_global_norm`, but one factor for all is multiplied where they are used. The
-    quotients of that are arrays of their own: the update of 25 million parameters on a CPU takes
-    112 ms with them, 72 without.
+    It is `optax.clip_by_global_norm` with one factor that is multiplied where gradients are used.
+    The quotients of optax are arrays of their own: the update of 25 million parameters on a CPU
+    takes 112 ms with them, 72 without.
     """
 
     def clip(updates, _):

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, and what each step measures."""
+"""The state that a training run carries from step to step, and the measures of each step."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from flax import struct
 
 @struct.dataclass
 class RouterState:
-    """What balance rules remember from step to step; without leaves where they remember nothing."""
+    """The memory of balance rules from step to step; it has no leaves where they need none."""
 
-    coefficients_L: jax.Array | None = None  # the load-balancing loss's, of each sparse layer
+    coefficients_L: jax.Array | None = None  # of the load-balancing loss, for each sparse layer
 
 
 @struct.dataclass
@@ -27,27 +27,27 @@ class TrainState:
         optimizer: optax.GradientTransformation,
         router_state: RouterState | None = None,
     ) -> "TrainState":
-        """The state before the first step; `router_state` as `balance.initial` gives it."""
-        zero = jnp.zeros((), jnp.int32)
-        return cls(zero, params, optimizer.init(params), router_state or RouterState())
+        """The state before the first step, with the `router_state` of `balance.initial`."""
+        step = jnp.zeros((), jnp.int32)
+        return cls(step, params, optimizer.init(params), router_state or RouterState())
 
 
 @struct.dataclass
 class Measures:
-    """Sums over the microbatches of a step; what describes the step as a whole comes last.
+    """Sums over the microbatches of a step; fields of the step as a whole come last.
 
     `terms` are an objective's parts before their coefficients, each divided so that the
     microbatches add up to the batch's. `router` holds the fields of `RouterStats` that rules and
     measures ask for (`analysis.measures.router_sums`), [L, ...]; it is None for a dense model.
     """
 
-    loss: jax.Array  # the objective's own, without the terms: for text nats per token
+    loss: jax.Array  # of the objective without the terms: for text, nats per token
     terms: dict[str, jax.Array] = struct.field(default_factory=dict)
     router: dict[str, jax.Array] | None = None
     # None until all microbatches are summed.
     gradient_norm: jax.Array | None = None  # before clipping
-    skipped: jax.Array | None = None  # loss or gradient were not finite; no update was made
-    load_balancing_coefficients_L: jax.Array | None = None  # where they adapt
+    skipped: jax.Array | None = None  # no update, for loss or gradient were not finite
+    load_balancing_coefficients_L: jax.Array | None = None  # None where they do not adapt
 
     @property
     def tokens_per_expert_LE(self) -> jax.Array | None:

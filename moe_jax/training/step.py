@@ -22,10 +22,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Measures]]:
     """The step of a run: a function of (state, batch, parameters of the frozen models by name).
 
-    The last is needed only where the objective has frozen models, a teacher for example.
+    Only an objective with frozen models, a teacher for example, needs the last argument.
     """
-    make_loss = objective.choose(run.objective.name).make
-    frozen_configs = frozen_models or {}
+    make_loss, frozen_configs = objective.choose(run.objective.name).make, frozen_models or {}
 
     def train_step(state: TrainState, batch: Batch, frozen_params: dict | None = None):
         key = jax.random.fold_in(jax.random.key(run.seed), state.step) if run.model.draws else None
@@ -56,8 +55,8 @@ def make_train_step(
             params, router_state = balance.updated(params, state.router_state, run, measures)
             return TrainState(state.step, params, opt_state, router_state)
 
-        # Not by selecting each array: XLA:CPU then computes the moments once for themselves and
-        # again for the parameters (25 million of them, 116 ms against 46).
+        # With a `where` on each array XLA:CPU computes the moments once for themselves and again
+        # for the parameters: 116 ms instead of 46 for 25 million of them.
         new = jax.lax.cond(finite, updated, lambda state, _: state, state, grads)
         return new.replace(step=state.step + 1), measures.replace(
             gradient_norm=norm,
@@ -81,8 +80,7 @@ def over_microbatches(function: Callable, *, batch: Batch, key: jax.Array | None
         own_key = None if key is None else jax.random.fold_in(key, i)
         return jax.tree.map(jnp.add, total, function(microbatch, own_key)), None
 
-    first = jax.tree.map(lambda x: x[0], microbatches)
-    shapes = jax.eval_shape(function, first, key)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], microbatches), key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, (jnp.arange(number), microbatches))[0]
 
@@ -98,10 +96,10 @@ def jitted(
 
     The parameters of frozen models stay where they lie.
     """
-    of_frozen = (None,) if frozen_models else ()
+    frozen = (None,) if frozen_models else ()
     return jax.jit(
         make_train_step(run, tx, frozen_models),
-        in_shardings=(state_shardings, jax.NamedSharding(mesh, sharding.BATCH), *of_frozen),
+        in_shardings=(state_shardings, jax.NamedSharding(mesh, sharding.BATCH), *frozen),
         out_shardings=(state_shardings, jax.NamedSharding(mesh, jax.P())),
         donate_argnums=0,
     )

@@ -17,7 +17,7 @@ def test_a_step_with_an_implicit_transfer_is_refused():
         evaluators={},
         save=lambda step, state: None,
         learning_rate=lambda step: 0.0,
-        writer=None,
+        write=lambda row: None,
         tokens_per_step=1,
         model_flops_per_token=1.0,
         analytic_flops_per_token=1.0,

@@ -13,9 +13,9 @@ def rows_of(*steps):
 
 
 def write(folder, rows, resume_step=0):
-    with metrics.MetricsWriter(folder, resume_step=resume_step) as writer:
+    with metrics.writer(folder, resume_step=resume_step) as write_row:
         for row in rows:
-            writer.write(row)
+            write_row(row)
 
 
 def test_values_are_plain_json_and_numbers_that_are_not_finite_are_null(tmp_path):
