@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from moe_jax import command_line, files
 from moe_jax import config as configs
 from moe_jax.analysis import measures
+from moe_jax.config import checks
 
 DONE, FAILED, STOPPED, BLOCKED, PENDING = "done", "failed", "stopped", "blocked", "pending"
 RESULT_COLUMNS = """steps tokens training_flops loss bits_per_byte parent_tokens
@@ -41,14 +42,18 @@ class Run:
         return [*train, f"--workdir={self.workdir}", *self.flags]
 
     @property
+    def begun(self) -> bool:
+        return (self.workdir / "config.json").exists()
+
+    @property
     def result(self) -> dict | None:
-        """What the finished run left; None for a run that is not finished."""
+        """The result.json of the run; None for a run that is not finished."""
         path = self.workdir / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
 
 def read(path: str, workdir: pathlib.Path) -> list[Run]:
-    """The runs of the sweep file FILE[:arg], in an order in which they can run.
+    """The runs of the sweep file FILE[:arg], each after the runs that it waits for.
 
     An entry of get_sweep() is {"name", "overrides": {dotted key: value}, "after": [names]}; the
     value "@NAME" of init.source means that run's workdir, "@A,@B" those of several. A run lives in
@@ -70,11 +75,9 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
     for name in _in_order(path, entries):
         overrides = dict(entries[name].get("overrides", {}))
         sources = _sources(overrides)
-        try:
+        with checks.refusing(f"run {name!r}: "):
             config = configs.load(path, overrides)
             configs.resolve(config)
-        except configs.ConfigError as error:
-            raise configs.ConfigError(f"run {name!r}: {error}") from error
         if sources:
             config.init.source = ",".join(f"@{runs[source].run_id}" for source in sources)
             overrides["init.source"] = ",".join(str(runs[source].workdir) for source in sources)
@@ -138,10 +141,10 @@ def _sources(overrides: dict) -> tuple[str, ...]:
 def execute(
     runs: list[Run], train: Sequence[str], workdir: pathlib.Path, *, max_parallel: int = 1
 ) -> dict[str, str]:
-    """Runs what is not finished, at most `max_parallel` at a time; returns each run's status.
+    """Starts all unfinished runs, at most `max_parallel` at a time; returns each run's status.
 
     A run that fails ends only the runs that start from it. `results.csv` is written anew after
-    every run. What a run says goes to <its workdir>/log.txt, or with one at a time to a terminal.
+    every run. A run prints into <its workdir>/log.txt, or to the terminal if it runs alone.
 
     Raises: SystemExit 75 after SIGTERM or Ctrl-C; the running ones are sent SIGTERM and save.
     """
@@ -176,7 +179,7 @@ def execute(
                     room = len(running) < max_parallel and not busy and not stopping
                     if run not in running.values() and ready(run) and room:
                         in_terminal = max_parallel == 1 and sys.stderr.isatty()
-                        _announce(runs, run, "starts" if not _begun(run) else "goes on")
+                        _announce(runs, run, "goes on" if run.begun else "starts")
                         task = pool.submit(_launch, run, train, in_terminal, processes)
                         running[task] = run
                 write_results(workdir / "results.csv", runs, status, errors)
@@ -192,7 +195,11 @@ def execute(
                         if other.run_id == run.run_id:
                             status[other.name] = ended
                             errors[other.name] = error
-                    _announce(runs, run, _summary(run, ended, error, seconds))
+                    news = f"{ended} after {seconds:.0f} s ({error})"
+                    if result := ended == DONE and run.result:
+                        news = f"done in {seconds:.0f} s, held-out {result['loss']:.3f} nats/token"
+                        news += f", {result['bits_per_byte']:.3f} bits/byte"
+                    _announce(runs, run, news)
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
@@ -202,14 +209,10 @@ def execute(
     return status
 
 
-def _begun(run: Run) -> bool:
-    return (run.workdir / "config.json").exists()
-
-
 def _launch(
     run: Run, train: Sequence[str], in_terminal: bool, processes: list[subprocess.Popen]
 ) -> tuple[str, str, float]:
-    """Runs one to its end: (status, last line of what it said if it failed, seconds)."""
+    """Runs one to its end: (status, the last line that it printed if it failed, seconds)."""
     began = time.monotonic()
     run.workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *run.command(train)[1:]]
@@ -232,18 +235,8 @@ def _launch(
     return STOPPED if stopped else FAILED, error, seconds
 
 
-def _announce(runs: list[Run], run: Run, what: str) -> None:
-    print(f"[{runs.index(run) + 1}/{len(runs)}] {run.name}: {what}", flush=True)
-
-
-def _summary(run: Run, status: str, error: str, seconds: float) -> str:
-    if status != DONE:
-        return f"{status} after {seconds:.0f} s ({error})"
-    result = run.result
-    return (
-        f"done in {seconds:.0f} s, held-out {result['loss']:.3f} nats/token, "
-        f"{result['bits_per_byte']:.3f} bits/byte"
-    )
+def _announce(runs: list[Run], run: Run, news: str) -> None:
+    print(f"[{runs.index(run) + 1}/{len(runs)}] {run.name}: {news}", flush=True)
 
 
 def write_results(
@@ -252,9 +245,8 @@ def write_results(
     """One row per run; the numbers of a run that is not done are empty."""
     with files.whole_file(path) as unfinished, open(unfinished, "w", newline="") as file:
         rows = csv.writer(file)
-        of_measures = measures.columns({})
-        head = ["name", "run_id", "status", *RESULT_COLUMNS, *of_measures, "workdir", "error"]
-        rows.writerow(head)
+        columns = (*RESULT_COLUMNS, *measures.columns({}))
+        rows.writerow(["name", "run_id", "status", *columns, "workdir", "error"])
         for run in runs:
             result = run.result or {}
             values = [result.get(column, "") for column in RESULT_COLUMNS]
@@ -264,9 +256,9 @@ def write_results(
 
 
 def listing(runs: list[Run], train: Sequence[str]) -> str:
-    """What `--list` prints: status, id, name and the command of each run."""
+    """The lines of `--list`: status, id, name and the command of each run."""
     rows = []
     for run in runs:
-        state = DONE if run.result else "begun" if _begun(run) else PENDING
+        state = DONE if run.result else "begun" if run.begun else PENDING
         rows.append(f"{state:8} {run.run_id}  {run.name:12} {shlex.join(run.command(train))}")
     return "\n".join(rows)

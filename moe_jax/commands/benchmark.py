@@ -5,37 +5,29 @@ Examples:
   python scripts/benchmark.py grouped_matmul --repeats=21 --json
   python scripts/benchmark.py train_step --peer=hf       (needs transformers and torch)
 
-The sizes are those of small float32 models on a CPU, of four layers of Drop-Upcycling 8x1.5B and of
-OLMoE-1B-7B in bfloat16 on a GPU or TPU.
-
-Times are medians; a ratio to the bound of 1.20 is 20 % slower than the bound. Leave the machine
-alone while it runs.
+It times small float32 models on a CPU, and four layers of Drop-Upcycling 8x1.5B and of OLMoE-1B-7B
+in bfloat16 on a GPU or TPU. Times are medians; a ratio to the bound of 1.20 is 20 % slower than the
+bound. Leave the machine alone while it runs.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterable
 
 from moe_jax import command_line
 from moe_jax.benchmark import cases, peers
 from moe_jax.benchmark import rows as benchmark
 
-COLUMNS = "{:24} {:15} {:>10} {:>10}  {:26} {:>10} {:>7}"
+HEAD = "{:24} {:15} {:>10} {:>10}  {:26} {:>10} {:>7}"
+ROW = "{:24} {:15} {:10.1f} {:10,.0f}  {:26} {:10.1f} {:7.2f}"
 
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.add_argument("name", choices=cases.BENCHMARKS, metavar="NAME", help="one of %(choices)s")
     parser.add_argument("--repeats", type=int, default=11, metavar="N", help="timed calls (11)")
-    parser.add_argument(
-        "--peer",
-        choices=peers.PEERS,
-        default="",
-        help="also time this library doing the same: %(choices)s",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print a list of rows instead of a table"
-    )
+    library = "also time this library doing the same: %(choices)s"
+    parser.add_argument("--peer", choices=peers.PEERS, default="", help=library)
+    parser.add_argument("--json", action="store_true", help="print a list of rows, no table")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats={arguments.repeats} must be at least 1")
@@ -44,21 +36,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
-        print_table(rows)
-
-
-def print_table(rows: Iterable[benchmark.Row]) -> None:
-    print(COLUMNS.format("case", "impl.", "ms", "tokens/s", "bound", "its ms", "ratio"))
-    for row in rows:
-        print(
-            COLUMNS.format(
-                row.case,
-                row.implementation,
-                f"{1e3 * row.median_seconds:.1f}",
-                f"{row.tokens_per_second:,.0f}",
-                row.bound,
-                f"{1e3 * row.bound_seconds:.1f}",
-                f"{row.ratio_to_bound:.2f}",
-            ),
-            flush=True,
-        )
+        print(HEAD.format("case", "impl.", "ms", "tokens/s", "bound", "its ms", "ratio"))
+        for row in rows:
+            milliseconds, bound = 1e3 * row.median_seconds, 1e3 * row.bound_seconds
+            first = row.case, row.implementation, milliseconds, row.tokens_per_second
+            print(ROW.format(*first, row.bound, bound, row.ratio_to_bound), flush=True)

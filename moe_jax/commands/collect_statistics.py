@@ -1,4 +1,4 @@
-"""Measures on a text what some upcycling recipes need to know of their parent.
+"""Measures on a text the statistics that some upcycling recipes need of their parent.
 
 Examples:
   python scripts/collect_statistics.py --source=runs/quickstart/dense --text=corpus.txt \\
@@ -11,10 +11,10 @@ A dense model is pruned to its most important neurons by --num_experts=1 --neuro
 --num_neurons=N, then scripts/upcycle.py with --recipe=llama_moe --recipe.partition=statistics
 --num_experts=1 --num_experts_per_tok=1 --model.moe_intermediate_size=N, then --recipe=merge_back.
 
-Of a dense model: `centroids` of each layer's inputs (for --router=centroids) and which `neurons`
-each of --num_experts experts gets (for --recipe=llama_moe --recipe.partition=statistics). Of a
-mixture: `load`, `similarity` and `utility` of its experts (for prune, diversify_merge,
-expert_upcycling). The source is a Hugging Face folder or a run's workdir, held in memory whole.
+A dense model gives `centroids` of each layer's inputs (for --router=centroids) and the `neurons`
+of each of --num_experts experts (for --recipe=llama_moe --recipe.partition=statistics). A mixture
+gives `load`, `similarity` and `utility` of its experts (for prune, diversify_merge,
+expert_upcycling). The source, a Hugging Face folder or a run's workdir, is held in memory whole.
 """
 
 import pathlib
@@ -32,15 +32,14 @@ def main() -> None:
     parser.add_argument("--source", required=True, type=pathlib.Path, metavar="DIR")
     parser.add_argument("--text", required=True, type=pathlib.Path, help="a text file")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="a file to be written")
-    parser.add_argument("--tokenizer", help="instead of the model's own")
-    parser.add_argument("--num_batches", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--num_experts", type=int, default=8, help="to be made of a dense model")
-    parser.add_argument(
-        "--neurons", default="weights", choices=("weights", "activations", "gradient")
-    )
-    parser.add_argument("--num_neurons", type=int, help="of each expert, with gradient")
+    parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
+    parser.add_argument("--num_batches", type=int, default=8, help="batches to read (8)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows of a batch (8)")
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens of a row (256)")
+    parser.add_argument("--num_experts", type=int, default=8, help="experts of a dense model (8)")
+    kinds, why = ("weights", "activations", "gradient"), "statistic that shares out neurons"
+    parser.add_argument("--neurons", default=kinds[0], choices=kinds, help=f"{why} ({kinds[0]})")
+    parser.add_argument("--num_neurons", type=int, help="neurons of an expert, for gradient")
     arguments = parser.parse_args()
     with parser.refusing():
         run(arguments)
@@ -67,12 +66,11 @@ def run(arguments) -> None:
 
 
 def batches_of(arguments, tokenizer) -> np.ndarray:
-    """[N, B, T] from the beginning of the text."""
+    """Tokens [N, B, T] from the beginning of the text."""
     shape = (arguments.num_batches, arguments.batch_size, arguments.sequence_length)
-    if min(shape) < 1 or arguments.num_experts < 1:
-        raise ValueError(
-            "--num_batches, --batch_size, --sequence_length, --num_experts: at least 1"
-        )
+    for name in ("num_batches", "batch_size", "sequence_length", "num_experts"):
+        if (number := getattr(arguments, name)) < 1:
+            raise ValueError(f"--{name}={number} must be at least 1")
     ids = np.asarray(tokenizer.encode(arguments.text.read_text(encoding="utf-8")), np.int32)
     if ids.size < np.prod(shape):
         raise ValueError(

@@ -25,15 +25,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--source", required=True, type=pathlib.Path)
+    parser.add_argument("--source", required=True, type=pathlib.Path, help="the model's folder")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="must not exist")
-    parser.add_argument("--to", required=True, choices=("hf", "orbax"))
-    parser.add_argument(
-        "--dropless",
-        action="store_true",
-        help="for a model trained with a capacity: written as one that drops no token",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the output; as the source if not given")
+    parser.add_argument("--to", required=True, choices=("hf", "orbax"), help="format of the output")
+    dropless = "write a model trained with a capacity as one that drops no token"
+    parser.add_argument("--dropless", action="store_true", help=dropless)
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the output (the source's)")
     arguments = parser.parse_args()
     with parser.refusing():
         run(arguments)
@@ -43,9 +40,8 @@ def main() -> None:
 def run(arguments) -> None:
     if arguments.to == "hf" and folders.is_folder(arguments.source):
         source = folders.Folder(arguments.source)
-        dtypes = {
-            path: np.dtype(arguments.dtype or dtype) for path, dtype in source.dtypes().items()
-        }
+        given = source.dtypes().items()
+        dtypes = {path: np.dtype(arguments.dtype or dtype) for path, dtype in given}
         writing.write(
             arguments.output,
             source.config,

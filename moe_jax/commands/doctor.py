@@ -4,8 +4,8 @@ Examples:
   python scripts/doctor.py
   python scripts/doctor.py --json
 
-Value and gradients on a small, ragged case. "auto" is what a training run would take. Exit status:
-0 if all that can run here are right, 1 otherwise.
+It compares value and gradients on a small, ragged case. "auto" marks the choice of a training run.
+Exit status: 0 if all that can run here are right, 1 otherwise.
 """
 
 import dataclasses

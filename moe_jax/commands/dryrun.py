@@ -6,20 +6,21 @@ Examples:
   python scripts/dryrun.py --config=configs/olmoe/1b_7b.py --topology=v5p:2x2x2 --search
   python scripts/dryrun.py --config=configs/quickstart.py --topology=cpu:8
 
-Prints, for one device and one step: memory against the chip's, and whether it fits; FLOPs of the
-products beside those due; bytes and number of the collectives by axes of the mesh ("slices":
-between slices); the least time by products, memory (HBM) and networks (ICI, DCN). roofline_seconds
-is the slowest of these four, as if they overlapped perfectly; the MFU it bounds is model FLOPs.
+It prints, for one device and one step: memory beside the chip's, and whether it fits; FLOPs of the
+executed products beside the two counts; bytes and number of the collectives by axes of the mesh
+("slices": between slices); the least time by products, memory (HBM) and networks (ICI, DCN).
+roofline_seconds is the slowest of these four, as if they overlapped perfectly; it bounds the MFU.
 
 Chips are v4, v5e, v5p, v6e and tpu7x, sides as in the pages of Google Cloud. It needs no TPU but
 its compiler, libtpu: pip install 'jax[tpu]==' and the version of jax that is installed. Fake CPU
-devices, cpu:8, need nothing and have memory and collectives only. Data and parents are not read.
+devices, cpu:8, need nothing and have memory and collectives only. It reads no data or parents.
 
 --search compiles many times: it tries remat policies on the config's mesh, then other meshes, each
-with the fewest microbatches that fit, and prints the fastest that fits; what it tries on stderr.
+with the fewest microbatches that fit. It prints its trials on stderr, then the fastest that fits.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -32,20 +33,14 @@ from moe_jax import config as configs
 def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.usage = "%(prog)s --config=FILE --topology=CHIP:SHAPE [--config.SECTION.KEY=VALUE ...]"
-    parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="of the run")
-    parser.add_argument(
-        "--topology", metavar="CHIP:SHAPE", required=True, help="v5p:2x2x4; two: 2*v5p:2x2x4; cpu:8"
-    )
-    parser.add_argument(
-        "--hbm_limit", metavar="GB", type=float, help="of a device, instead of the chip's"
-    )
-    parser.add_argument(
-        "--search", action="store_true", help="try remat policies, microbatches and meshes"
-    )
-    parser.add_argument("--json", action="store_true", help="print an object, no tables")
-    parser.add_argument(
-        "--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key"
-    )
+    add = parser.add_argument
+    add("--config", metavar="FILE[:ARG]", required=True, help="a Python file with get_config()")
+    where = "v5p:2x2x4; for two slices 2*v5p:2x2x4; for fake devices cpu:8"
+    add("--topology", metavar="CHIP:SHAPE", required=True, help=where)
+    add("--hbm_limit", metavar="GB", type=float, help="memory of a device (the chip's)")
+    add("--search", action="store_true", help="try remat policies, microbatches and meshes")
+    add("--json", action="store_true", help="print an object, no tables")
+    add("--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key")
     arguments, overrides = parser.parse_known_args()
     with parser.refusing():
         if arguments.hbm_limit is not None and not 0 < arguments.hbm_limit < math.inf:
@@ -54,33 +49,27 @@ def main() -> None:
             )
         settings = configs.resolve(configs.parse([f"--config={arguments.config}", *overrides]))
         report = run(settings, arguments)
-    from moe_jax import dryrun
+    from moe_jax.dryrun import report as dryrun
 
-    if arguments.json:
-        print(json.dumps(dryrun.as_json(report), indent=1))
-    else:
-        print("\n".join(filter(None, (dryrun.text(report), dryrun.collectives_text(report)))))
+    print(
+        json.dumps(dataclasses.asdict(report), indent=1) if arguments.json else dryrun.text(report)
+    )
 
 
 def run(settings, arguments: argparse.Namespace):
-    """The `dryrun.Report` to print: of the run itself, or with --search of the best found."""
+    """The `dryrun.report.Report` to print: of the run, or with --search of the best found."""
     import jax
 
-    from moe_jax import dryrun
+    from moe_jax.dryrun import report as dryrun
     from moe_jax.dryrun import search, topologies
     from moe_jax.parallel import chips
 
-    jax.config.update("jax_platforms", "cpu")  # what is compiled for is not looked for here
+    jax.config.update("jax_platforms", "cpu")  # jax need not look for the chips of the topology
     topology = chips.topology(arguments.topology)
     limit = None if arguments.hbm_limit is None else int(arguments.hbm_limit * 1e9)
     devices = topologies.devices(topology)
-    trial = functools.partial(
-        dryrun.run,
-        topology=topology,
-        devices=devices,
-        name=arguments.config,
-        hbm_limit=limit,
-    )
+    where = {"topology": topology, "devices": devices, "hbm_limit": limit}
+    trial = functools.partial(dryrun.run, name=arguments.config, **where)
     if not arguments.search:
         return trial(settings)
     if topology.facts is None and limit is None:

@@ -25,11 +25,11 @@ def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=pathlib.Path, metavar="DIR")
     parser.add_argument("--prompt", required=True, action="append", help="may be given repeatedly")
-    parser.add_argument("--num_tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=command_line.seed, default=0)
-    parser.add_argument("--tokenizer", help="instead of the model's own")
+    parser.add_argument("--num_tokens", type=int, default=64, help="tokens to add (64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest (0)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="mass of tokens to draw from (1)")
+    parser.add_argument("--seed", type=command_line.seed, default=0, help="seed of the draws (0)")
+    parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
     arguments = parser.parse_args()
     in_range = 0 <= arguments.temperature < math.inf and 0 < arguments.top_p <= 1
     if arguments.num_tokens < 1 or not in_range:
@@ -52,11 +52,8 @@ def run(arguments) -> list[str]:
         top_p=arguments.top_p,
         key=jax.random.key(arguments.seed),
     )
-    return [
-        tokenizer.decode(np.concatenate([prompt, ids[: _end(ids, tokenizer.eos_id)]]))
-        for prompt, ids in zip(prompts, continuations, strict=True)
-    ]
-
-
-def _end(ids: np.ndarray, eos_id: int) -> int:
-    return int(np.argmax(ids == eos_id)) if (ids == eos_id).any() else len(ids)
+    texts = []
+    for prompt, ids in zip(prompts, continuations, strict=True):
+        ended = np.logical_or.accumulate(ids == tokenizer.eos_id)
+        texts.append(tokenizer.decode(np.concatenate([prompt, ids[~ended]])))
+    return texts

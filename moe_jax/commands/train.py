@@ -9,7 +9,7 @@ Examples:
       --coordinator=host0:9876 --num_processes=2 --process_id=0
 
 Run the same command again to go on where a run stopped. The config file is Python and is executed.
-All keys with their defaults: moe_jax/config/sections.py.
+moe_jax/config/sections.py explains all keys and has their defaults.
 
 On several hosts start the same command on each, with one workdir that all of them see. Slurm's
 srun, Open MPI, Cloud TPU slices and Kubernetes (GKE) say themselves how many there are; elsewhere
@@ -27,23 +27,15 @@ from moe_jax import command_line, config
 def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.usage = "%(prog)s --config=FILE --workdir=DIR [--config.SECTION.KEY=VALUE ...]"
-    parser.add_argument(
-        "--config", metavar="FILE[:ARG]", required=True, help="a Python file with get_config()"
-    )
-    parser.add_argument(
-        "--workdir",
-        metavar="DIR",
-        required=True,
-        type=pathlib.Path,
-        help="where metrics, checkpoints and the result are kept",
-    )
-    parser.add_argument(
-        "--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key"
-    )
-    hosts = parser.add_argument_group("several processes")
-    hosts.add_argument("--coordinator", metavar="HOST:PORT", default="", help="of process 0")
-    hosts.add_argument("--num_processes", metavar="N", type=int, help="of the whole run")
-    hosts.add_argument("--process_id", metavar="I", type=int, help="from 0 to N - 1")
+    add = parser.add_argument
+    add("--config", metavar="FILE[:ARG]", required=True, help="a Python file with get_config()")
+    kept = "where metrics, checkpoints and the result are kept"
+    add("--workdir", metavar="DIR", required=True, type=pathlib.Path, help=kept)
+    add("--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key")
+    add = parser.add_argument_group("several processes").add_argument
+    add("--coordinator", metavar="HOST:PORT", default="", help="address of process 0")
+    add("--num_processes", metavar="N", type=int, help="number of processes of the whole run")
+    add("--process_id", metavar="I", type=int, help="number of this process, from 0 to N - 1")
     arguments, overrides = parser.parse_known_args()
     with parser.refusing():
         settings = config.resolve(config.parse([f"--config={arguments.config}", *overrides]))

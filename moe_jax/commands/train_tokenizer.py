@@ -4,8 +4,8 @@ Examples:
   python scripts/train_tokenizer.py --output=embedded.model
   python scripts/train_tokenizer.py --source=path/to/folder --vocab_size=8192 --output=mine.model
 
-The held-out documents (of a path, the default share of config.data.validation_fraction) are
-not trained on; they tell the bytes per token. Every text comes back from its ids as it was.
+The tokenizer is not trained on the held-out documents (of a path, the default share of
+config.data.validation_fraction), which give the bytes per token. Every text can be decoded exactly.
 
 Exit status: 0 done, 2 a mistake on the command line or in the text.
 """
@@ -23,9 +23,8 @@ from moe_jax.data.document import TRAIN, VALIDATION
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument(
-        "--source", default="embedded", help='"embedded", "tfds:NAME", or a path or glob'
-    )
+    text = '"embedded" (the default), "tfds:NAME", or a path or glob'
+    parser.add_argument("--source", default="embedded", help=text)
     parser.add_argument("--vocab_size", default=4096, type=int, metavar="N", help="pieces (4096)")
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="FILE.model")
     arguments = parser.parse_args()
@@ -48,11 +47,11 @@ def train(source: str, vocab_size: int, output: pathlib.Path) -> float:
     if output.is_dir():
         raise ValueError(f"--output={output} is a folder; give a file, for example FILE.model")
     sources.check(source)
-    # Read first: a mistake in the text shows before the long part.
+    # A mistake in the text shows here, before the long part.
     held_out = list(_texts(source, VALIDATION))
     tokenizers.train_bpe(_texts(source, TRAIN), vocab_size, output)
     tokenizer = tokenizers.load(str(output))
-    # One more of each text: its end is predicted too.
+    # The end of each text is predicted too.
     num_tokens = sum(len(tokenizer.encode(text)) + 1 for text in held_out)
     num_bytes = sum(len(text.encode()) for text in held_out)
     return num_bytes / num_tokens if num_tokens else float("nan")
@@ -65,7 +64,6 @@ def _texts(source: str, split: str) -> Iterator[str]:
         validation_fraction=config.default().data.validation_fraction,
         data_dir=prepare.cache_folder("") / "tfds",
     )
-    for document in tqdm.tqdm(
-        documents, f"reading {split}", unit=" documents", disable=None, delay=5
-    ):
+    bar = {"desc": f"reading {split}", "unit": " documents", "disable": None, "delay": 5}
+    for document in tqdm.tqdm(documents, **bar):
         yield document.text

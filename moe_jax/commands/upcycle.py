@@ -12,9 +12,9 @@ Examples:
 A source is a Hugging Face folder (config.json and safetensors; read and written an expert at a
 time, so that it need not fit into memory) or a run's workdir. The output is a Hugging Face folder,
 with the source's tokenizer, or with --to=orbax a run's workdir; it appears when it is whole.
---model.NAME=VALUE sets what else the new model's config has of its own, such as
---model.norm_topk_prob=false. The recipes, their parameters (--recipe.NAME=VALUE) and what each
-keeps are a table in README.md.
+--model.NAME=VALUE sets another field of the new model's config, such as
+--model.norm_topk_prob=false. README.md has a table of the recipes, their parameters
+(--recipe.NAME=VALUE) and the parts that each keeps.
 """
 
 import pathlib
@@ -26,43 +26,39 @@ from moe_jax.analysis import parent_statistics, similarity
 from moe_jax.config import model_fields
 from moe_jax.hf import folders
 from moe_jax.model import layout
+from moe_jax.model.config import EXPERTS, ROUTER, fields_of
 from moe_jax.parallel import mesh
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import recipes, router_init, transform
 
-# Fields that --model cannot set, and what to do instead.
-OF_KIND = {"model_type": "the family is one that can hold the model; leave it out"}
+# The fields that --model cannot set, by the kind of the new model, with advice.
 DECIDED = {
-    recipes.MIXTURE: OF_KIND
-    | {name: f"use --{name}" for name in ("num_experts", "num_experts_per_tok")},
-    recipes.DENSE: OF_KIND
-    | {
-        name: "the recipe makes a dense model as wide as an expert; leave it out"
-        for name in "intermediate_size moe_intermediate_size num_experts num_expert_groups "
-        "layers".split()
-    },
+    recipes.MIXTURE: {name: f"use --{name}" for name in ("num_experts", "num_experts_per_tok")},
+    recipes.DENSE: dict.fromkeys(
+        fields_of(EXPERTS, ROUTER) | {"intermediate_size"},
+        "the recipe makes a dense model as wide as an expert; leave it out",
+    ),
 }
+for reasons in DECIDED.values():
+    reasons["model_type"] = "the family is one that can hold the model; leave it out"
 
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument(
-        "--source", required=True, metavar="DIR[,DIR…]", help="the parent or parents"
-    )
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="must not exist")
-    parser.add_argument("--to", default="hf", choices=("hf", "orbax"))
-    parser.add_argument("--recipe", default="drop", choices=recipes.RECIPES)
-    parser.add_argument("--num_experts", type=int, default=8)
-    parser.add_argument("--num_experts_per_tok", type=int, default=2)
-    parser.add_argument("--granularity", type=int, default=1, help="experts to one feed-forward")
+    add = parser.add_argument
+    add("--source", required=True, metavar="DIR[,DIR…]", help="the parent or parents")
+    add("--output", required=True, type=pathlib.Path, help="must not exist")
+    add("--to", default="hf", choices=("hf", "orbax"), help="format of the output (hf)")
+    add("--recipe", default="drop", choices=recipes.RECIPES, help="how experts are made (drop)")
+    add("--num_experts", type=int, default=8, help="experts of a sparse layer (8)")
+    add("--num_experts_per_tok", type=int, default=2, help="experts that a token uses (2)")
+    add("--granularity", type=int, default=1, help="experts to one feed-forward (1)")
     initialisers = (*router_init.ROUTER_INITIALISERS, router_init.COPIED)
-    parser.add_argument(
-        "--router", default="", choices=initialisers, help="the recipe's by default"
-    )
-    parser.add_argument("--statistics", help="a file of scripts/collect_statistics.py")
-    parser.add_argument("--seed", type=command_line.seed, default=0)
-    parser.add_argument("--recipe.NAME", metavar="VALUE", help="a parameter of the recipe")
-    parser.add_argument("--model.NAME", metavar="VALUE", help="a field of the new model's config")
+    add("--router", default="", choices=initialisers, help="initialiser (the recipe's)")
+    add("--statistics", help="a file of the command collect_statistics")
+    add("--seed", type=command_line.seed, default=0, help="seed of all random values (0)")
+    add("--recipe.NAME", metavar="VALUE", help="a parameter of the recipe")
+    add("--model.NAME", metavar="VALUE", help="a field of the new model's config")
     arguments, others = parser.parse_known_args()
     of_model = [argument for argument in others if argument.startswith("--model.")]
     of_recipe = [argument for argument in others if argument not in of_model]
@@ -75,7 +71,7 @@ def main() -> None:
 
 
 def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
-    """Returns how similar the new experts are in some of the layers."""
+    """Makes the new model; returns the similarity of its experts in some of the layers."""
     key = tree.fold_in(jax.random.key(arguments.seed), "upcycle")
     paths, statistics = sources_of(arguments), arguments.statistics
     source_config = stores.config_of(paths[0])
@@ -94,12 +90,12 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
         stores.upcycle_folders(plan, parents, arguments.output, key, progress=True)
         return of_folder(folders.Folder(arguments.output), parents)
     _, parents = stores.load_alike(paths, mesh.one_device())
-    made = jax.jit(lambda parents: transform.execute(plan, parents, key))(parents)
-    stores.save_as(arguments.to, arguments.output, plan.config, made, source=paths[0])
+    params = jax.jit(lambda parents: transform.execute(plan, parents, key))(parents)
+    stores.save_as(arguments.to, arguments.output, plan.config, params, source=paths[0])
     if plan.config.num_experts < 2:
         return []
     dense = len(parents) == 1 and not source_config.num_experts
-    return similarity.experts(made, plan.config, *((parents[0], source_config) if dense else ()))
+    return similarity.experts(params, plan.config, *((parents[0], source_config) if dense else ()))
 
 
 def recipe_parameters(recipe: str, arguments: list[str]) -> dict:
@@ -119,9 +115,8 @@ def recipe_parameters(recipe: str, arguments: list[str]) -> dict:
 
 
 def sources_of(arguments) -> list[pathlib.Path]:
-    """Raises: ValueError for none, or an output inside one."""
-    parts = [part.strip() for part in arguments.source.split(",")]
-    paths = [pathlib.Path(part) for part in parts if part]
+    """The folders of the parents. Raises: ValueError for none, or an output inside one."""
+    paths = [pathlib.Path(part.strip()) for part in arguments.source.split(",") if part.strip()]
     if not paths:
         raise ValueError(f"--source={arguments.source} names no parent; give its folder")
     for path in paths:
@@ -134,9 +129,9 @@ def sources_of(arguments) -> list[pathlib.Path]:
 
 def of_folder(made: folders.Folder, sources: list[folders.Folder]) -> list[similarity.Experts]:
     """Rows for the first, middle and last sparse layer; one layer is in memory at a time."""
-    layers = layout.sparse_layers(made.config)
     if made.config.num_experts < 2:
         return []
+    layers = layout.sparse_layers(made.config)
     dense = len(sources) == 1 and not sources[0].config.num_experts
     return [
         similarity.of_layer(
@@ -161,10 +156,8 @@ def config_of(source, arguments, fields: dict):
     if gives == recipes.DENSE:
         return source.to_dense(**fields)
     if arguments.granularity > 1:
-        fields = {
-            "moe_intermediate_size": source.intermediate_size // arguments.granularity,
-            **fields,
-        }
+        width = source.intermediate_size // arguments.granularity
+        fields = {"moe_intermediate_size": width, **fields}
     if recipes.RECIPES[arguments.recipe].shared:
         fields = {"shared_expert_intermediate_size": source.intermediate_size, **fields}
     return source.to_moe(

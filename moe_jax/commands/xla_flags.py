@@ -5,7 +5,7 @@ Examples:
   eval "$(python scripts/xla_flags.py gpu)"       sets them here; flags set before stay and win
   python scripts/xla_flags.py v6e --reasons       why each of them
 
-scripts/slurm_train.sh and scripts/tpu_worker.sh do so by themselves.
+scripts/slurm_train.sh and scripts/tpu_worker.sh set them by themselves.
 """
 
 from moe_jax import command_line

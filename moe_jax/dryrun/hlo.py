@@ -1,12 +1,11 @@
-"""What a compiled step really executes, read from its HLO text, of CPU or of TPU.
+"""The products and collectives that a compiled step executes, read from its HLO text.
 
 `cost_analysis()` counts the body of a loop once and most kernels not at all; here everything is
-multiplied by the trip counts of the loops around it. Of a conditional the most expensive branch
-counts.
-
-On TPU a product is a `convolution` (the batch of a batched product is a window, over an input
-dilated so far that nearly all positions fall between its elements), a Pallas kernel is a custom
-call, and a collective that overlaps with products stands in every fusion that it overlaps with.
+multiplied by the trip counts of the loops around it. The most expensive branch of a conditional
+counts. The text may be that of CPU or of TPU. On TPU a product is a `convolution` (the batch of a
+batched product is a window, over an input dilated so far that nearly all positions fall between its
+elements), a Pallas kernel is a custom call, and a collective that overlaps with products stands in
+every fusion that it overlaps with.
 """
 
 import collections
@@ -16,7 +15,6 @@ import math
 import re
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 
 from moe_jax.dryrun import hlo_text
@@ -24,7 +22,7 @@ from moe_jax.dryrun import hlo_text
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _HOST_CALL = re.compile(r'custom_call_target="moe_jax_.*\bflops = (\d+)')  # ops/host_call.py
 _ESTIMATE = re.compile(r'"cost_estimate":\{[^}]*?"flops":"(\d+)"')
-_WITHOUT_PRODUCTS = ("ragged-dot-metadata",)  # XLA's own: which rows a ragged dot's groups have
+_WITHOUT_PRODUCTS = ("ragged-dot-metadata",)  # XLA's own, for the rows of a ragged dot's groups
 _COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
 _COLLECTIVES |= {"ragged-all-to-all", "reduce-scatter"}
 _BETWEEN_SLICES = 'handler_name="xla_megascale_runtime"'
@@ -43,15 +41,14 @@ def product_flops(
 ) -> int:
     """FLOPs of the matrix products that one device executes, 2 for each multiply-add.
 
-    A Pallas kernel on TPU counts with the estimate in its call: `2mkn` for megablox and for
-    `jax.lax.ragged_dot`, without what incomplete tiles add; so does a product that the host
-    computes (`ops/host_call.py`). A product with a vector is elementwise
-    work on TPU and does not count there.
+    A Pallas kernel on TPU counts with the estimate in its call, `2mkn` for megablox and for
+    `jax.lax.ragged_dot`, which leaves out the padding of incomplete tiles; so does a product that
+    the host computes (`ops/host_call.py`). A product with a vector is elementwise work on TPU and
+    does not count there.
 
-    Args: kernels: FLOPs of one call by a regular expression that is found in the kernel's name, the
-      first that fits; for kernels without an estimate (splash attention), or instead of it.
-      filled: the part of the rows of a kernel with an estimate, a product of groups of rows, that
-      are in a group: what the others would take is not executed.
+    Args: kernels: FLOPs of one call by a regular expression; the first that is found in a kernel's
+      name counts, instead of its estimate or where it has none (splash attention). filled: the
+      share of the rows of a kernel with an estimate that are in a group; others are not executed.
     Raises: ValueError for a loop around products whose trip count cannot be known, and for a kernel
       with neither an estimate nor an entry in `kernels`.
     """
@@ -78,7 +75,7 @@ def _dot_flops(dot: hlo_text.Instruction, left: tuple[int, ...]) -> int:
 def _window_flops(
     convolution: hlo_text.Instruction, left: tuple[int, ...], right: tuple[int, ...]
 ) -> int:
-    """FLOPs on elements that exist, not on padding or on what dilation puts between them."""
+    """FLOPs on elements that exist, not on padding or on the zeros that dilation puts between."""
     labels = re.search(r"dim_labels=([a-z\d]+)_([a-z\d]+)->([a-z\d]+)", convolution.rest)
     shapes = zip(labels.groups(), (left, right, convolution.shapes[0]), strict=True)
     image, kernel, result = (dict(zip(*pair, strict=True)) for pair in shapes)
@@ -100,8 +97,8 @@ def _positions(
 ) -> int:
     """How often an element of the window lies on an element of the image, along one axis."""
     total, first = 0, np.arange(result) * stride - pad
-    for place in (first + k * step for k in range(size)):
-        on = (place >= 0) & (place <= (image - 1) * spread) & (place % spread == 0)
+    for at in (first + k * step for k in range(size)):
+        on = (at >= 0) & (at <= (image - 1) * spread) & (at % spread == 0)
         total += int(np.count_nonzero(on))
     return total
 
@@ -135,7 +132,7 @@ def kernel_calls(text: str) -> dict[str, int]:
     return dict(sorted(count.items()))
 
 
-SLICES = ("slices",)  # the `axes` of what goes between slices of TPUs, over another network
+SLICES = ("slices",)  # the `axes` of collectives between slices of TPUs, over another network
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -145,19 +142,19 @@ class Collective:
     operation: str  # all-gather, all-reduce, all-to-all, collective-permute, …
     axes: tuple[str, ...]  # in the mesh's order; ("?",) for groups that no axes make; or SLICES
     count: int
-    bytes: int  # of the results; of a reduce-scatter, of what goes in
+    bytes: int  # of the results; of the operands of a reduce-scatter
 
 
 def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
     """The collectives of one step, sorted by operation and axes.
 
     `bytes` are those of the result on one device, without padding: the whole array of an all-gather
-    or all-reduce, what a device holds after an exchange, be it new to it or not, the smaller buffer
-    of a ragged all-to-all (one of them has room for the worst case); of a reduce-scatter those of
-    the operand, the larger one. A
-    collective is over the axes along which the members of a group differ, so never over an axis of
-    size 1; of a permutation, source and target are such members. The text of several slices is that
-    of one: a collective over all is one within each, and one between them whose axes are SLICES.
+    or all-reduce, all that a device holds after an exchange, the smaller buffer of a ragged
+    all-to-all (one of them has room for the worst case). A reduce-scatter counts its operand, which
+    is larger. A collective is over the axes along which the members of a group differ, so never
+    over an axis of size 1; source and target of a permutation are such members. The text of several
+    slices is that of one: a collective over all is one within each, and one between them whose axes
+    are SLICES.
 
     Args: axes: names and sizes of the mesh, of one slice's part, in its order; devices are numbered
       row by row.
@@ -179,18 +176,16 @@ def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
         operation = i.operation.removesuffix("-start")
         if operation not in _COLLECTIVES or _is_repeated(module, computation, i.name):
             return {}
-        size = sum(i.sizes)
+        size, number = sum(i.sizes), len(i.operands)
+        operands = [sum(module.named[computation][x].sizes) for x in i.operands]
         if i.operation in ("all-gather-start", "collective-permute-start"):
-            number = len(i.operands)
             size = sum(i.sizes[number : 2 * number])  # after the operands, before the semaphores
         if computation.startswith("all-reduce-scatter"):  # TPU: an all-reduce and a slice of it
             operation = "reduce-scatter"
         elif operation == "reduce-scatter":
-            operands = [module.named[computation][x] for x in i.operands]
-            size = max(size, sum(sum(x.sizes) for x in operands))
+            size = max(size, sum(operands))
         elif operation == "ragged-all-to-all":
-            rows = module.named[computation][i.operands[0]]
-            size = min(sum(rows.sizes), size)
+            size = min(operands[0], size)
         row = operation, _axes(i.rest, axes)
         return {(row, "count"): 1, (row, "bytes"): size}
 
@@ -200,8 +195,8 @@ def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
 
 
 def _is_repeated(module: hlo_text.Module, computation: str, collective: str) -> bool:
-    """TPU: in the fusions after the one that starts it, which run beside it or end it. Its channel
-    does not tell: several collectives may share one."""
+    """True in the fusions of TPU text that run beside a collective or end it, after the fusion that
+    starts it. Its channel does not tell them apart: several collectives may share one."""
     ends = [i for i in module.computations[computation] if '"AsyncCollective' in i.rest]
     if not ends and not computation.startswith("async_collective_fusion"):
         return False
@@ -236,8 +231,8 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
     mesh, dims, order, listed, grouped = found.groups()
     sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", mesh)}
     ids = _integers(listed) if listed else _iota(dims or str(devices), order).ravel().tolist()
-    # A group are the devices whose coordinates agree in all but the axes it spans; of an axis a it
-    # may span a part of so many after so many others: a:(before)part.
+    # The devices of a group have the same coordinates in all but the axes it spans. It may span a
+    # part of an axis, a:(before)part: `part` devices after `before` others.
     rest = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
     for name, before, part in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", grouped):
         part = int(part or sizes[name])
@@ -257,28 +252,6 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one device."""
-
-    arguments: int
-    outputs: int  # with those in the place of donated arguments
-    temporaries: int
-    aliased: int  # outputs in the place of donated arguments
-    peak: int  # the most at any one time; on TPU with the arrays that it keeps in VMEM
-
-
-def memory(compiled: jax.stages.Compiled) -> Memory:
-    stats = compiled.memory_analysis()
-    return Memory(
-        arguments=stats.argument_size_in_bytes,
-        outputs=stats.output_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-        aliased=stats.alias_size_in_bytes,
-        peak=stats.peak_memory_in_bytes,
-    )
 
 
 def buffer_shapes(text: str) -> set[tuple[int, ...]]:

@@ -1,9 +1,9 @@
 """HLO text as computations and instructions, and sums over all that they execute.
 
-It reads the text of CPU and of TPU. CPU says how often a loop runs; on TPU that follows from the
-start, the step and the bound of the loop's counter, which the compiler moves in and out of loops,
-and which need not count by one: a ring's products may be unrolled. A loop that runs as often as its
-data say has in its name how often it is expected to.
+It reads the text of CPU and of TPU. CPU text has the trip counts of loops; on TPU they follow from
+the start, the step and the bound of the loop's counter, which the compiler moves in and out of
+loops, and which need not count by one: a ring's products may be unrolled. A loop whose trip count
+depends on data has the expected one in its name.
 """
 
 import collections
@@ -34,7 +34,7 @@ class Instruction:
     name: str
     shapes: tuple[tuple[int, ...], ...]  # of the result; several for a tuple
     sizes: tuple[int, ...]  # the bytes of each, without padding
-    resident: tuple[int, ...]  # of those the bytes in main memory: 0 elsewhere, as in TPU's VMEM
+    resident: tuple[int, ...]  # the bytes of each in main memory: 0 elsewhere, as in TPU's VMEM
     operation: str
     rest: str  # operands and attributes
     root: bool
@@ -49,7 +49,7 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> list[str]:
-        """The computations that it runs; what is started and waited for, at the start."""
+        """The computations that it runs; an asynchronous one counts where it starts."""
         if self.operation.endswith(("-done", "-update")):
             return []
         branches = ",".join(_BRANCHES.findall(self.rest))
@@ -103,7 +103,7 @@ class Module:
     def total(self, own: Callable[[str, Instruction], Mapping]) -> collections.Counter:
         """`own(computation, instruction)`, numbers by key, summed over all that is executed.
 
-        Of a conditional the branch with most counts, for each key by itself.
+        The branch of a conditional with the largest number counts, for each key by itself.
 
         Raises: ValueError for a loop around something whose trip count cannot be known.
         """
@@ -184,7 +184,7 @@ class Module:
         raise LookupError
 
     def _element(self, computation: str, name: str, index: int) -> tuple:
-        """The same of an element of a tuple."""
+        """`_affine` of an element of a tuple."""
         i = self.named[computation][name]
         if i.operation == "tuple":
             return self._affine(computation, i.operands[index])
@@ -208,7 +208,7 @@ class Module:
         return outside, caller, caller.operands[int(parameter.rest.split(")")[0])]
 
     def _carried(self, loop: Instruction, index: int) -> bool:
-        """Whether the body hands on an element of the loop's state as it is."""
+        """True where the body returns an element of the loop's state unchanged."""
         body = loop.attribute("body")
         if self.root[body].operation != "tuple":
             return False

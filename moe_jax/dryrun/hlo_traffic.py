@@ -1,4 +1,4 @@
-"""How many bytes a compiled step moves to and from a device's main memory."""
+"""The bytes that a compiled step moves to and from a device's main memory."""
 
 import collections
 import functools
@@ -15,23 +15,28 @@ _SAME = ("bitcast", "reshape", "convert", "copy")
 def traffic(text: str) -> int:
     """Bytes that one device reads from main memory and writes to it in one step.
 
-    Each instruction reads its operands and writes its results once, a fusion no more than that: of
-    an array that it slices it reads the slice, of one that it updates in place it writes the
-    update. What lies in a chip's own memory (TPU's VMEM) is not moved. Kernels that read an operand
-    several times count it once, so that the sum is a bound from below.
+    Each instruction reads its operands and writes its results once. A fusion reads only the slice
+    of an array that it slices and writes only the update of one that it updates in place. Arrays in
+    a chip's own memory (TPU's VMEM) are not moved. Kernels that read an operand several times count
+    it once, so that the sum is a bound from below.
     """
-    return _Traffic(hlo_text.Module(text)).total()
+    reader = _Traffic(hlo_text.Module(text))
+    return reader.module.total(lambda *which: {"bytes": reader.moved(*which)})["bytes"]
 
 
 class _Traffic:
     def __init__(self, module: hlo_text.Module):
-        self.module = module
-        self.users = {
-            name: _users(instructions) for name, instructions in module.computations.items()
-        }
-        self.inner = set()
-        for instructions in module.computations.values():
+        self.module, self.inner = module, set[str]()
+        self.users: dict = {}
+        self.parameters: dict[str, dict[int, str]] = {}
+        for name, instructions in module.computations.items():
+            users = self.users[name] = collections.defaultdict(list)
+            parameters = self.parameters[name] = {}
             for i in instructions:
+                for position, operand in enumerate(i.operands):
+                    users[operand].append((i, position))
+                if i.operation == "parameter":
+                    parameters[int(i.rest.split(")")[0])] = i.name
                 if i.operation not in _CONTROL:
                     self._mark_inner(i)
 
@@ -43,14 +48,9 @@ class _Traffic:
                 for i in self.module.computations[name]:
                     self._mark_inner(i)
 
-    def total(self) -> int:
-        def own(computation, i):
-            return {} if computation in self.inner else {"bytes": self.moved(computation, i)}
-
-        return self.module.total(own)["bytes"]
-
     def moved(self, computation: str, i: hlo_text.Instruction) -> int:
-        if i.operation in _FREE or i.operation.endswith(("-done", "-update")):
+        free = i.operation in _FREE or i.operation.endswith(("-done", "-update"))
+        if free or computation in self.inner:
             return 0
         if i.operation.endswith("-start"):  # the results hold the operands too
             return sum(i.resident)
@@ -63,7 +63,7 @@ class _Traffic:
             return sum(i.resident) + sum(sum(x.resident) for x in operands)
         inside = i.called[0]
         read = sum(
-            min(sum(x.resident), self.read(inside, self.parameters(inside)[number]))
+            min(sum(x.resident), self.read(inside, self.parameters[inside][number]))
             for number, x in enumerate(operands)
         )
         written = self.written(inside, self.module.root[inside].name)
@@ -73,16 +73,8 @@ class _Traffic:
         )
 
     @functools.cache  # noqa: B019 - lives as long as one text is read
-    def parameters(self, computation: str) -> dict[int, str]:
-        return {
-            int(i.rest.split(")")[0]): i.name
-            for i in self.module.computations[computation]
-            if i.operation == "parameter"
-        }
-
-    @functools.cache  # noqa: B019 - so too
     def read(self, computation: str, name: str) -> int:
-        """Bytes of a value inside a fusion that are read: its slices, if nothing else reads it."""
+        """Bytes that a fusion reads of a value: those of its slices, if nothing else reads it."""
         total = 0
         for user, position in self.users[computation][name]:
             if user.operation in _SLICES and position == 0:
@@ -91,7 +83,7 @@ class _Traffic:
                 continue
             elif user.operation == "fusion":
                 inside = user.called[0]
-                total += self.read(inside, self.parameters(inside)[position])
+                total += self.read(inside, self.parameters[inside][position])
             elif user.operation in _SAME and not user.root:
                 total += self.read(computation, user.name)
             else:
@@ -99,7 +91,7 @@ class _Traffic:
         return total
 
     def written(self, computation: str, name: str) -> list[int]:
-        """Bytes of each result of a fusion: of an update in place, those of the update."""
+        """Bytes of each result that a fusion writes; an update in place counts as the update."""
         i = self.module.named[computation][name]
         if i.operation == "tuple":
             return [size for x in i.operands for size in self.written(computation, x)]
@@ -110,11 +102,3 @@ class _Traffic:
         if i.operation in ("bitcast", "reshape", "copy"):
             return self.written(computation, i.operands[0])
         return list(i.sizes)
-
-
-def _users(instructions: list[hlo_text.Instruction]) -> dict:
-    users = collections.defaultdict(list)
-    for i in instructions:
-        for position, operand in enumerate(i.operands):
-            users[operand].append((i, position))
-    return users

@@ -41,20 +41,19 @@ def state_bytes(state: TrainState) -> int:
 
 
 def lower(settings: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """The train step that `train.run` would run on this mesh, but for a teacher.
+    """The train step that `train.run` would run on this mesh; it has no teacher.
 
     Raises: as `abstract_state`.
     """
     state = abstract_state(settings, mesh)
-    size = (settings.training.batch_size, settings.data.sequence_length)
-    batch_sharding = jax.NamedSharding(mesh, sharding.BATCH)
-    batch = Batch.of_shape(size, functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding))
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    leaf = functools.partial(jax.ShapeDtypeStruct, sharding=jax.NamedSharding(mesh, sharding.BATCH))
+    batch = Batch.of_shape((settings.training.batch_size, settings.data.sequence_length), leaf)
     tx = optimizer.adamw(settings.optimizer, settings.training.num_steps)
-    train_step = step.jitted(settings, tx, state_shardings, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):
-        platform = mesh.devices.flat[0].platform
-        return train_step.trace(state, batch).lower(lowering_platforms=(platform,))
+        platforms = (mesh.devices.flat[0].platform,)
+        traced = step.jitted(settings, tx, shardings, mesh).trace(state, batch)
+        return traced.lower(lowering_platforms=platforms)
 
 
 def filled_rows(settings: Run, mesh: jax.sharding.Mesh) -> float:
@@ -75,7 +74,7 @@ def filled_rows(settings: Run, mesh: jax.sharding.Mesh) -> float:
 def kernel_flops(settings: Run, mesh: jax.sharding.Mesh) -> dict[str, int]:
     """FLOPs of one call of splash attention on one device, as `hlo.product_flops` takes them.
 
-    Layers of several windows call kernels of one name: the mean over layers.
+    Layers of several windows call kernels of one name, for which it gives the mean over layers.
     """
     model_config, T = settings.model, settings.data.sequence_length
     if T % 128:  # splash attention refuses such rows

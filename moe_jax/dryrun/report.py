@@ -1,4 +1,4 @@
-"""The dry run: what a train step needs on devices that this machine does not have.
+"""The dry run: memory, time and traffic of a train step on devices that this machine lacks.
 
 It compiles the step of a config for them, as `train.run` would, and reads the compiled program.
 """
@@ -8,11 +8,12 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from moe_jax import config as configs
-from moe_jax.config import environment
+from moe_jax.config import checks, environment
 from moe_jax.dryrun import hlo, hlo_traffic, lowering
 from moe_jax.dryrun import roofline as rooflines
 from moe_jax.parallel import chips
@@ -20,7 +21,7 @@ from moe_jax.parallel import mesh as meshes
 from moe_jax.training import flops
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# The compiler's words for a program that does not fit; the total is that of arguments too.
+# The compiler's words for a program that does not fit; the total includes the arguments.
 _WANTED = (
     re.compile(r"total memory required for [\w ]+ \(([\d.]+)([KMGT])\) exceeds available HBM"),
     re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
@@ -31,8 +32,8 @@ _WANTED = (
 class Report:
     """The numbers of one device and one step.
 
-    Those that only a compiled step tells are None where compilation ran out of memory or never
-    began; those that need a chip's figures are None for CPUs.
+    Numbers of a compiled step are None where compilation ran out of memory or never began; numbers
+    that need a chip's figures are None for CPUs.
     """
 
     config: str
@@ -75,14 +76,16 @@ def run(
         raise configs.ConfigError(
             "a dry run has no teacher; set config.objective.distillation.coefficient=0"
         )
-    try:
+    with checks.refusing():
         mesh = meshes.make(vars(settings.mesh), devices)
         arguments = lowering.state_bytes(lowering.abstract_state(settings, mesh))
-    except ValueError as error:
-        raise configs.ConfigError(" ".join(str(error).split())) from error
+    with jax.set_mesh(mesh):
+        analytic_flops = flops.analytic_flops(settings.model, settings.data.sequence_length)
+    model_flops = flops.model_flops(settings.model, settings.data.sequence_length)
+    tokens = settings.training.batch_size * settings.data.sequence_length / mesh.size
     chip = topology.facts
     limit = hbm_limit or (chip.hbm_bytes if chip else None)
-    facts = {
+    facts: dict[str, Any] = {
         "config": name,
         "topology": topology.name,
         "devices": len(devices),
@@ -90,16 +93,16 @@ def run(
         "microbatches": settings.training.accumulation_steps,
         "remat": settings.model.remat,
         "hbm_limit_bytes": limit,
-        **_due(settings, mesh),
+        "analytic_flops": tokens * analytic_flops,
+        "model_flops": tokens * model_flops,
     }
     if limit is not None and arguments > limit:  # before minutes of compiling
         return Report(**facts, fits=False, hbm_peak_bytes=arguments, argument_bytes=arguments)
     print(f"compiling for {topology.name} ...", file=sys.stderr, flush=True)
     began = time.perf_counter()
     try:
-        compiled = lowering.lower(settings, mesh).compile()
-    except ValueError as error:
-        raise configs.ConfigError(" ".join(str(error).split())) from error
+        with checks.refusing():
+            compiled = lowering.lower(settings, mesh).compile()
     except jax.errors.JaxRuntimeError as error:
         return Report(
             **facts,
@@ -109,9 +112,10 @@ def run(
             compile_seconds=time.perf_counter() - began,
         )
     compile_seconds = time.perf_counter() - began
-    memory, text = hlo.memory(compiled), compiled.as_text()
-    # The peak of a CPU leaves out the temporaries.
-    peak = memory.peak if chip else memory.arguments + memory.temporaries
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    peak = memory.peak_memory_in_bytes  # on TPU with the arrays that it keeps in VMEM
+    if not chip:  # the peak of a CPU leaves out the temporaries
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     within = dict(zip(mesh.axis_names, meshes.first_slice(mesh).shape, strict=True))
     read = {
         "step_flops": hlo.product_flops(
@@ -128,22 +132,10 @@ def run(
         **_times(topology, mesh, facts["model_flops"], read),
         fits=None if limit is None else peak <= limit,
         hbm_peak_bytes=peak,
-        argument_bytes=memory.arguments,
-        temporary_bytes=memory.temporaries,
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
         compile_seconds=compile_seconds,
     )
-
-
-def _due(settings: configs.Run, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """FLOPs of one device and step, by the two counts of `training/flops.py`."""
-    model_config, T = settings.model, settings.data.sequence_length
-    tokens = settings.training.batch_size * T / mesh.size
-    with jax.set_mesh(mesh):
-        analytic = flops.analytic_flops(model_config, T)
-    return {
-        "analytic_flops": tokens * analytic,
-        "model_flops": tokens * flops.model_flops(model_config, T),
-    }
 
 
 def _times(topology: chips.Topology, mesh: jax.sharding.Mesh, model_flops: float, read) -> dict:
@@ -166,7 +158,7 @@ def _times(topology: chips.Topology, mesh: jax.sharding.Mesh, model_flops: float
 def bytes_wanted(complaint: str) -> int:
     """The bytes that a program needs which does not fit, as the compiler's complaint says.
 
-    Raises: ConfigError, if it complains of something else.
+    Raises: ConfigError if it complains of something else.
     """
     for pattern in _WANTED:
         if found := pattern.search(complaint):
@@ -174,12 +166,8 @@ def bytes_wanted(complaint: str) -> int:
     raise configs.ConfigError(f"the compiler cannot make this step: {complaint.splitlines()[0]}")
 
 
-def as_json(report: Report) -> dict:
-    return dataclasses.asdict(report)
-
-
 def text(report: Report) -> str:
-    """The report as a short table of at most 100 columns, and one of the collectives."""
+    """The report as a short table of at most 100 columns, with the collectives if it compiled."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1)
     lines = [
         f"{report.topology}: {report.devices} devices, {mesh or 'no mesh'}, "
@@ -193,24 +181,18 @@ def text(report: Report) -> str:
         )
     if report.roofline is not None:
         parts = dataclasses.asdict(report.roofline)
-        shown = ", ".join(f"{name} {_rounded(value)}" for name, value in parts.items())
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
         lines.append(
-            f"  seconds  {_rounded(report.roofline_seconds)} at least ({shown}): "
+            f"  seconds  {report.roofline_seconds:.3g} at least ({shown}): "
             f"MFU at most {100 * report.mfu_bound:.0f} %"
         )
+    if report.collectives is not None:
+        lines.append(f"  {'collectives':20} {'along':22} {'times':>7} {'bytes':>12}")
+        for c in report.collectives:
+            axes = ", ".join(c.axes)
+            lines.append(f"  {c.operation:20} {axes:22} {c.count:7,} {size(c.bytes):>12}")
+        lines.append(f"  compiled in {report.compile_seconds:.0f} s")
     return "\n".join(lines)
-
-
-def collectives_text(report: Report) -> str:
-    """The collectives of a step that was compiled, else nothing."""
-    if report.collectives is None:
-        return ""
-    rows = [f"  {'collectives':20} {'along':22} {'times':>7} {'bytes':>12}"]
-    rows += [
-        f"  {c.operation:20} {', '.join(c.axes):22} {c.count:7,} {size(c.bytes):>12}"
-        for c in report.collectives
-    ]
-    return "\n".join([*rows, f"  compiled in {report.compile_seconds:.0f} s"])
 
 
 def size(number: int) -> str:
@@ -224,7 +206,3 @@ def _memory(report: Report) -> str:
     if report.temporary_bytes is not None:
         parts += f", temporaries {size(report.temporary_bytes)}"
     return f"{size(report.hbm_peak_bytes)}{of_limit} ({parts}): {verdict}"
-
-
-def _rounded(seconds: float) -> str:
-    return f"{seconds:.3g}"

@@ -13,17 +13,17 @@ from moe_jax.dryrun import report as dryrun
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 
-# Keeping less, from left to right. What is offloaded to the host moves over a network that the
-# roofline does not know.
+# These keep less from left to right. Policies that offload to the host are left out: the roofline
+# does not know the network to it.
 POLICIES = ("none", "save_dots", "save_experts", "full")
 
 Trial = Callable[[Run], dryrun.Report]
 
 
 def search(settings: Run, num_devices: int, trial: Trial) -> Iterator[dryrun.Report]:
-    """The reports of all that is tried, in that order, as they come: `best` chooses.
+    """The reports of all trials, one by one; `best` chooses among them.
 
-    Args: trial: `dryrun.run` of a config, on the devices searched for.
+    Args: trial: `dryrun.run` of a config, on the devices that the search is for.
     Raises: ConfigError for a mesh or batch that does not fit the devices.
     """
     environment.validate_mesh(settings, num_devices)
@@ -38,13 +38,12 @@ def search(settings: Run, num_devices: int, trial: Trial) -> Iterator[dryrun.Rep
     for other in mesh_shapes(settings, sizes):
         try:
             yield from fewest_microbatches(trial, _with(settings, other, policy))
-        except ConfigError:  # that mesh cannot be laid over the devices, or cuts no array
+        except ConfigError:  # the mesh does not fit these devices or the model's arrays
             continue
 
 
 def best(reports: Sequence[dryrun.Report]) -> dryrun.Report | None:
-    """The fastest that fits; without a chip's figures the one with the fewest FLOPs. Of equals the
-    one that leaves the most memory."""
+    """The fastest that fits, by FLOPs without a chip's figures; of equals, that of least memory."""
 
     def order(report):
         least = report.roofline_seconds or report.step_flops
@@ -56,7 +55,7 @@ def best(reports: Sequence[dryrun.Report]) -> dryrun.Report | None:
 def fewest_microbatches(trial: Trial, settings: Run) -> Iterator[dryrun.Report]:
     """Bisects the numbers of microbatches that the batch can have; the reports of those tried."""
     numbers = microbatch_numbers(settings)
-    low, high = 0, len(numbers)  # what is before low does not fit, what is from high on does
+    low, high = 0, len(numbers)  # numbers before low do not fit, those from high on do
     while low < high:
         middle = (low + high) // 2
         training = dataclasses.replace(settings.training, accumulation_steps=numbers[middle])
@@ -69,7 +68,7 @@ def fewest_microbatches(trial: Trial, settings: Run) -> Iterator[dryrun.Report]:
 
 
 def microbatch_numbers(settings: Run) -> list[int]:
-    """Those that give every batch shard the same number of whole rows, from 1 on."""
+    """The numbers that give every batch shard the same number of whole rows, from 1 on."""
     rows = settings.training.batch_size // sharding.batch_shards(vars(settings.mesh))
     return [number for number in range(1, rows + 1) if rows % number == 0]
 
@@ -99,15 +98,9 @@ def line(report: dryrun.Report) -> str:
     """One line of a table of trials, under HEADER."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1)
     least = "" if report.roofline_seconds is None else f"{report.roofline_seconds:.3g}"
-    verdict = "fits" if report.fits else "no"
-    return _COLUMNS.format(
-        report.remat,
-        report.microbatches,
-        mesh or "one device",
-        dryrun.size(report.hbm_peak_bytes),
-        verdict,
-        least,
-    )
+    peak, verdict = dryrun.size(report.hbm_peak_bytes), "fits" if report.fits else "no"
+    plan = report.remat, report.microbatches, mesh or "one device"
+    return _COLUMNS.format(*plan, peak, verdict, least)
 
 
 _COLUMNS = "{:13} {:>12}  {:28} {:>10} {:>5} {:>10}"

@@ -10,8 +10,8 @@ from jax.experimental import topologies
 
 from moe_jax.parallel import chips
 
-# Read when libtpu is loaded: do not ask a cloud's metadata server what and where this machine is,
-# do not warn, and let other processes load it too, for no TPU is used.
+# libtpu reads these when it is loaded: it then asks no cloud's metadata server where this machine
+# is, does not warn, and lets other processes load it too, for no TPU is used.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_MIN_LOG_LEVEL": "3",
@@ -23,9 +23,9 @@ LIBTPU = {
 
 
 def devices(topology: chips.Topology) -> list[jax.Device]:
-    """Those of a topology of TPUs, which only compile, or fake CPU devices, which also run.
+    """The devices of a topology of TPUs, which only compile, or fake CPU devices, which also run.
 
-    Nothing may have used jax's devices before a first call for CPUs.
+    A first call for CPUs must come before anything else uses jax's devices.
 
     Raises: ValueError where libtpu is missing or not that of the installed jax, and for a shape
       that the chip does not come in.
@@ -57,7 +57,7 @@ def devices(topology: chips.Topology) -> list[jax.Device]:
 def _fake(number: int) -> list[jax.Device]:
     try:
         jax.config.update("jax_num_cpu_devices", number)
-    except RuntimeError:  # they are in use already, as many as they are
+    except RuntimeError:  # jax has made its CPU devices already
         pass
     here = jax.devices("cpu")
     if len(here) < number:
@@ -69,11 +69,12 @@ def _fake(number: int) -> list[jax.Device]:
 
 
 def check_libtpu() -> None:
-    """Refuses to compile with a libtpu that is not the installed jax's: it crashes or lies.
-
-    Raises: ValueError.
-    """
-    version, own, found = importlib.metadata.version("jax"), own_libtpu(), libtpu_version()
+    """Raises: ValueError for a libtpu that is not the installed jax's, which crashes or lies."""
+    path = os.environ.get("TPU_LIBRARY_PATH")
+    places = {"path": [str(pathlib.Path(path).parents[1])]} if path else {}
+    there = importlib.metadata.distributions(name="libtpu", **places)
+    found = next((distribution.version for distribution in there), None)
+    version, own = importlib.metadata.version("jax"), own_libtpu()
     fix = f"pip install 'jax[tpu]=={version}'"
     if found is None:
         raise ValueError(f"libtpu, the compiler of TPUs, is not installed; {fix}")
@@ -85,11 +86,3 @@ def own_libtpu() -> str:
     """The version that the installed jax pins; it may end in ".*"."""
     pins = (pin.split(";")[0].strip() for pin in importlib.metadata.requires("jax"))
     return next(pin.removeprefix("libtpu==") for pin in pins if pin.startswith("libtpu=="))
-
-
-def libtpu_version() -> str | None:
-    """That of the library which jax would load; None without one."""
-    path = os.environ.get("TPU_LIBRARY_PATH")
-    places = {"path": [str(pathlib.Path(path).parents[1])]} if path else {}
-    found = importlib.metadata.distributions(name="libtpu", **places)
-    return next((distribution.version for distribution in found), None)

@@ -357,11 +357,12 @@ def test_memory_is_that_of_arguments_results_and_what_is_donated():
         return state + jnp.sin(x) @ x.T, x[0]
 
     arguments = jnp.ones((64, 64)), jnp.ones((64, 32))
-    memory = hlo.memory(jax.jit(step, donate_argnums=0).lower(*arguments).compile())
-    assert memory.arguments == 4 * (64 * 64 + 64 * 32)
-    assert memory.outputs == 4 * (64 * 64 + 32) + 2 * 8  # and a tuple of two pointers
-    assert memory.aliased == 4 * 64 * 64
-    assert memory.temporaries > 0 and memory.peak > memory.arguments
+    memory = jax.jit(step, donate_argnums=0).lower(*arguments).compile().memory_analysis()
+    assert memory.argument_size_in_bytes == 4 * (64 * 64 + 64 * 32)
+    assert memory.output_size_in_bytes == 4 * (64 * 64 + 32) + 2 * 8  # and a tuple of two pointers
+    assert memory.alias_size_in_bytes == 4 * 64 * 64
+    assert memory.temp_size_in_bytes > 0
+    assert memory.peak_memory_in_bytes > memory.argument_size_in_bytes
 
 
 B, T = 8, 256

@@ -237,7 +237,8 @@ def test_gathers_that_overlap_with_products_are_counted_once(libtpu, topology, s
     assert reduced == (activations if axes["tensor"] > 1 else 0)
     assert weights <= gathered < 1.1 * weights  # a ring sends a little more
     assert {c.axes for c in rows} <= {("fsdp",), ("tensor",)}
-    memory = hlo.memory(compiled)
-    assert memory.arguments == (weights * 2 + activations * 16 // LAYERS) // 16
-    assert memory.outputs == activations // LAYERS
-    assert memory.peak > memory.arguments + memory.outputs
+    memory = compiled.memory_analysis()
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    assert arguments == (weights * 2 + activations * 16 // LAYERS) // 16
+    assert outputs == activations // LAYERS
+    assert memory.peak_memory_in_bytes > arguments + outputs

@@ -183,7 +183,7 @@ def test_no_more_than_one_dense_layer_is_whole_on_a_device(name):
         matrix = 4 * source.hidden_size * source.intermediate_size
         for collective in hlo.collectives(compiled.as_text(), mesh.shape):
             assert collective.bytes <= collective.count * matrix, collective
-        temporaries.append(hlo.memory(compiled).temporaries)
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
     # Were the two additional layers whole at a time, this is what they alone would add.
     assert temporaries[1] - temporaries[0] < 2 * number * 3 * matrix
 
