@@ -1,11 +1,11 @@
-"""Cases of the benchmarks: a benchmark is a function that yields what is timed."""
+"""Cases of the benchmarks: a benchmark is a function that yields its cases."""
 
 import dataclasses
 import functools
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from moe_jax.data.batches import Batch
 from moe_jax.evaluation import generate
 from moe_jax.hf import folders, tensors, writing
 from moe_jax.model import layers, moe, remat, transformer
-from moe_jax.ops import attention, cross_entropy, grouped_matmul, implementations
+from moe_jax.ops import attention, cross_entropy, grouped_matmul
+from moe_jax.ops import implementations as ops
 from moe_jax.training import flops, optimizer, step
 from moe_jax.training.state import TrainState
 from moe_jax.upcycle import plan as plans
@@ -35,10 +36,16 @@ class Case:
     config: model.ModelConfig | None = None  # for a peer to build
 
 
+def _case(name: str, implementations: dict, bound: str, bound_function: Callable, **more) -> Case:
+    """A case of one batch of the sizes for this backend."""
+    tokens = sizes.here().B * sizes.here().T
+    return Case(name, tokens, implementations, bound, bound_function, **more)
+
+
 def grouped_matmul_cases() -> Iterator[Case]:
     """Value and both gradients; the bound is a batched product over equal groups."""
-    picked = implementations.pick(grouped_matmul.IMPLEMENTATIONS, implementations.platform())
-    names = (picked, "blocked") if implementations.platform() == "cpu" else (picked,)
+    implementations = [ops.pick(grouped_matmul.IMPLEMENTATIONS, ops.platform())]
+    implementations += ["blocked"] if ops.platform() == "cpu" else []
     for name, (M, D, F, E) in sizes.here().groups.items():
         x_MD, w_EDF, grad_MF = _normal((M, D), (E, D, F), (M, F))
         zipf_E = 1 / np.arange(1, E + 1)
@@ -47,8 +54,7 @@ def grouped_matmul_cases() -> Iterator[Case]:
         for groups, sizes_E in (("balanced", np.full(E, M // E)), ("zipf", zipf_E)):
             sizes_E = jnp.asarray(sizes_E, jnp.int32)
 
-            def product(x_MD, w_EDF, name, sizes_E=sizes_E):
-                return grouped_matmul.grouped_matmul(x_MD, w_EDF, sizes_E, implementation=name)
+            product = functools.partial(grouped_matmul.grouped_matmul, group_sizes_E=sizes_E)
 
             def einsum(x_MD, w_EDF):
                 x_ERD = x_MD.reshape(len(w_EDF), -1, x_MD.shape[1])
@@ -58,12 +64,7 @@ def grouped_matmul_cases() -> Iterator[Case]:
             yield Case(
                 name=f"{name} {groups}",
                 tokens=M,
-                implementations={
-                    name: _with_gradients(
-                        functools.partial(product, name=name), (x_MD, w_EDF), grad_MF
-                    )
-                    for name in names
-                },
+                implementations=_each(product, implementations, (x_MD, w_EDF), grad_MF),
                 bound="einsum over equal groups",
                 bound_function=_with_gradients(einsum, (x_MD, w_EDF), grad_MF),
             )
@@ -71,14 +72,12 @@ def grouped_matmul_cases() -> Iterator[Case]:
 
 def attention_cases() -> Iterator[Case]:
     """Value and gradients; the bound is the products of all pairs, without a softmax or a mask."""
-    picked = implementations.pick(attention.IMPLEMENTATIONS, implementations.platform())
+    picked = ops.pick(attention.IMPLEMENTATIONS, ops.platform())
     for rows, length, heads, H in sizes.here().attention:
         shape = (rows, length, heads, H)
         *arrays, grad_BTNH = _normal(shape, shape, shape, shape)
         segments_BT = jnp.ones((rows, length), jnp.int32)
-
-        def attend(q_BTNH, k_BTNH, v_BTNH, name, segments_BT=segments_BT):
-            return attention.attention(q_BTNH, k_BTNH, v_BTNH, segments_BT, implementation=name)
+        attend = functools.partial(attention.attention, segment_ids_BT=segments_BT)
 
         def products(q_BTNH, k_BTNH, v_BTNH):
             pairs_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH)
@@ -87,10 +86,7 @@ def attention_cases() -> Iterator[Case]:
         yield Case(
             name=f"T={length} H={H}",
             tokens=rows * length,
-            implementations={
-                name: _with_gradients(functools.partial(attend, name=name), arrays, grad_BTNH)
-                for name in (picked, "reference")
-            },
+            implementations=_each(attend, (picked, "reference"), arrays, grad_BTNH),
             bound="products of all pairs",
             bound_function=_with_gradients(products, arrays, grad_BTNH),
         )
@@ -100,34 +96,26 @@ def cross_entropy_cases() -> Iterator[Case]:
     """Value and both gradients; the bound is the three products of equal sizes alone."""
     here = sizes.here()
     B, T, D = here.B, here.T, next(iter(here.models.values())).hidden_size
+    targets_BT, weight_BT = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
+
+    def loss(x_BTD, unembed_DV, implementation):
+        return cross_entropy.cross_entropy(
+            x_BTD, unembed_DV, targets_BT, weight_BT, implementation=implementation
+        ).total
+
+    def products(x_BTD, unembed_DV):
+        return jnp.einsum("btd,dv->btv", x_BTD, unembed_DV)
+
     for V in here.vocabularies:
         x_BTD, unembed_DV, grad_BTV = _normal((B, T, D), (D, V), (B, T, V))
-        targets_BT = jnp.zeros((B, T), jnp.int32)
-        weight_BT = jnp.ones((B, T))
-
-        def loss(x_BTD, unembed_DV, name, targets_BT=targets_BT, weight_BT=weight_BT):
-            return cross_entropy.cross_entropy(
-                x_BTD, unembed_DV, targets_BT, weight_BT, implementation=name
-            ).total
-
-        def products(x_BTD, unembed_DV):
-            return jnp.einsum("btd,dv->btv", x_BTD, unembed_DV)
-
-        arrays, one = (x_BTD, unembed_DV), jnp.ones(())
-        yield Case(
-            name=f"V={V}",
-            tokens=B * T,
-            implementations={
-                name: _with_gradients(lambda x, w, name=name: loss(x, w, name), arrays, one)
-                for name in ("chunked", "reference")
-            },
-            bound="three products",
-            bound_function=_with_gradients(products, arrays, grad_BTV),
-        )
+        arrays = (x_BTD, unembed_DV)
+        losses = _each(loss, ("chunked", "reference"), arrays, jnp.ones(()))
+        bound = _with_gradients(products, arrays, grad_BTV)
+        yield _case(f"V={V}", losses, "three products", bound)
 
 
 def _dense(sparse: model.ModelConfig) -> model.ModelConfig:
-    """The dense model with its active FLOPs, F' = A·F."""
+    """The dense model with as many active FLOPs, F' = A·F."""
     return dataclasses.replace(
         sparse,
         intermediate_size=sparse.num_experts_per_tok * sparse.expert_size,
@@ -154,15 +142,9 @@ def moe_layer_cases() -> Iterator[Case]:
         def mlp(x_BTD, params, config=dense):
             return layers.mlp(x_BTD, params, config)
 
-        yield Case(
-            name=name,
-            tokens=B * T,
-            implementations={
-                "moe": _with_gradients(moe_layer, (x_BTD, params[sparse]["moe"]), grad_BTD)
-            },
-            bound="dense_layer",
-            bound_function=_with_gradients(mlp, (x_BTD, params[dense]["mlp"]), grad_BTD),
-        )
+        ours = _with_gradients(moe_layer, (x_BTD, params[sparse]["moe"]), grad_BTD)
+        bound = _with_gradients(mlp, (x_BTD, params[dense]["mlp"]), grad_BTD)
+        yield _case(name, {"moe": ours}, "dense_layer", bound)
 
 
 def block_stack_cases() -> Iterator[Case]:
@@ -179,77 +161,46 @@ def block_stack_cases() -> Iterator[Case]:
         def blocks(params, config=sparse, tokens_BT=tokens_BT, shared=shared):
             return transformer.hidden_states(params, tokens_BT, shared, config)[0]
 
+        ours = _with_gradients(blocks, (params,), *_normal((B, T, sparse.hidden_size)))
         head = 6 * sparse.hidden_size * sparse.vocab_size
-        yield Case(
-            name=f"{name} x {sparse.num_hidden_layers} layers",
-            tokens=B * T,
-            implementations={
-                "moe": _with_gradients(blocks, (params,), *_normal((B, T, sparse.hidden_size)))
-            },
-            bound="large products",
-            bound_function=_large_products(B * T * (flops.model_flops(sparse, T) - head)),
-        )
+        bound = _large_products(B * T * (flops.model_flops(sparse, T) - head))
+        name += f" x {sparse.num_hidden_layers} layers"
+        yield _case(name, {"moe": ours}, "large products", bound)
 
 
 def train_step_cases() -> Iterator[Case]:
     """A whole training step; the bound is that of the dense model with F' = A·F."""
     for name, sparse in sizes.here().models.items():
-        yield Case(
-            name=name,
-            tokens=sizes.here().B * sizes.here().T,
-            implementations={"moe": _train_step(sparse)},
-            bound="dense_step",
-            bound_function=_train_step(_dense(sparse)),
-            config=sparse,
-        )
+        dense = _train_step(_dense(sparse))
+        yield _case(name, {"moe": _train_step(sparse)}, "dense_step", dense, config=sparse)
 
 
 def forced_balance_cases() -> Iterator[Case]:
-    """The train step with tokens sent to experts in turn: what uneven routing costs."""
+    """The train step with tokens sent to experts in turn: the cost of uneven routing."""
     for name, sparse in sizes.here().models.items():
-        balanced = dataclasses.replace(sparse, router="forced_balance")
-        yield Case(
-            name=f"{name} forced-balance",
-            tokens=sizes.here().B * sizes.here().T,
-            implementations={"moe": _train_step(balanced)},
-            bound="learned routing",
-            bound_function=_train_step(sparse),
-        )
+        balanced = _train_step(dataclasses.replace(sparse, router="forced_balance"))
+        learned = _train_step(sparse)
+        yield _case(f"{name} forced-balance", {"moe": balanced}, "learned routing", learned)
 
 
 def remat_cases() -> Iterator[Case]:
     """The train step under each policy; the bound is that without any."""
     name, sparse = next(iter(sizes.here().models.items()))
     sparse = dataclasses.replace(sparse, num_hidden_layers=8)
-    yield Case(
-        name=f"{name} x 8 layers",
-        tokens=sizes.here().B * sizes.here().T,
-        implementations={
-            policy: _train_step(dataclasses.replace(sparse, remat=policy)) for policy in remat.SAVED
-        },
-        bound="no remat",
-        bound_function=_train_step(sparse),
-    )
+    steps = {name: _train_step(dataclasses.replace(sparse, remat=name)) for name in remat.SAVED}
+    yield _case(f"{name} x 8 layers", steps, "no remat", _train_step(sparse))
 
 
 def window_cases() -> Iterator[Case]:
     """A step of 4 microbatches, its balance loss over the exact window; the bound: averaged."""
     name, sparse = next(iter(sizes.here().models.items()))
-    steps = {
-        over: _train_step(
-            sparse,
-            training=Training(accumulation_steps=4),
-            balance=Balance(load_balancing_over=over),
+    window, average = (
+        _train_step(
+            sparse, training=Training(accumulation_steps=4), balance=Balance(load_balancing_over=o)
         )
-        for over in ("window", "global")
-    }
-    yield Case(
-        name=f"{name}, 4 microbatches",
-        tokens=sizes.here().B * sizes.here().T,
-        implementations={"window": steps["window"]},
-        bound="average",
-        bound_function=steps["global"],
+        for o in ("window", "global")
     )
+    yield _case(f"{name}, 4 microbatches", {"window": window}, "average", average)
 
 
 def decode_cases() -> Iterator[Case]:
@@ -282,34 +233,31 @@ def decode_cases() -> Iterator[Case]:
 
 
 def upcycle_cases() -> Iterator[Case]:
-    """From folder to folder, 8 experts, float16; "tokens" are the numbers written.
+    """From folder to folder, 8 experts, float16; "tokens" are the numbers in the new folder.
 
-    The bounds: a copy of the file that is written, and as many normals as numbers are written.
+    The bounds are a copy of the file of the new folder, and a draw of as many normal numbers.
     """
     config = dataclasses.replace(model.PRESETS["drop-upcycling-1.5b"], num_hidden_layers=1)
     moe_config = config.to_moe(num_experts=8, num_experts_per_tok=2)
     dtypes = dict.fromkeys(tensors.shapes(config), np.dtype(np.float16))
     draw = np.random.default_rng(0).standard_normal
     with tempfile.TemporaryDirectory(prefix="moe_jax-benchmark-") as scratch:
-        root = pathlib.Path(scratch)
-        writing.write(
-            root / "dense",
-            config,
-            dtypes,
-            lambda part: draw(part.shape, np.float32).astype(np.float16),
-        )
+        root, dense = pathlib.Path(scratch), pathlib.Path(scratch) / "dense"
 
-        def made(recipe):
+        def normal(part):
+            return draw(part.shape, np.float32).astype(np.float16)
+
+        writing.write(dense, config, dtypes, normal)
+
+        def upcycle(recipe):
             shutil.rmtree(root / recipe, ignore_errors=True)
             plan = plans.make(config, moe_config, recipe=recipe, parameters={})
-            parents = [folders.Folder(root / "dense")]
-            stores.upcycle_folders(plan, parents, root / recipe, jax.random.key(0))
+            stores.upcycle_folders(plan, [folders.Folder(dense)], root / recipe, jax.random.key(0))
 
-        def copy():
-            shutil.copyfile(root / "naive" / "model.safetensors", root / "copy")
-
-        made("naive")
-        numbers = (root / "naive" / "model.safetensors").stat().st_size // 2
+        upcycle("naive")
+        file = root / "naive" / "model.safetensors"
+        copy = functools.partial(shutil.copyfile, file, root / "copy")
+        numbers = file.stat().st_size // 2
         eighth = jax.jit(lambda key: jax.random.normal(key, (numbers // 8,)))
 
         def normals():
@@ -324,7 +272,7 @@ def upcycle_cases() -> Iterator[Case]:
             yield Case(
                 name=f"{numbers / 1e6:.0f} M numbers",
                 tokens=numbers,
-                implementations={recipe: functools.partial(made, recipe)},
+                implementations={recipe: functools.partial(upcycle, recipe)},
                 bound=bound,
                 bound_function=function,
             )
@@ -351,7 +299,7 @@ def _normal(*shapes: tuple[int, ...]) -> list[jax.Array]:
 
 
 def _large_products(number_of_flops: float) -> Callable:
-    """So many FLOPs (to half a percent) in large products, each of the last one's result."""
+    """That many FLOPs (to half a percent) in large products, each of the last one's result."""
     width = sizes.here().ceiling
     number = max(1, round(number_of_flops / (2 * width**3)))
     rows = 64 * max(1, round(number_of_flops / (2 * width**2 * number) / 64))
@@ -363,6 +311,12 @@ def _large_products(number_of_flops: float) -> Callable:
         return jax.lax.fori_loop(0, number, lambda _, y: jnp.matmul(y, w), y)
 
     return lambda: products(y, w)
+
+
+def _each(function: Callable, names: Iterable[str], arrays: tuple, cotangent: jax.Array) -> dict:
+    """`_with_gradients` of a function by the names of its implementations."""
+    calls = {name: functools.partial(function, implementation=name) for name in names}
+    return {name: _with_gradients(call, arrays, cotangent) for name, call in calls.items()}
 
 
 def _with_gradients(function: Callable, arrays: tuple, cotangent: jax.Array) -> Callable:
@@ -381,9 +335,8 @@ def _train_step(config: model.ModelConfig, **sections) -> Callable:
     tx = optimizer.adamw(settings.optimizer, 1000)
     create = jax.jit(lambda key: TrainState.create(model.init(config, key), tx))
     state = create(jax.random.key(0))
-    B, T = sizes.here().B, sizes.here().T
-    tokens_BT = jax.random.randint(jax.random.key(1), (B, T + 1), 0, config.vocab_size)
-    batch = Batch.of_rows(tokens_BT)
+    shape = (sizes.here().B, sizes.here().T + 1)
+    batch = Batch.of_rows(jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size))
     train_step = jax.jit(step.make_train_step(settings, tx), donate_argnums=0)
 
     def one_step():

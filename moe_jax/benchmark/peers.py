@@ -42,20 +42,19 @@ def hugging_face_train_step(config: model.ModelConfig) -> Callable:
     return step
 
 
-# Name -> benchmark -> what makes its function from a model's config.
+# The functions that a peer offers, by peer and benchmark; each takes a model's config.
 PEERS = {"hf": {"train_step": hugging_face_train_step}}
 NEEDS = {"hf": ("torch", "transformers")}
 
 
 def check(peer: str, benchmark: str) -> None:
-    """Raises: ValueError for what this peer cannot do, or not here, or lacks."""
+    """Raises: ValueError for a benchmark, machine or environment that this peer is not for."""
     if benchmark not in PEERS[peer]:
         can = ", ".join(PEERS[peer])
         raise ValueError(f"--peer={peer} does not do {benchmark}; it does {can}")
     if (here := implementations.platform()) != "cpu":
-        raise ValueError(
-            f"--peer={peer} is made for a CPU, not for a {here}; set JAX_PLATFORMS=cpu"
-        )
+        advice = "set JAX_PLATFORMS=cpu"
+        raise ValueError(f"--peer={peer} is made for a CPU, not for a {here}; {advice}")
     missing = [name for name in NEEDS[peer] if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--peer={peer} needs more: pip install {' '.join(missing)}")

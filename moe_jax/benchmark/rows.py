@@ -1,7 +1,7 @@
 """Rows of a benchmark: the time of a part beside a bound measured in the same run.
 
-The functions of a case (`cases.py`) are timed in turn, so that a machine that slows down
-slows all of them.
+The functions of a case (`cases.py`) are timed in turn, so that a machine that slows down slows all
+of them.
 """
 
 import dataclasses
@@ -48,7 +48,6 @@ def _rows(name: str, repeats: int, peer: str) -> Iterator[Row]:
         if peer:
             functions[peer] = peers.PEERS[peer][name](case.config)
         seconds = medians({**functions, case.bound: case.bound_function}, repeats)
-        bound_seconds = seconds[case.bound]
         for implementation in functions:
             yield Row(
                 benchmark=name,
@@ -59,10 +58,10 @@ def _rows(name: str, repeats: int, peer: str) -> Iterator[Row]:
                 median_seconds=seconds[implementation],
                 tokens_per_second=case.tokens / seconds[implementation],
                 bound=case.bound,
-                bound_seconds=bound_seconds,
-                ratio_to_bound=seconds[implementation] / bound_seconds,
+                bound_seconds=seconds[case.bound],
+                ratio_to_bound=seconds[implementation] / seconds[case.bound],
             )
-        del case, functions  # a device may not hold what they do beside the next
+        del case, functions  # a device may not hold their arrays beside those of the next
 
 
 def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:

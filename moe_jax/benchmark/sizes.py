@@ -49,7 +49,7 @@ CPU = Sizes(
     vocabularies=(1024, 32_000),
     ceiling=1024,
 )
-# Drop-Upcycling 8x1.5B and OLMoE-1B-7B, of which one GPU's memory holds four layers in training.
+# One GPU's memory holds four layers of Drop-Upcycling 8x1.5B or OLMoE-1B-7B in training.
 ACCELERATOR = Sizes(
     dtype="bfloat16",
     B=4,
@@ -66,5 +66,5 @@ ACCELERATOR = Sizes(
 
 
 def here() -> Sizes:
-    """Those for the default backend."""
+    """The sizes for the default backend."""
     return CPU if implementations.platform() == "cpu" else ACCELERATOR

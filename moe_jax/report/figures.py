@@ -1,7 +1,7 @@
 """The figures of a report, each a function of plain records to a matplotlib Figure.
 
 Colours are those of Okabe & Ito, which people with colour blindness can tell apart; line styles and
-markers differ too, so that a figure also reads in grey.
+markers differ too, so that a figure also reads in grey. A figure of what the records lack is None.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ STYLE = {
     "lines.linewidth": 1.8,
     "savefig.dpi": 110,
 }
+LEVEL = {"color": "#555555", "linewidth": 1, "linestyle": (0, (1, 1))}  # a dotted line across
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Record:
     """A finished run: its config, result.json and metrics.jsonl rows."""
 
     name: str
-    place: int  # among all runs, finished or not: its colour stays when others finish
+    place: int  # its number among all runs, so that its colour stays when others finish
     config: dict
     result: dict
     rows: list[dict]
@@ -69,7 +70,7 @@ def styles(records: list[Record]) -> dict[str, dict]:
 
 
 def draw(records: list[Record]) -> dict[str, bytes]:
-    """All figures that these records have something for, as PNG files by name."""
+    """All figures that are not None for these records, as PNG files by name."""
     images = {}
     with matplotlib.rc_context(STYLE):
         for name, figure_of in FIGURES.items():
@@ -97,22 +98,16 @@ def loss(records: list[Record]) -> Figure:
         rows = record.validation_rows
         bits = [row["validation"]["bits_per_byte"] for row in rows]
         right.plot([r["tokens"] / 1e6 for r in rows], bits, label=record.name, **looks[record.name])
-    level = {"color": "#555555", "linewidth": 1.2, "linestyle": (0, (1, 1))}
     for parent in [record for record in records if record not in arms]:
-        tokens = parent.result["tokens"] / 1e6
-        left.axhline(np.mean([row["loss"] for row in parent.training_rows[-20:]]), **level)
-        right.axhline(
-            parent.result["bits_per_byte"], label=f"{parent.name} ({tokens:.2f} M tokens)", **level
-        )
-    left.set_title("Training loss (smoothed)")
-    left.set_ylabel("nats per token")
-    right.set_title("Held-out text")
-    right.set_ylabel("bits per byte")
-    # What an untrained model needs would squeeze all else together.
+        label = f"{parent.name} ({parent.result['tokens'] / 1e6:.2f} M tokens)"
+        left.axhline(np.mean([row["loss"] for row in parent.training_rows[-20:]]), **LEVEL)
+        right.axhline(parent.result["bits_per_byte"], label=label, **LEVEL)
+    # The bits of an untrained model would squeeze all others together.
     trained = [row for r in arms for row in r.validation_rows if row["step"]]
     right.set_ylim(top=1.05 * max(row["validation"]["bits_per_byte"] for row in trained))
-    for axes in (left, right):
-        axes.set_xlabel("million tokens" if arms == records else "million tokens as MoE")
+    xlabel = "million tokens" if arms == records else "million tokens as MoE"
+    left.set(title="Training loss (smoothed)", ylabel="nats per token", xlabel=xlabel)
+    right.set(title="Held-out text", ylabel="bits per byte", xlabel=xlabel)
     figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
@@ -145,23 +140,18 @@ def expert_load(records: list[Record]) -> Figure | None:
     L, E = loads[0].shape
     figure, all_axes = _figure(len(arms), height=1.6 + 0.45 * L, width=max(10.0, 2.6 * len(arms)))
     top = max(load.max() for load in loads)
-    for i, (record, load, axes) in enumerate(zip(arms, loads, all_axes, strict=True)):
+    for record, load, axes in zip(arms, loads, all_axes, strict=True):
         image = axes.imshow(load, cmap="cividis", vmin=0, vmax=top, aspect="auto")
-        axes.set_title(record.name)
-        axes.set_xlabel("expert")
+        axes.set(title=record.name, xlabel="expert")
         axes.set_xticks(range(E) if E <= 16 else range(0, E, E // 8))
         axes.set_yticks(range(L) if L <= 16 else range(0, L, L // 8))
         axes.grid(False)
-        if i == 0:
-            axes.set_ylabel("sparse layer")
-        if E <= 8:
-            for (layer, expert), share in np.ndenumerate(load):
-                colour = "black" if share > 0.6 * top else "white"
-                axes.text(
-                    expert, layer, f"{share:.0f}", ha="center", va="center", color=colour, size=8
-                )
-    bar = figure.colorbar(image, ax=all_axes, fraction=0.03)
-    bar.set_label(f"% of assignments (even: {100 / E:.1f})")
+        for (layer, expert), share in np.ndenumerate(load) if E <= 8 else ():
+            look = {"color": "black" if share > 0.6 * top else "white", "size": 8}
+            axes.text(expert, layer, f"{share:.0f}", ha="center", va="center", **look)
+    all_axes[0].set_ylabel("sparse layer")
+    label = f"% of assignments (even: {100 / E:.1f})"
+    figure.colorbar(image, ax=all_axes, fraction=0.03, label=label)
     return figure
 
 
@@ -176,24 +166,20 @@ def router_health(records: list[Record]) -> Figure | None:
     figure, all_axes = _figure(len(panels), height=3.6, width=width)
     for (name, panel), axes in zip(panels.items(), all_axes, strict=True):
         for record in arms:
-            rows = [row for row in record.validation_rows if row["step"]]
-            rows = [row for row in rows if name in row["router"]]
+            rows = [r for r in record.validation_rows if r["step"] and name in r["router"]]
             values = [panel.reduce(row["router"][name]) for row in rows]
             tokens = [row["tokens"] / 1e6 for row in rows]
             axes.plot(tokens, values, label=record.name, markersize=5, **looks[record.name])
-        axes.set_title(panel.title)
-        axes.set_ylabel(panel.label)
-        axes.set_xlabel("million tokens as MoE")
+        axes.set(title=panel.title, ylabel=panel.label, xlabel="million tokens as MoE")
         axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1))
-    num_experts = arms[0].config["model"]["num_experts"]
-    if num_experts:
-        all_axes[0].axhline(num_experts, color="#555555", linewidth=1, linestyle=(0, (1, 1)))
+    if num_experts := arms[0].config["model"]["num_experts"]:
+        all_axes[0].axhline(num_experts, **LEVEL)
     all_axes[0].legend(loc="lower right")
     return figure
 
 
 def experts_by_layer(records: list[Record]) -> Figure | None:
-    """At the end of each run, layer by layer: experts in use, how alike, how far routers went."""
+    """Experts in use, their similarity and the routers' drift in each layer at the end of a run."""
     arms = [r for r in records if r.is_sparse and r.result.get("expert_similarity")]
     if not arms:
         return None
@@ -204,17 +190,13 @@ def experts_by_layer(records: list[Record]) -> Figure | None:
         for axes, key in zip((left, middle, right), keys, strict=True):
             values = record.result[key]
             axes.plot(range(len(values)), values, label=record.name, **looks[record.name])
-    num_experts = max(r.config["model"]["num_experts"] or 0 for r in arms)
-    if num_experts:
-        left.axhline(num_experts, color="#555555", linewidth=1, linestyle=(0, (1, 1)))
-    left.set_title("Effective experts on held-out text")
-    left.set_ylabel("exp(entropy of load)")
+    if num_experts := max(r.config["model"]["num_experts"] or 0 for r in arms):
+        left.axhline(num_experts, **LEVEL)
+    left.set(title="Effective experts on held-out text", ylabel="exp(entropy of load)")
     left.set_ylim(0, 1.08 * left.get_ylim()[1])
-    middle.set_title("Similarity of experts")
-    middle.set_ylabel("cosine, mean of pairs and matrices")
+    middle.set(title="Similarity of experts", ylabel="cosine, mean of pairs and matrices")
     middle.set_ylim(min(0, middle.get_ylim()[0]) - 0.05, 1.05)
-    right.set_title("Drift of the router")
-    right.set_ylabel("|end − start| / |start|")
+    right.set(title="Drift of the router", ylabel="|end − start| / |start|")
     right.set_ylim(0, 1.08 * right.get_ylim()[1])
     for axes in (left, middle, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -224,7 +206,7 @@ def experts_by_layer(records: list[Record]) -> Figure | None:
 
 
 def training_flops(records: list[Record]) -> Figure:
-    """What each run cost, without and with what its source had cost."""
+    """The cost of each run, without and with that of its dense parent."""
     figure, (axes,) = _figure(1, height=1.2 + 0.42 * len(records))
     own = np.array([record.result["training_flops"] for record in records]) / 1e12
     parent = np.array([record.result["parent_training_flops"] for record in records]) / 1e12

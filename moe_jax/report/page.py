@@ -14,15 +14,15 @@ from moe_jax.training import metrics
 
 CAPTIONS = {
     "loss": "Loss against the tokens seen as an MoE; an untrained model's is beyond the top. "
-    "Dotted: the dense parent's level, of its last training rows and its final held-out loss.",
+    "Dotted: the dense parent's loss in its last training rows, and its final held-out loss.",
     "languages": "Final held-out bits per byte by language. Bytes are not comparable between "
     "scripts (a Cyrillic letter has two, a CJK character three): compare runs within a line.",
     "expert_load": "Where the routers send held-out tokens: each row of a panel sums to 100 %.",
     "router_health": "Evenness of the load on held-out text during training.",
-    "experts_by_layer": "At the end. Left: how many experts of a layer are in use (dotted: all, "
-    "evenly). Middle: how alike their weights are, place by place: 1 for copies, 0 for random ones "
-    "and for copies with their neurons in another order. Right: how far the routers' weights went "
-    "from their first values.",
+    "experts_by_layer": "At the end. Left: the number of experts in use in a layer (dotted: all, "
+    "evenly). Middle: the similarity of their weights, entry by entry: 1 for copies, 0 for random "
+    "ones and for copies with their neurons in another order. Right: the distance of the routers' "
+    "weights from their first values.",
     "training_flops": "The cost of each run alone, and with that of its dense parent.",
 }
 REGISTERS = {"embedded": "LibreOffice help in 19 languages: a technical register only"}
@@ -50,7 +50,7 @@ pre {{ background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: .8
 
 
 def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
-    """The record of a finished run's workdir."""
+    """The record of a finished run's workdir; its name tells a router that does not learn."""
     config = json.loads((folder / "config.json").read_text())
     row = ROUTERS.get(config["model"]["router"])
     if row and not row.learned:
@@ -70,8 +70,8 @@ def write(
     """Writes <output>/report.html and <output>/figures/*.png; returns the page's path.
 
     Args:
-      folders: workdirs of the runs by name, in the order to show them; None is one not finished.
-      commands: what was run, to be shown.
+      folders: workdirs of the runs by name, in the order to show them; None for unfinished runs.
+      commands: the commands of the runs, to be shown.
     """
     records = [
         read_record(name, place, folder)
@@ -97,7 +97,7 @@ def write(
 
 
 def _table(head: list[str], rows: list[list[str]], best: int | None = None) -> str:
-    """Cells are escaped; `best` is the index of a row to stress."""
+    """An HTML table with escaped cells; `best` is the index of a row to stress."""
     lines = ["<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
     for i, row in enumerate(rows):
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
@@ -106,47 +106,31 @@ def _table(head: list[str], rows: list[list[str]], best: int | None = None) -> s
 
 
 def _summary(records: list[Record], missing: list[str]) -> str:
-    rows = []
-    for record in records:
-        result = record.result
+    table = []
+    for result in (record.result for record in records):
         own, parent = result["training_flops"], result["parent_training_flops"]
-        columns = measures.columns(result)
-        rows.append(
-            [
-                record.name,
-                f"{result['bits_per_byte']:.3f}",
-                f"{result['loss']:.3f}",
-                f"{result['tokens'] / 1e6:.2f} M",
-                f"{result['parameters'] / 1e6:.2f} M",
-                f"{result['active_parameters'] / 1e6:.2f} M",
-                f"{own / 1e12:.3g}",
-                f"{(own + parent) / 1e12:.3g}",
-                *("" if value == "" else f"{value:.1f}" for value in columns.values()),
-            ]
-        )
+        cells = {
+            "bits/byte": f"{result['bits_per_byte']:.3f}",
+            "nats/token": f"{result['loss']:.3f}",
+            "tokens": f"{result['tokens'] / 1e6:.2f} M",
+            "parameters": f"{result['parameters'] / 1e6:.2f} M",
+            "active": f"{result['active_parameters'] / 1e6:.2f} M",
+            "TFLOP": f"{own / 1e12:.3g}",
+            "TFLOP with parent": f"{(own + parent) / 1e12:.3g}",
+        }
+        for name, value in measures.columns(result).items():
+            cells[name.replace("_", " ")] = "" if value == "" else f"{value:.1f}"
+        table.append(cells)
+    rows = [[record.name, *row.values()] for record, row in zip(records, table, strict=True)]
     best = min(range(len(records)), key=lambda i: records[i].result["bits_per_byte"])
-    head = [
-        "run",
-        "bits/byte",
-        "nats/token",
-        "tokens",
-        "parameters",
-        "active",
-        "TFLOP",
-        "TFLOP with parent",
-        *(name.replace("_", " ") for name in measures.columns({})),
-    ]
-    notes = []
-    for source in dict.fromkeys(record.config["data"]["source"] for record in records):
-        notes.append(f"Text: {REGISTERS.get(source, source)}.")
+    texts = dict.fromkeys(record.config["data"]["source"] for record in records)
+    notes = [f"Text: {REGISTERS.get(source, source)}." for source in texts]
     unigram = records[0].result["byte_unigram_bits"]
-    notes.append(
-        f"A model that knows only how often each byte occurs needs {unigram:.3f} bits/byte."
-    )
+    notes.append(f"A model of byte frequencies alone needs {unigram:.3f} bits/byte.")
     if missing:
         notes.append(f"Not finished, and not shown here: {', '.join(missing)} (see results.csv).")
     note = html.escape(" ".join(notes))
-    return f'<p class="note">{note}</p>\n{_table(head, rows, best)}'
+    return f'<p class="note">{note}</p>\n{_table(["run", *table[0]], rows, best)}'
 
 
 def _samples(records: list[Record]) -> str:
