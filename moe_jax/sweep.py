@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import graphlib
 import hashlib
-import importlib.util
 import json
 import pathlib
 import re
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from moe_jax import command_line, files
 from moe_jax import config as configs
@@ -71,7 +71,7 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
         if name in entries:
             raise configs.ConfigError(f"{path}: two runs are named {name!r}; rename one")
         entries[name] = entry
-    runs = {}
+    runs: dict[str, Run] = {}
     for name in _in_order(path, entries):
         overrides = dict(entries[name].get("overrides", {}))
         sources = _sources(overrides)
@@ -100,13 +100,12 @@ def _get_sweep(path: str) -> list[dict]:
     file, _, argument = path.partition(":")
     if not pathlib.Path(file).is_file():
         raise configs.ConfigError(f"--config={path}: no such file; the examples are under configs/")
-    spec = importlib.util.spec_from_file_location("sweep_config", file)
-    module = importlib.util.module_from_spec(spec)
+    module: dict[str, Any] = {"__name__": "sweep_config", "__file__": file}
     try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_sweep"):
+        exec(compile(pathlib.Path(file).read_bytes(), file, "exec"), module)
+        if "get_sweep" not in module:
             raise configs.ConfigError(f"{file} has no get_sweep(); run it with scripts/train.py")
-        return list(module.get_sweep(argument) if argument else module.get_sweep())
+        return list(module["get_sweep"](*([argument] if argument else [])))
     except configs.ConfigError:
         raise
     except Exception as error:  # whatever a person's file raises
@@ -218,8 +217,8 @@ def _launch(
     command = [sys.executable, *run.command(train)[1:]]
     log = run.workdir / "log.txt"
     with open(log, "w") as output:
-        streams = {} if in_terminal else {"stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, **streams)
+        out, err = (None, None) if in_terminal else (output, subprocess.STDOUT)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         processes.append(process)
         code = process.wait()
         processes.remove(process)

@@ -1,12 +1,12 @@
 """One training run, from config to result: read this page top to bottom."""
 
-import contextlib
 import fcntl
 import functools
 import json
 import pathlib
 import platform
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,7 +88,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
             init.parameters(settings, mesh, plan)
         )
-        if settings.init.upcycle.optimizer_state == "copy":
+        if plan and settings.init.upcycle.optimizer_state == "copy":
             opt_state = init.optimizer_state(settings, mesh, state.opt_state, plan)
             state = state.replace(opt_state=opt_state)
     else:
@@ -96,7 +96,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         changed = environment.changes(restored.config, settings.config)
         distributed.say(f"going on from step {start}", *changed)
     with together():
-        lock = _lock(workdir) if distributed.is_first() else contextlib.nullcontext()
+        lock = _lock(workdir) if distributed.is_first() else None
     if distributed.is_first():
         configs.save_json(settings.config, workdir)
     text = batches.feed(
@@ -161,9 +161,9 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         **_model_and_machine(settings.model),
         "seconds": round(time.monotonic() - began, 1),
     }
-    if distributed.is_first():
-        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-        files.write_text(workdir / "result.json", text)
+    if lock:
+        shown = json.dumps(result, indent=1, ensure_ascii=False)
+        files.write_text(workdir / "result.json", shown + "\n")
         lock.close()
     return result
 
@@ -219,7 +219,7 @@ def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_con
     if start == 0:
         kernels = similarity.routers(params, model_config)
         if distributed.is_first():
-            np.savez(path, **{str(layer): kernel for layer, kernel in kernels.items()})
+            np.savez(path, **dict[str, Any]({str(layer): x for layer, x in kernels.items()}))
         return kernels
     with np.load(path, allow_pickle=False) as kernels:
         return {int(layer): kernel for layer, kernel in kernels.items()}

@@ -5,7 +5,7 @@ import functools
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -313,13 +313,13 @@ def _large_products(number_of_flops: float) -> Callable:
     return lambda: products(y, w)
 
 
-def _each(function: Callable, names: Iterable[str], arrays: tuple, cotangent: jax.Array) -> dict:
+def _each(function: Callable, names: Sequence[str], arrays: Sequence, cotangent: jax.Array) -> dict:
     """`_with_gradients` of a function by the names of its implementations."""
     calls = {name: functools.partial(function, implementation=name) for name in names}
     return {name: _with_gradients(call, arrays, cotangent) for name, call in calls.items()}
 
 
-def _with_gradients(function: Callable, arrays: tuple, cotangent: jax.Array) -> Callable:
+def _with_gradients(function: Callable, arrays: Sequence, cotangent: jax.Array) -> Callable:
     """Calls `function` and its transpose: value and the gradients of all arrays."""
 
     @jax.jit

@@ -43,7 +43,7 @@ def hugging_face_train_step(config: model.ModelConfig) -> Callable:
 
 
 # The functions that a peer offers, by peer and benchmark; each takes a model's config.
-PEERS = {"hf": {"train_step": hugging_face_train_step}}
+PEERS: dict[str, dict[str, Callable]] = {"hf": {"train_step": hugging_face_train_step}}
 NEEDS = {"hf": ("torch", "transformers")}
 
 

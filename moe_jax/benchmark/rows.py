@@ -68,7 +68,7 @@ def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
     """Seconds of each function, called in turn after one call that compiles it."""
     for function in functions.values():
         jax.block_until_ready(function())
-    seconds = {name: [] for name in functions}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             began = time.perf_counter()

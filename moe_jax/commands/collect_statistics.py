@@ -18,6 +18,7 @@ expert_upcycling). The source, a Hugging Face folder or a run's workdir, is held
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -62,11 +63,11 @@ def run(arguments) -> None:
             num_neurons=arguments.num_neurons,
         )
     with open(arguments.output, "wb") as file:
-        np.savez(file, **found)
+        np.savez(file, **dict[str, Any](found))
 
 
-def batches_of(arguments, tokenizer) -> np.ndarray:
-    """Tokens [N, B, T] from the beginning of the text."""
+def batches_of(arguments, tokenizer) -> list[np.ndarray]:
+    """Batches of tokens [B, T] from the beginning of the text."""
     shape = (arguments.num_batches, arguments.batch_size, arguments.sequence_length)
     for name in ("num_batches", "batch_size", "sequence_length", "num_experts"):
         if (number := getattr(arguments, name)) < 1:
@@ -77,4 +78,4 @@ def batches_of(arguments, tokenizer) -> np.ndarray:
             f"{arguments.text} has {ids.size} tokens, not the {np.prod(shape)} of {shape[0]} "
             f"batches; give more text or lower --num_batches"
         )
-    return ids[: np.prod(shape)].reshape(shape)
+    return list(ids[: np.prod(shape)].reshape(shape))

@@ -68,8 +68,9 @@ def run(settings, arguments: argparse.Namespace):
     topology = chips.topology(arguments.topology)
     limit = None if arguments.hbm_limit is None else int(arguments.hbm_limit * 1e9)
     devices = topologies.devices(topology)
-    where = {"topology": topology, "devices": devices, "hbm_limit": limit}
-    trial = functools.partial(dryrun.run, name=arguments.config, **where)
+    trial = functools.partial(
+        dryrun.run, topology=topology, devices=devices, name=arguments.config, hbm_limit=limit
+    )
     if not arguments.search:
         return trial(settings)
     if topology.facts is None and limit is None:

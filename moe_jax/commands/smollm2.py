@@ -54,9 +54,9 @@ def main() -> None:
         ("dense here, mixture here", ours_dense),
         (f"{type(theirs).__name__}, mixture here", theirs_moe),
     ):
-        error = np.abs(other - ours_moe).max() / np.abs(other).max()
-        print(f"{name}: largest difference of logits {error:.1e} of the largest")
-        if error > 2e-5:  # float32, sums of up to 1536 terms in another order
+        difference = np.abs(other - ours_moe).max() / np.abs(other).max()
+        print(f"{name}: largest difference of logits {difference:.1e} of the largest")
+        if difference > 2e-5:  # float32, sums of up to 1536 terms in another order
             raise SystemExit("they differ")
 
 

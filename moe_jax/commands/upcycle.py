@@ -89,13 +89,14 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
         parents = [folders.Folder(path) for path in paths]
         stores.upcycle_folders(plan, parents, arguments.output, key, progress=True)
         return of_folder(folders.Folder(arguments.output), parents)
-    _, parents = stores.load_alike(paths, mesh.one_device())
-    params = jax.jit(lambda parents: transform.execute(plan, parents, key))(parents)
+    _, parents_params = stores.load_alike(paths, mesh.one_device())
+    params = jax.jit(lambda parents: transform.execute(plan, parents, key))(parents_params)
     stores.save_as(arguments.to, arguments.output, plan.config, params, source=paths[0])
     if plan.config.num_experts < 2:
         return []
-    dense = len(parents) == 1 and not source_config.num_experts
-    return similarity.experts(params, plan.config, *((parents[0], source_config) if dense else ()))
+    dense = len(paths) == 1 and not source_config.num_experts
+    parent = (parents_params[0], source_config) if dense else ()
+    return similarity.experts(params, plan.config, *parent)
 
 
 def recipe_parameters(recipe: str, arguments: list[str]) -> dict:

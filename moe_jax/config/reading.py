@@ -100,7 +100,7 @@ def parse(arguments: list[str]) -> ConfigDict:
     return values.config
 
 
-def _unknown_key(error: AttributeError | KeyError) -> ConfigError:
+def _unknown_key(error: Exception) -> ConfigError:
     """The refusal of a key that a ConfigDict complained of, by its new name if it has one."""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]

@@ -66,8 +66,14 @@ def product_flops(
     return module.total(own)["flops"]
 
 
+def _search(pattern: str | re.Pattern, attributes: str) -> re.Match:
+    if found := re.search(pattern, attributes):
+        return found
+    raise ValueError(f"an instruction without {pattern!r}: {attributes[:200]}")
+
+
 def _dot_flops(dot: hlo_text.Instruction, left: tuple[int, ...]) -> int:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)[1]
+    contracted = _search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)[1]
     sizes = [left[int(axis)] for axis in contracted.split(",") if axis]
     return 2 * math.prod(dot.shapes[0]) * math.prod(sizes)
 
@@ -76,7 +82,7 @@ def _window_flops(
     convolution: hlo_text.Instruction, left: tuple[int, ...], right: tuple[int, ...]
 ) -> int:
     """FLOPs on elements that exist, not on padding or on the zeros that dilation puts between."""
-    labels = re.search(r"dim_labels=([a-z\d]+)_([a-z\d]+)->([a-z\d]+)", convolution.rest)
+    labels = _search(r"dim_labels=([a-z\d]+)_([a-z\d]+)->([a-z\d]+)", convolution.rest)
     shapes = zip(labels.groups(), (left, right, convolution.shapes[0]), strict=True)
     image, kernel, result = (dict(zip(*pair, strict=True)) for pair in shapes)
     found = re.search(r"window=\{([^}]*)\}", convolution.rest)
@@ -161,7 +167,7 @@ def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
     """
     module = hlo_text.Module(text)
     sent = {
-        _RENDEZVOUS.search(i.rest)[1]: i.sizes[0]
+        _search(_RENDEZVOUS, i.rest)[1]: i.sizes[0]
         for instructions in module.computations.values()
         for i in instructions
         if i.operation == "send" and _BETWEEN_SLICES in i.rest
@@ -169,8 +175,8 @@ def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
 
     def own(computation, i):
         if i.operation == "recv" and _BETWEEN_SLICES in i.rest:
-            operation = _TRANSFER.search(i.rest)[1].lower().replace("_", "-")
-            size = max(i.sizes[0], sent.get(_RENDEZVOUS.search(i.rest)[1], 0))
+            operation = _search(_TRANSFER, i.rest)[1].lower().replace("_", "-")
+            size = max(i.sizes[0], sent.get(_search(_RENDEZVOUS, i.rest)[1], 0))
             row = operation, SLICES
             return {(row, "count"): 1, (row, "bytes"): size}
         operation = i.operation.removesuffix("-start")
@@ -190,8 +196,8 @@ def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
         return {(row, "count"): 1, (row, "bytes"): size}
 
     total = module.total(own)
-    rows = {row for row, _ in total}
-    return tuple(sorted(Collective(*r, total[r, "count"], total[r, "bytes"]) for r in rows))
+    rows = sorted({row for row, _ in total})
+    return tuple(Collective(a, b, total[(a, b), "count"], total[(a, b), "bytes"]) for a, b in rows)
 
 
 def _is_repeated(module: hlo_text.Module, computation: str, collective: str) -> bool:
@@ -239,10 +245,10 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
         after = sizes[name] // (int(before or 1) * part)
         row = rest[list(sizes).index(name)]
         row -= row // after % part * after
-    groups = collections.defaultdict(list)
+    members: dict[tuple, list[int]] = collections.defaultdict(list)
     for device, key in zip(ids, map(tuple, rest.T.tolist()), strict=True):
-        groups[key].append(device)
-    return list(groups.values())
+        members[key].append(device)
+    return list(members.values())
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:

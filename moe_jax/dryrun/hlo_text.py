@@ -63,7 +63,8 @@ class Instruction:
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """The computations of `compiled.as_text()`, and the name of the entry."""
-    computations, entry, current = {}, "", []
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", list[Instruction]()
     text = re.sub(r'\n(?="|\}[},])', "", text)  # a kernel's metadata stand on lines of their own
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
@@ -71,19 +72,16 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             entry = head[2] if head[1] else entry
         elif found := _INSTRUCTION.match(line):
             root, name, result, operation, rest = found.groups()
-            shapes, sizes, resident = [], [], []
+            shapes, sizes, resident = list[tuple[int, ...]](), list[int](), list[int]()
             for element, dims, layout in _SHAPE.findall(result):
+                width = re.search(r"\d+", element)  # of bf16, s32, f8e4m3fn
+                bits = int(width[0]) if width else 8 * (element == "pred")
                 shapes.append(tuple(int(n) for n in dims.split(",") if n))
-                sizes.append(math.prod(shapes[-1]) * _bits(element) // 8)
+                sizes.append(math.prod(shapes[-1]) * bits // 8)
                 resident.append(0 if "S(" in layout else sizes[-1])
-            lists = map(tuple, (shapes, sizes, resident))
-            current.append(Instruction(name, *lists, operation, rest, bool(root)))
+            of_result = tuple(shapes), tuple(sizes), tuple(resident)
+            current.append(Instruction(name, *of_result, operation, rest, bool(root)))
     return computations, entry
-
-
-def _bits(element: str) -> int:
-    width = re.search(r"\d+", element)  # of bf16, s32, f8e4m3fn
-    return int(width[0]) if width else 8 * (element == "pred")
 
 
 class Module:
@@ -164,8 +162,8 @@ class Module:
         Raises: LookupError if it is anything else.
         """
         i = self.named[computation][name]
-        if i.operation == "constant" and (number := re.match(r"(-?\d+)\)", i.rest)):
-            return None, int(number[1])
+        if i.operation == "constant" and (found := re.match(r"(-?\d+)\)", i.rest)):
+            return None, int(found[1])
         if i.operation in _SAME:
             return self._affine(computation, i.operands[0])
         if i.operation == "get-tuple-element":

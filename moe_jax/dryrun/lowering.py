@@ -6,6 +6,7 @@ The mesh may be one of a topology that this machine does not have: `dryrun/topol
 import collections
 import functools
 import math
+from typing import Any
 
 import jax
 
@@ -29,7 +30,8 @@ def abstract_state(settings: Run, mesh: jax.sharding.Mesh) -> TrainState:
     shapes = jax.eval_shape(
         lambda: TrainState.create(model.init(settings.model, jax.random.key(0)), tx, router_state)
     )
-    return sharding.abstract(shapes, mesh)
+    state: Any = sharding.abstract(shapes, mesh)
+    return state
 
 
 def state_bytes(state: TrainState) -> int:
@@ -83,7 +85,7 @@ def kernel_flops(settings: Run, mesh: jax.sharding.Mesh) -> dict[str, int]:
     cut = math.prod(mesh.shape[axis] for axis in sharding.TENSOR)
     heads = model_config.num_attention_heads * model_config.head_size // cut
     per_pair = 2 * heads * rows // sharding.batch_shards(mesh.shape)
-    total = collections.Counter()
+    total = collections.Counter[str]()
     for kind in model_config.block_kinds:
         total.update(attention.splash_kernels(T, kind.window))
     layers = model_config.num_hidden_layers

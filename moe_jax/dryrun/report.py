@@ -112,12 +112,13 @@ def run(
             compile_seconds=time.perf_counter() - began,
         )
     compile_seconds = time.perf_counter() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
     peak = memory.peak_memory_in_bytes  # on TPU with the arrays that it keeps in VMEM
     if not chip:  # the peak of a CPU leaves out the temporaries
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     within = dict(zip(mesh.axis_names, meshes.first_slice(mesh).shape, strict=True))
-    read = {
+    read: dict[str, Any] = {
         "step_flops": hlo.product_flops(
             text,
             kernels=lowering.kernel_flops(settings, mesh),
@@ -139,19 +140,20 @@ def run(
 
 
 def _times(topology: chips.Topology, mesh: jax.sharding.Mesh, model_flops: float, read) -> dict:
-    if topology.facts is None:
+    if (chip := topology.facts) is None:
         return {}
     seconds = rooflines.seconds(
         step_flops=read["step_flops"],
         traffic=read["hbm_traffic_bytes"],
         collectives=read["collectives"],
         mesh=mesh,
+        chip=chip,
         topology=topology,
     )
     return {
         "roofline": seconds,
         "roofline_seconds": seconds.bound,
-        "mfu_bound": model_flops / (seconds.bound * topology.facts.flops),
+        "mfu_bound": model_flops / (seconds.bound * chip.flops),
     }
 
 
@@ -179,7 +181,7 @@ def text(report: Report) -> str:
             f"  FLOPs    {report.step_flops:.4g} = {report.step_flops / report.analytic_flops:.3f} "
             f"x analytic, {report.step_flops / report.model_flops:.3f} x model"
         )
-    if report.roofline is not None:
+    if report.roofline is not None and report.mfu_bound is not None:
         parts = dataclasses.asdict(report.roofline)
         shown = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
         lines.append(

@@ -33,7 +33,9 @@ class Seconds:
         return max(dataclasses.astuple(self))
 
 
-def links(grid: np.ndarray, axes: tuple[int, ...], topology: chips.Topology) -> int:
+def links(
+    grid: np.ndarray, axes: tuple[int, ...], chip: chips.Chip, topology: chips.Topology
+) -> int:
     """Links of a device along the sides of the torus that a group along these axes spans.
 
     Args: grid: the devices of a slice, as in the mesh; axes: numbers of the mesh's axes.
@@ -41,7 +43,7 @@ def links(grid: np.ndarray, axes: tuple[int, ...], topology: chips.Topology) -> 
     group = tuple(slice(None) if axis in axes else 0 for axis in range(grid.ndim))
     coords = [device.coords for device in np.ravel(grid[group])]
     spanned = np.flatnonzero(np.ptp(coords, axis=0) > 0).tolist()
-    return sum(2 if topology.facts.wraps(topology.shape, side) else 1 for side in spanned)
+    return sum(1 + chip.wraps(topology.shape, side) for side in spanned)
 
 
 def seconds(
@@ -50,6 +52,7 @@ def seconds(
     traffic: float,
     collectives: tuple[hlo.Collective, ...],
     mesh: jax.sharding.Mesh,
+    chip: chips.Chip,
     topology: chips.Topology,
 ) -> Seconds:
     """The time of one step by each of the four, with the numbers of one device.
@@ -57,15 +60,14 @@ def seconds(
     Args: traffic: bytes to and from HBM. collectives: those of the step, which wait for each other
       even along other axes.
     """
-    chip, grid = topology.facts, meshes.first_slice(mesh)
-    ici = dcn = 0.0
+    grid, ici, dcn = meshes.first_slice(mesh), 0.0, 0.0
     for row in collectives:
         if row.axes == hlo.SLICES:
             dcn += sent(row, topology.slices) / chip.dcn_bandwidth
             continue
         names = mesh.axis_names if row.axes == ("?",) else row.axes
         axes = tuple(mesh.axis_names.index(name) for name in names)
-        if number := links(grid, axes, topology):  # none between the cores of a chip
+        if number := links(grid, axes, chip, topology):  # none between the cores of a chip
             size = math.prod(grid.shape[axis] for axis in axes)
             ici += sent(row, size) / (number * chip.link_bandwidth)
     return Seconds(step_flops / chip.flops, traffic / chip.hbm_bandwidth, ici, dcn)

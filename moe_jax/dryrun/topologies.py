@@ -4,6 +4,7 @@ import fnmatch
 import importlib.metadata
 import os
 import pathlib
+import sys
 
 import jax
 from jax.experimental import topologies
@@ -71,8 +72,8 @@ def _fake(number: int) -> list[jax.Device]:
 def check_libtpu() -> None:
     """Raises: ValueError for a libtpu that is not the installed jax's, which crashes or lies."""
     path = os.environ.get("TPU_LIBRARY_PATH")
-    places = {"path": [str(pathlib.Path(path).parents[1])]} if path else {}
-    there = importlib.metadata.distributions(name="libtpu", **places)
+    places = [str(pathlib.Path(path).parents[1])] if path else sys.path
+    there = importlib.metadata.distributions(name="libtpu", path=places)
     found = next((distribution.version for distribution in there), None)
     version, own = importlib.metadata.version("jax"), own_libtpu()
     fix = f"pip install 'jax[tpu]=={version}'"
@@ -84,5 +85,5 @@ def check_libtpu() -> None:
 
 def own_libtpu() -> str:
     """The version that the installed jax pins; it may end in ".*"."""
-    pins = (pin.split(";")[0].strip() for pin in importlib.metadata.requires("jax"))
+    pins = (pin.split(";")[0].strip() for pin in importlib.metadata.requires("jax") or [])
     return next(pin.removeprefix("libtpu==") for pin in pins if pin.startswith("libtpu=="))

@@ -6,6 +6,7 @@ markers differ too, so that a figure also reads in grey. A figure of what the re
 
 import dataclasses
 import io
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ from moe_jax.analysis import measures
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.spines.right": False,
@@ -242,8 +243,7 @@ def _arms(records: list[Record]) -> list[Record]:
 
 def _smooth(values: list[float]) -> np.ndarray:
     """A centred running mean over at most a tenth of the points; None counts as missing."""
-    values = np.array(values, np.float64)
+    all_values = np.array(values, np.float64)
     half = max(1, len(values) // 20)
-    return np.array(
-        [np.nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-    )
+    windows = (all_values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return np.array([np.nanmean(window) for window in windows])

@@ -8,6 +8,7 @@ device, over a batch, or over all microbatches of a batch.
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def updated(
     return params, state
 
 
-def slope(function: Callable, stats: RouterStats) -> tuple[object, dict[str, jax.Array]]:
+def slope(function: Callable, stats: RouterStats) -> tuple[Any, dict[str, jax.Array]]:
     """The value (loss, others) of `function` at `stats`, and the loss's gradient by each sum.
 
     The sums are linear in the microbatches. So a loss, whatever function of the sums it is, has by
@@ -95,7 +96,8 @@ def slope(function: Callable, stats: RouterStats) -> tuple[object, dict[str, jax
 
 def along(slope: dict[str, jax.Array], stats: RouterStats) -> jax.Array:
     """The inner product of a slope, held constant, and statistics."""
-    return sum(jnp.vdot(jax.lax.stop_gradient(x), getattr(stats, n)) for n, x in slope.items())
+    products = (jnp.vdot(jax.lax.stop_gradient(x), getattr(stats, n)) for n, x in slope.items())
+    return sum(products, jnp.zeros(()))
 
 
 def load_balancing(
@@ -176,9 +178,9 @@ def adapted(
     """
     if state.coefficients_L is None or measures.router is None:
         return params, state
-    tokens_per_expert_LE = measures.tokens_per_expert_LE
+    tokens_per_expert_LE = measures.router["tokens_per_expert_E"]
     if run.model.dispatch == "capacity":
-        rate_L = measures.dropped_L / jnp.maximum(tokens_per_expert_LE.sum(axis=1), 1)
+        rate_L = measures.router["num_dropped"] / jnp.maximum(tokens_per_expert_LE.sum(axis=1), 1)
     else:
         rate_L = virtual_drop_rate(tokens_per_expert_LE, run.model.capacity_factor)
     adaptive, beta = run.balance.adaptive, run.balance.adaptive.beta
@@ -198,6 +200,7 @@ def with_updated_biases(
     rate, frozen = run.balance.bias_update_rate, run.optimizer.frozen
     if not rate or measures.router is None:
         return params, state
+    tokens_per_expert_LE = measures.router["tokens_per_expert_E"]
     sparse = [layer for layer, kind in enumerate(run.model.layer_kinds) if kind == MOE]
     layers = {s: ls for g in layer_groups(run.model.block_kinds) for s, ls in g.layers.items()}
 
@@ -206,7 +209,7 @@ def with_updated_biases(
         if not match or (frozen and re.search(frozen, name)):
             return leaf
         rows = jnp.array([sparse.index(layer) for layer in layers[match[1]]])
-        load_LE = measures.tokens_per_expert_LE[rows]
+        load_LE = tokens_per_expert_LE[rows]
         bias_LE = leaf + rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
         return bias_LE - bias_LE.mean(axis=1, keepdims=True)
 

@@ -36,7 +36,7 @@ def _products(config: ModelConfig) -> dict[str, float]:
     if config.dispatch == "merge":  # one expert, and a segment's merging shared by its tokens
         per_token = 1 + config.num_experts / config.merge_segment_length
     shared = config.shared_expert_intermediate_size or 0
-    neurons = dense * config.intermediate_size
+    neurons: float = dense * config.intermediate_size
     neurons += sparse * (per_token * config.expert_size + shared)
     return {
         "projections": config.num_hidden_layers * attentions * D * H * (2 * N + 2 * K),

@@ -5,6 +5,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 
@@ -120,13 +121,13 @@ class _TrainingLog:
         yield
         self._since += time.monotonic() - began
 
-    def _row(self, step: int, values: Measures) -> dict:
+    def _row(self, step: int, values: Any) -> dict:
         parts = self._parts
         seconds = max(time.monotonic() - self._since, 1e-9)
         tokens_per_second = (step - self._timed_step) * parts.tokens_per_step / seconds
         self._timed_step, self._since = step, time.monotonic()
         tokens = step * parts.tokens_per_step
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             "tokens": tokens,
             "model_flops": tokens * parts.model_flops_per_token,

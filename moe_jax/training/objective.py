@@ -7,6 +7,7 @@ function that it returns, (params, microbatch, key) -> (loss, Measures).
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class Context:
     batch: Batch
     router_state: RouterState
     frozen: Mapping[str, tuple[model.ModelConfig, dict]]
-    over_microbatches: Callable[[Callable], object]
+    over_microbatches: Callable[[Callable], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def next_token(context: Context) -> Loss:
     """Cross-entropy of the next token in nats, with router losses and a teacher's as terms."""
     run, batch = context.run, context.batch
     num_tokens = jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1)
-    router_losses = functools.partial(
+    router_losses: Callable = functools.partial(
         balance.router_losses,
         balance=run.balance,
         num_experts_per_tok=run.model.num_experts_per_tok,

@@ -52,8 +52,3 @@ class Measures:
     @property
     def tokens_per_expert_LE(self) -> jax.Array | None:
         return None if self.router is None else self.router["tokens_per_expert_E"]
-
-    @property
-    def dropped_L(self) -> jax.Array | None:
-        """Assignments beyond the capacity of their expert."""
-        return None if self.router is None else self.router["num_dropped"]

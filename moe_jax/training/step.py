@@ -91,10 +91,10 @@ def jitted(
     state_shardings: TrainState,
     mesh: jax.sharding.Mesh,
     frozen_models: Models | None = None,
-) -> Callable[..., tuple[TrainState, Measures]]:
+) -> jax.stages.Wrapped:
     """The step of a run, its state donated, compiled for a mesh when it is first called.
 
-    The parameters of frozen models stay where they lie.
+    The parameters of frozen models keep their shardings.
     """
     frozen = (None,) if frozen_models else ()
     return jax.jit(

@@ -27,9 +27,8 @@ def mesh_of(shape, sizes, slices=1):
 
 def seconds_of(topology, mesh, *rows, step_flops=0, traffic=0):
     topology = chips.topology(topology)
-    return roofline.seconds(
-        step_flops=step_flops, traffic=traffic, collectives=rows, mesh=mesh, topology=topology
-    )
+    work = {"step_flops": step_flops, "traffic": traffic, "collectives": rows}
+    return roofline.seconds(**work, mesh=mesh, chip=topology.facts, topology=topology)
 
 
 @pytest.mark.parametrize(

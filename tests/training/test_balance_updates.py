@@ -121,7 +121,9 @@ def test_a_step_moves_biases_and_coefficients_by_their_rules_alone_from_its_own_
         np.testing.assert_array_equal(biases_of(optax.tree.get(after.opt_state, moment)), 0)
 
     np.testing.assert_array_equal(metrics.load_balancing_coefficients_L, np.float32([0.02] * 2))
-    _, adapted = balance.adapted({}, before.router_state, RUN, counted(counts, metrics.dropped_L))
+    _, adapted = balance.adapted(
+        {}, before.router_state, RUN, counted(counts, metrics.router["num_dropped"])
+    )
     np.testing.assert_allclose(after.router_state.coefficients_L, adapted.coefficients_L, rtol=1e-6)
     assert (after.router_state.coefficients_L < 0.02).all()
 
