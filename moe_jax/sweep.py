@@ -158,25 +158,21 @@ def execute(
         for process in processes:
             process.terminate()
 
-    def ready(run: Run) -> bool:
-        waiting = any(status[name] == PENDING for name in run.after)
-        done = all(status[source] == DONE for source in run.sources)
-        return status[run.name] == PENDING and not waiting and done
-
     signals = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, stop) for number in signals]
     try:
         with concurrent.futures.ThreadPoolExecutor(max_parallel) as pool:
             running: dict[concurrent.futures.Future, Run] = {}
             while True:
-                for run in runs:
-                    lost = [s for s in run.sources if status[s] in (FAILED, BLOCKED)]
-                    if lost and status[run.name] == PENDING:
+                for run in (run for run in runs if status[run.name] == PENDING):
+                    if lost := [s for s in run.sources if status[s] in (FAILED, BLOCKED)]:
                         status[run.name] = BLOCKED
                         errors[run.name] = f"its source {lost[0]} {status[lost[0]]}"
-                    busy = any(run.run_id == other.run_id for other in running.values())
-                    room = len(running) < max_parallel and not busy and not stopping
-                    if run not in running.values() and ready(run) and room:
+                        continue
+                    waits = any(status[name] == PENDING for name in run.after)
+                    waits |= any(status[source] != DONE for source in run.sources)
+                    waits |= any(run.run_id == other.run_id for other in running.values())
+                    if len(running) < max_parallel and not waits and not stopping:
                         in_terminal = max_parallel == 1 and sys.stderr.isatty()
                         _announce(runs, run, "goes on" if run.begun else "starts")
                         task = pool.submit(_launch, run, train, in_terminal, processes)

@@ -53,11 +53,8 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     mesh = meshes.make(vars(settings.mesh))
     on_mesh = functools.partial(meshes.under, mesh)
     tx = optimizer.adamw(settings.optimizer, training.num_steps)
-    create_state = functools.partial(
-        TrainState.create,
-        optimizer=tx,
-        router_state=balance.initial(settings.model, settings.balance),
-    )
+    fresh = balance.initial(settings.model, settings.balance)
+    create_state = functools.partial(TrainState.create, optimizer=tx, router_state=fresh)
     shapes = jax.eval_shape(
         lambda: create_state(model.init(settings.model, jax.random.key(settings.seed)))
     )
@@ -123,6 +120,12 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         tokenizer=tokenizer,
         routers_at_start=_routers_at_start(workdir, start, state.params, settings.model),
     )
+
+    def save(at: int, state: TrainState) -> None:
+        config, keep = settings.config.to_dict(), settings.checkpoint.keep
+        data = {"step": at}
+        checkpoint.save(workdir / "checkpoints", at, state, data=data, config=config, keep=keep)
+
     tokens_per_step = training.batch_size * length
     flops_per_token = flops.model_flops(settings.model, length)
     # A frozen model has a forward pass only.
@@ -138,7 +141,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
             loop.Parts(
                 train_step=on_mesh(train_step),
                 evaluators=evaluators.schedule(context),
-                save=functools.partial(_save, workdir, settings),
+                save=save,
                 learning_rate=optimizer.schedule(settings.optimizer, training.num_steps),
                 write=write_row,
                 tokens_per_step=tokens_per_step,
@@ -151,6 +154,8 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
 
     # result ---------------------------------------------------------------------------------
     tokens, lineage = training.num_steps * tokens_per_step, init.lineage(settings.init.source)
+    total, active = model.count_parameters(settings.model)
+    versions = {"jax": jax.__version__, "moe_jax": moe_jax.__version__}
     result = {
         "steps": training.num_steps,
         "tokens": tokens,
@@ -158,7 +163,11 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         "parent_tokens": lineage.tokens,
         "parent_training_flops": lineage.training_flops,
         **results,
-        **_model_and_machine(settings.model),
+        "router": settings.model.router if settings.model.num_experts else "",
+        "versions": {"python": platform.python_version(), **versions},
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "parameters": total,
+        "active_parameters": active,
         "seconds": round(time.monotonic() - began, 1),
     }
     if lock:
@@ -223,27 +232,3 @@ def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_con
         return kernels
     with np.load(path, allow_pickle=False) as kernels:
         return {int(layer): kernel for layer, kernel in kernels.items()}
-
-
-def _save(workdir: pathlib.Path, settings: configs.Run, at: int, state: TrainState) -> None:
-    checkpoint.save(
-        workdir / "checkpoints",
-        at,
-        state,
-        data={"step": at},
-        config=settings.config.to_dict(),
-        keep=settings.checkpoint.keep,
-    )
-
-
-def _model_and_machine(model_config: model.ModelConfig) -> dict:
-    """The router and the size of the model, and the machine and versions that trained it."""
-    total, active = model.count_parameters(model_config)
-    versions = {"jax": jax.__version__, "moe_jax": moe_jax.__version__}
-    return {
-        "router": model_config.router if model_config.num_experts else "",
-        "versions": {"python": platform.python_version(), **versions},
-        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
-        "parameters": total,
-        "active_parameters": active,
-    }

@@ -61,13 +61,9 @@ def grouped_matmul_cases() -> Iterator[Case]:
                 y_ERF = jnp.einsum("erd,edf->erf", x_ERD, w_EDF)
                 return y_ERF.reshape(len(x_MD), -1)
 
-            yield Case(
-                name=f"{name} {groups}",
-                tokens=M,
-                implementations=_each(product, implementations, (x_MD, w_EDF), grad_MF),
-                bound="einsum over equal groups",
-                bound_function=_with_gradients(einsum, (x_MD, w_EDF), grad_MF),
-            )
+            ours = _each(product, implementations, (x_MD, w_EDF), grad_MF)
+            bound = _with_gradients(einsum, (x_MD, w_EDF), grad_MF)
+            yield Case(f"{name} {groups}", M, ours, "einsum over equal groups", bound)
 
 
 def attention_cases() -> Iterator[Case]:
@@ -83,13 +79,9 @@ def attention_cases() -> Iterator[Case]:
             pairs_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH)
             return jnp.einsum("bnts,bsnh->btnh", pairs_BNTS, v_BTNH)
 
-        yield Case(
-            name=f"T={length} H={H}",
-            tokens=rows * length,
-            implementations=_each(attend, (picked, "reference"), arrays, grad_BTNH),
-            bound="products of all pairs",
-            bound_function=_with_gradients(products, arrays, grad_BTNH),
-        )
+        ours = _each(attend, (picked, "reference"), arrays, grad_BTNH)
+        bound = _with_gradients(products, arrays, grad_BTNH)
+        yield Case(f"T={length} H={H}", rows * length, ours, "products of all pairs", bound)
 
 
 def cross_entropy_cases() -> Iterator[Case]:
@@ -139,10 +131,8 @@ def moe_layer_cases() -> Iterator[Case]:
         def moe_layer(x_BTD, params, config=sparse, valid_BT=valid_BT):
             return moe.moe(x_BTD, params, valid_BT, config)[0]
 
-        def mlp(x_BTD, params, config=dense):
-            return layers.mlp(x_BTD, params, config)
-
         ours = _with_gradients(moe_layer, (x_BTD, params[sparse]["moe"]), grad_BTD)
+        mlp = functools.partial(layers.mlp, config=dense)
         bound = _with_gradients(mlp, (x_BTD, params[dense]["mlp"]), grad_BTD)
         yield _case(name, {"moe": ours}, "dense_layer", bound)
 
@@ -223,13 +213,9 @@ def decode_cases() -> Iterator[Case]:
 
             return jax.lax.fori_loop(0, num_tokens, next_token, tokens_B)
 
-        yield Case(
-            name=name,
-            tokens=rows * num_tokens,
-            implementations={"kv cache": decode},
-            bound="one position's products",
-            bound_function=functools.partial(products, params, jnp.zeros(rows, jnp.int32)),
-        )
+        bound = functools.partial(products, params, jnp.zeros(rows, jnp.int32))
+        ours = {"kv cache": decode}
+        yield Case(name, rows * num_tokens, ours, "one position's products", bound)
 
 
 def upcycle_cases() -> Iterator[Case]:
@@ -264,18 +250,10 @@ def upcycle_cases() -> Iterator[Case]:
             for i in range(8):
                 eighth(jax.random.key(i)).block_until_ready()
 
-        for recipe, bound, function in (
-            ("naive", "file copy", copy),
-            ("drop", "file copy", copy),
-            ("drop", "normals", normals),
-        ):
-            yield Case(
-                name=f"{numbers / 1e6:.0f} M numbers",
-                tokens=numbers,
-                implementations={recipe: functools.partial(upcycle, recipe)},
-                bound=bound,
-                bound_function=function,
-            )
+        bounds = (("naive", "file copy", copy), ("drop", "file copy", copy))
+        for recipe, bound, function in (*bounds, ("drop", "normals", normals)):
+            ours: dict[str, Callable] = {recipe: functools.partial(upcycle, recipe)}
+            yield Case(f"{numbers / 1e6:.0f} M numbers", numbers, ours, bound, function)
 
 
 BENCHMARKS = {

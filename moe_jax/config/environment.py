@@ -33,8 +33,8 @@ def validate_environment(run: Run, num_devices: int) -> None:
             f"tokenizer {run.data.tokenizer!r}; set it to {tokenizer.vocab_size}"
         )
     named = [("init.source", source) for source in run.init.parents]
-    if run.objective.distillation.source:
-        named.append(("objective.distillation.source", run.objective.distillation.source))
+    if teacher := run.objective.distillation.source:
+        named.append(("objective.distillation.source", teacher))
     for key, source in named:
         checkpoints = os.path.join(glob.escape(source), "checkpoints", "*")
         if not folders.is_folder(source) and not glob.glob(checkpoints):

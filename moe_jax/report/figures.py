@@ -46,6 +46,12 @@ class Record:
     rows: list[dict]
 
     @property
+    def look(self) -> dict[str, Any]:
+        """Its colour, marker and dash, the same in all figures."""
+        looks = {"color": COLOURS, "marker": MARKERS, "linestyle": DASHES}
+        return {key: values[self.place % len(values)] for key, values in looks.items()}
+
+    @property
     def is_sparse(self) -> bool:
         return self.result["tokens_per_expert"] is not None
 
@@ -56,18 +62,6 @@ class Record:
     @property
     def validation_rows(self) -> list[dict]:
         return [row for row in self.rows if "validation" in row]
-
-
-def styles(records: list[Record]) -> dict[str, dict]:
-    """Colour, marker and dash of each record, the same in all figures."""
-    return {
-        record.name: {
-            "color": COLOURS[record.place % len(COLOURS)],
-            "marker": MARKERS[record.place % len(MARKERS)],
-            "linestyle": DASHES[record.place % len(DASHES)],
-        }
-        for record in records
-    }
 
 
 def draw(records: list[Record]) -> dict[str, bytes]:
@@ -90,15 +84,15 @@ def _figure(columns: int, height: float = 4.2, width: float = 10.0):
 def loss(records: list[Record]) -> Figure:
     """Training and held-out loss of each sparse arm over its tokens, with its parents' level."""
     figure, (left, right) = _figure(2)
-    looks, arms = styles(records), _arms(records)
+    arms = _arms(records)
     for record in arms:
         rows = record.training_rows
         smooth = _smooth([row["loss"] for row in rows])
-        look = {**looks[record.name], "marker": None}
+        look = {**record.look, "marker": None}
         left.plot([r["tokens"] / 1e6 for r in rows], smooth, label=record.name, **look)
         rows = record.validation_rows
         bits = [row["validation"]["bits_per_byte"] for row in rows]
-        right.plot([r["tokens"] / 1e6 for r in rows], bits, label=record.name, **looks[record.name])
+        right.plot([r["tokens"] / 1e6 for r in rows], bits, label=record.name, **record.look)
     for parent in [record for record in records if record not in arms]:
         label = f"{parent.name} ({parent.result['tokens'] / 1e6:.2f} M tokens)"
         left.axhline(np.mean([row["loss"] for row in parent.training_rows[-20:]]), **LEVEL)
@@ -115,7 +109,6 @@ def loss(records: list[Record]) -> Figure:
 
 def languages(records: list[Record]) -> Figure:
     """Final bits per byte, one line per language and one marker per run."""
-    looks = styles(records)
     values = {r.name: r.result["per_language"] for r in records}
     labels = sorted(
         set.intersection(*(set(v) for v in values.values())),
@@ -124,7 +117,7 @@ def languages(records: list[Record]) -> Figure:
     figure, (axes,) = _figure(1, height=1.4 + 0.28 * len(labels))
     for record in records:
         bits = [values[record.name][label]["bits_per_byte"] for label in labels]
-        look = {**looks[record.name], "linestyle": "none"}
+        look = {**record.look, "linestyle": "none"}
         axes.plot(bits, range(len(labels)), label=record.name, markersize=7, alpha=0.9, **look)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("bits per byte of held-out text (less is better)")
@@ -161,7 +154,6 @@ def router_health(records: list[Record]) -> Figure | None:
     arms = [record for record in records if record.is_sparse]
     if not arms:
         return None
-    looks = styles(records)
     panels = {name: m.panel for name, m in measures.MEASURES.items() if m.panel}
     width = 11.0 * max(1, len(panels) / 3)
     figure, all_axes = _figure(len(panels), height=3.6, width=width)
@@ -170,7 +162,7 @@ def router_health(records: list[Record]) -> Figure | None:
             rows = [r for r in record.validation_rows if r["step"] and name in r["router"]]
             values = [panel.reduce(row["router"][name]) for row in rows]
             tokens = [row["tokens"] / 1e6 for row in rows]
-            axes.plot(tokens, values, label=record.name, markersize=5, **looks[record.name])
+            axes.plot(tokens, values, label=record.name, markersize=5, **record.look)
         axes.set(title=panel.title, ylabel=panel.label, xlabel="million tokens as MoE")
         axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1))
     if num_experts := arms[0].config["model"]["num_experts"]:
@@ -184,24 +176,27 @@ def experts_by_layer(records: list[Record]) -> Figure | None:
     arms = [r for r in records if r.is_sparse and r.result.get("expert_similarity")]
     if not arms:
         return None
-    looks = styles(records)
     figure, (left, middle, right) = _figure(3, height=3.8, width=11.0)
-    keys = ("effective_experts", "expert_similarity", "router_drift")
-    for record in arms:
-        for axes, key in zip((left, middle, right), keys, strict=True):
+    for axes, key, title, label in (
+        (left, "effective_experts", "Effective experts on held-out text", "exp(entropy of load)"),
+        (
+            middle,
+            "expert_similarity",
+            "Similarity of experts",
+            "cosine, mean of pairs and matrices",
+        ),
+        (right, "router_drift", "Drift of the router", "|end − start| / |start|"),
+    ):
+        for record in arms:
             values = record.result[key]
-            axes.plot(range(len(values)), values, label=record.name, **looks[record.name])
+            axes.plot(range(len(values)), values, label=record.name, **record.look)
+        axes.set(title=title, ylabel=label, xlabel="sparse layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if num_experts := max(r.config["model"]["num_experts"] or 0 for r in arms):
         left.axhline(num_experts, **LEVEL)
-    left.set(title="Effective experts on held-out text", ylabel="exp(entropy of load)")
     left.set_ylim(0, 1.08 * left.get_ylim()[1])
-    middle.set(title="Similarity of experts", ylabel="cosine, mean of pairs and matrices")
     middle.set_ylim(min(0, middle.get_ylim()[0]) - 0.05, 1.05)
-    right.set(title="Drift of the router", ylabel="|end − start| / |start|")
     right.set_ylim(0, 1.08 * right.get_ylim()[1])
-    for axes in (left, middle, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_xlabel("sparse layer")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 

@@ -64,6 +64,12 @@ def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
     )
 
 
+def records_of(folders: dict[str, pathlib.Path | None]) -> list[Record]:
+    """The records of the finished runs, each with its place among all."""
+    every = enumerate(folders.items())
+    return [read_record(name, place, folder) for place, (name, folder) in every if folder]
+
+
 def write(
     output: pathlib.Path, folders: dict[str, pathlib.Path | None], commands: list[str]
 ) -> pathlib.Path:
@@ -73,11 +79,7 @@ def write(
       folders: workdirs of the runs by name, in the order to show them; None for unfinished runs.
       commands: the commands of the runs, to be shown.
     """
-    records = [
-        read_record(name, place, folder)
-        for place, (name, folder) in enumerate(folders.items())
-        if folder
-    ]
+    records = records_of(folders)
     missing = [name for name, folder in folders.items() if not folder]
     (output / "figures").mkdir(parents=True, exist_ok=True)
     title = f"moe_jax: {output.name}"

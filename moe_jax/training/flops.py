@@ -5,7 +5,7 @@ that the compiled step should execute, is compared with the products that it doe
 """
 
 import collections
-import time
+import timeit
 
 import jax
 import jax.numpy as jnp
@@ -106,10 +106,6 @@ def peak_flops(device: jax.Device) -> float:
     size = 1024
     x = jax.device_put(jnp.ones((size, size)), device)
     square = jax.jit(lambda x: x @ x)
-    square(x).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        square(x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
+    square(x).block_until_ready()  # compiles
+    seconds = timeit.repeat(lambda: square(x).block_until_ready(), number=1, repeat=5)
     return 2 * size**3 / min(seconds)

@@ -106,12 +106,11 @@ def orthogonal_experts(every: int) -> optax.GradientTransformation:
     if not every:
         return optax.identity()
 
+    def part(name, update, weight):
+        return jax.vmap(orthogonal_part)(update, weight) if "moe/experts/" in name else update
+
     def project(updates, params):
-        return tree.map_with_name(
-            lambda name, u, w: jax.vmap(orthogonal_part)(u, w) if "moe/experts/" in name else u,
-            updates,
-            params,
-        )
+        return tree.map_with_name(part, updates, params)
 
     def update(updates, state, params):
         updates = jax.lax.cond(
