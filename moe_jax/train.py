@@ -133,24 +133,19 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     if not ROUTERS[settings.model.router].learned:
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with metrics.writer(workdir, resume_step=start) as write_row:
-        state, results = loop.run(
-            state,
-            start,
-            text,
-            settings,
-            loop.Parts(
-                train_step=on_mesh(train_step),
-                evaluators=evaluators.schedule(context),
-                save=save,
-                learning_rate=optimizer.schedule(settings.optimizer, training.num_steps),
-                write=write_row,
-                tokens_per_step=tokens_per_step,
-                model_flops_per_token=flops_per_token,
-                analytic_flops_per_token=flops.analytic_flops(settings.model, length),
-                peak_flops=flops.peak_flops(jax.devices()[0]) * jax.device_count(),
-                largest=distributed.Largest(mesh),
-            ),
+        parts = loop.Parts(
+            train_step=on_mesh(train_step),
+            evaluators=evaluators.schedule(context),
+            save=save,
+            learning_rate=optimizer.schedule(settings.optimizer, training.num_steps),
+            write=write_row,
+            tokens_per_step=tokens_per_step,
+            model_flops_per_token=flops_per_token,
+            analytic_flops_per_token=flops.analytic_flops(settings.model, length),
+            peak_flops=flops.peak_flops(jax.devices()[0]) * jax.device_count(),
+            largest=distributed.Largest(mesh),
         )
+        state, results = loop.run(state, start, text, settings, parts)
 
     # result ---------------------------------------------------------------------------------
     tokens, lineage = training.num_steps * tokens_per_step, init.lineage(settings.init.source)

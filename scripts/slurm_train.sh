@@ -46,7 +46,7 @@ if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
     eval "$flags"
 fi
 
-# Not through srun, which takes a SIGTERM of its own for an order to kill the step.
+# The signal does not go through srun, which takes a SIGTERM as an order to kill the step.
 stopped=
 trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID" || true' TERM
 srun python scripts/train.py "$@" &

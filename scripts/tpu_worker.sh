@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a worker of a TPU VM does when scripts/tpu_vm.sh asks; not for a person.
+# scripts/tpu_vm.sh starts this on the workers of a TPU VM; it is not for a person.
 #
 #   bash scripts/tpu_worker.sh setup             Python, a virtual environment, jax[tpu]
 #   bash scripts/tpu_worker.sh start CHIP ARG…   scripts/train.py ARG…, detached

@@ -277,7 +277,7 @@ def _normal(*shapes: tuple[int, ...]) -> list[jax.Array]:
 
 
 def _large_products(number_of_flops: float) -> Callable:
-    """That many FLOPs (to half a percent) in large products, each of the last one's result."""
+    """A chain of large products with this number of FLOPs, to half a percent."""
     width = sizes.here().ceiling
     number = max(1, round(number_of_flops / (2 * width**3)))
     rows = 64 * max(1, round(number_of_flops / (2 * width**2 * number) / 64))

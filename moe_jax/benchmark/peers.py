@@ -53,8 +53,8 @@ def check(peer: str, benchmark: str) -> None:
         can = ", ".join(PEERS[peer])
         raise ValueError(f"--peer={peer} does not do {benchmark}; it does {can}")
     if (here := implementations.platform()) != "cpu":
-        advice = "set JAX_PLATFORMS=cpu"
-        raise ValueError(f"--peer={peer} is made for a CPU, not for a {here}; {advice}")
+        where = f"is made for a CPU, not for a {here}"
+        raise ValueError(f"--peer={peer} {where}; set JAX_PLATFORMS=cpu")
     missing = [name for name in NEEDS[peer] if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--peer={peer} needs more: pip install {' '.join(missing)}")

@@ -20,9 +20,7 @@ from moe_jax import config as configs
 def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.add_argument("--config", required=True, help="the sparse model's FILE[:arg]")
-    parser.add_argument(
-        "--dense_tokens", required=True, type=float, help="the parent has had these"
-    )
+    parser.add_argument("--dense_tokens", required=True, type=float, help="the parent had these")
     parser.add_argument("--moe_tokens", required=True, type=float, help="the MoE will get these")
     parent = parser.add_mutually_exclusive_group()
     parent.add_argument("--dense_config", help="the parent's FILE[:arg], if not made from --config")

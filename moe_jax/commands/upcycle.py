@@ -49,7 +49,7 @@ def main() -> None:
     add("--source", required=True, metavar="DIR[,DIR…]", help="the parent or parents")
     add("--output", required=True, type=pathlib.Path, help="must not exist")
     add("--to", default="hf", choices=("hf", "orbax"), help="format of the output (hf)")
-    add("--recipe", default="drop", choices=recipes.RECIPES, help="how experts are made (drop)")
+    add("--recipe", default="drop", choices=recipes.RECIPES, help="recipe of the experts (drop)")
     add("--num_experts", type=int, default=8, help="experts of a sparse layer (8)")
     add("--num_experts_per_tok", type=int, default=2, help="experts that a token uses (2)")
     add("--granularity", type=int, default=1, help="experts to one feed-forward (1)")
@@ -128,17 +128,17 @@ def sources_of(arguments) -> list[pathlib.Path]:
     return paths
 
 
-def of_folder(made: folders.Folder, sources: list[folders.Folder]) -> list[similarity.Experts]:
+def of_folder(moe: folders.Folder, parents: list[folders.Folder]) -> list[similarity.Experts]:
     """Rows for the first, middle and last sparse layer; one layer is in memory at a time."""
-    if made.config.num_experts < 2:
+    if moe.config.num_experts < 2:
         return []
-    layers = layout.sparse_layers(made.config)
-    dense = len(sources) == 1 and not sources[0].config.num_experts
+    layers = layout.sparse_layers(moe.config)
+    dense = len(parents) == 1 and not parents[0].config.num_experts
     return [
         similarity.of_layer(
             layer,
-            made.feed_forward(layer, "moe/experts"),
-            sources[0].feed_forward(layer, "mlp") if dense else None,
+            moe.feed_forward(layer, "moe/experts"),
+            parents[0].feed_forward(layer, "mlp") if dense else None,
         )
         for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]})
     ]

@@ -17,7 +17,7 @@ from moe_jax.model.presets import PRESETS
 from moe_jax.model.router import ROUTERS
 from moe_jax.upcycle import recipes
 
-Made = TypeVar("Made", bound=Section)
+Part = TypeVar("Part", bound=Section)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,13 +82,13 @@ def resolve(config: ConfigDict) -> Run:
         **{name: value for name, value in upcycle.items() if name in own},
         "parameters": {n: v for n, v in upcycle.items() if n not in own and v is not None},
     }
-    values["model"] = _model(values["model"], _made(sections.Init, values["init"]))
-    return _made(Run, {**values, "config": config})
+    values["model"] = _model(values["model"], _section(sections.Init, values["init"]))
+    return _section(Run, {**values, "config": config})
 
 
-def _made(kind: type[Made], values: dict[str, Any]) -> Made:
+def _section(kind: type[Part], values: dict[str, Any]) -> Part:
     parts = {
-        field.name: _made(section, values[field.name])
+        field.name: _section(section, values[field.name])
         for field in dataclasses.fields(kind)
         if (section := section_of(field))
     }

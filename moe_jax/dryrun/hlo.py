@@ -101,7 +101,7 @@ def _window_flops(
 def _positions(
     image: int, result: int, size: int, stride: int, pad: int, spread: int, step: int
 ) -> int:
-    """How often an element of the window lies on an element of the image, along one axis."""
+    """Number of pairs of a window's and an image's element that meet, along one axis."""
     total, first = 0, np.arange(result) * stride - pad
     for at in (first + k * step for k in range(size)):
         on = (at >= 0) & (at <= (image - 1) * spread) & (at % spread == 0)
@@ -131,7 +131,7 @@ def _kernel_flops(call: hlo_text.Instruction, kernels: Mapping[str, int], filled
 
 
 def kernel_calls(text: str) -> dict[str, int]:
-    """How often a step runs each Pallas kernel of TPU text, by the name given to `pallas_call`."""
+    """Calls of each Pallas kernel in a step of TPU text, by the name given to `pallas_call`."""
     count = hlo_text.Module(text).total(
         lambda _, i: {_kernel_name(i): 1} if _KERNEL in i.rest else {}
     )

@@ -47,7 +47,7 @@ class Record:
 
     @property
     def look(self) -> dict[str, Any]:
-        """Its colour, marker and dash, the same in all figures."""
+        """The colour, marker and dash of its curves, the same in all figures."""
         looks = {"color": COLOURS, "marker": MARKERS, "linestyle": DASHES}
         return {key: values[self.place % len(values)] for key, values in looks.items()}
 
@@ -150,7 +150,7 @@ def expert_load(records: list[Record]) -> Figure | None:
 
 
 def router_health(records: list[Record]) -> Figure | None:
-    """How evenly the routers use their experts, over training: means and worst layers."""
+    """Evenness of the routers' use of experts over training: means and worst layers."""
     arms = [record for record in records if record.is_sparse]
     if not arms:
         return None

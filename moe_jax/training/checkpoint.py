@@ -95,11 +95,6 @@ def digests(leaves: dict[str, jax.Array]) -> dict[str, int]:
     return {path: int(x) for path, x in jax.device_get(_digests(leaves)).items()}
 
 
-@jax.jit
-def _digests(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: _digest(x) for path, x in leaves.items()}
-
-
 def _digest(x: jax.Array) -> jax.Array:
     name = jnp.uint32(zlib.crc32(f"{x.shape} {x.dtype}".encode()))
     if x.dtype == bool:
@@ -110,6 +105,9 @@ def _digest(x: jax.Array) -> jax.Array:
     for axis in range(x.ndim):
         position = _mix(position + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis))
     return jnp.sum(_mix(words ^ position), dtype=jnp.uint32) + name
+
+
+_digests = jax.jit(lambda leaves: jax.tree.map(_digest, leaves))
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import tqdm
 
 from moe_jax import command_line
 from moe_jax import config as configs
@@ -15,7 +16,6 @@ from moe_jax.analysis import measures
 from moe_jax.data.batches import Batch
 from moe_jax.evaluation.evaluators import Scheduled
 from moe_jax.parallel import distributed
-from moe_jax.training import metrics
 from moe_jax.training.state import Measures, TrainState
 
 
@@ -40,9 +40,9 @@ def run(
 ) -> tuple[TrainState, dict]:
     """Trains from step `start` to `training.num_steps`; returns the evaluators' last results too.
 
-    Where a step is due for several of them, the order is checkpoint, evaluators, train step: a run
-    restored at that step goes on with the evaluators and writes the same rows. A signal to one
-    process stops all, at the same step.
+    At one step the order is checkpoint, evaluators, train step: a run restored at that step goes on
+    with the evaluators and writes the same rows. A signal to one process stops all, at the same
+    step.
 
     Raises: SystemExit 75 after SIGTERM or Ctrl-C (a checkpoint is saved first), 3 when too many
     steps in a row were not finite.
@@ -50,7 +50,9 @@ def run(
     last = settings.training.num_steps
     log = _TrainingLog(settings, parts, start)
     results: dict = {}
-    with _stop_signals() as requested, metrics.progress(total=last, initial=start) as bar:
+    silent = None if distributed.is_first() else True  # None is silent without a terminal
+    progress = tqdm.tqdm(total=last, initial=start, unit="step", disable=silent, dynamic_ncols=True)
+    with _stop_signals() as requested, progress as bar:
         for step in range(start, last + 1):
             stopped_by = parts.largest(requested())
             due = step % settings.checkpoint.every_steps == 0 or step == last or stopped_by

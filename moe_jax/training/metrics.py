@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and the progress bar."""
+"""metrics.jsonl and TensorBoard."""
 
 import contextlib
 import json
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 import tensorboardX
-import tqdm
 
 from moe_jax import files
 from moe_jax.parallel import distributed
@@ -57,12 +56,6 @@ def read(path: pathlib.Path) -> list[dict]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def progress(*, total: int, initial: int) -> tqdm.tqdm:
-    """The bar of process 0, with steps and the time left; silent unless stderr is a terminal."""
-    silent = None if distributed.is_first() else True
-    return tqdm.tqdm(total=total, initial=initial, unit="step", disable=silent, dynamic_ncols=True)
 
 
 def _is_before(row: dict, step: int) -> bool:
