@@ -122,8 +122,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     )
 
     def save(at: int, state: TrainState) -> None:
-        config, keep = settings.config.to_dict(), settings.checkpoint.keep
-        data = {"step": at}
+        data, config, keep = {"step": at}, settings.config.to_dict(), settings.checkpoint.keep
         checkpoint.save(workdir / "checkpoints", at, state, data=data, config=config, keep=keep)
 
     tokens_per_step = training.batch_size * length

@@ -30,8 +30,8 @@ def main() -> None:
     for check in verify.checks():
         found.append(check)
         if not arguments.json:
-            row = (check.op, check.implementation, check.status, check.detail)
-            print("{:15} {:12} {:9} {}".format(*row), flush=True)
+            state = f"{check.status:9} {check.detail}"
+            print(f"{check.op:15} {check.implementation:12} {state}", flush=True)
     if arguments.json:
         print(json.dumps([dataclasses.asdict(check) for check in found], indent=1))
     sys.exit(any(check.status in ("wrong", "fails") for check in found))

@@ -30,11 +30,9 @@ def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dic
     path = workdir / "metrics.jsonl"
     kept = [row for row in read(path) if _is_before(row, resume_step)] if resume_step else []
     files.write_text(path, "".join(_line(row) for row in kept))
-    purge_step = resume_step or None
-    with (
-        open(path, "a", encoding="utf-8") as jsonl,
-        tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step) as board,
-    ):
+    folder = str(workdir / "tensorboard")
+    board = tensorboardX.SummaryWriter(folder, purge_step=resume_step or None)
+    with open(path, "a", encoding="utf-8") as jsonl, board:
 
         def write(row: dict) -> None:
             plain = _plain(row)
