@@ -128,7 +128,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     tokens_per_step = training.batch_size * length
     flops_per_token = flops.model_flops(settings.model, length)
     # A frozen model has a forward pass only.
-    flops_per_token += sum(flops.model_flops(config, length) / 3 for config, _ in frozen.values())
+    flops_per_token += sum(flops.model_flops(config, length) / 3 for config in frozen.values())
     if not ROUTERS[settings.model.router].learned:
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with metrics.writer(workdir, resume_step=start) as write_row:
@@ -188,8 +188,8 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
     frozen, params = {}, {}
     for name, source in sources.items():
         with checks.refusing(f"config.objective, {name}: "):
-            frozen[name] = stores.load(pathlib.Path(source), mesh)
-        vocab_size = frozen[name][0].vocab_size
+            frozen[name], params[name] = stores.load(pathlib.Path(source), mesh)
+        vocab_size = frozen[name].vocab_size
         if vocab_size != settings.model.vocab_size:
             raise configs.ConfigError(
                 f"config.objective, {name} {source}: a model of {vocab_size} tokens does not fit "

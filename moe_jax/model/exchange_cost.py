@@ -1,4 +1,4 @@
-"""Which way of `exchange.py` sends the least, by what each sends for one layer."""
+"""Which mode of `exchange.py` sends the least, by what each sends for one layer."""
 
 import functools
 import math

@@ -2,7 +2,7 @@
 
 Always inside `jax.shard_map` when a mesh is set: left to automatic partitioning the sort of the
 dispatch becomes a global one, with all-reduces of [assignments, D]. How tokens and experts that lie
-on other devices meet is `model/exchange.py`. Without a mesh the same per-device function
+on other devices meet is `exchange.py`. Without a mesh the same per-device function
 is called directly.
 """
 
