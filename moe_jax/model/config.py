@@ -1,4 +1,4 @@
-"""What a model is: one frozen dataclass."""
+"""The description of a model: one frozen dataclass."""
 
 import dataclasses
 import math
@@ -11,14 +11,14 @@ FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
 
 class BlockKind(NamedTuple):
-    """What one layer differs in from another of the same model."""
+    """The ways in which the layers of one model differ."""
 
     feed_forward: str  # DENSE or MOE
     window: int | None  # the keys that a query sees, itself included; None is all before it
 
 
-# What a field of ModelConfig belongs to: what is compared of two models, and what a sparse model
-# has of its own, follows from it.
+# Every field of ModelConfig belongs to one of these. The answer decides which fields of two models
+# are compared, and which ones a sparse model sets for itself.
 ARCHITECTURE, ORIGIN, EXPERTS = "architecture", "origin", "experts"
 ROUTER, ATTENTION_EXPERTS, COMPUTATION = "router", "attention_experts", "computation"
 
@@ -31,7 +31,7 @@ def _field(
     positive: bool = False,
     choices: tuple[str, ...] = (),
 ):
-    """A field that says what it belongs to, and which values it may have.
+    """A field of ModelConfig: what it belongs to, and which values it may have.
 
     at_least: the smallest whole number. positive: a finite number more than 0.
     """
@@ -66,8 +66,7 @@ class ModelConfig:
     norm: str = _field("rms", choices=("rms", "layer", "layer_1p"))
     rms_norm_eps: float = _field(1e-5, positive=True)  # of whichever norm
     hidden_act: str = _field(
-        "silu",
-        choices=("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu2"),
+        "silu", choices=("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu2")
     )
     gated_mlp: bool = _field(True)  # down(act(gate x) * up x), else down(act(up x))
     mlp_bias: bool = _field(False)
@@ -117,7 +116,7 @@ class ModelConfig:
     # None: all dense without experts, all sparse with them.
     layers: tuple[str, ...] | None = _field(None, EXPERTS)
 
-    # How it is computed rather than what it is.
+    # These say how the model is computed, not what it is.
     dtype: str = _field("float32", COMPUTATION, choices=("float32", "bfloat16"))
     remat: str = _field(
         "full",
@@ -128,7 +127,7 @@ class ModelConfig:
     expert_parallel: str = _field(
         "auto", COMPUTATION, choices=("auto", "fsdp", "ring", "all_to_all")
     )
-    # An implementation that the command `doctor` lists; so is attention.
+    # Both name an implementation that the command `doctor` lists.
     grouped_matmul: str = _field("auto", COMPUTATION)
     attention: str = _field("auto", COMPUTATION)
 
@@ -220,7 +219,7 @@ class ModelConfig:
         for name, value in self.router_parameters:
             if name not in row.parameters:
                 takes = ", ".join(row.parameters) or "none"
-                yield (f"router_parameters has {name!r}, but router={self.router!r} takes {takes}")
+                yield f"router_parameters has {name!r}, but router={self.router!r} takes {takes}"
             elif not isinstance(value, type(row.parameters[name])):
                 kind = type(row.parameters[name]).__name__
                 yield f"router_parameters: {name}={value!r} must be of the type {kind}"
@@ -285,26 +284,13 @@ class ModelConfig:
             ops["grouped_matmul"] = self.grouped_matmul
         return ops
 
-    def to_moe(
-        self,
-        *,
-        num_experts: int,
-        num_experts_per_tok: int,
-        layers: tuple[str, ...] | None = None,
-        **fields,
-    ) -> "ModelConfig":
-        """The config of this model upcycled, sparse where `layers` says so, else in all.
+    def to_moe(self, *, num_experts: int, num_experts_per_tok: int, **fields) -> "ModelConfig":
+        """The config of this model upcycled: sparse in all layers, unless `layers` says which.
 
-        `fields` are what else it has of its own: a narrower `moe_intermediate_size`, its router, …
+        `fields` are other fields of its own: `layers`, `moe_intermediate_size`, `router`, …
         """
-        return dataclasses.replace(
-            self,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layers=layers,
-            model_type=None,
-            **fields,
-        )
+        fields |= {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
+        return dataclasses.replace(self, **{"layers": None, "model_type": None} | fields)
 
     def to_dense(self, **fields) -> "ModelConfig":
         """The config of a dense model as wide as one of this mixture's experts."""
@@ -328,7 +314,5 @@ def fields_of(*belongs: str) -> frozenset[str]:
 
 def choices(name: str) -> tuple[str, ...]:
     """The values that a field of ModelConfig may have."""
-    if name == "router":
-        return tuple(ROUTERS)
-    [field] = (field for field in dataclasses.fields(ModelConfig) if field.name == name)
-    return field.metadata["choices"]
+    field = ModelConfig.__dataclass_fields__[name]
+    return tuple(ROUTERS) if name == "router" else field.metadata["choices"]

@@ -1,4 +1,4 @@
-"""Attention of new positions to keys and values that are kept: what decoding does."""
+"""Decoding's attention: new positions see keys and values that were kept."""
 
 import jax
 import jax.numpy as jnp

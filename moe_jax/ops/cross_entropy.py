@@ -9,8 +9,8 @@ from flax import struct
 from moe_jax.ops.implementations import Implementation, choose, platform
 from moe_jax.parallel import sharding
 
-# At a time on a device, by platform: 16 MiB in float32, which stay in a CPU's cache; elsewhere 256
-# MiB, for each chunk reads and writes the vocabulary's matrix and its gradient once.
+# The logits of a chunk on a device, by platform: 16 MiB in float32 stay in a CPU's cache; elsewhere
+# 256 MiB, for each chunk reads and writes the vocabulary's matrix and its gradient once.
 CHUNK_LOGITS = {"cpu": 2**22, "gpu": 2**26, "tpu": 2**26}
 
 
@@ -37,7 +37,7 @@ def cross_entropy(
     Args:
       x_BTD: the final norm's output.
       weight_BT: 1 counts a token, 0 leaves it out.
-      z_coefficient: of the penalty on the logits' size (PaLM has 1e-4).
+      z_coefficient: the weight of the penalty on the logits' size (PaLM has 1e-4).
       implementation: "reference" (all logits at once), "chunked" (some positions at a time, the
         gradient made on the way: three products, as in the reference, and no [B, T, V] buffer), or
         "auto", which is "chunked".
@@ -46,7 +46,7 @@ def cross_entropy(
 
     Raises: ValueError for an unknown `implementation`.
     """
-    local = choose("cross_entropy", implementation, IMPLEMENTATIONS)
+    local = choose("cross_entropy", implementation, IMPLEMENTATIONS).function
     arrays = (x_BTD, unembed_DV, targets_BT, weight_BT)
     if jax.sharding.get_abstract_mesh().empty:
         return local(*arrays, z_coefficient)
@@ -124,7 +124,7 @@ def _nothing() -> LossSums:
 
 
 def _chunked_forward(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient):
-    """Makes the gradient too: each chunk's logits exist once, and are not computed again."""
+    """Makes the gradient too, so that each chunk's logits are computed once."""
     weight_DV = unembed_DV.astype(x_BTD.dtype)
 
     def add(carry, chunk):

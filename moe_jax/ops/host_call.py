@@ -25,10 +25,10 @@ _DTYPES = {4: np.int32, 5: np.int64, 11: np.float32, 12: np.float64}
 
 def call(
     name: str, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array, flops: int
-) -> list[jax.Array]:
-    """The function registered as `name`, of arrays of a program.
+) -> Sequence[jax.Array]:
+    """Calls the function registered as `name` with arrays of a program.
 
-    Args: flops: of its products, which nobody else could know (`dryrun/hlo.py` reads them).
+    Args: flops: those of its products, which `dryrun/hlo.py` reads and cannot know otherwise.
     """
     _wait_at_exit()
     function = jax.ffi.ffi_call(name, results, vmap_method="sequential")
@@ -37,7 +37,7 @@ def call(
 
 @functools.cache
 def _wait_at_exit() -> None:
-    """A call that begins after the interpreter has ended would wait for it for ever."""
+    """Lets calls end before the interpreter: one that begins later would wait for it for ever."""
 
     def wait():
         with contextlib.suppress(Exception):  # what failed has been said, or nobody asked
@@ -62,7 +62,7 @@ def register(name: str, function: Callable) -> None:
         elif frame.stage == _EXECUTE:
             try:
                 function(frame.inputs.arrays(), frame.outputs.arrays())
-            except Exception:  # into XLA nothing can be raised; it raises this text
+            except Exception:  # nothing can be raised into XLA, which raises this text instead
                 return frame.api.contents.error(traceback.format_exc())
         return None
 
@@ -72,14 +72,14 @@ def register(name: str, function: Callable) -> None:
     )
 
 
-_ALIVE = []  # the C functions: XLA keeps only their addresses
+_ALIVE: list[Callable] = []  # the C functions, of which XLA keeps only the addresses
 
 
 # The structs below are those of xla/ffi/api/c_api.h, as far as they are read.
 
 
 def _fields(**fields) -> list[tuple[str, type]]:
-    """Those of a struct, which begins with its size and a list of extensions."""
+    """The fields of a struct, which begins with its size and a list of extensions."""
     start = {"size": ctypes.c_size_t, "extension": ctypes.c_void_p}
     return [*(start | fields).items()]
 
@@ -94,9 +94,7 @@ class _Metadata(ctypes.Structure):
 
 class _Extension(ctypes.Structure):
     _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("type", ctypes.c_int),
-        ("next", ctypes.c_void_p),
+        *(("size", ctypes.c_size_t), ("type", ctypes.c_int), ("next", ctypes.c_void_p)),
         ("metadata", ctypes.POINTER(_Metadata)),
     )
 
