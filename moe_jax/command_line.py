@@ -44,9 +44,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_MISTAKE, f"{self.prog}: {message}\n")
 
     @contextlib.contextmanager
-    def refusing(
-        self, mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
-    ) -> Iterator[None]:
+    def refusing(self, mistakes: tuple = (ValueError, OSError)) -> Iterator[None]:
         """A mistake raised in the block ends the program with one line and exit status 2.
 
         A ConfigError is a ValueError. Ctrl-C ends the program with one line too, and status 130.

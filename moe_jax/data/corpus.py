@@ -55,12 +55,8 @@ class TokenizedCorpus:
     def bytes_per_token(self) -> dict[str, float]:
         """Mean bytes of text per predicted token, by label."""
         pairs = np.bincount(self.label_ids, weights=self.pairs, minlength=len(self.labels))
-        return {
-            label: num_bytes / num_pairs
-            for label, num_bytes, num_pairs in zip(
-                self.labels, self.bytes_per_label, pairs, strict=True
-            )
-        }
+        rows = zip(self.labels, self.bytes_per_label, pairs, strict=True)
+        return {label: num_bytes / num_pairs for label, num_bytes, num_pairs in rows}
 
     @property
     def byte_unigram_bits(self) -> float:

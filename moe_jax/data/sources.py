@@ -33,10 +33,7 @@ SOURCES = {
 
 
 def check(spec: str) -> None:
-    """Refuses a source that cannot be read, without reading it.
-
-    Raises: ValueError, in one line.
-    """
+    """Raises: ValueError, in one line, for a source that cannot be read; it reads none of it."""
     _source(spec).check(spec)
 
 

@@ -97,21 +97,18 @@ def _jsonl_documents(path: pathlib.Path, file) -> Iterator[tuple[str, Document]]
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
+        where = f"data.source: {path}:{number}"
         try:
             record = json.loads(line)
             text = record["text"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f'data.source: {path}:{number} is not a JSON object with "text"; mend the line'
-            ) from None
+            raise ValueError(f'{where} is not a JSON object with "text"; mend the line') from None
         if not isinstance(text, str):
-            raise ValueError(f'data.source: {path}:{number}: "text" is not a string; mend the line')
+            raise ValueError(f'{where}: "text" is not a string; mend the line')
         label = str(record.get("language") or record.get("lang") or "all")
         key = str(next((record[k] for k in ("doc", "id") if record.get(k) not in (None, "")), text))
         try:
             f"{key}{label}{text}".encode()
         except UnicodeEncodeError:  # JSON can escape what no text can hold
-            raise ValueError(
-                f"data.source: {path}:{number} has half a surrogate pair; mend the line"
-            ) from None
+            raise ValueError(f"{where} has half a surrogate pair; mend the line") from None
         yield key, Document(text, label)

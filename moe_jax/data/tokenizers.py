@@ -179,7 +179,5 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> No
     except RuntimeError as error:
         # The trainer's text begins with a line of its source, and ends with an option of its own.
         reason = str(error).splitlines()[-1].rpartition("] ")[2].partition(" or decrease ")[0]
-        reason = reason or "it has no usable lines"
-        raise ValueError(
-            f"vocab_size={vocab_size} cannot be trained on this text: {reason}"
-        ) from None
+        problem = f"cannot be trained on this text: {reason or 'it has no usable lines'}"
+        raise ValueError(f"vocab_size={vocab_size} {problem}") from None

@@ -77,10 +77,8 @@ def _attention_of_one(x_BTD, params, cache, positions_BT, segment_ids_BT, config
     if config.qk_norm != "none":
         q_BTNH = layers.norm(q_BTNH, params["q_norm"], config)
         k_BTKH = layers.norm(k_BTKH, params["k_norm"], config)
-    if config.clip_qkv is not None:
-        q_BTNH, k_BTKH, v_BTKH = (
-            jnp.clip(x, -config.clip_qkv, config.clip_qkv) for x in (q_BTNH, k_BTKH, v_BTKH)
-        )
+    if (most := config.clip_qkv) is not None:
+        q_BTNH, k_BTKH, v_BTKH = (jnp.clip(x, -most, most) for x in (q_BTNH, k_BTKH, v_BTKH))
     if config.position_embedding == "rotary":
         q_BTNH, k_BTKH = (layers.rotate(x, positions_BT, config) for x in (q_BTNH, k_BTKH))
     q_BTNH, k_BTKH, v_BTKH = remat.named("qkv", (q_BTNH, k_BTKH, v_BTKH))

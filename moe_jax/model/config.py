@@ -159,16 +159,14 @@ class ModelConfig:
             yield from self._problems_of_routing()
 
     def _problems_of_sizes(self):
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+        N, K = self.num_attention_heads, self.num_kv_heads
+        if self.head_dim is None and self.hidden_size % N:
             yield (
-                f"hidden_size={self.hidden_size} is not divisible by "
-                f"num_attention_heads={self.num_attention_heads}; change one or set head_dim"
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={N}; "
+                "change one or set head_dim"
             )
-        if self.num_attention_heads % self.num_kv_heads:
-            yield (
-                f"num_attention_heads={self.num_attention_heads} is not divisible by "
-                f"num_key_value_heads={self.num_kv_heads}"
-            )
+        if N % K:
+            yield f"num_attention_heads={N} is not divisible by num_key_value_heads={K}"
         if self.position_embedding == "rotary" and not (
             2 <= self.rotary_size <= self.head_size and self.rotary_size % 2 == 0
         ):
@@ -176,17 +174,13 @@ class ModelConfig:
                 f"partial_rotary_factor={self.partial_rotary_factor} rotates {self.rotary_size} of "
                 f"head_dim={self.head_size}; rotary positions need an even number from 2 to it"
             )
-        if self.num_experts and self.num_experts_per_tok > self.num_experts:
-            yield (
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than "
-                f"num_experts={self.num_experts}; choose at most {self.num_experts}"
-            )
+        A, E = self.num_experts_per_tok, self.num_experts
+        if 0 < E < A:
+            yield f"num_experts_per_tok={A} is more than num_experts={E}; choose at most {E}"
 
     def _problems_of_layers(self):
-        for name, kinds in (
-            ("layers", (DENSE, MOE)),
-            ("layer_types", (FULL_ATTENTION, SLIDING_ATTENTION)),
-        ):
+        kinds_of = {"layers": (DENSE, MOE), "layer_types": (FULL_ATTENTION, SLIDING_ATTENTION)}
+        for name, kinds in kinds_of.items():
             value = getattr(self, name)
             if value is None:
                 continue
@@ -223,13 +217,11 @@ class ModelConfig:
             elif not isinstance(value, type(row.parameters[name])):
                 kind = type(row.parameters[name]).__name__
                 yield f"router_parameters: {name}={value!r} must be of the type {kind}"
-        if self.num_experts % self.num_expert_groups:
-            yield (
-                f"num_experts={self.num_experts} is not divisible by "
-                f"num_expert_groups={self.num_expert_groups}"
-            )
+        E, G = self.num_experts, self.num_expert_groups
+        if E % G:
+            yield f"num_experts={E} is not divisible by num_expert_groups={G}"
         yield from row.problems(self)
-        if self.num_experts == 1 and self.gate_norm_std is not None:
+        if E == 1 and self.gate_norm_std is not None:
             yield "gate_norm_std needs num_experts of 2 or more: one logit has no deviation"
         if self.dispatch == "merge" and self.router != "softmax_topk":
             yield f"dispatch='merge' weighs experts by their softmax, not by {self.router!r}"

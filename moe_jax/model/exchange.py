@@ -92,12 +92,8 @@ def _plan(expert_index_MA, valid_M, E, config, key) -> tuple[permute.Permutation
             return remat.named("plan", plan), jnp.zeros((), jnp.int32)
         if config.token_priority != "random":
             key = None
-        C = capacity(
-            len(valid_M) * config.num_experts_per_tok,
-            config.num_experts,
-            config.capacity_factor,
-            config.min_capacity,
-        )
+        sizes = config.num_experts, config.capacity_factor, config.min_capacity
+        C = capacity(len(valid_M) * config.num_experts_per_tok, *sizes)
         plan = remat.named("plan", permute.fill_slots(expert_index_MA, valid_M, E, C, key))
         chosen_MA = (expert_index_MA < E) & valid_M[:, None]
         num_dropped = jnp.sum(chosen_MA) - jnp.sum(plan.group_sizes_E)

@@ -139,7 +139,7 @@ _UPCYCLED: dict[str, tuple[str, int, int, dict[str, Any]]] = {
         {"gate_norm_std": 1.0, "max_position_embeddings": 8192, "model_type": "skywork"},
     ),
 }
-for _name, (_parent, _experts, _per_token, _other) in _UPCYCLED.items():
-    PRESETS[_name] = PRESETS[_parent].to_moe(
-        num_experts=_experts, num_experts_per_tok=_per_token, **_other
-    )
+PRESETS |= {
+    name: PRESETS[parent].to_moe(num_experts=experts, num_experts_per_tok=per_token, **other)
+    for name, (parent, experts, per_token, other) in _UPCYCLED.items()
+}

@@ -199,7 +199,6 @@ class Leaf:
 
 
 KERNEL = Leaf(lambda D, E: (D, E), zero=False)
-Fields = Mapping[str, float | int | str | bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +223,7 @@ class Router:
 
     route: Callable[..., Routing]
     reads: tuple[str, ...] = ("num_experts_per_tok",)
-    parameters: Fields = dataclasses.field(default_factory=dict)
+    parameters: Mapping[str, float | int | str | bool] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, Leaf] = dataclasses.field(default_factory=lambda: {"kernel": KERNEL})
     problems: Callable[["ModelConfig"], Iterator[str]] = lambda config: iter(())
     sum_is_fixed: Callable[["ModelConfig"], bool] = lambda config: True

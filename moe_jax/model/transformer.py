@@ -121,13 +121,6 @@ def block(
     return sharding.constrain_batch(x_BTD + y_BTD), BlockOutput(stats, cache, tapped)
 
 
-def block_shapes(config: ModelConfig, feed_forward: str) -> dict:
-    attention_shapes = {"attention": attention.shapes(config)}
-    if feed_forward == DENSE:
-        return {**attention_shapes, "mlp": layers.mlp_shapes(config)}
-    return {**attention_shapes, "moe": moe.shapes(config)}
-
-
 def shell_shapes(config: ModelConfig) -> dict:
     V, D = config.vocab_size, config.hidden_size
     shapes = {"embed": {"tokens": (V, D)}, "final_norm": layers.norm_shapes(config)}
@@ -145,7 +138,12 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
     key_shell, key_blocks = (tree.fold_in(key, name) for name in ("shell", "blocks"))
 
     def layer_params(kind, layer):
-        module = Parameters(block_shapes(config, kind.feed_forward), config)
+        shapes = {"attention": attention.shapes(config)}
+        if kind.feed_forward == DENSE:
+            shapes["mlp"] = layers.mlp_shapes(config)
+        else:
+            shapes["moe"] = moe.shapes(config)
+        module = Parameters(shapes, config)
         return module.init(jax.random.fold_in(key_blocks, layer))["params"]
 
     shell = Parameters(shell_shapes(config), config)
@@ -198,12 +196,8 @@ def apply(
         segment_ids_BT = jnp.ones((B, T), jnp.int32)
     shared = Shared(positions_BT, segment_ids_BT)
     x_BTD, stats = hidden_states(params, tokens_BT, shared, config, return_routing=return_routing)
-    logits_BTV = jnp.einsum(
-        "btd,dv->btv",
-        x_BTD,
-        unembedding(params).astype(x_BTD.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    unembed_DV = unembedding(params).astype(x_BTD.dtype)
+    logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, unembed_DV, preferred_element_type=jnp.float32)
     return Output(logits_BTV, stats)
 
 

@@ -68,7 +68,7 @@ def attention(
       tensor axis does not divide the kv heads, or for a window below 1.
     """
     _, T, _, H = q_BTNH.shape
-    chosen = choose("attention", implementation, _table(T, H, q_BTNH.dtype))
+    chosen = _choose(implementation, T, H, q_BTNH.dtype)
     attend = functools.partial(chosen.function, window=_limit(window, T))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -91,8 +91,7 @@ def executed_pairs(
 
     Raises: ValueError where `attention` would.
     """
-    chosen = choose("attention", implementation, _table(T, H, jnp.dtype(dtype)))
-    return chosen.executed(T, _limit(window, T))
+    return _choose(implementation, T, H, jnp.dtype(dtype)).executed(T, _limit(window, T))
 
 
 def _limit(window: int | None, T: int) -> int | None:
@@ -102,13 +101,5 @@ def _limit(window: int | None, T: int) -> int | None:
     return window if window is not None and window < T else None
 
 
-def _table(T: int, H: int, dtype) -> dict[str, Attention]:
-    """IMPLEMENTATIONS, in which those that refuse such arrays are unavailable."""
-
-    def for_arrays(entry: Attention) -> Attention:
-        refusal = entry.refuses(T, H, dtype)
-        return dataclasses.replace(
-            entry, unavailable=lambda platform: entry.unavailable(platform) or refusal
-        )
-
-    return {name: for_arrays(entry) for name, entry in IMPLEMENTATIONS.items()}
+def _choose(name: str, T: int, H: int, dtype) -> Attention:
+    return choose("attention", name, IMPLEMENTATIONS, lambda row: row.refuses(T, H, dtype))

@@ -34,7 +34,8 @@ def visited_pairs(T: int, window: int | None = None) -> int:
 def chunked_executed(T: int, window: int | None) -> Executed:
     if block_size(T) == T:
         return pairwise.reference_executed(T, window)
-    return Executed(2 * visited_pairs(T, window), 5 * visited_pairs(T, window))
+    pairs = visited_pairs(T, window)
+    return Executed(2 * pairs, 5 * pairs)
 
 
 def chunked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window: int | None = None):

@@ -79,7 +79,7 @@ def chunked(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient) -> LossSums
         return jax.tree.map(jnp.add, total, sums), None
 
     chunks = _chunks(x_BTD, unembed_DV.shape[1], targets_BT, weight_BT)
-    return jax.lax.scan(add, _nothing(), chunks)[0]
+    return jax.lax.scan(add, LossSums(*[jnp.zeros(())] * 3), chunks)[0]
 
 
 def token_losses(x_BTD: jax.Array, unembed_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -119,10 +119,6 @@ def _chunks(x_BTD, V: int, *arrays_BT):
     )
 
 
-def _nothing() -> LossSums:
-    return LossSums(*(jnp.zeros(()),) * 3)
-
-
 def _chunked_forward(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient):
     """Makes the gradient too, so that each chunk's logits are computed once."""
     weight_DV = unembed_DV.astype(x_BTD.dtype)
@@ -144,7 +140,7 @@ def _chunked_forward(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient):
         return (jax.tree.map(jnp.add, total, sums), grad_DV), grad_BCD
 
     chunks = _chunks(x_BTD, unembed_DV.shape[1], targets_BT, weight_BT)
-    start = (_nothing(), jnp.zeros(unembed_DV.shape, jnp.float32))
+    start = (LossSums(*[jnp.zeros(())] * 3), jnp.zeros(unembed_DV.shape, jnp.float32))
     (total, grad_DV), grad_NBCD = jax.lax.scan(add, start, chunks)
     grad_BTD = jnp.moveaxis(grad_NBCD, 0, 1).reshape(x_BTD.shape)
     return total, (grad_BTD, grad_DV.astype(unembed_DV.dtype))

@@ -24,9 +24,7 @@ from moe_jax.ops.grouped_kernel import Kernel
 # and so read the rows once; four warps, and half the bytes in four stages, were no faster.
 _ROWS, _COLUMNS = 128, 256
 _CONTRACTED_BYTES = 128
-_WARPS = 8
-_STAGES = 3
-_STAGES_OF_LITTLE_MEMORY = 2
+_WARPS, _STAGES, _STAGES_OF_LITTLE_MEMORY = 8, 3, 2
 _LITTLE_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # compute capabilities: 100 KiB
 
 # The number of blocks of rows that use a matrix side by side: a matrix that is too large for the L2

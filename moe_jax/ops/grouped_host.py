@@ -143,10 +143,7 @@ def weight_gradient(x_MD, gradients, group_sizes_E):
 
 
 def _call(name, shapes, matrices, *arrays):
-    """Calls the numpy function of that name in float32 at least.
-
-    Each row is multiplied by one of each of the stacks `matrices`.
-    """
+    """Calls the numpy function in float32 at least; a row meets one of each of `matrices`."""
     *floats, group_sizes_E = arrays
     dtype = jnp.promote_types(floats[0].dtype, jnp.float32)
     return host_call.call(

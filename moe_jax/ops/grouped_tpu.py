@@ -170,11 +170,8 @@ MEGABLOX = megablox()
 def ragged_dot_unavailable(platform: str) -> str:
     # On v5p it made 8.01 times the due products at 8 experts and 64.05 times at 64 with jax 0.10.2
     # and the libtpu it pins; 1.00 with 0.12.0.1.
-    if jax.__version_info__ < (0, 12):
-        return (
-            f"multiplies by every expert for the gradient of the matrices on jax {jax.__version__}"
-        )
-    return ""
+    reason = "multiplies by every expert for the gradient of the matrices on jax "
+    return reason + jax.__version__ if jax.__version_info__ < (0, 12) else ""
 
 
 def _ragged_dot(left, right, group_sizes_E, contract: tuple[int, int], dtype):

@@ -38,19 +38,23 @@ def compute_capability() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def choose(op: str, name: str, table: Mapping[str, Row]) -> Row:
+def choose(
+    op: str, name: str, table: Mapping[str, Row], refuses: Callable[[Row], str] = lambda row: ""
+) -> Row:
     """The table's row `name`; for "auto" the first row that can run, printed once on stderr.
+
+    Args: refuses: the reason why a row cannot work with the arrays at hand, or "".
 
     Raises: ValueError for an unknown name, or one that cannot run here.
     """
     here = platform()
     if name == "auto":
-        name = pick(table, here)
+        name = next(n for n, row in table.items() if not (why_not(row, here) or refuses(row)))
         say_once(f"{op}: {name} on {here}")
     elif name not in table:
         known = ", ".join(map(repr, ("auto", *table)))
         raise ValueError(f"{op} implementation={name!r} is unknown; use one of {known}")
-    elif reason := why_not(table[name], here):
+    elif reason := why_not(table[name], here) or refuses(table[name]):
         raise ValueError(f"{op} implementation={name!r} {reason}; use 'auto'")
     return table[name]
 

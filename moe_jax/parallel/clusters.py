@@ -13,10 +13,6 @@ def _slurm(environ: Mapping[str, str]) -> int:
     return int(environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_JOB_ID" in environ else 1
 
 
-def _open_mpi(environ: Mapping[str, str]) -> int:
-    return int(environ.get("OMPI_COMM_WORLD_SIZE", 1))
-
-
 def _tpu_environment(environ: Mapping[str, str]) -> int:
     """A TPU slice on GKE, or wherever these are set; several slices are joined by Megascale."""
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
@@ -38,7 +34,7 @@ def _kubernetes(environ: Mapping[str, str]) -> int:
 
 # The number of processes by JAX's name of the cluster, in JAX's order; 2 stands for "several".
 CLUSTERS: dict[str, Callable[[Mapping[str, str]], int]] = {
-    "ompi": _open_mpi,
+    "ompi": lambda environ: int(environ.get("OMPI_COMM_WORLD_SIZE", 1)),
     "slurm": _slurm,
     "gketpu": _tpu_environment,
     "gcetpu": _tpu_metadata,

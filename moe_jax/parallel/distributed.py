@@ -259,10 +259,9 @@ def _report(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     text = " ".join(str(error).split())
     if isinstance(error, jax.errors.JaxRuntimeError) and any(s in text for s in SIGNS_OF_LOSS):
-        print(
+        watchdog.say(
             f"process {jax_private.process_id()} of {process_count()} lost another one "
-            f"({text[:120]}); {watchdog.GO_ON}",
-            file=sys.stderr,
+            f"({text[:120]}); {watchdog.GO_ON}"
         )
     else:
         traceback.print_exception(error)

@@ -59,6 +59,11 @@ ASYNC_ALL_GATHER = Flag(
     "fsdp's gather of the next weights overlaps with products; later chips do so by default",
 )
 
+COMBINED = {
+    "all_gather": "fsdp gathers all leaves of a layer in one collective instead of one each",
+    "reduce_scatter": "the same for the gradients of a layer",
+    "all_reduce": "the same where the data axis replicates parameters",
+}
 GPU = (
     Flag(
         "xla_gpu_enable_latency_hiding_scheduler",
@@ -66,20 +71,9 @@ GPU = (
         "its schedule corrupted the first backward pass around ragged exchanges (marin#8081), and "
         "on MoE steps it gained nothing (marin#6493: 0.3%)",
     ),
-    Flag(
-        "xla_gpu_all_gather_combine_threshold_bytes",
-        "1073741824",
-        "fsdp gathers all leaves of a layer in one collective instead of one each",
-    ),
-    Flag(
-        "xla_gpu_reduce_scatter_combine_threshold_bytes",
-        "1073741824",
-        "the same for the gradients of a layer",
-    ),
-    Flag(
-        "xla_gpu_all_reduce_combine_threshold_bytes",
-        "1073741824",
-        "the same where the data axis replicates parameters",
+    *(
+        Flag(f"xla_gpu_{collective}_combine_threshold_bytes", str(2**30), reason)
+        for collective, reason in COMBINED.items()
     ),
     Flag(
         "xla_gpu_enable_triton_gemm",
