@@ -77,7 +77,7 @@ class ModelConfig:
     qk_norm: str = _field("none", choices=("none", "head", "full"))
     clip_qkv: float | None = _field(None, positive=True)
     sliding_window: int | None = _field(None, at_least=1)  # keys that a query sees, with itself
-    # Which layers slide; None: all of them, if there is a window.
+    # The kind of each layer's attention; None: all layers slide, if there is a window.
     layer_types: tuple[str, ...] | None = _field(None)
 
     position_embedding: str = _field("rotary", choices=("rotary", "learned"))  # learned: GPT-2
@@ -109,7 +109,7 @@ class ModelConfig:
     # Dropless: the capacity of the virtual drop rate that is reported.
     capacity_factor: float = _field(1.25, EXPERTS, positive=True)
     min_capacity: int = _field(4, EXPERTS, at_least=1)
-    # Which tokens a full expert keeps.
+    # The order in which a full expert keeps tokens.
     token_priority: str = _field("position", EXPERTS, choices=("position", "random"))
     # Attentions whose outputs are mixed (BAM); 0 is plain attention.
     num_attention_experts: int = _field(0, ATTENTION_EXPERTS)
@@ -245,7 +245,7 @@ class ModelConfig:
 
     @property
     def rotary_size(self) -> int:
-        """How many of a head's dimensions are rotated."""
+        """The number of a head's dimensions that are rotated."""
         return int(self.head_size * self.partial_rotary_factor)
 
     @property

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moe_jax.model import remat
 from moe_jax.model.config import ModelConfig
 
-# By their Hugging Face names; gelu_new, gelu_fast and gelu_pytorch_tanh are one formula.
+# The keys are Hugging Face's names; gelu_new, gelu_fast and gelu_pytorch_tanh are one formula.
 _GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,

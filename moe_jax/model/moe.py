@@ -126,7 +126,7 @@ def routed(x_BTD, params, valid_BT, key, config):
     if "shared" in params:
         with jax.named_scope("shared_expert"):
             shared_MD = layers.feed_forward(x_MD, params["shared"], config)
-            # Else XLA fuses the sum into the last product, which then waits for the exchange
+            # Otherwise XLA fuses the sum into the last product, which then waits for the exchange
             # instead of running beside it.
             y_MD, shared_MD = jax.lax.optimization_barrier((y_MD, shared_MD))
             y_MD += shared_MD
@@ -134,7 +134,7 @@ def routed(x_BTD, params, valid_BT, key, config):
 
 
 def _route(x_MD, params, valid_M, key, config) -> Routing:
-    # In float32: with bfloat16 logits close calls between experts would depend on rounding.
+    # Logits are in float32: in bfloat16, close calls between experts would depend on rounding.
     x_MD = x_MD.astype(jnp.float32)
     logits_ME = remat.named("router_logits", x_MD @ params["kernel"].astype(jnp.float32))
     key = None if key is None else tree.fold_in(key, "noise")

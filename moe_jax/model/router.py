@@ -116,7 +116,7 @@ def noisy_topk(
     if A == E:
         return routing
     best_MA = jax.lax.top_k(noisy_ME, A + 1)[0]
-    # What another expert has to pass: the k-th best, for one that is chosen the best one left out.
+    # An expert that is left out has to pass the k-th best, a chosen one the best that is left out.
     chosen_ME = noisy_ME > best_MA[:, A:]
     threshold_ME = jnp.where(chosen_ME, best_MA[:, A:], best_MA[:, A - 1 : A])
     load_ME = jax.scipy.stats.norm.cdf((clean_ME - threshold_ME) / deviation_ME)
@@ -302,7 +302,7 @@ def _route_expert_choice(
 SOFTMAX = ("num_experts_per_tok", "norm_topk_prob", "gate_norm_std")
 BIAS, NOISE = Leaf(lambda D, E: (E,)), Leaf(lambda D, E: (D, E))  # noise: arXiv 2406.16554
 
-# By `ModelConfig.router`.
+# The keys are the values of `ModelConfig.router`.
 ROUTERS: dict[str, Router] = {
     "softmax_topk": Router(
         lambda logits, inputs, **values: softmax_topk(logits, **values),

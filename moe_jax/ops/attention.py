@@ -28,7 +28,7 @@ class Attention(Implementation):
     refuses: Callable[[int, int, jnp.dtype], str] = lambda T, H, dtype: ""  # the reason, or ""
 
 
-# In the order in which "auto" tries them.
+# "auto" tries them in this order.
 IMPLEMENTATIONS = {
     "splash": Attention(
         *(kernels.splash, ("tpu",)),

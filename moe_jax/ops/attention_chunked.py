@@ -94,7 +94,7 @@ def _chunked_backward(window, residuals, grad_BTNH):
     K, wide = k_BSKH.shape[2], wide_type(q_BTNH.dtype)
     q_JBKRH, k_JBKCH, v_JBKCH = (_blocks(x, K) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
     grad_JBKRH = _blocks(grad_BTNH, K)
-    # What the softmax's gradient subtracts, sum_s p_ts dp_ts, is grad_t · y_t.
+    # The softmax's gradient subtracts sum_s p_ts dp_ts, which is grad_t · y_t.
     inner_BTN = jnp.sum(grad_BTNH.astype(wide) * y_BTNH.astype(wide), axis=-1)
     inner_JBKR = _blocks(inner_BTN[..., None], K)[..., 0]
     segment_JBC = _segment_blocks(segment_ids_BT)

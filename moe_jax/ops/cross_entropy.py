@@ -153,5 +153,5 @@ def _chunked_backward(z_coefficient, gradients, cotangents):
 
 chunked.defvjp(_chunked_forward, _chunked_backward)
 
-# In the order in which "auto" tries them.
+# "auto" tries them in this order.
 IMPLEMENTATIONS = {"chunked": Implementation(chunked), "reference": Implementation(reference)}

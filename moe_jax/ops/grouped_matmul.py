@@ -77,9 +77,9 @@ def _backward(kernel, residuals, gradients):
 
 _product.defvjp(_forward, _backward)
 
-# In the order in which "auto" tries them. Megablox comes before ragged_dot, which copies every
-# matrix to transpose it for the gradient of the rows; `host` before `blocked`, which takes 1.3 to
-# 1.7 times as long (`python scripts/benchmark.py grouped_matmul`).
+# "auto" tries them in this order. Megablox comes before ragged_dot, which copies every matrix to
+# transpose it for the gradient of the rows; `host` comes before `blocked`, which takes 1.3 to 1.7
+# times as long (`python scripts/benchmark.py grouped_matmul`).
 IMPLEMENTATIONS = {
     "megablox": Implementation(functools.partial(_product, grouped_tpu.MEGABLOX), ("tpu",)),
     "triton": Implementation(functools.partial(_product, grouped_gpu.TRITON), ("gpu",)),

@@ -30,7 +30,7 @@ def platform() -> str:
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """That of this process's NVIDIA GPU, (9, 0) for an H100; None without one."""
+    """The capability of this process's NVIDIA GPU, (9, 0) for an H100; None without one."""
     device = jax.devices()[0]
     if not device.device_kind.startswith("NVIDIA"):
         return None
