@@ -23,19 +23,17 @@ def main() -> None:
         meant = f"; did you mean {near[0]}?" if near else ""
         print(f"moe_jax: no command {name!r}{meant} (moe_jax --help lists all)", file=sys.stderr)
         sys.exit(2)
-    sys.argv[:2] = [f"moe_jax {name}"]  # the program's name in its help and errors
+    sys.argv[:2] = [f"moe_jax {name}"]  # the program's name in help and errors
     importlib.import_module(f"moe_jax.commands.{name}").main()
 
 
 def listing() -> str:
-    """Every command with the first line of its file, which is not imported for that."""
-    width = max(map(len, FILES))
-    rows = []
+    """Every command with the first line of its docstring, read without importing its file."""
+    lines = ["usage: moe_jax NAME [options]; moe_jax NAME --help explains them", "", "commands:"]
     for name, path in FILES.items():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        rows.append(f"  {name:{width}}  {text.partition(chr(10))[0]}")
-    usage = "usage: moe_jax NAME [options]; moe_jax NAME --help explains them"
-    return "\n".join([usage, "", "commands:", *rows])
+        lines.append(f"  {name:{max(map(len, FILES))}}  {text.partition(chr(10))[0]}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all commands share: help that is the module's docstring, mistakes that end in one line."""
+"""The parts that all commands share: help is a module's docstring, a mistake ends in one line."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ def started_by_entry() -> bool:
 
 
 def command(name: str) -> list[str]:
-    """The words that start command `name` as this one was started, to be shown and to be run."""
+    """The words that start command `name` in the way in which this one was started."""
     if started_by_entry():
         return ["python", "-m", ENTRY, name]
     script = pathlib.Path(sys.argv[0]).resolve().with_name(f"{name}.py")
@@ -44,9 +44,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_MISTAKE, f"{self.prog}: {message}\n")
 
     @contextlib.contextmanager
-    def refusing(
-        self, mistakes: tuple[type[Exception], ...] = (ValueError, OSError)
-    ) -> Iterator[None]:
+    def refusing(self, mistakes: tuple = (ValueError, OSError)) -> Iterator[None]:
         """A mistake raised in the block ends the program with one line and exit status 2.
 
         A ConfigError is a ValueError. Ctrl-C ends the program with one line too, and status 130.
@@ -59,29 +57,28 @@ class Parser(argparse.ArgumentParser):
             self.exit(EXIT_INTERRUPTED, f"{self.prog}: interrupted\n")
 
 
-IN_WORDS = {int: "a whole number", float: "a number"}
-
-
 def typed(name: str, text: str, kind: type) -> object:
-    """The value of an option --NAME=TEXT; of a tuple, its parts between commas.
+    """The value of an option --NAME=TEXT, of which commas part a tuple.
 
-    Raises: ValueError when the text is none of that kind.
+    Raises: ValueError when the text is not of that kind.
     """
-    words = {"true": True, "false": False}
-    if kind is bool and text.lower() not in words:
-        raise ValueError(f"--{name}={text}: use true or false")
     if kind is tuple:
         return tuple(text.split(","))
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"--{name}={text}: use true or false")
+        return text.lower() == "true"
     try:
-        return words[text.lower()] if kind is bool else kind(text)
+        return kind(text)
     except ValueError:
-        raise ValueError(f"--{name}={text} is not {IN_WORDS[kind]}") from None
+        words = "a whole number" if kind is int else "a number"
+        raise ValueError(f"--{name}={text} is not {words}") from None
 
 
 def options(prefix: str, arguments: list[str]) -> dict[str, str]:
-    """NAME -> TEXT of arguments "--PREFIX.NAME=TEXT".
+    """Maps NAME to TEXT for arguments "--PREFIX.NAME=TEXT".
 
-    Raises: ValueError for another argument.
+    Raises: ValueError for any other argument.
     """
     found = {}
     for argument in arguments:
@@ -93,7 +90,7 @@ def options(prefix: str, arguments: list[str]) -> dict[str, str]:
 
 
 def seed(text: str) -> int:
-    """A type of argument: what a random key can be made of."""
+    """An argument's type: a whole number that can make a random key."""
     number = int(text)
     if not 0 <= number < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2**31 - 1")
@@ -101,6 +98,6 @@ def seed(text: str) -> int:
 
 
 def peak_memory() -> str:
-    """The most that this process had resident so far."""
+    """The largest resident memory that this process had so far."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole: made under another name beside their place, then renamed."""
+"""Atomic writes: a file or folder is made under a temporary name beside its own, then renamed."""
 
 import contextlib
 import pathlib
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The temporary path that becomes `path` at the end, and vanishes if anything is raised."""
+    """A temporary path that becomes `path` at the end, and vanishes if anything is raised."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
         yield unfinished
@@ -28,7 +28,7 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
     """A temporary folder that becomes `folder` at the end, and vanishes if anything is raised.
 
     Args:
-      shared: another process may be making the same folder; the one that is first stays.
+      shared: another process may be making the same folder; the first one stays.
 
     Raises: ValueError when `folder` exists and is not shared, unless it is empty.
     """
@@ -36,9 +36,8 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
     if not shared and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; choose another output or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = pathlib.Path(
-        tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent)
-    )
+    prefix = f".{folder.name}.unfinished-"
+    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         yield unfinished
         unfinished.chmod(0o755)

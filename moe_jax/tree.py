@@ -7,7 +7,7 @@ import jax
 
 
 def path_name(path: tuple) -> str:
-    """ "blocks/0/attention/wq" for a path of `jax.tree_util.tree_leaves_with_path`."""
+    """The name of a path of `jax.tree_util.tree_leaves_with_path`: "blocks/0/attention/wq"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
@@ -29,7 +29,7 @@ def unflatten(leaves: dict) -> dict:
 
 
 def map_with_name(function: Callable, pytree, *others):
-    """`jax.tree.map` whose function gets the name of the leaf's path first."""
+    """`jax.tree.map` for a function whose first argument is the name of the leaf's path."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_name(path), *leaves), pytree, *others
     )

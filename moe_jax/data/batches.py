@@ -1,4 +1,4 @@
-"""Rows to arrays to devices: batches by number.
+"""Rows become arrays on devices: batches by number.
 
 Batch N is a pure function of (corpus, seed, sizes, N), whatever the number of hosts and threads, so
 the whole state of the data is {"step": N}.
@@ -6,6 +6,7 @@ the whole state of the data is {"step": N}.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -55,24 +56,23 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _BatchSource:
-    """Random access to some rows of batch N; rows of the plan from `num_rows` on are padding."""
+    """Random access to rows `mine` of batch N; rows of the plan from `num_rows` on are padding."""
 
     corpus: TokenizedCorpus
     plan: RowPlan
-    sequence_length: int
     batch_size: int
     mine: Sequence[int]
     num_batches: int
-    num_rows: int | None = None
+    num_rows: float = math.inf
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __getitem__(self, n: int) -> Batch:
-        batch = Batch.of_shape((len(self.mine), self.sequence_length))
+        batch = Batch.of_shape((len(self.mine), self.plan.sequence_length))
         for i, slot in enumerate(self.mine):
             g = n * self.batch_size + int(slot)
-            if self.num_rows is None or g < self.num_rows:
+            if g < self.num_rows:
                 self._fill(jax.tree.map(lambda x_BT, i=i: x_BT[i], batch), self.plan.row(g))
         return batch
 
@@ -101,14 +101,10 @@ def batches(
     num_threads: int = 2,
 ) -> Iterator[Batch]:
     """The rows `rows` (None is all) of batch start_step, start_step + 1, … without end."""
-    source = _BatchSource(
-        corpus,
-        RowPlan(corpus.pairs, sequence_length=sequence_length, seed=seed),
-        sequence_length,
-        batch_size,
-        range(batch_size) if rows is None else rows,
-        num_batches=2**40,  # as good as endless, and a dataset has a length
-    )
+    plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=seed)
+    mine = range(batch_size) if rows is None else rows
+    # A dataset has a length: this one is as good as endless.
+    source = _BatchSource(corpus, plan, batch_size, mine, num_batches=2**40)
     dataset = grain.MapDataset.source(source)[start_step:]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     return iter(dataset.to_iter_dataset(options))
@@ -128,24 +124,17 @@ def evaluation_batches(
     """
     plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=0)
     num_batches = -(-plan.rows_per_epoch // batch_size)
-    source = _BatchSource(
-        corpus,
-        plan,
-        sequence_length,
-        batch_size,
-        range(batch_size) if rows is None else rows,
-        num_batches,
-        num_rows=plan.rows_per_epoch,
-    )
+    mine = range(batch_size) if rows is None else rows
+    source = _BatchSource(corpus, plan, batch_size, mine, num_batches, plan.rows_per_epoch)
     return (source[n] for n in range(min(num_batches, max_batches or num_batches)))
 
 
 def to_device(
     batch: Batch, sharding: jax.NamedSharding, rows: np.ndarray, batch_size: int
 ) -> Batch:
-    """Global arrays of `batch_size` rows, of which this process has `rows` in `batch`.
+    """Global arrays of `batch_size` rows, of which `batch` holds this process's.
 
-    `rows` are those of its devices, ascending (`parallel.distributed.rows_of`).
+    `rows` are the indices of these, ascending (`parallel.distributed.rows_of`).
     """
 
     def part_of(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
@@ -172,5 +161,5 @@ def feed(
 ) -> Iterator[Batch]:
     """Global arrays of `batches` or `evaluation_batches`, of which each process reads its rows."""
     rows = distributed.rows_of(sharding.addressable_devices, sharding, batch_size)
-    made = make(corpus, batch_size=batch_size, rows=rows, **how)
-    return (to_device(batch, sharding, rows, batch_size) for batch in made)
+    parts = make(corpus, batch_size=batch_size, rows=rows, **how)
+    return (to_device(batch, sharding, rows, batch_size) for batch in parts)

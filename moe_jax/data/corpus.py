@@ -1,4 +1,4 @@
-"""Token records with random access: what `prepare.open_corpus` wrote."""
+"""Random access to the token records that `prepare.open_corpus` wrote."""
 
 import dataclasses
 import functools
@@ -12,14 +12,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedCorpus:
-    """Token records with random access, and what is known of them without reading."""
+    """Token records with random access, and the facts that need no reading of them."""
 
     folder: pathlib.Path
     labels: tuple[str, ...]
     pairs: np.ndarray  # of each record: predicted tokens
     label_ids: np.ndarray  # of each record
     bytes_per_label: tuple[int, ...]  # of text
-    byte_counts: tuple[int, ...]  # how often each of the 256 bytes occurs
+    byte_counts: tuple[int, ...]  # of each of the 256 bytes
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "TokenizedCorpus":
@@ -38,7 +38,7 @@ class TokenizedCorpus:
         return grain.sources.ArrayRecordDataSource(str(self.folder / "tokens.array_record"))
 
     def tokens(self, record: int) -> np.ndarray:
-        """Raises: ValueError for a record that is not what was written."""
+        """Raises: ValueError for a record that is damaged."""
         try:
             tokens = np.frombuffer(self._records[int(record)], np.uint32)
         except Exception as error:  # the reader has no class of its own for damage
@@ -55,12 +55,8 @@ class TokenizedCorpus:
     def bytes_per_token(self) -> dict[str, float]:
         """Mean bytes of text per predicted token, by label."""
         pairs = np.bincount(self.label_ids, weights=self.pairs, minlength=len(self.labels))
-        return {
-            label: num_bytes / num_pairs
-            for label, num_bytes, num_pairs in zip(
-                self.labels, self.bytes_per_label, pairs, strict=True
-            )
-        }
+        rows = zip(self.labels, self.bytes_per_label, pairs, strict=True)
+        return {label: num_bytes / num_pairs for label, num_bytes, num_pairs in rows}
 
     @property
     def byte_unigram_bits(self) -> float:

@@ -1,4 +1,4 @@
-"""What a source yields: documents, each in one split."""
+"""Documents: the items that a source yields, each in one split."""
 
 import dataclasses
 import hashlib
@@ -9,13 +9,12 @@ TRAIN, VALIDATION = "train", "validation"
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text and what is known of it."""
+    """A text and its labels."""
 
     text: str
     label: str  # losses are reported under it: a language, or "all"
-    messages: tuple[Mapping[str, str], ...] | None = (
-        None  # a conversation, each {"role", "content"}
-    )
+    # A conversation, of which each message is {"role", "content"}.
+    messages: tuple[Mapping[str, str], ...] | None = None
     weights: tuple[float, ...] | None = None  # the loss weight of each message
     labels: Mapping[str, str] | None = None  # further labels by kind, such as {"domain": "code"}
 

@@ -1,4 +1,4 @@
-"""The row plan: which pieces of which records make up row g, for any g, without state.
+"""The row plan: the pieces of records that make up row g, for any g, without state.
 
 A record of n tokens (begin, text, end) holds n - 1 (input, target) pairs. Rows of T pairs are cut
 from the concatenation of the pairs of documents in a seeded order, so every pair is seen exactly
@@ -33,12 +33,12 @@ class RowPlan:
         self, pairs: np.ndarray, *, sequence_length: int, seed: int, block_size: int = 65_536
     ):
         """`pairs`: the number of pairs of each record (may be memory-mapped)."""
-        self._pairs, self._T, self._seed = pairs, sequence_length, seed
+        self._pairs, self.sequence_length, self._seed = pairs, sequence_length, seed
         self._block_size = block_size
         starts = np.arange(0, len(pairs), block_size)
         rows = -(-np.add.reduceat(pairs, starts, dtype=np.int64) // sequence_length)
         self._first_row = np.concatenate([[0], np.cumsum(rows)])
-        # Of this plan only, and small: rows of a batch lie in as many blocks as the corpus has.
+        # Each plan has its own, small caches: rows of a batch lie in all blocks of the corpus.
         self._block = functools.lru_cache(maxsize=64)(self._plan_block)
         self._order = functools.lru_cache(maxsize=2)(self._order_of_epoch)
 
@@ -52,8 +52,8 @@ class RowPlan:
         index = self._order(epoch)[index]
         block = int(np.searchsorted(self._first_row, index, side="right")) - 1
         records, ends = self._block(epoch, block)
-        start = int(index - self._first_row[block]) * self._T
-        stop = min(start + self._T, int(ends[-1]))
+        start = int(index - self._first_row[block]) * self.sequence_length
+        stop = min(start + self.sequence_length, int(ends[-1]))
         pieces = []
         at = int(np.searchsorted(ends, start, side="right"))
         while start < stop:
@@ -65,7 +65,7 @@ class RowPlan:
         return pieces
 
     def _plan_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The records of a block in their order, and where the pairs of each end."""
+        """The records of a block in their order, and the end of each one's pairs."""
         first = block * self._block_size
         size = min(self._block_size, len(self._pairs) - first)
         order = np.random.Generator(np.random.Philox([self._seed, epoch, block, 0]))

@@ -1,4 +1,4 @@
-"""Text to token records: every document is tokenized once and kept under a hash of its content."""
+"""Text becomes token records: each document is tokenized once and kept under a content hash."""
 
 import hashlib
 import json
@@ -34,21 +34,15 @@ def open_corpus(
     validation_fraction: float,
     cache: pathlib.Path,
 ) -> TokenizedCorpus:
-    """The tokenized documents of a split; they are tokenized unless the cache has them.
+    """The tokenized documents of a split, tokenized unless the folder `cache` has them.
 
-    Args:
-      cache: the folder that keeps them, under a hash of text, tokenizer and options.
+    The cache keeps them under a hash of text, tokenizer and options.
 
     Raises: ValueError when the split is empty or the source cannot be used.
     """
     datasets = cache / "tfds"
-    key = [
-        FORMAT,
-        sources.fingerprint(source, datasets),
-        split,
-        validation_fraction,
-        tokenizer.fingerprint,
-    ]
+    content = sources.fingerprint(source, datasets)
+    key = [FORMAT, content, split, validation_fraction, tokenizer.fingerprint]
     folder = cache / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     if not folder.exists():
         documents = sources.documents(
@@ -68,11 +62,10 @@ def _tokenize(
     documents: Iterator[Document], tokenizer: Tokenizer, folder: pathlib.Path, name: str
 ) -> int:
     """Writes tokens, lengths and counts; returns the number of records."""
-    pairs, label_ids, bytes_of_label = [], [], {}
+    pairs, label_ids, bytes_of_label = [], [], dict[str, int]()
     byte_counts = np.zeros(256, np.int64)
-    writer = array_record_module.ArrayRecordWriter(
-        str(folder / "tokens.array_record"), "group_size:1"
-    )
+    path = str(folder / "tokens.array_record")
+    writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
     for document in tqdm.tqdm(documents, f"tokenizing {name}", unit=" documents", disable=None):
         ids = tokenizer.encode(document.text)
         ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.uint32)

@@ -1,4 +1,4 @@
-"""Where text comes from: one table of sources, and `data.source` chooses a row of it."""
+"""The sources of text: one table, of which `data.source` chooses a row."""
 
 import dataclasses
 import pathlib
@@ -10,10 +10,10 @@ from moe_jax.data.document import Document
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """How one kind of `data.source` is read. The functions do what those of this module say.
+    """One kind of `data.source`; its functions do what those of this module say.
 
-    Each gets the whole value of `data.source`, the *spec*, of which `matches` says whether it is
-    of this kind.
+    Each gets the whole value of `data.source`, the *spec*; `matches` says whether the spec is of
+    this kind.
     """
 
     matches: Callable[[str], bool]
@@ -22,30 +22,18 @@ class Source:
     documents: Callable[..., Iterator[Document]]
 
 
-_TFDS = Source(
-    matches=lambda spec: spec.startswith(tfds_source.PREFIX),
-    check=tfds_source.check,
-    fingerprint=tfds_source.fingerprint,
-    documents=tfds_source.documents,
-)
+_FILES = text_files.check, text_files.fingerprint, text_files.documents
+_TFDS = tfds_source.check, tfds_source.fingerprint, tfds_source.documents
 # The last row that matches reads a spec: files, which match every spec, come first.
 SOURCES = {
-    "files": Source(
-        matches=lambda spec: True,
-        check=text_files.check,
-        fingerprint=text_files.fingerprint,
-        documents=text_files.documents,
-    ),
-    "tfds": _TFDS,
-    "embedded": dataclasses.replace(_TFDS, matches=lambda spec: spec == "embedded"),
+    "files": Source(lambda spec: True, *_FILES),
+    "tfds": Source(lambda spec: spec.startswith(tfds_source.PREFIX), *_TFDS),
+    "embedded": Source(lambda spec: spec == "embedded", *_TFDS),
 }
 
 
 def check(spec: str) -> None:
-    """Refuses a source that cannot be read, without reading it.
-
-    Raises: ValueError, in one line.
-    """
+    """Raises: ValueError, in one line, for a source that cannot be read; it reads none of it."""
     _source(spec).check(spec)
 
 
@@ -65,7 +53,7 @@ def documents(
       split: "train" or "validation"; a TFDS dataset must have splits of these names.
       validation_fraction: the held-out share of a source that has no splits of its own.
 
-    Raises: ValueError that names the place of a record that cannot be used.
+    Raises: ValueError that names the file and line of a record that cannot be used.
     """
     return _source(spec).documents(
         spec, split, validation_fraction=validation_fraction, data_dir=data_dir

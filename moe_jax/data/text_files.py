@@ -8,11 +8,11 @@ import lzma
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from moe_jax.data.document import VALIDATION, Document, is_held_out
 
-OPENERS = {".txt": open, ".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+OPENERS: dict[str, Callable] = {".txt": open, ".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
 PART_CHARACTERS = 10_000
 
@@ -73,16 +73,16 @@ def _file_documents(path: pathlib.Path) -> Iterator[tuple[str, Document]]:
         with OPENERS[path.suffix](path, "rt", encoding="utf-8") as file:
             yield from read(path, file)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data.source: {path} is not UTF-8 ({error.reason}); convert it"
-        ) from error
+        reason = error.reason
+        raise ValueError(f"data.source: {path} is not UTF-8 ({reason}); convert it") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"data.source: {path} cannot be read ({error}); replace it") from error
 
 
 def _txt_documents(path: pathlib.Path, file) -> Iterator[tuple[str, Document]]:
-    """Parts of some 10,000 characters, cut at line ends: one big file has held-out parts too."""
-    lines, size, part = [], 0, 0
+    """Cuts a text at line ends into parts of some 10,000 characters, some of them held out."""
+    lines: list[str] = []
+    size = part = 0
     for line in file:
         if lines and size + len(line) > PART_CHARACTERS:
             yield f"{path.name}#{part}", Document("".join(lines), "all")
@@ -97,21 +97,18 @@ def _jsonl_documents(path: pathlib.Path, file) -> Iterator[tuple[str, Document]]
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
+        where = f"data.source: {path}:{number}"
         try:
             record = json.loads(line)
             text = record["text"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f'data.source: {path}:{number} is not a JSON object with "text"; mend the line'
-            ) from None
+            raise ValueError(f'{where} is not a JSON object with "text"; mend the line') from None
         if not isinstance(text, str):
-            raise ValueError(f'data.source: {path}:{number}: "text" is not a string; mend the line')
+            raise ValueError(f'{where}: "text" is not a string; mend the line')
         label = str(record.get("language") or record.get("lang") or "all")
         key = str(next((record[k] for k in ("doc", "id") if record.get(k) not in (None, "")), text))
         try:
             f"{key}{label}{text}".encode()
         except UnicodeEncodeError:  # JSON can escape what no text can hold
-            raise ValueError(
-                f"data.source: {path}:{number} has half a surrogate pair; mend the line"
-            ) from None
+            raise ValueError(f"{where} has half a surrogate pair; mend the line") from None
         yield key, Document(text, label)

@@ -53,14 +53,9 @@ def _builder(spec: str, data_dir: pathlib.Path):
         return builder
     try:
         return tfds.builder(name, data_dir=data_dir)
-    # The last two for a name that cannot be one, and a version that does not exist.
-    except (
-        tfds.core.DatasetNotFoundError,
-        ModuleNotFoundError,
-        ValueError,
-        AssertionError,
-    ) as error:
+    # The last two mean a name that cannot be one, and a version that does not exist.
+    except (tfds.core.DatasetNotFoundError, ModuleNotFoundError, ValueError, AssertionError) as e:
         raise ValueError(
             f"data.source={spec!r} is not a dataset prepared under {data_dir}; embedded ones are "
             f"{', '.join(corpora.BUILDERS)}"
-        ) from error
+        ) from e

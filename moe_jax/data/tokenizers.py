@@ -1,7 +1,6 @@
-"""Text to ids and back: raw bytes, a SentencePiece model, or a Hugging Face tokenizer.json."""
+"""Tokenizers: raw bytes, a SentencePiece model, or a Hugging Face tokenizer.json."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -14,13 +13,9 @@ import tokenizers
 
 from moe_jax import files
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
-# (begin, end) of a tokenizer.json that has no tokenizer_config.json to say them.
-USUAL = (
-    ("<s>", "</s>"),
-    ("<|begin_of_text|>", "<|end_of_text|>"),
-    ("<|endoftext|>", "<|endoftext|>"),
-)
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes it for a space
+# (begin, end) tokens to look for where a tokenizer.json has no tokenizer_config.json to name them.
+USUAL = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<|endoftext|>",) * 2]
 LINE_CHARACTERS = 4096  # longer lines are trained on in pieces
 
 
@@ -38,7 +33,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3
 
     def prompt(self, text: str) -> np.ndarray:
-        """What a model is given to go on from."""
+        """The ids that a model is given to continue."""
         return np.array([self.bos_id, *self.encode(text)], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
@@ -46,36 +41,19 @@ class ByteTokenizer:
         return bytes((ids[ids >= 3] - 3).astype(np.uint8)).decode(errors="replace")
 
 
-@dataclasses.dataclass(frozen=True)
 class SentencePieceTokenizer:
-    path: str
+    """A SentencePiece model, read from `path`."""
 
-    @functools.cached_property
-    def _processor(self) -> sentencepiece.SentencePieceProcessor:
-        return sentencepiece.SentencePieceProcessor(model_file=self.path)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(pathlib.Path(self.path).read_bytes()).hexdigest()
-
-    @property
-    def pad_id(self) -> int:
-        return self._processor.pad_id()
-
-    @property
-    def bos_id(self) -> int:
-        return self._processor.bos_id()
-
-    @property
-    def eos_id(self) -> int:
-        return self._processor.eos_id()
-
-    @property
-    def vocab_size(self) -> int:
-        return self._processor.vocab_size()
+    def __init__(self, path: str):
+        self._processor = sentencepiece.SentencePieceProcessor(model_file=path)
+        self.pad_id: int = self._processor.pad_id()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+        self.vocab_size: int = self._processor.vocab_size()
+        self.fingerprint = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        # SPACE itself goes as its bytes, or it would come back as a space.
+        # SPACE itself is encoded as bytes, or it would be decoded to a space.
         first, *others = map(self._processor.encode, text.split(SPACE))
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         return np.array(first + [i for ids in others for i in (*mark, *ids)], np.int32)
@@ -88,27 +66,23 @@ class SentencePieceTokenizer:
         return self._processor.decode([int(i) for i in ids if i not in special])
 
 
-@dataclasses.dataclass(frozen=True)
 class HuggingFaceTokenizer:
-    """A tokenizer.json; what begins and ends a text is said by the tokenizer_config.json beside."""
+    """A tokenizer.json; the tokenizer_config.json beside it names what begins and ends a text."""
 
-    path: str
+    def __init__(self, path: str):
+        self._tokenizer = tokenizers.Tokenizer.from_file(path)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        special = self._special(path)
+        self.pad_id, self.eos_id = special["pad_token"], special["eos_token"]
+        # Where nothing begins a text, what ends one does (Qwen's); -1 if there is neither.
+        self.bos_id = self.eos_id if special["bos_token"] < 0 else special["bos_token"]
+        content = pathlib.Path(path).read_bytes() + str(sorted(special.items())).encode()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
 
-    @functools.cached_property
-    def _tokenizer(self) -> tokenizers.Tokenizer:
-        tokenizer = tokenizers.Tokenizer.from_file(self.path)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        content = pathlib.Path(self.path).read_bytes() + str(sorted(self._special.items())).encode()
-        return hashlib.sha256(content).hexdigest()
-
-    @functools.cached_property
-    def _special(self) -> dict[str, int]:
-        beside = pathlib.Path(self.path).with_name("tokenizer_config.json")
+    def _special(self, path: str) -> dict[str, int]:
+        beside = pathlib.Path(path).with_name("tokenizer_config.json")
         settings = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
         if "eos_token" not in settings:
             known = (pair for pair in USUAL if None not in map(self._tokenizer.token_to_id, pair))
@@ -118,36 +92,19 @@ class HuggingFaceTokenizer:
         for name in ("bos_token", "eos_token", "pad_token"):
             token = settings.get(name)
             token = token.get("content") if isinstance(token, dict) else token
-            ids[name] = self._tokenizer.token_to_id(token) if token else -1
-        if None in ids.values():
-            raise ValueError(f"{beside} names tokens that are not in {self.path}")
+            found = self._tokenizer.token_to_id(token) if token else -1
+            if found is None:
+                raise ValueError(f"{beside} names tokens that are not in {path}")
+            ids[name] = found
         return ids
 
-    @property
-    def pad_id(self) -> int:
-        return self._special["pad_token"]
-
-    @property
-    def bos_id(self) -> int:
-        """What ends a text, where nothing begins one (Qwen's); -1 if there is neither."""
-        bos = self._special["bos_token"]
-        return self._special["eos_token"] if bos < 0 else bos
-
-    @property
-    def eos_id(self) -> int:
-        return self._special["eos_token"]
-
-    @property
-    def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
-
     def encode(self, text: str) -> np.ndarray:
-        # Special tokens that are spelled out in a text are letters like others.
+        # Special tokens that are spelled out in a text are ordinary letters.
         self._tokenizer.encode_special_tokens = True
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def prompt(self, text: str) -> np.ndarray:
-        """With what the tokenizer itself puts before a text, and the special tokens in it."""
+        """The ids, with the tokenizer's own prefix and the special tokens in the text."""
         self._tokenizer.encode_special_tokens = False
         ids = self._tokenizer.encode(text).ids
         return np.array(ids or [self.bos_id], np.int32)
@@ -160,7 +117,7 @@ Tokenizer = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 
 
 def load(name: str) -> Tokenizer:
-    """ "bytes", or the path of a SentencePiece model or of a tokenizer.json.
+    """The tokenizer "bytes", or that of a path: a SentencePiece model or a tokenizer.json.
 
     Raises: ValueError for a path that is neither.
     """
@@ -172,13 +129,12 @@ def load(name: str) -> Tokenizer:
             "scripts/train_tokenizer.py, or a Hugging Face tokenizer.json"
         )
     is_json = name.endswith(".json")
-    tokenizer = HuggingFaceTokenizer(name) if is_json else SentencePieceTokenizer(name)
     try:
-        ids = (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
-    except Exception:  # of whatever kind the libraries raise
+        tokenizer = HuggingFaceTokenizer(name) if is_json else SentencePieceTokenizer(name)
+    except Exception:  # the libraries raise many kinds
         kind = "tokenizer.json of Hugging Face" if is_json else "SentencePiece model"
         raise ValueError(f"data.tokenizer={name!r} is not a {kind}") from None
-    if min(ids[1:]) < 0:
+    if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
         fix = "name them in tokenizer_config.json beside it" if is_json else "train it with both"
         raise ValueError(f"data.tokenizer={name!r} has no begin or end token; {fix}")
     return tokenizer
@@ -191,7 +147,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> No
     """
     if vocab_size < 261:
         raise ValueError(f"vocab_size={vocab_size} is less than 261: bytes, special ones, a space")
-    # By line: pieces never span lines, whose ends are a piece of their own. A list, because the
+    # Pieces never span lines, whose ends are a piece of their own. This is a list, because the
     # trainer hides what an iterator raises.
     lines = [
         line[start : start + LINE_CHARACTERS]
@@ -221,9 +177,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> No
                 minloglevel=2,
             )
     except RuntimeError as error:
-        # Less the place in its source, the condition that did not hold, and an option of its own.
+        # The trainer's text begins with a line of its source, and ends with an option of its own.
         reason = str(error).splitlines()[-1].rpartition("] ")[2].partition(" or decrease ")[0]
-        reason = reason or "it has no usable lines"
-        raise ValueError(
-            f"vocab_size={vocab_size} cannot be trained on this text: {reason}"
-        ) from None
+        problem = f"cannot be trained on this text: {reason or 'it has no usable lines'}"
+        raise ValueError(f"vocab_size={vocab_size} {problem}") from None

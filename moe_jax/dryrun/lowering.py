@@ -14,7 +14,7 @@ from moe_jax import model
 from moe_jax.config import Run
 from moe_jax.data.batches import Batch
 from moe_jax.model import exchange_cost
-from moe_jax.ops import attention
+from moe_jax.ops import attention_kernels
 from moe_jax.parallel import sharding
 from moe_jax.training import balance, optimizer, step
 from moe_jax.training.state import TrainState
@@ -87,6 +87,6 @@ def kernel_flops(settings: Run, mesh: jax.sharding.Mesh) -> dict[str, int]:
     per_pair = 2 * heads * rows // sharding.batch_shards(mesh.shape)
     total = collections.Counter[str]()
     for kind in model_config.block_kinds:
-        total.update(attention.splash_kernels(T, kind.window))
+        total.update(attention_kernels.splash_kernels(T, kind.window))
     layers = model_config.num_hidden_layers
     return {name: per_pair * pairs // layers for name, pairs in total.items()}

@@ -10,35 +10,26 @@ from moe_jax.ops import cached_attention
 
 
 def shapes(config: ModelConfig) -> dict:
+    """The shapes of the block's parameters, by name."""
     one, E = _shapes_of_one(config), config.num_attention_experts
     if E:
-        experts = {
-            n: {m: (E, *s) for m, s in shape.items()} if isinstance(shape, dict) else (E, *shape)
-            for n, shape in one.items()
-        }
-        one = {"router": {"kernel": (config.hidden_size, E)}, "experts": experts}
+        stacks = jax.tree.map(lambda shape: (E, *shape), one, is_leaf=lambda x: type(x) is tuple)
+        one = {"router": {"kernel": (config.hidden_size, E)}, "experts": stacks}
     return {"norm": layers.norm_shapes(config), **one}
 
 
 def _shapes_of_one(config: ModelConfig) -> dict:
     D, N, K = config.hidden_size, config.num_attention_heads, config.num_kv_heads
     H = config.head_size
-    shapes = {
-        "wq": (D, N, H),
-        "wk": (D, K, H),
-        "wv": (D, K, H),
-        "wo": (N, H, D),
-    }
+    shapes: dict = {"wq": (D, N, H), "wk": (D, K, H), "wv": (D, K, H), "wo": (N, H, D)}
     if config.attention_bias != "none":
         shapes |= {"bq": (N, H), "bk": (K, H), "bv": (K, H)}
     if config.attention_bias == "all":
         shapes["bo"] = (D,)
     if config.qk_norm != "none":
         q, k = ((H,), (H,)) if config.qk_norm == "head" else ((N, H), (K, H))
-        shapes |= {
-            "q_norm": layers.norm_shapes(config, *q),
-            "k_norm": layers.norm_shapes(config, *k),
-        }
+        shapes["q_norm"] = layers.norm_shapes(config, *q)
+        shapes["k_norm"] = layers.norm_shapes(config, *k)
     return shapes
 
 
@@ -52,16 +43,16 @@ def attention(
     window: int | None = None,
     cache: dict | None = None,
 ) -> tuple[jax.Array, dict | None]:
-    """What the block adds to x, and the cache with the keys and values of these positions.
+    """Returns what the block adds to x, and the cache with the keys and values of these positions.
 
-    With attention experts it is the sum of all their outputs, weighted by a softmax router (Zhang
-    et al., BAM, arXiv 2408.08274: soft, each with its own keys and values).
+    With attention experts the first is the sum of all their outputs, weighted by a softmax router;
+    each expert has its own keys and values (Zhang et al., BAM, arXiv 2408.08274).
 
     Args:
       window: the keys that a query sees, itself included; None is all before it.
       cache: `k` and `v` [B, S, K, H] of the positions before these, with a leading axis of
-        attention experts if there are any; or None in training. Several positions at once must be
-        the first ones of their rows.
+        attention experts if there are any; None in training. Several positions at once must be the
+        first ones of their rows.
     """
     x_BTD = layers.norm(x_BTD, params["norm"], config)
     rest = positions_BT, segment_ids_BT, config, window
@@ -86,10 +77,8 @@ def _attention_of_one(x_BTD, params, cache, positions_BT, segment_ids_BT, config
     if config.qk_norm != "none":
         q_BTNH = layers.norm(q_BTNH, params["q_norm"], config)
         k_BTKH = layers.norm(k_BTKH, params["k_norm"], config)
-    if config.clip_qkv is not None:
-        q_BTNH, k_BTKH, v_BTKH = (
-            jnp.clip(x, -config.clip_qkv, config.clip_qkv) for x in (q_BTNH, k_BTKH, v_BTKH)
-        )
+    if (most := config.clip_qkv) is not None:
+        q_BTNH, k_BTKH, v_BTKH = (jnp.clip(x, -most, most) for x in (q_BTNH, k_BTKH, v_BTKH))
     if config.position_embedding == "rotary":
         q_BTNH, k_BTKH = (layers.rotate(x, positions_BT, config) for x in (q_BTNH, k_BTKH))
     q_BTNH, k_BTKH, v_BTKH = remat.named("qkv", (q_BTNH, k_BTKH, v_BTKH))

@@ -1,4 +1,4 @@
-"""What a model is: one frozen dataclass."""
+"""The description of a model: one frozen dataclass."""
 
 import dataclasses
 import math
@@ -11,14 +11,14 @@ FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
 
 class BlockKind(NamedTuple):
-    """What one layer differs in from another of the same model."""
+    """The ways in which the layers of one model differ."""
 
     feed_forward: str  # DENSE or MOE
     window: int | None  # the keys that a query sees, itself included; None is all before it
 
 
-# What a field of ModelConfig belongs to: what is compared of two models, and what a sparse model
-# has of its own, follows from it.
+# Every field of ModelConfig belongs to one of these. The answer decides which fields of two models
+# are compared, and which ones a sparse model sets for itself.
 ARCHITECTURE, ORIGIN, EXPERTS = "architecture", "origin", "experts"
 ROUTER, ATTENTION_EXPERTS, COMPUTATION = "router", "attention_experts", "computation"
 
@@ -31,7 +31,7 @@ def _field(
     positive: bool = False,
     choices: tuple[str, ...] = (),
 ):
-    """A field that says what it belongs to, and which values it may have.
+    """A field of ModelConfig: what it belongs to, and which values it may have.
 
     at_least: the smallest whole number. positive: a finite number more than 0.
     """
@@ -66,8 +66,7 @@ class ModelConfig:
     norm: str = _field("rms", choices=("rms", "layer", "layer_1p"))
     rms_norm_eps: float = _field(1e-5, positive=True)  # of whichever norm
     hidden_act: str = _field(
-        "silu",
-        choices=("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu2"),
+        "silu", choices=("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu2")
     )
     gated_mlp: bool = _field(True)  # down(act(gate x) * up x), else down(act(up x))
     mlp_bias: bool = _field(False)
@@ -78,7 +77,7 @@ class ModelConfig:
     qk_norm: str = _field("none", choices=("none", "head", "full"))
     clip_qkv: float | None = _field(None, positive=True)
     sliding_window: int | None = _field(None, at_least=1)  # keys that a query sees, with itself
-    # Which layers slide; None: all of them, if there is a window.
+    # The kind of each layer's attention; None: all layers slide, if there is a window.
     layer_types: tuple[str, ...] | None = _field(None)
 
     position_embedding: str = _field("rotary", choices=("rotary", "learned"))  # learned: GPT-2
@@ -110,14 +109,14 @@ class ModelConfig:
     # Dropless: the capacity of the virtual drop rate that is reported.
     capacity_factor: float = _field(1.25, EXPERTS, positive=True)
     min_capacity: int = _field(4, EXPERTS, at_least=1)
-    # Which tokens a full expert keeps.
+    # The order in which a full expert keeps tokens.
     token_priority: str = _field("position", EXPERTS, choices=("position", "random"))
     # Attentions whose outputs are mixed (BAM); 0 is plain attention.
     num_attention_experts: int = _field(0, ATTENTION_EXPERTS)
     # None: all dense without experts, all sparse with them.
     layers: tuple[str, ...] | None = _field(None, EXPERTS)
 
-    # How it is computed rather than what it is.
+    # These say how the model is computed, not what it is.
     dtype: str = _field("float32", COMPUTATION, choices=("float32", "bfloat16"))
     remat: str = _field(
         "full",
@@ -128,7 +127,7 @@ class ModelConfig:
     expert_parallel: str = _field(
         "auto", COMPUTATION, choices=("auto", "fsdp", "ring", "all_to_all")
     )
-    # An implementation that the command `doctor` lists; so is attention.
+    # Both name an implementation that the command `doctor` lists.
     grouped_matmul: str = _field("auto", COMPUTATION)
     attention: str = _field("auto", COMPUTATION)
 
@@ -160,16 +159,14 @@ class ModelConfig:
             yield from self._problems_of_routing()
 
     def _problems_of_sizes(self):
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+        N, K = self.num_attention_heads, self.num_kv_heads
+        if self.head_dim is None and self.hidden_size % N:
             yield (
-                f"hidden_size={self.hidden_size} is not divisible by "
-                f"num_attention_heads={self.num_attention_heads}; change one or set head_dim"
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={N}; "
+                "change one or set head_dim"
             )
-        if self.num_attention_heads % self.num_kv_heads:
-            yield (
-                f"num_attention_heads={self.num_attention_heads} is not divisible by "
-                f"num_key_value_heads={self.num_kv_heads}"
-            )
+        if N % K:
+            yield f"num_attention_heads={N} is not divisible by num_key_value_heads={K}"
         if self.position_embedding == "rotary" and not (
             2 <= self.rotary_size <= self.head_size and self.rotary_size % 2 == 0
         ):
@@ -177,17 +174,13 @@ class ModelConfig:
                 f"partial_rotary_factor={self.partial_rotary_factor} rotates {self.rotary_size} of "
                 f"head_dim={self.head_size}; rotary positions need an even number from 2 to it"
             )
-        if self.num_experts and self.num_experts_per_tok > self.num_experts:
-            yield (
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than "
-                f"num_experts={self.num_experts}; choose at most {self.num_experts}"
-            )
+        A, E = self.num_experts_per_tok, self.num_experts
+        if 0 < E < A:
+            yield f"num_experts_per_tok={A} is more than num_experts={E}; choose at most {E}"
 
     def _problems_of_layers(self):
-        for name, kinds in (
-            ("layers", (DENSE, MOE)),
-            ("layer_types", (FULL_ATTENTION, SLIDING_ATTENTION)),
-        ):
+        kinds_of = {"layers": (DENSE, MOE), "layer_types": (FULL_ATTENTION, SLIDING_ATTENTION)}
+        for name, kinds in kinds_of.items():
             value = getattr(self, name)
             if value is None:
                 continue
@@ -220,17 +213,15 @@ class ModelConfig:
         for name, value in self.router_parameters:
             if name not in row.parameters:
                 takes = ", ".join(row.parameters) or "none"
-                yield (f"router_parameters has {name!r}, but router={self.router!r} takes {takes}")
+                yield f"router_parameters has {name!r}, but router={self.router!r} takes {takes}"
             elif not isinstance(value, type(row.parameters[name])):
                 kind = type(row.parameters[name]).__name__
                 yield f"router_parameters: {name}={value!r} must be of the type {kind}"
-        if self.num_experts % self.num_expert_groups:
-            yield (
-                f"num_experts={self.num_experts} is not divisible by "
-                f"num_expert_groups={self.num_expert_groups}"
-            )
+        E, G = self.num_experts, self.num_expert_groups
+        if E % G:
+            yield f"num_experts={E} is not divisible by num_expert_groups={G}"
         yield from row.problems(self)
-        if self.num_experts == 1 and self.gate_norm_std is not None:
+        if E == 1 and self.gate_norm_std is not None:
             yield "gate_norm_std needs num_experts of 2 or more: one logit has no deviation"
         if self.dispatch == "merge" and self.router != "softmax_topk":
             yield f"dispatch='merge' weighs experts by their softmax, not by {self.router!r}"
@@ -254,7 +245,7 @@ class ModelConfig:
 
     @property
     def rotary_size(self) -> int:
-        """How many of a head's dimensions are rotated."""
+        """The number of a head's dimensions that are rotated."""
         return int(self.head_size * self.partial_rotary_factor)
 
     @property
@@ -285,26 +276,13 @@ class ModelConfig:
             ops["grouped_matmul"] = self.grouped_matmul
         return ops
 
-    def to_moe(
-        self,
-        *,
-        num_experts: int,
-        num_experts_per_tok: int,
-        layers: tuple[str, ...] | None = None,
-        **fields,
-    ) -> "ModelConfig":
-        """The config of this model upcycled, sparse where `layers` says so, else in all.
+    def to_moe(self, *, num_experts: int, num_experts_per_tok: int, **fields) -> "ModelConfig":
+        """The config of this model upcycled: sparse in all layers, unless `layers` says which.
 
-        `fields` are what else it has of its own: a narrower `moe_intermediate_size`, its router, …
+        `fields` are other fields of its own: `layers`, `moe_intermediate_size`, `router`, …
         """
-        return dataclasses.replace(
-            self,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            layers=layers,
-            model_type=None,
-            **fields,
-        )
+        fields |= {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
+        return dataclasses.replace(self, **{"layers": None, "model_type": None} | fields)
 
     def to_dense(self, **fields) -> "ModelConfig":
         """The config of a dense model as wide as one of this mixture's experts."""
@@ -328,7 +306,5 @@ def fields_of(*belongs: str) -> frozenset[str]:
 
 def choices(name: str) -> tuple[str, ...]:
     """The values that a field of ModelConfig may have."""
-    if name == "router":
-        return tuple(ROUTERS)
-    [field] = (field for field in dataclasses.fields(ModelConfig) if field.name == name)
-    return field.metadata["choices"]
+    field = ModelConfig.__dataclass_fields__[name]
+    return tuple(ROUTERS) if name == "router" else field.metadata["choices"]

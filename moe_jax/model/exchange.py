@@ -1,18 +1,16 @@
-"""How tokens reach experts that lie on other devices: one function for each mode.
+"""Expert parallelism: tokens reach experts that lie on other devices, in one of three modes.
 
-Each works on one device inside `jax.shard_map` (or alone), on the M tokens that it has, with the
-experts cut along the mesh's expert axis of X devices. Where they are spread along edp too, each of
-its devices has the same tokens and does its own experts' share, to be summed.
+Each function works on one device inside `jax.shard_map` (or alone), on the M tokens of that device,
+with the experts cut along the mesh's expert axis of X devices. Where experts are spread along edp
+too, its devices have the same tokens; each computes its own experts' share, and these are summed.
 
-  fsdp        The weights of all experts come to every device; tokens stay. What moves is 3DF a
+  fsdp        The weights of all experts come to every device; tokens stay. 3DF values move for each
               expert, whatever the number of tokens.
   ring        The tokens of the X devices come to each of them, which computes its own experts'
               share of all, and the sums go back where the tokens came from.
-  all_to_all  Each token goes to the devices of its experts and back. Dropless by a ragged exchange,
-              or with a capacity by one of fixed shapes.
+  all_to_all  Each token goes to the devices of its experts and back: by a ragged exchange if
+              dropless, by one of fixed shapes with a capacity.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +69,7 @@ def all_to_all(x_MD, routing, valid_M, experts, config, key):
     index_MA = _own(routing.expert_index_MA, E, config)
     plan, num_dropped = _plan(index_MA, valid_M, E, config, key)
     x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
-    of_rows = functools.partial(_ragged if plan.complete else _equal, plan=plan)
-    y_RD = of_rows(x_RD, weight_R, experts, config)
+    y_RD = (_ragged if plan.complete else _equal)(x_RD, weight_R, experts, config, plan)
     with jax.named_scope("combine"):
         return permute.combine(y_RD, plan), num_dropped
 
@@ -81,7 +78,7 @@ MODES = {"fsdp": fsdp, "ring": ring, "all_to_all": all_to_all}
 
 
 def _own(expert_index_MA, E, config):
-    """The choices among the E experts of this device's place along edp; others, and none, are E."""
+    """The choices among the E experts at this device's position along edp; all others are E."""
     if E == config.num_experts:
         return expert_index_MA
     own_MA = expert_index_MA - jax.lax.axis_index("edp") * E
@@ -95,12 +92,8 @@ def _plan(expert_index_MA, valid_M, E, config, key) -> tuple[permute.Permutation
             return remat.named("plan", plan), jnp.zeros((), jnp.int32)
         if config.token_priority != "random":
             key = None
-        C = capacity(
-            len(valid_M) * config.num_experts_per_tok,
-            config.num_experts,
-            config.capacity_factor,
-            config.min_capacity,
-        )
+        sizes = config.num_experts, config.capacity_factor, config.min_capacity
+        C = capacity(len(valid_M) * config.num_experts_per_tok, *sizes)
         plan = remat.named("plan", permute.fill_slots(expert_index_MA, valid_M, E, C, key))
         chosen_MA = (expert_index_MA < E) & valid_M[:, None]
         num_dropped = jnp.sum(chosen_MA) - jnp.sum(plan.group_sizes_E)
@@ -112,9 +105,8 @@ def _dispatched(x_MD, weight_MA, plan):
         return permute.dispatch(x_MD, plan), permute.dispatch_weight(weight_MA, plan)
 
 
-def _equal(x_RD, weight_R, experts, config, *, plan):
-    """C slots for each expert from each device: an exchange of fixed shapes."""
-    del plan
+def _equal(x_RD, weight_R, experts, config, plan):
+    """An exchange of fixed shapes: each device sends C slots to each expert."""
     E, X = len(experts["up"]), jax.lax.axis_size(AXIS)
 
     def to_experts(x):  # [X·E·C, …] by device and expert, to [E, X, C, …] by expert and source
@@ -132,17 +124,17 @@ def _equal(x_RD, weight_R, experts, config, *, plan):
         return jax.lax.all_to_all(y, AXIS, 0, 0).reshape(x_RD.shape)
 
 
-def _ragged(x_RD, weight_R, experts, config, *, plan):
-    """As many rows to each device as its experts were chosen here, none dropped.
+def _ragged(x_RD, weight_R, experts, config, plan):
+    """Sends each device as many rows as its experts were chosen here, and drops none.
 
-    Room is made for the worst case, all rows of all devices.
+    The buffers have room for the worst case, all rows of all devices.
     """
     E, X, me = len(experts["up"]), jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     with jax.named_scope("exchange"):
         # [source, destination, expert of it]
         sizes_XYE = jax.lax.all_gather(plan.group_sizes_E, AXIS).reshape(X, X, E)
         sizes_XY = sizes_XYE.sum(axis=2)
-        to = Exchange.over(sizes_XY, me)
+        to = Exchange(sizes_XY, me)
         x_SD = to.rows(x_RD, X * len(x_RD))
         weight_S = to.rows(weight_R[:, None], X * len(x_RD))[:, 0]
         # They came by source and then by expert; beyond them is room.
@@ -155,7 +147,7 @@ def _ragged(x_RD, weight_R, experts, config, *, plan):
         y_SD = ffn.experts_of_rows(x_SD, weight_S, experts, by_expert.group_sizes_E[:-1], config)
     with jax.named_scope("exchange"):
         y_SD = permute.combine(y_SD, by_expert)
-        return Exchange.over(sizes_XY.T, me).rows(y_SD, len(x_RD))
+        return Exchange(sizes_XY.T, me).rows(y_SD, len(x_RD))
 
 
 class Exchange:
@@ -164,16 +156,11 @@ class Exchange:
     A device's rows lie in the order of their destinations, and arrive in that of their sources.
     """
 
-    def __init__(self, sizes_XY, input_offsets_XY, output_offsets_XY, me):
-        self.sizes_XY, self.me = sizes_XY, me
-        self.input_offsets_XY, self.output_offsets_XY = input_offsets_XY, output_offsets_XY
-
-    @classmethod
-    def over(cls, sizes_XY: jax.Array, me: jax.Array) -> "Exchange":
+    def __init__(self, sizes_XY: jax.Array, me: jax.Array):
         """`sizes_XY`: how many rows each source X sends to each destination Y."""
-        before = jnp.cumsum(sizes_XY, axis=1) - sizes_XY
-        above = jnp.cumsum(sizes_XY, axis=0) - sizes_XY
-        return cls(sizes_XY, before, above, me)
+        self.sizes_XY, self.me = sizes_XY, me
+        self.input_offsets_XY = jnp.cumsum(sizes_XY, axis=1) - sizes_XY
+        self.output_offsets_XY = jnp.cumsum(sizes_XY, axis=0) - sizes_XY
 
     def rows(self, x_RD: jax.Array, room: int) -> jax.Array:
         """[room, D]: the rows that came, zeros beyond them."""
@@ -190,7 +177,7 @@ class Exchange:
         )
 
     def _emulated(self, x_RD, room):
-        """XLA on CPU has no ragged exchange: everything comes, and what is meant is picked."""
+        """Gathers everything and picks the rows that are meant: XLA:CPU has no ragged exchange."""
         x_XRD = jax.lax.all_gather(x_RD, AXIS)
         begin_X = self.output_offsets_XY[:, self.me]
         size_X = self.sizes_XY[:, self.me]

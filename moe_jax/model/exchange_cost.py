@@ -1,8 +1,6 @@
-"""Which mode of `exchange.py` sends the least, by what each sends for one layer."""
+"""The mode of `exchange.py` that sends the least, by what each sends for one layer."""
 
-import functools
 import math
-import sys
 from collections.abc import Mapping
 
 import jax
@@ -14,9 +12,9 @@ from moe_jax.ops import implementations
 
 
 def choose(config: ModelConfig, num_tokens: int) -> str:
-    """`config.expert_parallel`, or for "auto" the mode that sends least; said once on stderr.
+    """`config.expert_parallel`, or for "auto" the mode that sends least, printed once on stderr.
 
-    Args: num_tokens: of one device. A mesh must be set.
+    Args: num_tokens: the tokens of one device. A mesh must be set.
     """
     if config.expert_parallel != "auto":
         return config.expert_parallel
@@ -26,7 +24,7 @@ def choose(config: ModelConfig, num_tokens: int) -> str:
     mode = min(sent, key=sent.__getitem__)
     if mesh.shape["expert"] > 1:
         shown = ", ".join(f"{name} {size / 1e6:,.3g}" for name, size in sent.items())
-        _say_once(
+        implementations.say_once(
             f"expert_parallel: {mode} over expert={mesh.shape['expert']} on {here} "
             f"(MB a layer and device: {shown})"
         )
@@ -36,14 +34,14 @@ def choose(config: ModelConfig, num_tokens: int) -> str:
 def bytes_sent(
     config: ModelConfig, mesh: Mapping[str, int], num_tokens: int, platform: str
 ) -> dict[str, float]:
-    """What passes a device's links along the expert axis in one layer's forward pass, by mode.
+    """Bytes that pass a device's links along the expert axis in one layer's forward pass, by mode.
 
-    The backward pass sends as much again in each, and a recomputed layer once more. Tokens are
-    taken to go to all devices alike. TPUs of an axis are taken for a ring: what goes to a device
-    further on passes others, X/4 links on the mean; elsewhere a switch connects all. The weights
-    are those gathered, all of a device's place along edp, cut along tensor.
+    The backward pass sends as much again in each, and a recomputed layer once more. The count
+    assumes that tokens go to all devices alike, that the TPUs of an axis form a ring, in which a
+    message passes X/4 links on the mean, and that elsewhere a switch connects all devices. The
+    weights counted are those gathered: a device's share along edp, cut along tensor.
 
-    Args: num_tokens: of one device.
+    Args: num_tokens: the tokens of one device.
     """
     X, T, A = mesh["expert"], mesh["tensor"], config.num_experts_per_tok
     size = jnp.dtype(config.dtype).itemsize
@@ -64,14 +62,9 @@ def bytes_sent(
 
 
 def filled(mode: str, dispatch: str, mesh: Mapping[str, int]) -> float:
-    """The part of the rows of a grouped product that are in a group, where all loads are even.
+    """The share of a grouped product's rows that are in a group, where all loads are even.
 
-    Dropless, the buffers have room for all tokens of the devices that may send any.
+    Dropless buffers have room for all tokens of all devices that may send any.
     """
     sources = 1 if mode == "fsdp" else mesh["expert"]
     return 1 / (sources * mesh["edp"]) if dispatch == "dropless" else 1.0
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr)

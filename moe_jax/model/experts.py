@@ -15,7 +15,7 @@ def experts_of_rows(
     group_sizes_E: jax.Array | None,
     config: ModelConfig,
 ) -> jax.Array:
-    """weight · expert(x) of each row, the rows of an expert one after the other.
+    """weight · expert(x) of each row; the rows of an expert follow each other.
 
     Rows beyond the sum of the groups give zeros; without sizes the groups are equal.
 
@@ -53,7 +53,7 @@ def experts_of_rows(
 
 
 def _bias_of_rows(bias_EF, group_sizes_E, x_RD):
-    """Each row's expert's bias, as a product: the gradient of a gather would be a scatter-add."""
+    """The bias of each row's expert, by a product: a gather's gradient would be a scatter-add."""
     R, E = x_RD.shape[0], bias_EF.shape[0]
     if group_sizes_E is not None:
         expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(R), side="right")

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 from moe_jax.model import remat
 from moe_jax.model.config import ModelConfig
 
-# By their Hugging Face names; gelu_new, gelu_fast and gelu_pytorch_tanh are one formula.
+# The keys are Hugging Face's names; gelu_new, gelu_fast and gelu_pytorch_tanh are one formula.
 _GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": _GELU_TANH,
@@ -22,16 +23,16 @@ ACTIVATIONS = {
 
 
 def norm_shapes(config: ModelConfig, *shape: int) -> dict:
-    """Of a norm over the last axes of sizes `shape`, by default the hidden size."""
-    shape = shape or (config.hidden_size,)
-    return {"scale": shape} if config.norm == "rms" else {"scale": shape, "bias": shape}
+    """The parameters of a norm over the last axes of sizes `shape`, by default the hidden size."""
+    names = ("scale",) if config.norm == "rms" else ("scale", "bias")
+    return dict.fromkeys(names, shape or (config.hidden_size,))
 
 
 def ffn_shapes(config: ModelConfig, width: int) -> dict:
     """The matrices of one feed-forward function of `width` neurons, and its biases if any."""
     D, F = config.hidden_size, width
     inner = ("gate", "up") if config.gated_mlp else ("up",)
-    shapes = {**dict.fromkeys(inner, (D, F)), "down": (F, D)}
+    shapes: dict = {**dict.fromkeys(inner, (D, F)), "down": (F, D)}
     if config.mlp_bias:
         shapes |= {**{f"{name}_bias": (F,) for name in inner}, "down_bias": (D,)}
     return shapes
@@ -44,9 +45,9 @@ def mlp_shapes(config: ModelConfig) -> dict:
 def product(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
     """The last axes of x, `contracted` of them, times the first ones of w; in x's dtype.
 
-    As one plain matrix product: XLA:CPU takes twice as long for the gradient of w with several axes
-    of rows (a SwiGLU of 2048 rows, D=256, F=1024, with its gradients: 159 ms as [8, 256, D], 85 ms
-    as [2048, D]).
+    It is one plain matrix product, for XLA:CPU takes twice as long for the gradient of w with
+    several axes of rows (a SwiGLU of 2048 rows, D=256, F=1024, with its gradients: 159 ms as
+    [8, 256, D], 85 ms as [2048, D]).
     """
     rows, columns = x.shape[: x.ndim - contracted], w.shape[contracted:]
     size = math.prod(w.shape[:contracted])
@@ -60,10 +61,10 @@ def add_bias(x: jax.Array, params: dict, name: str) -> jax.Array:
 
 
 def norm(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
-    """Over the last axes, as many as the scale has, in float32; the scale in x's dtype.
+    """Normalises the last axes, as many as the scale has, in float32; the scale is in x's dtype.
 
-    "rms": root mean square (Zhang & Sennrich, arXiv 1910.07467); "layer": less the mean, with a
-    bias (Ba et al., arXiv 1607.06450); "layer_1p": so, its scale kept less 1.
+    "rms" is the root mean square (Zhang & Sennrich, arXiv 1910.07467); "layer" subtracts the mean
+    and has a bias (Ba et al., arXiv 1607.06450); "layer_1p" is "layer" with its scale kept less 1.
     """
     axes = tuple(range(-params["scale"].ndim, 0))
     x32, scale = x.astype(jnp.float32), params["scale"]
@@ -90,7 +91,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> j
 def frequencies(config: ModelConfig) -> jax.Array:
     """[R/2], radians per position.
 
-    With `rope_scaling_factor` as Llama 3.1 (Grattafiori et al., arXiv 2407.21783): waves longer
+    `rope_scaling_factor` works as in Llama 3.1 (Grattafiori et al., arXiv 2407.21783): waves longer
     than the original length by `rope_low_freq_factor` are stretched by the factor, those shorter by
     `rope_high_freq_factor` are kept, and between them the two are blended.
     """
@@ -119,7 +120,8 @@ def feed_forward(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
 def activate(hidden: tuple[jax.Array, ...], config: ModelConfig) -> jax.Array:
     """act(gate) * up of (gate, up), act(up) of (up,)."""
     first, *up = hidden
-    return math.prod(up, start=ACTIVATIONS[config.hidden_act](first))
+    y = ACTIVATIONS[config.hidden_act](first)
+    return y * up[0] if up else y
 
 
 def mlp(x_BTD: jax.Array, params: dict, config: ModelConfig) -> jax.Array:

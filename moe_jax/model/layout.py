@@ -1,11 +1,13 @@
-"""How a model's layers are grouped, so that what repeats is traced and compiled once.
+"""Layer groups: layers that repeat are stacked, so that they are traced and compiled once.
 
-It is also the one way to reach a layer of the parameters, whose block leaves are stacked.
+This is also the one way to reach a layer of the parameters, whose block leaves are stacked.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import jax
 
@@ -20,7 +22,7 @@ class LayerGroup:
     each repeat. Slots are keyed "0", "1", … through all layer groups of a model.
     """
 
-    kinds: dict[str, Hashable]
+    kinds: dict[str, Any]
     layers: dict[str, tuple[int, ...]]
 
     @property
@@ -35,7 +37,7 @@ def layer_groups(kinds: tuple[Hashable, ...]) -> tuple[LayerGroup, ...]:
     A leading dense layer becomes a layer group of its own, LOLA's alternation one of two slots.
     """
     # best[i] = (blocks traced, layer groups used, cuts) for the layers from i on.
-    best = {len(kinds): (0, 0, ())}
+    best: dict[int, tuple[int, int, tuple]] = {len(kinds): (0, 0, ())}
     for i in reversed(range(len(kinds))):
         options = []
         for period in range(1, len(kinds) - i + 1):
@@ -45,17 +47,12 @@ def layer_groups(kinds: tuple[Hashable, ...]) -> tuple[LayerGroup, ...]:
                 blocks, used, cuts = best[end]
                 options.append((blocks + period, used + 1, ((i, period, end), *cuts)))
         best[i] = min(options)
-    found, slot = [], 0
+    groups, names = [], map(str, itertools.count())
     for start, period, end in best[0][2]:
-        names = {str(slot + j): start + j for j in range(period)}
-        found.append(
-            LayerGroup(
-                kinds={name: kinds[first] for name, first in names.items()},
-                layers={name: tuple(range(first, end, period)) for name, first in names.items()},
-            )
-        )
-        slot += period
-    return tuple(found)
+        firsts = {next(names): first for first in range(start, start + period)}
+        layers = {slot: tuple(range(first, end, period)) for slot, first in firsts.items()}
+        groups.append(LayerGroup({slot: kinds[i] for slot, i in firsts.items()}, layers))
+    return tuple(groups)
 
 
 @functools.lru_cache

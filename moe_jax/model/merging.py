@@ -1,21 +1,24 @@
 """Lory's soft merging: a segment of the text goes through one expert, the average of all.
 
-Zhong et al., arXiv 2405.03133. The weights of a segment come from the segment before it, so that
-no token sees a later one; the first takes its own, through which no gradient passes.
+The weights of a segment come from the segment before it, so that no token sees a later one; the
+first takes its own, through which no gradient passes (Zhong et al., arXiv 2405.03133).
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.model import layers
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.routing import Routing, statistics
+from moe_jax.model.routing import Routing
 
 
-def merged_of_device(x_BTD, params, valid_BT, key, *, config: ModelConfig, return_routing: bool):
-    """As `moe.moe` without a mesh. Statistics count a token for its segment's likeliest expert."""
+def merged(x_BTD, params, valid_BT, key, config: ModelConfig):
+    """Returns the layer's output, a Routing and 0 dropped assignments, as `moe.routed` does.
+
+    The routing sends each token to its segment's likeliest expert.
+
+    Raises: ValueError if segments do not divide a row.
+    """
     del key
     B, T, D = x_BTD.shape
     S = min(config.merge_segment_length, T)
@@ -24,7 +27,15 @@ def merged_of_device(x_BTD, params, valid_BT, key, *, config: ModelConfig, retur
             f"merge_segment_length={S} does not divide the {T} positions of a row; "
             "make data.sequence_length a multiple of it"
         )
-    x_BTD = layers.norm(x_BTD, params["norm"], config)
+
+    def merged_expert(x_SD, share_E):
+        # The shares' gradient is a sum over the matrices: their order decides its last bits.
+        experts = {n: params["experts"][n] for n in layers.ffn_shapes(config, config.expert_size)}
+        mean = {
+            n: jnp.tensordot(share_E, w.astype(x_SD.dtype), axes=1) for n, w in experts.items()
+        }
+        return layers.feed_forward(x_SD, mean, config)
+
     x_GSD, valid_GS = x_BTD.reshape(-1, S, D), valid_BT.reshape(-1, S)
     with jax.named_scope("router"):
         kernel_DE = params["router"]["kernel"].astype(jnp.float32)
@@ -32,20 +43,13 @@ def merged_of_device(x_BTD, params, valid_BT, key, *, config: ModelConfig, retur
         logits_GE = shift(logits_GE.reshape(B, T // S, -1)).reshape(logits_GE.shape)
         probabilities_GE = jax.nn.softmax(logits_GE, axis=-1)
     with jax.named_scope("experts"):
-        y_GSD = jax.vmap(lambda x, p: merged_expert(x, p, params["experts"], config))(
-            x_GSD, probabilities_GE.astype(x_GSD.dtype)
-        )
+        y_GSD = jax.vmap(merged_expert)(x_GSD, probabilities_GE.astype(x_GSD.dtype))
 
     logits_ME, probabilities_ME = (jnp.repeat(x, S, axis=0) for x in (logits_GE, probabilities_GE))
     expert_index_M1 = jnp.argmax(probabilities_ME, axis=-1, keepdims=True)
     weight_M1 = jnp.take_along_axis(probabilities_ME, expert_index_M1, axis=-1)
     routing = Routing(expert_index_M1, weight_M1, logits_ME, probabilities_ME)
-    stats = statistics(routing, valid_BT.ravel(), jnp.zeros((), jnp.int32))
-    stats = jax.tree.map(lambda x: x[None], stats)
-    if return_routing:
-        by_token = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), routing)
-        stats = dataclasses.replace(stats, routing=by_token)
-    return y_GSD.reshape(B, T, D), stats
+    return y_GSD.reshape(B, T, D), routing, jnp.zeros((), jnp.int32)
 
 
 def segment_means(x_GSD: jax.Array, valid_GS: jax.Array) -> jax.Array:
@@ -55,14 +59,6 @@ def segment_means(x_GSD: jax.Array, valid_GS: jax.Array) -> jax.Array:
 
 
 def shift(logits_BGE: jax.Array) -> jax.Array:
-    """Each segment's logits to the next one; the first keeps its own, without gradient."""
+    """Gives each segment's logits to the next one; the first keeps its own, without gradient."""
     first_B1E = jax.lax.stop_gradient(logits_BGE[:, :1])
     return jnp.concatenate([first_B1E, logits_BGE[:, :-1]], axis=1)
-
-
-def merged_expert(x_SD: jax.Array, share_E: jax.Array, experts: dict, config: ModelConfig):
-    """The feed-forward whose weights are the experts' average in these shares."""
-    # The shares' gradient is a sum over the matrices: their order decides its last bits.
-    names = layers.ffn_shapes(config, config.expert_size)
-    merged = {n: jnp.tensordot(share_E, experts[n].astype(x_SD.dtype), axes=1) for n in names}
-    return layers.feed_forward(x_SD, merged, config)

@@ -1,9 +1,8 @@
 """The sparse feed-forward layer: norm, route, experts (dispatched and combined), shared expert.
 
-Always inside `jax.shard_map` when a mesh is set: left to automatic partitioning the sort of the
-dispatch becomes a global one, with all-reduces of [assignments, D]. How tokens and experts that lie
-on other devices meet is `exchange.py`. Without a mesh the same per-device function
-is called directly.
+With a mesh the layer always runs inside `jax.shard_map`: under automatic partitioning the sort of
+the dispatch becomes a global one, with all-reduces of [assignments, D]. `model/exchange.py` brings
+tokens to experts on other devices. Without a mesh the same per-device function is called directly.
 """
 
 import dataclasses
@@ -20,6 +19,7 @@ from moe_jax.parallel import sharding
 
 
 def shapes(config: ModelConfig) -> dict:
+    """The shapes of the layer's parameters, by name."""
     one = layers.ffn_shapes(config, config.expert_size)
     leaves = router.ROUTERS[config.router].leaves
     sizes = config.hidden_size, config.num_experts
@@ -47,17 +47,15 @@ def moe(
     `key` is of what is random in training: a router's noise, and with `token_priority` "random"
     which tokens a full expert drops; without it there is no noise, and the earlier ones stay.
     """
-    of_device = merging.merged_of_device if config.dispatch == "merge" else _moe_of_device
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         alone = dataclasses.replace(config, expert_parallel="fsdp")
-        return of_device(x_BTD, params, valid_BT, key, config=alone, return_routing=return_routing)
+        return _of_device(x_BTD, params, valid_BT, key, alone, return_routing)
     if config.dispatch == "merge" and mesh.shape["edp"] > 1:
         raise ValueError("dispatch='merge' averages all experts; set config.mesh.edp=1")
     num_tokens = valid_BT.size // sharding.batch_shards(mesh.shape)
     mode = exchange_cost.choose(config, num_tokens)
     config = dataclasses.replace(config, expert_parallel=mode)
-    local = functools.partial(of_device, config=config, return_routing=return_routing)
     specs = sharding.layer_specs(params, "moe")
 
     def gathered(x_BTD, params, valid_BT, key):
@@ -65,7 +63,7 @@ def moe(
         params = _bias_once(jax.tree.map(gather, _rounded(params, config), specs))
         if key is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(sharding.BATCH_AXES))
-        y_BTD, stats = local(x_BTD, params, valid_BT, key)
+        y_BTD, stats = _of_device(x_BTD, params, valid_BT, key, config, return_routing)
         return jax.lax.psum(y_BTD, sharding.TENSOR), stats
 
     # check_vma=False: the loops of the grouped product start from unvaried zeros.
@@ -80,8 +78,8 @@ def moe(
 def _rounded(params: dict, config: ModelConfig) -> dict:
     """The feed-forwards' weights in the dtype they are multiplied in, before they are gathered.
 
-    The products would round them anyway. So half as many bytes come and, of gradients, go: those of
-    a microbatch are summed over fsdp in that dtype.
+    The products would round them anyway, and half as many bytes are sent: of weights, and of a
+    microbatch's gradients, which are summed over fsdp in that dtype.
     """
     if config.dtype != "bfloat16":
         return params
@@ -95,7 +93,7 @@ def _rounded(params: dict, config: ModelConfig) -> dict:
 
 
 def _bias_once(params: dict) -> dict:
-    """What is added to the output only on the first of the devices over which it is summed."""
+    """Keeps the down projection's bias on the first of the devices whose outputs are summed."""
     cut_along = {"experts": "tensor", "shared": sharding.TENSOR}
     for part in cut_along.keys() & params.keys():
         if "down_bias" in params[part]:
@@ -105,10 +103,21 @@ def _bias_once(params: dict) -> dict:
     return params
 
 
-def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
-    B, T, D = x_BTD.shape
+def _of_device(x_BTD, params, valid_BT, key, config, return_routing):
     x_BTD = layers.norm(x_BTD, params["norm"], config)
-    x_MD, valid_M = x_BTD.reshape(B * T, D), valid_BT.ravel()
+    mix = merging.merged if config.dispatch == "merge" else routed
+    y_BTD, routing, num_dropped = mix(x_BTD, params, valid_BT, key, config)
+    stats = statistics(routing, valid_BT.ravel(), num_dropped)
+    stats = jax.tree.map(lambda x: x[None], stats)
+    if return_routing:
+        by_token = jax.tree.map(lambda x: x.reshape(*valid_BT.shape, *x.shape[1:]), routing)
+        stats = dataclasses.replace(stats, routing=by_token)
+    return y_BTD, stats
+
+
+def routed(x_BTD, params, valid_BT, key, config):
+    """Returns the chosen experts' output, the Routing, and how many assignments were dropped."""
+    x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.ravel()
     with jax.named_scope("router"):
         routing = _route(x_MD, params["router"], valid_M, key, config)
     y_MD, num_dropped = exchange.MODES[config.expert_parallel](
@@ -117,21 +126,15 @@ def _moe_of_device(x_BTD, params, valid_BT, key, *, config, return_routing):
     if "shared" in params:
         with jax.named_scope("shared_expert"):
             shared_MD = layers.feed_forward(x_MD, params["shared"], config)
-            # Else XLA fuses the sum into the last product, which then waits for the exchange
+            # Otherwise XLA fuses the sum into the last product, which then waits for the exchange
             # instead of running beside it.
             y_MD, shared_MD = jax.lax.optimization_barrier((y_MD, shared_MD))
             y_MD += shared_MD
-
-    stats = statistics(routing, valid_M, num_dropped)
-    stats = jax.tree.map(lambda x: x[None], stats)
-    if return_routing:
-        by_token = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), routing)
-        stats = dataclasses.replace(stats, routing=by_token)
-    return y_MD.reshape(B, T, D), stats
+    return y_MD.reshape(x_BTD.shape), routing, num_dropped
 
 
 def _route(x_MD, params, valid_M, key, config) -> Routing:
-    # In float32: with bfloat16 logits close calls between experts would depend on rounding.
+    # Logits are in float32: in bfloat16, close calls between experts would depend on rounding.
     x_MD = x_MD.astype(jnp.float32)
     logits_ME = remat.named("router_logits", x_MD @ params["kernel"].astype(jnp.float32))
     key = None if key is None else tree.fold_in(key, "noise")

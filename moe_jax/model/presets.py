@@ -1,28 +1,20 @@
 """The published models, as `ModelConfig`s by name."""
 
-import dataclasses
+from typing import Any
 
 from moe_jax.model.config import DENSE, MOE, ModelConfig
 
+# The numbers of each are: vocabulary, hidden size, feed-forward width, layers, attention heads and,
+# where they are fewer, key-value heads.
 PRESETS = {
     # The quickstart's parent: small enough for two CPU cores.
     "quickstart": ModelConfig(
-        vocab_size=259,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        *(259, 128, 256, 4, 4, 2),
         remat="none",
     ),
     # Nemotron-4 15B (Parmar et al., arXiv 2402.16819).
     "nemotron-4-15b": ModelConfig(
-        vocab_size=256_000,
-        hidden_size=6144,
-        intermediate_size=24_576,
-        num_hidden_layers=32,
-        num_attention_heads=48,
-        num_key_value_heads=8,
+        *(256_000, 6144, 24_576, 32, 48, 8),
         norm="layer_1p",
         hidden_act="relu2",
         gated_mlp=False,
@@ -32,11 +24,7 @@ PRESETS = {
     ),
     # LOLA (Srivastava et al., arXiv 2409.11272): GPT-3 XL with every second layer sparse.
     "lola": ModelConfig(
-        vocab_size=100_096,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=24,
-        num_attention_heads=16,
+        *(100_096, 2048, 8192, 24, 16),
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=0.01,
@@ -56,11 +44,7 @@ PRESETS = {
     ),
     # OLMoE (Muennighoff et al., arXiv 2409.02060).
     "olmoe-1b-7b": ModelConfig(
-        vocab_size=50_304,
-        hidden_size=2048,
-        intermediate_size=1024,
-        num_hidden_layers=16,
-        num_attention_heads=16,
+        *(50_304, 2048, 1024, 16, 16),
         qk_norm="full",
         num_experts=64,
         num_experts_per_tok=8,
@@ -69,12 +53,7 @@ PRESETS = {
     ),
     # Mixtral (Jiang et al., arXiv 2401.04088).
     "mixtral-8x7b": ModelConfig(
-        vocab_size=32_000,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        *(32_000, 4096, 14_336, 32, 32, 8),
         max_position_embeddings=32_768,
         rope_theta=1e6,
         num_experts=8,
@@ -83,12 +62,7 @@ PRESETS = {
     ),
     # Qwen3 (Yang et al., arXiv 2505.09388).
     "qwen3-30b-a3b": ModelConfig(
-        vocab_size=151_936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
+        *(151_936, 2048, 6144, 48, 32, 4),
         head_dim=128,
         max_position_embeddings=40_960,
         rms_norm_eps=1e-6,
@@ -101,12 +75,7 @@ PRESETS = {
     ),
     # LLM-jp-4 (model card of the LLM-jp project): sigmoid scores and selection biases.
     "llm-jp-4-32b-a3.8b": ModelConfig(
-        vocab_size=196_608,
-        hidden_size=2560,
-        intermediate_size=960,
-        num_hidden_layers=32,
-        num_attention_heads=40,
-        num_key_value_heads=4,
+        *(196_608, 2560, 960, 32, 40, 4),
         head_dim=128,
         num_experts=128,
         num_experts_per_tok=8,
@@ -115,12 +84,7 @@ PRESETS = {
     ),
     # SmolLM2 (Ben Allal et al., arXiv 2502.02737).
     "smollm2-135m": ModelConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        *(49_152, 576, 1536, 30, 9, 3),
         max_position_embeddings=8192,
         rope_theta=1e5,
         tie_word_embeddings=True,
@@ -128,9 +92,9 @@ PRESETS = {
     ),
 }
 
-# Llama's architecture: vocabulary, D, F, layers, heads, kv heads. LLM-jp-3 (model cards of the
-# LLM-jp project, arXiv 2407.03963), Drop-Upcycling's parents (Nakamura et al., arXiv 2502.19261),
-# Skywork-13B (Wei et al., arXiv 2310.19341) and Llama 2 (Touvron et al., arXiv 2307.09288).
+# Models of Llama's architecture: LLM-jp-3 (model cards of the LLM-jp project, arXiv 2407.03963),
+# Drop-Upcycling's parents (Nakamura et al., arXiv 2502.19261), Skywork-13B (Wei et al., arXiv
+# 2310.19341) and Llama 2 (Touvron et al., arXiv 2307.09288).
 _LLAMAS = {
     "llm-jp-3-150m": (99_487, 512, 2048, 12, 8, 8),
     "llm-jp-3-440m": (99_487, 1024, 3584, 16, 8, 8),
@@ -146,16 +110,11 @@ _LLAMAS = {
     "skywork-13b": (65_536, 4608, 12_288, 52, 36, 36),
     "llama-2-7b": (32_000, 4096, 11_008, 32, 32, 32),
 }
-_LLAMA_FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads""".split()
-PRESETS |= {
-    name: ModelConfig(**dict(zip(_LLAMA_FIELDS, sizes, strict=True)), model_type="llama")
-    for name, sizes in _LLAMAS.items()
-}
+PRESETS |= {name: ModelConfig(*sizes, model_type="llama") for name, sizes in _LLAMAS.items()}
 
-# Upcycled: parent, number of experts, experts per token, what else differs. He et al. (arXiv
+# Upcycled models: parent, number of experts, experts per token, further fields. He et al. (arXiv
 # 2410.07524) write E8G8T8 for 8 · 8 experts of an eighth of the parent's width.
-_UPCYCLED = {
+_UPCYCLED: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "quickstart-8e": ("quickstart", 8, 2, {}),
     "drop-upcycling-8x152m": ("drop-upcycling-152m", 8, 2, {"model_type": "mixtral"}),
     "drop-upcycling-8x1.5b": ("drop-upcycling-1.5b", 8, 2, {"model_type": "mixtral"}),
@@ -167,19 +126,20 @@ _UPCYCLED = {
         *("nemotron-4-15b", 64, 8),
         {"norm_topk_prob": False, "moe_intermediate_size": 3072},
     ),
-    # BAM's attention experts (Zhang et al., arXiv 2408.08274) at the quickstart's size.
+    # BAM has attention experts (Zhang et al., arXiv 2408.08274); here at the quickstart's size.
     "quickstart-bam-4e": ("quickstart", 4, 1, {"num_attention_experts": 4}),
     # LLaMA-MoE v1 (Zhu et al., arXiv 2406.16554): Llama 2's feed-forwards cut into 16, top-4.
     "llama-moe-3.5b": (
         *("llama-2-7b", 16, 4),
         {"moe_intermediate_size": 688, "router": "noisy_topk"},
     ),
-    # Wei et al., arXiv 2406.06563.
+    # Skywork-MoE (Wei et al., arXiv 2406.06563).
     "skywork-moe": (
         *("skywork-13b", 16, 2),
         {"gate_norm_std": 1.0, "max_position_embeddings": 8192, "model_type": "skywork"},
     ),
 }
-for _name, (_parent, _experts, _per_token, _other) in _UPCYCLED.items():
-    _moe = PRESETS[_parent].to_moe(num_experts=_experts, num_experts_per_tok=_per_token)
-    PRESETS[_name] = dataclasses.replace(_moe, **_other)
+PRESETS |= {
+    name: PRESETS[parent].to_moe(num_experts=experts, num_experts_per_tok=per_token, **other)
+    for name, (parent, experts, per_token, other) in _UPCYCLED.items()
+}

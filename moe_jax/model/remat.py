@@ -1,9 +1,10 @@
-"""What of a block's forward pass is kept for its backward pass, and what is computed again.
+"""Rematerialisation: what a backward pass keeps of its forward pass, and what it computes again.
 
-8 layers of 8 experts, top-2. Step time on 2 CPU cores by that without remat in the same run (D=256,
-F=512, 8 x 256 tokens, float32: `python scripts/benchmark.py remat`); memory of one of four v5p
-chips as compiled ahead of time (D=512, F=1024, 4 x 1024 tokens each, bfloat16, 319 MiB of it the
-state), and what lies in the host's memory:
+The table is of 8 layers of 8 experts, top-2. Time is that of a step on 2 CPU cores relative to the
+step without remat in the same run (D=256, F=512, 8 x 256 tokens, float32: `python
+scripts/benchmark.py remat`). Memory is that of one of four v5p chips as compiled ahead of time
+(D=512, F=1024, 4 x 1024 tokens each, bfloat16, 319 MiB of it the state), and what lies in the
+host's memory:
 
 | policy | time | peak, MiB | host, MiB |
 |---|---|---|---|
@@ -14,8 +15,8 @@ state), and what lies in the host's memory:
 | offload_experts | 1.06 | 668 | 272 |
 | offload_dots | 0.94 | 784 | 466 |
 
-Keeping less can be faster: what is kept must be written and read, on a CPU into memory that is new
-in each step.
+Keeping less can be faster: kept values are written and read, on a CPU in memory that is new in each
+step.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,11 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.ops import attention
+from moe_jax.ops import attention_reference
 
-# What each policy keeps beside a block's input. The names are given in attention.py, layers.py and
-# moe.py with `named`.
+# What each policy keeps beside a block's input, by the names that `named` gives.
 EXPERTS = ("plan", "gate_up")
-DOTS = ("qkv", attention.SAVED_NAME, "middle", "router_logits", *EXPERTS)
+DOTS = ("qkv", attention_reference.SAVED_NAME, "middle", "router_logits", *EXPERTS)
 SAVED = {
     "full": (),
     "save_experts": EXPERTS,
@@ -36,17 +36,16 @@ SAVED = {
     "offload_experts": EXPERTS,  # kept in the host's memory
     "offload_dots": DOTS,
 }
-NAMES = set(DOTS)
 
 
 def named(name: str, tree):
     """`tree`, whose arrays a policy may keep under `name`."""
-    assert name in NAMES, name
+    assert name in DOTS, name
     return jax.tree.map(lambda x: checkpoint_name(x, name), tree)
 
 
 def checkpointed(block: Callable, policy: str) -> Callable:
-    """`block`, a scan's step, with its backward pass keeping what `policy` says."""
+    """`block`, a scan's step, whose backward pass keeps what `policy` says."""
     if policy == "none":
         return block
     if policy.startswith("offload"):
@@ -63,9 +62,9 @@ def checkpointed(block: Callable, policy: str) -> Callable:
 
 
 def made_again(function: Callable) -> Callable:
-    """`function`, of which the backward pass keeps the inputs alone under any policy.
+    """`function`, of which the backward pass keeps only the inputs under any policy.
 
-    For what is cheap beside a product: else each factor of an activation is kept. Its last product
-    is not computed again, for nothing needs the value.
+    It is for functions that are cheap beside a product, else each factor of an activation is kept.
+    Their last product is not computed again, for nothing needs its value.
     """
     return jax.checkpoint(function, prevent_cse=False)

@@ -1,4 +1,4 @@
-"""How a token chooses its experts: one table of routers, each a row of all that is known of it."""
+"""Routers choose a token's experts: a table in which a row holds all that is known of a router."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -69,40 +69,36 @@ def sigmoid_topk(
     *,
     num_experts_per_tok: int,
     norm_topk_prob: bool,
-    num_groups: int = 1,
+    num_expert_groups: int = 1,
     num_groups_per_tok: int = 1,
-    scale: float = 1.0,
+    routed_scaling_factor: float = 1.0,
 ) -> Routing:
     """DeepSeek-V3's (arXiv 2412.19437, eq. 12-16): sigmoid scores, chosen with a bias on them.
 
-    The bias decides who is chosen, not with what weight. Experts lie in `num_groups` equal groups;
-    only the groups with the largest sum of their two best biased scores may be chosen from. The
+    The bias decides who is chosen, not with what weight. Experts lie in equal groups; only the
+    groups with the largest sum of their two best biased scores may be chosen from. The
     probabilities, for a balance loss, are the scores divided by their sum.
     """
     M, E = logits_ME.shape
     logits_ME = logits_ME.astype(jnp.float32)
     score_ME = jax.nn.sigmoid(logits_ME)
     choice_ME = score_ME + bias_E
-    if num_groups > 1:
-        choice_MGE = choice_ME.reshape(M, num_groups, -1)
+    if num_expert_groups > 1:
+        choice_MGE = choice_ME.reshape(M, num_expert_groups, -1)
         best_MG = jnp.sum(jax.lax.top_k(choice_MGE, 2)[0], axis=-1)
         _, group_index = jax.lax.top_k(best_MG, num_groups_per_tok)
-        open_MG = jnp.any(jax.nn.one_hot(group_index, num_groups, dtype=bool), axis=1)
+        open_MG = jnp.any(jax.nn.one_hot(group_index, num_expert_groups, dtype=bool), axis=1)
         choice_ME = jnp.where(open_MG[..., None], choice_MGE, -jnp.inf).reshape(M, E)
     expert_index_MA = top_k(choice_ME, num_experts_per_tok)
     weight_MA = bins.chosen(score_ME, expert_index_MA)
     if norm_topk_prob:
         weight_MA = weight_MA / (jnp.sum(weight_MA, axis=-1, keepdims=True) + 1e-20)
     probabilities_ME = score_ME / jnp.sum(score_ME, axis=-1, keepdims=True)
-    return Routing(expert_index_MA, weight_MA * scale, logits_ME, probabilities_ME)
+    return Routing(expert_index_MA, weight_MA * routed_scaling_factor, logits_ME, probabilities_ME)
 
 
 def noisy_topk(
-    logits_ME: jax.Array,
-    noise_ME: jax.Array,
-    key: jax.Array | None,
-    *,
-    num_experts_per_tok: int,
+    logits_ME: jax.Array, noise_ME: jax.Array, key: jax.Array | None, *, num_experts_per_tok: int
 ) -> Routing:
     """Noise on the logits, the top k, a softmax over them (Shazeer et al., arXiv 1701.06538, §2.1).
 
@@ -120,7 +116,7 @@ def noisy_topk(
     if A == E:
         return routing
     best_MA = jax.lax.top_k(noisy_ME, A + 1)[0]
-    # What another expert has to pass: the k-th best, for one that is chosen the best one left out.
+    # An expert that is left out has to pass the k-th best, a chosen one the best that is left out.
     chosen_ME = noisy_ME > best_MA[:, A:]
     threshold_ME = jnp.where(chosen_ME, best_MA[:, A:], best_MA[:, A - 1 : A])
     load_ME = jax.scipy.stats.norm.cdf((clean_ME - threshold_ME) / deviation_ME)
@@ -151,9 +147,9 @@ def expert_choice(
 
 
 def group_topk(
-    logits_ME: jax.Array, *, num_experts_per_tok: int, norm_topk_prob: bool, num_groups: int
+    logits_ME: jax.Array, *, num_experts_per_tok: int, norm_topk_prob: bool, num_expert_groups: int
 ) -> Routing:
-    """The best expert of each group, then the k best of these: DivMoE's.
+    """DivMoE's: the best expert of each group, then the k best of these.
 
     Expert e belongs to group e mod G: with G shards of a feed-forward laid out as virtual groups,
     the group of a shard are that shard's copies, and a token gets no shard twice.
@@ -161,14 +157,14 @@ def group_topk(
     M, E = logits_ME.shape
     logits_ME = logits_ME.astype(jnp.float32)
     probabilities_ME = jax.nn.softmax(logits_ME, axis=-1)
-    by_group_MGC = probabilities_ME.reshape(M, -1, num_groups).swapaxes(1, 2)
+    by_group_MGC = probabilities_ME.reshape(M, -1, num_expert_groups).swapaxes(1, 2)
     best_MG, copy_MG = jnp.max(by_group_MGC, axis=-1), jnp.argmax(by_group_MGC, axis=-1)
     group_MA = top_k(best_MG, num_experts_per_tok)
     weight_MA = bins.chosen(best_MG, group_MA)
     copy_MA = jnp.take_along_axis(copy_MG, group_MA, axis=-1)
     if norm_topk_prob:
         weight_MA = weight_MA / jnp.sum(weight_MA, axis=-1, keepdims=True)
-    return Routing(copy_MA * num_groups + group_MA, weight_MA, logits_ME, probabilities_ME)
+    return Routing(copy_MA * num_expert_groups + group_MA, weight_MA, logits_ME, probabilities_ME)
 
 
 def forced_balance(logits_ME: jax.Array, *, num_experts_per_tok: int, **parameters) -> Routing:
@@ -182,7 +178,7 @@ def forced_balance(logits_ME: jax.Array, *, num_experts_per_tok: int, **paramete
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a router may look at beside its logits."""
+    """The arrays that a router may look at beside its logits."""
 
     x_MD: jax.Array  # in float32
     valid_M: jax.Array
@@ -194,8 +190,8 @@ class Inputs:
 class Leaf:
     """One array of a router's parameters.
 
-    zero: it begins as zeros, else as a normal of the model's `initializer_range`. An upcycling
-      makes the kernel by an initialiser and every other leaf of zeros.
+    zero: it begins as zeros, else as a normal of the model's `initializer_range`. Upcycling makes
+      the kernel by an initialiser, and zeros for every other leaf.
     noise_on_copies: recipes that add noise to a copied expert's router add it to this leaf too.
     """
 
@@ -205,7 +201,6 @@ class Leaf:
 
 
 KERNEL = Leaf(lambda D, E: (D, E), zero=False)
-Fields = Mapping[str, float | int | str | bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,15 +219,15 @@ class Router:
     one_per_group: a token goes to at most one expert of each of `num_expert_groups`.
     causal: a token's experts do not depend on other tokens.
     random: it draws in training.
-    products: how many products of [M, D] and [D, E] it makes.
-    learned: False for one that ignores its logits, to time the best case.
+    products: the number of products of [M, D] and [D, E] that it makes.
+    learned: False for a router that ignores its logits, to time the best case.
     same_as: fields of a model that computes the same in evaluation, by another router.
     decodes_as: the router that takes its place where tokens are generated one by one.
     """
 
     route: Callable[..., Routing]
     reads: tuple[str, ...] = ("num_experts_per_tok",)
-    parameters: Fields = dataclasses.field(default_factory=dict)
+    parameters: Mapping[str, float | int | str | bool] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, Leaf] = dataclasses.field(default_factory=lambda: {"kernel": KERNEL})
     problems: Callable[["ModelConfig"], Iterator[str]] = lambda config: iter(())
     sum_is_fixed: Callable[["ModelConfig"], bool] = lambda config: True
@@ -262,11 +257,6 @@ def _renormalised(config: "ModelConfig") -> bool:
     return config.norm_topk_prob
 
 
-def _always(config: "ModelConfig") -> bool:
-    del config
-    return True
-
-
 def _sigmoid_weight(config: "ModelConfig") -> float:
     """A sigmoid of 0 is 1/2."""
     total = 1.0 if config.norm_topk_prob else config.num_experts_per_tok / 2
@@ -292,8 +282,8 @@ def _group_problems(config: "ModelConfig") -> Iterator[str]:
     A, G = config.num_experts_per_tok, config.num_expert_groups
     if A > G:
         yield (
-            f"num_experts_per_tok={A} is more than "
-            f"num_expert_groups={G}, each of which gives one; use at most {G}"
+            f"num_experts_per_tok={A} is more than num_expert_groups={G}, each of which gives one; "
+            f"use at most {G}"
         )
 
 
@@ -302,50 +292,38 @@ def _expert_choice_problems(config: "ModelConfig") -> Iterator[str]:
         yield "router='expert_choice' gives each expert as many tokens; set dispatch='capacity'"
 
 
-def _route_sigmoid(
-    logits_ME, inputs: Inputs, *, num_expert_groups: int, routed_scaling_factor: float, **values
-) -> Routing:
-    groups, scale = num_expert_groups, routed_scaling_factor
-    return sigmoid_topk(logits_ME, inputs.leaves["bias"], num_groups=groups, scale=scale, **values)
-
-
 def _route_noisy(logits_ME, inputs: Inputs, **values) -> Routing:
     noise_ME = inputs.x_MD @ inputs.leaves["noise"].astype(jnp.float32)
     return noisy_topk(logits_ME, noise_ME, inputs.key, **values)
 
 
 def _route_expert_choice(
-    logits_ME, inputs: Inputs, *, num_experts_per_tok, capacity_factor, min_capacity, **values
+    logits_ME, inputs, *, num_experts_per_tok, capacity_factor, min_capacity, **values
 ) -> Routing:
     M, E = logits_ME.shape
-    room = capacity(M * num_experts_per_tok, E, capacity_factor, min_capacity)
-    return expert_choice(logits_ME, inputs.valid_M, tokens_per_expert=room, **values)
-
-
-def _route_groups(logits_ME, inputs: Inputs, *, num_expert_groups: int, **values) -> Routing:
-    del inputs
-    return group_topk(logits_ME, num_groups=num_expert_groups, **values)
+    C = capacity(M * num_experts_per_tok, E, capacity_factor, min_capacity)
+    return expert_choice(logits_ME, inputs.valid_M, tokens_per_expert=C, **values)
 
 
 SOFTMAX = ("num_experts_per_tok", "norm_topk_prob", "gate_norm_std")
 BIAS = Leaf(lambda D, E: (E,))
 NOISE = Leaf(KERNEL.shape, noise_on_copies=False)  # zero at first: arXiv 2406.16554
 
-# By `ModelConfig.router`.
+# The keys are the values of `ModelConfig.router`.
 ROUTERS: dict[str, Router] = {
     "softmax_topk": Router(
         lambda logits, inputs, **values: softmax_topk(logits, **values),
         reads=SOFTMAX,
         sum_is_fixed=_renormalised,
-        copies_share=_always,
+        copies_share=lambda config: True,
     ),
     "topk_softmax": Router(
         lambda logits, inputs, **values: topk_softmax(logits, **values),
-        copies_share=_always,
+        copies_share=lambda config: True,
         same_as={"router": "softmax_topk", "norm_topk_prob": True},
     ),
     "sigmoid_topk": Router(
-        _route_sigmoid,
+        lambda logits, inputs, **values: sigmoid_topk(logits, inputs.leaves["bias"], **values),
         reads=(
             *("num_experts_per_tok", "norm_topk_prob", "num_expert_groups"),
             *("num_groups_per_tok", "routed_scaling_factor"),
@@ -359,7 +337,7 @@ ROUTERS: dict[str, Router] = {
     "noisy_topk": Router(
         _route_noisy,
         leaves={"kernel": KERNEL, "noise": NOISE},
-        copies_share=_always,
+        copies_share=lambda config: True,
         random=True,
         products=2,
     ),
@@ -372,7 +350,7 @@ ROUTERS: dict[str, Router] = {
         decodes_as="softmax_topk",
     ),
     "group_topk": Router(
-        _route_groups,
+        lambda logits, inputs, **values: group_topk(logits, **values),
         reads=("num_experts_per_tok", "norm_topk_prob", "num_expert_groups"),
         problems=_group_problems,
         sum_is_fixed=_renormalised,

@@ -1,4 +1,4 @@
-"""Routing is data: which experts a token goes to and with what weight, and what to count of it."""
+"""Routing is data: the experts and weights of each token, and the statistics of a batch."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ class Routing:
     """The decision for M tokens. `weight` is what an expert's output is multiplied by.
 
     An `expert_index` of E is a slot that goes to no expert. `load_ME`, where a router has it, is
-    how likely an expert is chosen, a count that gradients pass through.
+    the probability that an expert is chosen: a count that gradients pass through.
     """
 
     expert_index_MA: jax.Array
@@ -55,9 +55,9 @@ def capacity(num_assignments: int, num_experts: int, factor: float, minimum: int
 def virtual_drop_rate(tokens_per_expert_E: jax.Array, factor: float) -> jax.Array:
     """The share of assignments that a capacity would have dropped in a run that drops none.
 
-    sum_e max(0, load_e - C) / sum_e load_e with C = ceil(factor · sum_e load_e / E), what drives
-    Skywork-MoE's balance coefficients (Wei et al., arXiv 2406.06563). Leading axes are kept; numpy
-    or jax.
+    It is sum_e max(0, load_e - C) / sum_e load_e with C = ceil(factor · sum_e load_e / E), and
+    drives Skywork-MoE's balance coefficients (Wei et al., arXiv 2406.06563). Leading axes are kept;
+    arrays may be numpy's or jax's.
     """
     total = tokens_per_expert_E.sum(axis=-1, keepdims=True)
     capacity_E = -(-factor * total // tokens_per_expert_E.shape[-1])

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,16 +29,16 @@ class Output:
 
 @struct.dataclass
 class Shared:
-    """What every layer sees alike."""
+    """The arrays that are the same for all layers."""
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array  # 0 is padding
-    key: jax.Array | None = None  # of what is random in training
+    key: jax.Array | None = None  # for whatever is random in training
 
 
 @struct.dataclass
 class BlockOutput:
-    """What a block gives beside x: statistics are None for a dense block, the cache in training."""
+    """A block's results beside x; a dense block has no statistics, and training no cache."""
 
     stats: RouterStats | None
     cache: dict | None
@@ -47,8 +48,8 @@ class BlockOutput:
 class Parameters(nn.Module):
     """Creates the arrays of a nested table name -> shape: scales one, biases zero, else normal.
 
-    Random values are in the order of the axes, so that of two stacks of experts the smaller one is
-    the beginning of the larger.
+    Random values are in the order of the axes, so that a small stack of experts is the beginning of
+    a larger one.
     """
 
     shapes: Mapping
@@ -93,11 +94,11 @@ def block(
     """x + attention(x), then x + feed-forward(x).
 
     Args:
-      params: one layer's, as `layout.layer` gives them.
-      per_layer: what is scanned along with the parameters: the layer's `index`, and in decoding its
-        `cache` of keys and values.
-      taps: names of values inside the block that are wanted too: "feed_forward_input" is what the
-        feed-forward gets after its norm, [B, T, D].
+      params: the parameters of one layer, as `layout.layer` gives them.
+      per_layer: the values scanned along with the parameters: the layer's `index`, and in decoding
+        its `cache` of keys and values.
+      taps: names of values inside the block to return too: "feed_forward_input" is the input of the
+        feed-forward after its norm, [B, T, D].
     """
     y_BTD, cache = attention.attention(
         *(x_BTD, params["attention"], shared.positions_BT, shared.segment_ids_BT, config),
@@ -112,24 +113,13 @@ def block(
     if kind.feed_forward == DENSE:
         y_BTD, stats = layers.mlp(x_BTD, params["mlp"], config), None
     else:
-        key = shared.key
+        key = None if shared.key is None else jax.random.fold_in(shared.key, per_layer["index"])
         y_BTD, stats = moe.moe(
-            x_BTD,
-            params["moe"],
-            shared.segment_ids_BT > 0,
-            config,
-            key=None if key is None else jax.random.fold_in(key, per_layer["index"]),
+            *(x_BTD, params["moe"], shared.segment_ids_BT > 0, config),
+            key=key,
             return_routing=return_routing,
         )
     return sharding.constrain_batch(x_BTD + y_BTD), BlockOutput(stats, cache, tapped)
-
-
-def block_shapes(config: ModelConfig, feed_forward: str) -> dict:
-    second = {"mlp": layers.mlp_shapes} if feed_forward == DENSE else {"moe": moe.shapes}
-    return {
-        "attention": attention.shapes(config),
-        **{name: shapes(config) for name, shapes in second.items()},
-    }
 
 
 def shell_shapes(config: ModelConfig) -> dict:
@@ -149,7 +139,12 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
     key_shell, key_blocks = (tree.fold_in(key, name) for name in ("shell", "blocks"))
 
     def layer_params(kind, layer):
-        module = Parameters(block_shapes(config, kind.feed_forward), config)
+        shapes = {"attention": attention.shapes(config)}
+        if kind.feed_forward == DENSE:
+            shapes["mlp"] = layers.mlp_shapes(config)
+        else:
+            shapes["moe"] = moe.shapes(config)
+        module = Parameters(shapes, config)
         return module.init(jax.random.fold_in(key_blocks, layer))["params"]
 
     shell = Parameters(shell_shapes(config), config)
@@ -168,13 +163,10 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(total, active for one token), embeddings and the whole router included in both."""
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    total = active = 0
+    total, active, A = 0, 0, config.num_experts_per_tok
     for name, leaf in tree.flatten(shapes).items():
         total += leaf.size
-        is_expert = "moe/experts" in name
-        active += (
-            leaf.size * config.num_experts_per_tok // config.num_experts if is_expert else leaf.size
-        )
+        active += leaf.size * A // config.num_experts if "moe/experts" in name else leaf.size
     return total, active
 
 
@@ -189,8 +181,10 @@ def apply(
 ) -> Output:
     """Logits in float32 and the routers' statistics.
 
-    Without `segment_ids_BT` each row is one document; where they are 0 is padding. Positions
-    default to 0, 1, … along the row. Raises: ValueError for rows beyond the learned positions.
+    Without `segment_ids_BT` each row is one document; an id of 0 is padding. Positions default to
+    0, 1, … along the row.
+
+    Raises: ValueError for rows beyond the learned positions.
     """
     B, T = tokens_BT.shape
     if config.position_embedding == "learned" and T > config.max_position_embeddings:
@@ -203,12 +197,8 @@ def apply(
         segment_ids_BT = jnp.ones((B, T), jnp.int32)
     shared = Shared(positions_BT, segment_ids_BT)
     x_BTD, stats = hidden_states(params, tokens_BT, shared, config, return_routing=return_routing)
-    logits_BTV = jnp.einsum(
-        "btd,dv->btv",
-        x_BTD,
-        unembedding(params).astype(x_BTD.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    unembed_DV = unembedding(params).astype(x_BTD.dtype)
+    logits_BTV = jnp.einsum("btd,dv->btv", x_BTD, unembed_DV, preferred_element_type=jnp.float32)
     return Output(logits_BTV, stats)
 
 
@@ -233,7 +223,7 @@ def hidden_states(
 def embed(
     params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, config: ModelConfig
 ) -> jax.Array:
-    """What the first block gets, [B, T, D]."""
+    """The input of the first block, [B, T, D]."""
     x_BTD = embedded(params["tokens"], tokens_BT).astype(config.dtype)
     if config.position_embedding == "learned":
         x_BTD += params["positions"][positions_BT].astype(config.dtype)
@@ -243,9 +233,9 @@ def embed(
 def embedded(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """The tokens' rows of the table, [B, T, D].
 
-    With a mesh each device looks up its own tokens in its own part of the vocabulary; left to
-    automatic partitioning, a table that is cut along both its axes makes the whole batch's rows
-    and their gradient go to every device.
+    With a mesh each device looks up its own tokens in its own part of the vocabulary. Automatic
+    partitioning would send the whole batch's rows and their gradient to every device where the
+    table is cut along both its axes.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return table_VD[tokens_BT]
@@ -272,17 +262,21 @@ def run_blocks(
     return_routing: bool = False,
     cache: dict | None = None,
 ) -> tuple[jax.Array, RouterStats | None, dict]:
-    """`hidden_states` with `cache`, slot -> stacks [L, B, S, K, H] of keys and values, as it is
-    before these positions, and then as it is after them."""
+    """`hidden_states`, and the cache after these positions.
+
+    Args:
+      cache: by slot, stacks [L, B, S, K, H] of the keys and values before these positions.
+    """
     x_BTD = embed(params["embed"], tokens_BT, shared.positions_BT, config)
-    stats_of_layers, order, caches = [], [], {}
+    stats_of_layers, order, caches = [], [], dict[str, Any]()
     for group in layer_groups(config.block_kinds):
         per_layer = {slot: {"index": jnp.array(ls)} for slot, ls in group.layers.items()}
         if cache is not None:
             per_layer = {slot: {**x, "cache": cache[slot]} for slot, x in per_layer.items()}
         blocks = {slot: params["blocks"][slot] for slot in group.kinds}
-        step = functools.partial(_group_step, group, config, return_routing, shared)
-        step = remat.checkpointed(step, config.remat)
+        step = remat.checkpointed(
+            functools.partial(_group_step, group, config, return_routing, shared), config.remat
+        )
         unroll = 1 if cache else _layers_at_once(config)
         x_BTD, (stats, new) = jax.lax.scan(step, x_BTD, (blocks, per_layer), unroll=unroll)
         caches |= new
@@ -297,13 +291,12 @@ def run_blocks(
 
 
 def _layers_at_once(config: ModelConfig) -> int | bool:
-    """In one step of a scan over layers, True for all; not in decoding, which reads few weights.
+    """The number of layers in one step of a scan over them; True is all.
 
-    A scan copies what it keeps for the backward pass into a stack and out again. So four layers on
-    a CPU, where one core does that (4 layers of 8 experts take 0.95 of the time), and all on a GPU.
-
-    With remat one, as what is not kept is not copied; and XLA would see that an unrolled scan
-    computes the same again, and keep it.
+    A scan copies what it keeps for the backward pass into a stack and out again. So a step has four
+    layers on a CPU, where one core does that (4 layers of 8 experts take 0.95 of the time), and all
+    on a GPU. With remat it has one: nothing is copied, and XLA would see that an unrolled scan
+    computes the same values again, and keep them. Decoding, which reads few weights, has one too.
     """
     if config.remat != "none":
         return 1

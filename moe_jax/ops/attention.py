@@ -1,4 +1,4 @@
-"""Grouped-query causal self-attention over packed rows, which never looks across a border.
+"""Grouped-query causal self-attention over packed rows: no query sees another document's keys.
 
 Query head n reads kv head n // (N/K) (Ainslie et al., arXiv 2305.13245). G = N/K is the number of
 query heads of a kv head. With a window a query sees only the last keys up to its own (Beltagy et
@@ -12,21 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moe_jax.ops import attention_kernels as kernels
 from moe_jax.ops.attention_chunked import chunked, chunked_executed
-from moe_jax.ops.attention_kernels import (
-    cudnn,
-    cudnn_executed,
-    cudnn_refuses,
-    splash,
-    splash_executed,
-    splash_kernels,
-    splash_refuses,
-)
-from moe_jax.ops.attention_reference import SAVED_NAME, Executed, reference, reference_executed
+from moe_jax.ops.attention_reference import Executed, reference, reference_executed
 from moe_jax.ops.implementations import Implementation, choose
 from moe_jax.parallel import sharding
-
-__all__ = ["IMPLEMENTATIONS", "SAVED_NAME", "attention", "executed_pairs", "splash_kernels"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +28,16 @@ class Attention(Implementation):
     refuses: Callable[[int, int, jnp.dtype], str] = lambda T, H, dtype: ""  # the reason, or ""
 
 
-# In the order in which "auto" tries them.
+# "auto" tries them in this order.
 IMPLEMENTATIONS = {
-    "splash": Attention(splash, ("tpu",), executed=splash_executed, refuses=splash_refuses),
-    "cudnn": Attention(cudnn, ("gpu",), executed=cudnn_executed, refuses=cudnn_refuses),
+    "splash": Attention(
+        *(kernels.splash, ("tpu",)),
+        executed=kernels.splash_executed,
+        refuses=kernels.splash_refuses,
+    ),
+    "cudnn": Attention(
+        kernels.cudnn, ("gpu",), executed=kernels.cudnn_executed, refuses=kernels.cudnn_refuses
+    ),
     "chunked": Attention(chunked, executed=chunked_executed),
     "reference": Attention(reference, executed=reference_executed),
 }
@@ -60,9 +56,9 @@ def attention(
 
     Args:
       q_BTNH: N is a multiple of K.
-      segment_ids_BT: which document a position belongs to. Padding is a segment like any other (0
-        by custom): finite values that mean nothing.
-      window: how many keys a query sees at most, its own among them; None for no limit.
+      segment_ids_BT: the document of each position. Padding is a segment like any other, 0 by
+        custom; its values are finite and mean nothing.
+      window: the most keys that a query sees, its own among them; None for no limit.
       implementation: a key of IMPLEMENTATIONS, or "auto", the first of them that can run.
 
     The softmax is computed in float32, or in the inputs' type where that is wider. With a mesh set
@@ -72,8 +68,8 @@ def attention(
       tensor axis does not divide the kv heads, or for a window below 1.
     """
     _, T, _, H = q_BTNH.shape
-    attend = choose("attention", implementation, _table(T, H, q_BTNH.dtype))
-    attend = functools.partial(attend, window=_limit(window, T))
+    chosen = _choose(implementation, T, H, q_BTNH.dtype)
+    attend = functools.partial(chosen.function, window=_limit(window, T))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
@@ -91,31 +87,19 @@ def attention(
 def executed_pairs(
     T: int, implementation: str = "auto", *, H: int, dtype: str, window: int | None = None
 ) -> Executed:
-    """What `attention` executes for rows of T positions on the platform of the mesh set.
+    """The products that `attention` executes for rows of T positions on the mesh's platform.
 
     Raises: ValueError where `attention` would.
     """
-    table = _table(T, H, jnp.dtype(dtype))
-    counts = {
-        name: dataclasses.replace(entry, function=entry.executed) for name, entry in table.items()
-    }
-    return choose("attention", implementation, counts)(T, _limit(window, T))
+    return _choose(implementation, T, H, jnp.dtype(dtype)).executed(T, _limit(window, T))
 
 
 def _limit(window: int | None, T: int) -> int | None:
-    """The window where it hides anything of a row of T positions."""
+    """The window if it hides anything of a row of T positions, else None."""
     if window is not None and window < 1:
         raise ValueError(f"window={window} hides a query's own key too; use at least 1, or None")
     return window if window is not None and window < T else None
 
 
-def _table(T: int, H: int, dtype) -> dict[str, Attention]:
-    """IMPLEMENTATIONS, of which those that refuse such arrays are unavailable."""
-
-    def for_arrays(entry: Attention) -> Attention:
-        refusal = entry.refuses(T, H, dtype)
-        return dataclasses.replace(
-            entry, unavailable=lambda platform: entry.unavailable(platform) or refusal
-        )
-
-    return {name: for_arrays(entry) for name, entry in IMPLEMENTATIONS.items()}
+def _choose(name: str, T: int, H: int, dtype) -> Attention:
+    return choose("attention", name, IMPLEMENTATIONS, lambda row: row.refuses(T, H, dtype))

@@ -1,7 +1,7 @@
 """Attention block by block: memory linear in T, in plain XLA.
 
-A row is cut into J blocks of C positions, and the pairs of a query block and a key block that have
-anything to see are visited one after the other. A block of queries has the R = G·C rows of all
+A row is cut into J blocks of C positions. The pairs of a query block and a key block of which any
+query sees any key are visited one after the other. A block of queries has the R = G·C rows of all
 query heads that read the same kv head.
 """
 
@@ -12,20 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.ops.attention_reference import (
-    NEGATIVE,
-    SAVED_NAME,
-    Executed,
-    block_pairs,
-    reference,
-    reference_executed,
-    visible,
-    wide_type,
-)
+from moe_jax.ops import attention_reference as pairwise
+from moe_jax.ops.attention_reference import NEGATIVE, SAVED_NAME, Executed, block_pairs, wide_type
 
 
 def block_size(T: int) -> int:
-    """C: equal blocks, so that fewer positions than there are blocks are padding.
+    """C. Blocks are equal, so that fewer positions than there are blocks are padding.
 
     XLA:CPU, value and gradients, ms with blocks of 64 / 128 / 256: T=256 40 / 41 / 83, T=512
     71 / 64, T=1024 173 / 152 / 185, T=4096 (other sizes) - / 815 / 722.
@@ -40,23 +32,21 @@ def visited_pairs(T: int, window: int | None = None) -> int:
 
 
 def chunked_executed(T: int, window: int | None) -> Executed:
-    if _one_block(T):
-        return reference_executed(T, window)
-    return Executed(2 * visited_pairs(T, window), 5 * visited_pairs(T, window))
-
-
-def _one_block(T: int) -> bool:
-    return block_size(T) == T
+    if block_size(T) == T:
+        return pairwise.reference_executed(T, window)
+    pairs = visited_pairs(T, window)
+    return Executed(2 * pairs, 5 * pairs)
 
 
 def chunked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window: int | None = None):
     """Memory linear in T: flash attention in plain XLA (Dao et al., arXiv 2205.14135).
 
-    Two products for each visited pair of blocks, five in the backward pass, which saves y and the
-    logsumexp of the logits and computes the logits again. Rows of one block are the reference's:
-    it needs one product less, and there is little to save.
+    A visited pair of blocks takes two products, and five in the backward pass, for which y and the
+    logsumexp of the logits are kept and the logits are computed again. Rows of one block go to the
+    reference, which needs one product less where there is little to save.
     """
-    attend = reference if _one_block(q_BTNH.shape[1]) else _chunked
+    T = q_BTNH.shape[1]
+    attend = pairwise.reference if block_size(T) == T else _chunked
     return attend(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window)
 
 
@@ -104,7 +94,7 @@ def _chunked_backward(window, residuals, grad_BTNH):
     K, wide = k_BSKH.shape[2], wide_type(q_BTNH.dtype)
     q_JBKRH, k_JBKCH, v_JBKCH = (_blocks(x, K) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
     grad_JBKRH = _blocks(grad_BTNH, K)
-    # What the softmax's gradient subtracts, sum_s p_ts dp_ts, is grad_t · y_t.
+    # The softmax's gradient subtracts sum_s p_ts dp_ts, which is grad_t · y_t.
     inner_BTN = jnp.sum(grad_BTNH.astype(wide) * y_BTNH.astype(wide), axis=-1)
     inner_JBKR = _blocks(inner_BTN[..., None], K)[..., 0]
     segment_JBC = _segment_blocks(segment_ids_BT)
@@ -144,7 +134,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _pairs(T: int, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """What is visited, a query's own block first: there it sees itself."""
+    """The visited pairs, a query's own block first: there it sees itself."""
     i, j = np.array(block_pairs(T, block_size(T), window), np.int32).T
     return i, j
 
@@ -155,7 +145,7 @@ def _logits(q_BKRH, k_BKCH, segment_JBC, i, j, window):
     position_C = jnp.arange(C)
     # Positions of padding beyond the row come last, so no position of the row sees them.
     seen_BCC = segment_JBC[i][:, :, None] == segment_JBC[j][:, None, :]
-    seen_BCC &= visible((i * C + position_C)[:, None], j * C + position_C, window)
+    seen_BCC &= pairwise.visible((i * C + position_C)[:, None], j * C + position_C, window)
     logits_BKGCC = _product("bkrh,bkch->bkrc", q_BKRH, k_BKCH).reshape(B, K, R // C, C, C)
     return jnp.where(seen_BCC[:, None, None], logits_BKGCC, NEGATIVE).reshape(B, K, R, C)
 

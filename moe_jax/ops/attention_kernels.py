@@ -20,8 +20,8 @@ def splash(
 ):
     """The Pallas TPU kernel that comes with jax, forward and backward.
 
-    Compiled ahead of time for v5e, v5p and v6e, never timed on one: head sizes 8 to 256 need no
-    padding, and of the block sizes 1024 is the largest that fits all three.
+    It was compiled ahead of time for v5e, v5p and v6e, never timed on one: head sizes 8 to 256 need
+    no padding, and of the block sizes 1024 is the largest that fits all three.
     """
     T, N, H = q_BTNH.shape[1:]
     kernel = make_splash(T, N, window, interpret=interpret)
@@ -30,19 +30,18 @@ def splash(
         segments = splash_attention.SegmentIds(segment_ids_T, segment_ids_T)
         return kernel(q_NTH, k_KSH, v_KSH, segment_ids=segments)
 
-    heads_first = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
-    return jax.vmap(of_row)(*heads_first, segment_ids_BT).swapaxes(1, 2)
+    q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
+    return jax.vmap(of_row)(q_BNTH, k_BKSH, v_BKSH, segment_ids_BT).swapaxes(1, 2)
 
 
 def make_splash(T: int, N: int, window: int | None, *, interpret: bool = False):
-    """The kernel of one row: blocks in which the mask has nothing to see are not visited."""
-    if window is None:
-        mask = splash_attention.CausalMask((T, T))
-    else:
+    """The kernel of one row; it skips blocks in which no query sees a key."""
+    mask: splash_attention.CausalMask | splash_attention.LocalMask
+    mask = splash_attention.CausalMask((T, T))
+    if window is not None:
         mask = splash_attention.LocalMask((T, T), (window - 1, 0), offset=0)
-    block = _splash_block(T)
+    block, fused = _splash_block(T), _splash_fused(T)
     compute = 512 if block % 512 == 0 else block
-    apart = {} if _splash_fused(T) else {"block_q_dq": block, "block_kv_dq": block}
     return splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * N),
         head_shards=1,
@@ -54,8 +53,9 @@ def make_splash(T: int, N: int, window: int | None, *, interpret: bool = False):
             block_q_dkv=block,
             block_kv_dkv=block,
             block_kv_dkv_compute=compute,
-            use_fused_bwd_kernel=not apart,
-            **apart,
+            block_q_dq=None if fused else block,
+            block_kv_dq=None if fused else block,
+            use_fused_bwd_kernel=fused,
         ),
         residual_checkpoint_name=SAVED_NAME,
         interpret=interpret,
@@ -67,15 +67,16 @@ def _splash_block(T: int) -> int:
 
 
 def _splash_fused(T: int) -> bool:
-    """One backward kernel makes 5 products where two make 7, but writes dq for each key block.
+    """Whether the backward pass is one kernel, of 5 products, instead of two, of 7.
 
-    That traffic is less than the two products at any T, yet it is that many times q's memory.
+    The one writes dq for each key block. That traffic is less than the two products at any T, yet
+    it takes that many times q's memory.
     """
     return T // _splash_block(T) <= SPLASH_FUSED
 
 
 def splash_kernels(T: int, window: int | None = None) -> dict[str, int]:
-    """Positions times products of one head and row, by what the name of a kernel contains."""
+    """Positions times products of one head and row, by a part of the kernel's name."""
     pairs = len(block_pairs(T, _splash_block(T), window)) * _splash_block(T) ** 2
     backward = {"_dkv_": 5} if _splash_fused(T) else {"_dkv_": 4, "_dq_": 3}
     return {name: number * pairs for name, number in {"_fwd_": 2, **backward}.items()}
@@ -95,8 +96,8 @@ def splash_refuses(T: int, H: int, dtype) -> str:
     return ""
 
 
-# So many documents of a row at most go through cuDNN's packed layout. It takes as many for a row as
-# it is compiled for, and each costs a little even where a row has fewer.
+# The most documents of a row for cuDNN's packed layout. Each document that it is compiled for costs
+# a little even where a row has fewer.
 CUDNN_DOCUMENTS = 16
 
 
@@ -105,10 +106,10 @@ def cudnn(
 ):
     """cuDNN's flash attention, which skips what lies after the diagonal or before the window.
 
-    Documents are given by where they begin ("packed"), or else as a mask [B, 1, T, T], which it
-    adds to the logits: twice the time (H100). Packed needs Hopper, no window, and rows of at most
-    CUDNN_DOCUMENTS documents, each in one piece, which is looked at at run time. Beside a mask a
-    window needs cuDNN 9.10.2: cudnn-frontend refuses it with older ones.
+    It gets documents by where they begin ("packed"), or else a mask [B, 1, T, T] that it adds to
+    the logits, in twice the time (H100). Packed needs Hopper, no window, and rows of at most
+    CUDNN_DOCUMENTS documents, each in one piece, which is checked at run time. A window beside a
+    mask needs cuDNN 9.10.2: cudnn-frontend refuses it with older ones.
     """
     masked = functools.partial(_cudnn_masked, window=window, library=library)
     B, T, N, H = q_BTNH.shape
@@ -125,9 +126,7 @@ def _packs(window: int | None) -> bool:
 def _cudnn_masked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window, library):
     same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     return jax.nn.dot_product_attention(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
+        *(q_BTNH, k_BSKH, v_BSKH),
         mask=same_BTS[:, None],
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
@@ -138,9 +137,7 @@ def _cudnn_masked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window, library):
 def _cudnn_packed(q_BTNH, k_BSKH, v_BSKH, start_BS, length_BS):
     start_BS = jnp.pad(start_BS, ((0, 0), (0, 1)), constant_values=-1)  # where the rows end
     return jax_private.load("cudnn_attention")(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
+        *(q_BTNH, k_BSKH, v_BSKH),
         q_seqlen=length_BS,
         kv_seqlen=length_BS,
         q_offsets=start_BS,
@@ -153,7 +150,7 @@ def _cudnn_packed(q_BTNH, k_BSKH, v_BSKH, start_BS, length_BS):
 def documents(segment_ids_BT, limit: int):
     """(first positions [B, limit], lengths [B, limit], whether no row has more documents).
 
-    Unused places hold -1. A row whose numbers do not rise, zeros at its end aside, counts as one of
+    Unused entries hold -1. A row whose ids do not rise, zeros at its end aside, counts as one of
     too many documents: one of them might be in two pieces.
     """
     T = segment_ids_BT.shape[1]
@@ -162,21 +159,17 @@ def documents(segment_ids_BT, limit: int):
     start_BS = jax.vmap(lambda begins_T: jnp.nonzero(begins_T, size=limit, fill_value=T)[0])(
         begins_BT
     )
-    length_BS = jnp.diff(start_BS, axis=1, append=T)
-    used_BS = start_BS < T
+    arrays = start_BS, jnp.diff(start_BS, axis=1, append=T)
     fits = jnp.all(id_BT[:, 1:] >= id_BT[:, :-1]) & jnp.all(jnp.sum(begins_BT, axis=1) <= limit)
-    start_BS, length_BS = (
-        jnp.where(used_BS, x, -1).astype(jnp.int32) for x in (start_BS, length_BS)
-    )
-    return start_BS, length_BS, fits
+    return *(jnp.where(start_BS < T, x, -1).astype(jnp.int32) for x in arrays), fits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _either(masked, qkv, segment_ids_BT, where):
-    """Packed if the documents, which are `where`, allow it, else masked.
+    """Packed if the documents, which `where` describes, allow it, else masked.
 
-    The backward pass runs the forward one again, which is less than what `lax.cond` would keep for
-    the branch that was not taken.
+    The backward pass runs the forward one again, which costs less than what `lax.cond` would keep
+    for the branch that was not taken.
     """
     return _either_forward(masked, qkv, segment_ids_BT, where)[0]
 
@@ -205,7 +198,7 @@ _either.defvjp(_either_forward, _either_backward)
 
 
 def cudnn_executed(T: int, window: int | None) -> Executed:
-    """Its tiles are not documented: of 128, as in the paper's implementation."""
+    """The tiles are not documented; 128 is assumed, as in the paper's implementation."""
     pairs = len(block_pairs(T, 128, window)) * 128**2
     if _packs(window):  # its backward pass makes the products of the forward one again
         return Executed(2 * pairs, 7 * pairs)

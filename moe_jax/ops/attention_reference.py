@@ -1,4 +1,4 @@
-"""Which keys a query sees, attention over all pairs at once, and what all implementations share."""
+"""Attention over all pairs at once, and the parts that all implementations share."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 NEGATIVE = -1e30  # finite, so that a row with nothing to see gives no NaN
 
-# Under which a remat policy may keep y and the logsumexp: with both, no product is made again.
+# A remat policy may keep y and the logsumexp under this name; with both no product is made again.
 SAVED_NAME = "attention"
 
 
@@ -17,7 +17,7 @@ class Executed:
 
     forward: int  # and once more where remat runs the forward pass again
     backward: int
-    from_saved: int = 0  # what of it runs again where remat keeps all that has a name
+    from_saved: int = 0  # the part that runs again where remat keeps all named values
 
 
 def visible(t, s, window: int | None):
@@ -27,7 +27,7 @@ def visible(t, s, window: int | None):
 
 
 def block_pairs(T: int, block: int, window: int | None) -> list[tuple[int, int]]:
-    """(query block, key block) wherever there is anything to see, a query's own block first."""
+    """(query block, key block) wherever a query sees a key; a query's own block comes first."""
     blocks = -(-T // block)
     # Blocks d apart have positions that are (d - 1) block + 1 apart, and none that are nearer.
     reach = blocks if window is None else -(-(window - 1) // block)

@@ -1,8 +1,8 @@
-"""Sums by the number of a bin: how many rows an expert gets, what gradient its score.
+"""Sums by the index of a bin: the number of an expert's rows, or the gradient of its score.
 
-A scatter-add, except on a GPU: there atomic additions to few bins wait for each other (0.8 ms for
-the 131,072 assignments of a layer of OLMoE on an H100, the time of a product of its experts) and
-round in any order. Every value is compared with every bin instead, in one fused loop.
+It is a scatter-add, except on a GPU: there atomic additions to few bins wait for each other (0.8 ms
+for the 131,072 assignments of a layer of OLMoE on an H100, the time of a product of its experts)
+and round in any order. Every value is compared with every bin instead, in one fused loop.
 """
 
 import jax
@@ -12,7 +12,7 @@ from moe_jax.ops import implementations
 
 
 def sum_by_bin(values: jax.Array, bin_index: jax.Array, num_bins: int) -> jax.Array:
-    """[num_bins]: the sum of the values in each bin; those beyond the last bin count nowhere."""
+    """[num_bins]: the sum of the values in each bin; values beyond the last bin are left out."""
     if implementations.platform() != "gpu":
         return jnp.zeros(num_bins, values.dtype).at[bin_index].add(values, mode="drop")
     mine_RE = bin_index.reshape(-1, 1) == jnp.arange(num_bins)

@@ -1,7 +1,9 @@
-"""Attention of new positions to keys and values that are kept: what decoding does."""
+"""Decoding's attention: new positions see keys and values that were kept."""
 
 import jax
 import jax.numpy as jnp
+
+from moe_jax.ops import attention_reference
 
 
 def attend(
@@ -26,10 +28,7 @@ def attend(
     logits_BKGTS = jnp.einsum(
         "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
-    distance_BTS = positions_BT[:, :, None] - jnp.arange(S)
-    seen_BTS = distance_BTS >= 0
-    if window is not None:
-        seen_BTS &= distance_BTS < window
+    seen_BTS = attention_reference.visible(positions_BT[:, :, None], jnp.arange(S), window)
     logits_BKGTS = jnp.where(seen_BTS[:, None, None], logits_BKGTS, -jnp.inf)
     weight_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(q_BTNH.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).reshape(B, T, N, H)

@@ -9,8 +9,8 @@ from flax import struct
 from moe_jax.ops.implementations import Implementation, choose, platform
 from moe_jax.parallel import sharding
 
-# At a time on a device, by platform: 16 MiB in float32, which stay in a CPU's cache; elsewhere 256
-# MiB, for each chunk reads and writes the vocabulary's matrix and its gradient once.
+# The logits of a chunk on a device, by platform: 16 MiB in float32 stay in a CPU's cache; elsewhere
+# 256 MiB, for each chunk reads and writes the vocabulary's matrix and its gradient once.
 CHUNK_LOGITS = {"cpu": 2**22, "gpu": 2**26, "tpu": 2**26}
 
 
@@ -37,7 +37,7 @@ def cross_entropy(
     Args:
       x_BTD: the final norm's output.
       weight_BT: 1 counts a token, 0 leaves it out.
-      z_coefficient: of the penalty on the logits' size (PaLM has 1e-4).
+      z_coefficient: the weight of the penalty on the logits' size (PaLM has 1e-4).
       implementation: "reference" (all logits at once), "chunked" (some positions at a time, the
         gradient made on the way: three products, as in the reference, and no [B, T, V] buffer), or
         "auto", which is "chunked".
@@ -46,7 +46,7 @@ def cross_entropy(
 
     Raises: ValueError for an unknown `implementation`.
     """
-    local = choose("cross_entropy", implementation, IMPLEMENTATIONS)
+    local = choose("cross_entropy", implementation, IMPLEMENTATIONS).function
     arrays = (x_BTD, unembed_DV, targets_BT, weight_BT)
     if jax.sharding.get_abstract_mesh().empty:
         return local(*arrays, z_coefficient)
@@ -79,7 +79,7 @@ def chunked(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient) -> LossSums
         return jax.tree.map(jnp.add, total, sums), None
 
     chunks = _chunks(x_BTD, unembed_DV.shape[1], targets_BT, weight_BT)
-    return jax.lax.scan(add, _nothing(), chunks)[0]
+    return jax.lax.scan(add, LossSums(*[jnp.zeros(())] * 3), chunks)[0]
 
 
 def token_losses(x_BTD: jax.Array, unembed_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -119,12 +119,8 @@ def _chunks(x_BTD, V: int, *arrays_BT):
     )
 
 
-def _nothing() -> LossSums:
-    return LossSums(*(jnp.zeros(()),) * 3)
-
-
 def _chunked_forward(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient):
-    """Makes the gradient too: each chunk's logits exist once, and are not computed again."""
+    """Makes the gradient too, so that each chunk's logits are computed once."""
     weight_DV = unembed_DV.astype(x_BTD.dtype)
 
     def add(carry, chunk):
@@ -144,7 +140,7 @@ def _chunked_forward(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient):
         return (jax.tree.map(jnp.add, total, sums), grad_DV), grad_BCD
 
     chunks = _chunks(x_BTD, unembed_DV.shape[1], targets_BT, weight_BT)
-    start = (_nothing(), jnp.zeros(unembed_DV.shape, jnp.float32))
+    start = (LossSums(*[jnp.zeros(())] * 3), jnp.zeros(unembed_DV.shape, jnp.float32))
     (total, grad_DV), grad_NBCD = jax.lax.scan(add, start, chunks)
     grad_BTD = jnp.moveaxis(grad_NBCD, 0, 1).reshape(x_BTD.shape)
     return total, (grad_BTD, grad_DV.astype(unembed_DV.dtype))
@@ -157,5 +153,5 @@ def _chunked_backward(z_coefficient, gradients, cotangents):
 
 chunked.defvjp(_chunked_forward, _chunked_backward)
 
-# In the order in which "auto" tries them.
+# "auto" tries them in this order.
 IMPLEMENTATIONS = {"chunked": Implementation(chunked), "reference": Implementation(reference)}

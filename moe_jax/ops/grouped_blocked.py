@@ -1,7 +1,7 @@
 """The grouped product over blocks of rows: plain XLA, any backend.
 
 `jax.lax.ragged_dot` executes E times the due products on CPU. Here a group is padded to a multiple
-of 32 rows at most, and nothing is gathered or scattered: a block is a slice.
+of at most 32 rows, and a block is a slice: nothing is gathered or scattered.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 def expected_trips(number: int | str) -> str:
-    """The `jax.named_scope` of a loop that runs as its data say, `number` times usually.
+    """The `jax.named_scope` of a loop whose data decide its trips, expected to be `number`.
 
     The dry run reads it in the compiled text, to count the loop's products.
     """
@@ -80,30 +80,30 @@ products.defvjp(_forward, _backward)
 
 
 def _places(group_sizes_E):
-    """Where each group begins, and its size."""
+    """The first row of each group, and its size."""
     return jnp.cumsum(group_sizes_E) - group_sizes_E, group_sizes_E
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """`size` rows from `row` on, of which those before `end` are meant, or all if it is None."""
+    """`size` rows from `row` on; those before `end` count, or all if it is None."""
 
     row: jax.Array
     end: jax.Array | None
     size: int
 
     def of(self, x):
-        """Its rows of x, zeros where not meant."""
+        """Its rows of x, zeros where they do not count."""
         return _wide(self._only(*self._cut(x), 0))
 
     def written(self, x, rows):
-        """x with `rows` in their place."""
+        """x with `rows` written to the block's rows."""
         first, old = self._cut(x)
         new = self._only(first, rows.astype(x.dtype), old)
         return jax.lax.dynamic_update_slice_in_dim(x, new, first, 0)
 
     def _cut(self, x):
-        """Where the block begins, moved so that it ends inside of x, and its rows."""
+        """The block's first row, moved so that the block ends inside of x, and its rows."""
         first = self.row if self.end is None else jnp.minimum(self.row, x.shape[0] - self.size)
         return first, jax.lax.dynamic_slice_in_dim(x, first, self.size)
 
@@ -111,15 +111,15 @@ class _Block:
         if self.end is None:
             return rows
         index_R = first + jnp.arange(self.size)
-        meant_R = (self.row <= index_R) & (index_R < self.end)
-        return jnp.where(meant_R[:, None], rows, otherwise)
+        counts_R = (self.row <= index_R) & (index_R < self.end)
+        return jnp.where(counts_R[:, None], rows, otherwise)
 
 
 def block_sizes(M: int, E: int) -> list[int]:
     """Rows of a block, largest first: from 512, where a CPU multiplies fastest, halved down to 32.
 
-    With fewer it spends more on packing an expert's matrix than on multiplying by it. Groups of
-    less than 8 rows, as in decoding, take blocks of 8 alone: there each loop costs more than rows.
+    With fewer rows it spends more on packing an expert's matrix than on multiplying by it. Groups
+    of less than 8 rows, as in decoding, take only blocks of 8: there a loop costs more than rows.
     """
     if M < 8 * E:
         return [min(M, 8)]
@@ -129,17 +129,16 @@ def block_sizes(M: int, E: int) -> list[int]:
 def over_blocks(visit: Callable, carry, M: int, E: int, start: jax.Array, size: jax.Array):
     """Folds carry = visit(carry, block) over a group's `size` rows from `start` on.
 
-    As many blocks of each size as it fills; only one of the last size may be padded. In loops, for
-    XLA:CPU copies the arrays that more than one branch of a condition writes. How often they run
-    depends on routing; their names say how often with M / E rows, to who reads the program.
+    A group takes as many blocks of each size as it fills; only one of the last size may be padded.
+    Blocks are visited in loops, for XLA:CPU copies the arrays that more than one branch of a
+    condition writes. Routing decides the trips of a loop; its name says those for M / E rows.
     """
     end, balanced = start + size, M // E
     sizes = block_sizes(M, E)
     for B in sizes:
         padded = B == sizes[-1]
-        number, expected = (
-            -(-rows // B) if padded else rows // B for rows in (end - start, balanced)
-        )
+        number = -(-(end - start) // B) if padded else (end - start) // B
+        expected = -(-balanced // B) if padded else balanced // B
 
         def one(i, carry, first=start, B=B, padded=padded):
             return visit(carry, _Block(first + i * B, end if padded else None, B))

@@ -1,10 +1,10 @@
 """The grouped product on NVIDIA GPUs from Ampere on: Pallas kernels through Triton.
 
-Run and timed on an H100 with jax 0.11.2: 0.65 to 0.86 of the rate of a large product at the shapes
-of Drop-Upcycling 8x1.5B and OLMoE. For Ampere they are only compiled. float32 goes through TF32, as
-everywhere in jax by default. jax 0.12 announces that Pallas will give up Triton for Mosaic GPU some
-day; the Mosaic kernels that come with jax were timed beside these: no faster in the products of
-rows, 0.93 of the time in the gradient of the matrices, which they round to bfloat16.
+They were timed on an H100 with jax 0.11.2: 0.65 to 0.86 of the rate of a large product at the
+shapes of Drop-Upcycling 8x1.5B and OLMoE. For Ampere they are only compiled. float32 goes through
+TF32, as everywhere in jax by default. jax 0.12 announces that Pallas will give up Triton for Mosaic
+GPU some day; the Mosaic kernels that come with jax were timed beside these: no faster in the
+products of rows, 0.93 of the time in the gradient of the matrices, which they round to bfloat16.
 """
 
 import dataclasses
@@ -24,13 +24,11 @@ from moe_jax.ops.grouped_kernel import Kernel
 # and so read the rows once; four warps, and half the bytes in four stages, were no faster.
 _ROWS, _COLUMNS = 128, 256
 _CONTRACTED_BYTES = 128
-_WARPS = 8
-_STAGES = 3
-_STAGES_OF_LITTLE_MEMORY = 2
+_WARPS, _STAGES, _STAGES_OF_LITTLE_MEMORY = 8, 3, 2
 _LITTLE_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # compute capabilities: 100 KiB
 
-# So many blocks of rows pass a matrix side by side: one too large for the L2 cache is read once for
-# all of them.
+# The number of blocks of rows that use a matrix side by side: a matrix that is too large for the L2
+# cache is read once for all of them.
 _ABREAST = 8
 
 
@@ -45,15 +43,15 @@ def _width(size: int, most: int) -> int:
 
 
 def _block_rows(M: int, E: int) -> int:
-    """At most half a balanced group, so that about a quarter of the rows is padding at most."""
+    """At most half a balanced group, so that padding is at most about a quarter of the rows."""
     return min(max(16, 2 ** ((M // (2 * E)).bit_length() - 1)), _ROWS)
 
 
 def _blocks(M: int, B: int, group_sizes_E: jax.Array) -> tuple[jax.Array, ...]:
     """(expert, first row, number of rows) of each block, at most B rows of one expert.
 
-    Rows beyond the sum are those of an expert E, so that each row is in a block. Blocks that the
-    groups at hand do not need have no rows.
+    Rows beyond the sum belong to an expert E, so that each row is in a block. Blocks that these
+    groups do not need have no rows.
     """
     beyond = M - jnp.sum(group_sizes_E, keepdims=True)
     sizes_X = jnp.concatenate([group_sizes_E, beyond]).astype(jnp.int32)
@@ -86,9 +84,9 @@ class _Span:
 
 def _at(ref, rows: _Span, columns: _Span, expert=None):
     index = (pl.ds(rows.start, rows.size), pl.ds(columns.start, columns.size))
-    inside = [None if rows.inside is None else rows.inside[:, None], columns.inside]
-    inside = [mask for mask in inside if mask is not None]
-    mask = functools.reduce(jnp.logical_and, inside) if inside else None
+    mask = None if rows.inside is None else rows.inside[:, None]
+    if columns.inside is not None:
+        mask = columns.inside if mask is None else mask & columns.inside
     return ref.at[index if expert is None else (expert, *index)], mask
 
 
@@ -103,7 +101,7 @@ def _dot(x, y, contract: tuple[int, int]):
 
 
 def _multiply_kernel(blocks, rows, weights, result, *, tiles, transpose: bool):
-    """The sum over the pairs of rows and weights, one after the other."""
+    """Sums the products of the pairs of rows and weights, one after the other."""
     tm, tk, tn = tiles
     _, K, N = weights[0].shape
     K, N = (N, K) if transpose else (K, N)

@@ -1,9 +1,9 @@
 """The grouped product on a CPU by numpy's BLAS: a group is one product, whatever its size.
 
-XLA:CPU must know sizes beforehand, so that groups are padded or cut into blocks, and computes
-products as small as those of fine experts on one core. Here products of one expert each are dealt
-to as many threads as there are cores, which read and write the program's own arrays. What it
-spares: `python scripts/benchmark.py grouped_matmul`, whose bound is XLA's with equal groups.
+XLA:CPU must know sizes beforehand, so that groups are padded or cut into blocks, and it computes
+products as small as those of fine experts on one core. Here as many threads as there are cores each
+take products of one expert, and read and write the program's own arrays. `python
+scripts/benchmark.py grouped_matmul` shows the gain; its bound is XLA's with equal groups.
 
 From the first large call on, numpy's products elsewhere in the process take one thread each too.
 """
@@ -65,7 +65,7 @@ def _weight_gradient(inputs, outputs):
 
 
 def _for_all_rows(of_rows, sizes_E, weights, outputs):
-    """of_rows(expert, slice of its rows) for the rows of all groups; those beyond get zeros."""
+    """Calls of_rows(expert, slice of its rows) for all groups; rows beyond them get zeros."""
     tasks, end = [], 0
     for expert, size in enumerate(sizes_E.tolist()):
         start, end = end, end + size
@@ -78,12 +78,12 @@ def _for_all_rows(of_rows, sizes_E, weights, outputs):
 
 
 def _multiplications(weights) -> int:
-    """Of a row by one matrix of each."""
+    """The multiplications of a row by one matrix of each."""
     return sum(math.prod(w.shape[1:]) for w in weights)
 
 
 def _run(function, tasks, multiplications):
-    """function(*task) for all, largest first, by this thread and one more for each other core."""
+    """Calls function(*task) for all tasks, in order, in this thread and one for each other core."""
     left = collections.deque(tasks)
 
     def until_none_is_left():
@@ -113,10 +113,9 @@ def _threads() -> concurrent.futures.Executor:
 
 
 def _num_cores() -> int:
-    """Those of this process, which a scheduler may have given less than all."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    """The cores of this process, which a scheduler may have given less than all."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 for _function in (_product, _input_gradient, _weight_gradient):
@@ -144,7 +143,7 @@ def weight_gradient(x_MD, gradients, group_sizes_E):
 
 
 def _call(name, shapes, matrices, *arrays):
-    """The numpy function of that name, in float32 at least, with one of `matrices` for each row."""
+    """Calls the numpy function in float32 at least; a row meets one of each of `matrices`."""
     *floats, group_sizes_E = arrays
     dtype = jnp.promote_types(floats[0].dtype, jnp.float32)
     return host_call.call(

@@ -1,4 +1,4 @@
-"""What an implementation of the grouped product consists of, if it is not plain XLA."""
+"""The parts of a grouped product's implementation, if it is not plain XLA."""
 
 import dataclasses
 from collections.abc import Callable

@@ -16,11 +16,7 @@ from moe_jax.ops.implementations import Implementation, choose
 
 
 def grouped_matmul(
-    x_MD: jax.Array,
-    w_EDF: jax.Array,
-    group_sizes_E: jax.Array,
-    *,
-    implementation: str = "auto",
+    x_MD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, implementation: str = "auto"
 ) -> jax.Array:
     """Row i of x times the matrix of the expert whose group holds i.
 
@@ -43,13 +39,13 @@ def grouped_matmuls(
     *,
     implementation: str = "auto",
 ) -> tuple[jax.Array, ...]:
-    """`grouped_matmul` of the same rows with each of `weights` ([E, D, F], as gate and up)."""
-    function = choose("grouped_matmul", implementation, IMPLEMENTATIONS)
-    return function(x_MD, tuple(w.astype(x_MD.dtype) for w in weights), group_sizes_E)
+    """`grouped_matmul` of the same rows with each of `weights`, [E, D, F], such as gate and up."""
+    chosen = choose("grouped_matmul", implementation, IMPLEMENTATIONS)
+    return chosen.function(x_MD, tuple(w.astype(x_MD.dtype) for w in weights), group_sizes_E)
 
 
 def reference(x_MD, weights, group_sizes_E):
-    """Every expert over every row, masked: E times the work, nothing to get wrong."""
+    """Multiplies every row by every expert, masked: E times the work, and nothing to get wrong."""
     ends_E = jnp.cumsum(group_sizes_E)
     row_M = jnp.arange(x_MD.shape[0])
 
@@ -81,17 +77,16 @@ def _backward(kernel, residuals, gradients):
 
 _product.defvjp(_forward, _backward)
 
-# In the order in which "auto" tries them. Megablox before ragged_dot, which copies every matrix to
-# transpose it for the gradient of the rows; `host` before `blocked`, which takes
-# 1.3 to 1.7 times as long (`python scripts/benchmark.py grouped_matmul`).
+# "auto" tries them in this order. Megablox comes before ragged_dot, which copies every matrix to
+# transpose it for the gradient of the rows; `host` comes before `blocked`, which takes 1.3 to 1.7
+# times as long (`python scripts/benchmark.py grouped_matmul`).
 IMPLEMENTATIONS = {
     "megablox": Implementation(functools.partial(_product, grouped_tpu.MEGABLOX), ("tpu",)),
     "triton": Implementation(functools.partial(_product, grouped_gpu.TRITON), ("gpu",)),
     "host": Implementation(functools.partial(_product, grouped_host.HOST), ("cpu",)),
     "blocked": Implementation(grouped_blocked.products),
     "ragged_dot": Implementation(
-        functools.partial(_product, grouped_tpu.RAGGED_DOT),
-        ("tpu",),
+        *(functools.partial(_product, grouped_tpu.RAGGED_DOT), ("tpu",)),
         grouped_tpu.ragged_dot_unavailable,
     ),
     "reference": Implementation(reference),

@@ -1,7 +1,7 @@
 """The grouped product on TPUs: the megablox kernels of jax, and XLA's ragged_dot.
 
-Checked by compiling ahead of time for v5e, v5p, v6e and v7x, and in interpret mode; not measured on
-a TPU.
+Both were compiled ahead of time for v5e, v5p, v6e and v7x and run in interpret mode; neither was
+measured on a TPU.
 """
 
 import functools
@@ -14,21 +14,20 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from moe_jax.ops.grouped_kernel import Kernel
 
-# What a kernel may hold in VMEM if it does not ask for more, as compiling found: 16 MiB on v4, v5e
-# and v5p. A sixth of it is left to what megablox holds beside its tiles (masks, float32 copies: up
-# to 0.16 of the tiles).
+# The VMEM of a kernel that does not ask for more, as compiling found: 16 MiB on v4, v5e and v5p. A
+# sixth is left to what megablox holds beside its tiles (masks, float32 copies: up to 0.16 of them).
 _VMEM = 16 * 2**20
 _LARGER_VMEM = {"TPU v6 lite": 32 * 2**20, "TPU7x": 32 * 2**20}
 
-# A step of the grid counts as much as so many bytes from HBM: a few tenths of a microsecond,
-# assumed. Without it a little traffic saved would buy many times more, and smaller, steps.
+# A step of the grid is assumed to cost as much as so many bytes from HBM, a few tenths of a
+# microsecond. Without it a little traffic saved would buy many times more, and smaller, steps.
 _STEP_BYTES = 2**19
 
 
 def visited_rows(M: int, E: int, tm: int) -> int:
-    """The rows that megablox multiplies at worst.
+    """The most rows that megablox multiplies.
 
-    It runs whole tiles of tm rows, and one that holds rows of several experts once for each.
+    It runs whole tiles of tm rows; a tile with rows of several experts runs once for each of them.
     """
     return (-(-M // tm) + E - 1) * tm
 
@@ -88,7 +87,7 @@ def _row_tiles(M: int, E: int) -> list[int]:
 
 
 def _widths(size: int) -> list[int]:
-    """The whole, or what parts it evenly into multiples of 128 with at most 1/16 too much."""
+    """The whole, or even parts that are multiples of 128 with at most 1/16 too much."""
     parts = range(2, size // 128 + 1)
     widths = (_round_up(-(-size // n), 128) for n in parts)
     fitting = {width for width in widths if 16 * -(-size // width) * width <= 17 * size}
@@ -107,12 +106,27 @@ def _vmem() -> int:
 
 
 def _only_grouped(rows: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Rows beyond the sum of the groups made zero, whatever they hold."""
+    """Makes rows beyond the sum of the groups zero, whatever they hold."""
     return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(group_sizes_E))[:, None], rows, 0)
 
 
+def _kernel(multiply: Callable, weight_gradient: Callable) -> Kernel:
+    """The kernel made of the product with one stack of matrices, or with its transpose."""
+
+    def product(x_MD, weights, group_sizes_E):
+        return tuple(multiply(x_MD, w, group_sizes_E, transpose=False) for w in weights)
+
+    def input_gradient(gradients, weights, group_sizes_E):
+        pairs = zip(gradients, weights, strict=True)
+        return functools.reduce(
+            jnp.add, (multiply(grad_MF, w, group_sizes_E, transpose=True) for grad_MF, w in pairs)
+        )
+
+    return Kernel(product, input_gradient, weight_gradient)
+
+
 def megablox(interpret: bool = False) -> Kernel:
-    """`gmm` and `tgmm`: due products only, but for whole tiles of rows (`visited_rows`)."""
+    """`gmm` and `tgmm`, which multiply whole tiles of rows and no others (`visited_rows`)."""
 
     def padded(rows, tm):
         return jnp.pad(rows, ((0, -rows.shape[0] % tm), (0, 0)))
@@ -132,15 +146,6 @@ def megablox(interpret: bool = False) -> Kernel:
         )[:M]
         return _only_grouped(y, group_sizes_E)  # the others are as the memory was
 
-    def product(x_MD, weights, group_sizes_E):
-        return tuple(multiply(x_MD, w, group_sizes_E, transpose=False) for w in weights)
-
-    def input_gradient(gradients, weights, group_sizes_E):
-        pairs = zip(gradients, weights, strict=True)
-        return functools.reduce(
-            jnp.add, (multiply(grad_MF, w, group_sizes_E, transpose=True) for grad_MF, w in pairs)
-        )
-
     def weight_gradient(x_MD, gradients, group_sizes_E):
         def one(grad_MF):
             (M, D), F, E = x_MD.shape, grad_MF.shape[1], group_sizes_E.shape[0]
@@ -156,24 +161,21 @@ def megablox(interpret: bool = False) -> Kernel:
 
         return tuple(map(one, gradients))
 
-    return Kernel(product, input_gradient, weight_gradient)
+    return _kernel(multiply, weight_gradient)
 
 
 MEGABLOX = megablox()
 
 
 def ragged_dot_unavailable(platform: str) -> str:
-    # On v5p 8.01 times the due products at 8 experts and 64.05 times at 64 with jax 0.10.2 and the
-    # libtpu it pins; 1.00 with 0.12.0.1.
-    if jax.__version_info__ < (0, 12):
-        return (
-            f"multiplies by every expert for the gradient of the matrices on jax {jax.__version__}"
-        )
-    return ""
+    # On v5p it made 8.01 times the due products at 8 experts and 64.05 times at 64 with jax 0.10.2
+    # and the libtpu it pins; 1.00 with 0.12.0.1.
+    reason = "multiplies by every expert for the gradient of the matrices on jax "
+    return reason + jax.__version__ if jax.__version_info__ < (0, 12) else ""
 
 
 def _ragged_dot(left, right, group_sizes_E, contract: tuple[int, int], dtype):
-    """`right` has a matrix for each group, or is rows, which are contracted with those of left."""
+    """`right` is a matrix for each group, or rows that are contracted with those of `left`."""
     dimensions = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),
         lhs_ragged_dimensions=[0],
@@ -184,20 +186,9 @@ def _ragged_dot(left, right, group_sizes_E, contract: tuple[int, int], dtype):
     )
 
 
-def _ragged_multiply(rows, w, group_sizes_E, contract: int):
-    y = _ragged_dot(rows, w, group_sizes_E, (1, contract), rows.dtype)
+def _ragged_multiply(rows, w, group_sizes_E, *, transpose: bool):
+    y = _ragged_dot(rows, w, group_sizes_E, (1, 2 if transpose else 1), rows.dtype)
     return _only_grouped(y, group_sizes_E)
-
-
-def _ragged_product(x_MD, weights, group_sizes_E):
-    return tuple(_ragged_multiply(x_MD, w, group_sizes_E, 1) for w in weights)
-
-
-def _ragged_input_gradient(gradients, weights, group_sizes_E):
-    pairs = zip(gradients, weights, strict=True)
-    return functools.reduce(
-        jnp.add, (_ragged_multiply(grad_MF, w, group_sizes_E, 2) for grad_MF, w in pairs)
-    )
 
 
 def _ragged_weight_gradient(x_MD, gradients, group_sizes_E):
@@ -209,4 +200,4 @@ def _ragged_weight_gradient(x_MD, gradients, group_sizes_E):
     )
 
 
-RAGGED_DOT = Kernel(_ragged_product, _ragged_input_gradient, _ragged_weight_gradient)
+RAGGED_DOT = _kernel(_ragged_multiply, _ragged_weight_gradient)

@@ -12,6 +12,7 @@ import functools
 import math
 import traceback
 from collections.abc import Callable, Sequence
+from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int64, c_size_t, c_void_p
 
 import jax
 import numpy as np
@@ -25,10 +26,10 @@ _DTYPES = {4: np.int32, 5: np.int64, 11: np.float32, 12: np.float64}
 
 def call(
     name: str, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array, flops: int
-) -> list[jax.Array]:
-    """The function registered as `name`, of arrays of a program.
+) -> Sequence[jax.Array]:
+    """Calls the function registered as `name` with arrays of a program.
 
-    Args: flops: of its products, which nobody else could know (`dryrun/hlo.py` reads them).
+    Args: flops: those of its products, which `dryrun/hlo.py` reads and cannot know otherwise.
     """
     _wait_at_exit()
     function = jax.ffi.ffi_call(name, results, vmap_method="sequential")
@@ -37,7 +38,7 @@ def call(
 
 @functools.cache
 def _wait_at_exit() -> None:
-    """A call that begins after the interpreter has ended would wait for it for ever."""
+    """Lets calls end before the interpreter: one that begins later would wait for it for ever."""
 
     def wait():
         with contextlib.suppress(Exception):  # what failed has been said, or nobody asked
@@ -62,7 +63,7 @@ def register(name: str, function: Callable) -> None:
         elif frame.stage == _EXECUTE:
             try:
                 function(frame.inputs.arrays(), frame.outputs.arrays())
-            except Exception:  # into XLA nothing can be raised; it raises this text
+            except Exception:  # nothing can be raised into XLA, which raises this text instead
                 return frame.api.contents.error(traceback.format_exc())
         return None
 
@@ -72,42 +73,37 @@ def register(name: str, function: Callable) -> None:
     )
 
 
-_ALIVE = []  # the C functions: XLA keeps only their addresses
+_ALIVE: list[Callable] = []  # the C functions, of which XLA keeps only the addresses
 
 
 # The structs below are those of xla/ffi/api/c_api.h, as far as they are read.
 
 
 def _fields(**fields) -> list[tuple[str, type]]:
-    """Those of a struct, which begins with its size and a list of extensions."""
-    start = {"size": ctypes.c_size_t, "extension": ctypes.c_void_p}
+    """The fields of a struct, which begins with its size and a list of extensions."""
+    start = {"size": c_size_t, "extension": c_void_p}
     return [*(start | fields).items()]
 
 
-class _Version(ctypes.Structure):
-    _fields_ = _fields(major=ctypes.c_int, minor=ctypes.c_int)
+class _Version(Structure):
+    _fields_ = _fields(major=c_int, minor=c_int)
 
 
-class _Metadata(ctypes.Structure):
-    _fields_ = (("size", ctypes.c_size_t), ("version", _Version))
+class _Metadata(Structure):
+    _fields_ = (("size", c_size_t), ("version", _Version))
 
 
-class _Extension(ctypes.Structure):
+class _Extension(Structure):
     _fields_ = (
-        ("size", ctypes.c_size_t),
-        ("type", ctypes.c_int),
-        ("next", ctypes.c_void_p),
-        ("metadata", ctypes.POINTER(_Metadata)),
+        ("size", c_size_t),
+        ("type", c_int),
+        ("next", c_void_p),
+        ("metadata", POINTER(_Metadata)),
     )
 
 
-class _Buffer(ctypes.Structure):
-    _fields_ = _fields(
-        dtype=ctypes.c_int,
-        data=ctypes.c_void_p,
-        rank=ctypes.c_int64,
-        dims=ctypes.POINTER(ctypes.c_int64),
-    )
+class _Buffer(Structure):
+    _fields_ = _fields(dtype=c_int, data=c_void_p, rank=c_int64, dims=POINTER(c_int64))
 
     def array(self) -> np.ndarray:
         shape, dtype = tuple(self.dims[: self.rank]), np.dtype(_DTYPES[self.dtype])
@@ -118,38 +114,32 @@ class _Buffer(ctypes.Structure):
         return np.frombuffer(memory, dtype).reshape(shape)
 
 
-class _Buffers(ctypes.Structure):
-    _fields_ = _fields(
-        number=ctypes.c_int64,
-        types=ctypes.c_void_p,
-        buffers=ctypes.POINTER(ctypes.POINTER(_Buffer)),
-    )
+class _Buffers(Structure):
+    _fields_ = _fields(number=c_int64, types=c_void_p, buffers=POINTER(POINTER(_Buffer)))
 
     def arrays(self) -> list[np.ndarray]:
         return [self.buffers[i].contents.array() for i in range(self.number)]
 
 
-class _Error(ctypes.Structure):
-    _fields_ = _fields(message=ctypes.c_char_p, code=ctypes.c_int)
+class _Error(Structure):
+    _fields_ = _fields(message=c_char_p, code=c_int)
 
 
-class _Api(ctypes.Structure):
+class _Api(Structure):
     _fields_ = _fields(
-        version=_Version,
-        internal=ctypes.c_void_p,
-        make_error=ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Error)),
+        version=_Version, internal=c_void_p, make_error=CFUNCTYPE(c_void_p, POINTER(_Error))
     )
 
     def error(self, message: str) -> int:
         return self.make_error(_Error(ctypes.sizeof(_Error), None, message.encode(), _INTERNAL))
 
 
-class _Call(ctypes.Structure):
+class _Call(Structure):
     _fields_ = _fields(
-        extension=ctypes.POINTER(_Extension),
-        api=ctypes.POINTER(_Api),
-        context=ctypes.c_void_p,
-        stage=ctypes.c_int,
+        extension=POINTER(_Extension),
+        api=POINTER(_Api),
+        context=c_void_p,
+        stage=c_int,
         inputs=_Buffers,
         outputs=_Buffers,
     )

@@ -1,24 +1,28 @@
-"""Which of an op's implementations runs: named, or chosen by platform and installed version."""
+"""Chooses an op's implementation: by name, or by platform and installed version."""
 
 import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way of computing an op. `unavailable` gives the reason why it cannot be had, or ""."""
+    """One way of computing an op. `unavailable` gives the reason why it cannot run, or ""."""
 
     function: Callable
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
     unavailable: Callable[[str], str] = lambda platform: ""
 
 
+Row = TypeVar("Row", bound=Implementation)
+
+
 def platform() -> str:
-    """That of the mesh, which may be a TPU's while a CPU compiles for it; else the default's."""
+    """The mesh's platform (a CPU may compile for a TPU), else that of the default backend."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     name = jax.default_backend() if device is None else device.platform
@@ -26,7 +30,7 @@ def platform() -> str:
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """Of the NVIDIA GPU that runs this process's arrays, (9, 0) for an H100; None without one."""
+    """The capability of this process's NVIDIA GPU, (9, 0) for an H100; None without one."""
     device = jax.devices()[0]
     if not device.device_kind.startswith("NVIDIA"):
         return None
@@ -34,28 +38,29 @@ def compute_capability() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def choose(op: str, name: str, table: Mapping[str, Implementation]) -> Callable:
-    """The function of implementation `name`; of "auto" the first of the table that can run.
+def choose(
+    op: str, name: str, table: Mapping[str, Row], refuses: Callable[[Row], str] = lambda row: ""
+) -> Row:
+    """The table's row `name`; for "auto" the first row that can run, printed once on stderr.
 
-    What "auto" chose is said once on stderr.
+    Args: refuses: the reason why a row cannot work with the arrays at hand, or "".
 
     Raises: ValueError for an unknown name, or one that cannot run here.
     """
     here = platform()
-    if name != "auto":
-        if name not in table:
-            known = ", ".join(map(repr, ("auto", *table)))
-            raise ValueError(f"{op} implementation={name!r} is unknown; use one of {known}")
-        if reason := why_not(table[name], here):
-            raise ValueError(f"{op} implementation={name!r} {reason}; use 'auto'")
-        return table[name].function
-    name = pick(table, here)
-    _say_once(op, name, here)
-    return table[name].function
+    if name == "auto":
+        name = next(n for n, row in table.items() if not (why_not(row, here) or refuses(row)))
+        say_once(f"{op}: {name} on {here}")
+    elif name not in table:
+        known = ", ".join(map(repr, ("auto", *table)))
+        raise ValueError(f"{op} implementation={name!r} is unknown; use one of {known}")
+    elif reason := why_not(table[name], here) or refuses(table[name]):
+        raise ValueError(f"{op} implementation={name!r} {reason}; use 'auto'")
+    return table[name]
 
 
 def pick(table: Mapping[str, Implementation], here: str) -> str:
-    """The first that can run on platform `here`."""
+    """The name of the first row that can run on platform `here`."""
     return next(name for name in table if not why_not(table[name], here))
 
 
@@ -67,5 +72,5 @@ def why_not(implementation: Implementation, here: str) -> str:
 
 
 @functools.cache
-def _say_once(op: str, name: str, here: str) -> None:
-    print(f"{op}: {name} on {here}", file=sys.stderr)
+def say_once(line: str) -> None:
+    print(line, file=sys.stderr)

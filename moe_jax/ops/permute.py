@@ -1,4 +1,4 @@
-"""Dispatch and combine: tokens to rows grouped by expert, and back.
+"""Dispatch and combine: tokens become rows grouped by expert, and return.
 
 Both directions are gathers, and so are their gradients: the transpose of a gather is a scatter-add,
 which runs row by row on a CPU and needs atomics on a GPU, while a permutation's transpose is the
@@ -14,10 +14,10 @@ from moe_jax.ops.bins import count_by_bin
 
 @struct.dataclass
 class Permutation:
-    """M tokens x A assignments (number: token * A + slot) in R rows grouped by expert.
+    """M tokens x A assignments (index: token * A + slot) in R rows grouped by expert.
 
-    `complete` ones are bijections, R = M·A. In others an empty row holds the assignment M·A, and an
-    assignment that was dropped lies in row R.
+    If `complete` it is a bijection, R = M·A. Otherwise an empty row holds the assignment M·A, and
+    an assignment that was dropped lies in row R.
     """
 
     assignment_R: jax.Array  # row -> assignment
@@ -27,15 +27,15 @@ class Permutation:
 
 
 def sort_by_expert(expert_index_MA: jax.Array, num_experts: int) -> Permutation:
-    """Dropless: an expert's tokens one after the other, in their order.
+    """Dropless: an expert's tokens follow each other in their order.
 
-    Raises: ValueError where the number of a place, expert and assignment, is beyond int32.
+    Raises: ValueError where the index of an expert and assignment is beyond int32.
     """
     expert_index_R = expert_index_MA.ravel()
     R = expert_index_R.size
     if num_experts * R >= 2**31:
         raise ValueError(f"{R} assignments to {num_experts} experts at once; use more microbatches")
-    # Sorted as one number, a quarter of the time of an argsort on a CPU.
+    # Sorting one number takes a quarter of the time of an argsort on a CPU.
     assignment_R = jnp.sort(expert_index_R * R + jnp.arange(R)) % R
     return Permutation(
         assignment_R=assignment_R,
@@ -52,10 +52,10 @@ def fill_slots(
     capacity: int,
     key: jax.Array | None = None,
 ) -> Permutation:
-    """E experts of C slots each, expert e's from row e·C on; what does not fit is dropped.
+    """E experts have C slots each, expert e from row e·C on; assignments that do not fit drop.
 
-    First choices are served before second ones (GShard, Lepikhin et al., arXiv 2006.16668); among
-    equals the earlier token, or with a key a random one (DeepSpeed-MoE's random token selection,
+    First choices come before second ones (GShard, Lepikhin et al., arXiv 2006.16668); among equals
+    the earlier token does, or with a key a random one (DeepSpeed-MoE's random token selection,
     Rajbhandari et al., arXiv 2201.05596). Padding takes no slot.
     """
     M, A = expert_index_MA.shape

@@ -1,13 +1,13 @@
 """Checks implementations of ops on a small case against the reference: value and gradients.
 
-`moe_jax doctor` checks all of them, a training run those that it will use before its first step:
+`moe_jax doctor` checks all of them, a training run those that it uses before its first step, for
 kernels have been silently wrong on one chip and one version (marin-community/marin#8339: a weight
 gradient, unless groups began at multiples of 64 rows).
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ import numpy as np
 
 from moe_jax.ops import attention, cross_entropy, grouped_matmul, implementations
 
-# Relative to the largest value. bfloat16 keeps 8 bits, and a few roundings follow each other;
-# float32 keeps 24, and sums have some hundred terms.
+# Errors are relative to the largest value. bfloat16 keeps 8 bits, and a few roundings follow each
+# other; float32 keeps 24, and sums have some hundred terms.
 TOLERANCE = {"bfloat16": 4e-2, "float32": 1e-4}
 
 
@@ -54,9 +54,9 @@ def _attention(implementation: str, normal: Callable) -> list[jax.Array]:
     few_BT = jnp.where(jnp.arange(T) < jnp.array([[100], [T]]), 1, 2)
     many_BT = jnp.broadcast_to(1 + jnp.arange(T) // 2, (B, T))
 
-    def both(*arrays):
+    def both(*qkv):
         return sum(
-            attention.attention(*arrays, segments_BT, implementation=implementation)
+            attention.attention(*qkv, segments_BT, implementation=implementation)
             for segments_BT in (few_BT, many_BT)
         )
 
@@ -76,7 +76,7 @@ def _cross_entropy(implementation: str, normal: Callable) -> list[jax.Array]:
     return _value_and_gradients(op, arrays, jnp.ones(()))
 
 
-CASES = {
+CASES: dict[str, tuple[Callable, Mapping[str, implementations.Implementation]]] = {
     "grouped_matmul": (_grouped_matmul, grouped_matmul.IMPLEMENTATIONS),
     "attention": (_attention, attention.IMPLEMENTATIONS),
     "cross_entropy": (_cross_entropy, cross_entropy.IMPLEMENTATIONS),
@@ -84,7 +84,7 @@ CASES = {
 
 
 def checks() -> Iterator[Check]:
-    """One for each implementation of each op, and what "auto" is."""
+    """A check for each implementation of each op, and for "auto"."""
     for op, (_, table) in CASES.items():
         for name in ("auto", *table):
             yield check(op, name)
@@ -99,8 +99,9 @@ def check(op: str, name: str) -> Check:
         return Check(op, name, "not here", reason)
     try:
         found = case(name, functools.partial(_normal, dtype, dtype))
-    except Exception as error:  # whatever a compiler or a kernel raises
-        return Check(op, name, "fails", " ".join(f"{type(error).__name__}: {error}".split())[:200])
+    except Exception as raised:  # whatever a compiler or a kernel raises
+        text = " ".join(f"{type(raised).__name__}: {raised}".split())
+        return Check(op, name, "fails", text[:200])
     errors = [
         np.abs(np.asarray(a, np.float32) - b).max() / np.abs(b).max()
         for a, b in zip(found, _expected(op, dtype), strict=True)

@@ -1,1 +1,1 @@
-"""Where things lie: the mesh, the sharding of every array, and what the compiled step does."""
+"""The mesh, the sharding of every array, the processes of a run, and the chips' properties."""

@@ -1,9 +1,9 @@
-"""What each kind of TPU has, and what a slice of them is called.
+"""The figures of each kind of TPU, and the names of their slices.
 
-Figures are of one device as jax counts them: a chip, but half a chip of TPU7x. They come from the
-pages of the chips at https://cloud.google.com/tpu/docs ("v4", "v5e", "v5p", "v6e", "tpu7x"):
-bfloat16 peak, HBM bandwidth, both directions of all inter-chip links (ICI), and the data center
-network (DCN) between slices. The memory is what libtpu 0.0.42 leaves to a program.
+A figure is that of one device as jax counts them: a chip, but half a chip of TPU7x. They come from
+the chips' pages at https://cloud.google.com/tpu/docs ("v4", "v5e", "v5p", "v6e", "tpu7x"): bfloat16
+peak, HBM bandwidth, both directions of all inter-chip links (ICI), and the data center network
+(DCN) between slices. The memory is what libtpu 0.0.42 leaves to a program.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ class Chip:
     def wraps(self, shape: tuple[int, ...], side: int) -> bool:
         """Whether a side of the slice is a ring, not a line.
 
-        Of three dimensions all are from 4x4x4 on, if the cubes are whole; of two a side of 16 is.
+        In three dimensions all sides are rings from 4x4x4 on, if the cubes are whole; in two
+        dimensions a side of 16 is.
         """
         if self.dimensions == 2:
             return shape[side] == 16
@@ -34,8 +35,8 @@ class Chip:
 
 
 CHIPS = {
-    # ICI and DCN of v4 are not on its page: 2400 Gbit/s in one direction (JAX's scaling book), and
-    # 200 Gbit/s for the four chips of a host, as for v5p.
+    # The page of v4 lacks ICI and DCN: 2400 Gbit/s in one direction (JAX's scaling book), and 200
+    # Gbit/s for the four chips of a host, as for v5p.
     "v4": Chip("TPU v4", int(30.75 * GiB), 275e12, 1200e9, 50e9, 6.25e9, 3, "megacore"),
     "v5e": Chip("TPU v5 lite", int(15.75 * GiB), 197e12, 819e9, 50e9, 3.125e9, 2),
     "v5p": Chip("TPU v5", int(95.74 * GiB), 459e12, 2765e9, 100e9, 6.25e9, 3),
@@ -59,7 +60,7 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-    """That of "v5p:2x2x4", of two such slices, "2*v5p:2x2x4", or of eight fake CPUs, "cpu:8".
+    """The topology named "v5p:2x2x4", "2*v5p:2x2x4" (two such slices) or "cpu:8" (fake CPUs).
 
     Raises: ValueError for a name that is none.
     """
@@ -69,7 +70,8 @@ def topology(name: str) -> Topology:
     slices, chip, sides = found.groups()
     shape = tuple(map(int, sides.split("x")))
     if chip != "cpu" and chip not in CHIPS:
-        raise ValueError(f"topology {name!r}: unknown chip {chip}; use one of cpu, {_known()}")
+        known = ", ".join(("cpu", *CHIPS))
+        raise ValueError(f"topology {name!r}: unknown chip {chip}; use one of {known}")
     dimensions = 1 if chip == "cpu" else CHIPS[chip].dimensions
     if len(shape) != dimensions:
         like = "x".join("2" * dimensions) if dimensions > 1 else "8"
@@ -79,7 +81,3 @@ def topology(name: str) -> Topology:
     if chip == "cpu" and slices:
         raise ValueError(f"topology {name!r}: fake devices have no slices; use cpu:{shape[0]}")
     return Topology(name, chip, shape, int(slices or 1))
-
-
-def _known() -> str:
-    return ", ".join(CHIPS)

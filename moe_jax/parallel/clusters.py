@@ -1,6 +1,6 @@
-"""What started this process, and whether it is one of several: from the environment alone.
+"""Finds in the environment what started this process, and whether it is one of several.
 
-JAX finds out the rest (the address of process 0, who this process is) when it is told the cluster.
+JAX finds the rest (the address of process 0, the id of this process) when it is told the cluster.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,12 +9,8 @@ from moe_jax.parallel import jax_private
 
 
 def _slurm(environ: Mapping[str, str]) -> int:
-    """Tasks of the step, not of the allocation: a command without srun runs alone."""
+    """Counts the tasks of the step, not of the allocation: a command without srun runs alone."""
     return int(environ.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_JOB_ID" in environ else 1
-
-
-def _open_mpi(environ: Mapping[str, str]) -> int:
-    return int(environ.get("OMPI_COMM_WORLD_SIZE", 1))
 
 
 def _tpu_environment(environ: Mapping[str, str]) -> int:
@@ -32,13 +28,13 @@ def _tpu_metadata(environ: Mapping[str, str]) -> int:
 
 
 def _kubernetes(environ: Mapping[str, str]) -> int:
-    """An Indexed Job; how many pods it has only its API says (`pip install kubernetes`)."""
+    """An Indexed Job, whose number of pods only its API knows (`pip install kubernetes`)."""
     return 2 if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(environ) else 1
 
 
-# In JAX's order, by JAX's names of them: from how many processes (2 stands for "several").
+# The number of processes by JAX's name of the cluster, in JAX's order; 2 stands for "several".
 CLUSTERS: dict[str, Callable[[Mapping[str, str]], int]] = {
-    "ompi": _open_mpi,
+    "ompi": lambda environ: int(environ.get("OMPI_COMM_WORLD_SIZE", 1)),
     "slurm": _slurm,
     "gketpu": _tpu_environment,
     "gcetpu": _tpu_metadata,
@@ -52,9 +48,9 @@ def detect(environ: Mapping[str, str]) -> str:
 
 
 def alone_on_host(environ: Mapping[str, str]) -> bool:
-    """Whether Slurm or Open MPI started one process a host: it has all devices of the host.
+    """Whether Slurm or Open MPI started one process a host, which then has all the host's devices.
 
-    JAX gives a process that one of these started one device otherwise.
+    Otherwise JAX gives one device to each process that one of these started.
     """
     slurm = environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
     return "1" in (slurm, environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"))

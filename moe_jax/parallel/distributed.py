@@ -1,11 +1,11 @@
-"""One run in several processes: how they find, hear and leave each other.
+"""One run in several processes: they find, hear and leave each other.
 
-Every process runs the same program on its own devices. What follows from files or the environment
-of one process must become the same in all before it decides what is computed next, for processes
-that disagree on the next collective wait for each other for ever.
+Every process runs the same program on its own devices. Values from files or the environment of one
+process must become the same in all before they decide what is computed next: processes that
+disagree on the next collective wait for each other for ever.
 
-What process 0 tells the others goes through JAX's coordination service (a server in process 0),
-not through devices: it has no limit of time, so that one process can tokenize while others wait.
+Process 0 speaks through JAX's coordination service (a server in process 0), not through devices: it
+has no limit of time, so that one process can tokenize while others wait.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from moe_jax.parallel import clusters, jax_private, watchdog
 
-HEARTBEAT_SECONDS = 45  # after which JAX ends the others, should the watchdog not have done it
+HEARTBEAT_SECONDS = 45  # JAX then ends the others, should the watchdog not have done it
 JOINING_SECONDS, LEAVING_SECONDS = 20, 5
 FOREVER_MS = 2**31 - 1
 # An error of JAX with one of these says that another process is gone, not that ours is wrong.
@@ -36,19 +36,14 @@ _exchanges = itertools.count()
 
 
 def check_flags(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
-    """Raises: ValueError for flags of which one is missing or does not fit the others."""
-    given = {
-        "coordinator": coordinator or None,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == 3 or (num_processes == 1 and len(missing) == 2):
+    """Raises: ValueError if one of the flags is missing or does not fit the others."""
+    if not coordinator and process_id is None and num_processes in (None, 1):
         return
-    if missing:
+    if not coordinator or num_processes is None or process_id is None:
+        missing = "num_processes" if num_processes is None else "process_id"
         raise ValueError(
-            f"--{missing[0]} is missing; --coordinator=HOST:PORT, --num_processes=N and "
-            "--process_id=I go together"
+            f"--{missing if coordinator else 'coordinator'} is missing; --coordinator=HOST:PORT, "
+            "--num_processes=N and --process_id=I go together"
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
@@ -64,8 +59,8 @@ def initialize(
 ) -> None:
     """Joins the processes of a run; a process that is alone stays as it is.
 
-    By the flags, or else by what `clusters.detect` finds; `num_processes=1` keeps a process alone
-    wherever it was started. Before anything that asks for devices.
+    The flags say how, or else what `clusters.detect` finds; `num_processes=1` keeps a process alone
+    wherever it was started. Call it before anything that asks for devices.
 
     Raises: ValueError for flags or an environment that do not say all.
     """
@@ -73,14 +68,11 @@ def initialize(
     cluster = "" if num_processes else clusters.detect(os.environ)
     if num_processes == 1 or not (coordinator or cluster):
         return
-    # It would take SIGTERM for itself; `training.loop` stops all processes at the same step.
+    # The service would take SIGTERM for itself; `training.loop` stops all at the same step.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX waits for five minutes in silence, and then ends the process with a stack trace.
-    waiting = threading.Timer(
-        JOINING_SECONDS,
-        watchdog.say,
-        [f"still waiting for all processes ({cluster or coordinator})"],
-    )
+    line = f"still waiting for all processes ({cluster or coordinator})"
+    waiting = threading.Timer(JOINING_SECONDS, watchdog.say, [line])
     waiting.daemon = True
     waiting.start()
     try:
@@ -102,11 +94,9 @@ def initialize(
         waiting.cancel()
 
 
-# What all processes know ------------------------------------------------------------------------
+# Facts and values shared by all processes -------------------------------------------------------
 
-
-def process_count() -> int:
-    return jax_private.process_count()
+process_count = jax_private.process_count
 
 
 def is_first() -> bool:
@@ -123,7 +113,7 @@ def say(*texts: str) -> None:
 def exchange(value) -> list:
     """The values (JSON) of all processes, by process; it waits for all of them.
 
-    All processes must come to the same calls in the same order.
+    All processes must make the same calls in the same order.
     """
     if process_count() == 1:
         return [value]
@@ -131,7 +121,7 @@ def exchange(value) -> list:
     client.key_value_set(f"{key}{jax_private.process_id()}", json.dumps(value))
     client.wait_at_barrier(key, FOREVER_MS)
     said = {int(name.rpartition("/")[2]): text for name, text in client.key_value_dir_get(key)}
-    return [json.loads(said[process]) for process in range(process_count())]
+    return [json.loads(text) for _, text in sorted(said.items())]
 
 
 def of_first(value):
@@ -143,7 +133,7 @@ def of_first(value):
 def together(error: type[Exception]) -> Iterator[None]:
     """Raises in all processes, as `error`, what the block raised in any: none goes on alone.
 
-    The block must not hold a collective, which the others would wait in.
+    The block must not hold a collective, in which the others would wait.
     """
     raised = None
     try:
@@ -159,9 +149,9 @@ def together(error: type[Exception]) -> Iterator[None]:
 
 
 def first_alone(make: Callable, error: type[Exception]):
-    """`make()`, in process 0 before all others, which find in a shared cache what it made.
+    """`make()` in process 0 before all others, which find its result in a shared cache.
 
-    Where the cache is not shared each makes its own. Raises as `together`.
+    Where the cache is not shared each makes its own. It raises as `together` does.
     """
     for turn in (True, False):
         with together(error):
@@ -189,25 +179,25 @@ def rows_of(
 ) -> np.ndarray:
     """The rows of a batch that these devices hold, ascending.
 
-    It follows from the mesh alone which device holds row N, so that a batch is the same however
-    many processes there are. Processes whose devices share a row both feed it.
+    The mesh alone decides which device holds row N, so that a batch is the same for any number of
+    processes. Processes whose devices share a row both feed it.
     """
     slices = sharding.devices_indices_map((batch_size,))
     return np.unique([row for d in devices for row in range(batch_size)[slices[d][0]]])
 
 
 def whole(tree) -> object:
-    """The arrays of a tree as numpy arrays, in every process all of them."""
+    """The arrays of a tree as numpy arrays, all of them in every process."""
     if process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 class Largest:
-    """The largest of the numbers of all processes, of the call before: no step waits for it.
+    """The largest of all processes' numbers in the call before, so that no step waits for it.
 
-    All processes see the same number after as many calls, and so can act on it at the same step.
-    In a process that is alone it is the number itself, at once.
+    All processes see the same number after the same number of calls, and so can act on it at the
+    same step. A process that is alone sees its own number at once.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
@@ -232,7 +222,7 @@ class Largest:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """The run, in whichever process it fails: no other may wait for one that gave up.
+    """Ends the run in all processes if it fails in one: none may wait for one that gave up.
 
     JAX itself would wait at the exit of this process for others that wait for it. When the block
     raises, this process ends at once, and if the others do not fail too, the watchdog ends them.
@@ -257,7 +247,7 @@ def _leave(error: BaseException, client, process: int) -> NoReturn:
     try:
         client.wait_at_barrier("moe_jax/failed", LEAVING_SECONDS * 1000)
         jax.distributed.shutdown()  # process 0, which has the service, waits for the others
-    except Exception:  # others go on, or are lost
+    except Exception:  # the others go on, or are lost
         with contextlib.suppress(Exception):
             watchdog.announce(client, process, f"process {process} ended with status {status}")
     os._exit(status)
@@ -269,10 +259,9 @@ def _report(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     text = " ".join(str(error).split())
     if isinstance(error, jax.errors.JaxRuntimeError) and any(s in text for s in SIGNS_OF_LOSS):
-        print(
+        watchdog.say(
             f"process {jax_private.process_id()} of {process_count()} lost another one "
-            f"({text[:120]}); {watchdog.GO_ON}",
-            file=sys.stderr,
+            f"({text[:120]}); {watchdog.GO_ON}"
         )
     else:
         traceback.print_exception(error)

@@ -23,9 +23,9 @@ AXES = ("data", "fsdp", "expert", "tensor", "edp")
 
 
 def axis_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
-    """The sizes with a -1 filled so that their product is the number of devices; absent is 1.
+    """The sizes, 1 if absent, with a -1 filled so that their product is the number of devices.
 
-    Raises: ValueError for an unknown axis, for more than one -1, or when the product cannot be had.
+    Raises: ValueError for an unknown axis, for more than one -1, or for a product that cannot fit.
     """
     if unknown := sizes.keys() - set(AXES):
         raise ValueError(f"mesh axis {unknown.pop()!r} is unknown; the axes are {', '.join(AXES)}")
@@ -47,7 +47,7 @@ def axis_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
 
 
 def make(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh over all devices, or over those given, `sizes` as `axis_sizes` takes them.
+    """A mesh over all devices, or over those given; `axis_sizes` describes `sizes`.
 
     Several slices of TPUs, between which the network is slow, lie along one axis: `data`, or `fsdp`
     where data is 1.
@@ -80,7 +80,7 @@ def make(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> 
 
 
 def first_slice(mesh: jax.sharding.Mesh) -> np.ndarray:
-    """The devices of one slice of TPUs, in the mesh's order: all of a mesh of one slice."""
+    """The devices of one slice of TPUs, in the mesh's order; all devices if there is one slice."""
     slices = np.vectorize(lambda device: getattr(device, "slice_index", 0))(mesh.devices)
     places = np.nonzero(slices == slices.flat[0])
     return mesh.devices[np.ix_(*map(np.unique, places))]
@@ -92,7 +92,7 @@ def one_device() -> jax.sharding.Mesh:
 
 
 def under(mesh: jax.sharding.Mesh, function):
-    """`function` called with `mesh` set, and only then: Orbax has bugs under a set mesh."""
+    """`function`, with `mesh` set during its calls only: Orbax has bugs under a set mesh."""
 
     @functools.wraps(function)
     def call(*arguments):

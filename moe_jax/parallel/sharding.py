@@ -1,8 +1,9 @@
-"""Which axis of which array lies along which axis of the mesh: one table of path rules."""
+"""The sharding of every array along the axes of the mesh: one table of path rules."""
 
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -10,12 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import tree
 
-# The batch, and everything computed per token: experts are parallel where attention is
+# They cut the batch, and everything computed per token: experts are parallel where attention is
 # data-parallel.
 BATCH_AXES = ("data", "fsdp", "expert")
 BATCH = P(BATCH_AXES)
-TENSOR = ("tensor", "edp")  # what cuts the work on a token
-EXPERT = ("edp", "expert")  # what spreads experts
+TENSOR = ("tensor", "edp")  # these cut the work on a token
+EXPERT = ("edp", "expert")  # these spread experts
 
 # The first rule that matches decides. Leaves of the optimizer state carry the path of their
 # parameter as a suffix. Block leaves have a leading axis of layers.
@@ -56,7 +57,7 @@ def names_of(entry) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def specs(leaves) -> object:
+def specs(leaves) -> Any:
     """The tree of PartitionSpecs for a tree of parameters, optimizer state, or both."""
     return tree.map_with_name(lambda name, _: spec_of(name), leaves)
 
@@ -78,7 +79,7 @@ def shardings(leaves, mesh: jax.sharding.Mesh) -> object:
 
 def check_divisible(what: str, size: int, mesh, axes: tuple[str, ...]) -> None:
     """Raises: ValueError unless these axes of the mesh together divide `size`."""
-    axes = [axis for axis in axes if mesh.shape[axis] > 1]
+    axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     if size % (parts := math.prod(mesh.shape[axis] for axis in axes)):
         keys = " x ".join(f"config.mesh.{axis}" for axis in axes)
         raise ValueError(
@@ -97,12 +98,12 @@ def abstract(leaves, mesh: jax.sharding.Mesh) -> object:
 
 
 def layer_specs(params: dict, prefix: str) -> object:
-    """Specs of one layer's parameters (no leading axis of layers), paths below `prefix`."""
+    """The specs of one layer's parameters (no leading axis of layers) below the path `prefix`."""
     return jax.tree.map(lambda spec: P(*spec[1:]), specs({prefix: params})[prefix])
 
 
 def all_gather(x: jax.Array, spec: P, *, keep: tuple[str, ...] = ()) -> jax.Array:
-    """Inside shard_map: the whole of an array that is cut by `spec`, but for the axes in `keep`."""
+    """Inside shard_map: gathers an array that `spec` cuts, along all axes but those in `keep`."""
     for axis, entry in enumerate(spec):
         if names := tuple(name for name in names_of(entry) if name not in keep):
             x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
@@ -120,12 +121,12 @@ def own_part(x: jax.Array, spec: P) -> jax.Array:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps an activation cut along the batch only; nothing without a mesh."""
+    """Keeps an activation cut along the batch only; does nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
 def batch_shards(sizes: Mapping[str, int]) -> int:
-    """Into how many parts a mesh of these sizes, `mesh.shape`, cuts the batch."""
+    """The number of parts into which a mesh of these sizes, `mesh.shape`, cuts the batch."""
     return math.prod(sizes[axis] for axis in BATCH_AXES)

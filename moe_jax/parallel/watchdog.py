@@ -1,7 +1,7 @@
 """A thread in each process of a run that ends it, with one line, when another process is lost.
 
 A collective with a process that died may never return. JAX's own heartbeats end the process too,
-later, with a stack trace; when process 0 dies they come first, for it holds what is read here.
+later, with a stack trace; when process 0 dies they come first, for it holds the values read here.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ GO_ON = "run the same command in all processes again to go on from the last chec
 
 @contextlib.contextmanager
 def watching(client, process: int) -> Iterator[None]:
-    """`client` is that of JAX's coordination service.
+    """Watches during the block; `client` is that of JAX's coordination service.
 
     The thread ends with the block: one that is in a call of the client when Python exits aborts.
     """
@@ -67,7 +67,7 @@ def _watch(client, process: int, over: threading.Event) -> None:
 def _silent(
     heard: dict[str, tuple[str, float]], beats: list[tuple[str, str]], now: float
 ) -> list[str]:
-    """Who has sent the same beat for too long; `heard` keeps the last one of each and its time."""
+    """Who sent the same beat for too long; `heard` keeps the last beat of each and its time."""
     for name, beat in beats:
         if heard.get(name, ("", 0.0))[0] != beat:
             heard[name] = (beat, now)

@@ -1,11 +1,11 @@
 """Compiler flags per chip, each with its reason; `scripts/xla_flags.py` prints them for a shell.
 
-Short on purpose: what is the compiler's default already has no row, and a TPU flag is here only if
-it changes what the compiler makes of a gather, an exchange and a scatter between products. That was
-looked at in compiled programs (libtpu 0.0.42), not timed on the chips: the reasons say
-who timed what. Left out for that: `xla_tpu_enable_async_collective_fusion` and its `fuse_…` flags
-(no change), SparseCore offload on v6e (16% more memory for unmeasured speed; tpu7x does so by
-default), `xla_tpu_enable_data_parallel_all_reduce_opt` (for several slices).
+The list is short on purpose: no row repeats a compiler's default, and a TPU flag is here only if it
+changes what the compiler makes of a gather, an exchange and a scatter between products. Compiled
+programs showed that (libtpu 0.0.42); nothing was timed on the chips here, and the reasons say who
+timed what. These were left out: `xla_tpu_enable_async_collective_fusion` and its `fuse_…` flags (no
+change), SparseCore offload on v6e (16% more memory for unmeasured speed; tpu7x does so by default),
+`xla_tpu_enable_data_parallel_all_reduce_opt` (for several slices).
 
 Sources: openxla/xla docs/flags_guidance.md (defaults, meanings); MaxText
 benchmarks/xla_flags_library.py (limits of VMEM); NVIDIA JAX-Toolbox, "Tips for High-Performance
@@ -59,6 +59,11 @@ ASYNC_ALL_GATHER = Flag(
     "fsdp's gather of the next weights overlaps with products; later chips do so by default",
 )
 
+COMBINED = {
+    "all_gather": "fsdp gathers all leaves of a layer in one collective instead of one each",
+    "reduce_scatter": "the same for the gradients of a layer",
+    "all_reduce": "the same where the data axis replicates parameters",
+}
 GPU = (
     Flag(
         "xla_gpu_enable_latency_hiding_scheduler",
@@ -66,20 +71,9 @@ GPU = (
         "its schedule corrupted the first backward pass around ragged exchanges (marin#8081), and "
         "on MoE steps it gained nothing (marin#6493: 0.3%)",
     ),
-    Flag(
-        "xla_gpu_all_gather_combine_threshold_bytes",
-        "1073741824",
-        "fsdp gathers all leaves of a layer in one collective instead of one each",
-    ),
-    Flag(
-        "xla_gpu_reduce_scatter_combine_threshold_bytes",
-        "1073741824",
-        "the same for the gradients of a layer",
-    ),
-    Flag(
-        "xla_gpu_all_reduce_combine_threshold_bytes",
-        "1073741824",
-        "the same where the data axis replicates parameters",
+    *(
+        Flag(f"xla_gpu_{collective}_combine_threshold_bytes", str(2**30), reason)
+        for collective, reason in COMBINED.items()
     ),
     Flag(
         "xla_gpu_enable_triton_gemm",

@@ -132,9 +132,9 @@ def test_sigmoid_routing_is_deepseeks(j):
         jnp.asarray(want["bias"]),
         num_experts_per_tok=settings["num_experts_per_tok"],
         norm_topk_prob=settings["norm_topk_prob"],
-        num_groups=settings["n_group"],
+        num_expert_groups=settings["n_group"],
         num_groups_per_tok=settings["topk_group"],
-        scale=settings["routed_scaling_factor"],
+        routed_scaling_factor=settings["routed_scaling_factor"],
     )
     order = np.argsort(-np.asarray(routing.weight_MA), axis=-1, kind="stable")
     index, weight = (

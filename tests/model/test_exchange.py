@@ -183,7 +183,7 @@ def test_no_device_gets_the_experts_of_another(mode):
 
 def test_offsets_of_a_ragged_exchange_by_hand():
     """Device 0 sends 2 rows to itself and 1 to the other; device 1 none and 3."""
-    there = exchange.Exchange.over(jnp.array([[2, 1], [0, 3]]), 0)
+    there = exchange.Exchange(jnp.array([[2, 1], [0, 3]]), 0)
     np.testing.assert_array_equal(there.input_offsets_XY, [[0, 2], [0, 0]])
     np.testing.assert_array_equal(there.output_offsets_XY, [[0, 0], [2, 1]])
 

@@ -84,7 +84,11 @@ def test_gate_normalisation_by_hand():
 def test_the_bias_of_sigmoid_scores_decides_who_is_chosen_but_not_with_what_weight():
     logits_ME = jnp.array([[0.0, 1.0, 2.0, 3.0]])
     routing = router.sigmoid_topk(
-        logits_ME, jnp.array([1.0, 0, 0, 0]), num_experts_per_tok=2, norm_topk_prob=False, scale=2.5
+        logits_ME,
+        jnp.array([1.0, 0, 0, 0]),
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        routed_scaling_factor=2.5,
     )
     np.testing.assert_array_equal(routing.expert_index_MA, [[0, 3]])
     scores = 1 / (1 + np.exp([0.0, -3.0]))
@@ -138,7 +142,7 @@ def test_one_expert_of_each_group_then_the_best_groups():
     """Groups are e mod 3: {0, 3}, {1, 4}, {2, 5}; their best are 3, 1 and 2."""
     probabilities_ME = jnp.array([[0.05, 0.20, 0.25, 0.30, 0.15, 0.05]])
     routing = router.group_topk(
-        jnp.log(probabilities_ME), num_experts_per_tok=2, norm_topk_prob=False, num_groups=3
+        jnp.log(probabilities_ME), num_experts_per_tok=2, norm_topk_prob=False, num_expert_groups=3
     )
     np.testing.assert_array_equal(routing.expert_index_MA, [[3, 2]])
     np.testing.assert_allclose(routing.weight_MA, [[0.30, 0.25]], rtol=1e-6)

@@ -93,7 +93,7 @@ def test_gradients_of_chunked_are_those_of_finite_differences():
 
 
 # The wrapper around cuDNN's attention, with XLA's in its place.
-with_cudnn = functools.partial(attention.cudnn, library="xla")
+with_cudnn = functools.partial(attention_kernels.cudnn, library="xla")
 
 
 @pytest.mark.parametrize("window", [None, 45])
@@ -158,7 +158,7 @@ def test_cudnn_is_told_of_documents_or_given_a_mask(monkeypatch, limit):
     monkeypatch.setattr(f"{private.module}.{private.attribute}", packed)
     q, k, v, segments_BT, grad = arrays()
     assert attention_kernels.documents(segments_BT, limit)[2] == (limit == 8)
-    assert_equals_reference(functools.partial(attention.cudnn, library="xla"), *arrays())
+    assert_equals_reference(functools.partial(attention_kernels.cudnn, library="xla"), *arrays())
     assert calls
 
 
@@ -345,7 +345,7 @@ def test_splash_equals_the_reference(monkeypatch, fused, kv_heads, window):
     """In interpret mode, with two blocks to a row, or three of which a query sees two."""
     monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
     monkeypatch.setattr(attention_kernels, "SPLASH_FUSED", 4 if fused else 1)
-    attend = functools.partial(attention.splash, interpret=True)
+    attend = functools.partial(attention_kernels.splash, interpret=True)
     positions = 256 if window is None else 384
     assert_equals_reference(attend, *arrays(T=positions, N=2, K=kv_heads, B=1), window=window)
 
@@ -353,10 +353,12 @@ def test_splash_equals_the_reference(monkeypatch, fused, kv_heads, window):
 def test_products_of_splash_by_hand():
     """Blocks of 1024 and, of 1152 positions, of 384; two backward kernels beyond four blocks."""
     block = 1024**2
-    assert attention.splash_kernels(1024) == {"_fwd_": 2 * block, "_dkv_": 5 * block}
-    assert attention.splash_kernels(1152) == {"_fwd_": 12 * 384**2, "_dkv_": 30 * 384**2}
+    assert attention_kernels.splash_kernels(1024) == {"_fwd_": 2 * block, "_dkv_": 5 * block}
+    assert attention_kernels.splash_kernels(1152) == {"_fwd_": 12 * 384**2, "_dkv_": 30 * 384**2}
     pairs = 36 * block
     of_8192 = {"_fwd_": 2 * pairs, "_dkv_": 4 * pairs, "_dq_": 3 * pairs}
-    assert attention.splash_kernels(8192) == of_8192
+    assert attention_kernels.splash_kernels(8192) == of_8192
     of_window = {"_fwd_": 2 * 30 * block, "_dkv_": 4 * 30 * block, "_dq_": 3 * 30 * block}
-    assert attention.splash_kernels(8192, 4096) == of_window  # of 8 blocks a query sees at most 5
+    assert (
+        attention_kernels.splash_kernels(8192, 4096) == of_window
+    )  # of 8 blocks a query sees at most 5

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.dryrun import hlo
-from moe_jax.ops import attention, attention_chunked
+from moe_jax.ops import attention, attention_chunked, attention_kernels
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 
@@ -55,7 +55,7 @@ def compiled(devices, T: int, H: int, dtype: str, window: int | None = None) -> 
 )
 def test_splash_runs_as_kernels_and_executes_what_is_counted(libtpu, topology, T, H, dtype, window):
     text = compiled(libtpu(topology), T, H, dtype, window)
-    calls, counted = hlo.kernel_calls(text), attention.splash_kernels(T, window)
+    calls, counted = hlo.kernel_calls(text), attention_kernels.splash_kernels(T, window)
     assert len(calls) == len(counted)
     for part in counted:
         assert sum(number for name, number in calls.items() if part in name) == 1

@@ -5,7 +5,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax.dryrun import hlo, lowering
-from moe_jax.ops import attention, grouped_tpu
+from moe_jax.ops import attention_kernels, grouped_tpu
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import flops
 
@@ -43,7 +43,7 @@ def test_a_step_executes_the_due_products_with_megablox_and_splash(libtpu, topol
     heads = 2 * (D // N) * N * B  # multiply-adds of one pair of positions, of all heads and rows
     executed = hlo.product_flops(
         text,
-        kernels={name: heads * n for name, n in attention.splash_kernels(T).items()},
+        kernels={name: heads * n for name, n in attention_kernels.splash_kernels(T).items()},
     )
     with jax.set_mesh(mesh):
         due = flops.analytic_flops(settings.model, T) * B * T

@@ -1,7 +1,7 @@
 """The text that comes with the package, as TFDS builders that need no TensorFlow."""
 
+from typing import Any
+
 from moe_jax.data.corpora.builders import LoParallel19, UdhrLanguages
 
-BUILDERS = {"lo_parallel19": LoParallel19, "udhr_languages": UdhrLanguages}
-
-__all__ = ["BUILDERS", "LoParallel19", "UdhrLanguages"]
+BUILDERS: dict[str, Any] = {"lo_parallel19": LoParallel19, "udhr_languages": UdhrLanguages}

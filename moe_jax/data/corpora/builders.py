@@ -18,6 +18,15 @@ def records(name: str) -> Iterator[dict]:
         yield from map(json.loads, lines)
 
 
+def _information(builder, license: str, *features: str) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=builder.__doc__,
+        license=license,
+        features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in features}),
+    )
+
+
 class LoParallel19(tfds.core.GeneratorBasedBuilder):
     """LibreOffice help, 391 pages in 19 languages, parallel by line.
 
@@ -27,14 +36,7 @@ class LoParallel19(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.__doc__,
-            license="MPL-2.0",
-            features=tfds.features.FeaturesDict(
-                {name: tfds.features.Text() for name in ("text", "language", "doc", "domain")}
-            ),
-        )
+        return _information(self, "MPL-2.0", "text", "language", "doc", "domain")
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing to download: the text is in the package
@@ -43,15 +45,9 @@ class LoParallel19(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split):
         for record in records("lo_parallel19"):
             if is_held_out(record["doc"], HELD_OUT) == (split == "validation"):
-                yield (
-                    f"{record['doc']} {record['lang']}",
-                    {
-                        "text": record["text"],
-                        "language": record["lang"],
-                        "doc": record["doc"],
-                        "domain": record["domain"],
-                    },
-                )
+                key = f"{record['doc']} {record['lang']}"
+                features = {name: record[name] for name in ("text", "doc", "domain")}
+                yield key, {**features, "language": record["lang"]}
 
 
 class UdhrLanguages(tfds.core.GeneratorBasedBuilder):
@@ -60,17 +56,7 @@ class UdhrLanguages(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.__doc__,
-            license="MIT",
-            features=tfds.features.FeaturesDict(
-                {
-                    name: tfds.features.Text()
-                    for name in ("text", "language", "name", "family", "branch")
-                }
-            ),
-        )
+        return _information(self, "MIT", "text", "language", "name", "family", "branch")
 
     def _split_generators(self, dl_manager):
         del dl_manager
