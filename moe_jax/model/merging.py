@@ -27,15 +27,6 @@ def merged(x_BTD, params, valid_BT, key, config: ModelConfig):
             f"merge_segment_length={S} does not divide the {T} positions of a row; "
             "make data.sequence_length a multiple of it"
         )
-
-    def merged_expert(x_SD, share_E):
-        # The shares' gradient is a sum over the matrices: their order decides its last bits.
-        experts = {n: params["experts"][n] for n in layers.ffn_shapes(config, config.expert_size)}
-        mean = {
-            n: jnp.tensordot(share_E, w.astype(x_SD.dtype), axes=1) for n, w in experts.items()
-        }
-        return layers.feed_forward(x_SD, mean, config)
-
     x_GSD, valid_GS = x_BTD.reshape(-1, S, D), valid_BT.reshape(-1, S)
     with jax.named_scope("router"):
         kernel_DE = params["router"]["kernel"].astype(jnp.float32)
@@ -43,7 +34,9 @@ def merged(x_BTD, params, valid_BT, key, config: ModelConfig):
         logits_GE = shift(logits_GE.reshape(B, T // S, -1)).reshape(logits_GE.shape)
         probabilities_GE = jax.nn.softmax(logits_GE, axis=-1)
     with jax.named_scope("experts"):
-        y_GSD = jax.vmap(merged_expert)(x_GSD, probabilities_GE.astype(x_GSD.dtype))
+        y_GSD = jax.vmap(lambda x, p: merged_expert(x, p, params["experts"], config))(
+            x_GSD, probabilities_GE.astype(x_GSD.dtype)
+        )
 
     logits_ME, probabilities_ME = (jnp.repeat(x, S, axis=0) for x in (logits_GE, probabilities_GE))
     expert_index_M1 = jnp.argmax(probabilities_ME, axis=-1, keepdims=True)
@@ -62,3 +55,11 @@ def shift(logits_BGE: jax.Array) -> jax.Array:
     """Gives each segment's logits to the next one; the first keeps its own, without gradient."""
     first_B1E = jax.lax.stop_gradient(logits_BGE[:, :1])
     return jnp.concatenate([first_B1E, logits_BGE[:, :-1]], axis=1)
+
+
+def merged_expert(x_SD: jax.Array, share_E: jax.Array, experts: dict, config: ModelConfig):
+    """The feed-forward whose weights are the experts' average in these shares."""
+    # The shares' gradient is a sum over the matrices: their order decides its last bits.
+    names = layers.ffn_shapes(config, config.expert_size)
+    mean = {n: jnp.tensordot(share_E, experts[n].astype(x_SD.dtype), axes=1) for n in names}
+    return layers.feed_forward(x_SD, mean, config)

@@ -238,7 +238,7 @@ class Router:
     random: bool = False
     products: int = 1
     learned: bool = True
-    same_as: Fields = dataclasses.field(default_factory=dict)
+    same_as: Mapping[str, str | bool] = dataclasses.field(default_factory=dict)
     decodes_as: str = ""
 
     def values(self, config: "ModelConfig") -> dict:
