@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -56,7 +57,7 @@ def names_of(entry) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def specs(leaves) -> object:
+def specs(leaves) -> Any:
     """The tree of PartitionSpecs for a tree of parameters, optimizer state, or both."""
     return tree.map_with_name(lambda name, _: spec_of(name), leaves)
 
@@ -87,7 +88,7 @@ def check_divisible(what: str, size: int, mesh, axes: tuple[str, ...]) -> None:
         )
 
 
-def abstract(leaves, mesh: jax.sharding.Mesh) -> object:
+def abstract(leaves, mesh: jax.sharding.Mesh) -> Any:
     """Shapes and dtypes with the shardings of the rules: what a checkpoint is restored into."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
