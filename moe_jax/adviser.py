@@ -6,10 +6,10 @@ answer. All of them were found with one family of models each; none is a law of 
 
 import dataclasses
 import functools
-import itertools
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 from moe_jax import model
 from moe_jax.model.config import (
@@ -35,15 +35,14 @@ def dense_parent(config: ModelConfig, granularity: int = 1) -> ModelConfig:
     if granularity < 1:
         raise ValueError(f"granularity={granularity} must be at least 1")
     own = fields_of(EXPERTS, ROUTER, ATTENTION_EXPERTS) | {"model_type"}
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    plain = {name: default for name, default in defaults.items() if name in own}
+    plain: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(config) if f.name in own}
     width = granularity * config.expert_size
     return dataclasses.replace(config, intermediate_size=width, **plain)
 
 
 @dataclasses.dataclass(frozen=True)
 class Budgets:
-    """What a dense parent has had in training and what its sparse child is to get."""
+    """The training that a dense parent has had, and that its sparse child is to get."""
 
     moe: ModelConfig
     dense: ModelConfig
@@ -108,7 +107,7 @@ class Way:
 
 
 def ways(b: Budgets) -> tuple[Way, ...]:
-    """The parent first, then what can be made of it or without it."""
+    """The parent's own training first, then what can be made of it or without it."""
     own, parent = b.moe_flops, b.dense_flops
     both = own + parent
     return (
@@ -122,15 +121,14 @@ def ways(b: Budgets) -> tuple[Way, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Upcycle where `measure` is below `upcycle_below`, scratch from `scratch_from` on.
+    """Upcycle where the quantity is below `upcycle_below`, scratch from `scratch_from` on.
 
     These are nan where a finding is known, but not its numbers: no value is below or above them.
     """
 
     name: str
     source: str
-    quantity: str
-    measure: Callable[[Budgets], float]
+    quantity: str  # a key of QUANTITIES
     upcycle_below: float
     scratch_from: float
     finding: str
@@ -145,26 +143,22 @@ class Verdict:
 
 
 def judge(rule: Rule, b: Budgets) -> Verdict:
-    value = rule.measure(b)
+    value = QUANTITIES[rule.quantity](b)
     if value < rule.upcycle_below:
         return Verdict(rule, value, UPCYCLE)
     return Verdict(rule, value, SCRATCH if value >= rule.scratch_from else UNCLEAR)
 
 
-def _flops_ratio(b: Budgets) -> float:
-    return b.moe_flops / b.dense_flops
-
-
-def _tokens_ratio(b: Budgets) -> float:
-    return b.moe_tokens / b.dense_tokens
-
-
+FLOP, TOKENS = "MoE / parent's FLOP", "MoE / parent's tokens"
+QUANTITIES = {
+    FLOP: lambda b: b.moe_flops / b.dense_flops,
+    TOKENS: lambda b: b.moe_tokens / b.dense_tokens,
+}
 RULES = (
     Rule(
         name="Skywork-MoE",
         source="Wei et al., arXiv 2406.06563",
-        quantity="MoE / parent's FLOP",
-        measure=_flops_ratio,
+        quantity=FLOP,
         upcycle_below=1 / 3,  # its "much less", read as half of the tie
         scratch_from=2,
         finding="upcycle where the MoE's cost is much less than the parent's, scratch from twice "
@@ -175,8 +169,7 @@ RULES = (
     Rule(
         name="OLMoE",
         source="Muennighoff et al., arXiv 2409.02060",
-        quantity="MoE / parent's tokens",
-        measure=_tokens_ratio,
+        quantity=TOKENS,
         upcycle_below=0.25,
         scratch_from=0.30,
         finding="scratch catches up after 25 % of the parent's tokens and is ahead at 30 %",
@@ -186,8 +179,7 @@ RULES = (
     Rule(
         name="Sparse Upcycling",
         source="Komatsuzaki et al., arXiv 2212.05055",
-        quantity="MoE / parent's FLOP",
-        measure=_flops_ratio,
+        quantity=FLOP,
         upcycle_below=1,
         scratch_from=1.2,
         finding="best for 10 to 60 % more budget, ahead of scratch at 100 %, caught up near 120 %",
@@ -196,8 +188,7 @@ RULES = (
     Rule(
         name="Joint scaling law",
         source="Liew et al., arXiv 2502.03009",
-        quantity="MoE / parent's tokens",
-        measure=_tokens_ratio,
+        quantity=TOKENS,
         upcycle_below=math.nan,
         scratch_from=math.nan,
         finding="the longer the parent was trained, the slower the upcycled model learns, so "
@@ -226,7 +217,7 @@ _SAYS = {  # one rule, several
 
 
 def disagreement(found: tuple[Verdict, ...]) -> str:
-    """In one sentence: who says what."""
+    """One sentence that tells which rules say what."""
     by_answer = {a: [v.rule.name for v in found if v.answer == a] for a in _SAYS}
     says = [
         f"{' and '.join(names)} {_SAYS[answer][len(names) > 1]}"
@@ -240,32 +231,26 @@ def disagreement(found: tuple[Verdict, ...]) -> str:
 
 
 def report(b: Budgets) -> str:
-    """All of it, to be read."""
+    """The models, the costs, the rules and their verdicts as a text for a terminal."""
     found = verdicts(b)
+    costs = [
+        (
+            *(way.name, _count(way.tokens), f"{way.flops:.2e}", f"{way.total_flops:.2e}"),
+            *(f"{cost / b.dense_flops:.2f}" for cost in (way.flops, way.total_flops)),
+        )
+        for way in ways(b)
+    ]
+    judged = [
+        (
+            *(v.rule.name, v.answer, v.rule.quantity, f"{v.value:.3g}"),
+            *(_limit(v.rule.upcycle_below), _limit(v.rule.scratch_from)),
+        )
+        for v in found
+    ]
     lines = [_described("MoE", b.moe), _described("parent", b.dense), ""]
-    lines += _aligned(
-        ("way", "tokens", "FLOP", "with parent's", "/ parent's", "with it"),
-        [
-            (
-                *(way.name, _count(way.tokens), f"{way.flops:.2e}", f"{way.total_flops:.2e}"),
-                *(f"{cost / b.dense_flops:.2f}" for cost in (way.flops, way.total_flops)),
-            )
-            for way in ways(b)
-        ],
-    )
-    lines.append("")
-    lines += _aligned(
-        ("rule", "verdict", "judged on", "here", "upcycle <", "scratch >="),
-        [
-            (
-                *(v.rule.name, v.answer, v.rule.quantity),
-                f"{v.value:.3g}",
-                *(_limit(v.rule.upcycle_below), _limit(v.rule.scratch_from)),
-            )
-            for v in found
-        ],
-        left=3,
-    )
+    lines += _aligned(("way", "tokens", "FLOP", "with parent's", "/ parent's", "with it"), costs)
+    head = ("rule", "verdict", "judged on", "here", "upcycle <", "scratch >=")
+    lines += ["", *_aligned(head, judged, left=3)]
     wrapped = functools.partial(
         textwrap.fill, width=96, subsequent_indent="  ", break_on_hyphens=False
     )
@@ -280,18 +265,10 @@ def as_json(b: Budgets) -> dict:
     return {
         "ways": [dataclasses.asdict(way) for way in ways(b)],
         "rules": [
-            {
-                "name": v.rule.name,
-                "source": v.rule.source,
-                "verdict": v.answer,
-                "quantity": v.rule.quantity,
-                "value": v.value,
-                "upcycle_below": _or_none(v.rule.upcycle_below),
-                "scratch_from": _or_none(v.rule.scratch_from),
-                "finding": v.rule.finding,
-                "conditions": v.rule.conditions,
-            }
-            for v in found
+            {name: None if value != value else value for name, value in row.items()}  # nan
+            for row in (
+                {**dataclasses.asdict(v.rule), "verdict": v.answer, "value": v.value} for v in found
+            )
         ],
         "disagreement": disagreement(found),
         "caveat": CAVEAT,
@@ -309,10 +286,6 @@ def _described(what: str, config: ModelConfig) -> str:
     )
 
 
-def _or_none(limit: float) -> float | None:
-    return None if math.isnan(limit) else limit
-
-
 def _limit(limit: float) -> str:
     return "-" if math.isnan(limit) else f"{limit:.3g}"
 
@@ -323,9 +296,8 @@ def _count(number: float) -> str:
     return f"{number / unit[0]:.3g} {unit[1]}".strip()
 
 
-def _aligned(head: tuple[str, ...], rows: list[tuple[str, ...]], left: int = 1) -> list[str]:
+def _aligned(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int = 1) -> list[str]:
     """Columns as wide as their widest cell; the first `left` flush left."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    sides = itertools.chain(["<"] * left, itertools.repeat(">"))
-    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=False))
+    form = "  ".join(f"{{:{'<' if i < left else '>'}{width}}}" for i, width in enumerate(widths))
     return [form.format(*row).rstrip() for row in (head, *rows)]

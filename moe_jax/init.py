@@ -1,4 +1,4 @@
-"""Where a run's parameters and moments come from: random, a model's folder, or upcycled."""
+"""A run's first parameters and moments: random, from a model's folder, or upcycled."""
 
 import contextlib
 import dataclasses
@@ -58,9 +58,9 @@ def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan 
         if plan is not None:
             return _executed(plan, parents, settings, mesh)
     [params] = parents
-    if jax.tree.map(lambda x: x.shape, params) != jax.tree.map(
-        lambda x: x.shape, jax.eval_shape(create, key)
-    ):
+    trees = params, jax.eval_shape(create, key)
+    have, want = (jax.tree.map(lambda x: x.shape, leaves) for leaves in trees)
+    if have != want:
         raise configs.ConfigError(
             f"config.init.source={settings.init.source} holds another model than config.model; "
             "set config.init.upcycle.recipe, or the same model"
@@ -86,7 +86,7 @@ def optimizer_state(
 ) -> optax.OptState:
     """`fresh` with Adam's moments and their count from the parent's run, routers' zero.
 
-    Each moment goes the way of its weight: to the same experts, in the same order of neurons.
+    Each moment follows its weight to the same experts and the same order of neurons.
     Raises: ConfigError when the parent has no optimizer state.
     """
     workdir = pathlib.Path(settings.init.source)
@@ -105,14 +105,13 @@ def optimizer_state(
     shapes = jax.eval_shape(lambda: tx.init(model.init(plan.source, jax.random.key(0))))
     abstract = sharding.abstract({"opt_state": shapes}, mesh)
     try:
-        [adam] = _adam_states(checkpoint.load(workdir / "checkpoints", abstract)["opt_state"])
+        loaded = checkpoint.load(workdir / "checkpoints", abstract)["opt_state"]
+        [adam] = filter(_is_adam, jax.tree.leaves(loaded, is_leaf=_is_adam))
     except (ValueError, FileNotFoundError) as error:
         raise configs.ConfigError(
             f"config.init.source={workdir}: {error}; set init.upcycle.optimizer_state='fresh'"
         ) from error
-    mu, nu = (
-        _executed(plan.for_moments(), [moments], settings, mesh) for moments in (adam.mu, adam.nu)
-    )
+    mu, nu = (_executed(plan.for_moments(), [m], settings, mesh) for m in (adam.mu, adam.nu))
     return jax.tree.map(
         lambda node: node._replace(count=adam.count, mu=mu, nu=nu) if _is_adam(node) else node,
         fresh,
@@ -124,22 +123,18 @@ def _is_adam(node) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
 
-def _adam_states(opt_state: optax.OptState) -> list[optax.ScaleByAdamState]:
-    return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(node)]
-
-
 @dataclasses.dataclass(frozen=True)
 class Lineage:
-    """The training behind a source of parameters, that of its own sources included."""
+    """The training behind a source of parameters, including that of its own sources."""
 
     tokens: int
     training_flops: float
 
 
 def lineage(source: str) -> Lineage:
-    """The lineage of a run's newest checkpoint, from its workdir; of several, "A,B", their sum.
+    """The lineage of the newest checkpoint in a workdir; of several, "A,B", the sum.
 
-    Nothing for source "", and for a Hugging Face folder, which does not say.
+    It is empty for source "" and for a Hugging Face folder, which does not tell.
     """
     if "," in source:
         parts = [lineage(part) for part in source.split(",")]

@@ -19,30 +19,26 @@ from moe_jax.training import checkpoint
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import streaming
 
+UNLIKE = "{} is another model than {}; parents must be of one size and family"
+
 
 def load_alike(
     sources: list[pathlib.Path], mesh: jax.sharding.Mesh
 ) -> tuple[model.ModelConfig, list[dict]]:
-    """The config and the parameters of models that are alike.
-
-    Raises: ConfigError naming the first that is another.
-    """
+    """The config and the parameters of models that are alike; raises ConfigError if one is not."""
     loaded = [load(source, mesh) for source in sources]
     first = loaded[0][0]
     how = {name: getattr(first, name) for name in fields_of(COMPUTATION)}
     for source, (other, _) in zip(sources, loaded, strict=True):
         if dataclasses.replace(other, **how) != first:
-            raise configs.ConfigError(
-                f"{source} is another model than {sources[0]}; "
-                "parents must be of one size and family"
-            )
+            raise configs.ConfigError(UNLIKE.format(source, sources[0]))
     return first, [params for _, params in loaded]
 
 
 def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelConfig, dict]:
     """The model config and the sharded parameters of a Hugging Face folder or a run's workdir.
 
-    Of a run it is the newest checkpoint that verifies. Raises: ValueError for a folder that is
+    A run gives its newest checkpoint that verifies. Raises: ValueError for a folder that is
     neither, or damaged.
     """
     if folders.is_folder(workdir):
@@ -54,10 +50,7 @@ def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelCon
 
 
 def config_of(workdir: pathlib.Path) -> model.ModelConfig:
-    """The model config of a Hugging Face folder or a run's workdir, no weights read.
-
-    Raises: ValueError for a folder that is neither.
-    """
+    """The config of a model in a Hugging Face folder or a workdir; ValueError if it is neither."""
     if folders.is_folder(workdir):
         return hf_configs.of_folder(workdir)
     if not (workdir / "checkpoints").exists():
@@ -150,10 +143,7 @@ def upcycle_folders(
     first = parents[0]
     for other in parents[1:]:
         if other.config != first.config:
-            raise ValueError(
-                f"{other.path} is another model than {first.path}; parents must be of one size "
-                "and family"
-            )
+            raise ValueError(UNLIKE.format(other.path, first.path))
         if other.dtypes() != first.dtypes():
             raise ValueError(
                 f"{other.path} is not stored in the dtypes of {first.path}; convert one with "

@@ -1,1 +1,1 @@
-"""What the routers learned, in numbers, figures and one page."""
+"""Numbers about routers and experts, and statistics of a parent."""

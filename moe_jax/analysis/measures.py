@@ -6,6 +6,7 @@ sweep into results.csv, and a report draws them: all read this table.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ TRAINING, VALIDATION = "training", "validation"
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """What a training step, or the evaluation of a held-out text, has added up.
+    """The sums of a training step, or of the evaluation of a held-out text.
 
     router: fields of `RouterStats` by name, each with a leading axis of sparse layers.
     router_kind: the router's name, so that a forced balance is not taken for a learned one.
@@ -60,7 +61,7 @@ class Measure:
     """
 
     unit: str
-    value: Callable[[Sums], object]
+    value: Callable[[Sums], Any]
     needs: tuple[str, ...] = ("tokens_per_expert_E",)
     phases: tuple[str, ...] = (TRAINING, VALIDATION)
     in_result: bool = False
@@ -86,7 +87,7 @@ def max_violation(sums: Sums) -> list:
 
 
 def dead_experts(sums: Sums) -> list:
-    """How many experts have less than 1 % of the balanced load."""
+    """The number of experts with less than 1 % of the balanced load."""
     return (sums.share_LE < 0.01 / sums.share_LE.shape[1]).sum(axis=1).tolist()
 
 
@@ -152,12 +153,12 @@ def rows(sums: Sums) -> dict[str, object]:
 
 
 def result(sums: Sums | None) -> dict[str, object]:
-    """What result.json keeps of a run's last evaluation; None of each for a dense model."""
+    """The measures that result.json keeps; each is None for a dense model."""
     kept = {name: m for name, m in MEASURES.items() if m.in_result or m.column}
     return {name: None if sums is None else m.value(sums) for name, m in kept.items()}
 
 
-def columns(kept: Mapping[str, object]) -> dict[str, float | str]:
+def columns(kept: Mapping[str, Any]) -> dict[str, float | str]:
     """The columns of results.csv, one number each, from a result.json; "" where it has none."""
     return {
         name: "" if kept.get(name) is None else float(m.column(kept[name]))

@@ -1,9 +1,10 @@
-"""What recipes and routers may want to know of a parent: measured on a text, kept in one file.
+"""Statistics of a parent for recipes and router initialisers: measured on a text, kept in a file.
 
 Each statistic is an array with a leading axis of all layers; `plan.STATISTICS` has their shapes.
 """
 
 import functools
+import itertools
 import pathlib
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ SAMPLE = 1024  # tokens that clusters and similarities are measured on
 
 
 def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Raises: ValueError for no file, or one that holds something else."""
+    """The statistics in a file; raises ValueError for no file, or one of something else."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = dict(arrays)
@@ -51,7 +52,8 @@ def of_mixture(params: dict, config: ModelConfig, tokens_NBT: Sequence) -> dict[
         "similarity": np.zeros((L, E, E)),
         "utility": np.zeros((L, E)),
     }
-    for number, tokens_BT in enumerate(_shown(tokens_NBT, "experts")):
+    batches = tqdm.tqdm(tokens_NBT, "experts", unit="batch", disable=None)
+    for number, tokens_BT in enumerate(batches):
         for layer, params_of_layer, x_MD, load_E in _layers(params, tokens_BT, config):
             if load_E is None:
                 continue
@@ -90,28 +92,22 @@ def of_dense(
     """
     E, L, F = num_experts, config.num_hidden_layers, config.intermediate_size
     size = F // E if num_neurons is None else num_neurons
-    _check(_problems_of_tokens(config, tokens_NBT))
-    _check(_problems_of_neurons(config, size, E, neurons, num_neurons))
-    _check(_problems_of_parts(tokens_NBT, E, neurons))
+    _check(
+        _problems_of_tokens(config, tokens_NBT),
+        _problems_of_neurons(config, tokens_NBT, size, E, neurons, num_neurons),
+    )
     found = {
         "centroids": np.zeros((L, E, config.hidden_size)),
         "neurons": np.zeros((L, E, size), np.int64),
     }
-    first_BT = tokens_NBT[0]
-    layers_of_first = _layers(params, first_BT, config)
-    shown = tqdm.tqdm(layers_of_first, desc="clusters", unit="layer", total=L, disable=None)
-    for layer, ffn, x_MD, _ in shown:
+    inputs = _layers(params, tokens_NBT[0], config)
+    for layer, ffn, x_MD, _ in tqdm.tqdm(inputs, "clusters", L, unit="layer", disable=None):
         sample_MD = np.asarray(x_MD[:SAMPLE], np.float64)
         groups = balanced_clusters(sample_MD[: len(sample_MD) // E * E], E, seed=layer)
         found["centroids"][layer] = [sample_MD[group].mean(axis=0) for group in groups]
-        features_FX = {
-            "weights": lambda ffn=ffn: _inner_weights(ffn),
-            "activations": lambda ffn=ffn, x=x_MD[:SAMPLE]: hidden_neurons(x, ffn, config).T,
-        }
-        if neurons in features_FX:
-            features = np.asarray(features_FX[neurons](), np.float64)
-            features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-            found["neurons"][layer] = balanced_clusters(features[: E * size], E, seed=layer)
+        if neurons != "gradient":
+            features_FX = _features(neurons, ffn, x_MD[:SAMPLE], config)
+            found["neurons"][layer] = balanced_clusters(features_FX[: E * size], E, seed=layer)
     if neurons == "gradient":
         importance = np.zeros((L, E, F))
         for number, grads in _gradients(params, config, tokens_NBT):
@@ -125,17 +121,15 @@ def of_dense(
 
 def expert_utility(grads_E: dict) -> np.ndarray:
     """[E]: the sum of an expert's squared gradients."""
-    return sum(np.square(_exact(g)).sum(axis=tuple(range(1, g.ndim))) for g in grads_E.values())
+    own = [np.square(_exact(g)).sum(axis=tuple(range(1, g.ndim))) for g in grads_E.values()]
+    return np.sum(own, axis=0)
 
 
 def neuron_importance(ffn: dict, grads: dict) -> np.ndarray:
     """[F]: the sum over a neuron's weights of |weight · gradient|."""
-    total_F = 0
-    for name in experts.MATRICES:
-        if name in ffn:
-            product = np.abs(_exact(ffn[name]) * _exact(grads[name]))
-            total_F = total_F + product.sum(axis=1 - experts.NEURON_AXIS[name])
-    return total_F
+    products = {n: _exact(ffn[n]) * _exact(grads[n]) for n in experts.MATRICES if n in ffn}
+    own = [np.abs(p).sum(axis=1 - experts.NEURON_AXIS[name]) for name, p in products.items()]
+    return np.sum(own, axis=0)
 
 
 def hidden_neurons(x_MD: jax.Array, ffn: dict, config: ModelConfig) -> jax.Array:
@@ -162,7 +156,7 @@ def cka_of_experts(x_MD: jax.Array, experts_E: dict, config: ModelConfig) -> jax
 def balanced_clusters(points_NX: np.ndarray, k: int, *, seed: int, rounds: int = 10) -> np.ndarray:
     """[k, N/k]: the points of k equal clusters, k-means with room for N/k in each.
 
-    In every round the pairs of point and centre are served from the nearest on.
+    Each round takes the pairs of a point and a centre in the order of their distance.
     """
     N = len(points_NX)
     room = N // k
@@ -181,8 +175,8 @@ def balanced_clusters(points_NX: np.ndarray, k: int, *, seed: int, rounds: int =
     return groups
 
 
-def _check(problems: Iterator[str]) -> None:
-    for problem in problems:
+def _check(*problems: Iterator[str]) -> None:
+    for problem in itertools.chain(*problems):
         raise ValueError(problem)
 
 
@@ -202,7 +196,7 @@ def _problems_of_tokens(config: ModelConfig, tokens_NBT: Sequence):
         )
 
 
-def _problems_of_neurons(config, size, E, neurons, num_neurons):
+def _problems_of_neurons(config, tokens_NBT, size, E, neurons, num_neurons):
     F = config.intermediate_size
     if not 0 < size <= F or (num_neurons is not None and neurons != "gradient"):
         yield (
@@ -215,8 +209,6 @@ def _problems_of_neurons(config, size, E, neurons, num_neurons):
             "use a divisor, or neurons='gradient'"
         )
 
-
-def _problems_of_parts(tokens_NBT, E, neurons):
     N, M = len(tokens_NBT), min(tokens_NBT[0].size, SAMPLE)
     if M < E:
         yield (
@@ -230,18 +222,18 @@ def _problems_of_parts(tokens_NBT, E, neurons):
         )
 
 
-def _shown(batches: Sequence, what: str):
-    """With a bar of progress on a terminal."""
-    return tqdm.tqdm(batches, desc=what, unit="batch", disable=None)
-
-
 def _exact(x: jax.Array) -> np.ndarray:
     # numpy adds bfloat16 in bfloat16, where 256 + 1 is 256.
     return np.asarray(x, np.float32)
 
 
-def _inner_weights(ffn: dict) -> np.ndarray:
-    return np.concatenate([np.asarray(ffn[n]).T for n in ("gate", "up") if n in ffn], axis=1)
+def _features(neurons: str, ffn: dict, x_MD: jax.Array, config: ModelConfig) -> np.ndarray:
+    """[F, X]: each neuron's inner weights or activations, as a vector of length one."""
+    inner = [np.asarray(ffn[n]).T for n in ("gate", "up") if n in ffn]
+    by_weights = neurons == "weights"
+    found = np.concatenate(inner, axis=1) if by_weights else hidden_neurons(x_MD, ffn, config).T
+    features_FX = np.asarray(found, np.float64)
+    return features_FX / np.maximum(np.linalg.norm(features_FX, axis=1, keepdims=True), 1e-12)
 
 
 def _feed_forwards(params: dict, config: ModelConfig) -> Iterator[tuple[int, dict]]:
@@ -251,15 +243,13 @@ def _feed_forwards(params: dict, config: ModelConfig) -> Iterator[tuple[int, dic
 
 def _layers(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> Iterator[tuple]:
     """Layer by layer: its feed-forward's parameters, its inputs after the norm, its load."""
-    B, T = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    shared = transformer.Shared(positions_BT, jnp.ones_like(positions_BT))
-    x_BTD = transformer.embed(params["embed"], tokens_BT, positions_BT, config)
+    shared = _one_document(tokens_BT)
+    x_BTD = transformer.embed(params["embed"], tokens_BT, shared.positions_BT, config)
     for layer, kind, block in layout.layers(params, config):
         x_BTD, output = _block(x_BTD, block, {"index": layer}, shared, config=config, kind=kind)
-        inputs_BTD = output.tapped["feed_forward_input"]
+        inputs_MD = output.tapped["feed_forward_input"].reshape(tokens_BT.size, -1)
         load_E = None if output.stats is None else output.stats.tokens_per_expert_E.sum(axis=0)
-        yield layer, block.get("moe") or block["mlp"], inputs_BTD.reshape(B * T, -1), load_E
+        yield layer, block.get("moe") or block["mlp"], inputs_MD, load_E
 
 
 _block = jax.jit(
@@ -268,19 +258,24 @@ _block = jax.jit(
 )
 
 
+def _one_document(tokens_BT: jax.Array) -> transformer.Shared:
+    """The positions and segments of rows that are one document each."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return transformer.Shared(positions_BT, jnp.ones_like(positions_BT))
+
+
 def _gradients(params, config, tokens_NBT) -> Iterator[tuple[int, dict]]:
-    for number, tokens_BT in enumerate(_shown(tokens_NBT, "gradients")):
+    batches = tqdm.tqdm(tokens_NBT, "gradients", unit="batch", disable=None)
+    for number, tokens_BT in enumerate(batches):
         yield number, _gradient(params, jnp.asarray(tokens_BT), config)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _gradient(params, tokens_BT, config):
     def loss(params):
-        B, T = tokens_BT.shape
-        positions_BT = jnp.broadcast_to(jnp.arange(T - 1), (B, T - 1))
-        shared = transformer.Shared(positions_BT, jnp.ones_like(positions_BT))
-        x_BTD, _ = transformer.hidden_states(params, tokens_BT[:, :-1], shared, config)
-        unembed_DV = transformer.unembedding(params)
+        inputs_BT, unembed_DV = tokens_BT[:, :-1], transformer.unembedding(params)
+        shared = _one_document(inputs_BT)
+        x_BTD, _ = transformer.hidden_states(params, inputs_BT, shared, config)
         return cross_entropy.token_losses(x_BTD, unembed_DV, tokens_BT[:, 1:]).mean()
 
     return jax.grad(loss)(params)

@@ -1,9 +1,9 @@
-"""How alike the experts of a layer are: to each other, to the dense parent, and over time.
+"""Similarity of a layer's experts to each other, to the dense parent, and over time.
 
-Experts that stay alike are an MoE that is no more than its parent: Skywork-MoE watches the mean of
-pairs (Wei et al., arXiv 2406.06563), He et al. the similarity to the parent (arXiv 2410.07524).
-Cosine similarities and distances compare weights place by place: where each expert has its neurons
-in another order they say nothing, and the share of intact neurons does.
+An MoE whose experts stay alike is no more than its parent. Skywork-MoE watches the mean over pairs
+(Wei et al., arXiv 2406.06563), He et al. the similarity to the parent (arXiv 2410.07524). Cosine
+similarities and distances compare weights at the same index: they say nothing of experts whose
+neurons are in another order, for which there is the share of intact neurons.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ MANY_LAYERS = 12  # a longer table shows the first, the middle, the last and the
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """Of one sparse layer; mappings are by matrix ("gate", "up", "down"), nan is not defined.
+    """The experts of one sparse layer; mappings are by matrix ("gate", "up", "down").
 
     pairwise: mean cosine similarity over the pairs of experts, of the whole matrix; nan of one.
     parent_cosine, parent_distance: mean over experts of the cosine similarity to the parent's
@@ -42,22 +42,19 @@ class Experts:
 
     @property
     def columns(self) -> dict[str, float]:
-        named = {
-            f"{what} {name}": value
-            for what, values in (
-                ("pairs", self.pairwise),
-                ("parent", self.parent_cosine),
-                ("away", self.parent_distance),
-            )
-            for name, value in values.items()
-        }
+        named = {f"pairs {name}": value for name, value in self.pairwise.items()}
+        named |= {f"parent {name}": value for name, value in self.parent_cosine.items()}
+        named |= {f"away {name}": value for name, value in self.parent_distance.items()}
         return named if self.intact is None else {**named, "intact": self.intact}
 
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """Of one layer's router between two checkpoints: |new - old| / |old| of the whole kernel, and
-    the cosine similarity of an expert's column, mean over experts."""
+    """The change of one layer's router between two checkpoints.
+
+    distance: |new - old| / |old| of the whole kernel. cosine: the similarity of an expert's column,
+      mean over experts.
+    """
 
     layer: int
     distance: float
@@ -81,12 +78,11 @@ def experts(
 
     Raises: ValueError for another parent.
     """
-    if parent_params is not None:
-        _check_parent(config, parent_config)
     rows = []
     for layer in layout.sparse_layers(config):
         parent = None
-        if parent_params is not None:
+        if parent_params is not None and parent_config is not None:
+            _check_parent(config, parent_config)
             parent = layout.layer(parent_params, parent_config, layer, "mlp")
         rows.append(of_layer(layer, layout.layer(params, config, layer, "moe", "experts"), parent))
     return rows
@@ -103,10 +99,11 @@ def of_layer(layer: int, ffn_E: dict, parent: dict | None = None) -> Experts:
     if ffn_E["up"].shape[1:] != parent["up"].shape:
         return row
     of_parent = {name: _to_parent(w, parent[name]) for name, w in ffn_E.items()}
-    cosine, distance = (
-        {name: float(values[i]) for name, values in of_parent.items()} for i in (0, 1)
+    return dataclasses.replace(
+        row,
+        parent_cosine={name: float(cosine) for name, (cosine, _) in of_parent.items()},
+        parent_distance={name: float(distance) for name, (_, distance) in of_parent.items()},
     )
-    return dataclasses.replace(row, parent_cosine=cosine, parent_distance=distance)
 
 
 def of_layers(params: dict, config: ModelConfig) -> list[float] | None:
@@ -133,7 +130,7 @@ def router_drift(old: dict[int, np.ndarray], new: dict[int, np.ndarray]) -> list
     rows = []
     for layer in old:
         before, after = (np.asarray(kernels[layer], np.float64) for kernels in (old, new))
-        distance = np.linalg.norm(after - before) / max(np.linalg.norm(before), TINY)
+        distance = np.linalg.norm(after - before) / np.maximum(np.linalg.norm(before), TINY)
         norms_E = np.linalg.norm(before, axis=0) * np.linalg.norm(after, axis=0)
         cosine_E = (before * after).sum(axis=0) / np.maximum(norms_E, TINY)
         rows.append(Drift(layer, float(distance), float(cosine_E.mean())))
@@ -149,7 +146,7 @@ LEGEND = {
 }
 
 
-def legend(rows: Sequence["Experts | Drift"]) -> str:
+def legend(rows: Sequence[Experts | Drift]) -> str:
     """A line for each kind of column of `table`."""
     kinds = dict.fromkeys(name.split()[0] for name in rows[0].columns)
     return "\n".join(f"{kind:>8}  {LEGEND[kind]}" for kind in kinds)
@@ -159,12 +156,12 @@ def table(rows: Sequence[Experts | Drift]) -> str:
     """An aligned line for each layer, or the first, middle, last and mean of many."""
     if not rows:
         return "no sparse layers"
-    lines = {str(row.layer): row.columns for row in rows}
-    if len(rows) > MANY_LAYERS:
-        some = (rows[0], rows[len(rows) // 2], rows[-1])
-        mean = {name: np.mean([row.columns[name] for row in rows]) for name in rows[0].columns}
-        lines = {**{str(row.layer): row.columns for row in some}, "mean": mean}
-    above, below = zip(*(name.rpartition(" ")[::2] for name in rows[0].columns), strict=True)
+    many, names = len(rows) > MANY_LAYERS, list(rows[0].columns)
+    shown = (rows[0], rows[len(rows) // 2], rows[-1]) if many else rows
+    lines = {str(row.layer): row.columns for row in shown}
+    if many:
+        lines["mean"] = {n: float(np.mean([row.columns[n] for row in rows])) for n in names}
+    above, below = zip(*(name.rpartition(" ")[::2] for name in names), strict=True)
     grid = [["", *above], ["layer", *below]]
     for label, values in lines.items():
         grid.append([label, *("-" if math.isnan(v) else f"{v:.4f}" for v in values.values())])
@@ -190,7 +187,7 @@ def _matrices(ffn: dict) -> dict:
 
 @jax.jit
 def _mean_of_pairs(w_EXY):
-    # By the Gram matrix: no array is larger than the experts.
+    # The Gram matrix keeps every array as small as the experts.
     E = w_EXY.shape[0]
     w_EXY = w_EXY.astype(jnp.float32)
     gram_EE = jnp.einsum("exy,fxy->ef", w_EXY, w_EXY, precision="highest")
@@ -216,11 +213,10 @@ def _to_parent(w_EXY, parent_XY):
 
 def _intact(ffn: dict, parent: dict) -> float:
     known = set(_neurons(parent))
-    num_experts = len(ffn["up"])
-    shares = []
-    for e in range(num_experts):
-        mine = _neurons({name: w[e] for name, w in ffn.items()})
-        shares.append(np.mean([neuron in known for neuron in mine]))
+    shares = [
+        np.mean([neuron in known for neuron in _neurons({name: w[e] for name, w in ffn.items()})])
+        for e in range(len(ffn["up"]))
+    ]
     return float(np.mean(shares))
 
 

@@ -1,1 +1,1 @@
-"""What a trained model is worth: bits per byte, continuations."""
+"""Evaluators of a trained model: loss on held-out text, continuations, experts."""

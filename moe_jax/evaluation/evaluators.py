@@ -1,4 +1,4 @@
-"""One table of evaluators: what a run measures beside its training loss, at what interval."""
+"""One table of evaluators: the measurements of a run beside its training loss."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from moe_jax.parallel import mesh as meshes
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What evaluators are made from."""
+    """The run, model and data that evaluators are made from."""
 
     run: configs.Run
     mesh: jax.sharding.Mesh
@@ -78,7 +78,8 @@ def held_out_loss(context: Context) -> Callable[[dict], Evaluation]:
         found = perplexity.evaluate(eval_step, params, text, held_out.bytes_per_token)
         row, sums = {"validation": found.row()}, None
         if found.router is not None:
-            sums = router_sums(run, found.router, measures.VALIDATION)
+            kind, capacity_factor = run.model.router, run.model.capacity_factor
+            sums = measures.Sums(found.router, kind, capacity_factor, measures.VALIDATION)
             row["router"] = measures.rows(sums)
         result = {
             **found.row(),
@@ -90,14 +91,10 @@ def held_out_loss(context: Context) -> Callable[[dict], Evaluation]:
     return evaluate
 
 
-def router_sums(run: configs.Run, router: Mapping[str, np.ndarray], phase: str) -> measures.Sums:
-    return measures.Sums(router, run.model.router, run.model.capacity_factor, phase)
-
-
 def continuations(context: Context) -> Callable[[dict], Evaluation]:
     """Continuations of `evaluation.prompts`, on one device."""
     run, tokenizer = context.run, context.tokenizer
-    prompts = list(run.evaluation.prompts)
+    prompts = [tokenizer.prompt(prompt) for prompt in run.evaluation.prompts]
 
     def evaluate(params: dict) -> Evaluation:
         if not prompts:
@@ -105,14 +102,14 @@ def continuations(context: Context) -> Callable[[dict], Evaluation]:
         ids_of_prompts = generate.generate(
             distributed.whole(params),
             context.model,
-            [tokenizer.prompt(prompt) for prompt in prompts],
+            prompts,
             num_tokens=run.evaluation.continuation_tokens,
             temperature=0.7,
             key=jax.random.key(run.seed),
         )
         samples = [
             {"prompt": prompt, "continuation": tokenizer.decode(ids)}
-            for prompt, ids in zip(prompts, ids_of_prompts, strict=True)
+            for prompt, ids in zip(run.evaluation.prompts, ids_of_prompts, strict=True)
         ]
         return Evaluation({"samples": samples}, {"samples": samples})
 
@@ -120,7 +117,7 @@ def continuations(context: Context) -> Callable[[dict], Evaluation]:
 
 
 def expert_similarity(context: Context) -> Callable[[dict], Evaluation]:
-    """How alike the experts are, and how far the routers have moved from their first values."""
+    """Similarity of the experts, and the routers' distance from their first values."""
     config = context.run.model
 
     def evaluate(params: dict) -> Evaluation:
@@ -172,10 +169,9 @@ def intervals(evaluation: configs.Evaluation) -> dict[str, int]:
     Raises: ConfigError for a name in `evaluation.intervals` that is not in the table.
     """
     chosen = dict(evaluation.intervals)
+    known = ", ".join(EVALUATORS)
     for name in chosen.keys() - EVALUATORS.keys():
-        known = ", ".join(EVALUATORS)
         raise configs.ConfigError(
             f"config.evaluation.intervals names {name!r}; the evaluators are {known}"
         )
-    usual = {name: evaluator.every(evaluation) for name, evaluator in EVALUATORS.items()}
-    return {**usual, **chosen}
+    return {name: row.every(evaluation) for name, row in EVALUATORS.items()} | chosen

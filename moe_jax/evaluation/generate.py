@@ -26,8 +26,9 @@ def generate(
 ) -> list[np.ndarray]:
     """`num_tokens` ids after each prompt of ids.
 
-    Dropless whatever the config says: what a token gets must not depend on its neighbours. So a
-    model whose experts choose their tokens is run with tokens that choose their experts.
+    The model is dropless whatever the config says, because a token must not depend on its
+    neighbours. For the same reason a model whose experts choose their tokens is run with tokens
+    that choose their experts.
 
     Args:
       temperature: 0 takes the likeliest token, and needs no key.
@@ -62,17 +63,12 @@ def generate(
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     if config.dispatch == "merge":
-        raise ValueError(
-            "a model of merged experts (dispatch='merge') cannot generate token by token"
-        )
+        raise ValueError("merged experts (dispatch='merge') cannot generate token by token")
     router = ROUTERS[config.router].decodes_as or config.router
     config = dataclasses.replace(config, dispatch="dropless", router=router, remat="none")
     key = jax.random.key(0) if key is None else key
-    return list(
-        np.asarray(
-            _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num_tokens)
-        )
-    )
+    drawn = _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num_tokens)
+    return list(np.asarray(drawn))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_tokens"))
@@ -92,7 +88,7 @@ def _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num
 
     def step(carry, i):
         token_B, cache = carry
-        # What a shorter prompt's padding left in the cache is overwritten before it is seen.
+        # The padding of a shorter prompt in the cache is overwritten before any query sees it.
         position_B1 = (lengths_B + i - 1)[:, None]
         zero_B = jnp.zeros_like(lengths_B)
         logits_BV, cache = logits_of(token_B[:, None], position_B1, zero_B, cache)

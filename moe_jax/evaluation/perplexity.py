@@ -28,7 +28,7 @@ class HeldOutLoss:
     router: Mapping[str, np.ndarray] | None
 
     def row(self) -> dict:
-        """What a validation row of metrics.jsonl holds."""
+        """The validation row of metrics.jsonl."""
         fields = ("loss", "bits_per_byte", "per_language")
         return {name: getattr(self, name) for name in fields}
 

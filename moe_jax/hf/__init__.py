@@ -1,6 +1,6 @@
 """Hugging Face folders in and out."""
 
-from moe_jax.hf.load import load
-from moe_jax.hf.save import save
+from moe_jax.hf.folders import load
+from moe_jax.hf.writing import save
 
 __all__ = ["load", "save"]

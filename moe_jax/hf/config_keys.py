@@ -20,7 +20,7 @@ REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """`fields`: ours -> (theirs, the class's default). `always`: what the architecture is."""
+    """`fields`: ours -> (theirs, the class's default). `always`: fields that the family fixes."""
 
     fields: dict[str, tuple]
     always: dict
@@ -70,10 +70,7 @@ def _window_write(config: ModelConfig) -> dict:
     }
 
 
-_WINDOW_KEYS = {
-    "use_sliding_window": (FLAG, False),
-    "sliding_window": (COUNT.or_null(), 4096),
-}
+_WINDOW_KEYS = {"use_sliding_window": (FLAG, False), "sliding_window": (COUNT.or_null(), 4096)}
 _WINDOWS = Part(
     {**_WINDOW_KEYS, "max_window_layers": (INDEX, 28)},
     _windows_read,
@@ -85,9 +82,8 @@ _ONE_WINDOW = Part(
 
 
 def layer_types(config: ModelConfig) -> list[str]:
-    return [
-        FULL_ATTENTION if kind.window is None else SLIDING_ATTENTION for kind in config.block_kinds
-    ]
+    types = FULL_ATTENTION, SLIDING_ATTENTION
+    return [types[kind.window is not None] for kind in config.block_kinds]
 
 
 def _sparse(experts: int, kinds) -> dict:
@@ -99,13 +95,9 @@ def _sparse(experts: int, kinds) -> dict:
 
 def _qwen_read(values: dict) -> dict:
     step, dense = values["decoder_sparse_step"], values["mlp_only_layers"] or []
-    return _sparse(
-        values["num_local_experts"],
-        (
-            DENSE if layer in dense or (layer + 1) % step else MOE
-            for layer in range(values["num_hidden_layers"])
-        ),
-    )
+    layers = range(values["num_hidden_layers"])
+    kinds = (DENSE if layer in dense or (layer + 1) % step else MOE for layer in layers)
+    return _sparse(values["num_local_experts"], kinds)
 
 
 def _qwen_write(config: ModelConfig) -> dict:
@@ -138,17 +130,11 @@ def _skywork_read(values: dict) -> dict:
         )
     if experts == 1:
         return {"num_experts": 0}
-    interval = values["moe_expert_interval"]
+    interval, layers = values["moe_expert_interval"], range(values["num_hidden_layers"])
     return {
         "num_experts_per_tok": 2,
         "gate_norm_std": values["moe_gate_norm_std"] if values["moe_use_logits_norm"] else None,
-        **_sparse(
-            experts,
-            (
-                MOE if (layer + 1) % interval == 0 else DENSE
-                for layer in range(values["num_hidden_layers"])
-            ),
-        ),
+        **_sparse(experts, (DENSE if (layer + 1) % interval else MOE for layer in layers)),
     }
 
 
@@ -184,33 +170,32 @@ _SKYWORK_EXPERTS = Part(
     _skywork_write,
 )
 
-_NAMES = {
-    name: (name, REQUIRED)
-    for name in """vocab_size hidden_size intermediate_size num_hidden_layers
-    num_attention_heads""".split()
-}
+
+def _same(**defaults) -> dict:
+    """Fields whose keys have the same names, with the class's defaults."""
+    return {name: (name, default) for name, default in defaults.items()}
 
 
-def _llama(length, kv_heads=None, eps=1e-6, head_dim=None, **more) -> dict:
-    return {
-        **_NAMES,
-        "num_key_value_heads": ("num_key_value_heads", kv_heads),
-        "head_dim": ("head_dim", head_dim),
-        "hidden_act": ("hidden_act", "silu"),
-        "max_position_embeddings": ("max_position_embeddings", length),
-        "rms_norm_eps": ("rms_norm_eps", eps),
-        "tie_word_embeddings": ("tie_word_embeddings", False),
-        "initializer_range": ("initializer_range", 0.02),
-        **more,
-    }
+def _llama(length: int, **defaults) -> dict:
+    """The fields of most families; `defaults` are what one has of its own."""
+    return _same(
+        vocab_size=REQUIRED,
+        hidden_size=REQUIRED,
+        intermediate_size=REQUIRED,
+        num_hidden_layers=REQUIRED,
+        num_attention_heads=REQUIRED,
+        max_position_embeddings=length,
+        **{
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.02,
+            **defaults,
+        },
+    )
 
-
-_NEMOTRON = _llama(4096) | {
-    "rms_norm_eps": ("norm_eps", 1e-5),
-    "hidden_act": ("hidden_act", "relu2"),
-    "mlp_bias": ("mlp_bias", False),
-    "initializer_range": ("initializer_range", 0.0134),
-}
 
 _INNER = Part(
     {"n_inner": (COUNT.or_null(), None)},
@@ -221,16 +206,14 @@ _INNER = Part(
     },
 )
 _GPT2 = Keys(
-    fields={
-        "vocab_size": ("vocab_size", 50_257),
+    fields=_same(vocab_size=50_257, initializer_range=0.02, tie_word_embeddings=True)
+    | {
         "hidden_size": ("n_embd", 768),
         "num_hidden_layers": ("n_layer", 12),
         "num_attention_heads": ("n_head", 12),
         "max_position_embeddings": ("n_positions", 1024),
         "hidden_act": ("activation_function", "gelu_new"),
         "rms_norm_eps": ("layer_norm_epsilon", 1e-5),
-        "initializer_range": ("initializer_range", 0.02),
-        "tie_word_embeddings": ("tie_word_embeddings", True),
     },
     always={
         "norm": "layer",
@@ -261,25 +244,32 @@ _LOLA_LAYERS = Part(
 )
 
 KEYS = {
-    "llama": Keys(_llama(2048, mlp_bias=("mlp_bias", False)), {}, (rope(), _BIAS)),
-    "mistral": Keys(
-        _llama(131_072, kv_heads=8, sliding_window=("sliding_window", 4096)), {}, (rope(),)
+    "llama": Keys(_llama(2048, mlp_bias=False), {}, (rope(), _BIAS)),
+    "mistral": Keys(_llama(131_072, num_key_value_heads=8, sliding_window=4096), {}, (rope(),)),
+    "qwen2": Keys(
+        _llama(32_768, num_key_value_heads=32), {"attention_bias": "qkv"}, (rope(), _WINDOWS)
     ),
-    "qwen2": Keys(_llama(32_768, kv_heads=32), {"attention_bias": "qkv"}, (rope(), _WINDOWS)),
     "qwen3": Keys(
-        _llama(32_768, kv_heads=32, head_dim=128), {"qk_norm": "head"}, (rope(), _BIAS, _WINDOWS)
+        _llama(32_768, num_key_value_heads=32, head_dim=128),
+        {"qk_norm": "head"},
+        (rope(), _BIAS, _WINDOWS),
     ),
-    "nemotron": Keys(_NEMOTRON, {"norm": "layer_1p", "gated_mlp": False}, (rope(share=0.5), _BIAS)),
+    "nemotron": Keys(
+        _llama(4096, hidden_act="relu2", mlp_bias=False, initializer_range=0.0134)
+        | {"rms_norm_eps": ("norm_eps", 1e-5)},
+        {"norm": "layer_1p", "gated_mlp": False},
+        (rope(share=0.5), _BIAS),
+    ),
     "gpt2": _GPT2,
     "mixtral": Keys(
         _llama(
             131_072,
-            kv_heads=8,
-            eps=1e-5,
-            num_experts=("num_local_experts", 8),
-            num_experts_per_tok=("num_experts_per_tok", 2),
-            sliding_window=("sliding_window", None),
-        ),
+            num_key_value_heads=8,
+            rms_norm_eps=1e-5,
+            num_experts_per_tok=2,
+            sliding_window=None,
+        )
+        | {"num_experts": ("num_local_experts", 8)},
         {},
         (rope(theta=1e6),),
         aliases={"num_local_experts": "num_experts"},
@@ -287,11 +277,11 @@ KEYS = {
     "olmoe": Keys(
         _llama(
             4096,
-            eps=1e-5,
-            num_experts=("num_experts", 64),
-            num_experts_per_tok=("num_experts_per_tok", 8),
-            norm_topk_prob=("norm_topk_prob", False),
-            clip_qkv=("clip_qkv", None),
+            rms_norm_eps=1e-5,
+            num_experts=64,
+            num_experts_per_tok=8,
+            norm_topk_prob=False,
+            clip_qkv=None,
         ),
         {"qk_norm": "full"},
         (rope(), _BIAS),
@@ -300,10 +290,10 @@ KEYS = {
     "qwen3_moe": Keys(
         _llama(
             32_768,
-            kv_heads=4,
-            moe_intermediate_size=("moe_intermediate_size", 768),
-            num_experts_per_tok=("num_experts_per_tok", 8),
-            norm_topk_prob=("norm_topk_prob", False),
+            num_key_value_heads=4,
+            moe_intermediate_size=768,
+            num_experts_per_tok=8,
+            norm_topk_prob=False,
         ),
         {"qk_norm": "head"},
         (rope(), _BIAS, _ONE_WINDOW, _QWEN_EXPERTS),
@@ -311,8 +301,7 @@ KEYS = {
     ),
     "lola_v1": dataclasses.replace(
         _GPT2,
-        fields=_GPT2.fields
-        | {"num_experts": ("num_experts", 16), "num_experts_per_tok": ("topk", 1)},
+        fields=_GPT2.fields | _same(num_experts=16) | {"num_experts_per_tok": ("topk", 1)},
         always=_GPT2.always | {"norm_topk_prob": False},
         parts=(_INNER, _LOLA_LAYERS),
         only=_GPT2.only | {"topk": (1,)},

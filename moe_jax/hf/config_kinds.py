@@ -5,6 +5,7 @@ import reprlib
 import sys
 import typing
 from collections.abc import Callable
+from typing import Any
 
 from moe_jax.model.config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig, choices
 
@@ -14,10 +15,10 @@ class UnsupportedError(ValueError):
 
 
 class Kind(typing.NamedTuple):
-    """A kind of value in config.json, in words and as a test."""
+    """A kind of value: `words` follow "must be" in an error line."""
 
     words: str
-    fits: Callable[[object], bool]
+    fits: Callable[[Any], bool]  # of what JSON can hold
 
     def or_null(self) -> "Kind":
         return Kind(f"{self.words}, or null", lambda value: value is None or self.fits(value))
@@ -25,16 +26,15 @@ class Kind(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Keys that mean something together only; `keys`: theirs -> (kind, the class's default)."""
+    """Keys that mean something only together; `keys`: theirs -> (kind, the class's default)."""
 
     keys: dict[str, tuple]
-    read: Callable[[dict], dict]  # of the values of all the family's keys
+    read: Callable[[dict], dict]  # from the values of all the family's keys
     write: Callable[[ModelConfig], dict]
 
 
-def _is_number(value: object) -> bool:
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    return real and abs(value) <= sys.float_info.max
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _whole(low: int, high: int = 2**31 - 1) -> Kind:
@@ -74,7 +74,7 @@ KIND_OF_FIELD = {
 
 
 def kind_of(field: str) -> Kind:
-    """By its type in ModelConfig."""
+    """The kind of a field of ModelConfig, by its type."""
     plain, *null = typing.get_args(TYPES[field]) or (TYPES[field],)
     kind = KIND_OF_FIELD.get(field, KIND_OF_TYPE[plain])
     return kind.or_null() if null else kind

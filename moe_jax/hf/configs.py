@@ -1,8 +1,8 @@
 """config.json to ModelConfig and back.
 
-Both spellings are read, that of Transformers 4 (`rope_theta`, `torch_dtype`) and that of 5
-(`rope_parameters`, `dtype`), and both are written: readers of 4 ignore those of 5 silently. What
-would change the computation and is not understood is refused; nothing is guessed.
+The spellings of Transformers 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`) are
+both read and both written, because readers of 4 silently ignore those of 5. A key that would change
+the computation and is not understood is refused; nothing is guessed.
 """
 
 import dataclasses
@@ -14,24 +14,18 @@ from moe_jax.hf import safetensors
 from moe_jax.hf.config_keys import KEYS, REQUIRED, Keys, layer_types
 from moe_jax.hf.config_kinds import LAYER_TYPES, UnsupportedError, check, kind_of
 from moe_jax.hf.families import FAMILIES
-from moe_jax.model.config import DENSE, ModelConfig
+from moe_jax.model.config import COMPUTATION, DENSE, EXPERTS, ORIGIN, ROUTER, ModelConfig, fields_of
 from moe_jax.model.router import ROUTERS
 
 MAX_CONFIG_BYTES = 10_000_000
 
-# Fields that say how a model is computed or trained, or how experts drop what does not fit, which
-# those of no family do (`dispatch` is compared): a checkpoint does not hold them.
-COMPUTED = set(
-    """model_type initializer_range capacity_factor min_capacity token_priority
-    dtype remat expert_parallel grouped_matmul attention""".split()
-)
+# Fields that a checkpoint does not hold. They say how a model is computed or trained, or which
+# tokens a full expert drops: no family has full experts (`dispatch` is compared).
+COMPUTED = fields_of(COMPUTATION, ORIGIN) | {"capacity_factor", "min_capacity", "token_priority"}
 
 
 def load_json(folder: pathlib.Path) -> dict:
-    """The parsed config.json of a folder.
-
-    Raises: ValueError for one that is missing, too large, or not a JSON object.
-    """
+    """A folder's config.json; raises ValueError if missing, too large, or not a JSON object."""
     if not (folder / "config.json").exists():
         raise UnsupportedError(f"{folder} has no config.json: not a Hugging Face folder")
     path = safetensors.resolve_inside(folder, "config.json")
@@ -47,10 +41,7 @@ def load_json(folder: pathlib.Path) -> dict:
 
 
 def of_folder(folder: pathlib.Path) -> ModelConfig:
-    """The ModelConfig of a folder's config.json.
-
-    Raises: UnsupportedError, in one line.
-    """
+    """The ModelConfig of a folder's config.json; raises UnsupportedError, in one line."""
     values = load_json(folder)
     try:
         return read(values)
@@ -59,10 +50,7 @@ def of_folder(folder: pathlib.Path) -> ModelConfig:
 
 
 def read(values: dict) -> ModelConfig:
-    """The ModelConfig of a parsed config.json.
-
-    Raises: UnsupportedError, in one line.
-    """
+    """The ModelConfig of a parsed config.json; raises UnsupportedError, in one line."""
     if "model_type" not in values:
         raise UnsupportedError("config.json has no model_type")
     model_type = values["model_type"]
@@ -100,7 +88,7 @@ def _found(keys: Keys, values: dict) -> dict:
         table |= part.keys
     found = {}
     for name, (kind, default) in table.items():
-        given = {n: values[n] for n in (name, keys.aliases.get(name)) if n in values}
+        given = {n: values[n] for n in (name, keys.aliases.get(name, name)) if n in values}
         for spelling, value in given.items():
             check(spelling, value, kind)
         if len(given) > 1 and len(set(given.values())) > 1:
@@ -125,11 +113,11 @@ def write(config: ModelConfig) -> dict:
                 return _values(config, model_type)
     closest = min(problems, key=lambda name: len(problems[name]))
     lost = ", ".join(problems[closest])
-    without = ", and convert.py --dropless writes it as one that drops none"
+    drops = lost == "dispatch='capacity'"
+    without = ", and convert.py --dropless writes it as one that drops none" if drops else ""
     raise UnsupportedError(
         f"no Hugging Face model class holds this model; the closest, {closest}, has not {lost}; "
-        "a run's own checkpoint (--to=orbax) holds it"
-        + (without if lost == "dispatch='capacity'" else "")
+        f"a run's own checkpoint (--to=orbax) holds it{without}"
     )
 
 
@@ -137,10 +125,11 @@ def _cannot_hold(config: ModelConfig, model_type: str) -> list[str]:
     """The fields that a family's config.json cannot hold, as "name=value"."""
     try:
         other = read(_values(config, model_type))
-    except (UnsupportedError, ValueError) as error:
+    except ValueError as error:
         return [str(error)] * 9
-    ours, theirs = (_in_force(c) for c in (config, other))
-    return [f"{name}={value!r}" for name, value in ours.items() if theirs.get(name) != value]
+    theirs = _in_force(other)
+    ours = _in_force(config).items()
+    return [f"{name}={value!r}" for name, value in ours if theirs.get(name) != value]
 
 
 def _in_force(config: ModelConfig) -> dict:
@@ -150,24 +139,20 @@ def _in_force(config: ModelConfig) -> dict:
     fields |= {
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_size,
+        "moe_intermediate_size": config.expert_size,
         "layers": config.layer_kinds,
         "layer_types": tuple(kind.window for kind in config.block_kinds),
     }
-    unused = ["sliding_window", "merge_segment_length"]
+    unused = {"sliding_window", "merge_segment_length"}
     if not config.num_experts:
-        unused += ["num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size", "router"]
-        unused += ["dispatch"]
-    else:
-        fields["moe_intermediate_size"] = config.expert_size
-        if DENSE not in config.layer_kinds:
-            unused += ["intermediate_size"]
+        unused |= fields_of(EXPERTS, ROUTER) - {"num_experts", "layers"}
+    elif DENSE not in config.layer_kinds:
+        unused |= {"intermediate_size"}
     if config.position_embedding == "learned":
-        unused += ["rope_theta", "partial_rotary_factor"]
+        unused |= {"rope_theta", "partial_rotary_factor"}
     if config.position_embedding == "learned" or config.rope_scaling_factor == 1:
-        unused += [
-            *("rope_scaling_factor", "rope_low_freq_factor"),
-            *("rope_high_freq_factor", "rope_original_length"),
-        ]
+        unused |= {"rope_scaling_factor", "rope_low_freq_factor"}
+        unused |= {"rope_high_freq_factor", "rope_original_length"}
     return {k: v for k, v in fields.items() if k not in unused}
 
 

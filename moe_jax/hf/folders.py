@@ -2,18 +2,46 @@
 
 import pathlib
 
+import jax
 import numpy as np
 
-from moe_jax import tree
+from moe_jax import model, tree
 from moe_jax.hf import configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
 from moe_jax.model.layout import slots
+from moe_jax.parallel import sharding
 
 
 def is_folder(path: str | pathlib.Path) -> bool:
     """True for a Hugging Face folder; False for a run's workdir, or for nothing."""
     path = pathlib.Path(path)
     return (path / "config.json").exists() and "model_type" in configs.load_json(path)
+
+
+def load(
+    folder: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None
+) -> tuple[model.ModelConfig, dict]:
+    """(ModelConfig, parameters) of a folder of config.json and safetensors.
+
+    Parameters keep the dtype they are stored in. With a mesh they are placed by the rules of
+    `parallel/sharding.py`, and each process reads only the parts that its devices hold; without
+    one they are numpy arrays.
+
+    Raises: as `Folder`.
+    """
+    source = Folder(folder)
+    if mesh is None:
+        return source.config, source.params()
+    shapes, dtypes = tensors.shapes(source.config), source.dtypes()
+    abstract = {path: jax.ShapeDtypeStruct(shapes[path], dtypes[path]) for path in shapes}
+
+    def placed(path, leaf, where):
+        return jax.make_array_from_callback(
+            leaf.shape, where, lambda index: source.leaf(path, index or ())
+        )
+
+    nested = tree.unflatten(abstract)
+    return source.config, tree.map_with_name(placed, nested, sharding.shardings(nested, mesh))
 
 
 class Folder:
@@ -25,12 +53,12 @@ class Folder:
 
     def __init__(self, folder: str | pathlib.Path):
         self.path = pathlib.Path(folder)
-        config = configs.of_folder(self.path)
+        self.config = configs.of_folder(self.path)
         self.tensors = safetensors.open_folder(self.path)
-        family = FAMILIES[config.model_type]
-        self.config = config
         try:
-            matched = tensors.match(config, family, self.tensors)
+            matched = tensors.match(
+                self.config, FAMILIES[str(self.config.model_type)], self.tensors
+            )
         except tensors.MismatchError as error:
             raise tensors.MismatchError(f"{self.path}: {error}") from None
         self.parts: dict[str, list[tensors.TensorPart]] = {}
@@ -64,7 +92,7 @@ class Folder:
         """`index` of a leaf of the parameters, its layers and experts read one by one."""
         parts = self.parts[path]
         if parts[0].row == ():
-            return np.ascontiguousarray(tensors.read(parts[0], self._of(parts[0]), index))
+            return np.ascontiguousarray(self._read(parts[0], index))
         depth = len(parts[0].row)
         full = (*(max(p.row[i] for p in parts) + 1 for i in range(depth)), *parts[0].shape)
         index = (*index, *(slice(None),) * (len(full) - len(index)))
@@ -73,7 +101,7 @@ class Folder:
         for part in parts:
             if all(i in r for i, r in zip(part.row, ranges, strict=False)):
                 at = tuple(i - r.start for i, r in zip(part.row, ranges, strict=False))
-                leaf[at] = tensors.read(part, self._of(part), index[depth:])
+                leaf[at] = self._read(part, index[depth:])
         return leaf
 
     def part(self, path: str, row: tuple[int, ...]) -> np.ndarray:
@@ -81,8 +109,7 @@ class Folder:
         for own in self.parts[path]:
             if own.row == row[: len(own.row)]:
                 inner = row[len(own.row) :]
-                index = tuple(slice(i, i + 1) for i in inner)
-                part = tensors.read(own, self._of(own), index)[(0,) * len(inner)]
+                part = self._read(own, tuple(slice(i, i + 1) for i in inner))[(0,) * len(inner)]
                 return part.astype(self._dtypes[path], copy=False)
         raise KeyError(f"{path} has no {row}")
 
@@ -97,5 +124,5 @@ class Folder:
     def params(self) -> dict:
         return tree.unflatten({path: self.leaf(path) for path in self.parts})
 
-    def _of(self, part: tensors.TensorPart) -> safetensors.Tensor:
-        return self.tensors[part.name]
+    def _read(self, part: tensors.TensorPart, index: tuple[slice, ...]) -> np.ndarray:
+        return tensors.read(part, self.tensors[part.name], index)

@@ -1,13 +1,14 @@
 """Safetensors files, read lazily by byte range, written tensor by tensor; nothing in them trusted.
 
-Not the safetensors package: a converter reads one part of one tensor at a time and must not keep
-the file mapped (mapped pages count as resident memory) nor hold the file it writes. And that
-package lets pass a tensor named twice (the last one wins), unknown keys in an entry, a header that
-starts with a space. The format: https://github.com/huggingface/safetensors#format.
+This is not the safetensors package, for two reasons. A converter reads one part of one tensor at a
+time and must not keep the file mapped (mapped pages count as resident memory) nor hold in memory
+the file it writes. And the package accepts a tensor named twice, unknown keys in an entry, and a
+header that starts with a space. The format: https://github.com/huggingface/safetensors#format.
 """
 
 import collections
 import dataclasses
+import io
 import json
 import math
 import pathlib
@@ -15,8 +16,8 @@ import reprlib
 import stat
 import struct
 import sys
-import types
 from collections.abc import Mapping
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -38,15 +39,14 @@ _MAX_RANK = 64  # numpy's
 # Copying 1 GB out of maps of 64 MB took 0.17 s, out of one map 0.49 s and twice the memory.
 _MAPPED_BYTES = 1 << 26
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_PYTORCH = types.MappingProxyType({"format": "pt"})  # transformers loads no file without a format
 
-_repr = reprlib.Repr()  # what a file holds may be long, with line ends
+_repr = reprlib.Repr()  # text in a file may be long and have line ends
 _repr.maxstring = 200
 _show = _repr.repr
 
 
 class FormatError(ValueError):
-    """A file that is not what it should be: one line that says which and why."""
+    """A file that breaks the format: one line that says which file and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +120,10 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def resolve_inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Where the regular file `name` of `folder` lies, links followed.
+    """The path of the regular file `name` of `folder`, with links followed.
 
-    A link may lead to elsewhere in the folder, or from a snapshot in the Hugging Face cache
-    (models--X--Y/snapshots/<revision>) to the blobs of that same model.
+    A link may lead to another place in the folder, or from a snapshot in the Hugging Face cache
+    (models--X--Y/snapshots/<revision>) to the blobs of the same model.
 
     Raises: FormatError for a link out of there, a name with a path in it, no file, no regular file.
     """
@@ -157,7 +157,6 @@ class Writer:
     Args:
       tensors: shape and dtype by name, in the order in which they will be written.
       max_shard_bytes: no shard has more bytes of tensors, unless it is a single one's.
-      metadata: what each header says of the file as a whole.
 
     Raises: ValueError for tensors that the format does not have, or at the end of the `with` for
       one not written; FileExistsError when the folder has such files.
@@ -169,22 +168,21 @@ class Writer:
         tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
         *,
         max_shard_bytes: int = 4 * 10**9,
-        metadata: Mapping[str, str] = _PYTORCH,
     ):
         if stale := next(folder.glob("model*.safetensors*"), None):
             raise FileExistsError(f"{stale} exists: write in an empty folder")
         self._folder = folder
         self._shards = _plan(folder, tensors, max_shard_bytes)
         self._tensors = {name: t for shard in self._shards for name, t in shard.items()}
-        self._headers = {next(iter(shard)): _header(shard, metadata) for shard in self._shards}
+        self._headers = {next(iter(shard)): _header(shard) for shard in self._shards}
         self._pending = collections.deque(self._tensors)
-        self._stream = None
+        self._stream: BinaryIO = io.BytesIO()  # until the first shard's file
 
     def __enter__(self):
         return self
 
     def __exit__(self, error_type, error, traceback):
-        self._close()
+        self._stream.close()
         if error_type is not None:
             return
         if self._pending:
@@ -197,7 +195,7 @@ class Writer:
             (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, array) -> None:
-        """The next of `tensors`, from a numpy or JAX array; ValueError if it is not just that."""
+        """Writes the next of `tensors`; ValueError for another name, shape or dtype."""
         if not self._pending or name != self._pending[0]:
             upcoming = repr(self._pending[0]) if self._pending else "none"
             raise ValueError(f"{name!r} is not the next tensor to write: that is {upcoming}")
@@ -207,16 +205,12 @@ class Writer:
             got = f"{array.dtype}{list(array.shape)}"
             raise ValueError(f"{name!r} is {got}, not {due.dtype}{list(due.shape)}")
         if name in self._headers:
-            self._close()
+            self._stream.close()
             self._stream = due.file.open("xb")
             self._stream.write(self._headers[name])
-        # As bytes, for the dtypes of ml_dtypes have no buffer protocol; not copied if contiguous.
-        self._stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        # It writes bytes, because the dtypes of ml_dtypes have no buffer protocol.
+        self._stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._pending.popleft()
-
-    def _close(self):
-        if self._stream is not None:
-            self._stream.close()
 
 
 def _open_shards(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -231,10 +225,9 @@ def _open_shards(folder: pathlib.Path) -> dict[str, Tensor]:
     names = collections.defaultdict(set)
     for name, file in weight_map.items():
         names[file].add(name)
-    paths = {file: resolve_inside(folder, file) for file in sorted(names)}
     tensors = {}
-    for file, path in paths.items():
-        shard = _read_header(path)
+    for file in sorted(names):
+        shard = _read_header(resolve_inside(folder, file))
         if wrong := sorted(names[file] ^ shard.keys()):
             verb = "holds" if wrong[0] in shard else "lacks"
             raise FormatError(f"{folder / file} {verb} {_show(wrong[0])}, against {INDEX}")
@@ -308,7 +301,7 @@ def _tensor(path: pathlib.Path, name: str, entry, start: int) -> Tensor:
     if not isinstance(code, str) or code not in _DTYPES:
         raise ValueError(f"{shown} has dtype {_show(code)}, not one of {', '.join(_DTYPES)}")
     tensor = Tensor(path, _DTYPES[code], tuple(shape), start + begin)
-    # What numpy can address, where a dimension of 0 excuses no other.
+    # numpy cannot address more; a dimension of 0 does not excuse the others.
     if math.prod(max(n, 1) for n in shape) * tensor.dtype.itemsize > sys.maxsize:
         raise ValueError(f"{shown} has shape {_show(shape)}, more than can be addressed")
     if end - begin != tensor.nbytes:
@@ -332,12 +325,13 @@ def _check_layout(tensors: dict[str, Tensor], start: int, size: int) -> None:
 
 def _plan(folder: pathlib.Path, tensors: Mapping, max_bytes: int) -> list[dict[str, Tensor]]:
     """Tensors by shard, which ends before it would be too long; offsets without the header."""
-    shards, at = [], math.inf
+    shards: list[dict[str, Tensor]] = []
+    at = 0
     for name, (shape, dtype) in tensors.items():
         tensor = Tensor(folder / SINGLE, np.dtype(dtype), tuple(shape), 0)
         if name == "__metadata__" or tensor.dtype not in _CODES:
             raise ValueError(f"{name!r} of {tensor.dtype} has no place in a safetensors file")
-        if at + tensor.nbytes > max_bytes:
+        if not shards or at + tensor.nbytes > max_bytes:
             shards.append({})
             at = 0
         shards[-1][name] = dataclasses.replace(tensor, offset=at)
@@ -353,8 +347,8 @@ def _plan(folder: pathlib.Path, tensors: Mapping, max_bytes: int) -> list[dict[s
     ]
 
 
-def _header(shard: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    header = {"__metadata__": dict(metadata)}
+def _header(shard: dict[str, Tensor]) -> bytes:
+    header: dict = {"__metadata__": {"format": "pt"}}  # transformers loads no file without a format
     for name, t in shard.items():
         offsets = (t.offset, t.offset + t.nbytes)
         header[name] = {"dtype": _CODES[t.dtype], "shape": t.shape, "data_offsets": offsets}

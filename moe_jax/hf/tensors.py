@@ -24,10 +24,10 @@ class TensorPart:
     """A tensor of a folder or a part of one: one leaf of one layer, or of one of its experts."""
 
     path: str  # in our tree, "blocks/0/moe/experts/up"
-    row: tuple[int, ...]  # the leading indices of the leaf that this is: (), (layer), (layer, e)
+    row: tuple[int, ...]  # leading indices of the leaf: (), (layer) or (layer, expert)
     entry: Entry
-    name: str  # the tensor's
-    shape: tuple[int, ...]  # of ours
+    name: str  # of the tensor
+    shape: tuple[int, ...]  # in our layout
 
     def tensor_shape(self) -> tuple[int, ...]:
         theirs, ours = _axes(self.entry.axes)
@@ -52,7 +52,7 @@ def shapes(config: model.ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_parts(config: model.ModelConfig, table: Table) -> Iterator[TensorPart]:
-    """All of a model, first what belongs to no layer, then layer by layer, expert by expert."""
+    """All parts of a model: those in no layer, then layer by layer, expert by expert."""
     layers_of = {
         slot: layers
         for group in layer_groups(config.block_kinds)
@@ -80,8 +80,7 @@ def match(
 ) -> list[TensorPart]:
     """The parts of the family's layout that fits the tensors.
 
-    Raises: MismatchError with every missing, extra and misshapen tensor of the layout that fits
-      best.
+    Raises: MismatchError with the missing, extra and misshapen tensors of the closest layout.
     """
     found = {name for name in tensors if not re.search(IGNORED, name)}
     if config.tie_word_embeddings:
@@ -108,7 +107,7 @@ def match(
 
 
 def read(part: TensorPart, tensor: safetensors.Tensor, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """`index` of our array of this part, out of about only the bytes that it needs."""
+    """`index` of our array of this part; reads little more than the bytes that it needs."""
     theirs, ours = _axes(part.entry.axes)
     size = dict(zip(ours, part.shape, strict=True))
     index = (*index, *(slice(None),) * (len(ours) - len(index)))
@@ -134,11 +133,8 @@ def assemble(parts: list[tuple[TensorPart, np.ndarray]]) -> np.ndarray:
     theirs, ours = _axes(parts[0][0].entry.axes)
     order = [a for group in theirs for a in group]
     arrays = [array for _, array in sorted(parts, key=lambda part: part[0].entry.part)]
-    digit = next((a for a in order if a.isdigit()), None)
-    if digit is None:
-        whole, letters = arrays[0], ours
-    else:
-        whole, letters = np.stack(arrays), (digit, *ours)
+    digits = [a for a in order if a.isdigit()]
+    whole, letters = (np.stack(arrays) if digits else arrays[0]), (*digits, *ours)
     whole = whole.transpose([letters.index(a) for a in order])
     return whole.reshape(parts[0][0].tensor_shape())
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import tqdm
 
-from moe_jax import files, model
+from moe_jax import files, model, tree
 from moe_jax.hf import configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
 
@@ -17,6 +17,27 @@ TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json specia
     vocab.json vocab.txt merges.txt added_tokens.json chat_template.jinja
     generation_config.json""".split()
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def save(
+    folder: str | pathlib.Path,
+    config: model.ModelConfig,
+    params: dict,
+    *,
+    source: str | pathlib.Path | None = None,
+) -> None:
+    """Writes the parameters as the Hugging Face model that holds them, in their own dtype.
+
+    Args:
+      folder: must not exist; appears when all is written.
+      source: a Hugging Face folder whose tokenizer, generation settings and token ids go along.
+
+    Raises: ValueError, in one line, when no Hugging Face class can hold the model, or `folder`
+      exists.
+    """
+    leaves = tree.flatten(params)
+    dtypes = {path: leaf.dtype for path, leaf in leaves.items()}
+    write(folder, config, dtypes, lambda part: leaves[part.path][part.row], source=source)
 
 
 def write(
@@ -29,14 +50,13 @@ def write(
     max_shard_bytes: int = 4 * 10**9,
     progress: bool = False,
 ) -> None:
-    """`hf.save` of arrays that `value` makes one after the other, layer by layer.
+    """`save` for arrays that `value` makes one after the other, layer by layer.
 
-    `dtypes` are those of the leaves, by path. Raises: ValueError as `hf.save`.
+    `dtypes` are those of the leaves, by path.
     """
     values = configs.write(config)
-    table = FAMILIES[values["model_type"]].table
     by_tensor: dict[str, list[tensors.TensorPart]] = {}
-    for part in tensors.tensor_parts(config, table):
+    for part in tensors.tensor_parts(config, FAMILIES[values["model_type"]].table):
         by_tensor.setdefault(part.name, []).append(part)
     header = {
         name: (parts[0].tensor_shape(), dtypes[parts[0].path]) for name, parts in by_tensor.items()
@@ -48,7 +68,8 @@ def write(
         with safetensors.Writer(unfinished, header, max_shard_bytes=max_shard_bytes) as writer:
             items = tqdm.tqdm(by_tensor.items(), unit="tensor", disable=not progress)
             for name, parts in items:
-                writer.write(name, tensors.assemble([(part, value(part)) for part in parts]))
+                arrays = [(part, np.asarray(value(part))) for part in parts]
+                writer.write(name, tensors.assemble(arrays))
         (unfinished / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.ops import bins
 
@@ -52,7 +53,7 @@ def capacity(num_assignments: int, num_experts: int, factor: float, minimum: int
     return max(minimum, math.ceil(factor * num_assignments / num_experts))
 
 
-def virtual_drop_rate(tokens_per_expert_E: jax.Array, factor: float) -> jax.Array:
+def virtual_drop_rate(tokens_per_expert_E: jax.Array | np.ndarray, factor: float):
     """The share of assignments that a capacity would have dropped in a run that drops none.
 
     It is sum_e max(0, load_e - C) / sum_e load_e with C = ceil(factor · sum_e load_e / E), and

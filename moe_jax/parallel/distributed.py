@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -186,7 +186,7 @@ def rows_of(
     return np.unique([row for d in devices for row in range(batch_size)[slices[d][0]]])
 
 
-def whole(tree) -> object:
+def whole(tree) -> Any:
     """The arrays of a tree as numpy arrays, all of them in every process."""
     if process_count() == 1:
         return jax.device_get(tree)

@@ -88,7 +88,7 @@ def check_divisible(what: str, size: int, mesh, axes: tuple[str, ...]) -> None:
         )
 
 
-def abstract(leaves, mesh: jax.sharding.Mesh) -> object:
+def abstract(leaves, mesh: jax.sharding.Mesh) -> Any:
     """Shapes and dtypes with the shardings of the rules: what a checkpoint is restored into."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),

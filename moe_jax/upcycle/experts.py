@@ -1,12 +1,12 @@
 """Small transforms of one expert: a layer's feed-forward weights and a key to new weights.
 
 An FFN here is a dict of one layer's matrices, `gate` DF (if any), `up` DF, `down` FD, and of its
-biases if any, `gate_bias` F, `up_bias` F, `down_bias` D. Each function is the
-unit that every path shares (in memory, sharded, streaming): run inside `jax.lax.map`, never `vmap`,
-the results are bitwise the same everywhere.
+biases if any, `gate_bias` F, `up_bias` F, `down_bias` D. Every path shares these functions (in
+memory, sharded, streaming): run inside `jax.lax.map`, never `vmap`, they give the same bits in all.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ def num_neurons(ffn: FFN) -> int:
 
 
 def take_neurons(ffn: FFN, index_F: jax.Array) -> FFN:
-    """Some of the neurons, in this order; of the output's bias the same share as of the neurons.
+    """Some of the neurons, in this order, and the same share of the output's bias.
 
-    So the parts of a partition add up to the whole.
+    The parts of a partition thus add up to the whole.
     """
     share = len(index_F) / num_neurons(ffn)
 
@@ -50,25 +50,26 @@ def shard(ffn: FFN, index: jax.Array, number: int) -> FFN:
     return take_neurons(ffn, index * size + jnp.arange(size))
 
 
-def chosen_neurons(
-    ffn: FFN, key: jax.Array, *, ratio: float, index_sharing: str
-) -> dict[str, jax.Array]:
-    """For each matrix floor(ratio·F) of the neurons, at random.
+def _disturbed(
+    ffn: FFN, key: jax.Array, disturb: Callable, *, ratio: float, index_sharing: str
+) -> FFN:
+    """`disturb(weights, normals)` for floor(ratio·F) of each matrix's neurons, chosen at random.
 
     `index_sharing` "neuron": the matrices share one set; "per_matrix": each has its own.
     """
-    F = num_neurons(ffn)
-    count = math.floor(ratio * F)
-
-    def chosen(name):
-        own = {"neuron": key, "per_matrix": tree.fold_in(key, name)}[index_sharing]
-        return jax.random.permutation(tree.fold_in(own, "neurons"), F)[:count]
-
-    return {name: chosen(name) for name in MATRICES if name in ffn} if count else {}
-
-
-def _slices(name, index):
-    return (slice(None),) * NEURON_AXIS[name] + (index,)
+    F, disturbed = num_neurons(ffn), dict(ffn)
+    if not (count := math.floor(ratio * F)):
+        return ffn
+    for name in MATRICES:
+        if name in ffn:
+            key_of = {"neuron": key, "per_matrix": tree.fold_in(key, name)}[index_sharing]
+            index = jax.random.permutation(tree.fold_in(key_of, "neurons"), F)[:count]
+            at = (slice(None),) * NEURON_AXIS[name] + (index,)
+            block = ffn[name][at].astype(jnp.float32)
+            key_of_values = tree.fold_in(tree.fold_in(key, name), "values")
+            block = disturb(block, jax.random.normal(key_of_values, block.shape))
+            disturbed[name] = ffn[name].at[at].set(block.astype(ffn[name].dtype))
+    return disturbed
 
 
 def redraw_neurons(ffn: FFN, key: jax.Array, *, ratio: float, index_sharing: str) -> FFN:
@@ -77,36 +78,27 @@ def redraw_neurons(ffn: FFN, key: jax.Array, *, ratio: float, index_sharing: str
     Mean and unbiased standard deviation are two scalars for each matrix, over all entries of its
     selected slices (Nakamura et al., Drop-Upcycling, arXiv 2502.19261, §3). Biases are kept.
     """
-    redrawn = dict(ffn)
-    chosen = chosen_neurons(ffn, key, ratio=ratio, index_sharing=index_sharing)
-    for name, index in chosen.items():
-        w, at = ffn[name], _slices(name, index)
-        block = w[at].astype(jnp.float32)
-        key_values = tree.fold_in(tree.fold_in(key, name), "values")
-        values = jax.random.normal(key_values, block.shape)
-        values = jnp.mean(block) + jnp.std(block, ddof=1) * values
-        redrawn[name] = w.at[at].set(values.astype(w.dtype))
-    return redrawn
+
+    def redraw(block, normals):
+        return jnp.mean(block) + jnp.std(block, ddof=1) * normals
+
+    return _disturbed(ffn, key, redraw, ratio=ratio, index_sharing=index_sharing)
 
 
 def add_noise(ffn: FFN, key: jax.Array, *, std: float, ratio: float, index_sharing: str) -> FFN:
     """Adds N(0, std²) to a share of the neurons."""
-    noisy = dict(ffn)
-    chosen = chosen_neurons(ffn, key, ratio=ratio, index_sharing=index_sharing)
-    for name, index in chosen.items():
-        w, at = ffn[name], _slices(name, index)
-        block = w[at].astype(jnp.float32)
-        key_values = tree.fold_in(tree.fold_in(key, name), "values")
-        block += std * jax.random.normal(key_values, block.shape)
-        noisy[name] = w.at[at].set(block.astype(w.dtype))
-    return noisy
+
+    def add(block, normals):
+        return block + std * normals
+
+    return _disturbed(ffn, key, add, ratio=ratio, index_sharing=index_sharing)
 
 
-# How a factor of the output is spread over the matrices: the exponents of each, by what is between
-# `up` and `down`: "gated"; "squared" (ungated, squared ReLU); "plain" (any other ungated). "paper"
-# is He et al.'s (arXiv 2410.07524), which treats act(gate) of a gated FFN as linear; "exact"
-# is linear in the factor for all of them.
-SCALINGS = {
+# How a factor of the output is spread over the matrices: the exponent of each, by the kind of FFN,
+# "gated", "squared" (ungated, squared ReLU) or "plain" (any other ungated). "paper" is He et al.'s
+# (arXiv 2410.07524), which treats act(gate) of a gated FFN as linear; "exact" multiplies the output
+# by the factor in all three.
+SCALINGS: dict[str, dict[str, dict[str, float]]] = {
     "none": dict.fromkeys(("gated", "squared", "plain"), {}),
     "down": dict.fromkeys(("gated", "squared", "plain"), {"down": 1}),
     "paper": {
@@ -131,8 +123,7 @@ def scale(ffn: FFN, factor: float, *, scaling: str, hidden_act: str) -> FFN:
 
     A bias before the activation goes with its matrix, that of the output with the whole factor.
     """
-    shape = shape_of_scaling(gated="gate" in ffn, hidden_act=hidden_act)
-    exponents = SCALINGS[scaling][shape]
+    exponents = SCALINGS[scaling][shape_of_scaling(gated="gate" in ffn, hidden_act=hidden_act)]
     if not exponents or factor == 1:
         return ffn
     of_leaf = {f"{name}_bias": power for name, power in exponents.items()} | exponents
@@ -161,7 +152,7 @@ def reflect_residual(ffn: FFN, key: jax.Array, *, rank_ratio: float) -> FFN:
         u, s_R, v = jnp.linalg.svd(ffn[name].astype(jnp.float32), full_matrices=False)
         flips_R = jax.random.rademacher(tree.fold_in(key, name), s_R.shape)
         kept_R = jnp.arange(s_R.size) < math.floor(rank_ratio * s_R.size)
-        s_R = jnp.where(kept_R, s_R, s_R * flips_R)
-        product = jnp.matmul(u * s_R, v, precision="highest")
+        signed_R = jnp.where(kept_R, s_R, s_R * flips_R)
+        product = jnp.matmul(u * signed_R, v, precision="highest")
         reflected[name] = product.astype(ffn[name].dtype)
     return reflected

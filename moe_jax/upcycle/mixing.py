@@ -10,7 +10,7 @@ import numpy as np
 
 
 def duplicated(P: int, E: int, utility_P: np.ndarray | None = None) -> np.ndarray:
-    """All old experts, then copies, each time of the one whose utility by copy is the largest."""
+    """All old experts, then copies, each of the one whose utility per copy is then the largest."""
     utility_P = np.ones(P) if utility_P is None else np.asarray(utility_P, np.float64)
     copies_P = np.ones(P)
     parents = list(range(P))
@@ -64,7 +64,7 @@ def mix(w_LPX: jax.Array, share_LEP: jax.Array, fetch=lambda w_P, p: w_P[p]) -> 
             p, share_E = numbered
             w = fetch(w_P, p).astype(jnp.float32)
             share = share_E.reshape(-1, *(1,) * w.ndim)
-            # A share of 1 is a copy; of 0 leaves even what is not finite out.
+            # A share of 1 is a copy; a share of 0 leaves out even what is not finite.
             term = jnp.where(share == 1, w, jnp.where(share == 0, 0, share * w))
             return total + term, None
 
@@ -77,12 +77,12 @@ def mix(w_LPX: jax.Array, share_LEP: jax.Array, fetch=lambda w_P, p: w_P[p]) -> 
 
 
 def mix_on_mesh(
-    w_LPX: jax.Array, share_LEP: jax.Array, in_spec: jax.P, out_spec: jax.P, *, axis: str
+    w_LPX: jax.Array, share_LEP: jax.Array, in_spec: jax.P, out_spec: jax.P, *, axis
 ) -> jax.Array:
     """`mix` of an array whose experts lie along a mesh axis, where no device holds them all.
 
-    Every device gets the old experts one after the other from their owners, and makes the new
-    ones that are its own: all of them where `out_spec` does not cut them along the axis.
+    `axis` is a name or several. Every device gets the old experts one after the other from their
+    owners and makes its own new ones: all of them where `out_spec` does not cut them.
     """
 
     def on_device(w_LPX, share_LEP):

@@ -1,4 +1,4 @@
-"""Where a leaf of an upcycled model comes from, as data."""
+"""The origin of each leaf of an upcycled model, as data."""
 
 import dataclasses
 
@@ -14,24 +14,22 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept(Origin):
+class OfParents(Origin):
+    """A leaf made of those of these parents, by their numbers."""
+
+    parents: tuple[int, ...]
+
+
+class Kept(OfParents):
     """The parents' leaf; the mean of it where there are several `parents`."""
 
-    parents: tuple[int, ...]
 
-
-@dataclasses.dataclass(frozen=True)
-class Stacked(Origin):
+class Stacked(OfParents):
     """One expert after the other: expert e is the leaf of parent `parents[e]`."""
 
-    parents: tuple[int, ...]
 
-
-@dataclasses.dataclass(frozen=True)
-class Expert(Origin):
+class Expert(OfParents):
     """One expert after the other: the recipe makes expert e of the FFN of parent `parents[e]`."""
-
-    parents: tuple[int, ...]
 
 
 class Mixture(Origin):

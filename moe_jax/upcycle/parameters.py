@@ -12,22 +12,22 @@ from moe_jax.upcycle import experts
 class Parameter:
     """The values of a recipe's keyword argument of type `Annotated[type, Parameter(...)]`.
 
-    `for_moments` is its value when the recipe transforms Adam's moments, which follow their weights
-    but are not redrawn, scaled or disturbed; None is the value that the weights have.
+    choices: the texts that it may be. share_of: a number from 0 to 1, the share of these.
+    deviation: a finite number of at least 0. statistics: the statistic that a choice needs.
+    for_moments: its value when the recipe transforms Adam's moments, which follow their weights
+      but are not redrawn, scaled or disturbed; None is the value that the weights have.
     """
 
     choices: tuple[str, ...] = ()
-    share_of: str = ""  # a number from 0 to 1: the share of these
-    deviation: bool = False  # a finite number of at least 0
-    statistics: Mapping[str, str] = dataclasses.field(default_factory=dict)  # that choices need
+    share_of: str = ""
+    deviation: bool = False
+    statistics: Mapping[str, str] = dataclasses.field(default_factory=dict)
     for_moments: object = None
 
     def check(self, name: str, value) -> None:
         """Raises: ValueError for a value that it may not have."""
-        if self.share_of and not 0 <= value <= 1:
-            raise ValueError(
-                f"{name}={value} is not a share of {self.share_of}; use a value from 0 to 1"
-            )
+        if (of := self.share_of) and not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} is not a share of {of}; use a value from 0 to 1")
         if self.deviation and not 0 <= value < math.inf:
             raise ValueError(f"{name}={value} must be a finite number of at least 0")
         if self.choices and value not in self.choices:

@@ -1,10 +1,11 @@
 """The plan of an upcycling, made and checked before any weight is touched.
 
-It says of every leaf of the result where it comes from. `transform.py` (in memory and on a mesh)
+It states for every leaf of the result where it comes from. `transform.py` (in memory and on a mesh)
 and `streaming.py` (from folder to folder) execute it.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -22,7 +23,7 @@ from moe_jax.model.config import (
 )
 from moe_jax.model.layout import slots
 from moe_jax.model.router import ROUTERS
-from moe_jax.upcycle import origins, recipes, router_init, step_zero
+from moe_jax.upcycle import origins, recipes, router_init
 
 # Statistics of a parent: from (its config, the result's) their shape after an axis of all layers.
 STATISTICS = {
@@ -51,14 +52,15 @@ class Plan:
 
     @property
     def granularity(self) -> int:
-        return step_zero.granularity(self.source, self.config)
+        """G, the number of experts that hold one feed-forward of the parent."""
+        return self.source.intermediate_size // self.config.expert_size
 
     @property
     def start_factor(self) -> float | None:
-        """How many times the parent's a layer's feed-forward output is before any training."""
+        """The output of a layer's feed-forward in units of the parent's, before any training."""
         if self.num_parents > 1:
             return None
-        return self.recipe.start.factor(self.source, self.config, self.router, self.parameters)
+        return self.recipe.start.factor(self)
 
     @property
     def at_start(self) -> str:
@@ -140,7 +142,9 @@ class Plan:
         if name.startswith("norm/"):
             return {leaf: self._kept(leaf)}
         D, E = self.config.hidden_size, self.config.num_attention_experts
-        found = {f"attention/experts/{name}": origins.Stacked(leaf, self.parents_of(E))}
+        found: dict[str, origins.Origin] = {
+            f"attention/experts/{name}": origins.Stacked(leaf, self.parents_of(E))
+        }
         if name == "wq":
             kernel = origins.FreshRouter(leaf, "attention_router", (D, E), self.router)
             found["attention/router/kernel"] = kernel
@@ -165,10 +169,10 @@ class Plan:
 
     def _fresh_router(self, path: str) -> dict[str, origins.Origin]:
         """The kernel by the initialiser, the router's other leaves of zeros."""
-        sizes = self.config.hidden_size, self.config.num_experts
+        D, E = self.config.hidden_size, self.config.num_experts
         return {
             f"moe/router/{name}": origins.FreshRouter(
-                path, "router", leaf.shape(*sizes), self.router if name == "kernel" else ""
+                path, "router", leaf.shape(D, E), self.router if name == "kernel" else ""
             )
             for name, leaf in ROUTERS[self.config.router].leaves.items()
         }
@@ -205,41 +209,35 @@ def make(
         num_parents=num_parents,
         statistics={name: np.asarray(x) for name, x in (statistics or {}).items()},
     )
-    for problem in _problems(plan):
+    problems = _problems_of_kinds, _problems_of_sizes, _problems_of_routers, _problems_of_statistics
+    for problem in itertools.chain(*(of(plan) for of in problems)):
         raise ValueError(problem)
     return plan
 
 
-def _problems(plan: Plan) -> Iterator[str]:
-    yield from _problems_of_kinds(plan)
-    yield from _problems_of_sizes(plan)
-    yield from _problems_of_routers(plan)
-    yield from _problems_of_statistics(plan)
-
-
-def _problems_of_kinds(plan):
+def _problems_of_kinds(plan: Plan) -> Iterator[str]:
     source, config, method, recipe = plan.source, plan.config, plan.recipe, plan.name
-    if method.takes == recipes.DENSE and source.num_experts:
+    of_mixture, to_dense = method.takes == recipes.MIXTURE, method.gives == recipes.DENSE
+    if not of_mixture and source.num_experts:
         yield (
             f"recipe {recipe!r} needs a dense parent; this one has num_experts={source.num_experts}"
         )
-    if method.takes == recipes.MIXTURE and not source.num_experts:
+    if of_mixture and not source.num_experts:
         yield f"recipe {recipe!r} needs a mixture to be made of; this parent is dense"
-    if method.gives == recipes.MIXTURE and not config.num_experts:
+    if not to_dense and not config.num_experts:
         yield "the upcycled model has no sparse layer; set num_experts to 2 or more"
-    if method.gives == recipes.DENSE and config.num_experts:
+    if to_dense and config.num_experts:
         yield f"recipe {recipe!r} makes a dense model; set num_experts=0"
-    if method.takes == recipes.MIXTURE and method.gives == recipes.MIXTURE:
-        if config.layer_kinds != source.layer_kinds:
-            yield f"layers={config.layer_kinds} differs from the parent's {source.layer_kinds}"
-    if method.gives == recipes.DENSE and source.shared_expert_intermediate_size:
+    if of_mixture and not to_dense and config.layer_kinds != source.layer_kinds:
+        yield f"layers={config.layer_kinds} differs from the parent's {source.layer_kinds}"
+    if to_dense and source.shared_expert_intermediate_size:
         yield f"recipe {recipe!r} cannot merge a shared expert; this parent has one"
     if plan.num_parents > 1 and not method.several:
         yield f"recipe {recipe!r} takes one parent, not {plan.num_parents}"
-    own = OWN | (OF_ATTENTION if method.attention else frozenset())
-    if method.takes == recipes.MIXTURE:
+    own = OWN | OF_ATTENTION if method.attention else OWN
+    if of_mixture:
         own = own - {"shared_expert_intermediate_size"}
-        if method.gives == recipes.DENSE or DENSE not in source.layer_kinds:
+        if to_dense or DENSE not in source.layer_kinds:
             own = own | {"intermediate_size"}
     for name, ours, theirs in differences(source, config, own):
         yield f"{name}={ours} differs from the parent's {theirs}; use {theirs}"
@@ -258,54 +256,51 @@ def differences(source: ModelConfig, config: ModelConfig, own: frozenset[str]) -
             yield name, getattr(ours, name), getattr(theirs, name)
 
 
-# What an upcycled model and its parent may differ in.
+# The fields that an upcycled model and its parent may differ in.
 OWN = fields_of(ORIGIN, EXPERTS, ROUTER, COMPUTATION)
 OF_ATTENTION = fields_of(ATTENTION_EXPERTS)
 
 
-def _problems_of_sizes(plan):
+def _problems_of_sizes(plan: Plan) -> Iterator[str]:
+    of_dense = plan.recipe.takes == recipes.DENSE
+    yield from (_problems_of_dense_sizes if of_dense else _problems_of_mixture_sizes)(plan)
+
+
+def _problems_of_mixture_sizes(plan: Plan) -> Iterator[str]:
     source, config, method, recipe = plan.source, plan.config, plan.recipe, plan.name
-    E, F = config.num_experts, config.expert_size
-    if method.takes == recipes.MIXTURE:
-        dense_F = source.intermediate_size if DENSE in source.layer_kinds else source.expert_size
-        if method.gives == recipes.DENSE and dense_F != source.expert_size:
-            yield (
-                f"recipe {recipe!r} makes all layers of one width, but the parent's dense layers "
-                f"have {dense_F} neurons and its experts {source.expert_size}; use another parent"
-            )
-        if method.gives == recipes.DENSE and config.intermediate_size != source.expert_size:
-            yield (
-                f"intermediate_size={config.intermediate_size} differs from the experts' "
-                f"{source.expert_size}; use {source.expert_size}"
-            )
-        if method.gives == recipes.MIXTURE and F != source.expert_size:
-            yield (
-                f"moe_intermediate_size={F} differs from the parent's {source.expert_size}; "
-                "leave it out"
-            )
-        P = source.num_experts
-        if method.gives == recipes.MIXTURE and (E < P if method.grows else E > P):
+    (P, expert_F), (E, F) = ((c.num_experts, c.expert_size) for c in (source, config))
+    dense_F = source.intermediate_size if DENSE in source.layer_kinds else expert_F
+    if method.gives == recipes.MIXTURE:
+        if F != expert_F:
+            yield f"moe_intermediate_size={F} differs from the parent's {expert_F}; leave it out"
+        if E < P if method.grows else E > P:
             bound = "at least" if method.grows else "at most"
             yield f"num_experts={E} must be {bound} the parent's {P} for recipe {recipe!r}"
-        return
+    elif dense_F != expert_F:
+        yield (
+            f"recipe {recipe!r} makes all layers of one width, but the parent's dense layers "
+            f"have {dense_F} neurons and its experts {expert_F}; use another parent"
+        )
+    elif (width := config.intermediate_size) != expert_F:
+        yield f"intermediate_size={width} differs from the experts' {expert_F}; use {expert_F}"
+
+
+def _problems_of_dense_sizes(plan: Plan) -> Iterator[str]:
+    source, config, method, recipe = plan.source, plan.config, plan.recipe, plan.name
+    E, F = config.num_experts, config.expert_size
+    of_parent = f"parent's intermediate_size={source.intermediate_size}"
     if not method.cut and F != source.intermediate_size:
-        yield (
-            f"moe_intermediate_size={F} differs from the parent's "
-            f"intermediate_size={source.intermediate_size}; leave it out"
-        )
-    given = "neurons" in plan.statistics and "neurons" in plan.of_parameters
+        yield f"moe_intermediate_size={F} differs from the {of_parent}; leave it out"
     G = plan.granularity
-    if method.cut and not given and (G == 0 or source.intermediate_size % F):
-        yield (
-            f"moe_intermediate_size={F} does not divide the parent's "
-            f"intermediate_size={source.intermediate_size}; use a divisor of it"
-        )
-    elif method.partitions and not given and E != G:
+    parts = method.cut and not ("neurons" in plan.statistics and "neurons" in plan.of_parameters)
+    if parts and (G == 0 or source.intermediate_size % F):
+        yield f"moe_intermediate_size={F} does not divide the {of_parent}; use a divisor of it"
+    elif parts and method.partitions and E != G:
         yield (
             f"num_experts={E} of moe_intermediate_size={F} do not share out the parent's "
             f"{source.intermediate_size} neurons; use {G} experts"
         )
-    elif method.cut and not given and E % (G * plan.num_parents):
+    elif parts and E % (G * plan.num_parents):
         yield (
             f"num_experts={E} is not divisible by the {G} shards of each of {plan.num_parents} "
             f"feed-forwards; use a multiple of {G * plan.num_parents}"
@@ -320,28 +315,26 @@ def _problems_of_sizes(plan):
         )
     if not method.shared and shared:
         yield f"recipe {recipe!r} makes no shared expert; leave shared_expert_intermediate_size out"
-    if config.num_attention_experts % plan.num_parents:
-        yield (
-            f"num_attention_experts={config.num_attention_experts} is not divisible by the "
-            f"{plan.num_parents} parents"
-        )
+    if (number := config.num_attention_experts) % plan.num_parents:
+        yield f"num_attention_experts={number} is not divisible by the {plan.num_parents} parents"
     if method.attention and not config.num_attention_experts:
         yield f"recipe {recipe!r} makes experts of attention too; set num_attention_experts"
 
 
-def _problems_of_routers(plan):
+def _problems_of_routers(plan: Plan) -> Iterator[str]:
     source, config, router = plan.source, plan.config, plan.router
+    of_mixture = plan.recipe.takes == recipes.MIXTURE
     if plan.recipe.gives == recipes.DENSE:
         return
-    if router == router_init.COPIED and plan.recipe.takes == recipes.DENSE:
+    if router == router_init.COPIED and not of_mixture:
         yield "router='copied' needs a mixture to copy from; this parent is dense"
     if router == router_init.COPIED and config.router != source.router:
         yield f"router='copied' keeps the parent's router={source.router!r}; use it"
-    if router == "grouped" and plan.recipe.takes == recipes.MIXTURE:
+    if router == "grouped" and of_mixture:
         yield "router='grouped' is for the shards of dense feed-forwards"
 
 
-def _problems_of_statistics(plan):
+def _problems_of_statistics(plan: Plan) -> Iterator[str]:
     recipe = plan.name
     for name in sorted(set(plan.statistics) - set(STATISTICS)):
         yield f"the statistic {name!r} is unknown; known are {', '.join(STATISTICS)}"

@@ -1,27 +1,30 @@
-"""The published ways to make a mixture, as compositions of transforms, and what each promises.
+"""The published ways to make a mixture, as compositions of transforms, each with its promise.
 
 A recipe for dense parents is a function (ffn, context, **parameters) -> ffn that makes one expert
-of the FFN of one layer; a recipe for mixtures says in what shares the new experts are made of the
-old ones. Its keyword arguments are the parameters that `config.init.upcycle`, `upcycle.upcycle` and
+of the FFN of one layer; a recipe for mixtures returns the shares of the old experts in the new.
+Its keyword arguments are the parameters that `config.init.upcycle`, `upcycle.upcycle` and
 `--recipe.NAME=VALUE` accept for it. Adding a recipe is adding a row to `RECIPES`.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.model.config import ModelConfig
 from moe_jax.upcycle import experts, mixing, parameters, step_zero
 
 DENSE, MIXTURE = "dense", "mixture"
+ONE = "one pass over the weights"
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertContext:
-    """What a recipe may look at beside the weights when it makes an expert."""
+    """All that a recipe may use beside the weights when it makes an expert."""
 
     expert: jax.Array  # its index
     key: jax.Array  # its own
@@ -47,8 +50,7 @@ def noise(
     permute_neurons: bool = True,
 ) -> experts.FFN:
     """Copies with noise N(0, std²) on a share `ratio` of the neurons."""
-    if permute_neurons:
-        ffn = experts.permute_neurons(ffn, context.key)
+    ffn = experts.permute_neurons(ffn, context.key) if permute_neurons else ffn
     return experts.add_noise(ffn, context.key, std=std, ratio=ratio, index_sharing=index_sharing)
 
 
@@ -65,8 +67,7 @@ def drop(
     The released code differs from the paper: it has index_sharing="per_matrix" and
     permute_neurons=True.
     """
-    if permute_neurons:
-        ffn = experts.permute_neurons(ffn, context.key)
+    ffn = experts.permute_neurons(ffn, context.key) if permute_neurons else ffn
     return experts.redraw_neurons(ffn, context.key, ratio=ratio, index_sharing=index_sharing)
 
 
@@ -98,20 +99,13 @@ def llama_moe(
 ) -> experts.FFN:
     """The parent's neurons dealt out to the experts, outputs times N/k."""
     if partition == "statistics":
-        ffn = experts.take_neurons(ffn, context.neurons_F)
+        ffn = experts.take_neurons(ffn, jnp.asarray(context.neurons_F))
     else:
         if partition == "random":
             ffn = experts.permute_neurons(ffn, context.layer_key)
         ffn = experts.shard(ffn, context.expert, context.granularity)
-    config = context.config
-    factor = config.num_experts / config.num_experts_per_tok
-    return experts.scale(ffn, factor, scaling="down", hidden_act=config.hidden_act)
-
-
-def moe_ct(ffn: experts.FFN, context: ExpertContext) -> experts.FFN:
-    """Copies that are silent at first, beside the parent's FFN as a shared expert."""
-    del context
-    return experts.silence(ffn)
+    factor = context.config.num_experts / context.config.num_experts_per_tok
+    return experts.scale(ffn, factor, scaling="down", hidden_act=context.config.hidden_act)
 
 
 def svd_residual(
@@ -131,41 +125,23 @@ def expert_upcycling(
 ) -> np.ndarray:
     """The old experts and copies of the most useful ones (without that statistic, of all in turn).
 
-    Noise of `router_noise` times its deviation on a copy's router column (and on its selection
-    bias, if there is one) is what lets it become another expert.
+    Noise on a copy's router column (of `router_noise` times the column's deviation, and on its
+    selection bias, if there is one) lets it become another expert.
     """
     del router_noise  # `transform.copied_router` uses it
     return mixing.duplicated(P, E, statistics.get("utility"))
 
 
-def prune(P: int, E: int, statistics: dict) -> np.ndarray:
-    """The most used experts."""
-    del P
-    return mixing.pruned(len(statistics["load"]), E, statistics["load"])
-
-
-def diversify_merge(P: int, E: int, statistics: dict) -> np.ndarray:
-    """Groups of similar experts, each merged into one, routers alike."""
-    del P
-    return mixing.grouped(E, statistics["similarity"], statistics.get("load"))
-
-
-def merge_back(P: int, E: int, statistics: dict) -> np.ndarray:
-    """One dense feed-forward, the average of all experts."""
-    del E
-    return mixing.averaged(P, statistics.get("load"))
-
-
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A published method: how it makes experts, what it needs, and what the README's table says."""
+    """A row: the function that makes experts, its needs, and its texts in the README's table."""
 
     make: Callable
     source: str
-    kept: str
-    changed: str
-    cost: str
+    kept: str  # of the parent
     start: step_zero.Start
+    changed: str = "nothing"
+    cost: str = ONE
     takes: str = DENSE
     gives: str = MIXTURE
     several: bool = False  # dense parents, dealt out to the experts in their order
@@ -178,12 +154,12 @@ class Recipe:
     moments: bool = True  # whether Adam's moments can follow their weights
     router: str = "normal"  # its initialiser, unless another is asked for
     statistics: tuple[str, ...] = ()  # that it cannot do without
-    optional: tuple[str, ...] = ()  # and those that it uses where there are any
+    optional: tuple[str, ...] = ()  # that it uses where they are given
 
     @property
     def defaults(self) -> dict:
         """The parameters that it takes, and their defaults."""
-        return {argument.name: argument.default for argument in self._arguments}
+        return {a.name: a.default for a in self._arguments}
 
     @property
     def limits(self) -> dict[str, parameters.Parameter]:
@@ -196,22 +172,20 @@ class Recipe:
         return [argument for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
 
 
-ONE = "one pass over the weights"
+NORMALS = f"{ONE}, as many normals as new weights"
+OF_SEVERAL = functools.partial(
+    Recipe, several=True, cost="the training of each parent, one pass over the weights of all"
+)
+OF_MIXTURE = functools.partial(Recipe, takes=MIXTURE, router="copied")
 RECIPES = {
     "naive": Recipe(
-        naive,
-        source="Komatsuzaki et al., arXiv 2212.05055",
-        kept="all",
-        changed="nothing",
-        cost=ONE,
-        start=step_zero.COPIES,
+        naive, source="Komatsuzaki et al., arXiv 2212.05055", kept="all", start=step_zero.COPIES
     ),
     "noise": Recipe(
         noise,
         source="Nakamura et al., arXiv 2502.19261 (baseline RNU)",
         kept="all",
         changed="noise N(0, std²) on `ratio` of each matrix's neurons",
-        cost=ONE,
         start=step_zero.COPIES_BUT,
     ),
     "drop": Recipe(
@@ -219,7 +193,7 @@ RECIPES = {
         source="Nakamura et al., arXiv 2502.19261",
         kept="1 − `ratio` of the neurons",
         changed="`ratio` of the neurons, from their own mean and deviation",
-        cost=f"{ONE}, as many normals as new weights",
+        cost=NORMALS,
         start=step_zero.COPIES_BUT,
     ),
     "virtual_group": Recipe(
@@ -227,7 +201,6 @@ RECIPES = {
         source="He et al., arXiv 2410.07524",
         kept="all, in G shards",
         changed="scale",
-        cost=ONE,
         start=step_zero.SHARDS,
         cut=True,
         router="grouped",
@@ -237,48 +210,38 @@ RECIPES = {
         source="both of the above",
         kept="1 − `ratio` of each shard",
         changed="`ratio` of each shard, and scale",
-        cost=f"{ONE}, as many normals as new weights",
+        cost=NORMALS,
         start=step_zero.SHARDS_BUT,
         cut=True,
         router="grouped",
     ),
-    "branch_train_mix": Recipe(
+    "branch_train_mix": OF_SEVERAL(
         naive,
         source="Sukhbaatar et al., arXiv 2403.07816",
         kept="each parent's FFNs; the mean of the rest",
-        changed="nothing",
-        cost="the training of each parent, one pass over the weights of all",
         start=step_zero.COPIES_OF_EACH,
-        several=True,
     ),
-    "bam": Recipe(
+    "bam": OF_SEVERAL(
         naive,
         source="Zhang et al., arXiv 2408.08274",
         kept="each parent's FFNs and attention; the mean of the rest",
-        changed="nothing",
         cost="as branch_train_mix",
         start=step_zero.COPIES_OF_EACH,
-        several=True,
         attention=True,
     ),
-    "skywork": Recipe(
+    "skywork": OF_SEVERAL(
         naive,
         source="Wei et al., arXiv 2406.06563",
         kept="the FFNs of each checkpoint or specialist; the rest of the last",
-        changed="nothing",
-        cost="the training of each parent, one pass over the weights of all",
         start=step_zero.COPIES_OF_EACH,
-        several=True,
         rest="last",
     ),
-    "divmoe": Recipe(
+    "divmoe": OF_SEVERAL(
         virtual_group,
         source="DivMoE (n specialists, virtual groups, best of each group)",
         kept="each parent's FFNs, in G shards; the mean of the rest",
         changed="scale",
-        cost="the training of each parent, one pass over the weights of all",
         start=step_zero.SHARDS_OF_EACH,
-        several=True,
         cut=True,
         router="grouped",
     ),
@@ -287,7 +250,6 @@ RECIPES = {
         source="Zhu et al., arXiv 2406.16554",
         kept="all, each neuron in one expert",
         changed="scale N/k",
-        cost=ONE,
         start=step_zero.PARTS,
         cut=True,
         partitions=True,
@@ -295,11 +257,10 @@ RECIPES = {
         router="zero",
     ),
     "moe_ct": Recipe(
-        moe_ct,
+        lambda ffn, context: experts.silence(ffn),
         source="MoE-CT, arXiv 2407.00875",
         kept="all, as a shared expert to be frozen (`optimizer.frozen`)",
         changed="experts added, silent at first",
-        cost=ONE,
         start=step_zero.EQUAL,
         shared=True,
     ),
@@ -312,49 +273,38 @@ RECIPES = {
         start=step_zero.NEAR_FULL_RANK,
         moments=False,
     ),
-    "expert_upcycling": Recipe(
+    "expert_upcycling": OF_MIXTURE(
         expert_upcycling,
         source="arXiv 2604.19835",
         kept="all experts, and copies of the most useful",
         changed="the copies' router columns (noise)",
         cost=f"gradients for the utility, {ONE}",
         start=step_zero.DUPLICATES,
-        takes=MIXTURE,
         grows=True,
-        router="copied",
         optional=("utility",),
     ),
-    "prune": Recipe(
-        prune,
+    "prune": OF_MIXTURE(
+        lambda P, E, statistics: mixing.pruned(P, E, statistics["load"]),
         source="Lu et al., arXiv 2402.14800, by load",
         kept="the most used experts",
-        changed="nothing",
         cost=f"a forward pass for the load, {ONE}",
         start=step_zero.OTHER,
-        takes=MIXTURE,
-        router="copied",
         statistics=("load",),
     ),
-    "diversify_merge": Recipe(
-        diversify_merge,
+    "diversify_merge": OF_MIXTURE(
+        lambda P, E, own: mixing.grouped(E, own["similarity"], own.get("load")),
         source="Zhang et al., arXiv 2407.09590",
         kept="averages of similar experts",
-        changed="nothing",
         cost=f"a forward pass of every expert for the similarity, {ONE}",
         start=step_zero.OTHER,
-        takes=MIXTURE,
-        router="copied",
         statistics=("similarity",),
         optional=("load",),
     ),
-    "merge_back": Recipe(
-        merge_back,
+    "merge_back": OF_MIXTURE(
+        lambda P, E, statistics: mixing.averaged(P, statistics.get("load")),
         source="dense from a mixture, by averaging",
         kept="the average of all experts",
-        changed="nothing",
-        cost=ONE,
         start=step_zero.EQUAL_IF_EXPERTS_ARE,
-        takes=MIXTURE,
         gives=DENSE,
         router="",
         optional=("load",),

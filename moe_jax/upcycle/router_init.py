@@ -10,7 +10,7 @@ STANDARD_DEVIATION = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class RouterContext:
-    """What an initialiser may look at: sizes, a key, and statistics of the parent."""
+    """The sizes, the key and the statistics of the parent that an initialiser may use."""
 
     key: jax.Array
     D: int
@@ -40,18 +40,19 @@ def grouped(context: RouterContext) -> jax.Array:
 
 
 def zero(context: RouterContext) -> jax.Array:
-    """Every expert alike (LLaMA-MoE, arXiv 2406.16554; ties go to the lowest index)."""
+    """All logits are zero (LLaMA-MoE, arXiv 2406.16554; ties go to the lowest index)."""
     return jnp.zeros((context.D, context.E))
 
 
 def centroids(context: RouterContext) -> jax.Array:
-    """Clusters of the layer's inputs, as long as a normal column would be.
+    """Centres of clusters of the layer's inputs, as long as a normal column would be.
 
-    Less their mean and what lies along it: what all inputs have in common favours no expert.
+    Their mean and all that lies along it are taken out: what all inputs share favours no expert.
     """
-    mean_D = jnp.mean(context.centroids_ED, axis=0)
+    centroids_ED = jnp.asarray(context.centroids_ED)
+    mean_D = jnp.mean(centroids_ED, axis=0)
     mean_D /= jnp.maximum(jnp.linalg.norm(mean_D), jnp.finfo(jnp.float32).tiny)
-    apart_ED = context.centroids_ED - jnp.outer(context.centroids_ED @ mean_D, mean_D)
+    apart_ED = centroids_ED - jnp.outer(centroids_ED @ mean_D, mean_D)
     apart_ED -= jnp.mean(apart_ED, axis=0)
     length_E1 = jnp.linalg.norm(apart_ED, axis=1, keepdims=True)
     unit_ED = apart_ED / jnp.maximum(length_E1, jnp.finfo(jnp.float32).tiny)
@@ -59,10 +60,7 @@ def centroids(context: RouterContext) -> jax.Array:
 
 
 ROUTER_INITIALISERS = {
-    "normal": normal,
-    "centred_uniform": centred_uniform,
-    "grouped": grouped,
-    "zero": zero,
-    "centroids": centroids,
+    initialiser.__name__: initialiser
+    for initialiser in (normal, centred_uniform, grouped, zero, centroids)
 }
-COPIED = "copied"  # the parent mixture's own columns, shared out as its experts are
+COPIED = "copied"  # the parent mixture's own columns, in the shares of its experts

@@ -1,28 +1,27 @@
-"""The relation of a new model to its parent before any training, as each recipe promises it."""
+"""The relation of a new model to its parent before any training, which each recipe states."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.router import ROUTERS
 from moe_jax.upcycle import experts
 
+if TYPE_CHECKING:
+    from moe_jax.upcycle.plan import Plan
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The relation of a new model to its parent before any training.
+    """The promise of a recipe.
 
-    `factor` says for (parent's config, config, router initialiser, parameters), dropless, how many
-    times its parent's each layer's feed-forward output is; None when it is no multiple of it.
+    `factor` tells from the plan of a dropless model how many times its parent's each layer's
+    feed-forward output is; None where it is no multiple of it.
     """
 
     text: str
-    factor: Callable[[ModelConfig, ModelConfig, str, dict], float | None]
-
-
-def granularity(source: ModelConfig, config: ModelConfig) -> int:
-    """G, how many experts hold one feed-forward of the parent."""
-    return source.intermediate_size // config.expert_size
+    factor: Callable[["Plan"], float | None] = lambda plan: None
 
 
 def needed_scale(config: ModelConfig, granularity: int) -> float:
@@ -41,34 +40,25 @@ def even_weight(config: ModelConfig) -> float:
     return ROUTERS[config.router].weight_at_even_logits(config)
 
 
-def _sum_is_fixed(config: ModelConfig) -> bool:
-    """True if the sum of a token's weights does not depend on the logits."""
-    return config.dispatch == "merge" or ROUTERS[config.router].sum_is_fixed(config)
-
-
-def _weight(config: ModelConfig, router: str) -> float | None:
+def _weight(plan: "Plan") -> float | None:
     """The sum of every token's weights at the start; None where it depends on the token."""
-    known = _sum_is_fixed(config) or router == "zero"
-    return even_weight(config) if known and ROUTERS[config.router].causal else None
+    config, row = plan.config, ROUTERS[plan.config.router]
+    known = config.dispatch == "merge" or row.sum_is_fixed(config) or plan.router == "zero"
+    return even_weight(config) if known and row.causal else None
 
 
-def _of_copies(source, config, router, parameters):
-    del source
+def _of_copies(plan: "Plan") -> float | None:
     # dispatch="merge" averages weights, so the neurons must be in the same order.
-    merged = config.dispatch == "merge" and parameters.get("permute_neurons")
-    return None if parameters.get("ratio", 0) or merged else _weight(config, router)
+    merged = plan.config.dispatch == "merge" and plan.parameters.get("permute_neurons")
+    return None if plan.parameters.get("ratio", 0) or merged else _weight(plan)
 
 
-def _of_shards(source, config, router, parameters):
-    T, G = config.num_experts_per_tok, granularity(source, config)
-    factor, scaling, weight = (
-        needed_scale(config, G),
-        parameters["scaling"],
-        _weight(config, router),
-    )
+def _of_shards(plan: "Plan") -> float | None:
+    config, T, G = plan.config, plan.config.num_experts_per_tok, plan.granularity
+    scaling, weight, factor = plan.parameters["scaling"], _weight(plan), needed_scale(config, G)
     whole = T == G if ROUTERS[config.router].one_per_group else T % G == 0
-    whole &= router in ("grouped", "zero") and config.dispatch != "merge"
-    if not whole or weight is None or parameters.get("ratio", 0):
+    whole &= plan.router in ("grouped", "zero") and config.dispatch != "merge"
+    if not whole or weight is None or plan.parameters.get("ratio", 0):
         return None
     shape = experts.shape_of_scaling(gated=config.gated_mlp, hidden_act=config.hidden_act)
     if scaling == "paper" and shape != "squared" and factor != 1:
@@ -76,34 +66,24 @@ def _of_shards(source, config, router, parameters):
     return weight / G * (1 if scaling == "none" else factor)
 
 
-def _of_parts(source, config, router, parameters):
-    del source
-    all_alike = router == "zero" and config.num_experts_per_tok == config.num_experts
-    if not all_alike or parameters["partition"] == "statistics" or config.dispatch == "merge":
+def _of_parts(plan: "Plan") -> float | None:
+    config = plan.config
+    all_alike = plan.router == "zero" and config.num_experts_per_tok == config.num_experts
+    if not all_alike or plan.parameters["partition"] == "statistics" or config.dispatch == "merge":
         return None
     return even_weight(config) / config.num_experts
 
 
-def _of_duplicates(source, config, router, parameters):
+def _of_duplicates(plan: "Plan") -> float | None:
     """Copies share a softmax's probability among them; sigmoids know nothing of each other."""
-    del router
+    source, config = plan.source, plan.config
     times, left = divmod(config.num_experts, source.num_experts)
     alike = left == 0 and config.num_experts_per_tok == times * source.num_experts_per_tok
     one_by_one = config.num_expert_groups == 1 and config.gate_norm_std is None
     copies_share = ROUTERS[config.router].copies_share
-    if parameters["router_noise"] or copies_share is None or not (alike and one_by_one):
+    if plan.parameters["router_noise"] or copies_share is None or not (alike and one_by_one):
         return None
     return 1.0 if copies_share(config) else float(times)
-
-
-def _always(source, config, router, parameters):
-    del source, config, router, parameters
-    return 1.0
-
-
-def _never(source, config, router, parameters):
-    del source, config, router, parameters
-    return None
 
 
 COPIES = Start("equal, where the weights of the chosen experts sum to one", _of_copies)
@@ -122,9 +102,7 @@ DUPLICATES = Start(
     "experts or that sum to one",
     _of_duplicates,
 )
-EQUAL = Start("equal", _always)
-EQUAL_IF_EXPERTS_ARE = Start(
-    "another model, equal if the experts are and their weights sum to one", _never
-)
-NEAR_FULL_RANK = Start("another model, close with rank_ratio near 1", _never)
-OTHER = Start("another model", _never)
+EQUAL = Start("equal", lambda plan: 1.0)
+EQUAL_IF_EXPERTS_ARE = Start("another model, equal if the experts are and their weights sum to one")
+NEAR_FULL_RANK = Start("another model, close with rank_ratio near 1")
+OTHER = Start("another model")

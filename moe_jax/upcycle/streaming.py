@@ -29,7 +29,7 @@ class Reader(Protocol):
 class Stream:
     """The model that `transform.execute` makes, bit for bit, each part computed when asked for.
 
-    Parts are best asked for layer by layer, and expert by expert.
+    A caller that asks layer by layer, and expert by expert, has nothing read or computed twice.
     """
 
     def __init__(self, plan: plans.Plan, parents: Sequence[Reader], key: jax.Array):
@@ -40,14 +40,15 @@ class Stream:
         self._layer_of = {at: layer for layer, at in enumerate(slots(plan.config.block_kinds))}
         self._slot_rows = slots(plan.source.block_kinds)
         self._dtypes = self._widest_dtypes()
-        self._make_expert = jax.jit(functools.partial(transform.make_experts, plan=plan, key=key))
+
+        def jitted(function, *static):
+            bound = functools.partial(function, plan=plan, key=key)
+            return jax.jit(bound, static_argnums=static)
+
+        self._make_expert = jitted(transform.make_experts)
+        self._fresh_router = jitted(transform.fresh_router, 1, 2)
+        self._copied_router = jitted(transform.copied_router, 0)
         self._mix = jax.jit(mixing.mix)
-        self._fresh_router = jax.jit(
-            functools.partial(transform.fresh_router, plan=plan, key=key), static_argnums=(1, 2)
-        )
-        self._copied_router = jax.jit(
-            functools.partial(transform.copied_router, plan=plan, key=key), static_argnums=0
-        )
         self._ffn = functools.lru_cache(maxsize=1)(self._read_ffn)
         self._ffn_on_device = functools.lru_cache(maxsize=1)(self._put_ffn)
         self._expert = functools.lru_cache(maxsize=2)(self._made_expert)
@@ -72,8 +73,9 @@ class Stream:
         match origin:
             case origins.Kept():
                 return self._kept(origin, source, (source_row, *row[1:]))
-            case origins.Stacked(parents=parents):
-                return np.stack([self.parents[p].part(source, (source_row,)) for p in parents])
+            case origins.Stacked():
+                own = [self.parents[p].part(source, (source_row,)) for p in origin.parents]
+                return np.stack(own)
             case origins.Expert():
                 return self._of_ffn(layer, expert, name, origin.parents)
             case origins.Mixture():
@@ -101,14 +103,13 @@ class Stream:
         parts = [self.parents[parent].part(path, row) for parent in origin.parents]
         return parts[0] if len(parts) == 1 else np.asarray(transform.mean(parts))
 
-    # Experts of dense feed-forwards
-
     def _of_ffn(self, layer, expert, name, parents):
         ffn = self._ffn(layer, parents[expert])
-        if name in self._unchanged(ffn):
+        shapes = {n: jax.ShapeDtypeStruct(w.shape, w.dtype) for n, w in ffn.items()}
+        if name in self._handed_through(tuple(sorted(shapes.items()))):
             return ffn[name]
         made = self._expert(layer, expert, parents[expert])
-        if expert + 1 < len(parents):  # is computed while this one is written
+        if expert + 1 < len(parents):  # the device computes it while this one is written
             self._expert(layer, expert + 1, parents[expert + 1])
         return np.asarray(made[name])[0, 0]
 
@@ -125,13 +126,6 @@ class Stream:
         ffn = self._ffn_on_device(layer, parent)
         return self._make_expert(ffn, jnp.array([layer]), jnp.array([expert]))
 
-    def _unchanged(self, ffn):
-        """The matrices that the recipe hands through: their bytes are copied as they are."""
-        shapes = {n: jax.ShapeDtypeStruct(w.shape, w.dtype) for n, w in ffn.items()}
-        return self._handed_through(tuple(sorted(shapes.items())))
-
-    # Experts of a mixture's
-
     def _mixed(self, path, row, layer, expert):
         share_P = self._share_EP(layer)[expert]
         members = np.flatnonzero(share_P)
@@ -143,6 +137,7 @@ class Stream:
 
 
 def _handed_through(plan, shapes) -> set[str]:
+    """The matrices that the recipe leaves alone: their bytes are copied as they are."""
     same = set()
 
     def trace(ffn, key):

@@ -87,18 +87,12 @@ def execute(plan: plans.Plan, parents: Sequence[dict], key: jax.Array) -> dict:
 def _of_layers(leaves: dict, config: ModelConfig, layers: Sequence[int]) -> dict[str, jax.Array]:
     """The leaves of the blocks of some layers, which are alike, stacked in this order."""
     slot_rows = [slots(config.block_kinds)[layer] for layer in layers]
-    stacks = {
-        slot: {
-            path.removeprefix(f"blocks/{slot}/"): w
-            for path, w in leaves.items()
-            if path.startswith(f"blocks/{slot}/")
-        }
-        for slot, _ in slot_rows
-    }
-    stack, *others = stacks.values()
-    if others:
+    first = f"blocks/{slot_rows[0][0]}/"
+    stack = {path.removeprefix(first): w for path, w in leaves.items() if path.startswith(first)}
+    if len({slot for slot, _ in slot_rows}) > 1:
         return {
-            leaf: jnp.stack([stacks[slot][leaf][row] for slot, row in slot_rows]) for leaf in stack
+            leaf: jnp.stack([leaves[f"blocks/{slot}/{leaf}"][row] for slot, row in slot_rows])
+            for leaf in stack
         }
     rows = [row for _, row in slot_rows]
     if rows == list(range(len(next(iter(stack.values()))))):
@@ -127,8 +121,8 @@ def _block(stacks: list[dict], origin_of: dict, layers: Sequence[int], plan, key
         match origin:
             case origins.Kept():
                 made[leaf] = _kept(stacks, origin)
-            case origins.Stacked(parents=parents):
-                made[leaf] = jnp.stack([own[p] for p in parents], axis=1)
+            case origins.Stacked():
+                made[leaf] = jnp.stack([own[p] for p in origin.parents], axis=1)
             case origins.Expert():
                 ffn_P[name] = jnp.stack(own, axis=1)
             case origins.Mixture():
@@ -152,7 +146,7 @@ def _kept(trees: Sequence[dict], origin: origins.Kept) -> jax.Array:
 
 @jax.jit
 def mean(arrays: Sequence[jax.Array]) -> jax.Array:
-    total = sum(w.astype(jnp.float32) for w in arrays)
+    total = jnp.asarray(sum(w.astype(jnp.float32) for w in arrays))
     return (total / len(arrays)).astype(arrays[0].dtype)
 
 
@@ -230,12 +224,11 @@ def _mixed(name: str, w_LPX: jax.Array, share_LEP: jax.Array, plan: plans.Plan) 
     spec, E = sharding.spec_of(f"experts/{name}"), plan.config.num_experts
     if mesh.empty:
         mixed = mixing.mix(w_LPX, share_LEP)
-    elif to_dense:
-        whole = sharding.P(None, None, *spec[2:])
-        mixed = mixing.mix_on_mesh(w_LPX, share_LEP, spec, whole, axis=sharding.EXPERT)
     else:
-        sharding.check_divisible(f"num_experts={E}", E, mesh, sharding.EXPERT)
-        mixed = mixing.mix_on_mesh(w_LPX, share_LEP, spec, spec, axis=sharding.EXPERT)
+        if not to_dense:
+            sharding.check_divisible(f"num_experts={E}", E, mesh, sharding.EXPERT)
+        out_spec = sharding.P(None, None, *spec[2:]) if to_dense else spec
+        mixed = mixing.mix_on_mesh(w_LPX, share_LEP, spec, out_spec, axis=sharding.EXPERT)
     return mixed[:, 0] if to_dense else mixed
 
 
