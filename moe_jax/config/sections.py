@@ -22,9 +22,9 @@ def key(default: Any, explanation: str, check: Callable | None = None, *, fixed=
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def key_names(section: "type[Section]") -> set[str]:
+def key_names(section: "type[Section]") -> list[str]:
     """The keys of a section, without those of the sections in it."""
-    return {f.name for f in dataclasses.fields(section) if "explanation" in f.metadata}
+    return [f.name for f in dataclasses.fields(section) if "explanation" in f.metadata]
 
 
 @dataclasses.dataclass(frozen=True)
