@@ -106,8 +106,9 @@ def _bias_once(params: dict) -> dict:
 def _of_device(x_BTD, params, valid_BT, key, config, return_routing):
     x_BTD = layers.norm(x_BTD, params["norm"], config)
     mix = merging.merged if config.dispatch == "merge" else routed
-    y_BTD, routing, num_dropped = mix(x_BTD, params, valid_BT, key, config)
-    stats = statistics(routing, valid_BT.ravel(), num_dropped)
+    valid_M = valid_BT.ravel()
+    y_BTD, routing, num_dropped = mix(x_BTD, params, valid_M, key, config)
+    stats = statistics(routing, valid_M, num_dropped)
     stats = jax.tree.map(lambda x: x[None], stats)
     if return_routing:
         by_token = jax.tree.map(lambda x: x.reshape(*valid_BT.shape, *x.shape[1:]), routing)
@@ -115,9 +116,9 @@ def _of_device(x_BTD, params, valid_BT, key, config, return_routing):
     return y_BTD, stats
 
 
-def routed(x_BTD, params, valid_BT, key, config):
+def routed(x_BTD, params, valid_M, key, config):
     """Returns the chosen experts' output, the Routing, and how many assignments were dropped."""
-    x_MD, valid_M = x_BTD.reshape(-1, x_BTD.shape[-1]), valid_BT.ravel()
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     with jax.named_scope("router"):
         routing = _route(x_MD, params["router"], valid_M, key, config)
     y_MD, num_dropped = exchange.MODES[config.expert_parallel](
