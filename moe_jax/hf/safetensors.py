@@ -225,9 +225,10 @@ def _open_shards(folder: pathlib.Path) -> dict[str, Tensor]:
     names = collections.defaultdict(set)
     for name, file in weight_map.items():
         names[file].add(name)
+    paths = {file: resolve_inside(folder, file) for file in sorted(names)}
     tensors = {}
-    for file in sorted(names):
-        shard = _read_header(resolve_inside(folder, file))
+    for file, path in paths.items():
+        shard = _read_header(path)
         if wrong := sorted(names[file] ^ shard.keys()):
             verb = "holds" if wrong[0] in shard else "lacks"
             raise FormatError(f"{folder / file} {verb} {_show(wrong[0])}, against {INDEX}")
