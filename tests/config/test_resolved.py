@@ -134,8 +134,7 @@ def test_without_a_preset_and_sizes_the_model_is_that_of_the_folder():
 
 
 def test_no_other_room_makes_a_model_of_a_config():
-    """`ModelConfig(**...)` stands here, where a config.json of Hugging Face is read, and where the
-    presets are written down."""
+    """Only `resolve`, and what reads a Hugging Face folder's config.json, call ModelConfig(**…)."""
     found = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "moe_jax").rglob("*.py")
@@ -144,5 +143,4 @@ def test_no_other_room_makes_a_model_of_a_config():
         and ast.unparse(node.func).rpartition(".")[2] == "ModelConfig"
         and any(keyword.arg is None for keyword in node.keywords)
     }
-    others = {"moe_jax/hf/configs.py", "moe_jax/model/presets.py"}
-    assert found == {"moe_jax/config/resolved.py", *others}
+    assert found == {"moe_jax/config/resolved.py", "moe_jax/hf/configs.py"}
