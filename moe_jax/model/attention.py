@@ -13,7 +13,10 @@ def shapes(config: ModelConfig) -> dict:
     """The shapes of the block's parameters, by name."""
     one, E = _shapes_of_one(config), config.num_attention_experts
     if E:
-        stacks = jax.tree.map(lambda shape: (E, *shape), one, is_leaf=lambda x: type(x) is tuple)
+        stacks = {  # in the same order, which Flax's initial values depend on
+            n: {m: (E, *s) for m, s in shape.items()} if isinstance(shape, dict) else (E, *shape)
+            for n, shape in one.items()
+        }
         one = {"router": {"kernel": (config.hidden_size, E)}, "experts": stacks}
     return {"norm": layers.norm_shapes(config), **one}
 
