@@ -71,7 +71,10 @@ def test_a_router_from_outside_is_upcycled_and_trained_on_eight_devices(
     config = config.copy_and_resolve_references()
     config.training.num_steps = 5
     config.model.router = "heated_topk"
-    config.model.router_parameters = (("heat", 2.0),)
+    config.model.router_parameters = (("heat", "warm"),)
+    with pytest.raises(configs.ConfigError, match="heat='warm' must be of the type float"):
+        configs.resolve(config)
+    config.model.router_parameters = (("heat", 2),)
     config.init.source = str(tmp_path / "dense")
     config.init.upcycle.recipe = "naive"
     assert jax.device_count() == 8

@@ -214,9 +214,10 @@ class ModelConfig:
             if name not in row.parameters:
                 takes = ", ".join(row.parameters) or "none"
                 yield f"router_parameters has {name!r}, but router={self.router!r} takes {takes}"
-            elif not isinstance(value, type(row.parameters[name])):
-                kind = type(row.parameters[name]).__name__
-                yield f"router_parameters: {name}={value!r} must be of the type {kind}"
+            elif type(value) is not (kind := type(row.parameters[name])) and not (
+                kind is float and type(value) is int
+            ):
+                yield f"router_parameters: {name}={value!r} must be of the type {kind.__name__}"
         E, G = self.num_experts, self.num_expert_groups
         if E % G:
             yield f"num_experts={E} is not divisible by num_expert_groups={G}"
