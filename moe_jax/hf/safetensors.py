@@ -87,7 +87,7 @@ class Tensor:
         for row in range(first.start, first.stop, n_rows):
             rows = out[row - first.start :][:n_rows]
             rows[...] = self._map(row * row_bytes, len(rows))[:, *rest]
-        if self.dtype == np.bool_ and out.view(np.uint8).max() > 1:
+        if self.dtype == np.bool_ and np.max(out.view(np.uint8)) > 1:
             raise FormatError(f"{self.file} holds a bool that is neither 0 nor 1")
         return out
 
