@@ -20,5 +20,5 @@ class Document:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether the document `key` is in the held-out split: a fixed pseudo-random choice."""
+    """True if the document `key` is held out, which is a fixed pseudo-random choice."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64

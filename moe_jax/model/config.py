@@ -259,7 +259,7 @@ class ModelConfig:
 
     @property
     def draws(self) -> bool:
-        """Whether routing is random in training."""
+        """True if routing is random in training."""
         dropped = self.dispatch == "capacity" and self.token_priority == "random"
         return self.num_experts > 0 and (dropped or ROUTERS[self.router].random)
 

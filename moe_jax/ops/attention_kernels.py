@@ -67,7 +67,7 @@ def _splash_block(T: int) -> int:
 
 
 def _splash_fused(T: int) -> bool:
-    """Whether the backward pass is one kernel, of 5 products, instead of two, of 7.
+    """True if the backward pass is one kernel, of 5 products, instead of two, of 7.
 
     The one writes dq for each key block. That traffic is less than the two products at any T, yet
     it takes that many times q's memory.

@@ -21,7 +21,7 @@ class Executed:
 
 
 def visible(t, s, window: int | None):
-    """Whether a query at position t sees a key at position s of its segment."""
+    """True where a query at position t sees a key at position s of its segment."""
     seen = t >= s
     return seen if window is None else seen & (t - s < window)
 

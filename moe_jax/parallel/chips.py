@@ -24,7 +24,7 @@ class Chip:
     config_name: str = "default"  # libtpu's; "megacore": the two cores of a chip are one device
 
     def wraps(self, shape: tuple[int, ...], side: int) -> bool:
-        """Whether a side of the slice is a ring, not a line.
+        """True if a side of the slice is a ring, not a line.
 
         In three dimensions all sides are rings from 4x4x4 on, if the cubes are whole; in two
         dimensions a side of 16 is.

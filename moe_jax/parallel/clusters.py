@@ -48,7 +48,7 @@ def detect(environ: Mapping[str, str]) -> str:
 
 
 def alone_on_host(environ: Mapping[str, str]) -> bool:
-    """Whether Slurm or Open MPI started one process a host, which then has all the host's devices.
+    """True if Slurm or Open MPI started one process a host, which then has all the host's devices.
 
     Otherwise JAX gives one device to each process that one of these started.
     """

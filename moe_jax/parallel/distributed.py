@@ -100,7 +100,7 @@ process_count = jax_private.process_count
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints for all."""
+    """True if this process is the one that writes and prints for all."""
     return jax_private.process_id() == 0
 
 

@@ -1,4 +1,4 @@
-"""Which documents are held out."""
+"""The choice of the held-out documents."""
 
 from moe_jax.data.document import is_held_out
 
