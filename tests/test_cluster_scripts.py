@@ -22,7 +22,7 @@ import json, sys
 with open({log!r}, "a") as log:
     log.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
 """
-# What each fake does beside recording. gcloud: the states of the queued resource come one by one,
+# The fakes record their calls, and more. gcloud: the states of the queued resource come one by one,
 # the last for ever; a command for workers is run in each one's home.
 GCLOUD = """
 import os, pathlib, re, shutil, subprocess

@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole: lint, configs, sizes."""
+"""The repository as a whole: lint, configs, sizes."""
 
 import importlib.util
 import pathlib

@@ -151,7 +151,7 @@ def test_the_end_of_process_0_ends_the_others_and_two_go_on(config_file, tmp_pat
     assert len(losses(workdir)) == 60
 
 
-# In the second both processes hold all rows of the batch, and the parent is cut within its heads.
+# On the second mesh both processes hold all rows, and the parent is cut within its heads.
 @pytest.mark.parametrize("mesh", [dict(fsdp=2, expert=2, tensor=2), dict(fsdp=1, tensor=8)])
 def test_two_processes_upcycle_to_bitwise_the_same_mixture_as_one(mesh, config_file, tmp_path):
     axes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]

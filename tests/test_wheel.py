@@ -1,4 +1,4 @@
-"""What `pip install` gives: every command from any folder, and all data that the code reads."""
+"""`pip install` gives every command from any folder, and all data that the code reads."""
 
 import os
 import pathlib

@@ -198,7 +198,7 @@ class Module:
         raise LookupError
 
     def _argument(self, computation: str, parameter: Instruction) -> tuple[str, Instruction, str]:
-        """Where a parameter comes from: the calling computation, the call, the operand's name."""
+        """The origin of a parameter: the calling computation, the call, the operand's name."""
         callers = self.callers[computation]
         if len(callers) != 1 or callers[0][1].operation == "conditional":
             raise LookupError

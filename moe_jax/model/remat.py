@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.ops import attention_reference
 
-# What each policy keeps beside a block's input, by the names that `named` gives.
+# Each policy keeps these beside a block's input, by the names that `named` gives.
 EXPERTS = ("plan", "gate_up")
 DOTS = ("qkv", attention_reference.SAVED_NAME, "middle", "router_logits", *EXPERTS)
 SAVED = {

@@ -43,7 +43,7 @@ def products(x_MD, weights, group_sizes_E):
 
             return over_blocks(visit, ys, M, E, start, size)
 
-        # In decoding most experts have no rows, and their matrices are not even cut out.
+        # Most experts have no rows while decoding, and their matrices are not even cut out.
         return jax.lax.cond(size > 0, filled, lambda: ys), None
 
     return jax.lax.scan(group, ys, (jnp.arange(E), *_places(group_sizes_E)))[0]

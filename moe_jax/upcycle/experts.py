@@ -94,7 +94,7 @@ def add_noise(ffn: FFN, key: jax.Array, *, std: float, ratio: float, index_shari
     return _disturbed(ffn, key, add, ratio=ratio, index_sharing=index_sharing)
 
 
-# How a factor of the output is spread over the matrices: the exponent of each, by the kind of FFN,
+# A factor of the output is spread over the matrices: the exponent of each, by the kind of FFN,
 # "gated", "squared" (ungated, squared ReLU) or "plain" (any other ungated). "paper" is He et al.'s
 # (arXiv 2410.07524), which treats act(gate) of a gated FFN as linear; "exact" multiplies the output
 # by the factor in all three.

@@ -93,7 +93,7 @@ def test_the_importance_of_a_neuron_is_its_share_of_weight_times_gradient():
 
 
 def test_sums_over_bfloat16_are_exact():
-    """Where 256 + 1 is 256."""
+    """In bfloat16 256 + 1 is 256, so that a sum of ones would stop there."""
     ones = {"up": jnp.ones((1, 300, 2), jnp.bfloat16), "down": jnp.ones((1, 2, 300), jnp.bfloat16)}
     np.testing.assert_array_equal(parent_statistics.expert_utility(ones), [1200])
     first = {name: w[0] for name, w in ones.items()}

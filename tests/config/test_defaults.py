@@ -1,4 +1,4 @@
-"""What every config file starts from."""
+"""The defaults that every config file starts from."""
 
 import ast
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a machine, or the run that goes on in a workdir, does not allow."""
+"""Settings that this machine, or the run that goes on in a workdir, does not allow."""
 
 import dataclasses
 

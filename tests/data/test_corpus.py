@@ -74,7 +74,7 @@ def test_a_flipped_bit_is_called_damage_or_lies_in_padding(tmp_path):
     content = path.read_bytes()
     random = np.random.default_rng(0)
     damaged = 0
-    # Where the records lie, then anywhere.
+    # First bytes of the records, then any bytes.
     for at in (*random.integers(64, 2000, 20), *random.integers(0, len(content), 10)):
         flipped = bytearray(content)
         flipped[at] ^= 1 << random.integers(8)

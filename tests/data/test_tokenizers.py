@@ -25,7 +25,7 @@ LINES = [
     "    if year == 1984:  return 2001\n",
 ]
 VOCAB_SIZE = 420
-# What tokenizers like to normalise, drop, or take for their own.
+# Texts that tokenizers normalise, drop, or take for special tokens.
 AWKWARD = [
     "",
     " ",

@@ -1,4 +1,4 @@
-"""What is read from HLO text: of functions counted by hand, of the train step, of TPU text.
+"""Reading HLO text: functions counted by hand, the train step, the text of TPU's compiler.
 
 The TPU text here is recorded and shortened; test_hlo_tpu.py has the compiler write it.
 """
@@ -81,7 +81,7 @@ def over_two_axes(x, w):
     ).split(),
 )
 def test_products_are_counted_as_by_hand(function, expected):
-    """Of a conditional, the branch that costs most."""
+    """A conditional counts as the branch that costs most."""
     compiled = jax.jit(function).lower(jnp.ones((M, K)), jnp.ones((K, N))).compile()
     assert hlo.product_flops(compiled.as_text()) == expected
 
@@ -121,7 +121,7 @@ def test_a_loop_of_unknown_length_counts_as_often_as_its_name_expects():
     ids="valid padding cropped dilated feature-groups batch-groups".split(),
 )
 def test_a_convolution_counts_only_what_touches_real_elements(arguments):
-    """Of ones with ones it sums up how many products were made."""
+    """A convolution of ones with ones sums up the number of products that were made."""
     features = 4 // arguments.get("feature_group_count", 1)
     convolve = functools.partial(
         jax.lax.conv_general_dilated, **{"window_strides": (1, 1), **arguments}
@@ -345,7 +345,7 @@ ENTRY %main.0_spmd (x.1: f32[8,4]) -> f32[8,8] {
 
 
 def test_what_goes_between_slices_is_counted_once_and_apart():
-    """Of two slices of four devices: the text is one slice's, with one slice's groups."""
+    """The text of two slices of four devices is one slice's, with one slice's groups."""
     assert hlo.collectives(BETWEEN_SLICES, {"data": 2, "fsdp": 2}) == (
         hlo.Collective("all-gather", ("fsdp",), 1, 8 * 8 * 4),
         hlo.Collective("all-reduce", hlo.SLICES, 1, 8 * 4 * 4),

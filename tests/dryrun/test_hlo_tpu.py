@@ -1,4 +1,4 @@
-"""What is read from the text of TPU's own compiler, of functions counted by hand."""
+"""Reading the text of TPU's own compiler, for functions counted by hand."""
 
 import functools
 import math
@@ -163,7 +163,7 @@ RING = [(0, 1), (1, 0)]
 
 
 def every_collective(x):
-    """In a loop of five, over either axis and over both."""
+    """Each collective stands in a loop of five, over either axis and over both."""
 
     def body(x, _):
         x = jnp.sin(jax.lax.psum(x, "data"))

@@ -46,7 +46,7 @@ def test_one_slice_of_every_dimension_and_two_slices(libtpu):
     two = dry_run(tiny(data=2), "2*v5p:2x2x1")
     assert two.roofline.dcn > 0
     assert two.step_flops / two.analytic_flops == one.step_flops / one.analytic_flops
-    # What crosses are the gradients: of every device its part, in float32.
+    # Gradients cross: each device sends its part, in float32.
     (between,) = (row for row in two.collectives if row.axes == hlo.SLICES)
     gradients = one.argument_bytes / 3
     assert between.operation == "all-reduce"

@@ -58,7 +58,7 @@ def trial_within(limit, tried):
 
 def test_the_least_recomputing_policy_and_the_largest_microbatch_that_fit_are_found():
     tried = []
-    # Of 12 rows a device "none" must cut to 3 rows (4 microbatches, 1.04 s), "save_dots" to 6.
+    # A device has 12 rows; "none" must cut them to 3 (4 microbatches, 1.04 s), "save_dots" to 6.
     reports = list(search.search(tiny(), 8, trial_within(8 * 8 * 3, tried)))
     best = search.best(reports)
     assert (best.remat, best.microbatches, best.mesh["fsdp"]) == ("none", 4, 8)

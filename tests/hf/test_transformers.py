@@ -1,4 +1,4 @@
-"""What we write is what Transformers loads, with the same logits."""
+"""Transformers loads the folders that we write, with the same logits."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What a ModelConfig refuses, how layers are grouped, how parameters are counted."""
+"""ModelConfig: its refusals, its groups of layers, its counts of parameters."""
 
 import dataclasses
 

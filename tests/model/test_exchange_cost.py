@@ -39,14 +39,14 @@ def test_bytes_by_hand():
     # Along tensor a device has half of the neurons, along edp half of the experts.
     assert sent(sizes={"tensor": 2})["fsdp"] == sent(sizes={"edp": 2})["fsdp"] == sent()["fsdp"] / 2
     assert sent(sizes={"edp": 2})["all_to_all"] == sent()["all_to_all"] / 2
-    # In a ring of 16 a row passes 4 links on the mean.
+    # A row passes 4 links of a ring of 16 on average.
     far = {"sizes": {"expert": 16}, "num_experts": 16}
     assert sent("tpu", **far)["all_to_all"] == 2 * 2 * 64 * 16 * 4 * 4
 
 
 def test_rows_of_a_buffer_that_hold_something():
-    """Of 4 devices that may all send everything here a quarter of it comes; along edp each of 2
-    devices has the same rows and takes half."""
+    """4 devices may all send everything here, and a quarter of it comes. Both devices along edp
+    have the same rows, and each takes half of them."""
     mesh = {"expert": 4, "edp": 2}
     assert exchange_cost.filled("fsdp", "dropless", mesh) == 1 / 2
     assert exchange_cost.filled("ring", "dropless", mesh) == 1 / 8
@@ -71,7 +71,7 @@ def test_only_modes_that_the_dispatch_has_are_weighed(fields):
 
 
 def test_a_compiled_layer_gathers_what_is_counted_and_auto_is_one_of_the_modes(capsys):
-    """Of an all-gather (X-1)/X of the result has come from others."""
+    """An all-gather over X devices receives (X-1)/X of its result from the others."""
     params = jax.tree.map(
         lambda w: w[0], model.init(CONFIG, jax.random.key(0))["blocks"]["0"]["moe"]
     )

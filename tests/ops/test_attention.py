@@ -114,7 +114,7 @@ def test_documents_are_where_the_numbers_change():
 
 @jax.custom_vjp
 def packed_attention(q_BTNH, k_BSKH, v_BSKH, start_BS, length_BS):
-    """What cuDNN's packed layout means, as little differentiable twice as that is."""
+    """The meaning of cuDNN's packed layout; like cuDNN's, it cannot be differentiated twice."""
     t_T = jnp.arange(q_BTNH.shape[1])
     inside_BST = (t_T >= start_BS[..., None]) & (t_T < (start_BS + length_BS)[..., None])
     number_S1 = 1 + jnp.arange(start_BS.shape[1])[:, None]
@@ -237,7 +237,7 @@ def test_visited_pairs_by_hand():
 
 @pytest.mark.parametrize("window", [None, 1, 2, 128, 129, 130, 257, 258, 600, 10_000])
 def test_blocks_that_are_visited_are_those_with_something_to_see(monkeypatch, window):
-    """In the whole mask of a row of five blocks, and in the tables by which splash's kernels go."""
+    """Both the mask of a row of five blocks and the tables that splash's kernels read show it."""
     monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
     distance = np.arange(640)[:, None] - np.arange(640)
     seen = (distance >= 0) & (distance < (window or 640))
@@ -342,7 +342,7 @@ def test_what_cannot_run_is_refused(monkeypatch, platform, name, dtype, position
 )
 @pytest.mark.parametrize("kv_heads", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_splash_equals_the_reference(monkeypatch, fused, kv_heads, window):
-    """In interpret mode, with two blocks to a row, or three of which a query sees two."""
+    """The kernels run in interpret mode, on rows of two blocks, or of three with two in sight."""
     monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
     monkeypatch.setattr(attention_kernels, "SPLASH_FUSED", 4 if fused else 1)
     attend = functools.partial(attention_kernels.splash, interpret=True)

@@ -19,7 +19,7 @@ def choices(seed=0):
 
 
 def greedy(expert_MA, valid_M, capacity):
-    """Which assignments are kept, and in which slot: served one by one, first choices first."""
+    """Keeps assignments and gives them slots one by one, first choices first."""
     slot_MA, used_E = np.full((M, A), E * capacity), [0] * E
     for a in range(A):
         for m in range(M):

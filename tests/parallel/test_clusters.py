@@ -1,4 +1,4 @@
-"""Whether a process was started as one of several."""
+"""Detecting that a process was started as one of several."""
 
 import pytest
 

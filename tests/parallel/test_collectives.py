@@ -1,4 +1,4 @@
-"""What a train step sends between devices: exactly what its mesh and its mode make due.
+"""A train step sends between devices exactly what its mesh and its mode of exchange need.
 
 The state is cut by fsdp, tensor (or edp) and expert; the batch by data, fsdp and expert.
 """

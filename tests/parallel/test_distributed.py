@@ -52,7 +52,7 @@ def open_corpus(settings) -> TokenizedCorpus:
 
 
 def train(settings) -> dict:
-    """What this process feeds in each step, row by row, and the losses that it sees."""
+    """The rows that this process feeds in each step, and the losses that it sees."""
     mesh = meshes.make(vars(settings.mesh))
     tx = optimizer.adamw(settings.optimizer, STEPS)
 
@@ -77,7 +77,7 @@ def train(settings) -> dict:
 
 
 def disagree() -> dict:
-    """What becomes of it when process 1 alone fails, has another config, or gets a signal."""
+    """The outcome when process 1 alone fails, has another config, or gets a signal."""
     me = jax_private.process_id()
     said = {"exchanged": distributed.exchange({"process": me}), "first": distributed.of_first(me)}
     try:
@@ -114,7 +114,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """What two processes said, each with four of the devices."""
+    """The reports of two processes, each with four of the devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -155,7 +155,7 @@ def test_what_one_process_meets_both_know(two):
         assert process["exchanged"] == [{"process": 0}, {"process": 1}]
         assert process["first"] == 0
         assert "the seed of process 1 is not that of process 0" in process["difference"]
-        # Of call 1 in process 1, seen in both at call 2: no step waits for the others' answer.
+        # Process 1 got it at call 1; both see it at call 2: no step waits for the others' answer.
         assert process["signals"] == [0, 0, signal.SIGTERM, 0]
     assert [process["failure"] for process in two] == ["process 1: no such file", "no such file"]
 

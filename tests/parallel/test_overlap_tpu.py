@@ -57,7 +57,7 @@ def schedule(devices, flags) -> list[tuple[str, str]]:
 
 @pytest.mark.long
 def test_the_shared_experts_products_run_beside_the_exchanges_of_tokens(libtpu):
-    """Of the three exchanges (rows, their weights, rows back) the first and the last."""
+    """The first and the last of the three exchanges (rows, their weights, rows back) do."""
     flags = {flag.name: flag.value for flag in xla_flags.CHIPS["v5p"].flags}
     beside, underway = [], 0
     for operation, scope in schedule(libtpu("v5p:2x2x1"), flags):

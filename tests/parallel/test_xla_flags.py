@@ -21,7 +21,7 @@ TOPOLOGIES = {
 
 
 def started(variable, flags, program="import jax; jax.devices()"):
-    """How a fresh process ends whose compiler reads `flags` at its start."""
+    """Runs a fresh process whose compiler reads `flags` at its start."""
     environ = {**os.environ, variable: flags}
     command = [sys.executable, "-c", program]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
@@ -62,7 +62,7 @@ def test_libtpu_knows_the_flags_of_each_chip(chip, topology, libtpu):
 
 
 def gather_exchange_products_scatter(devices, rows, width):
-    """Of an expert-parallel step what the flags are for, lowered and not yet compiled."""
+    """Lowers the part of an expert-parallel step that the flags are for."""
     mesh = jax.sharding.Mesh(np.array(devices), ("expert",))
     spec = jax.P("expert")
     sharding = jax.sharding.NamedSharding(mesh, spec)

@@ -38,14 +38,14 @@ TX = optimizer.adamw(RUN.optimizer, 10)
 
 
 def counted(counts_LE, dropped_L=None):
-    """What a step with these loads has measured."""
+    """The measures of a step with these loads."""
     dropped_L = jnp.zeros(len(counts_LE), int) if dropped_L is None else dropped_L
     router = {"tokens_per_expert_E": counts_LE, "num_dropped": dropped_L}
     return Measures(loss=jnp.zeros(()), router=router)
 
 
 def biases_of(params):
-    """In the order of the model's layers, whatever their slots in the tree."""
+    """The layers' biases in the order of the model, whatever their slots in the tree."""
     biases = [x for name, x in tree.flatten(params).items() if name.endswith("moe/router/bias")]
     return np.concatenate(biases)
 

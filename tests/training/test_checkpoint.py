@@ -60,7 +60,7 @@ def test_only_the_newest_are_kept(directory):
 
 
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(directory):
-    """In the data files, which Orbax reads without a check."""
+    """The bit is in a data file, which Orbax reads without a check."""
     files = sorted(p for p in (directory / "2").rglob("d/*") if p.stat().st_size > 1000)
     assert files
     rng = random.Random(0)

@@ -68,7 +68,7 @@ def tree_of(embed, up, bias=1.0):
 
 
 def values(tree):
-    """Of the embedding, the experts and the bias."""
+    """One number of the embedding, of the experts and of the bias."""
     moe = tree["blocks"]["0"]["moe"]
     return tree["embed"]["tokens"][0, 0], moe["experts"]["up"][0, 0, 0, 0], moe["router"]["bias"][0]
 

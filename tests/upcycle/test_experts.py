@@ -46,7 +46,7 @@ def by_neuron(w, name):
 
 
 def origin_EFF(made, ffn, name):
-    """Whether neuron i of an expert has bit for bit the weights of the parent's neuron j."""
+    """[E, F, F]: True where neuron i of an expert equals the parent's neuron j bit for bit."""
     new_EFD, old_FD = by_neuron(made[name], name), by_neuron(ffn[name], name)
     return (new_EFD[:, :, None] == old_FD[None, None]).all(axis=-1)
 
@@ -88,7 +88,7 @@ def test_per_matrix_indices_are_drawn_for_each_matrix_on_its_own(permute_neurons
     for one, other in (("gate", "up"), ("gate", "down"), ("up", "down")):
         shared_E = (redrawn[one] & redrawn[other]).sum(axis=1)
         assert abs(shared_E.mean() - mean) < 5 * deviation / math.sqrt(E)
-        # Where a neuron is intact in both matrices, both are of the same neuron of the parent.
+        # A neuron that is intact in both matrices comes from one neuron of the parent.
         intact_EF = ~redrawn[one] & ~redrawn[other]
         np.testing.assert_array_equal(origin[one][intact_EF], origin[other][intact_EF])
 

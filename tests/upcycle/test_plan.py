@@ -1,4 +1,4 @@
-"""What the plan of an upcycling says, what it refuses, and that each upcycling makes one."""
+"""The plan of an upcycling: its answers and refusals; each upcycling makes one."""
 
 import dataclasses
 import functools

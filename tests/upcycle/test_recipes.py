@@ -188,7 +188,7 @@ def test_no_more_than_one_dense_layer_is_whole_on_a_device(name):
     assert temporaries[1] - temporaries[0] < 2 * number * 3 * matrix
 
 
-# What experts are made of ----------------------------------------------------------------------
+# The parts of experts -----------------------------------------------------------------------------
 
 
 def experts_of(name):

@@ -1,4 +1,4 @@
-"""What each recipe promises of step 0 is what the model that it makes computes."""
+"""Each recipe keeps its promise about step 0: the model that it makes computes it."""
 
 import dataclasses
 import functools

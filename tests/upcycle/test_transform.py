@@ -120,7 +120,7 @@ def test_only_feed_forward_layers_change_and_no_two_experts_are_alike():
     block, old_block = made["blocks"]["0"], old["blocks"]["0"]
     assert_bitwise_equal(block["attention"], old_block["attention"])
     assert_bitwise_equal(block["moe"]["norm"], old_block["mlp"]["norm"])
-    # Which neurons are new, and their values: others in every expert of every layer.
+    # The new neurons and their values differ in every expert of every layer.
     experts = PARENT.num_hidden_layers * MORE.num_experts
     for name, axis_of_neurons in (("gate", 3), ("up", 3), ("down", 2)):
         new_LEDF = np.moveaxis(block["moe"]["experts"][name], axis_of_neurons, 3)
