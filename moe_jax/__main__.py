@@ -1,10 +1,11 @@
 """`moe_jax NAME …` starts the command of that name; `moe_jax` alone lists them all."""
 
 import ast
-import difflib
 import importlib
 import pathlib
 import sys
+
+from moe_jax import spelling
 
 FILES = {
     path.stem: path
@@ -19,8 +20,7 @@ def main() -> None:
         print(listing())
         return
     if name not in FILES:
-        near = difflib.get_close_matches(name, FILES, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
+        meant = spelling.did_you_mean(name, FILES)
         print(f"moe_jax: no command {name!r}{meant} (moe_jax --help lists all)", file=sys.stderr)
         sys.exit(2)
     sys.argv[:2] = [f"moe_jax {name}"]  # the program's name in help and errors

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
+from moe_jax import spelling
+
 EXIT_MISTAKE, EXIT_NONFINITE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
 ENTRY = "moe_jax"  # the console's entry point, which starts sys.argv with "moe_jax NAME"
 
@@ -39,6 +41,24 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses an option that is nearly one of the parser's, before one that is missing."""
+        names = [name for name in self._option_string_actions if "." not in name]
+        for argument in sys.argv[1:] if args is None else args:
+            option = argument.partition("=")[0]
+            if option == "--":
+                break
+            if option.startswith("--") and "." not in option and option not in names:
+                near = spelling.nearest(option.removeprefix("--"), [n[2:] for n in names])
+                if near:
+                    self.error(f"{option} is no option; did you mean --{near}?")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            name = "/".join(action.option_strings) or str(action.metavar or action.dest)
+            self.error(spelling.unknown(name, str(value), map(str, action.choices)))
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_MISTAKE, f"{self.prog}: {message}\n")
@@ -71,7 +91,11 @@ def typed(name: str, text: str, kind: type) -> object:
     try:
         return kind(text)
     except ValueError:
-        words = "a whole number" if kind is int else "a number"
+        words = "a number"
+        if kind is int:
+            words = "a whole number"
+            with contextlib.suppress(ValueError, OverflowError):
+                words += f"; use {int(float(text))}"
         raise ValueError(f"--{name}={text} is not {words}") from None
 
 

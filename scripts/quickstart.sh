@@ -9,6 +9,9 @@ cd "$(dirname "$0")/.."
 if [ "${1:-}" = --help ]; then
     sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"
     exit 0
+elif [ $# -gt 0 ]; then
+    echo "quickstart.sh takes no argument but --help; what it runs is in configs/quickstart.py" >&2
+    exit 2
 fi
 source scripts/venv.sh
 activate_venv requirements.txt

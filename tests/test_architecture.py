@@ -29,7 +29,7 @@ ROOMS = (
     ("model",),
     ("ops",),
     ("parallel",),
-    ("tree", "files", "command_line", ""),
+    ("tree", "files", "spelling", "command_line", ""),
 )
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 80
 LONGER_FUNCTIONS = {("train.py", "run"): 150}  # the program, on one page

@@ -64,7 +64,7 @@ def test_a_misspelt_command_is_answered_with_the_nearest_and_exit_status_2(
 def test_a_program_has_the_name_that_was_typed(start, program, shown):
     mistake = run(*start, "v99", cwd=ROOT)
     assert mistake.returncode == 2
-    assert mistake.stderr.startswith(f"{program}: argument chip: invalid choice: 'v99'")
+    assert mistake.stderr.startswith(f"{program}: chip='v99' is unknown; use one of v4")
     explained = run(*start, "--help", cwd=ROOT).stdout
     assert explained.startswith(f"usage: {program} [-h]")
     assert any(line.startswith(shown) for line in explained.splitlines())

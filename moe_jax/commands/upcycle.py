@@ -26,7 +26,7 @@ from moe_jax.analysis import parent_statistics, similarity
 from moe_jax.config import model_fields
 from moe_jax.hf import folders
 from moe_jax.model import layout
-from moe_jax.model.config import EXPERTS, ROUTER, fields_of
+from moe_jax.model.config import EXPERTS, ROUTER, ModelConfig, fields_of
 from moe_jax.parallel import mesh
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import recipes, router_init, transform
@@ -62,6 +62,14 @@ def main() -> None:
     arguments, others = parser.parse_known_args()
     of_model = [argument for argument in others if argument.startswith("--model.")]
     of_recipe = [argument for argument in others if argument not in of_model]
+    names = {
+        **{name: "model" for name in ModelConfig.__dataclass_fields__},
+        **{name: "recipe" for name in recipes.RECIPES[arguments.recipe].limits},
+    }
+    for argument in of_recipe:
+        name = argument.removeprefix("--").partition("=")[0]
+        if name in names:
+            parser.error(f"--{name} is no option; did you mean --{names[name]}.{name}?")
     with parser.refusing():
         parameters = recipe_parameters(arguments.recipe, of_recipe)
         rows = run(arguments, model_fields(of_model), parameters)

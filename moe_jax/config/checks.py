@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
+from moe_jax import spelling
+
 
 class ConfigError(ValueError):
     """A mistake in a config or on the command line; its text is the one line to print."""
@@ -58,7 +60,7 @@ class OneOf:
 
     def __call__(self, name: str, value: str) -> None:
         if value not in (choices := self.choices()):
-            raise ConfigError(f"{name}={value!r} is unknown; use one of {choices}")
+            raise ConfigError(spelling.unknown(name, value, choices))
 
 
 def one_of(*choices: str) -> OneOf:

@@ -16,7 +16,8 @@ import typing
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from moe_jax import command_line
+from moe_jax import command_line, spelling
+from moe_jax.config import checks
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.resolved import Run
 from moe_jax.config.sections import Balance, key_names, section_of
@@ -80,6 +81,7 @@ def parse(arguments: list[str]) -> ConfigDict:
         raise ConfigError("--config=FILE is missing; for example --config=configs/quickstart.py")
     if not os.path.isfile(path.split(":")[0]):
         raise ConfigError(f"--config={path}: no such file; the examples are under configs/")
+    check_names(arguments)
     arguments = ["config", *arguments]
     values = flags.FlagValues()
     try:
@@ -104,12 +106,63 @@ def _unknown_key(error: Exception) -> ConfigError:
     """The refusal of a key that a ConfigDict complained of, by its new name if it has one."""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
-    text = re.sub(r' Other fields present: ".*\}"', "", " ".join(error.args[0].split()))
-    named = re.search(r"""["'](\w+)["']""", text)
+    named = re.search(r"""["'](\w+)["']""", " ".join(error.args[0].split()))
+    return ConfigError(_unknown(named[1] if named else str(error)))
+
+
+def _unknown(key: str) -> str:
+    """The line that refuses a key, or the last part of one: a config file's error has no more."""
     for old, new in MOVED.items():
-        if named and named[1] == old.rpartition(".")[2]:
-            return ConfigError(f"config.{old} is config.{new} now")
-    return ConfigError(f"unknown key {text}")
+        if f"{key}.".startswith(f"{old}.") or key == old.rpartition(".")[2]:
+            return f"config.{old} is config.{new} now"
+    name = f"config.{key}" if "." in key else repr(key)
+    return f"{name} is no key of a config{_meant(key)}"
+
+
+def _meant(key: str) -> str:
+    """The suggestion of the key that is nearest: in the section that was named, or in any."""
+    section, _, name = key.rpartition(".")
+    keys = sorted(kinds(), key=lambda known: known.rpartition(".")[0] != section)
+    beside = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == section]
+    everywhere = [k.rpartition(".")[2] for k in keys]
+    near = spelling.nearest(name, everywhere if name in everywhere else beside)
+    near = near or spelling.nearest(name, everywhere)
+    found = next((known for known in keys if known.rpartition(".")[2] == near), None)
+    return f"; did you mean config.{found}?" if found else "; --list_keys shows all"
+
+
+def kinds() -> dict[str, type]:
+    """Every key of a config, with dots, and the type of its values."""
+
+    def inside(config: ConfigDict, before: str) -> typing.Iterator[tuple[str, type]]:
+        for name in config:
+            if isinstance(config[name], ConfigDict):
+                yield from inside(config[name], f"{before}{name}.")
+            else:
+                yield f"{before}{name}", config.get_type(name)
+
+    return dict(inside(default(), ""))
+
+
+def check_names(arguments: list[str]) -> None:
+    """Refuses options that are no key of a config, and whole numbers and numbers that are none.
+
+    Raises: ConfigError, which names the nearest right key.
+    """
+    known = kinds()
+    for argument in arguments:
+        option, given, text = argument.partition("=")
+        if not option.startswith("--") or option == "--config":
+            continue
+        key = option.removeprefix("--").removeprefix("config.")
+        if not option.startswith("--config."):
+            meant = f"; did you mean --config.{key}?" if key in known else _meant(key)
+            raise ConfigError(f"{option} is no option{meant.replace(' config.', ' --config.')}")
+        if key not in known:
+            raise ConfigError(_unknown(key))
+        if given and known[key] in (int, float):
+            with checks.refusing():
+                command_line.typed(f"config.{key}", text, known[key])
 
 
 def model_fields(arguments: list[str]) -> dict:
@@ -121,7 +174,8 @@ def model_fields(arguments: list[str]) -> dict:
     fields = {}
     for name, text in command_line.options("model", arguments).items():
         if name not in hints:
-            raise ValueError(f"--model.{name}: a model's config has no such field")
+            near = spelling.did_you_mean(name, hints)
+            raise ValueError(f"--model.{name}: a model's config has no such field{near}")
         fields[name] = command_line.typed(f"model.{name}", text, plain_type(hints[name]))
     return fields
 

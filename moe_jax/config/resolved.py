@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from moe_jax import spelling
 from moe_jax.config import checks, sections
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.sections import Section, key, part, section_of
@@ -106,9 +107,7 @@ def _model(section: dict[str, Any], init: sections.Init) -> ModelConfig:
     fields = {name: value for name, value in section.items() if value is not None}
     preset = fields.pop("preset")
     if preset and preset not in PRESETS:
-        raise ConfigError(
-            f"config.model.preset={preset!r} is unknown; use one of {', '.join(PRESETS)}"
-        )
+        raise ConfigError(spelling.unknown("config.model.preset", preset, PRESETS))
     base = dataclasses.asdict(PRESETS[preset]) if preset else {}
     source = init.parents[0] if init.parents else ""
     # A run's own config has the fields of its model; a Hugging Face folder gives those of its own.

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from moe_jax import spelling
 from moe_jax.model.router import ROUTERS
 
 DENSE, MOE = "dense", "moe"
@@ -150,11 +151,11 @@ class ModelConfig:
             if allowed["positive"] and not 0 < value < math.inf:
                 yield f"{name}={value} must be a finite number more than 0"
             if allowed["choices"] and value not in allowed["choices"]:
-                yield f"{name}={value!r} is unknown; use one of {allowed['choices']}"
+                yield spelling.unknown(name, value, allowed["choices"])
         yield from self._problems_of_sizes()
         yield from self._problems_of_layers()
         if self.router not in ROUTERS:
-            yield f"router={self.router!r} is unknown; use one of {tuple(ROUTERS)}"
+            yield spelling.unknown("router", self.router, ROUTERS)
         elif self.num_experts:
             yield from self._problems_of_routing()
 

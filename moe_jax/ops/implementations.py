@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import jax
 
+from moe_jax import spelling
+
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
@@ -52,8 +54,7 @@ def choose(
         name = next(n for n, row in table.items() if not (why_not(row, here) or refuses(row)))
         say_once(f"{op}: {name} on {here}")
     elif name not in table:
-        known = ", ".join(map(repr, ("auto", *table)))
-        raise ValueError(f"{op} implementation={name!r} is unknown; use one of {known}")
+        raise ValueError(spelling.unknown(f"{op} implementation", name, ("auto", *table)))
     elif reason := why_not(table[name], here) or refuses(table[name]):
         raise ValueError(f"{op} implementation={name!r} {reason}; use 'auto'")
     return table[name]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import config as configs
-from moe_jax import model
+from moe_jax import model, spelling
 from moe_jax.analysis import measures
 from moe_jax.data.batches import Batch
 from moe_jax.model import transformer
@@ -111,8 +111,7 @@ OBJECTIVES: dict[str, Objective] = {"next_token": Objective(next_token, _teacher
 def choose(name: str) -> Objective:
     """Raises: ConfigError for a name that is not in the table."""
     if name not in OBJECTIVES:
-        known = ", ".join(OBJECTIVES)
-        raise configs.ConfigError(f"config.objective.name={name!r} is unknown; use one of {known}")
+        raise configs.ConfigError(spelling.unknown("config.objective.name", name, OBJECTIVES))
     return OBJECTIVES[name]
 
 

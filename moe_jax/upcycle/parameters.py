@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated
 
+from moe_jax import spelling
 from moe_jax.upcycle import experts
 
 
@@ -31,7 +32,7 @@ class Parameter:
         if self.deviation and not 0 <= value < math.inf:
             raise ValueError(f"{name}={value} must be a finite number of at least 0")
         if self.choices and value not in self.choices:
-            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(self.choices)}")
+            raise ValueError(spelling.unknown(name, value, self.choices))
 
 
 def limits(annotation) -> Parameter:

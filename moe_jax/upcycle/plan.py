@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from moe_jax import spelling
 from moe_jax.model.config import (
     ATTENTION_EXPERTS,
     COMPUTATION,
@@ -197,7 +198,7 @@ def make(
     method = recipes.RECIPES[recipe]
     known = (*router_init.ROUTER_INITIALISERS, router_init.COPIED)
     if router and router not in known:
-        raise ValueError(f"router={router!r} is unknown; use one of {', '.join(known)}")
+        raise ValueError(spelling.unknown("router", router, known))
     given = {name: value for name, value in parameters.items() if value is not None}
     plan = Plan(
         name=recipe,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import spelling
 from moe_jax.model.config import ModelConfig
 from moe_jax.upcycle import experts, mixing, parameters, step_zero
 
@@ -315,11 +316,11 @@ RECIPES = {
 def check(recipe: str, given: dict) -> None:
     """Raises: ValueError for an unknown recipe, or a parameter or value it does not take."""
     if recipe not in RECIPES:
-        raise ValueError(f"recipe={recipe!r} is unknown; use one of {', '.join(RECIPES)}")
+        raise ValueError(spelling.unknown("recipe", recipe, RECIPES))
     limits = RECIPES[recipe].limits
     for name, value in given.items():
         if name not in limits:
-            takes = ", ".join(limits) or "no parameters"
+            takes = (", ".join(limits) or "none") + spelling.did_you_mean(name, limits)
             raise ValueError(f"recipe {recipe!r} has no parameter {name!r}; it takes {takes}")
         if value is not None:
             limits[name].check(name, value)

@@ -110,7 +110,10 @@ def test_a_changed_copy_is_checked_too():
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"model__preset": "llama"}, "config.model.preset='llama' is unknown; use one of"),
+        (
+            {"model__preset": "llama"},
+            "preset='llama' is unknown: did you mean 'llama-2-7b'. Use one of",
+        ),
         ({"model__preset": ""}, "config.model lacks .*vocab_size.*; set them, or config.model.pre"),
         ({"model__num_experts": 1}, "config.model.num_experts_per_tok=2 is more than num_experts"),
         ({"model__router": "no-such"}, "config.model.router='no-such' is unknown"),

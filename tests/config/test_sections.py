@@ -79,7 +79,7 @@ def test_a_value_that_a_key_refuses_is_named_in_one_line(section, field):
         (checks.SHARE, 2, "config.a.b=2 must be from 0 to 1"),
         (checks.SHARE, math.nan, "config.a.b=nan is not a finite number; it must be from 0 to 1"),
         (checks.seed, 2**31, "config.a.b=2147483648 must be less than 2**31"),
-        (checks.one_of("x", "y"), "z", "config.a.b='z' is unknown; use one of ('x', 'y')"),
+        (checks.one_of("x", "y"), "z", "config.a.b='z' is unknown; use one of x, y"),
     ],
 )
 def test_a_refusal_says_the_value_and_the_limit(check, value, complaint):

@@ -183,7 +183,10 @@ def test_no_bit_depends_on_mesh_or_compilation_or_number_of_experts(sizes, param
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"recipe": "drp"}, "recipe='drp' is unknown; use one of naive, noise, drop"),
+        (
+            {"recipe": "drp"},
+            "recipe='drp' is unknown: did you mean 'drop'. Use one of naive",
+        ),
         ({"recipe": "naive", "ratio": 0.5}, "recipe 'naive' has no parameter 'ratio'"),
         ({"ration": 0.5}, "no parameter 'ration'; it takes ratio, index_sharing, permute"),
         ({"ratio": 1.5}, "ratio=1.5 .* use a value from 0 to 1"),
