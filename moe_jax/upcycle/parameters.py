@@ -25,6 +25,13 @@ class Parameter:
     statistics: Mapping[str, str] = dataclasses.field(default_factory=dict)
     for_moments: object = None
 
+    def __str__(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.share_of:
+            return f"a share of the {self.share_of.removeprefix('the ')}, from 0 to 1"
+        return "a finite number of at least 0" if self.deviation else ""
+
     def check(self, name: str, value) -> None:
         """Raises: ValueError for a value that it may not have."""
         if (of := self.share_of) and not 0 <= value <= 1:

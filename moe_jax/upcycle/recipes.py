@@ -327,11 +327,40 @@ def check(recipe: str, given: dict) -> None:
 
 
 def table() -> str:
-    """The recipes as a Markdown table, for the README."""
+    """The recipes as a Markdown table."""
     rows = [
-        (f"`{name}`", r.takes, r.kept, r.changed, r.start.text, r.cost, r.source)
+        (f"`{name}`", r.takes, r.kept, r.changed, r.start.text, _parameters(r), r.cost, r.source)
         for name, r in RECIPES.items()
     ]
-    head = ("recipe", "made of", "kept", "changed", "step 0 is the parent's", "cost", "source")
+    head = ("recipe", "made of", "kept", "changed", "step 0 is the parent's", "parameters")
+    head += ("cost", "source")
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _parameters(recipe: Recipe) -> str:
+    return ", ".join(f"`{name}={value}`" for name, value in recipe.defaults.items()) or "none"
+
+
+def explained(name: str) -> str:
+    """One recipe in some lines, for a terminal."""
+    recipe = RECIPES[name]
+    described = inspect.getdoc(recipe.make) or ""
+    lines = [
+        f"{name}: {' '.join(described.split())}",
+        f"  made of   {'several dense models' if recipe.several else f'a {recipe.takes} model'}",
+        f"  kept      {recipe.kept}",
+        f"  changed   {recipe.changed}",
+        f"  step 0    {recipe.start.text}",
+        f"  cost      {recipe.cost}",
+        f"  router    {recipe.router}",
+        f"  source    {recipe.source}",
+        "  parameters, --recipe.NAME=VALUE or config.init.upcycle.NAME:",
+    ]
+    rows = [
+        f"    {parameter}={default}  {recipe.limits[parameter]}".rstrip()
+        for parameter, default in recipe.defaults.items()
+    ]
+    if recipe.statistics:
+        rows.append(f"    needs --statistics with {', '.join(recipe.statistics)}")
+    return "\n".join([*lines, *(rows or ["    none"])])
