@@ -332,8 +332,8 @@ def table() -> str:
         (f"`{name}`", r.takes, r.kept, r.changed, r.start.text, _parameters(r), r.cost, r.source)
         for name, r in RECIPES.items()
     ]
-    head = ("recipe", "made of", "kept", "changed", "step 0 is the parent's", "parameters")
-    head += ("cost", "source")
+    first = ("recipe", "made of", "kept", "changed")
+    head = (*first, "step 0 is the parent's", "parameters", "cost", "source")
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
