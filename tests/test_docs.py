@@ -18,7 +18,7 @@ from moe_jax.training import balance, objective
 from moe_jax.upcycle import recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 MOST_LINES = {"README.md": 150, "CHANGELOG.md": 1000}
 TABLES = (
     router.ROUTERS,
