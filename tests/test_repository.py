@@ -39,7 +39,7 @@ def test_every_package_is_installed_and_every_script_explains_itself():
         assert "Examples:\n  python scripts/" + script.name in command.read_text(), script
 
 
-def test_the_readmes_table_of_recipes_is_that_of_the_code():
-    command = [sys.executable, "scripts/recipes.py", "--check"]
+def test_the_generated_parts_of_the_pages_are_those_of_the_code():
+    command = [sys.executable, "scripts/write_docs.py", "--check"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

@@ -9,7 +9,7 @@ Examples:
       --coordinator=host0:9876 --num_processes=2 --process_id=0
 
 Run the same command again to go on where a run stopped. The config file is Python and is executed.
-moe_jax/config/sections.py explains all keys and has their defaults.
+--list_keys explains all keys of a config, --list_keys=optimizer those of a section.
 
 On several hosts start the same command on each, with one workdir that all of them see. Slurm's
 srun, Open MPI, Cloud TPU slices and Kubernetes (GKE) say themselves how many there are; elsewhere
@@ -19,9 +19,20 @@ Exit status: 0 done, 1 lost another process (run all again to go on), 2 a mistak
 3 losses not finite, 75 stopped by SIGTERM or Ctrl-C after saving (run again to go on).
 """
 
+import argparse
 import pathlib
 
 from moe_jax import command_line, config
+from moe_jax.config import listing
+
+
+class ListKeys(argparse.Action):
+    """Prints the keys of a config and ends, as --help does."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        with parser.refusing():  # type: ignore[attr-defined]
+            print(listing.text(values or ""))
+        parser.exit()
 
 
 def main() -> None:
@@ -30,8 +41,12 @@ def main() -> None:
     add = parser.add_argument
     add("--config", metavar="FILE[:ARG]", required=True, help="a Python file with get_config()")
     kept = "where metrics, checkpoints and the result are kept"
-    add("--workdir", metavar="DIR", required=True, type=pathlib.Path, help=kept)
+    add("--workdir", metavar="DIR", type=pathlib.Path, help=kept)
     add("--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key")
+    shown = "print all keys of the run with their values, and do not train"
+    add("--print_config", action="store_true", help=shown)
+    listed = "print all keys, or those of one section, with defaults and explanations"
+    add("--list_keys", nargs="?", metavar="SECTION", action=ListKeys, help=listed)
     add = parser.add_argument_group("several processes").add_argument
     add("--coordinator", metavar="HOST:PORT", default="", help="address of process 0")
     add("--num_processes", metavar="N", type=int, help="number of processes of the whole run")
@@ -39,6 +54,12 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     with parser.refusing():
         settings = config.resolve(config.parse([f"--config={arguments.config}", *overrides]))
+        if arguments.print_config:
+            for name, value in listing.resolved(settings).items():
+                print(f"{name}={listing.shown(value)}")
+            return
+        if arguments.workdir is None:
+            raise ValueError("--workdir=DIR is missing: the folder for metrics and checkpoints")
         from moe_jax import train
         from moe_jax.parallel import distributed
 

@@ -1,0 +1,32 @@
+"""Prints the config keys in which two runs differ.
+
+Examples:
+  python scripts/config_diff.py runs/quickstart/naive-7f runs/quickstart/drop_0.5-1c
+  python scripts/config_diff.py configs/mixtral/8x7b.py configs/olmoe/1b_7b.py
+
+A run is its workdir, or a config file (FILE or FILE:ARG). Values are those of the resolved config:
+the fields of a model count, whether they come from a preset or are set one by one.
+"""
+
+import pathlib
+
+from moe_jax import command_line, config
+from moe_jax.config import listing
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("a", metavar="RUN_A", help="a workdir or a config file")
+    parser.add_argument("b", metavar="RUN_B", help="a workdir or a config file")
+    arguments = parser.parse_args()
+    with parser.refusing():
+        rows = listing.difference(_settings(arguments.a), _settings(arguments.b))
+    for name, first, second in rows:
+        print(f"{name}: {listing.shown(first)} -> {listing.shown(second)}")
+    if not rows:
+        print("no difference")
+
+
+def _settings(run: str) -> config.Run:
+    workdir = pathlib.Path(run)
+    return config.resolve(config.load_json(workdir) if workdir.is_dir() else config.load(run))

@@ -1,0 +1,39 @@
+"""Writes the parts of docs/ that come from the code: the tables of recipes and of config keys.
+
+Examples:
+  python scripts/write_docs.py
+  python scripts/write_docs.py --check
+
+A generated part stands between two markers. --check writes nothing, and ends with status 1 if a
+page is not what the code gives.
+"""
+
+import pathlib
+
+from moe_jax import command_line
+from moe_jax.config import listing
+from moe_jax.upcycle import recipes
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+GENERATED = {"upcycling.md": recipes.table, "configuration.md": listing.page}
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="compare the pages, write nothing")
+    arguments = parser.parse_args()
+    with parser.refusing():
+        if not DOCS.is_dir():
+            raise ValueError(f"{DOCS} does not exist; this command is for a checkout")
+        for name, part in GENERATED.items():
+            page = DOCS / name
+            text = page.read_text(encoding="utf-8")
+            before, rest = text.split(BEGIN)
+            _, after = rest.split(END)
+            new = f"{before}{BEGIN}\n{part()}\n{END}{after}"
+            if arguments.check and new != text:
+                parser.exit(1, f"docs/{name} is old; run python scripts/write_docs.py\n")
+            elif new != text:
+                page.write_text(new, encoding="utf-8")
+                print(f"docs/{name}")
