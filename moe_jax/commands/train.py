@@ -30,7 +30,7 @@ class ListKeys(argparse.Action):
     """Prints the keys of a config and ends, as --help does."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        with parser.refusing():  # type: ignore[attr-defined]
+        with parser.refusing():
             print(listing.text(values or ""))
         parser.exit()
 

@@ -82,7 +82,7 @@ def _figure(columns: int, height: float = 4.2, width: float = 10.0):
 
 
 def loss(records: list[Record]) -> Figure:
-    """Training and held-out loss of each sparse arm over its tokens, with its parents' level."""
+    """Training and held-out loss of each arm over its tokens, with its parents' level."""
     figure, (left, right) = _figure(2)
     arms = _arms(records)
     for record in arms:
@@ -100,7 +100,7 @@ def loss(records: list[Record]) -> Figure:
     # The bits of an untrained model would squeeze all others together.
     trained = [row for r in arms for row in r.validation_rows if row["step"]]
     right.set_ylim(top=1.05 * max(row["validation"]["bits_per_byte"] for row in trained))
-    xlabel = "million tokens" if arms == records else "million tokens as MoE"
+    xlabel = "million tokens" if arms == records else "million tokens after the parent"
     left.set(title="Training loss (smoothed)", ylabel="nats per token", xlabel=xlabel)
     right.set(title="Held-out text", ylabel="bits per byte", xlabel=xlabel)
     figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=6)
@@ -232,8 +232,8 @@ FIGURES = {
 
 
 def _arms(records: list[Record]) -> list[Record]:
-    """The sparse runs, or all where none is."""
-    return [record for record in records if record.is_sparse] or records
+    """The sparse runs and those that go on from another, or all where there are none."""
+    return [r for r in records if r.is_sparse or r.config["init"]["source"]] or records
 
 
 def _smooth(values: list[float]) -> np.ndarray:

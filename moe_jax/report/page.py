@@ -13,8 +13,10 @@ from moe_jax.report.figures import Record
 from moe_jax.training import metrics
 
 CAPTIONS = {
-    "loss": "Loss against the tokens seen as an MoE; an untrained model's is beyond the top. "
-    "Dotted: the dense parent's loss in its last training rows, and its final held-out loss.",
+    "loss": "Loss against the tokens seen after the parent; an untrained model's is beyond the top. "
+    "Dotted: the dense parent's loss in its last training rows, and its final held-out loss. A run "
+    "that starts from a parent first gets worse: its learning rate rises again, and Adam's moments "
+    "begin at zero.",
     "languages": "Final held-out bits per byte by language. Bytes are not comparable between "
     "scripts (a Cyrillic letter has two, a CJK character three): compare runs within a line.",
     "expert_load": "Where the routers send held-out tokens: each row of a panel sums to 100 %.",
