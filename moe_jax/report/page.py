@@ -13,7 +13,7 @@ from moe_jax.report.figures import Record
 from moe_jax.training import metrics
 
 CAPTIONS = {
-    "loss": "Loss against the tokens seen after the parent; an untrained model's is beyond the top. "
+    "loss": "Loss against the tokens after the parent; an untrained model's is beyond the top. "
     "Dotted: the dense parent's loss in its last training rows, and its final held-out loss. A run "
     "that starts from a parent first gets worse: its learning rate rises again, and Adam's moments "
     "begin at zero.",
