@@ -4,19 +4,25 @@ Examples:
   python scripts/dryrun.py --config=configs/mixtral/8x7b.py --topology=v5p:2x2x4
   python scripts/dryrun.py --config=configs/mixtral/8x7b.py:32 --topology="2*v5p:2x2x4" --json
   python scripts/dryrun.py --config=configs/olmoe/1b_7b.py --topology=v5p:2x2x2 --search
+  python scripts/dryrun.py --config=configs/mixtral/8x7b.py --topology=v5p-32 --price=4.2
+  python scripts/dryrun.py --config=configs/olmoe/1b_7b.py --topology=h100:8
   python scripts/dryrun.py --config=configs/quickstart.py --topology=cpu:8
 
 It prints, for one device and one step: memory beside the chip's, and whether it fits; FLOPs of the
 executed products beside the two counts; bytes and number of the collectives by axes of the mesh
 ("slices": between slices); the least time by products, memory (HBM) and networks (ICI, DCN).
-roofline_seconds is the slowest of these four, as if they overlapped perfectly; it bounds the MFU.
+roofline_seconds is the slowest of these four, as if they overlapped perfectly; it bounds the MFU,
+the tokens per second, and the days and device hours of the whole run. --price adds the cost.
 
-Chips are v4, v5e, v5p, v6e and tpu7x, sides as in the pages of Google Cloud. It needs no TPU but
-its compiler, libtpu: pip install 'jax[tpu]==' and the version of jax that is installed. Fake CPU
-devices, cpu:8, need nothing and have memory and collectives only. It reads no data or parents.
+Chips are v4, v5e, v5p, v6e and tpu7x, with the sides or the accelerator type of Google Cloud:
+v5p:2x2x2 is v5p-16. It needs no TPU but its compiler, libtpu: pip install 'jax[tpu]==' and the
+version of jax that is installed. GPUs are a100, h100, h200 and b200; h100:16 is two nodes of 8.
+Their step is compiled for CPU devices, and the report says that it is an estimate. Fake CPU
+devices, cpu:8, have memory and collectives only. It reads no data or parents.
 
 --search compiles many times: it tries remat policies on the config's mesh, then other meshes, each
-with the fewest microbatches that fit. It prints its trials on stderr, then the fastest that fits.
+with the fewest microbatches that fit. It prints its trials on stderr, then the fastest that fits
+and its options to copy.
 """
 
 import argparse
@@ -35,10 +41,11 @@ def main() -> None:
     parser.usage = "%(prog)s --config=FILE --topology=CHIP:SHAPE [--config.SECTION.KEY=VALUE ...]"
     add = parser.add_argument
     add("--config", metavar="FILE[:ARG]", required=True, help="a Python file with get_config()")
-    where = "v5p:2x2x4; for two slices 2*v5p:2x2x4; for fake devices cpu:8"
+    where = "v5p:2x2x4 or v5p-32; two slices: 2*v5p:2x2x4; GPUs: h100:8; fake devices: cpu:8"
     add("--topology", metavar="CHIP:SHAPE", required=True, help=where)
     add("--hbm_limit", metavar="GB", type=float, help="memory of a device (the chip's)")
     add("--search", action="store_true", help="try remat policies, microbatches and meshes")
+    add("--price", metavar="USD", type=float, default=0.0, help="of a device for an hour (0)")
     add("--json", action="store_true", help="print an object, no tables")
     add("--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key")
     arguments, overrides = parser.parse_known_args()
@@ -50,10 +57,14 @@ def main() -> None:
         settings = configs.resolve(configs.parse([f"--config={arguments.config}", *overrides]))
         report = run(settings, arguments)
     from moe_jax.dryrun import report as dryrun
+    from moe_jax.dryrun import search
 
-    print(
-        json.dumps(dataclasses.asdict(report), indent=1) if arguments.json else dryrun.text(report)
-    )
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(report), indent=1))
+        return
+    print(dryrun.text(report, arguments.price))
+    if arguments.search:
+        print(f"  options  {search.flags(report)}")
 
 
 def run(settings, arguments: argparse.Namespace):

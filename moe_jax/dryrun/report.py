@@ -56,6 +56,12 @@ class Report:
     roofline_seconds: float | None = None
     mfu_bound: float | None = None
     compile_seconds: float = 0.0  # with lowering; 0 where the state alone does not fit
+    tokens_per_second: float | None = None  # of all devices, at most: by the roofline
+    tokens_per_second_per_device: float | None = None
+    num_steps: int = 0
+    days: float | None = None  # of all steps, at least
+    device_hours: float | None = None
+    estimate: bool = False  # compiled for CPU devices that stand for GPUs
 
 
 def run(
@@ -95,6 +101,8 @@ def run(
         "hbm_limit_bytes": limit,
         "analytic_flops": tokens * analytic_flops,
         "model_flops": tokens * model_flops,
+        "num_steps": settings.training.num_steps,
+        "estimate": topology.compiles_here and chip is not None,
     }
     if limit is not None and arguments > limit:  # before minutes of compiling
         return Report(**facts, fits=False, hbm_peak_bytes=arguments, argument_bytes=arguments)
@@ -115,7 +123,7 @@ def run(
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     peak = memory.peak_memory_in_bytes  # on TPU with the arrays that it keeps in VMEM
-    if not chip:  # the peak of a CPU leaves out the temporaries
+    if topology.compiles_here:  # the peak of a CPU leaves out the temporaries
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     within = dict(zip(mesh.axis_names, meshes.first_slice(mesh).shape, strict=True))
     read: dict[str, Any] = {
@@ -130,7 +138,7 @@ def run(
     return Report(
         **facts,
         **read,
-        **_times(topology, mesh, facts["model_flops"], read),
+        **_times(topology, mesh, facts["model_flops"], read, settings, tokens),
         fits=None if limit is None else peak <= limit,
         hbm_peak_bytes=peak,
         argument_bytes=memory.argument_size_in_bytes,
@@ -139,7 +147,15 @@ def run(
     )
 
 
-def _times(topology: chips.Topology, mesh: jax.sharding.Mesh, model_flops: float, read) -> dict:
+def _times(
+    topology: chips.Topology,
+    mesh: jax.sharding.Mesh,
+    model_flops: float,
+    read: dict,
+    settings: configs.Run,
+    tokens: float,
+) -> dict:
+    """Args: tokens: those of one device in a step."""
     if (chip := topology.facts) is None:
         return {}
     seconds = rooflines.seconds(
@@ -154,6 +170,10 @@ def _times(topology: chips.Topology, mesh: jax.sharding.Mesh, model_flops: float
         "roofline": seconds,
         "roofline_seconds": seconds.bound,
         "mfu_bound": model_flops / (seconds.bound * chip.flops),
+        "tokens_per_second": tokens * mesh.size / seconds.bound,
+        "tokens_per_second_per_device": tokens / seconds.bound,
+        "days": settings.training.num_steps * seconds.bound / 86400,
+        "device_hours": settings.training.num_steps * seconds.bound * mesh.size / 3600,
     }
 
 
@@ -168,11 +188,14 @@ def bytes_wanted(complaint: str) -> int:
     raise configs.ConfigError(f"the compiler cannot make this step: {complaint.splitlines()[0]}")
 
 
-def text(report: Report) -> str:
-    """The report as a short table of at most 100 columns, with the collectives if it compiled."""
+def text(report: Report, price: float = 0.0) -> str:
+    """The report as a short table of at most 100 columns, with the collectives if it compiled.
+
+    Args: price: of a device for an hour.
+    """
     mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1)
     lines = [
-        f"{report.topology}: {report.devices} devices, {mesh or 'no mesh'}, "
+        f"{chips.topology(report.topology).title}: {report.devices} devices, {mesh or 'no mesh'}, "
         f"microbatches {report.microbatches}, remat {report.remat}",
         f"  memory   {_memory(report)}",
     ]
@@ -188,6 +211,19 @@ def text(report: Report) -> str:
             f"  seconds  {report.roofline_seconds:.3g} at least ({shown}): "
             f"MFU at most {100 * report.mfu_bound:.0f} %"
         )
+        lines.append(
+            f"  speed    {report.tokens_per_second:,.0f} tokens/s at most, "
+            f"{report.tokens_per_second_per_device:,.0f} a device"
+        )
+        cost = f", {price * (report.device_hours or 0):,.0f} at {price:g} an hour" if price else ""
+        lines.append(
+            f"  run      {report.num_steps:,} steps take {report.days:,.2f} days at least, "
+            f"{report.device_hours:,.0f} device hours{cost}"
+        )
+    if report.estimate:
+        lines.append(
+            "  This is an estimate: the step was compiled for CPU devices in place of GPUs."
+        )
     if report.collectives is not None:
         lines.append(f"  {'collectives':20} {'along':22} {'times':>7} {'bytes':>12}")
         for c in report.collectives:
@@ -202,9 +238,13 @@ def size(number: int) -> str:
 
 
 def _memory(report: Report) -> str:
-    verdict = {True: "fits", False: "does not fit", None: "no limit known"}[report.fits]
+    refusal = "does not fit; --search finds settings that do"
+    verdict = {True: "fits", False: refusal, None: "no limit known"}[report.fits]
     of_limit = f" of {size(report.hbm_limit_bytes)}" if report.hbm_limit_bytes else ""
     parts = f"arguments {size(report.argument_bytes)}"
     if report.temporary_bytes is not None:
         parts += f", temporaries {size(report.temporary_bytes)}"
+        if spare := report.argument_bytes + report.temporary_bytes - report.hbm_peak_bytes:
+            more = "not all at the peak" if spare > 0 else "and code or outputs"
+            parts += f" {more}"
     return f"{size(report.hbm_peak_bytes)}{of_limit} ({parts}): {verdict}"

@@ -1,4 +1,4 @@
-"""The least time that a step can take on TPUs: products, memory and networks, each by itself.
+"""The least time that a step can take on chips: products, memory and networks, each by itself.
 
 Were they to overlap perfectly, the step would take as long as the slowest of the four.
 """
@@ -36,11 +36,14 @@ class Seconds:
 def links(
     grid: np.ndarray, axes: tuple[int, ...], chip: chips.Chip, topology: chips.Topology
 ) -> int:
-    """Links of a device along the sides of the torus that a group along these axes spans.
+    """Links of a device along the sides of the torus that a group along these axes spans; of a GPU
+    1 inside of a node, which NVLink joins, and 0 for a group of several nodes.
 
     Args: grid: the devices of a slice, as in the mesh; axes: numbers of the mesh's axes.
     """
     group = tuple(slice(None) if axis in axes else 0 for axis in range(grid.ndim))
+    if chip.node:
+        return len({device.id // chip.node for device in np.ravel(grid[group])}) == 1
     coords = [device.coords for device in np.ravel(grid[group])]
     spanned = np.flatnonzero(np.ptp(coords, axis=0) > 0).tolist()
     return sum(1 + chip.wraps(topology.shape, side) for side in spanned)
@@ -70,4 +73,7 @@ def seconds(
         if number := links(grid, axes, chip, topology):  # none between the cores of a chip
             size = math.prod(grid.shape[axis] for axis in axes)
             ici += sent(row, size) / (number * chip.link_bandwidth)
+        elif chip.node:
+            size = math.prod(grid.shape[axis] for axis in axes)
+            dcn += sent(row, size) / chip.dcn_bandwidth
     return Seconds(step_flops / chip.flops, traffic / chip.hbm_bandwidth, ici, dcn)

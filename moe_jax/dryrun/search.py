@@ -103,5 +103,15 @@ def line(report: dryrun.Report) -> str:
     return _COLUMNS.format(*plan, peak, verdict, least)
 
 
+def flags(report: dryrun.Report) -> str:
+    """The options that give a run these settings, to copy."""
+    settings = {
+        "model.remat": report.remat,
+        "training.accumulation_steps": report.microbatches,
+        **{f"mesh.{axis}": size for axis, size in report.mesh.items()},
+    }
+    return " ".join(f"--config.{name}={value}" for name, value in settings.items())
+
+
 _COLUMNS = "{:13} {:>12}  {:28} {:>10} {:>5} {:>10}"
 HEADER = _COLUMNS.format("remat", "microbatches", "mesh", "peak", "", "least, s")

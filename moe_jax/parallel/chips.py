@@ -1,12 +1,17 @@
-"""The figures of each kind of TPU, and the names of their slices.
+"""The figures of each kind of TPU and GPU, and the names of their slices.
 
 A figure is that of one device as jax counts them: a chip, but half a chip of TPU7x. They come from
 the chips' pages at https://cloud.google.com/tpu/docs ("v4", "v5e", "v5p", "v6e", "tpu7x"): bfloat16
 peak, HBM bandwidth, both directions of all inter-chip links (ICI), and the data center network
 (DCN) between slices. The memory is what libtpu 0.0.42 leaves to a program.
+
+The figures of GPUs are those of NVIDIA's data sheets (SXM modules, dense bfloat16): a link is all
+of NVLink in one direction, and the data center network is one adapter for each GPU, of 200 Gbit/s
+for A100 and 400 Gbit/s for the others.
 """
 
 import dataclasses
+import math
 import re
 
 GiB = 2**30
@@ -22,6 +27,9 @@ class Chip:
     dcn_bandwidth: float  # bytes/s in one direction
     dimensions: int  # of the torus
     config_name: str = "default"  # libtpu's; "megacore": the two cores of a chip are one device
+    accelerator: str = ""  # how Google Cloud names slices by their size: "v5p-" of "v5p-16"
+    counted: int = 1  # the number that it counts for one chip: cores, or chips
+    node: int = 0  # GPUs that NVLink joins; 0 for a TPU
 
     def wraps(self, shape: tuple[int, ...], side: int) -> bool:
         """True if a side of the slice is a ring, not a line.
@@ -37,11 +45,19 @@ class Chip:
 CHIPS = {
     # The page of v4 lacks ICI and DCN: 2400 Gbit/s in one direction (JAX's scaling book), and 200
     # Gbit/s for the four chips of a host, as for v5p.
-    "v4": Chip("TPU v4", int(30.75 * GiB), 275e12, 1200e9, 50e9, 6.25e9, 3, "megacore"),
-    "v5e": Chip("TPU v5 lite", int(15.75 * GiB), 197e12, 819e9, 50e9, 3.125e9, 2),
-    "v5p": Chip("TPU v5", int(95.74 * GiB), 459e12, 2765e9, 100e9, 6.25e9, 3),
-    "v6e": Chip("TPU v6 lite", int(31.25 * GiB), 918e12, 1638e9, 100e9, 12.5e9, 2),
+    "v4": Chip("TPU v4", int(30.75 * GiB), 275e12, 1200e9, 50e9, 6.25e9, 3, "megacore", "v4-", 2),
+    "v5e": Chip(
+        "TPU v5 lite", int(15.75 * GiB), 197e12, 819e9, 50e9, 3.125e9, 2, accelerator="v5litepod-"
+    ),
+    "v5p": Chip("TPU v5", int(95.74 * GiB), 459e12, 2765e9, 100e9, 6.25e9, 3, "default", "v5p-", 2),
+    "v6e": Chip(
+        "TPU v6 lite", int(31.25 * GiB), 918e12, 1638e9, 100e9, 12.5e9, 2, accelerator="v6e-"
+    ),
     "tpu7x": Chip("TPU7x", int(94.75 * GiB), 1153.5e12, 3690e9, 50e9, 6.25e9, 3),
+    "a100": Chip("NVIDIA A100", 80 * 10**9, 312e12, 2039e9, 300e9, 25e9, 1, node=8),
+    "h100": Chip("NVIDIA H100", 80 * 10**9, 989e12, 3350e9, 450e9, 50e9, 1, node=8),
+    "h200": Chip("NVIDIA H200", 141 * 10**9, 989e12, 4800e9, 450e9, 50e9, 1, node=8),
+    "b200": Chip("NVIDIA B200", 180 * 10**9, 2250e12, 8000e9, 900e9, 50e9, 1, node=8),
 }
 
 
@@ -58,15 +74,33 @@ class Topology:
     def facts(self) -> Chip | None:
         return CHIPS.get(self.chip)
 
+    @property
+    def compiles_here(self) -> bool:
+        """True if fake CPU devices stand for it: CPUs themselves, and GPUs, as an estimate."""
+        return self.facts is None or self.facts.node > 0
+
+    @property
+    def title(self) -> str:
+        """The name, with the accelerator type by which Google Cloud rents such a slice."""
+        if self.facts is None or not self.facts.accelerator:
+            return self.name
+        number = math.prod(self.shape) * self.facts.counted
+        slices = f"{self.slices}*" if self.slices > 1 else ""
+        return f"{self.name} ({slices}{self.facts.accelerator}{number})"
+
 
 def topology(name: str) -> Topology:
-    """The topology named "v5p:2x2x4", "2*v5p:2x2x4" (two such slices) or "cpu:8" (fake CPUs).
+    """The topology named "v5p:2x2x4", "2*v5p:2x2x4" (two such slices), "h100:8" or "cpu:8" (fake
+    CPUs), or by Google Cloud's accelerator type, such as "v5p-32" for "v5p:2x2x4".
 
     Raises: ValueError for a name that is none.
     """
+    name = _by_shape(name)
     found = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if not found:
-        raise ValueError(f"topology {name!r} is not like v5p:2x2x4, 2*v5p:2x2x4 or cpu:8")
+        raise ValueError(
+            f"topology {name!r} is not like v5p:2x2x4, v5p-32, 2*v5p:2x2x4, h100:8 or cpu:8"
+        )
     slices, chip, sides = found.groups()
     shape = tuple(map(int, sides.split("x")))
     if chip != "cpu" and chip not in CHIPS:
@@ -78,6 +112,22 @@ def topology(name: str) -> Topology:
         raise ValueError(
             f"topology {name!r}: {chip} has {dimensions} dimension(s); for example {chip}:{like}"
         )
-    if chip == "cpu" and slices:
-        raise ValueError(f"topology {name!r}: fake devices have no slices; use cpu:{shape[0]}")
+    if slices and dimensions == 1:
+        raise ValueError(f"topology {name!r}: {chip} has no slices; use {chip}:{shape[0]}")
     return Topology(name, chip, shape, int(slices or 1))
+
+
+def _by_shape(name: str) -> str:
+    """The name with the shape that Google Cloud gives to an accelerator type by default."""
+    found = re.fullmatch(r"(\d+\*)?(\w+-)(\d+)", name)
+    chips = [c for c, row in CHIPS.items() if found and found[2] in (row.accelerator, f"{c}-")]
+    if not found or not chips or not CHIPS[chips[0]].accelerator:
+        return name
+    chip = CHIPS[chips[0]]
+    shape = [1, 2, 2] if chip.dimensions == 3 else [1, 1]
+    while math.prod(shape) * chip.counted < int(found[3]):
+        shape = sorted((2 * min(shape), *sorted(shape)[1:]))
+    if math.prod(shape) * chip.counted != int(found[3]):
+        raise ValueError(f"topology {name!r} is no size of {chips[0]}; sizes are powers of 2")
+    sides = shape[::-1] if math.prod(shape) == 4 and chip.dimensions == 3 else shape
+    return f"{found[1] or ''}{chips[0]}:{'x'.join(map(str, sides))}"

@@ -16,12 +16,7 @@ from moe_jax.ops import attention
 from moe_jax.parallel import chips
 
 # Dense bfloat16 matrix-product peak of one device, FLOP/s, from the vendors' data sheets.
-PEAK_FLOPS = {
-    **{chip.device_kind: chip.flops for chip in chips.CHIPS.values()},
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+PEAK_FLOPS = {chip.device_kind: chip.flops for chip in chips.CHIPS.values()}
 
 
 def _products(config: ModelConfig) -> dict[str, float]:

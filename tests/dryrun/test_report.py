@@ -12,7 +12,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax.dryrun import report as dryrun
-from moe_jax.dryrun import topologies
+from moe_jax.dryrun import search, topologies
 from moe_jax.parallel import chips
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -118,7 +118,10 @@ def test_a_failure_of_the_compiler_for_another_reason_is_no_lack_of_memory():
         (["--topology=v9:2x2"], "unknown chip v9; use one of cpu, v4, v5e, v5p, v6e, tpu7x"),
         (["--topology=cpu:3"], "config.training.batch_size .* is not divisible by the 3 batch"),
         (["--topology=cpu:8", "--config.mesh.fsdp=3"], "config.mesh .* does not fit 8 device"),
-        (["--topology=cpu:8", "--config.model.num_heads=3"], "unknown key"),
+        (
+            ["--topology=cpu:8", "--config.model.num_heads=3"],
+            "config.model.num_heads is no key",
+        ),
         (["--topology=cpu:8", "--search"], "--search needs to know what fits cpu:8; add"),
         (["--topology=cpu:8", "--hbm_limit=0"], "--hbm_limit=0.0 must be a number of GB more"),
         (["--topology=cpu:9"], "jax has only 8 CPU device"),
@@ -151,3 +154,34 @@ def _pretend_libtpu(folder, version, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: libtpu\nVersion: {version}\n")
     monkeypatch.setenv("TPU_LIBRARY_PATH", str(folder / "libtpu" / "libtpu.so"))
+
+
+def test_the_answers_for_a_run_follow_from_the_least_time_of_a_step(tiny):
+    """GPUs are estimated on CPU devices; a step takes as long as the slowest part."""
+    report = dry_run(configs.load(str(tiny), {"training.num_steps": 1000}), "h100:8")
+    tokens = 8 * 128
+    assert report.estimate and report.fits and report.hbm_limit_bytes == 80 * 10**9
+    assert report.tokens_per_second == pytest.approx(tokens / report.roofline_seconds)
+    assert report.tokens_per_second_per_device == pytest.approx(report.tokens_per_second / 8)
+    assert report.days == pytest.approx(1000 * report.roofline_seconds / 86400)
+    assert report.device_hours == pytest.approx(24 * 8 * report.days)
+    hours = dataclasses.replace(report, device_hours=1000.0)
+    assert "1,000 device hours, 2,500 at 2.5 an hour" in dryrun.text(hours, price=2.5)
+    assert "This is an estimate" in dryrun.text(report)
+
+
+def test_memory_that_does_not_add_up_says_why_and_no_fit_says_what_to_do(tiny):
+    report = dry_run(configs.load(str(tiny)), "cpu:8", hbm_limit=10**9)
+    assert "not all" not in dryrun.text(report)
+    less = dataclasses.replace(report, hbm_peak_bytes=report.hbm_peak_bytes - 1000, fits=False)
+    assert "not all at the peak): does not fit; --search finds" in dryrun.text(less)
+
+
+def test_the_options_of_a_report_make_its_settings(tiny):
+    options = {"model.remat": "full", "training.accumulation_steps": 2, "mesh.fsdp": 4}
+    rows = {"training.batch_size": 16, "mesh.data": 2}
+    report = dry_run(configs.load(str(tiny), options | rows), "cpu:8")
+    flags = search.flags(report).split()
+    again = configs.resolve(configs.parse([f"--config={tiny}", *flags]))
+    assert (again.model.remat, again.training.accumulation_steps) == ("full", 2)
+    assert (again.mesh.data, again.mesh.fsdp, again.mesh.expert) == (2, 4, 1)

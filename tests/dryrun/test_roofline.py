@@ -31,6 +31,17 @@ def seconds_of(topology, mesh, *rows, step_flops=0, traffic=0):
     return roofline.seconds(**work, mesh=mesh, chip=topology.facts, topology=topology)
 
 
+def test_gpus_pass_nvlink_inside_of_a_node_and_the_network_between_nodes():
+    devices = np.array([types.SimpleNamespace(id=i) for i in range(16)]).reshape(2, 8)
+    mesh = types.SimpleNamespace(axis_names=("fsdp", "expert"), devices=devices)
+    inside, across = (
+        hlo.Collective("all-gather", (axis,), 1, 10**9) for axis in ("expert", "fsdp")
+    )
+    found = seconds_of("h100:16", mesh, inside, across)
+    assert found.ici == pytest.approx(7 / 8 * 1e9 / 450e9)
+    assert found.dcn == pytest.approx(1 / 2 * 1e9 / 50e9)
+
+
 @pytest.mark.parametrize(
     ("operation", "sent"),
     [

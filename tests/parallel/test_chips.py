@@ -13,16 +13,36 @@ def test_a_name_says_slices_chip_and_shape():
 
 
 @pytest.mark.parametrize(
+    ("accelerator", "shape"),
+    [
+        ("v4-8", "v4:2x2x1"),
+        ("v5p-16", "v5p:2x2x2"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-512", "v5p:4x8x8"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v6e-256", "v6e:16x16"),
+        ("2*v5p-32", "2*v5p:2x2x4"),
+    ],
+)
+def test_an_accelerator_type_is_the_slice_that_google_cloud_rents_under_it(accelerator, shape):
+    found = chips.topology(accelerator)
+    assert found == chips.topology(shape) and found.title == f"{shape} ({accelerator})"
+
+
+@pytest.mark.parametrize(
     ("name", "complaint"),
     [
         ("v5p", "is not like v5p:2x2x4"),
         ("v5p:2x0x2", "is not like v5p:2x2x4"),
         ("0*v5p:2x2x2", "is not like v5p:2x2x4"),
-        ("h100:8", "unknown chip h100; use one of cpu, v4, v5e, v5p, v6e, tpu7x"),
+        ("v9:8", "unknown chip v9; use one of cpu, v4, v5e, v5p, v6e, tpu7x, a100, h100"),
+        ("v5p-12", "'v5p-12' is no size of v5p; sizes are powers of 2"),
+        ("tpu7x-8", "is not like v5p:2x2x4, v5p-32"),
         ("v5e:2x2x2", "v5e has 2 dimension.* for example v5e:2x2$"),
         ("v5p:4x4", "v5p has 3 dimension.* for example v5p:2x2x2$"),
         ("cpu:2x2", "cpu has 1 dimension.* for example cpu:8$"),
-        ("2*cpu:4", "have no slices; use cpu:4"),
+        ("2*cpu:4", "cpu has no slices; use cpu:4"),
+        ("2*h100:8", "h100 has no slices; use h100:8"),
     ],
 )
 def test_what_is_no_topology_is_refused(name, complaint):
