@@ -95,6 +95,17 @@ needs_type() {
         fi
     done <<<"$TYPES"
     [ -n "$chip" ] || fail "--type=$type is none of v4-N, v5litepod-N, v5p-N, v6e-N"
+    local number=${type##*-}
+    case $chip in
+    v4 | v5p)
+        [[ $number =~ ^[0-9]+$ ]] && [ $((number % 8)) = 0 ] ||
+            fail "--type=$type: N counts cores, 8 to a host; use $chip-8, $chip-16, $chip-32, …"
+        ;;
+    *)
+        [[ " 1 4 8 16 32 64 128 256 " == *" $number "* ]] ||
+            fail "--type=$type: N counts chips; use 1, 4, 8, 16, 32, 64, 128 or 256"
+        ;;
+    esac
 }
 
 needs_training() {
