@@ -189,6 +189,7 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
     for name, source in sources.items():
         with checks.refusing(f"config.objective, {name}: "):
             frozen[name], params[name] = stores.load(pathlib.Path(source), mesh)
+            frozen[name].check_rows(settings.data.sequence_length)
         vocab_size = frozen[name].vocab_size
         if vocab_size != settings.model.vocab_size:
             raise configs.ConfigError(

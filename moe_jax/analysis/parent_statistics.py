@@ -184,11 +184,7 @@ def _problems_of_tokens(config: ModelConfig, tokens_NBT: Sequence):
     T = tokens_NBT[0].shape[1]
     if T < 2:
         yield f"rows of {T} token have no next one to predict; use a sequence length of 2 or more"
-    if config.position_embedding == "learned" and T > config.max_position_embeddings:
-        yield (
-            f"rows of {T} tokens are beyond the model's {config.max_position_embeddings} "
-            f"positions; use a sequence length of at most {config.max_position_embeddings}"
-        )
+    config.check_rows(T)
     if (largest := max(int(np.max(tokens_BT)) for tokens_BT in tokens_NBT)) >= config.vocab_size:
         yield (
             f"token {largest} is beyond the {config.vocab_size} of the model; "

@@ -32,6 +32,11 @@ def validate_environment(run: Run, num_devices: int) -> None:
             f"config.model.vocab_size={vocab_size} is less than the {tokenizer.vocab_size} of "
             f"tokenizer {run.data.tokenizer!r}; set it to {tokenizer.vocab_size}"
         )
+    with refusing("config.evaluation.prompts: "):
+        prompts = [len(tokenizer.prompt(prompt)) for prompt in run.evaluation.prompts]
+        if prompts:
+            fix = "shorten the longest prompt, or lower evaluation.continuation_tokens"
+            run.model.check_rows(max(prompts) + run.evaluation.continuation_tokens, fix)
     named = [("init.source", source) for source in run.init.parents]
     if teacher := run.objective.distillation.source:
         named.append(("objective.distillation.source", teacher))

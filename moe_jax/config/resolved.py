@@ -44,6 +44,8 @@ class Run(Section, path=""):
     config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
 
     def problems(self) -> Iterator[str]:
+        with checks.refusing("config.data.sequence_length: "):
+            self.model.check_rows(self.data.sequence_length)
         optimizer, num_steps = self.optimizer, self.training.num_steps
         if optimizer.warmup_steps + optimizer.decay_steps > num_steps:
             yield (

@@ -53,12 +53,8 @@ def generate(
             f"token {largest} is beyond the {config.vocab_size} of the model; "
             "is this the tokenizer that it was trained with?"
         )
-    length = int(lengths_B.max()) + num_tokens
-    if config.position_embedding == "learned" and length > config.max_position_embeddings:
-        raise ValueError(
-            f"{lengths_B.max()} tokens of prompt and {num_tokens} more are beyond the "
-            f"{config.max_position_embeddings} positions of this model; ask for fewer"
-        )
+    longest = int(lengths_B.max())
+    config.check_rows(longest + num_tokens, f"{longest} are a prompt's; ask for fewer more")
     tokens_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt

@@ -278,6 +278,15 @@ class ModelConfig:
             ops["grouped_matmul"] = self.grouped_matmul
         return ops
 
+    def check_rows(self, length: int, fix: str = "") -> None:
+        """Raises: ValueError for rows longer than the learned positions, with what to change."""
+        limit = self.max_position_embeddings
+        if self.position_embedding == "learned" and length > limit:
+            raise ValueError(
+                f"rows of {length} tokens are beyond the model's {limit} learned positions; "
+                f"{fix or f'use a sequence length of at most {limit}'}"
+            )
+
     def to_moe(self, *, num_experts: int, num_experts_per_tok: int, **fields) -> "ModelConfig":
         """The config of this model upcycled: sparse in all layers, unless `layers` says which.
 

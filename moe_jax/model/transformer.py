@@ -187,10 +187,6 @@ def apply(
     Raises: ValueError for rows beyond the learned positions.
     """
     B, T = tokens_BT.shape
-    if config.position_embedding == "learned" and T > config.max_position_embeddings:
-        raise ValueError(
-            f"rows of {T} tokens are beyond the model's {config.max_position_embeddings} positions"
-        )
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     if segment_ids_BT is None:
@@ -223,7 +219,11 @@ def hidden_states(
 def embed(
     params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, config: ModelConfig
 ) -> jax.Array:
-    """The input of the first block, [B, T, D]."""
+    """The input of the first block, [B, T, D].
+
+    Raises: ValueError for rows beyond the learned positions, which jit would clamp to the last.
+    """
+    config.check_rows(tokens_BT.shape[1])
     x_BTD = embedded(params["tokens"], tokens_BT).astype(config.dtype)
     if config.position_embedding == "learned":
         x_BTD += params["positions"][positions_BT].astype(config.dtype)

@@ -88,6 +88,13 @@ def test_a_mesh_that_does_not_fit_the_devices_or_the_batch_is_refused(values, co
             {"model": dataclasses.replace(RUN.model, vocab_size=100)},
             "config.model.vocab_size=100 is less than the 259 of tokenizer 'bytes'; set it to 259",
         ),
+        (
+            {
+                "model": dataclasses.replace(RUN.model, position_embedding="learned"),
+                "evaluation": sections.Evaluation(prompts=("text",), continuation_tokens=4092),
+            },
+            "evaluation.prompts: rows of 4097 tokens are beyond .*4096.*continuation_tokens",
+        ),
     ],
 )
 def test_what_this_machine_does_not_have_is_refused(values, complaint):

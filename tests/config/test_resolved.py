@@ -96,6 +96,13 @@ def test_sections_that_do_not_go_together_are_refused(values, complaint):
     assert complaint in str(error.value) and "\n" not in str(error.value)
 
 
+def test_rows_beyond_learned_positions_are_refused_by_everything_that_reads_a_config():
+    keys = {"model__position_embedding": "learned", "model__max_position_embeddings": 32}
+    configs.resolve(config_of(data__sequence_length=32, **keys))
+    with pytest.raises(configs.ConfigError, match="config.data.sequence_length: rows of 33 .* 32 "):
+        configs.resolve(config_of(data__sequence_length=33, **keys))
+
+
 def test_a_recipe_that_gives_a_dense_model_needs_no_experts():
     upcycle = sections.Upcycle(recipe="merge_back")
     configs.Run(model=DENSE, init=sections.Init(source="a", upcycle=upcycle))

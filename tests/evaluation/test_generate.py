@@ -91,5 +91,7 @@ def test_what_cannot_be_continued_is_refused():
 
 def test_a_text_beyond_the_learned_positions_is_refused():
     config, params = loaded("gpt2")
-    with pytest.raises(ValueError, match="beyond the 40 positions of this model"):
+    with pytest.raises(
+        ValueError, match="beyond the model's 40 learned positions; .* ask for fewer"
+    ):
         generate.generate(params, config, prompts_of(config), num_tokens=30, temperature=0.0)

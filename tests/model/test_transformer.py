@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import model
-from moe_jax.model import layers
+from moe_jax.model import layers, transformer
 from moe_jax.model.config import DENSE, MOE
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
@@ -111,6 +111,22 @@ def test_grouped_query_attention_equals_multi_head_attention_with_repeated_heads
         apply(repeated, TOKENS_BT, full).logits_BTV,
         atol=1e-6,
     )
+
+
+def test_rows_beyond_learned_positions_are_refused_wherever_they_are_embedded():
+    """Under jit an index out of range would be clamped: all tokens beyond share a position."""
+    config = dataclasses.replace(
+        DENSE_CONFIG, position_embedding="learned", max_position_embeddings=15
+    )
+    shared = transformer.Shared(jnp.zeros((8, 16), jnp.int32), jnp.ones((8, 16), jnp.int32))
+    params = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
+    for forward in (
+        lambda params: model.apply(params, TOKENS_BT, config),
+        lambda params: transformer.hidden_states(params, TOKENS_BT, shared, config),
+    ):
+        with pytest.raises(ValueError, match="rows of 16 tokens are beyond the model's 15 learned"):
+            jax.eval_shape(forward, params)
+    model.apply(params_of(config), TOKENS_BT[:1, :15], config)
 
 
 def test_rotary_scores_depend_on_the_distance_only():
