@@ -16,7 +16,7 @@ from moe_jax import config as configs
 from moe_jax import files, init, model, stores
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
-from moe_jax.data import batches, prepare, tokenizers
+from moe_jax.data import batches, prepare, sources, tokenizers
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.evaluation import evaluators
 from moe_jax.model.router import ROUTERS
@@ -179,6 +179,7 @@ def _open_corpora(
         prepare.open_corpus, validation_fraction=data.validation_fraction, cache=cache
     )
     with checks.refusing():
+        distributed.say(sources.describe(data.source, cache / prepare.DATASETS))
         return [open_split(data.source, split, tokenizer) for split in ("train", "validation")]
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from moe_jax import command_line, stores
 from moe_jax.analysis import parent_statistics
-from moe_jax.data import tokenizers
+from moe_jax.data import text_files, tokenizers
 from moe_jax.parallel import mesh
 
 
@@ -72,7 +72,9 @@ def batches_of(arguments, tokenizer) -> list[np.ndarray]:
     for name in ("num_batches", "batch_size", "sequence_length", "num_experts"):
         if (number := getattr(arguments, name)) < 1:
             raise ValueError(f"--{name}={number} must be at least 1")
-    ids = np.asarray(tokenizer.encode(arguments.text.read_text(encoding="utf-8")), np.int32)
+    with text_files.opened(arguments.text) as text:
+        content = text.read().removeprefix(text_files.BYTE_ORDER_MARK)
+    ids = np.asarray(tokenizer.encode(content), np.int32)
     if ids.size < np.prod(shape):
         raise ValueError(
             f"{arguments.text} has {ids.size} tokens, not the {np.prod(shape)} of {shape[0]} "

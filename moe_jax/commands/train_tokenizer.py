@@ -62,7 +62,7 @@ def _texts(source: str, split: str) -> Iterator[str]:
         source,
         split,
         validation_fraction=config.default().data.validation_fraction,
-        data_dir=prepare.cache_folder("") / "tfds",
+        data_dir=prepare.cache_folder("") / prepare.DATASETS,
     )
     bar = {"desc": f"reading {split}", "unit": " documents", "disable": None, "delay": 5}
     for document in tqdm.tqdm(documents, **bar):

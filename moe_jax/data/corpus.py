@@ -20,6 +20,7 @@ class TokenizedCorpus:
     label_ids: np.ndarray  # of each record
     bytes_per_label: tuple[int, ...]  # of text
     byte_counts: tuple[int, ...]  # of each of the 256 bytes
+    digest: str  # a hash of all tokens: equal rows have equal ones, whatever the files' names
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "TokenizedCorpus":
@@ -31,6 +32,7 @@ class TokenizedCorpus:
             label_ids=np.load(folder / "label_ids.npy", mmap_mode="r"),
             bytes_per_label=tuple(meta["bytes_per_label"]),
             byte_counts=tuple(meta["byte_counts"]),
+            digest=meta["digest"],
         )
 
     @functools.cached_property

@@ -11,12 +11,13 @@ import tqdm
 from array_record.python import array_record_module
 
 from moe_jax import files
-from moe_jax.data import sources
+from moe_jax.data import sources, text_files
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import Document
 from moe_jax.data.tokenizers import Tokenizer
 
-FORMAT = 1  # of the cache; part of its key
+FORMAT = 2  # of the cache; part of its key
+DATASETS = "tfds"  # the folder of the cache in which TFDS keeps its own
 RECORD_TOKENS = 65_536  # a longer document is cut into several records
 
 
@@ -40,7 +41,7 @@ def open_corpus(
 
     Raises: ValueError when the split is empty or the source cannot be used.
     """
-    datasets = cache / "tfds"
+    datasets = cache / DATASETS
     content = sources.fingerprint(source, datasets)
     key = [FORMAT, content, split, validation_fraction, tokenizer.fingerprint]
     folder = cache / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
@@ -52,8 +53,9 @@ def open_corpus(
             num_records = _tokenize(documents, tokenizer, unfinished, f"{source} {split}")
             if not num_records:
                 raise ValueError(
-                    f"data.source={source!r} has no {split} documents; "
-                    "set config.data.validation_fraction to another value, or give more text"
+                    f"data.source={source!r} has no {split} documents; set config.data."
+                    "validation_fraction to another value, or give more text: each .jsonl record "
+                    f"and {text_files.PART_CHARACTERS:,} characters of .txt are one document"
                 )
     return TokenizedCorpus.load(folder)
 
@@ -63,7 +65,7 @@ def _tokenize(
 ) -> int:
     """Writes tokens, lengths and counts; returns the number of records."""
     pairs, label_ids, bytes_of_label = [], [], dict[str, int]()
-    byte_counts = np.zeros(256, np.int64)
+    byte_counts, digest = np.zeros(256, np.int64), hashlib.sha256()
     path = str(folder / "tokens.array_record")
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
     for document in tqdm.tqdm(documents, f"tokenizing {name}", unit=" documents", disable=None):
@@ -73,6 +75,7 @@ def _tokenize(
         byte_counts += np.bincount(text_bytes, minlength=256)
         bytes_of_label[document.label] = bytes_of_label.get(document.label, 0) + len(text_bytes)
         label_id = list(bytes_of_label).index(document.label)
+        digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
         # Neighbouring records share a token: the last target of one is the first input of the next.
         for start in range(0, len(ids) - 1, RECORD_TOKENS - 1):
             record = ids[start : start + RECORD_TOKENS]
@@ -86,6 +89,7 @@ def _tokenize(
         "labels": list(bytes_of_label),
         "bytes_per_label": list(bytes_of_label.values()),
         "byte_counts": byte_counts.tolist(),
+        "digest": digest.hexdigest(),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
     return len(pairs)

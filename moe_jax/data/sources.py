@@ -20,10 +20,13 @@ class Source:
     check: Callable[[str], None]
     fingerprint: Callable[[str, pathlib.Path], str]
     documents: Callable[..., Iterator[Document]]
+    describe: Callable[[str, pathlib.Path], str] = lambda spec, data_dir: f"data.source={spec!r}"
 
 
-_FILES = text_files.check, text_files.fingerprint, text_files.documents
-_TFDS = tfds_source.check, tfds_source.fingerprint, tfds_source.documents
+_FILES, _TFDS = (
+    (source.check, source.fingerprint, source.documents, source.describe)
+    for source in (text_files, tfds_source)
+)
 # The last row that matches reads a spec: files, which match every spec, come first.
 SOURCES = {
     "files": Source(lambda spec: True, *_FILES),
@@ -42,6 +45,11 @@ def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
     return _source(spec).fingerprint(spec, data_dir)
 
 
+def describe(spec: str, data_dir: pathlib.Path) -> str:
+    """A line that says what the source matches, for a person to see before training."""
+    return _source(spec).describe(spec, data_dir)
+
+
 def documents(
     spec: str, split: str, *, validation_fraction: float, data_dir: pathlib.Path
 ) -> Iterator[Document]:
@@ -50,7 +58,8 @@ def documents(
     Args:
       spec: "embedded", "tfds:NAME" with NAME a builder of `data/corpora` or a dataset prepared as
         ArrayRecord under `data_dir`, or a file, folder or glob of .txt and .jsonl[.gz|.xz].
-      split: "train" or "validation"; a TFDS dataset must have splits of these names.
+      split: "train" or "validation"; a TFDS dataset must have splits of these names, and among the
+        files of a folder or glob those named validation or test are never trained on.
       validation_fraction: the held-out share of a source that has no splits of its own.
 
     Raises: ValueError that names the file and line of a record that cannot be used.

@@ -1,114 +1,250 @@
 """A person's own files as a source: .txt and .jsonl, the latter also compressed."""
 
+import collections
+import contextlib
+import dataclasses
 import glob
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import lzma
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
-from moe_jax.data.document import VALIDATION, Document, is_held_out
+from moe_jax.data.document import TRAIN, VALIDATION, Document, is_held_out
 
-OPENERS: dict[str, Callable] = {".txt": open, ".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}  # of other suffixes: open
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
 PART_CHARACTERS = 10_000
+BYTE_ORDER_MARK = "\ufeff"
+
+TEST, DIVIDED = "test", "divided into train and validation"
+# The words of a name that say which split a file is, as Hugging Face's datasets takes them
+# (huggingface.co/docs/datasets/repository_structure), and a few more. The first match decides.
+WORDS = {
+    TEST: "(dev)?test(ing)?|eval(uation)?",
+    VALIDATION: "val(id(ation)?)?|dev|h[eo]ld[-_. ]?out",
+    TRAIN: "train(ing)?",
+}
+_LETTER = r"[^\W\d_]"
+NAMES = {
+    split: re.compile(f"(?<!{_LETTER})({words})([-_. ]?set)?(?!{_LETTER})", re.IGNORECASE)
+    for split, words in WORDS.items()
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    path: pathlib.Path
+    name: str  # the path under the source, the same wherever the source lies
+    split: str  # TRAIN, VALIDATION, TEST or, for a file of which each document is one, DIVIDED
 
 
 def check(spec: str) -> None:
     _files(spec)
 
 
+def describe(spec: str, data_dir: pathlib.Path) -> str:
+    """The number of files and bytes, and by which names files are splits."""
+    del data_dir
+    files = _files(spec)
+    num_bytes = sum(file.path.stat().st_size for file in files)
+    counts = collections.Counter(file.split for file in files)
+    shares = [f"{split}: {_number(n)}" for split, n in sorted(counts.items()) if split != TEST]
+    if left_out := [file.name for file in files if file.split == TEST]:
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        shares.append(f"not read, for the name says test: {', '.join(left_out[:3])}{more}")
+    return f"data.source={spec!r}: {_number(len(files))}, {num_bytes:,} bytes ({'; '.join(shares)})"
+
+
+def _number(files: int) -> str:
+    return "1 file" if files == 1 else f"{files:,} files"
+
+
 def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
     del data_dir  # the files lie where the spec says
     digest = hashlib.sha256()
-    for path in _files(spec):
-        digest.update(path.name.encode() + b"\0")
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for file in _files(spec):
+        digest.update(file.name.encode() + b"\0")
+        with open(file.path, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
 
 
 def documents(
     spec: str, split: str, *, validation_fraction: float, data_dir: pathlib.Path
 ) -> Iterator[Document]:
-    """The documents of a split, chosen by the hash of each document's key.
+    """The documents of a split: of the files whose names say it, or chosen by their keys' hashes.
 
-    The key of a JSON record is its `doc`, else `id`, else its text; that of a .txt file its name
-    and part.
+    The key of a JSON record is its `doc`, else `id`, else its text; that of a part of a .txt file
+    is the file's path under the source, and the number of the part.
     """
     del data_dir
-    for path in _files(spec):
-        for key, document in _file_documents(path):
-            if is_held_out(key, validation_fraction) == (split == VALIDATION):
-                yield document
+    for file in _files(spec):
+        if file.split not in (split, DIVIDED):
+            continue
+        read = _jsonl_documents if ".jsonl" in file.path.name else _txt_documents
+        try:
+            with opened(file.path) as text:
+                for key, document in read(file, text):
+                    held_out = is_held_out(key, validation_fraction)
+                    if file.split == split or held_out == (split == VALIDATION):
+                        yield document
+        except ValueError as error:
+            raise ValueError(f"data.source: {error}") from error
 
 
-def _files(spec: str) -> list[pathlib.Path]:
+def _files(spec: str) -> list[_File]:
     root = pathlib.Path(spec)
     if root.is_dir():
         found = [p for p in root.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()]
+        found = [p for p in found if not _is_hidden(p.relative_to(root))]
         if not found:
             raise ValueError(f"data.source={spec!r} is a folder without {' or '.join(SUFFIXES)}")
+    elif root.exists():
+        return [_usable(root, root.parent, DIVIDED)]
     else:
-        found = [pathlib.Path(p) for p in glob.glob(spec)] or ([root] if root.exists() else [])
+        found = [pathlib.Path(p) for p in glob.glob(spec, recursive=True) if not os.path.isdir(p)]
+        plain = itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)
+        root = pathlib.Path(*plain)
         if not found:
             raise ValueError(
                 f"data.source={spec!r} matches no file; give a file, folder, glob or 'embedded'"
             )
-    for path in found:
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"data.source: {path} is not one of {', '.join(SUFFIXES)}")
-        if not os.access(path, os.R_OK):
-            raise ValueError(f"data.source: {path} cannot be read; check its permissions")
-    return sorted(found)
+    named = {path: _split_in(path.relative_to(root)) for path in sorted(found)}
+    # Files whose names say nothing are trained on; only where none is validation text are the
+    # documents divided.
+    rest = TRAIN if VALIDATION in named.values() else DIVIDED
+    splits = {path: rest if split in (TRAIN, "") else split for path, split in named.items()}
+    if rest not in splits.values():
+        raise ValueError(
+            f"data.source={spec!r}: nothing is left to train on, for the names of all files "
+            f"say validation or test, such as {found[0].name}; rename them, or give one file's path"
+        )
+    return [_usable(path, root, split) for path, split in splits.items()]
 
 
-def _file_documents(path: pathlib.Path) -> Iterator[tuple[str, Document]]:
-    """(key, document) of a file, the key deciding the split."""
-    read = _jsonl_documents if ".jsonl" in path.name else _txt_documents
+def _is_hidden(path: pathlib.Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _split_in(path: pathlib.Path) -> str:
+    """The split that a file's name says, or else the nearest folder's; "" if none does."""
+    for part in reversed(path.parts):
+        for split, name in NAMES.items():
+            if name.search(part):
+                return split
+    return ""
+
+
+def _usable(path: pathlib.Path, root: pathlib.Path, split: str) -> _File:
+    if not path.name.endswith(SUFFIXES) or not path.is_file():
+        raise ValueError(f"data.source: {path} is not one of {', '.join(SUFFIXES)}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"data.source: {path} cannot be read; check its permissions")
+    return _File(path, path.relative_to(root).as_posix(), split)
+
+
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[TextIO]:
+    """The text of a file, which may be compressed.
+
+    Raises: ValueError that names the file, and the line where there is one, for what is no UTF-8
+      text or cannot be read.
+    """
     try:
-        with OPENERS[path.suffix](path, "rt", encoding="utf-8") as file:
-            yield from read(path, file)
+        with _open(path) as content:
+            encoding = json.detect_encoding(content.peek(4)[:4])
+            if not encoding.startswith("utf-8"):
+                kind = encoding.upper()
+                fix = f"convert it, for example with iconv -f {kind} -t UTF-8"
+                raise ValueError(f"{path} is {kind}, not UTF-8; {fix}")
+            yield io.TextIOWrapper(content, encoding="utf-8")
     except UnicodeDecodeError as error:
-        reason = error.reason
-        raise ValueError(f"data.source: {path} is not UTF-8 ({reason}); convert it") from error
+        where = f"line {_good_lines(path) + 1}"
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}, {where}); convert it") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"data.source: {path} cannot be read ({error}); replace it") from error
+        where = f" after line {number}" if (number := _good_lines(path)) else ""
+        raise ValueError(f"{path} cannot be read{where} ({error}); replace it") from error
 
 
-def _txt_documents(path: pathlib.Path, file) -> Iterator[tuple[str, Document]]:
-    """Cuts a text at line ends into parts of some 10,000 characters, some of them held out."""
+def _open(path: pathlib.Path):
+    return OPENERS.get(path.suffix, open)(path, "rb")
+
+
+def _good_lines(path: pathlib.Path) -> int:
+    """The number of lines before the one that cannot be read."""
+    number = 0
+    with contextlib.suppress(Exception), _open(path) as content:
+        for line in content:
+            line.decode()
+            number += 1
+    return number
+
+
+def _txt_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
+    """(key, document): cuts a text into parts of some 10,000 characters, at line ends if it can."""
     lines: list[str] = []
     size = part = 0
-    for line in file:
+    for line in _lines(text):
         if lines and size + len(line) > PART_CHARACTERS:
-            yield f"{path.name}#{part}", Document("".join(lines), "all")
+            yield f"{file.name}#{part}", Document("".join(lines), "all")
             lines, size, part = [], 0, part + 1
         lines.append(line)
         size += len(line)
     if size:
-        yield f"{path.name}#{part}", Document("".join(lines), "all")
+        yield f"{file.name}#{part}", Document("".join(lines), "all")
 
 
-def _jsonl_documents(path: pathlib.Path, file) -> Iterator[tuple[str, Document]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
+def _lines(text: TextIO) -> Iterator[str]:
+    """The lines of a text; those longer than a part in pieces, cut behind spaces if there are any.
+
+    A byte order mark is left out wherever a line begins, for texts with marks may be joined.
+    """
+    rest = ""
+    while line := text.readline(PART_CHARACTERS - len(rest)):
+        is_long = len(rest) + len(line) == PART_CHARACTERS and not line.endswith("\n")
+        line = (rest + line).lstrip(BYTE_ORDER_MARK)
+        end = line.rfind(" ") + 1 if is_long else 0
+        yield line[: end or len(line)]
+        rest = line[end or len(line) :]
+    yield rest
+
+
+def _jsonl_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
+    """(key, document) of each line that is not empty."""
+    for number, line in enumerate(text, start=1):
+        line = line.strip().lstrip(BYTE_ORDER_MARK)
+        if not line:
             continue
-        where = f"data.source: {path}:{number}"
         try:
-            record = json.loads(line)
-            text = record["text"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{where} is not a JSON object with "text"; mend the line') from None
-        if not isinstance(text, str):
-            raise ValueError(f'{where}: "text" is not a string; mend the line')
-        label = str(record.get("language") or record.get("lang") or "all")
-        key = str(next((record[k] for k in ("doc", "id") if record.get(k) not in (None, "")), text))
-        try:
-            f"{key}{label}{text}".encode()
-        except UnicodeEncodeError:  # JSON can escape what no text can hold
-            raise ValueError(f"{where} has half a surrogate pair; mend the line") from None
-        yield key, Document(text, label)
+            found = _record(line)
+        except ValueError as error:
+            raise ValueError(f"{file.path}:{number}{error}; mend the line") from None
+        except Exception as error:  # RecursionError of a record that is nested too deeply
+            reason = f"cannot be read ({type(error).__name__}: {error})"
+            raise ValueError(f"{file.path}:{number} {reason}; mend the line") from None
+        yield found
+
+
+def _record(line: str) -> tuple[str, Document]:
+    try:
+        record = json.loads(line)
+        text = record["text"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(' is not a JSON object with "text"') from None
+    if not isinstance(text, str):
+        raise ValueError(': "text" is not a string')
+    label = str(record.get("language") or record.get("lang") or "all")
+    key = str(next((record[k] for k in ("doc", "id") if record.get(k) not in (None, "")), text))
+    try:
+        f"{key}{label}{text}".encode()
+    except UnicodeEncodeError:  # JSON can escape what no text can hold
+        raise ValueError(" has half a surrogate pair") from None
+    return key, Document(text, label)

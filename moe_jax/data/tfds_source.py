@@ -16,9 +16,16 @@ def check(spec: str) -> None:
         raise ValueError("data.source='tfds:' names no dataset; use tfds:NAME")
 
 
+def describe(spec: str, data_dir: pathlib.Path) -> str:
+    info = _builder(spec, data_dir).info
+    splits = (f"{split.name}: {split.num_examples:,}" for split in info.splits.values())
+    return f"data.source={spec!r}: documents of {info.full_name} ({'; '.join(splits)})"
+
+
 def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
     info = _builder(spec, data_dir).info
-    return f"{info.full_name}:{sorted((s.name, s.num_examples) for s in info.splits.values())}"
+    splits = sorted((s.name, s.shard_lengths, s.num_bytes) for s in info.splits.values())
+    return f"{info.full_name}:{splits}"
 
 
 def documents(
@@ -31,9 +38,17 @@ def documents(
         raise ValueError(
             f"data.source={spec!r} has no split {split!r}, only {list(builder.info.splits)}"
         )
-    for record in builder.as_data_source(split):
-        label = record.get("language", b"all")
-        yield Document(record["text"].decode(), label.decode())
+    records = builder.as_data_source(split)
+    for number in range(len(records)):
+        try:
+            record = records[number]
+            document = Document(record["text"].decode(), record.get("language", b"all").decode())
+        except Exception as error:  # the reader has no class of its own for damage
+            raise ValueError(
+                f"data.source={spec!r}: record {number} of {split} is not one with text in UTF-8 "
+                f"({error!r}); mend the dataset"
+            ) from error
+        yield document
 
 
 def _builder(spec: str, data_dir: pathlib.Path):

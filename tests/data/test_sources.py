@@ -41,6 +41,7 @@ def test_a_source_from_outside_needs_one_entry_from_check_to_batches(tmp_path, m
     )
     monkeypatch.setitem(sources.SOURCES, "toy", toy)  # an entry that ends with the test
     sources.check("toy:anything")
+    assert sources.describe("toy:anything", tmp_path) == "data.source='toy:anything'"
     with pytest.raises(ValueError, match="use toy:TEXT"):
         sources.check("toy:")
     bytes_only = tokenizers.load("bytes")

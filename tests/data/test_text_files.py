@@ -83,6 +83,120 @@ def test_every_document_is_in_one_split_wherever_its_file_lies_and_whatever_its_
     assert set(some) == set(held_out) & {Document(r["text"], "all") for r in records[::-2]}
 
 
+def test_files_of_one_name_are_each_decided_by_their_path_under_the_source(tmp_path):
+    for i in range(200):
+        (tmp_path / "articles" / f"{i:04d}").mkdir(parents=True)
+        (tmp_path / "articles" / f"{i:04d}" / "text.txt").write_text(f"text {i}")
+    held_out = read(tmp_path / "articles", "validation", 0.1)
+    assert 10 <= len(held_out) <= 30
+    assert held_out == read(tmp_path / "articles" / "*" / "text.txt", "validation", 0.1)
+    (tmp_path / "articles").rename(tmp_path / "moved")
+    assert held_out == read(tmp_path / "moved", "validation", 0.1)
+
+
+@pytest.mark.parametrize("between", [" ", "", "\u3000"])
+def test_one_long_line_is_cut_behind_spaces_if_it_has_any(between, tmp_path):
+    text = "\n" + between.join(f"wörd{i}" for i in range(20_000)) + "\nlast line\n"
+    (tmp_path / "line.txt").write_text(text)
+    parts = [d.text for d in read(tmp_path / "line.txt")]
+    assert "".join(parts) == text
+    assert text_files.PART_CHARACTERS >= max(map(len, parts)) > text_files.PART_CHARACTERS - 100
+    if between == " ":
+        assert all(part[-1].isspace() for part in parts)
+    splits = (read(tmp_path / "line.txt", split, 0.3) for split in ("validation", "train"))
+    assert all(splits)
+
+
+def test_hidden_files_and_folders_are_left_out_unless_they_are_named(tmp_path):
+    for name in (".git/a.txt", "deep/.ipynb_checkpoints/b-checkpoint.txt", "deep/._b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"hidden\xff")
+    (tmp_path / "deep" / "b.txt").write_text("text")
+    for source in (tmp_path, tmp_path / "**" / "*.txt", tmp_path / "*" / "*.txt"):
+        assert read(source) == [Document("text", "all")]
+    root = tmp_path / ".cache"
+    root.mkdir()
+    (root / ".a.txt").write_text("named")
+    assert read(root / ".a.txt") == [Document("named", "all")]
+    (root / "b.txt").write_text("under a hidden root")
+    assert read(root) == [Document("under a hidden root", "all")]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress])
+def test_byte_order_marks_are_no_text_even_where_files_were_joined(compress, tmp_path):
+    suffix = {bytes: "", gzip.compress: ".gz", lzma.compress: ".xz"}[compress]
+    one = jsonl(RECORDS)
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(compress(b"\xef\xbb\xbf" + one + b"\xef\xbb\xbf" + one))
+    assert read(path) == DOCUMENTS * 2
+    marked = "one\n".encode("utf-8-sig") + "two\n".encode("utf-8-sig") + "in\ufeffside".encode()
+    (tmp_path / "a.txt").write_bytes(marked)
+    assert read(tmp_path / "a.txt") == [Document("one\ntwo\nin\ufeffside", "all")]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_of_another_encoding_is_named_as_such(name, encoding, tmp_path):
+    content = '{"text": "wörds"}\n'.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(ValueError, match=f"{name} is {encoding.upper()}, not UTF-8; convert it"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"),
+        ("train-00000-of-00003.jsonl", "train"),
+        ("wiki.train.tokens.txt", "train"),
+        ("validation.jsonl", "validation"),
+        ("valid/a.txt", "validation"),
+        ("en-val2.txt", "validation"),
+        ("Dev_set/part 1.txt", "validation"),
+        ("heldout.txt", "validation"),
+        ("data/test/a.txt", "test"),
+        ("TEST-00000-of-00001.jsonl", "test"),
+        ("flores.devtest.txt", "test"),
+        ("evaluation/a.txt", "test"),
+        ("train_and_test.txt", "test"),
+        ("test_run/train/a.txt", "train"),
+        ("latest.txt", ""),
+        ("contest/invalid/device/values/trainer.txt", ""),
+        ("развал.txt", ""),
+    ],
+)
+def test_the_name_of_a_file_or_of_its_nearest_folder_says_its_split(name, split):
+    assert text_files._split_in(pathlib.Path(name)) == split
+
+
+def test_files_named_as_splits_are_these_and_test_files_are_never_trained_on(tmp_path):
+    def write(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(jsonl([{"text": f"{name} {i}"} for i in range(40)]))
+
+    def names(split):
+        return {document.text.split()[0] for document in read(tmp_path, split, 0.5)}
+
+    write("train-0.jsonl", "other.jsonl", "x/test.jsonl")
+    assert names("train") == names("validation") == {"train-0.jsonl", "other.jsonl"}
+    write("dev.jsonl")
+    assert names("train") == {"train-0.jsonl", "other.jsonl"}
+    assert names("validation") == {"dev.jsonl"}
+    num_bytes = sum(path.stat().st_size for path in tmp_path.rglob("*.jsonl"))
+    assert sources.describe(str(tmp_path), NOWHERE) == (
+        f"data.source={str(tmp_path)!r}: 4 files, {num_bytes:,} bytes "
+        "(train: 2 files; validation: 1 file; not read, for the name says test: x/test.jsonl)"
+    )
+    # A file that is named itself, or lies in a folder that is, is what a person chose.
+    assert len(read(tmp_path / "dev.jsonl")) == len(read(tmp_path / "x" / "test.jsonl")) == 40
+    assert "1 file, " in sources.describe(str(tmp_path / "dev.jsonl"), NOWHERE)
+    for name in ("train-0.jsonl", "other.jsonl"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="nothing is left to train on, .* such as dev.jsonl"):
+        sources.check(str(tmp_path))
+
+
 @pytest.mark.parametrize("key", ["doc", "id"])
 def test_records_of_one_document_go_into_the_same_split(key, tmp_path):
     """Document 0 too, whose number is as false as no number."""
@@ -139,6 +253,9 @@ def test_a_fingerprint_is_of_names_and_content_not_of_places(tmp_path):
         ("a.jsonl", b'{"text": 5}\n', r'a\.jsonl:1: "text" is not a string'),
         ("a.jsonl", b'{"text": "a", "id": ' + b"9" * 5000 + b"}\n", r"a\.jsonl:1 is not a JSON"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1 has half a surrogate pair"),
+        ("a.jsonl", b"\n" + b'{"a": ' + b"[" * 10**5 + b"\n", r"a\.jsonl:2 cannot be read \(Recur"),
+        ("a.txt", b"ok\nok\n\xff\n", r"a\.txt is not UTF-8 \(invalid start byte, line 3\)"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xe4"}', r"a\.jsonl is not UTF-8 \(.*, line 2\)"),
         ("a.jsonl.gz", gzip.compress(jsonl(RECORDS))[:-9], r"a\.jsonl\.gz cannot be read"),
         ("a.jsonl.gz", b"not compressed", r"a\.jsonl\.gz cannot be read"),
         ("a.jsonl.xz", lzma.compress(jsonl(RECORDS))[:-9], r"a\.jsonl\.xz cannot be read"),

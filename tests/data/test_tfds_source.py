@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from moe_jax.data import sources
+from moe_jax.data import corpora, sources
 from moe_jax.data.corpora import builders
 
 
@@ -60,6 +60,28 @@ def test_a_dataset_that_is_not_there_is_refused_with_the_names_that_are(name, tm
     with pytest.raises(ValueError, match="lo_parallel19, udhr_languages") as error:
         read(f"tfds:{name}", "train", tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_record_without_a_text_is_refused_with_its_number(tmp_path, monkeypatch):
+    class Other(builders.UdhrLanguages):
+        name = "other"
+
+        def _info(self):
+            return builders._information(self, "MIT", "sentence")
+
+        def _generate_examples(self):
+            yield 0, {"sentence": "text under another name"}
+
+    monkeypatch.setitem(corpora.BUILDERS, "other", Other)
+    with pytest.raises(ValueError, match="'tfds:other': record 0 of test is not one with text"):
+        read("tfds:other", "test", tmp_path)
+
+
+def test_the_documents_of_each_split_are_said(tfds_dir):
+    said = sources.describe("tfds:udhr_languages", tfds_dir)
+    assert said == (
+        "data.source='tfds:udhr_languages': documents of udhr_languages/1.0.0 (test: 71)"
+    )
 
 
 def test_tfds_without_a_name_is_refused():
