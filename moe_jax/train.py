@@ -76,6 +76,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     tokenizer = tokenizers.load(settings.data.tokenizer)
     open_corpora = functools.partial(_open_corpora, settings.data, tokenizer, cache)
     train_text, held_out = distributed.first_alone(open_corpora, configs.ConfigError)
+    digests = {"train": train_text.digest, "validation": held_out.digest}
 
     # state ----------------------------------------------------------------------------------
     with checks.refusing(after="; give another --workdir or config"):
@@ -90,7 +91,9 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
             state = state.replace(opt_state=opt_state)
     else:
         start, state = restored.step, restored.state
-        changed = environment.changes(restored.config, settings.config)
+        with together():
+            changed = environment.changes(restored.config, settings.config)
+            environment.check_text(restored.data.get("text", {}), digests, settings)
         distributed.say(f"going on from step {start}", *changed)
     with together():
         lock = _lock(workdir) if distributed.is_first() else None
@@ -122,7 +125,8 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     )
 
     def save(at: int, state: TrainState) -> None:
-        data, config, keep = {"step": at}, settings.config.to_dict(), settings.checkpoint.keep
+        data = {"step": at, "text": digests}
+        config, keep = settings.config.to_dict(), settings.checkpoint.keep
         checkpoint.save(workdir / "checkpoints", at, state, data=data, config=config, keep=keep)
 
     tokens_per_step = training.batch_size * length

@@ -213,6 +213,18 @@ def test_losses_that_stay_not_finite_end_the_run_with_3(unbroken, config_file, t
     assert ended.value.code == 3
 
 
+def test_a_run_does_not_go_on_with_a_text_that_changed_in_its_place(unbroken, config_file):
+    workdir, _, _ = unbroken
+    path = next(pathlib.Path(config_file).parent.glob("*.txt"))
+    text = path.read_text()
+    path.write_text(text.swapcase())
+    try:
+        with pytest.raises(configs.ConfigError, match="holds another .* text than when the run"):
+            train.run(configs.resolve(configs.load(config_file)), workdir)
+    finally:
+        path.write_text(text)
+
+
 def test_a_workdir_in_use_and_one_of_another_model_are_refused(unbroken, config_file):
     workdir, _, _ = unbroken
     lock = train._lock(workdir)

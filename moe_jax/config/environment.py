@@ -88,14 +88,32 @@ def changes(before: dict, config: ConfigDict) -> list[str]:
     return [f"{key}: {old[key]} -> {new[key]}" for key in changed]
 
 
-def fixed_keys(kind: type[Section] = Run) -> set[str]:
-    """The keys that decide which text a step sees, and whether routing is learned at all."""
-    found = set()
+def check_text(before: dict[str, str], now: dict[str, str], run: Run) -> None:
+    """Compares the hashes of the tokenized splits with those that a checkpoint was saved with.
+
+    Raises: ConfigError for a text or tokenizer that changed in its place.
+    """
+    for split in before:
+        if before[split] != now[split]:
+            raise ConfigError(
+                f"config.data.source={run.data.source!r} (tokenizer {run.data.tokenizer!r}) holds "
+                f"another {split} text than when the run in --workdir began; "
+                "restore the files, or give another --workdir"
+            )
+
+
+def fixed_keys(kind: type[Section] = Run, around: bool = False) -> set[str]:
+    """The keys that decide which text a step sees, and whether routing is learned at all.
+
+    `around` is what the section around `kind` says of its keys.
+    """
+    found, default = set(), around if kind.fixed is None else kind.fixed
     for field in dataclasses.fields(kind):
         name = f"{kind.path}.{field.name}".removeprefix(".")
         fixed = field.metadata.get("fixed")
+        fixed = default if fixed is None else fixed
         if section := section_of(field):
-            found |= fixed_keys(section)
+            found |= fixed_keys(section, default)
         elif isinstance(fixed, tuple):
             found |= {f"{name}.{inner}" for inner in fixed}
         elif fixed:

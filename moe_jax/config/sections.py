@@ -13,10 +13,13 @@ from moe_jax.config.checks import NOT_NEGATIVE, POSITIVE, SHARE, ConfigError, on
 from moe_jax.upcycle import recipes, router_init
 
 
-def key(default: Any, explanation: str, check: Callable | None = None, *, fixed=False) -> Any:
+def key(
+    default: Any, explanation: str, check: Callable | None = None, *, fixed: bool | None = None
+) -> Any:
     """A field that is a key of the config; `check(name, value)` raises ConfigError.
 
-    A `fixed` key decides which text a step sees: it may not change in a run that goes on.
+    A `fixed` key decides which text a step sees: it may not change in a run that goes on. None is
+    what the section says of all its keys.
     """
     metadata = {"explanation": explanation, "check": check, "fixed": fixed}
     return dataclasses.field(default=default, metadata=metadata)
@@ -32,9 +35,10 @@ class Section:
     """A part of a config, at the dotted `path`, which checks its values when it is made."""
 
     path: ClassVar[str]
+    fixed: ClassVar[bool | None]  # of keys that say nothing else; None is as the section around
 
-    def __init_subclass__(cls, path: str):
-        cls.path = path
+    def __init_subclass__(cls, path: str, fixed: bool | None = None):
+        cls.path, cls.fixed = path, fixed
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -123,17 +127,15 @@ class Init(Section, path="init"):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Data(Section, path="data"):
-    source: str = key(
-        "embedded", "embedded, tfds:NAME, or a path or glob of .txt and .jsonl files", fixed=True
-    )
-    tokenizer: str = key("bytes", "bytes, or the path of a SentencePiece model", fixed=True)
-    sequence_length: int = key(256, "number of tokens in a row", POSITIVE, fixed=True)
+class Data(Section, path="data", fixed=True):
+    source: str = key("embedded", "embedded, tfds:NAME, or a path or glob of .txt and .jsonl files")
+    tokenizer: str = key("bytes", "bytes, or the path of a SentencePiece model")
+    sequence_length: int = key(256, "number of tokens in a row", POSITIVE)
     validation_fraction: float = key(
-        0.05, "share of a path's documents to hold out; other sources have a split of theirs", SHARE
+        0.05, "share of documents to hold out where no file or split is named validation", SHARE
     )
     cache_dir: str = key(
-        "", "folder for tokens and compiled steps; empty is the user's cache folder"
+        "", "folder for tokens and compiled steps; empty is the user's cache folder", fixed=False
     )
 
 

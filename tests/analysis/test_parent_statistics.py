@@ -1,5 +1,6 @@
 """Statistics of a parent against their definitions, and the script that collects them."""
 
+import argparse
 import dataclasses
 import pathlib
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 
 from moe_jax import hf, model, upcycle
 from moe_jax.analysis import parent_statistics
+from moe_jax.commands import collect_statistics
+from moe_jax.data import tokenizers
 from moe_jax.upcycle import plan
 
 DENSE = model.ModelConfig(
@@ -219,3 +222,15 @@ def test_another_file_is_refused_in_one_line(tmp_path):
         (tmp_path / "text.npz").write_bytes(content)
         with pytest.raises(ValueError, match="is not a file of scripts/collect_statistics.py"):
             parent_statistics.load(tmp_path / "text.npz")
+
+
+def test_the_text_to_collect_from_has_no_byte_order_mark_and_names_its_encoding(tmp_path):
+    arguments = argparse.Namespace(
+        text=tmp_path / "a.txt", num_batches=1, batch_size=1, sequence_length=4, num_experts=1
+    )
+    arguments.text.write_text("text", encoding="utf-8-sig")
+    (tokens_BT,) = collect_statistics.batches_of(arguments, tokenizers.load("bytes"))
+    assert tokenizers.load("bytes").decode(tokens_BT[0]) == "text"
+    arguments.text.write_text("text", encoding="utf-16")
+    with pytest.raises(ValueError, match="a.txt is UTF-16, not UTF-8"):
+        collect_statistics.batches_of(arguments, tokenizers.load("bytes"))

@@ -25,11 +25,35 @@ FIXED = {
     "data.source": "tfds:lm1b",
     "data.tokenizer": "other.model",
     "data.sequence_length": 64,
+    "data.validation_fraction": 0.3,
 }
 
 
 def test_the_fixed_keys_are_these():
     assert environment.fixed_keys() == set(FIXED)
+
+
+def test_a_key_of_the_data_is_fixed_unless_it_says_otherwise():
+    @dataclasses.dataclass(frozen=True)
+    class Filter(sections.Section, path="data.filter"):
+        pattern: str = sections.key("", "documents to leave out")
+
+    @dataclasses.dataclass(frozen=True)
+    class Data(sections.Data, path="data", fixed=sections.Data.fixed):
+        mask: str = sections.key("document", "tokens that a token sees")
+        workers: int = sections.key(1, "threads that read", fixed=False)
+        filter: Filter = sections.part(Filter)
+
+    new = environment.fixed_keys(Data) - environment.fixed_keys(sections.Data)
+    assert new == {"data.mask", "data.filter.pattern"}
+
+
+def test_a_text_that_changed_in_its_place_is_refused_by_its_split():
+    before = {"train": "a", "validation": "b"}
+    environment.check_text(before, before, RUN)
+    environment.check_text({}, before, RUN)  # of a checkpoint that holds no digests
+    with pytest.raises(configs.ConfigError, match="'embedded' .* another validation text"):
+        environment.check_text(before, {"train": "a", "validation": "c"}, RUN)
 
 
 @pytest.mark.parametrize("key", FIXED)
