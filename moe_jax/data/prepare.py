@@ -69,7 +69,11 @@ def _tokenize(
     path = str(folder / "tokens.array_record")
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
     for document in tqdm.tqdm(documents, f"tokenizing {name}", unit=" documents", disable=None):
-        ids = tokenizer.encode(document.text)
+        try:
+            ids = tokenizer.encode(document.text)
+        except Exception as error:  # the libraries raise many kinds
+            beginning = f"{name}: {document.text[:40]!r} …"
+            raise ValueError(f"{beginning} cannot be tokenized ({error!r})") from error
         ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.uint32)
         text_bytes = np.frombuffer(document.text.encode(), np.uint8)
         byte_counts += np.bincount(text_bytes, minlength=256)

@@ -162,7 +162,7 @@ def opened(path: pathlib.Path) -> Iterator[TextIO]:
         with _open(path) as content:
             encoding = json.detect_encoding(content.peek(4)[:4])
             if not encoding.startswith("utf-8"):
-                kind = encoding.upper()
+                kind = re.sub("-(?=[BL]E)", "", encoding.upper())  # as iconv spells it
                 fix = f"convert it, for example with iconv -f {kind} -t UTF-8"
                 raise ValueError(f"{path} is {kind}, not UTF-8; {fix}")
             yield io.TextIOWrapper(content, encoding="utf-8")

@@ -54,7 +54,8 @@ def generate(
             "is this the tokenizer that it was trained with?"
         )
     longest = int(lengths_B.max())
-    config.check_rows(longest + num_tokens, f"{longest} are a prompt's; ask for fewer more")
+    fix = f"the longest prompt has {longest}; ask for fewer tokens after it"
+    config.check_rows(longest + num_tokens, fix)
     tokens_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt

@@ -88,6 +88,17 @@ def test_an_interrupted_tokenization_leaves_nothing_and_is_done_over(tmp_path):
     assert len(open_corpus(source, tmp_path).pairs) == len(RECORDS)
 
 
+def test_a_document_that_cannot_be_tokenized_is_named_by_its_beginning(tmp_path):
+    class Refusing(tokenizers.ByteTokenizer):
+        def encode(self, text):
+            if text.startswith("en 7"):
+                raise RuntimeError("no unknown token")
+            return super().encode(text)
+
+    with pytest.raises(ValueError, match="a.jsonl train: 'en 7: .*cannot be tokenized .*unknown"):
+        open_corpus(write(tmp_path / "a.jsonl"), tmp_path, tokenizer=Refusing())
+
+
 def test_two_processes_that_tokenize_at_once_end_with_one_folder(tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl")
     tokenize = prepare._tokenize

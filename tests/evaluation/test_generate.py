@@ -92,6 +92,6 @@ def test_what_cannot_be_continued_is_refused():
 def test_a_text_beyond_the_learned_positions_is_refused():
     config, params = loaded("gpt2")
     with pytest.raises(
-        ValueError, match="beyond the model's 40 learned positions; .* ask for fewer"
+        ValueError, match="beyond the model's 40 learned positions; .* ask for fewer tokens"
     ):
         generate.generate(params, config, prompts_of(config), num_tokens=30, temperature=0.0)
