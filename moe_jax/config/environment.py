@@ -93,8 +93,8 @@ def check_text(before: dict[str, str], now: dict[str, str], run: Run) -> None:
 
     Raises: ConfigError for a text or tokenizer that changed in its place.
     """
-    for split in before:
-        if before[split] != now[split]:
+    for split, digest in now.items():
+        if before.get(split, digest) != digest:
             raise ConfigError(
                 f"config.data.source={run.data.source!r} (tokenizer {run.data.tokenizer!r}) holds "
                 f"another {split} text than when the run in --workdir began; "
