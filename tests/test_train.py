@@ -158,7 +158,7 @@ def state_in(workdir, config_file):
 
 BAD_FLAGS = {
     "--config.optimizer.learning_rate=nan": "learning_rate=nan is not a finite number",
-    "--config.optimizer.learning_rat=1": 'unknown key .*Did you mean "learning_rate"',
+    "--config.optimizer.learning_rat=1": "did you mean config.optimizer.learning_rate",
     "--config.training.num_steps=1.5": "num_steps",
     "--config.training.batch_size=ten": "batch_size",
     "--config.model.num_experts_per_tok=5": "num_experts_per_tok=5 is more than num_experts=4",
@@ -166,7 +166,7 @@ BAD_FLAGS = {
     "--config.mesh.data=3": "mesh data=3.* does not fit 8",
     "--config.model.hidden_size=20": "axis of size 20 is not divisible by the mesh's fsdp axis",
     "--config.data.source=does/not/exist": "'does/not/exist' matches no file",
-    "--config.balance.load_balancing_scope=all": "use one of",
+    "--config.balance.load_balancing_scope=all": "did you mean 'all_layers'. Use one of",
     "--config.init.upcycle.recipe=drop": "needs a parent; set config.init.source",
     "--config.init.source=does/not/exist": "has no checkpoints",
     "--config.seed=-1": "seed=-1 must not be negative",
@@ -175,7 +175,7 @@ BAD_FLAGS = {
     "--config.optimizer.weight_decay=inf": "is not a finite number",
     "--config.evaluation.batch_size=-8": "must be more than 0",
     "--config.model.grouped_matmul=hots": "grouped_matmul implementation='hots' is unknown",
-    "--config.model.preset=llama": "is unknown; use one of",
+    "--config.model.preset=llama": "is unknown: did you mean 'llama-2-7b'. Use one of",
     "positional": "unexpected argument 'positional'",
 }
 
