@@ -16,12 +16,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moe_jax import command_line, files
+from moe_jax import command_line, files, spelling
 from moe_jax import config as configs
 from moe_jax.analysis import measures
 from moe_jax.config import checks
 
 DONE, FAILED, STOPPED, BLOCKED, PENDING = "done", "failed", "stopped", "blocked", "pending"
+ENTRY = {"name", "overrides", "after"}  # the keys of an entry of get_sweep()
 RESULT_COLUMNS = """steps tokens training_flops loss bits_per_byte parent_tokens
     parent_training_flops parameters active_parameters router seconds""".split()
 
@@ -63,8 +64,10 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
     """
     entries = {}
     for entry in _get_sweep(path):
-        if unknown := set(entry) - {"name", "overrides", "after"}:
-            raise configs.ConfigError(f"{path}: a sweep entry has the unknown key {min(unknown)!r}")
+        if unknown := set(entry) - ENTRY:
+            key = min(unknown)
+            meant = spelling.did_you_mean(key, ENTRY)
+            raise configs.ConfigError(f"{path}: a sweep entry has the unknown key {key!r}{meant}")
         name = str(entry.get("name", ""))
         if not re.fullmatch(r"[\w.+=-]+", name):
             raise configs.ConfigError(f"{path}: name={name!r}; use letters, digits and ._+=- only")

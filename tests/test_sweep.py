@@ -154,9 +154,9 @@ sweep.execute(runs, ["python", str(folder / "train.py")], folder / "out", max_pa
         ([entry("a/b")], "name='a/b'"),
         ([entry("a", after=["b"])], "run 'a' waits for 'b', which is none of a"),
         ([entry("a", after=["b"]), entry("b", after=["a"])], "runs wait for each other: "),
-        ([entry("a", **{"seeed": 1})], "run 'a': unknown key"),
+        ([entry("a", **{"seeed": 1})], "run 'a': config.seeed is no key .*did you mean config.seed"),
         ([entry("a", **{"training.num_steps": -1})], "run 'a': config.training.num_steps=-1"),
-        ([{"name": "a", "override": {}}], "unknown key 'override'"),
+        ([{"name": "a", "override": {}}], "unknown key 'override'; did you mean overrides"),
     ],
 )
 def test_a_mistake_in_any_run_is_refused_before_the_first(folder, entries, message):
