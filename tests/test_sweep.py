@@ -154,7 +154,7 @@ sweep.execute(runs, ["python", str(folder / "train.py")], folder / "out", max_pa
         ([entry("a/b")], "name='a/b'"),
         ([entry("a", after=["b"])], "run 'a' waits for 'b', which is none of a"),
         ([entry("a", after=["b"]), entry("b", after=["a"])], "runs wait for each other: "),
-        ([entry("a", **{"seeed": 1})], "run 'a': config.seeed is no key .*did you mean config.seed"),
+        ([entry("a", **{"seeed": 1})], "run 'a': .*did you mean config.seed."),
         ([entry("a", **{"training.num_steps": -1})], "run 'a': config.training.num_steps=-1"),
         ([{"name": "a", "override": {}}], "unknown key 'override'; did you mean overrides"),
     ],
@@ -172,7 +172,7 @@ def test_list_shows_every_command_and_starts_nothing(tmp_path):
         [*script, *flags], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True
     )
     rows = [line.split() for line in listed.stdout.splitlines()]
-    assert [row[2] for row in rows] == ["dense", "scratch", "naive", "drop_0.5", "drop_1.0"]
+    assert [row[2] for row in rows] == ["dense", "scratch", "dense_continued", "naive", "drop_0.5", "drop_1.0"]
     assert {row[0] for row in rows} == {"pending"}
     assert all("scripts/train.py" in row for row in rows)
     assert not (tmp_path / "out").exists()
