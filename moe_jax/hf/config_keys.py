@@ -97,13 +97,12 @@ def _qwen_read(values: dict) -> dict:
     step, dense = values["decoder_sparse_step"], values["mlp_only_layers"] or []
     layers = range(values["num_hidden_layers"])
     kinds = (DENSE if layer in dense or (layer + 1) % step else MOE for layer in layers)
-    return _sparse(values["num_local_experts"], kinds)
+    return _sparse(values["num_experts"], kinds)
 
 
 def _qwen_write(config: ModelConfig) -> dict:
     return {
-        "num_experts": config.num_experts,
-        "num_local_experts": config.num_experts,
+        "num_experts": config.num_experts,  # Transformers 4 has no other spelling, 5 reads both
         "moe_intermediate_size": config.expert_size,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i, kind in enumerate(config.layer_kinds) if kind == DENSE],
@@ -112,7 +111,7 @@ def _qwen_write(config: ModelConfig) -> dict:
 
 _QWEN_EXPERTS = Part(
     {
-        "num_local_experts": (COUNT, 128),
+        "num_experts": (COUNT, 128),
         "decoder_sparse_step": (COUNT, 1),
         "mlp_only_layers": (list_of(INDEX).or_null(), None),
     },
@@ -297,7 +296,7 @@ KEYS = {
         ),
         {"qk_norm": "head"},
         (rope(), _BIAS, _ONE_WINDOW, _QWEN_EXPERTS),
-        aliases={"num_local_experts": "num_experts"},
+        aliases={"num_experts": "num_local_experts"},
     ),
     "lola_v1": dataclasses.replace(
         _GPT2,

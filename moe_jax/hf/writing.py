@@ -16,7 +16,12 @@ from moe_jax.hf.families import FAMILIES
 TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
     vocab.json vocab.txt merges.txt added_tokens.json chat_template.jinja
     generation_config.json""".split()
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
+# Keys that go along to a model of the same family. Other keys may be of another model of it (its
+# depth, its quantisation), and those that decide what is computed are written from ModelConfig.
+OF_FAMILY = """attention_dropout attn_pdrop embd_pdrop resid_pdrop use_cache pretraining_tp
+    reorder_and_upcast_attn output_router_logits router_aux_loss_coef router_jitter_noise
+    consider_aux_loss""".split()
 
 
 def save(
@@ -81,6 +86,26 @@ def _carried(source: pathlib.Path, values: dict, unfinished: pathlib.Path) -> di
     if not (source / "config.json").exists():
         return {}
     old = configs.load_json(source)
-    if old.get("model_type") == values["model_type"]:
-        return old
-    return {name: old[name] for name in TOKEN_IDS if name in old}
+    if old.get("model_type") != values["model_type"]:
+        return {name: old[name] for name in TOKEN_IDS if name in old}
+    known = {name: old[name] for name in (*TOKEN_IDS, *OF_FAMILY) if name in old}
+    return known | _carried_code(source, old.get("auto_map"), unfinished)
+
+
+def _carried_code(source: pathlib.Path, auto_map: object, unfinished: pathlib.Path) -> dict:
+    """Copies the Python files of a folder whose auto_map names classes in them; returns that key.
+
+    None are copied, and the key is left out, when a file that it names is not there. The files may
+    import each other, so that all are copied. They are not opened.
+    """
+    if not isinstance(auto_map, dict):
+        return {}
+    # "file.Class" is in the folder, "repository--file.Class" is not; a list is of tokenizers.
+    lists = (value if isinstance(value, list) else [value] for value in auto_map.values())
+    names = [str(name) for classes in lists for name in classes if name is not None]
+    files = {f"{name.split('.')[0]}.py" for name in names if "--" not in name}
+    if not all((source / name).is_file() for name in files):
+        return {}
+    for path in source.glob("*.py") if files else ():
+        shutil.copyfile(safetensors.resolve_inside(source, path.name), unfinished / path.name)
+    return {"auto_map": auto_map}
