@@ -12,7 +12,7 @@ import jax
 from moe_jax import config as configs
 from moe_jax import files, hf, model
 from moe_jax.hf import configs as hf_configs
-from moe_jax.hf import folders, safetensors, writing
+from moe_jax.hf import folders, safetensors, tensors, writing
 from moe_jax.model.config import COMPUTATION, fields_of
 from moe_jax.parallel import sharding
 from moe_jax.training import checkpoint
@@ -81,20 +81,22 @@ def save_as(
     params: dict,
     *,
     source: pathlib.Path,
+    dtype: str | None = None,
 ) -> None:
     """A model as "hf", a Hugging Face folder, or "orbax", a workdir; with the source's tokenizer.
 
-    Raises: ValueError when `output` exists or cannot hold the model.
+    Raises: ValueError when `output` exists or cannot hold the model, or `dtype` its values.
     """
     try:
         tokenizer = tokenizer_of(source)
     except ValueError:
         tokenizer = "bytes"
     if kind == "orbax":
+        params = tensors.cast(params, dtype) if dtype else params
         save(output, model_config, params, tokenizer=tokenizer)
         return
     beside = pathlib.Path(tokenizer).parent if os.path.isfile(tokenizer) else None
-    hf.save(output, model_config, params, source=beside)
+    hf.save(output, model_config, params, source=beside, dtype=dtype)
 
 
 def save(

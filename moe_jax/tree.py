@@ -1,9 +1,13 @@
 """Paths of a pytree as text, and random keys folded in by name."""
 
+import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
+import numpy as np
+
+FLOAT32 = np.dtype(np.float32)
 
 
 def path_name(path: tuple) -> str:
@@ -33,6 +37,12 @@ def map_with_name(function: Callable, pytree, *others):
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_name(path), *leaves), pytree, *others
     )
+
+
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The dtype that holds the values of all; float32 for float16 and bfloat16 together."""
+    dtypes = set(dtypes)
+    return dtypes.pop() if len(dtypes) == 1 else functools.reduce(np.promote_types, dtypes, FLOAT32)
 
 
 def fold_in(key: jax.Array, name: str) -> jax.Array:

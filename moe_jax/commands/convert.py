@@ -17,7 +17,7 @@ import pathlib
 import numpy as np
 
 from moe_jax import command_line, stores
-from moe_jax.hf import folders, tensors, writing
+from moe_jax.hf import folders, writing
 from moe_jax.parallel import mesh
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -46,7 +46,7 @@ def run(arguments) -> None:
             arguments.output,
             source.config,
             dtypes,
-            lambda slot: source.part(slot.path, slot.row).astype(dtypes[slot.path], copy=False),
+            lambda slot: source.part(slot.path, slot.row),
             source=source.path,
             progress=True,
         )
@@ -54,6 +54,5 @@ def run(arguments) -> None:
     config, params = stores.load(arguments.source, mesh.one_device())
     if arguments.dropless:
         config = dataclasses.replace(config, dispatch="dropless")
-    if arguments.dtype:
-        params = tensors.cast(params, arguments.dtype)
-    stores.save_as(arguments.to, arguments.output, config, params, source=arguments.source)
+    how = {"source": arguments.source, "dtype": arguments.dtype}
+    stores.save_as(arguments.to, arguments.output, config, params, **how)

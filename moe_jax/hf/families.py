@@ -29,6 +29,21 @@ class Family:
     table: Table
     read_only: tuple[Table, ...] = ()
 
+    @property
+    def prefix(self) -> str:
+        """The prefix of all names but the head's, "model." or "transformer."."""
+        return self.table["embed/tokens"].name.partition(".")[0] + "."
+
+    def without_prefix(self) -> tuple[Table, ...]:
+        """The tables of a file that was saved without the head (GPT-2's of the hub, embedders')."""
+        return tuple(
+            {
+                path: dataclasses.replace(entry, name=entry.name.removeprefix(self.prefix))
+                for path, entry in table.items()
+            }
+            for table in (self.table, *self.read_only)
+        )
+
 
 def _table(text: str) -> Table:
     """Columns are two spaces or more apart; a name that begins with a dot lies in a layer."""
@@ -128,10 +143,6 @@ _GPT2 = _table("""
     moe/norm/scale        transformer.h.{layer}.ln_2.weight         D -> D
     moe/norm/bias         transformer.h.{layer}.ln_2.bias           D -> D
 """)
-_GPT2_HUB = {
-    path: dataclasses.replace(entry, name=entry.name.removeprefix("transformer."))
-    for path, entry in _GPT2.items()
-}
 _LOLA = _GPT2 | _table("""
     moe/router/kernel      transformer.h.{layer}.moe.gate.weight                     E D -> D E
     moe/experts/up         transformer.h.{layer}.moe.experts.{expert}.c_fc.weight    D F -> D F
@@ -147,7 +158,7 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", _LLAMA),
     "qwen3": Family("Qwen3ForCausalLM", _QWEN3),
     "nemotron": Family("NemotronForCausalLM", _LLAMA),
-    "gpt2": Family("GPT2LMHeadModel", _GPT2, (_GPT2_HUB,)),
+    "gpt2": Family("GPT2LMHeadModel", _GPT2),
     "mixtral": Family("MixtralForCausalLM", _MIXTRAL, (_MIXTRAL | _STACKED,)),
     "olmoe": Family("OlmoeForCausalLM", _OLMOE, (_OLMOE | _STACKED,)),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", _QWEN3_MOE, (_QWEN3_MOE | _STACKED,)),

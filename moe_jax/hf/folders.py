@@ -3,6 +3,7 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import model, tree
@@ -65,10 +66,19 @@ class Folder:
         for part in matched:
             self.parts.setdefault(part.path, []).append(part)
         self._dtypes = {
-            path: np.result_type(*{self.tensors[part.name].dtype for part in parts})
+            path: tree.widest(self.tensors[part.name].dtype for part in parts)
             for path, parts in self.parts.items()
         }
+        self._check_floats()
         self._check_head()
+
+    def _check_floats(self) -> None:
+        for part in (part for parts in self.parts.values() for part in parts):
+            if not jnp.issubdtype(dtype := self.tensors[part.name].dtype, jnp.floating):
+                raise tensors.MismatchError(
+                    f"{self.path}: {part.name} is stored as {dtype}, but weights are "
+                    "floating-point numbers; dequantise the model elsewhere"
+                )
 
     def _check_head(self) -> None:
         head = self.tensors.get("lm_head.weight")

@@ -24,6 +24,7 @@ import numpy as np
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -100,17 +101,28 @@ class Tensor:
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors.index.json's shards, else of model.safetensors.
+    """The tensors of model.safetensors, or of model.safetensors.index.json's shards.
 
     Only headers are read. Pickles (pytorch_model.bin) never are.
 
-    Raises: FormatError when neither is there, or any file is not exactly what it should be.
+    Raises: FormatError when neither is there, both are with other tensors, an adapter is beside
+      them, or any file is not exactly what it should be.
     """
     names = sorted(path.name for path in folder.glob("*"))
+    if ADAPTER in names:
+        raise FormatError(
+            f"{folder} has {ADAPTER}: the model is another one with an adapter; merge them first"
+            f" (merge_and_unload), or remove {ADAPTER} if the weights beside it are merged"
+        )
     if INDEX in names:
         return _open_shards(folder)
     if SINGLE in names:
         return _read_header(resolve_inside(folder, SINGLE))
+    if other := next((name for name in names if name.endswith(".safetensors")), None):
+        raise FormatError(
+            f"{folder} has {_show(other)} but neither {SINGLE} nor {INDEX}, the names that are"
+            " read: is the download complete?"
+        )
     if pickle := next((name for name in names if name.endswith(_PICKLES)), None):
         raise FormatError(
             f"{folder} has {_show(pickle)} but no {SINGLE}: a pickle runs code when it is"
@@ -225,6 +237,11 @@ def _open_shards(folder: pathlib.Path) -> dict[str, Tensor]:
     names = collections.defaultdict(set)
     for name, file in weight_map.items():
         names[file].add(name)
+    if (folder / SINGLE).exists() and names.keys() != {SINGLE}:
+        raise FormatError(
+            f"{folder} has {SINGLE} and {INDEX} of other files: one is left from an earlier save;"
+            f" remove it (Transformers would read {SINGLE})"
+        )
     paths = {file: resolve_inside(folder, file) for file in sorted(names)}
     tensors = {}
     for file, path in paths.items():

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from moe_jax import model, tree
@@ -80,30 +82,74 @@ def match(
 ) -> list[TensorPart]:
     """The parts of the family's layout that fits the tensors.
 
-    Raises: MismatchError with the missing, extra and misshapen tensors of the closest layout.
+    Names without the family's prefix are read where Transformers 4 and 5 both read them: in a tied
+    model saved without its head.
+
+    Raises: MismatchError with the missing, extra and misshapen tensors of the closest layout, or
+      with what all names have too much or too little.
     """
     found = {name for name in tensors if not re.search(IGNORED, name)}
-    if config.tie_word_embeddings:
+    tables, tied = (family.table, *family.read_only), config.tie_word_embeddings
+    bare = family.without_prefix()
+    if tied and bare[0]["embed/tokens"].name in found and "lm_head.weight" not in found:
+        tables = bare
+    if tied:
         found.discard("lm_head.weight")  # the embedding once more; the caller compares them
 
-    def problems(layout):
+    def problems(layout) -> list[list[str]]:
         wanted = {part.name: part.tensor_shape() for part in layout}
         return [
-            *(f"{name} is missing" for name in wanted if name not in found),
-            *(f"{name} is not part of this model" for name in sorted(found - set(wanted))),
-            *(
+            [f"{name} is missing" for name in wanted if name not in found],
+            [f"{name} is not part of this model" for name in sorted(found - set(wanted))],
+            [
                 f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
                 for name, shape in wanted.items()
                 if name in found and tensors[name].shape != shape
-            ),
+            ],
         ]
 
-    layouts = [list(tensor_parts(config, table)) for table in (family.table, *family.read_only)]
-    best = min(layouts, key=lambda layout: len(problems(layout)))
-    if wrong := problems(best):
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise MismatchError("; ".join(wrong[:8]) + more)
-    return best
+    layouts = [list(tensor_parts(config, table)) for table in tables]
+    wrong = [problems(layout) for layout in layouts]
+    number, best = min((sum(map(len, kinds)), i) for i, kinds in enumerate(wrong))
+    if not number:
+        return layouts[best]
+    if renamed := _renamed(found, {part.name for part in layouts[best]}):
+        raise MismatchError(renamed)
+    shown = [problem for kind in wrong[best] for problem in kind[:4]]
+    more = f" and {number - len(shown)} more" if number > len(shown) else ""
+    raise MismatchError("; ".join(shown) + more)
+
+
+def _renamed(found: set[str], wanted: set[str]) -> str:
+    """The part that most names have too much ("_orig_mod.") or lack ("model."); "" for none.
+
+    Compiled and wrapped modules save their state so, and Transformers does not find the tensors.
+    """
+    missing, strange = wanted - found, found - wanted
+    for name, due in itertools.product(sorted(strange), sorted(missing)[:3]):
+        wrapper = [s for s in name.split(".") if s not in due.split(".")]
+        if due.endswith(f".{name}"):
+            part, verb = due.removesuffix(name), "lack"
+            new = {part + other for other in strange}
+        elif name.endswith(f".{due}"):
+            part, verb = name.removesuffix(due), "have"
+            new = {other.removeprefix(part) for other in strange}
+        elif _without(wrapper, name) == due:  # of each layer, for example
+            part, verb = f"{'.'.join(dict.fromkeys(wrapper))}.", "have"
+            new = {_without(wrapper, other) for other in strange}
+        else:
+            continue
+        if 2 * len(missing & new) > len(missing):
+            fix = "add it" if verb == "lack" else "leave it out"
+            return (
+                f"{len(missing & new)} names of tensors {verb} {part!r}, such as {name} for {due}; "
+                f"rename them in the file ({fix}), or save the inner model by save_pretrained"
+            )
+    return ""
+
+
+def _without(segments: list[str], name: str) -> str:
+    return ".".join(s for s in name.split(".") if s not in segments)
 
 
 def read(part: TensorPart, tensor: safetensors.Tensor, index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -139,5 +185,28 @@ def assemble(parts: list[tuple[TensorPart, np.ndarray]]) -> np.ndarray:
     return whole.reshape(parts[0][0].tensor_shape())
 
 
+def converted(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
+    """The array in another dtype, and how many of its finite values are beyond the dtype's."""
+    if array.dtype == dtype:
+        return array, 0
+    with np.errstate(over="ignore"):
+        new = array.astype(dtype)
+    return new, int(np.count_nonzero(np.isfinite(array) & ~np.isfinite(new)))
+
+
+def check_beyond(dtype: np.dtype, beyond: dict[str, int]) -> None:
+    """Raises ValueError for numbers of values, by the name of their tensor, that `dtype` lacks."""
+    if lost := {name: number for name, number in beyond.items() if number}:
+        named = ", ".join(f"{number} of {name}" for name, number in list(lost.items())[:8])
+        more = f" and others of {len(lost) - 8} more tensors" if len(lost) > 8 else ""
+        raise ValueError(
+            f"{sum(lost.values())} values are beyond the largest of {dtype}, "
+            f"{float(ml_dtypes.finfo(dtype).max):g}: {named}{more}; choose float32 or bfloat16"
+        )
+
+
 def cast(params: dict, dtype: str) -> dict:
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+    """Parameters in another dtype; raises ValueError for finite values that it does not have."""
+    pairs = {p: converted(np.asarray(x), np.dtype(dtype)) for p, x in tree.flatten(params).items()}
+    check_beyond(np.dtype(dtype), {path: number for path, (_, number) in pairs.items()})
+    return tree.unflatten({path: leaf for path, (leaf, _) in pairs.items()})

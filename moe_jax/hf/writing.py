@@ -30,18 +30,20 @@ def save(
     params: dict,
     *,
     source: str | pathlib.Path | None = None,
+    dtype: str | None = None,
 ) -> None:
-    """Writes the parameters as the Hugging Face model that holds them, in their own dtype.
+    """Writes the parameters as the Hugging Face model that holds them.
 
     Args:
       folder: must not exist; appears when all is written.
       source: a Hugging Face folder whose tokenizer, generation settings and token ids go along.
+      dtype: of all tensors; None keeps each leaf's own.
 
-    Raises: ValueError, in one line, when no Hugging Face class can hold the model, or `folder`
-      exists.
+    Raises: ValueError, in one line, when no Hugging Face class can hold the model, `folder` exists,
+      or finite values are beyond `dtype`.
     """
     leaves = tree.flatten(params)
-    dtypes = {path: leaf.dtype for path, leaf in leaves.items()}
+    dtypes = {path: np.dtype(dtype or leaf.dtype) for path, leaf in leaves.items()}
     write(folder, config, dtypes, lambda part: leaves[part.path][part.row], source=source)
 
 
@@ -57,15 +59,17 @@ def write(
 ) -> None:
     """`save` for arrays that `value` makes one after the other, layer by layer.
 
-    `dtypes` are those of the leaves, by path.
+    `dtypes` are those of the leaves in the file, by path.
     """
     values = configs.write(config)
     by_tensor: dict[str, list[tensors.TensorPart]] = {}
     for part in tensors.tensor_parts(config, FAMILIES[values["model_type"]].table):
         by_tensor.setdefault(part.name, []).append(part)
     header = {
-        name: (parts[0].tensor_shape(), dtypes[parts[0].path]) for name, parts in by_tensor.items()
+        name: (parts[0].tensor_shape(), tree.widest(dtypes[part.path] for part in parts))
+        for name, parts in by_tensor.items()
     }
+    beyond = {}
     values["dtype"] = values["torch_dtype"] = str(np.dtype(dtypes["embed/tokens"]))
     with files.whole_folder(folder) as unfinished:
         if source is not None:
@@ -74,7 +78,9 @@ def write(
             items = tqdm.tqdm(by_tensor.items(), unit="tensor", disable=not progress)
             for name, parts in items:
                 arrays = [(part, np.asarray(value(part))) for part in parts]
-                writer.write(name, tensors.assemble(arrays))
+                tensor, beyond[name] = tensors.converted(tensors.assemble(arrays), header[name][1])
+                writer.write(name, tensor)
+        tensors.check_beyond(np.dtype(values["dtype"]), beyond)
         (unfinished / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import tree
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layout import slots
 from moe_jax.upcycle import mixing, origins, recipes, transform
@@ -97,7 +98,7 @@ class Stream:
             for leaf, origin in self._layers[layer].items():
                 dtype = self._parent_dtypes[self._source_of(layer, origin)]
                 found.setdefault(f"blocks/{slot}/{leaf}", set()).add(dtype)
-        return {path: np.result_type(*dtypes) for path, dtypes in found.items()}
+        return {path: tree.widest(dtypes) for path, dtypes in found.items()}
 
     def _kept(self, origin, path, row):
         parts = [self.parents[parent].part(path, row) for parent in origin.parents]

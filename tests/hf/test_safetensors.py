@@ -329,10 +329,55 @@ def test_shards_are_bounded_and_their_index_is_complete(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
 
 
-def test_the_index_wins_over_a_single_file(tmp_path):
-    tensors = sharded(tmp_path)
+def test_a_single_file_beside_an_index_of_other_files_is_refused_with_both_names(tmp_path):
+    """One is left from an earlier save, and only the reader's order would decide which is read."""
+    sharded(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not looked at")
+    match = (
+        r"has model\.safetensors and model\.safetensors\.index\.json of other files: .* remove it"
+    )
+    with pytest.raises(safetensors.FormatError, match=match):
+        safetensors.open_folder(tmp_path)
+
+
+def test_an_index_of_the_single_file_is_read(tmp_path):
+    tensors = {"a": np.ones(3, np.float32)}
+    write(tmp_path, tensors)
+    index = {"metadata": {}, "weight_map": {"a": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_same(read(tmp_path), tensors)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "consolidated.safetensors",
+        "model.fp16.safetensors",
+        "model-00001-of-00002.safetensors",
+        "optimizer.pt",
+    ],
+)
+def test_files_that_transformers_does_not_read_decide_nothing(beside, tmp_path):
+    tensors = {"a": np.ones(3, np.float32)}
+    write(tmp_path, tensors)
+    (tmp_path / beside).write_bytes(b"not looked at")
+    assert_same(read(tmp_path), tensors)
+
+
+@pytest.mark.parametrize("other", ["consolidated.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_file_of_another_name_is_named_when_there_is_no_other(other, tmp_path):
+    (tmp_path / other).write_bytes(b"not looked at")
+    with pytest.raises(safetensors.FormatError, match=f"has '{other}' but neither"):
+        safetensors.open_folder(tmp_path)
+
+
+def test_a_folder_with_an_adapter_is_another_model(tmp_path):
+    write(tmp_path, {"a": np.ones(3, np.float32)})
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(safetensors.FormatError, match="another one with an adapter; merge them"):
+        safetensors.open_folder(tmp_path)
 
 
 FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
