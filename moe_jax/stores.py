@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import reprlib
 import shutil
 from collections.abc import Sequence
 
@@ -13,26 +14,35 @@ from moe_jax import config as configs
 from moe_jax import files, hf, model
 from moe_jax.hf import configs as hf_configs
 from moe_jax.hf import folders, safetensors, tensors, writing
-from moe_jax.model.config import COMPUTATION, fields_of
 from moe_jax.parallel import sharding
 from moe_jax.training import checkpoint
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import streaming
 
-UNLIKE = "{} is another model than {}; parents must be of one size and family"
-
 
 def load_alike(
     sources: list[pathlib.Path], mesh: jax.sharding.Mesh
 ) -> tuple[model.ModelConfig, list[dict]]:
-    """The config and the parameters of models that are alike; raises ConfigError if one is not."""
+    """The config and the parameters of models that are alike; raises ValueError if one is not."""
+    check_alike({source: config_of(source) for source in sources})
     loaded = [load(source, mesh) for source in sources]
-    first = loaded[0][0]
-    how = {name: getattr(first, name) for name in fields_of(COMPUTATION)}
-    for source, (other, _) in zip(sources, loaded, strict=True):
-        if dataclasses.replace(other, **how) != first:
-            raise configs.ConfigError(UNLIKE.format(source, sources[0]))
-    return first, [params for _, params in loaded]
+    return loaded[0][0], [params for _, params in loaded]
+
+
+def check_alike(models: dict[pathlib.Path, model.ModelConfig]) -> None:
+    """Raises ValueError for models that do not compute alike, with the fields that differ."""
+    (first, ours), *others = ((path, config.in_force()) for path, config in models.items())
+    for path, theirs in others:
+        differing = [
+            f"{name} is {reprlib.repr(theirs.get(name))}, not {reprlib.repr(ours.get(name))}"
+            for name in ours | theirs
+            if ours.get(name) != theirs.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{path} is another model than {first}: {'; '.join(differing)}; "
+                "parents must be of one size and kind"
+            )
 
 
 def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelConfig, dict]:
@@ -143,9 +153,8 @@ def upcycle_folders(
     Raises: ValueError for parents that are not alike, and as `hf.save`.
     """
     first = parents[0]
+    check_alike({parent.path: parent.config for parent in parents})
     for other in parents[1:]:
-        if other.config != first.config:
-            raise ValueError(UNLIKE.format(other.path, first.path))
         if other.dtypes() != first.dtypes():
             raise ValueError(
                 f"{other.path} is not stored in the dtypes of {first.path}; convert one with "

@@ -284,6 +284,7 @@ KEYS = {
         ),
         {"qk_norm": "full"},
         (rope(), _BIAS),
+        only={"sliding_window": (None,)},  # some of Transformers' attention kernels would use it
         aliases={"num_experts": "num_local_experts"},
     ),
     "qwen3_moe": Keys(

@@ -7,7 +7,13 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from moe_jax.model.config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig, choices
+from moe_jax.model.config import (
+    FULL_ATTENTION,
+    SAME_ACTIVATION,
+    SLIDING_ATTENTION,
+    ModelConfig,
+    choices,
+)
 
 
 class UnsupportedError(ValueError):
@@ -69,7 +75,7 @@ KIND_OF_TYPE = {int: COUNT, float: NUMBER, bool: FLAG, str: TEXT}
 KIND_OF_FIELD = {
     "num_hidden_layers": DEPTH,
     "initializer_range": SPREAD,
-    "hidden_act": _one_of(choices("hidden_act")),
+    "hidden_act": _one_of(tuple(dict.fromkeys((*choices("hidden_act"), *SAME_ACTIVATION)))),
 }
 
 

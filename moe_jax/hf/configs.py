@@ -14,14 +14,20 @@ from moe_jax.hf import safetensors
 from moe_jax.hf.config_keys import KEYS, REQUIRED, Keys, layer_types
 from moe_jax.hf.config_kinds import LAYER_TYPES, UnsupportedError, check, kind_of
 from moe_jax.hf.families import FAMILIES
-from moe_jax.model.config import COMPUTATION, DENSE, EXPERTS, ORIGIN, ROUTER, ModelConfig, fields_of
-from moe_jax.model.router import ROUTERS
+from moe_jax.model.config import DENSE, SAME_ACTIVATION, ModelConfig, choices
 
 MAX_CONFIG_BYTES = 10_000_000
 
-# Fields that a checkpoint does not hold. They say how a model is computed or trained, or which
-# tokens a full expert drops: no family has full experts (`dispatch` is compared).
-COMPUTED = fields_of(COMPUTATION, ORIGIN) | {"capacity_factor", "min_capacity", "token_priority"}
+# Keys of any family that change the computation or the place of the weights, with the values that
+# do not: https://github.com/huggingface/transformers, masking_utils.py and modeling_utils.py.
+EVERY: dict[str, tuple] = {
+    "is_causal": (True,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None, {}),
+    "transformers_weights": (None,),
+}
+OF_FULL_EXPERTS = {"capacity_factor", "min_capacity", "token_priority"}
 
 
 def load_json(folder: pathlib.Path) -> dict:
@@ -59,15 +65,18 @@ def read(values: dict) -> ModelConfig:
             f"model_type={reprlib.repr(model_type)} is not supported; known are {', '.join(KEYS)}"
         )
     keys = KEYS[model_type]
-    if values.get("quantization_config"):
-        raise UnsupportedError("quantization_config: quantised weights are not supported")
-    for name, accepted in keys.only.items():
+    for name, accepted in {**EVERY, **keys.only}.items():
         if values.get(name, accepted[0]) not in accepted:
-            raise UnsupportedError(f"{name}={reprlib.repr(values[name])} is not supported")
+            raise UnsupportedError(
+                f"{name}={reprlib.repr(values[name])} is not supported; "
+                f"only {accepted[0]!r}, or no such key, is"
+            )
     found = _found(keys, values)
     fields = keys.always | {ours: found[theirs] for ours, (theirs, _) in keys.fields.items()}
     for part in keys.parts:
         fields |= part.read(found)
+    if fields["hidden_act"] not in choices("hidden_act"):
+        fields["hidden_act"] = SAME_ACTIVATION[fields["hidden_act"]]
     try:
         config = ModelConfig(**fields, model_type=model_type)
     except ValueError as error:
@@ -127,33 +136,15 @@ def _cannot_hold(config: ModelConfig, model_type: str) -> list[str]:
         other = read(_values(config, model_type))
     except ValueError as error:
         return [str(error)] * 9
-    theirs = _in_force(other)
-    ours = _in_force(config).items()
-    return [f"{name}={value!r}" for name, value in ours if theirs.get(name) != value]
-
-
-def _in_force(config: ModelConfig) -> dict:
-    """The fields that decide what is computed, each with the value in force."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in COMPUTED}
-    fields |= ROUTERS[config.router].same_as
-    fields |= {
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "moe_intermediate_size": config.expert_size,
-        "layers": config.layer_kinds,
-        "layer_types": tuple(kind.window for kind in config.block_kinds),
-    }
-    unused = {"sliding_window", "merge_segment_length"}
-    if not config.num_experts:
-        unused |= fields_of(EXPERTS, ROUTER) - {"num_experts", "layers"}
-    elif DENSE not in config.layer_kinds:
-        unused |= {"intermediate_size"}
-    if config.position_embedding == "learned":
-        unused |= {"rope_theta", "partial_rotary_factor"}
-    if config.position_embedding == "learned" or config.rope_scaling_factor == 1:
-        unused |= {"rope_scaling_factor", "rope_low_freq_factor"}
-        unused |= {"rope_high_freq_factor", "rope_original_length"}
-    return {k: v for k, v in fields.items() if k not in unused}
+    # A folder says how long texts may be, though rotary positions compute nothing with it; and
+    # which tokens a full expert drops no family says (`dispatch` is compared).
+    ours = config.in_force() | {"max_position_embeddings": config.max_position_embeddings}
+    theirs = other.in_force() | {"max_position_embeddings": other.max_position_embeddings}
+    return [
+        f"{name}={value!r}"
+        for name, value in ours.items()
+        if theirs.get(name) != value and name not in OF_FULL_EXPERTS
+    ]
 
 
 def _values(config: ModelConfig, model_type: str) -> dict:

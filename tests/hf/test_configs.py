@@ -311,6 +311,43 @@ WRONG = [
 ]
 
 
+COMPUTE_OTHERWISE = {
+    "is_causal": False,
+    "per_layer_config": {"1": {"intermediate_size": 8}},
+    "pruned_heads": {"0": [1]},
+    "quantization_config": {"quant_method": "awq"},
+    "transformers_weights": "other.safetensors",
+}
+
+
+@pytest.mark.parametrize("model_type", configs.KEYS)
+@pytest.mark.parametrize("name", COMPUTE_OTHERWISE)
+def test_a_key_of_any_model_that_changes_the_computation_is_refused(model_type, name):
+    """Transformers 5 looks both ways, computes layers of other sizes, reads another file, …"""
+    assert f"{name}=" in refusal(values(model_type, **{name: COMPUTE_OTHERWISE[name]}))
+    assert read(model_type, **{name: configs.EVERY[name][0]}) == read(model_type)
+
+
+def test_an_olmoe_with_a_window_is_refused():
+    """Transformers 5 gives the window to some of its attention kernels, and not to its masks."""
+    assert "sliding_window=8 is not supported" in refusal(values("olmoe", sliding_window=8))
+    assert read("olmoe", sliding_window=None) == read("olmoe")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "other", "same"),
+    [
+        ("llama", "hidden_act", "swish", "silu"),
+        ("gpt2", "activation_function", "gelu_python", "gelu"),
+        ("gpt2", "activation_function", "gelu_accurate", "gelu_new"),
+    ],
+)
+def test_another_name_of_an_activation_is_read(model_type, name, other, same):
+    config = read(model_type, **{name: other})
+    assert config == read(model_type, **{name: same})
+    assert configs.write(config)[name] == same
+
+
 @pytest.mark.parametrize(("model_type", "changes", "message"), WRONG)
 def test_a_wrong_value_is_named_with_what_it_should_be(model_type, changes, message):
     assert message in refusal(values(model_type, **changes))

@@ -146,3 +146,51 @@ def test_nothing_is_left_of_a_conversion_that_fails(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         stores.upcycle_folders(made_of, [source], tmp_path / "out", jax.random.key(0))
     assert not list(tmp_path.iterdir())
+
+
+LLAMA = folders.Folder(GOLDEN / "llama").config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_position_embeddings": 8192},
+        {"initializer_range": 0.5, "model_type": "mistral"},
+        {"num_key_value_heads": LLAMA.num_kv_heads, "head_dim": LLAMA.head_size},
+        {"capacity_factor": 2.0, "num_experts_per_tok": 1, "rope_original_length": 5},
+        {"layer_types": ("full_attention",) * LLAMA.num_hidden_layers, "sliding_window": 8},
+        {"dtype": "bfloat16", "remat": "none"},
+    ],
+)
+def test_parents_may_differ_in_what_computes_nothing(changes):
+    stores.check_alike({"a": LLAMA, "b": dataclasses.replace(LLAMA, **changes)})
+
+
+@pytest.mark.parametrize(
+    ("one", "changes", "message"),
+    [
+        ({}, {"rms_norm_eps": 1.0}, "rms_norm_eps is 1.0, not 0.003"),
+        (
+            {},
+            {"rope_theta": 5.0, "qk_norm": "head"},
+            "qk_norm is 'head', not 'none'; rope_theta is 5.0",
+        ),
+        ({}, {"sliding_window": 8}, "layer_types is (8, 8, 8), not (None, None, None)"),
+        (
+            {"position_embedding": "learned"},
+            {"max_position_embeddings": 8192},
+            "max_position_embeddings is 8192, not 64",
+        ),
+        (
+            {"num_experts": 4, "dispatch": "capacity"},
+            {"capacity_factor": 2.0},
+            "capacity_factor is 2.0, not 1.25",
+        ),
+    ],
+)
+def test_the_fields_in_which_parents_differ_are_named_with_both_values(one, changes, message):
+    first = dataclasses.replace(LLAMA, **one)
+    with pytest.raises(ValueError) as error:
+        stores.check_alike({"a": first, "b": dataclasses.replace(first, **changes)})
+    assert f"b is another model than a: {message}" in str(error.value)
+    assert "\n" not in str(error.value)
