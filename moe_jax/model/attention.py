@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model import layers, remat
+from moe_jax.model import layers, remat, rope
 from moe_jax.model.config import ModelConfig
 from moe_jax.ops import attention as ops
 from moe_jax.ops import cached_attention
@@ -83,7 +83,7 @@ def _attention_of_one(x_BTD, params, cache, positions_BT, segment_ids_BT, config
     if (most := config.clip_qkv) is not None:
         q_BTNH, k_BTKH, v_BTKH = (jnp.clip(x, -most, most) for x in (q_BTNH, k_BTKH, v_BTKH))
     if config.position_embedding == "rotary":
-        q_BTNH, k_BTKH = (layers.rotate(x, positions_BT, config) for x in (q_BTNH, k_BTKH))
+        q_BTNH, k_BTKH = (rope.rotate(x, positions_BT, config) for x in (q_BTNH, k_BTKH))
     q_BTNH, k_BTKH, v_BTKH = remat.named("qkv", (q_BTNH, k_BTKH, v_BTKH))
     if cache is not None:
         cache = {n: _write(cache[n], x, positions_BT) for n, x in (("k", k_BTKH), ("v", v_BTKH))}

@@ -5,6 +5,7 @@ import math
 from typing import Any, NamedTuple
 
 from moe_jax import spelling
+from moe_jax.model.rope import ROPES
 from moe_jax.model.router import ROUTERS
 
 DENSE, MOE = "dense", "moe"
@@ -24,7 +25,7 @@ class BlockKind(NamedTuple):
 
 # Every field of ModelConfig belongs to one of these. The answer decides which fields of two models
 # are compared, and which ones a sparse model sets for itself.
-ARCHITECTURE, ORIGIN, EXPERTS = "architecture", "origin", "experts"
+ARCHITECTURE, ROPE, ORIGIN, EXPERTS = "architecture", "rope", "origin", "experts"
 ROUTER, ATTENTION_EXPERTS, COMPUTATION = "router", "attention_experts", "computation"
 
 
@@ -88,10 +89,16 @@ class ModelConfig:
     position_embedding: str = _field("rotary", choices=("rotary", "learned"))  # learned: GPT-2
     rope_theta: float = _field(10_000.0, positive=True)
     partial_rotary_factor: float = _field(1.0, positive=True)  # the share of a head it rotates
-    rope_scaling_factor: float = _field(1.0, positive=True)  # Llama 3's, for long texts; 1 is none
-    rope_low_freq_factor: float = _field(1.0)
-    rope_high_freq_factor: float = _field(4.0)
-    rope_original_length: int = _field(8192)
+    # How waves are stretched over longer texts: a row of model/rope.py, and what rows read.
+    rope_type: str = _field("default", choices=tuple(ROPES))
+    rope_scaling_factor: float = _field(1.0, ROPE, positive=True)
+    rope_original_length: int = _field(8192, ROPE, at_least=1)  # of the texts before
+    rope_low_freq_factor: float = _field(1.0, ROPE, positive=True)
+    rope_high_freq_factor: float = _field(4.0, ROPE, positive=True)
+    rope_attention_factor: float | None = _field(None, ROPE, positive=True)  # YaRN's formula
+    rope_beta_fast: float = _field(32.0, ROPE, positive=True)
+    rope_beta_slow: float = _field(1.0, ROPE, positive=True)
+    rope_truncate: bool = _field(True, ROPE)  # whole dimensions at the ends of YaRN's ramp
 
     num_experts: int = _field(0, EXPERTS, at_least=0)  # 0 is a dense model
     num_experts_per_tok: int = _field(2, EXPERTS, at_least=1)
@@ -157,6 +164,7 @@ class ModelConfig:
             if allowed["choices"] and value not in allowed["choices"]:
                 yield spelling.unknown(name, value, allowed["choices"])
         yield from self._problems_of_sizes()
+        yield from self._problems_of_rope()
         yield from self._problems_of_layers()
         if self.router not in ROUTERS:
             yield spelling.unknown("router", self.router, ROUTERS)
@@ -182,6 +190,19 @@ class ModelConfig:
         A, E = self.num_experts_per_tok, self.num_experts
         if 0 < E < A:
             yield f"num_experts_per_tok={A} is more than num_experts={E}; choose at most {E}"
+
+    def _problems_of_rope(self):
+        if self.rope_type not in ROPES:
+            return
+        row = ROPES[self.rope_type]
+        for name in sorted(fields_of(ROPE) - set(row.reads)):
+            if (value := getattr(self, name)) != self.__dataclass_fields__[name].default:
+                readers = ", ".join(kind for kind, other in ROPES.items() if name in other.reads)
+                yield (
+                    f"{name}={value!r} has no effect with rope_type={self.rope_type!r}; "
+                    f"leave it out, or use a type that reads it: {readers}"
+                )
+        yield from row.problems(self)
 
     def _problems_of_layers(self):
         kinds_of = {"layers": (DENSE, MOE), "layer_types": (FULL_ATTENTION, SLIDING_ATTENTION)}
@@ -301,10 +322,8 @@ class ModelConfig:
         if self.position_embedding == "rotary":
             unused |= {"max_position_embeddings"}  # no weights, and the recommended length of texts
         else:
-            unused |= {"rope_theta", "partial_rotary_factor"}
-        if self.position_embedding != "rotary" or self.rope_scaling_factor == 1:
-            unused |= {"rope_scaling_factor", "rope_low_freq_factor"}
-            unused |= {"rope_high_freq_factor", "rope_original_length"}
+            unused |= {"rope_theta", "partial_rotary_factor", "rope_type"} | fields_of(ROPE)
+        unused |= fields_of(ROPE) - set(ROPES[self.rope_type].reads)
         return {name: value for name, value in fields.items() if name not in unused}
 
     @property

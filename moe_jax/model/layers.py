@@ -77,34 +77,6 @@ def norm(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
     return add_bias(unit * scale.astype(x.dtype), params, "bias")
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rotary positions, pairing dimension i with i + R/2 (Su et al., arXiv 2104.09864).
-
-    R is `config.rotary_size`; the dimensions from there on pass through.
-    """
-    x, y, rest = jnp.split(x_BTNH, (config.rotary_size // 2, config.rotary_size), axis=-1)
-    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies(config)
-    sin, cos = jnp.sin(angle).astype(x_BTNH.dtype), jnp.cos(angle).astype(x_BTNH.dtype)
-    return jnp.concatenate([x * cos - y * sin, y * cos + x * sin, rest], axis=-1)
-
-
-def frequencies(config: ModelConfig) -> jax.Array:
-    """[R/2], radians per position.
-
-    `rope_scaling_factor` works as in Llama 3.1 (Grattafiori et al., arXiv 2407.21783): waves longer
-    than the original length by `rope_low_freq_factor` are stretched by the factor, those shorter by
-    `rope_high_freq_factor` are kept, and between them the two are blended.
-    """
-    half = config.rotary_size // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if config.rope_scaling_factor == 1:
-        return frequency
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    waves = config.rope_original_length * frequency / (2 * math.pi)
-    kept = jnp.clip((waves - low) / (high - low), 0, 1)
-    return frequency * (kept + (1 - kept) / config.rope_scaling_factor)
-
-
 def feed_forward(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
     """down(act(gate x) * up x) (Shazeer, arXiv 2002.05202), or down(act(up x)) without a gate."""
 

@@ -20,6 +20,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 SIZES = {
     "vocab_size": 64,
@@ -209,7 +210,7 @@ def test_a_key_may_have_the_other_name_of_its_class():
         ),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": DEFAULT_ROPE},
-            "rope type 'linear'",
+            r"rope_scaling=.*linear.* contradicts rope_parameters=.*default",
         ),
         (
             {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
@@ -285,7 +286,32 @@ WRONG = [
     ("llama", {"rope_parameters": {"rope_type": ["llama3"]}}, "rope_parameters.rope_type=["),
     ("llama", {"rope_parameters": {FULL: DEFAULT_ROPE}}, f"rope_parameters.{FULL}={{"),
     ("llama", {"rope_scaling": {**LLAMA3, "factor": "x"}}, "rope_scaling.factor='x' must be"),
-    ("llama", {"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, "low_freq_factor=4 must be less"),
+    (
+        "llama",
+        {"rope_scaling": {**LLAMA3, "low_freq_factor": 4}},
+        "low_freq_factor=4.0 must be less",
+    ),
+    (
+        "llama",
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "up to max_position_embeddings",
+    ),
+    (
+        "llama",
+        {"rope_scaling": {"type": "ntk"}},
+        "'ntk' is not supported; use one of default, linear",
+    ),
+    ("llama", {"rope_scaling": {"type": "linear"}}, "rope type 'linear' without factor"),
+    ("qwen2", {"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' without factor"),
+    ("llama", {"rope_scaling": {**YARN, "low_freq_factor": 1.0}}, "no parameter 'low_freq_factor'"),
+    ("llama", {"rope_scaling": {**YARN, "finetuned": True}}, "it takes factor, original_max"),
+    ("llama", {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "it takes none"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor=0 must be"),
+    ("llama", {"rope_scaling": {**YARN, "truncate": None}}, "truncate=None must be true or false"),
+    ("llama", {"rope_scaling": {**YARN, "beta_fast": -1}}, "rope_scaling.beta_fast=-1 must be"),
+    ("llama", {"rope_scaling": {**YARN, "beta_fast": 0.5}}, "rope_beta_fast=0.5 must be at least"),
+    ("llama", {"rope_scaling": YARN, "rope_theta": 1}, "rope_theta=1.0 must be more than 1"),
+    ("llama", {"rope_scaling": {**YARN, "type": "linear"}}, "has the types ['linear', 'yarn']"),
     ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window='yes' must be true or false"),
     ("qwen2", {"max_window_layers": "1"}, "max_window_layers='1' must be a whole number"),
     ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be a whole number"),

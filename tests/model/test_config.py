@@ -55,6 +55,11 @@ def test_slots_are_keyed_through_all_layer_groups_and_hold_every_layer_once():
         ({"layers": ("sparse",) * 4, "num_experts": 4}, "kind 'sparse'"),
         ({"intermediate_size": 0}, "intermediate_size=0 must be at least 1"),
         ({"dtype": "float64"}, "dtype='float64'"),
+        ({"rope_type": "ntk"}, "rope_type='ntk' is unknown; use one of"),
+        ({"rope_scaling_factor": 8.0}, "no effect .*'default'; .* reads it: linear, llama3, yarn"),
+        ({"rope_type": "linear", "rope_truncate": False}, "rope_truncate=False has no effect"),
+        ({"rope_type": "llama3", "rope_low_freq_factor": 4.0}, "must be less than rope_high"),
+        ({"rope_type": "yarn", "rope_beta_slow": 64.0}, "rope_beta_fast=32.0 must be at least"),
     ],
 )
 def test_impossible_sizes_are_refused_in_one_line(change, message):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import model
-from moe_jax.model import layers, transformer
+from moe_jax.model import rope, transformer
 from moe_jax.model.config import DENSE, MOE
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
@@ -133,7 +133,7 @@ def test_rotary_scores_depend_on_the_distance_only():
     x_BTNH = jax.random.normal(jax.random.key(0), (1, 2, 1, 8))
 
     def score(first, second):
-        q_BTNH = layers.rotate(x_BTNH, jnp.array([[first, second]]), DENSE_CONFIG)
+        q_BTNH = rope.rotate(x_BTNH, jnp.array([[first, second]]), DENSE_CONFIG)
         return jnp.vdot(q_BTNH[0, 0], q_BTNH[0, 1])
 
     np.testing.assert_allclose(score(3, 7), score(103, 107), rtol=1e-4)

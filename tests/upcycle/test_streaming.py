@@ -157,7 +157,7 @@ LLAMA = folders.Folder(GOLDEN / "llama").config
         {"max_position_embeddings": 8192},
         {"initializer_range": 0.5, "model_type": "mistral"},
         {"num_key_value_heads": LLAMA.num_kv_heads, "head_dim": LLAMA.head_size},
-        {"capacity_factor": 2.0, "num_experts_per_tok": 1, "rope_original_length": 5},
+        {"capacity_factor": 2.0, "num_experts_per_tok": 1},
         {"layer_types": ("full_attention",) * LLAMA.num_hidden_layers, "sliding_window": 8},
         {"dtype": "bfloat16", "remat": "none"},
     ],
