@@ -56,7 +56,8 @@ def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelCon
     model_config = config_of(workdir)
     shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
     abstract = sharding.abstract(shapes, mesh)
-    return model_config, checkpoint.load(workdir / "checkpoints", {"params": abstract})["params"]
+    loaded = checkpoint.load(workdir / "checkpoints", {"params": abstract}, own_dtypes=True)
+    return model_config, loaded["params"]
 
 
 def config_of(workdir: pathlib.Path) -> model.ModelConfig:

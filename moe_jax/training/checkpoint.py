@@ -75,12 +75,15 @@ def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
     return Restored(step, state, meta["data"], meta["config"])
 
 
-def load(directory: pathlib.Path, abstract: dict) -> dict:
+def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -> dict:
     """The parts in `abstract`, such as {"params": …}, of the newest checkpoint that verifies.
+
+    Args:
+      own_dtypes: leaves may have, and keep, another dtype than in `abstract`.
 
     Raises: FileNotFoundError when there is none; ValueError when the model is another.
     """
-    found = _newest(directory, tree.flatten(abstract))
+    found = _newest(directory, tree.flatten(abstract), own_dtypes)
     if found is None:
         raise FileNotFoundError(f"{directory} holds no checkpoint that verifies")
     return jax.tree.unflatten(jax.tree.structure(abstract), found[1].values())
@@ -117,7 +120,9 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _newest(directory: pathlib.Path, abstract: dict) -> tuple[int, dict, dict] | None:
+def _newest(
+    directory: pathlib.Path, abstract: dict, own_dtypes: bool = False
+) -> tuple[int, dict, dict] | None:
     """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify.
 
     It is the same one in all processes: a checkpoint that one of them cannot read none takes.
@@ -125,7 +130,7 @@ def _newest(directory: pathlib.Path, abstract: dict) -> tuple[int, dict, dict] |
     for step in reversed(distributed.of_first(steps(directory))):
         try:
             with distributed.together(ValueError):
-                leaves, meta = _load((directory / str(step)).absolute(), abstract)
+                leaves, meta = _load((directory / str(step)).absolute(), abstract, own_dtypes)
             for path, digest in digests(leaves).items():
                 if digest != meta["digests"][path]:
                     raise ValueError(f"{path} has another digest than it was saved with")
@@ -138,12 +143,17 @@ def _newest(directory: pathlib.Path, abstract: dict) -> tuple[int, dict, dict] |
     return None
 
 
-def _load(folder: pathlib.Path, abstract: dict) -> tuple[dict, dict]:
+def _load(folder: pathlib.Path, abstract: dict, own_dtypes: bool) -> tuple[dict, dict]:
     for path in folder.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} is a link out of the checkpoint")
     with _reading():
         meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
+    if own_dtypes:
+        abstract = {
+            path: leaf.update(dtype=jnp.dtype(meta["leaves"].get(path, [None, leaf.dtype])[1]))
+            for path, leaf in abstract.items()
+        }
     problems = []
     for path, leaf in abstract.items():
         saved = meta["leaves"].get(path)

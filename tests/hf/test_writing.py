@@ -4,10 +4,14 @@ import dataclasses
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from moe_jax import hf
-from moe_jax.hf import configs
+from moe_jax import hf, stores
+from moe_jax.hf import configs, tensors
+from moe_jax.parallel import mesh as meshes
 from tests.hf.test_golden import GOLDEN, loaded
 
 FULL = "full_attention"
@@ -91,3 +95,16 @@ def test_a_count_is_written_in_one_spelling(name, tmp_path):
     # Transformers 4 reads these and no other.
     assert spelling == ("num_local_experts" if name == "mixtral" else "num_experts")
     assert configs.read(values).num_experts == loaded(name)[0].num_experts
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_a_folder_becomes_a_run_and_a_folder_in_the_dtype_it_has(dtype, tmp_path):
+    """Every released model is bfloat16; its checkpoint could be written but not read."""
+    config, params = loaded("llama_bf16")
+    how = {"source": GOLDEN / "llama_bf16", "dtype": dtype}
+    stores.save_as("orbax", tmp_path / "run", config, params, **how)
+    again, of_run = stores.load(tmp_path / "run", meshes.one_device())
+    stores.save_as("hf", tmp_path / "out", again, of_run, source=tmp_path / "run")
+    _, found = hf.load(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, found, tensors.cast(params, dtype or "bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(dtype or jnp.bfloat16)}
