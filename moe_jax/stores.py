@@ -156,11 +156,13 @@ def upcycle_folders(
     first = parents[0]
     check_alike({parent.path: parent.config for parent in parents})
     for other in parents[1:]:
-        if other.dtypes() != first.dtypes():
-            raise ValueError(
-                f"{other.path} is not stored in the dtypes of {first.path}; convert one with "
-                "scripts/convert.py --dtype, or give --to=orbax"
-            )
+        for path, dtype in first.dtypes().items():
+            if (theirs := other.dtypes()[path]) != dtype:
+                raise ValueError(
+                    f"{other.path} is not stored in the dtypes of {first.path}: {path} is "
+                    f"{theirs}, not {dtype}; convert one with scripts/convert.py --dtype, or give "
+                    "--to=orbax"
+                )
     stream = streaming.Stream(plan, parents, key)
     writing.write(
         output,

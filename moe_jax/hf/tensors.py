@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator
 
@@ -127,23 +128,20 @@ def _renamed(found: set[str], wanted: set[str]) -> str:
     """
     missing, strange = wanted - found, found - wanted
     for name, due in itertools.product(sorted(strange), sorted(missing)[:3]):
+        end = os.path.commonprefix([name.split(".")[::-1], due.split(".")[::-1]])
+        first, other = (n.removesuffix(".".join(reversed(end))) for n in (name, due))
+        new = {other + n.removeprefix(first) for n in strange if n.startswith(first)}
         wrapper = [s for s in name.split(".") if s not in due.split(".")]
-        if due.endswith(f".{name}"):
-            part, verb = due.removesuffix(name), "lack"
-            new = {part + other for other in strange}
-        elif name.endswith(f".{due}"):
-            part, verb = name.removesuffix(due), "have"
-            new = {other.removeprefix(part) for other in strange}
-        elif _without(wrapper, name) == due:  # of each layer, for example
-            part, verb = f"{'.'.join(dict.fromkeys(wrapper))}.", "have"
-            new = {_without(wrapper, other) for other in strange}
-        else:
-            continue
+        if _without(wrapper, name) == due and len(missing & new) < len(missing):  # in each layer
+            first, other = f"{'.'.join(dict.fromkeys(wrapper))}.", ""
+            new = {_without(wrapper, n) for n in strange}
         if 2 * len(missing & new) > len(missing):
-            fix = "add it" if verb == "lack" else "leave it out"
+            has = f"have {first!r}" if first else ""
+            lack = f"lack {other!r}" if other else ""
             return (
-                f"{len(missing & new)} names of tensors {verb} {part!r}, such as {name} for {due}; "
-                f"rename them in the file ({fix}), or save the inner model by save_pretrained"
+                f"{len(missing & new)} names of tensors {' and '.join(filter(None, (has, lack)))}, "
+                f"such as {name} for {due}; rename them in the file, or save the inner model by "
+                "save_pretrained"
             )
     return ""
 

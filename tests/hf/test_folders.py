@@ -103,6 +103,7 @@ def inside(name):
         (lambda name: f"model.{name}", "have 'model.'"),
         (inside, "have '_fsdp_wrapped_module.'"),
         (lambda name: name.removeprefix("model."), "20 names of tensors lack 'model.'"),
+        (lambda name: re.sub("^model", "module", name), "have 'module.' and lack 'model.'"),
     ],
 )
 def test_a_prefix_is_named_with_an_example(rename, message, tmp_path):

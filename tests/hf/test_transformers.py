@@ -52,6 +52,7 @@ def test_a_saved_model_has_our_logits_in_transformers(name, tmp_path, theirs):
     [
         ("llama", {}),
         ("llama_rope3", {}),
+        ("llama_yarn", {}),
         ("mistral", {}),
         ("qwen3", {}),
         ("llama", {"tie_word_embeddings": True}),
