@@ -14,6 +14,7 @@ from moe_jax import config as configs
 from moe_jax import files, hf, model
 from moe_jax.hf import configs as hf_configs
 from moe_jax.hf import folders, safetensors, tensors, writing
+from moe_jax.model import comparison
 from moe_jax.parallel import sharding
 from moe_jax.training import checkpoint
 from moe_jax.upcycle import plan as plans
@@ -31,7 +32,9 @@ def load_alike(
 
 def check_alike(models: dict[pathlib.Path, model.ModelConfig]) -> None:
     """Raises ValueError for models that do not compute alike, with the fields that differ."""
-    (first, ours), *others = ((path, config.in_force()) for path, config in models.items())
+    (first, ours), *others = (
+        (path, comparison.in_force(config)) for path, config in models.items()
+    )
     for path, theirs in others:
         differing = [
             f"{name} is {reprlib.repr(theirs.get(name))}, not {reprlib.repr(ours.get(name))}"

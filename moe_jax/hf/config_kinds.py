@@ -7,13 +7,8 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from moe_jax.model.config import (
-    FULL_ATTENTION,
-    SAME_ACTIVATION,
-    SLIDING_ATTENTION,
-    ModelConfig,
-    choices,
-)
+from moe_jax.model.comparison import SAME_ACTIVATION
+from moe_jax.model.config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig, choices
 
 
 class UnsupportedError(ValueError):

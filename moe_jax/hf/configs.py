@@ -14,7 +14,8 @@ from moe_jax.hf import safetensors
 from moe_jax.hf.config_keys import KEYS, REQUIRED, Keys, layer_types
 from moe_jax.hf.config_kinds import LAYER_TYPES, UnsupportedError, check, kind_of
 from moe_jax.hf.families import FAMILIES
-from moe_jax.model.config import DENSE, SAME_ACTIVATION, ModelConfig, choices
+from moe_jax.model.comparison import SAME_ACTIVATION, in_force
+from moe_jax.model.config import DENSE, ModelConfig, choices
 
 MAX_CONFIG_BYTES = 10_000_000
 
@@ -138,8 +139,8 @@ def _cannot_hold(config: ModelConfig, model_type: str) -> list[str]:
         return [str(error)] * 9
     # A folder says how long texts may be, though rotary positions compute nothing with it; and
     # which tokens a full expert drops no family says (`dispatch` is compared).
-    ours = config.in_force() | {"max_position_embeddings": config.max_position_embeddings}
-    theirs = other.in_force() | {"max_position_embeddings": other.max_position_embeddings}
+    ours = in_force(config) | {"max_position_embeddings": config.max_position_embeddings}
+    theirs = in_force(other) | {"max_position_embeddings": other.max_position_embeddings}
     return [
         f"{name}={value!r}"
         for name, value in ours.items()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe_jax import spelling
 from moe_jax.model.rope import ROPES
@@ -10,10 +10,6 @@ from moe_jax.model.router import ROUTERS
 
 DENSE, MOE = "dense", "moe"
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
-# Names of activations in Hugging Face's files, with another name of the same formula.
-SAME_ACTIVATION = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
-    ("gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_new"
-)
 
 
 class BlockKind(NamedTuple):
@@ -294,37 +290,6 @@ class ModelConfig:
         types = self.layer_types or (SLIDING_ATTENTION,) * self.num_hidden_layers
         windows = (self.sliding_window if t == SLIDING_ATTENTION else None for t in types)
         return tuple(map(BlockKind, self.layer_kinds, windows))
-
-    def in_force(self) -> dict[str, Any]:
-        """The fields that decide what the model computes, each with the value in force.
-
-        Two models are alike, and can be parents of one mixture, if these are equal.
-        """
-        fields = {
-            **dataclasses.asdict(self),
-            **(ROUTERS[self.router].same_as if self.num_experts else {}),
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_size,
-            "hidden_act": SAME_ACTIVATION.get(self.hidden_act, self.hidden_act),
-            "moe_intermediate_size": self.expert_size,
-            "layers": self.layer_kinds,
-            "layer_types": tuple(kind.window for kind in self.block_kinds),
-        }
-        unused = fields_of(COMPUTATION, ORIGIN) | {"sliding_window"}
-        if not self.num_experts:
-            unused |= fields_of(EXPERTS, ROUTER) - {"num_experts", "layers"}
-        elif DENSE not in self.layer_kinds:
-            unused |= {"intermediate_size"}
-        if self.dispatch != "merge":
-            unused |= {"merge_segment_length"}
-        if self.dispatch != "capacity":
-            unused |= {"capacity_factor", "min_capacity", "token_priority"}
-        if self.position_embedding == "rotary":
-            unused |= {"max_position_embeddings"}  # no weights, and the recommended length of texts
-        else:
-            unused |= {"rope_theta", "partial_rotary_factor", "rope_type"} | fields_of(ROPE)
-        unused |= fields_of(ROPE) - set(ROPES[self.rope_type].reads)
-        return {name: value for name, value in fields.items() if name not in unused}
 
     @property
     def implementations(self) -> dict[str, str]:

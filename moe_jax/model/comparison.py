@@ -1,0 +1,54 @@
+"""Two models compared by what they compute, not by what their configs say."""
+
+import dataclasses
+from typing import Any
+
+from moe_jax.model.config import (
+    COMPUTATION,
+    DENSE,
+    EXPERTS,
+    ORIGIN,
+    ROPE,
+    ROUTER,
+    ModelConfig,
+    fields_of,
+)
+from moe_jax.model.rope import ROPES
+from moe_jax.model.router import ROUTERS
+
+# Names of activations in Hugging Face's files, with another name of the same formula.
+SAME_ACTIVATION = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
+    ("gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_new"
+)
+
+
+def in_force(config: ModelConfig) -> dict[str, Any]:
+    """The fields that decide what a model computes, each with the value in force.
+
+    Two models are alike, and can be parents of one mixture, if these are equal.
+    """
+    fields = {
+        **dataclasses.asdict(config),
+        **(ROUTERS[config.router].same_as if config.num_experts else {}),
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": SAME_ACTIVATION.get(config.hidden_act, config.hidden_act),
+        "moe_intermediate_size": config.expert_size,
+        "layers": config.layer_kinds,
+        "layer_types": tuple(kind.window for kind in config.block_kinds),
+    }
+    unused = fields_of(COMPUTATION, ORIGIN) | {"sliding_window"}
+    if not config.num_experts:
+        unused |= fields_of(EXPERTS, ROUTER) - {"num_experts", "layers"}
+    elif DENSE not in config.layer_kinds:
+        unused |= {"intermediate_size"}
+    if config.dispatch != "merge":
+        unused |= {"merge_segment_length"}
+    if config.dispatch != "capacity":
+        unused |= {"capacity_factor", "min_capacity", "token_priority"}
+    if config.position_embedding == "rotary":
+        unused |= {"max_position_embeddings"}  # no weights, and the recommended length of texts
+    else:
+        unused |= {"rope_theta", "partial_rotary_factor", "rope_type"} | fields_of(ROPE)
+    unused |= fields_of(ROPE) - set(ROPES[config.rope_type].reads)
+    return {name: value for name, value in fields.items() if name not in unused}
