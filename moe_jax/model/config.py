@@ -86,7 +86,7 @@ class ModelConfig:
     rope_theta: float = _field(10_000.0, positive=True)
     partial_rotary_factor: float = _field(1.0, positive=True)  # the share of a head it rotates
     # How waves are stretched over longer texts: a row of model/rope.py, and what rows read.
-    rope_type: str = _field("default", choices=tuple(ROPES))
+    rope_type: str = _field("default")
     rope_scaling_factor: float = _field(1.0, ROPE, positive=True)
     rope_original_length: int = _field(8192, ROPE, at_least=1)  # of the texts before
     rope_low_freq_factor: float = _field(1.0, ROPE, positive=True)
@@ -189,6 +189,7 @@ class ModelConfig:
 
     def _problems_of_rope(self):
         if self.rope_type not in ROPES:
+            yield spelling.unknown("rope_type", self.rope_type, ROPES)
             return
         row = ROPES[self.rope_type]
         for name in sorted(fields_of(ROPE) - set(row.reads)):
@@ -339,4 +340,5 @@ def fields_of(*belongs: str) -> frozenset[str]:
 def choices(name: str) -> tuple[str, ...]:
     """The values that a field of ModelConfig may have."""
     field = ModelConfig.__dataclass_fields__[name]
-    return tuple(ROUTERS) if name == "router" else field.metadata["choices"]
+    tables = {"router": tuple(ROUTERS), "rope_type": tuple(ROPES)}
+    return tables.get(name, field.metadata["choices"])

@@ -140,6 +140,14 @@ def test_rotary_scores_depend_on_the_distance_only():
     assert abs(score(3, 7) - score(3, 8)) > 1e-3
 
 
+def test_a_way_to_stretch_waves_is_added_to_the_table_from_outside(monkeypatch):
+    still = rope.Rope(("rope_scaling_factor",), lambda frequency, config: 0 * frequency)
+    monkeypatch.setitem(rope.ROPES, "still", still)
+    config = dataclasses.replace(DENSE_CONFIG, rope_type="still", rope_scaling_factor=2.0)
+    x_BTNH = jax.random.normal(jax.random.key(0), (1, 2, 1, 8))
+    np.testing.assert_array_equal(rope.rotate(x_BTNH, jnp.array([[3, 7]]), config), x_BTNH)
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_fast_path_equals_the_reference_in_value_and_gradient(remat):
     params = params_of(MIXED_CONFIG)
