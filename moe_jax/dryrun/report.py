@@ -120,13 +120,34 @@ def run(
             compile_seconds=time.perf_counter() - began,
         )
     compile_seconds = time.perf_counter() - began
+    read = _read(compiled, settings, mesh, topology)
+    peak = read["hbm_peak_bytes"]
+    return Report(
+        **facts,
+        **read,
+        **_times(topology, mesh, facts["model_flops"], read, settings, tokens),
+        fits=None if limit is None else peak <= limit,
+        compile_seconds=compile_seconds,
+    )
+
+
+def _read(
+    compiled: jax.stages.Compiled,
+    settings: configs.Run,
+    mesh: jax.sharding.Mesh,
+    topology: chips.Topology,
+) -> dict[str, Any]:
+    """The numbers of a compiled step: its memory, products, collectives and traffic."""
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     peak = memory.peak_memory_in_bytes  # on TPU with the arrays that it keeps in VMEM
     if topology.compiles_here:  # the peak of a CPU leaves out the temporaries
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     within = dict(zip(mesh.axis_names, meshes.first_slice(mesh).shape, strict=True))
-    read: dict[str, Any] = {
+    return {
+        "hbm_peak_bytes": peak,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
         "step_flops": hlo.product_flops(
             text,
             kernels=lowering.kernel_flops(settings, mesh),
@@ -135,16 +156,6 @@ def run(
         "collectives": tuple(c for c in hlo.collectives(text, within) if c.axes),
         "hbm_traffic_bytes": hlo_traffic.traffic(text),
     }
-    return Report(
-        **facts,
-        **read,
-        **_times(topology, mesh, facts["model_flops"], read, settings, tokens),
-        fits=None if limit is None else peak <= limit,
-        hbm_peak_bytes=peak,
-        argument_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        compile_seconds=compile_seconds,
-    )
 
 
 def _times(
