@@ -1,5 +1,6 @@
 """The published configs: each can be traced on 8 devices, and its model has the published size."""
 
+import dataclasses
 import functools
 import importlib.util
 import pathlib
@@ -7,11 +8,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_jax import config as configs
 from moe_jax import model
 from moe_jax.data.batches import Batch
+from moe_jax.model.routing import RouterStats
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 from moe_jax.training import balance, optimizer, step
@@ -76,6 +79,91 @@ PARAMETERS = {
     "qwen3-30b-a3b": (30_532_122_624, 3_353_032_704),
     "lola": (7_459_827_712, 1_418_186_752),
 }
+
+# The weight of one layer's loss in the loss, as published, and over how many layers it is repeated.
+# A balance loss is divided by k (1 at uniform routing) unless k is a factor here.
+ALL_TOGETHER = "all layers together"
+WEIGHT_OF_A_LAYER = {
+    # arXiv 2502.19261 and its code, Transformers' loss: one term of all layers, not divided by k.
+    "configs/drop_upcycling/moe.py": {"load_balancing_loss": (0.02 * 2, ALL_TOGETHER)},
+    "configs/mixtral/8x7b.py": {"load_balancing_loss": (0.02 * 2, ALL_TOGETHER)},
+    # arXiv 2406.16554: the code adds each layer's CV^2 of importance and load, 0.01 each.
+    "configs/llama_moe/3_5b.py": {"importance_loss": (0.01, 32)},
+    # LLM-jp's Megatron scripts; Megatron adds each router's losses to the loss.
+    "configs/llm_jp/moe.py:8x1.8b": {"load_balancing_loss": (0.01, 24)},
+    "configs/llm_jp/moe.py:8x13b": {"load_balancing_loss": (0.01, 40)},
+    # arXiv 2409.11272, DeepSpeed: added over the sparse layers.
+    "configs/lola/lola.py": {"load_balancing_loss": (0.01, 12)},
+    # arXiv 2410.07524, Megatron.
+    "configs/nvidia/upcycled.py": {"load_balancing_loss": (0.01, 32)},
+    # arXiv 2409.02060 and megablocks: divided by the number of layers.
+    "configs/olmoe/1b_7b.py": {
+        "load_balancing_loss": (0.01 / 16, 16),
+        "router_z_loss": (0.001 / 16, 16),
+    },
+    # arXiv 2406.06563, §4.2: the sum over layers of alpha times the loss; alpha is 0.01 at most.
+    "configs/skywork/moe.py": {"load_balancing_loss": (0.01, 52)},
+}
+# LLM-jp-4's scripts by router (softmax; sigmoid with biases): Megatron's aux and z.
+WEIGHT_OF_LLM_JP_4 = {"softmax_topk": 1e-2, "sigmoid_topk": 1e-4}
+
+
+def weights_of(case):
+    """The sizes of a file share their entry, unless each has its own."""
+    if case == "configs/llm_jp/v4_moe.py":
+        router = configs.resolve(configs.load(str(ROOT / case))).model.router
+        aux = WEIGHT_OF_LLM_JP_4[router]
+        return {"load_balancing_loss": (aux, 32), "router_z_loss": (1e-3, 32)}
+    return WEIGHT_OF_A_LAYER.get(case) or WEIGHT_OF_A_LAYER.get(case.split(":")[0])
+
+
+def uneven(L, E, A, layers):
+    """One batch shard of 6 tokens, of which these layers send all to the first A experts."""
+    even_LE, first_E = np.full((L, E), 1 / E), np.where(np.arange(E) < A, 1 / A, 0)
+    share_LE = np.where(np.isin(np.arange(L), layers)[:, None], first_E, even_LE)
+    load_L1E, p_L1E = 6 * A * share_LE[:, None], 6 * share_LE[:, None]
+    z_L1 = np.where(np.isin(np.arange(L), layers), 6 * 5.0, 0)[:, None]
+    zeros_L1 = np.zeros((L, 1))
+    return RouterStats(load_L1E, p_L1E, p_L1E, load_L1E, z_L1, zeros_L1, zeros_L1 + 6, zeros_L1)
+
+
+def by_hand(name, form, E, A):
+    """What a layer's loss of `uneven` is more than that of an even layer."""
+    if name == "router_z_loss":
+        return 5.0
+    if name == "importance_loss":  # the squared coefficient of variation, of importance and load
+        return 2 * (E / A - 1) * E / (E - 1)
+    if form == "squared":
+        return A * (1 / A - 1 / E) ** 2 + (E - A) / E**2
+    return E / A - 1
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if weights_of(case)])
+def test_the_loss_of_one_layer_has_its_published_weight(case):
+    settings = configs.resolve(configs.load(str(ROOT / case)))
+    L, E = settings.model.layer_kinds.count("moe"), settings.model.num_experts
+    A = settings.model.num_experts_per_tok
+    coefficients_L = balance.initial(settings.model, settings.balance).coefficients_L
+
+    def total(layers, **others):
+        return balance.router_losses(
+            uneven(L, E, A, layers),
+            dataclasses.replace(settings.balance, **others),
+            num_experts_per_tok=A,
+            num_tokens=6,
+            coefficients_L=coefficients_L,
+        )[0]
+
+    losses = {name: rule for name, rule in balance.RULES.items() if rule.loss}
+    for name, (weight, layers) in weights_of(case).items():
+        other_terms = {rule.coefficient: 0.0 for n, rule in losses.items() if n != name}
+        together = layers == ALL_TOGETHER
+        assert together or layers == L
+        of_one = total(range(L) if together else [1], **other_terms) - total([], **other_terms)
+        loss = by_hand(name, settings.balance.load_balancing_form, E, A)
+        np.testing.assert_allclose(of_one, weight * loss, rtol=1e-4)
+    active = {n for n, rule in losses.items() if getattr(settings.balance, rule.coefficient)}
+    assert active == set(weights_of(case))
 
 
 @pytest.mark.parametrize("case", TRACED)

@@ -55,6 +55,7 @@ def get_config(size: str = "8x152m"):
     config.training.num_steps = num_steps
     config.balance.load_balancing_coefficient = 0.02
     config.balance.load_balancing_scope = "all_layers"
+    config.balance.over_layers = "mean"  # of one term, as in Transformers
     config.balance.load_balancing_divide_by_k = False
     config.evaluation.batch_size = batch_size
     return config

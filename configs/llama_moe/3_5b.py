@@ -33,5 +33,6 @@ def get_config():
     config.training.num_steps = TOKENS // (3584 * config.data.sequence_length)
     config.balance.load_balancing_coefficient = 0.0
     config.balance.importance_coefficient = 0.01
+    config.balance.over_layers = "sum"  # as the authors' code adds them
     config.evaluation.batch_size = 3584
     return config

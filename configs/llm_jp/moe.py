@@ -10,7 +10,6 @@ was kept (it is), hardware and time. The text is not part of this repository.
 """
 
 from moe_jax import config as configs
-from moe_jax.model import PRESETS
 
 # Size to parent and peak learning rate.
 SIZES = {"8x1.8b": ("1.8b", 3e-4), "8x13b": ("13b", 2e-4)}
@@ -37,9 +36,8 @@ def get_config(size: str = "8x1.8b"):
     config.optimizer.warmup_steps = 2000
     config.training.batch_size = 1024
     config.training.num_steps = TOKENS // (1024 * config.data.sequence_length)
-    # Megatron's coefficient is 0.01 for the sum over layers; the loss here is their mean.
-    num_layers = PRESETS[config.model.preset].num_hidden_layers
-    config.balance.load_balancing_coefficient = 0.01 * num_layers
+    config.balance.load_balancing_coefficient = 0.01
+    config.balance.over_layers = "sum"  # as Megatron adds them
     config.balance.load_balancing_scope = "layer"
     config.balance.load_balancing_divide_by_k = True
     config.objective.logit_z_coefficient = 1e-4

@@ -29,6 +29,7 @@ def get_config():
     config.balance.load_balancing_coefficient = 1e-4
     config.balance.load_balancing_scope = "layer"
     config.balance.load_balancing_over = "device"
+    config.balance.over_layers = "sum"  # as Megatron adds them
     config.balance.router_z_coefficient = 1e-3
     config.evaluation.batch_size = 1024
     return config

@@ -23,7 +23,6 @@ The smallest v5p slice there is trains it, as compiled ahead of time with jax 0.
 from moe_jax import config as configs
 
 STEPS_OF_1T = 1_000_000_000_000 // (768 * 2048)
-NUM_MOE_LAYERS = 12
 
 
 def get_config():
@@ -41,8 +40,8 @@ def get_config():
     config.optimizer.warmup_steps = STEPS_OF_1T // 10
     config.training.batch_size = 768
     config.training.num_steps = STEPS_OF_1T * 8 // 10
-    # DeepSpeed's coefficient is 0.01 for the sum over layers; the loss here is their mean.
-    config.balance.load_balancing_coefficient = 0.01 * NUM_MOE_LAYERS
+    config.balance.load_balancing_coefficient = 0.01
+    config.balance.over_layers = "sum"  # as DeepSpeed adds them
     config.balance.load_balancing_scope = "layer"
     config.evaluation.batch_size = 768
     return config

@@ -36,6 +36,7 @@ def get_config(chips: str = "16"):
     config.training.batch_size = SEQUENCES_PER_CHIP * int(chips)
     config.balance.load_balancing_coefficient = 0.02
     config.balance.load_balancing_scope = "all_layers"
+    config.balance.over_layers = "mean"  # of one term, as in Transformers
     config.balance.load_balancing_divide_by_k = False
     config.evaluation.batch_size = config.training.batch_size
     return config

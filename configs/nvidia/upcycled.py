@@ -11,7 +11,6 @@ and which is taken as 4.5e-5), hardware and time. The text is not part of this r
 """
 
 from moe_jax import config as configs
-from moe_jax.model import PRESETS
 
 SIZES = ("e8g1t2", "e8g8t8")
 TOKENS = 1_000_000_000_000
@@ -34,9 +33,8 @@ def get_config(size: str = "e8g1t2"):
     config.optimizer.final_learning_rate_ratio = 4.5e-7 / 3e-4
     config.training.batch_size = 1024
     config.training.num_steps = TOKENS // (1024 * config.data.sequence_length)
-    # Megatron's coefficient is 0.01 for the sum over layers; the loss here is their mean.
-    num_layers = PRESETS[config.model.preset].num_hidden_layers
-    config.balance.load_balancing_coefficient = 0.01 * num_layers
+    config.balance.load_balancing_coefficient = 0.01
+    config.balance.over_layers = "sum"  # as Megatron adds them
     config.balance.load_balancing_scope = "layer"
     config.balance.load_balancing_divide_by_k = True
     config.evaluation.batch_size = 1024

@@ -42,6 +42,7 @@ def get_config():
     config.training.num_steps = TOKENS // (1024 * config.data.sequence_length)
     config.balance.load_balancing_coefficient = 0.01
     config.balance.load_balancing_scope = "layer"
+    config.balance.over_layers = "mean"  # as megablocks averages them
     config.balance.load_balancing_divide_by_k = True
     config.balance.router_z_coefficient = 0.001
     config.evaluation.batch_size = 1024

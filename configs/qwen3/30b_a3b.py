@@ -30,6 +30,7 @@ def get_config():
     config.training.num_steps = TOKENS // (1024 * config.data.sequence_length)
     config.balance.load_balancing_coefficient = 0.001
     config.balance.load_balancing_scope = "layer"
+    config.balance.over_layers = "mean"  # not published
     # As in the Hugging Face loss, for which the coefficient is written.
     config.balance.load_balancing_divide_by_k = False
     config.evaluation.batch_size = 1024

@@ -58,6 +58,7 @@ def get_config(layout: str = "fsdp"):
     config.training.num_steps = 10_000
     config.balance.load_balancing_coefficient = 0.01
     config.balance.load_balancing_scope = "layer"
+    config.balance.over_layers = "sum"  # the report's §4.2
     config.balance.load_balancing_form = "squared"
     config.balance.load_balancing_schedule = "adaptive"
     config.evaluation.batch_size = 2048

@@ -13,6 +13,7 @@ from moe_jax import config as configs
 
 RECIPE, SOURCE = "init.upcycle.recipe", "init.source"
 BALANCE, ROUTER = "balance.load_balancing_coefficient", "model.router"
+OVER_LAYERS = "balance.over_layers"
 TWO = {SOURCE: "@dense,@second"}
 SHARDS = {
     "model.num_experts": 16,
@@ -37,7 +38,7 @@ SYSTEMS = {
     },
     "llama_moe": {
         **{RECIPE: "llama_moe", **PARTS, ROUTER: "noisy_topk"},
-        **{BALANCE: 0.0, "balance.importance_coefficient": 0.01},
+        **{BALANCE: 0.0, "balance.importance_coefficient": 0.01, OVER_LAYERS: "sum"},
     },
     "moe_ct": {
         **{RECIPE: "moe_ct", "model.shared_expert_intermediate_size": 256},
@@ -45,7 +46,7 @@ SYSTEMS = {
     },
     "skywork": {
         **{RECIPE: "skywork", "model.gate_norm_std": 1.0},
-        "balance.load_balancing_form": "squared",
+        **{"balance.load_balancing_form": "squared", OVER_LAYERS: "sum"},
         "balance.load_balancing_schedule": "adaptive",
     },
     "loss_free": {ROUTER: "sigmoid_topk", BALANCE: 0.0, "balance.bias_update_rate": 1e-3},

@@ -26,7 +26,7 @@ from moe_jax.upcycle import recipes
 
 # Keys and sections of older configs, with their names of today.
 MOVED = {
-    **{f"training.{name}": f"balance.{name}" for name in key_names(Balance)},
+    **{f"training.{n}": f"balance.{n}" for n in key_names(Balance) if n != "over_layers"},
     "training.adaptive_balance": "balance.adaptive",
     "training.logit_z_coefficient": "objective.logit_z_coefficient",
     "training.distillation": "objective.distillation",

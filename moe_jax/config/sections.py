@@ -171,6 +171,12 @@ class Balance(Section, path="balance"):
         "layer takes the load-balancing loss layer by layer, all_layers over all together",
         one_of("layer", "all_layers"),
     )
+    over_layers: str = key(
+        "mean",
+        "mean or sum of the layers' router losses in the loss: a coefficient is for one of them "
+        "(a loss over all_layers together is one)",
+        one_of("mean", "sum"),
+    )
     load_balancing_divide_by_k: bool = key(
         True, "divides the load-balancing loss by k, so that it is 1 at uniform routing"
     )

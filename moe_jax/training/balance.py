@@ -42,9 +42,11 @@ def router_losses(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The routers' part of the loss of a batch, and its terms before their coefficients.
 
-    A term is the mean over layers. Terms that are not a mean over tokens are taken over the tokens
-    that `balance.load_balancing_over` names: "device" takes them batch shard by batch shard and
-    averages over the shards that have tokens, "global" and "window" take them over all of `stats`.
+    A term is the mean over layers. The loss takes that mean, or the sum over layers, as
+    `balance.over_layers` says: megablocks (OLMoE) averages, Megatron, DeepSpeed, Skywork-MoE and
+    LLaMA-MoE add. Terms that are not a mean over tokens are taken over the tokens that
+    `balance.load_balancing_over` names: "device" takes them batch shard by batch shard and averages
+    over the shards that have tokens, "global" and "window" take them over all of `stats`.
     Unless it is "window", `stats` may come from one of the `accumulation_steps` microbatches: the
     results of all of them then add up to the average over microbatches, and a mean over tokens to
     that of the batch.
@@ -58,6 +60,7 @@ def router_losses(
     filled_LG = groups.num_tokens > 0
     share = 1 if balance.load_balancing_over == "window" else 1 / accumulation_steps
     mean_over_groups_LG = share * filled_LG / jnp.maximum(filled_LG.sum(axis=1, keepdims=True), 1)
+    over_layers = {"mean": jnp.mean, "sum": jnp.sum}[balance.over_layers]
     total, terms = jnp.zeros(()), {}
     for name, rule in RULES.items():
         coefficient = getattr(balance, rule.coefficient)
@@ -67,7 +70,7 @@ def router_losses(
         loss_L = jnp.sum(weight_LG * rule.loss(groups, balance, num_experts_per_tok), axis=1)
         if name == "load_balancing_loss" and coefficients_L is not None:
             coefficient = coefficients_L
-        total += rule.sign * jnp.mean(coefficient * loss_L)
+        total += rule.sign * over_layers(coefficient * loss_L)
         terms[name] = loss_L.mean()
     return total, terms
 
@@ -113,10 +116,9 @@ def load_balancing(
 
     Args:
       stats: sums of each layer and group of tokens.
-      scope: "layer" takes the loss layer by layer, to be averaged (OLMoE; Megatron and DeepSpeed
-        add the layers up: their coefficient times the number of layers is ours); "all_layers"
-        averages f and P over the layers first (Hugging Face's Mixtral, Drop-Upcycling), which a
-        model with every layer collapsed onto other experts also satisfies.
+      scope: "layer" takes the loss layer by layer; "all_layers" averages f and P over the layers
+        first (Hugging Face's Mixtral, Drop-Upcycling), which a model with every layer collapsed
+        onto other experts also satisfies.
       divide_by_k: True as in megablocks (OLMoE), False as in Hugging Face; for "switch" only.
     """
     tokens_LG1 = jnp.maximum(stats.num_tokens, 1)[..., None]
