@@ -7,7 +7,9 @@ arXiv 2409.11272. Published hardware and time: 96 A100 of 40 GB, 19 days to step
 tokens), where the authors stopped; the schedule is for more: warmup over 10 % and decay over 80 %
 of 1 T tokens. Not expressible here: dropout of 0.1, float16 (bfloat16 is used), the BPE tokenizer
 (use a SentencePiece model of at most 100,096 pieces). The sampling of languages is not known; the
-files of `data.source` decide it. CulturaX is not part of this repository.
+files of `data.source` decide it. CulturaX is not part of this repository. Differs from the original
+in evaluation: tokens compete for an expert's slots within their row, there within the device's
+batch; the random ones that are dropped are the same in each evaluation.
 
 The smallest v5p slice there is trains it, as compiled ahead of time with jax 0.10.2:
 

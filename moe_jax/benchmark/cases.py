@@ -129,7 +129,7 @@ def moe_layer_cases() -> Iterator[Case]:
         valid_BT = jnp.ones((B, T), bool)
 
         def moe_layer(x_BTD, params, config=sparse, valid_BT=valid_BT):
-            return moe.moe(x_BTD, params, valid_BT, config)[0]
+            return moe.moe(x_BTD, params, valid_BT, config, training=True)[0]
 
         ours = _with_gradients(moe_layer, (x_BTD, params[sparse]["moe"]), grad_BTD)
         mlp = functools.partial(layers.mlp, config=dense)

@@ -281,12 +281,6 @@ class ModelConfig:
         return self.layers or (MOE if self.num_experts else DENSE,) * self.num_hidden_layers
 
     @property
-    def draws(self) -> bool:
-        """True if routing is random in training."""
-        dropped = self.dispatch == "capacity" and self.token_priority == "random"
-        return self.num_experts > 0 and (dropped or ROUTERS[self.router].random)
-
-    @property
     def block_kinds(self) -> tuple[BlockKind, ...]:
         types = self.layer_types or (SLIDING_ATTENTION,) * self.num_hidden_layers
         windows = (self.sliding_window if t == SLIDING_ATTENTION else None for t in types)

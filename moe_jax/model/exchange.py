@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from moe_jax.model import experts as ffn
 from moe_jax.model import remat
-from moe_jax.model.routing import capacity
+from moe_jax.model.routing import Groups
 from moe_jax.ops import implementations, permute
 from moe_jax.parallel import sharding
 
@@ -30,10 +30,10 @@ KEPT = {
 }
 
 
-def fsdp(x_MD, routing, valid_M, experts, config, key):
+def fsdp(x_MD, routing, groups, experts, config):
     """The experts are all here. Returns [M, D] and how many assignments were dropped."""
     index_MA = _own(routing.expert_index_MA, len(experts["up"]), config)
-    plan, num_dropped = _plan(index_MA, valid_M, len(experts["up"]), config, key)
+    plan, num_dropped = _plan(index_MA, groups, len(experts["up"]), config)
     x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
     with jax.named_scope("experts"):
         sizes_E = plan.group_sizes_E if plan.complete else None
@@ -42,9 +42,9 @@ def fsdp(x_MD, routing, valid_M, experts, config, key):
         return permute.combine(y_RD, plan), num_dropped
 
 
-def ring(x_MD, routing, valid_M, experts, config, key):
+def ring(x_MD, routing, groups, experts, config):
     """All-gather of tokens, own experts, reduce-scatter of their sums. Dropless."""
-    del valid_M, key
+    del groups
     E = len(experts["up"])
     index_MA = _own(routing.expert_index_MA, E * jax.lax.axis_size(AXIS), config)
     with jax.named_scope("dispatch"):
@@ -63,11 +63,11 @@ def ring(x_MD, routing, valid_M, experts, config, key):
     return y_MD, jnp.zeros((), jnp.int32)
 
 
-def all_to_all(x_MD, routing, valid_M, experts, config, key):
+def all_to_all(x_MD, routing, groups, experts, config):
     """Rows to the devices of their experts and back."""
     E = len(experts["up"]) * jax.lax.axis_size(AXIS)
     index_MA = _own(routing.expert_index_MA, E, config)
-    plan, num_dropped = _plan(index_MA, valid_M, E, config, key)
+    plan, num_dropped = _plan(index_MA, groups, E, config)
     x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
     y_RD = (_ragged if plan.complete else _equal)(x_RD, weight_R, experts, config, plan)
     with jax.named_scope("combine"):
@@ -85,17 +85,16 @@ def _own(expert_index_MA, E, config):
     return jnp.where((own_MA >= 0) & (own_MA < E), own_MA, E)
 
 
-def _plan(expert_index_MA, valid_M, E, config, key) -> tuple[permute.Permutation, jax.Array]:
+def _plan(expert_index_MA, groups: Groups, E, config) -> tuple[permute.Permutation, jax.Array]:
     with jax.named_scope("dispatch"):
         if config.dispatch == "dropless":
             plan = permute.sort_by_expert(expert_index_MA, E)
             return remat.named("plan", plan), jnp.zeros((), jnp.int32)
-        if config.token_priority != "random":
-            key = None
         sizes = config.num_experts, config.capacity_factor, config.min_capacity
-        C = capacity(len(valid_M) * config.num_experts_per_tok, *sizes)
-        plan = remat.named("plan", permute.fill_slots(expert_index_MA, valid_M, E, C, key))
-        chosen_MA = (expert_index_MA < E) & valid_M[:, None]
+        C, limit_G = groups.slots(config.num_experts_per_tok, *sizes)
+        plan = permute.fill_slots(expert_index_MA, groups.valid_M, E, C, limit_G, groups.key)
+        plan = remat.named("plan", plan)
+        chosen_MA = (expert_index_MA < E) & groups.valid_M[:, None]
         num_dropped = jnp.sum(chosen_MA) - jnp.sum(plan.group_sizes_E)
         return plan, num_dropped if E == config.num_experts else jax.lax.psum(num_dropped, "edp")
 

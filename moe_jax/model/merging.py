@@ -12,14 +12,14 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.routing import Routing
 
 
-def merged(x_BTD, params, valid_M, key, config: ModelConfig):
+def merged(x_BTD, params, groups, noise_key, config: ModelConfig):
     """Returns the layer's output, a Routing and 0 dropped assignments, as `moe.routed` does.
 
     The routing sends each token to its segment's likeliest expert.
 
     Raises: ValueError if segments do not divide a row.
     """
-    del key
+    del noise_key
     B, T, D = x_BTD.shape
     S = min(config.merge_segment_length, T)
     if T % S:
@@ -27,7 +27,7 @@ def merged(x_BTD, params, valid_M, key, config: ModelConfig):
             f"merge_segment_length={S} does not divide the {T} positions of a row; "
             "make data.sequence_length a multiple of it"
         )
-    x_GSD, valid_GS = x_BTD.reshape(-1, S, D), valid_M.reshape(-1, S)
+    x_GSD, valid_GS = x_BTD.reshape(-1, S, D), groups.valid_M.reshape(-1, S)
     with jax.named_scope("router"):
         kernel_DE = params["router"]["kernel"].astype(jnp.float32)
         logits_GE = segment_means(x_GSD, valid_GS) @ kernel_DE

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from moe_jax import tree
 from moe_jax.model import exchange, exchange_cost, layers, merging, remat, router
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.routing import RouterStats, Routing, statistics
+from moe_jax.model.routing import Groups, RouterStats, Routing, statistics
 from moe_jax.parallel import sharding
 
 
@@ -40,17 +40,20 @@ def moe(
     config: ModelConfig,
     *,
     key: jax.Array | None = None,
+    training: bool = False,
     return_routing: bool = False,
 ) -> tuple[jax.Array, RouterStats]:
     """The layer's output (to be added to x) and its statistics, one row per batch shard.
 
-    `key` is of what is random in training: a router's noise, and with `token_priority` "random"
-    which tokens a full expert drops; without it there is no noise, and the earlier ones stay.
+    Args:
+      key: of what is random: a router's noise, in training only, and with `token_priority` "random"
+        which tokens a full expert drops; without it the earlier ones stay.
+      training: all tokens of a device compete for the experts' slots, else those of each row.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         alone = dataclasses.replace(config, expert_parallel="fsdp")
-        return _of_device(x_BTD, params, valid_BT, key, alone, return_routing)
+        return _of_device(x_BTD, params, valid_BT, key, alone, training, return_routing)
     if config.dispatch == "merge" and mesh.shape["edp"] > 1:
         raise ValueError("dispatch='merge' averages all experts; set config.mesh.edp=1")
     num_tokens = valid_BT.size // sharding.batch_shards(mesh.shape)
@@ -61,9 +64,9 @@ def moe(
     def gathered(x_BTD, params, valid_BT, key):
         gather = functools.partial(sharding.all_gather, keep=exchange.KEPT[mode])
         params = _bias_once(jax.tree.map(gather, _rounded(params, config), specs))
-        if key is not None:
+        if key is not None and training:
             key = jax.random.fold_in(key, jax.lax.axis_index(sharding.BATCH_AXES))
-        y_BTD, stats = _of_device(x_BTD, params, valid_BT, key, config, return_routing)
+        y_BTD, stats = _of_device(x_BTD, params, valid_BT, key, config, training, return_routing)
         return jax.lax.psum(y_BTD, sharding.TENSOR), stats
 
     # check_vma=False: the loops of the grouped product start from unvaried zeros.
@@ -103,12 +106,14 @@ def _bias_once(params: dict) -> dict:
     return params
 
 
-def _of_device(x_BTD, params, valid_BT, key, config, return_routing):
+def _of_device(x_BTD, params, valid_BT, key, config, training, return_routing):
     x_BTD = layers.norm(x_BTD, params["norm"], config)
     mix = merging.merged if config.dispatch == "merge" else routed
-    valid_M = valid_BT.ravel()
-    y_BTD, routing, num_dropped = mix(x_BTD, params, valid_M, key, config)
-    stats = statistics(routing, valid_M, num_dropped)
+    order_key = key if config.token_priority == "random" else None
+    groups = Groups(valid_BT.ravel(), 1 if training else len(valid_BT), order_key)
+    noise_key = tree.fold_in(key, "noise") if key is not None and training else None
+    y_BTD, routing, num_dropped = mix(x_BTD, params, groups, noise_key, config)
+    stats = statistics(routing, groups.valid_M, num_dropped)
     stats = jax.tree.map(lambda x: x[None], stats)
     if return_routing:
         by_token = jax.tree.map(lambda x: x.reshape(*valid_BT.shape, *x.shape[1:]), routing)
@@ -116,13 +121,13 @@ def _of_device(x_BTD, params, valid_BT, key, config, return_routing):
     return y_BTD, stats
 
 
-def routed(x_BTD, params, valid_M, key, config):
+def routed(x_BTD, params, groups, noise_key, config):
     """Returns the chosen experts' output, the Routing, and how many assignments were dropped."""
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     with jax.named_scope("router"):
-        routing = _route(x_MD, params["router"], valid_M, key, config)
+        routing = _route(x_MD, params["router"], groups, noise_key, config)
     y_MD, num_dropped = exchange.MODES[config.expert_parallel](
-        x_MD, routing, valid_M, params["experts"], config, key
+        x_MD, routing, groups, params["experts"], config
     )
     if "shared" in params:
         with jax.named_scope("shared_expert"):
@@ -134,11 +139,10 @@ def routed(x_BTD, params, valid_M, key, config):
     return y_MD.reshape(x_BTD.shape), routing, num_dropped
 
 
-def _route(x_MD, params, valid_M, key, config) -> Routing:
+def _route(x_MD, params, groups, noise_key, config) -> Routing:
     # Logits are in float32: in bfloat16, close calls between experts would depend on rounding.
     x_MD = x_MD.astype(jnp.float32)
     logits_ME = remat.named("router_logits", x_MD @ params["kernel"].astype(jnp.float32))
-    key = None if key is None else tree.fold_in(key, "noise")
     row = router.ROUTERS[config.router]
-    inputs = router.Inputs(x_MD, valid_M, params, key)
+    inputs = router.Inputs(x_MD, groups, params, noise_key)
     return row.route(logits_ME, inputs, **row.values(config))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.routing import Routing, capacity
+from moe_jax.model.routing import Groups, Routing
 from moe_jax.ops import bins
 
 if TYPE_CHECKING:
@@ -124,7 +124,12 @@ def noisy_topk(
 
 
 def expert_choice(
-    logits_ME: jax.Array, valid_M: jax.Array, *, tokens_per_expert: int, norm_topk_prob: bool
+    logits_ME: jax.Array,
+    valid_M: jax.Array,
+    limit: int | jax.Array,
+    *,
+    tokens_per_expert: int,
+    norm_topk_prob: bool,
 ) -> Routing:
     """Each expert takes its best tokens (Zhou et al., arXiv 2202.09368): balanced by construction.
 
@@ -132,13 +137,20 @@ def expert_choice(
     trained so sees a little of its future, and decodes otherwise than it was trained. The A = E
     slots of a token are the experts in order, E where it was not taken. With `norm_topk_prob` a
     token's weights are divided by their sum (Komatsuzaki et al., arXiv 2212.05055, §3.1).
+
+    Args:
+      limit: how many tokens an expert takes of these, at most `tokens_per_expert`.
     """
     M, E = logits_ME.shape
     logits_ME = logits_ME.astype(jnp.float32)
     probabilities_ME = jax.nn.softmax(logits_ME, axis=-1)
-    score_EM = jnp.where(valid_M, probabilities_ME.T, -1)
+    # A token that repeats the first one of its document has that one's score, but for rounding,
+    # which depends on the size of the batch: with 16 bits they tie, and the earlier token wins.
+    score_ME = jax.lax.reduce_precision(probabilities_ME, exponent_bits=8, mantissa_bits=15)
+    score_EM = jnp.where(valid_M, score_ME.T, -1)
     score_EC, token_EC = jax.lax.top_k(score_EM, min(tokens_per_expert, M))
-    taken_EM = jnp.zeros((E, M), bool).at[jnp.arange(E)[:, None], token_EC].set(score_EC >= 0)
+    taken_EC = (score_EC >= 0) & (jnp.arange(score_EC.shape[1]) < limit)
+    taken_EM = jnp.zeros((E, M), bool).at[jnp.arange(E)[:, None], token_EC].set(taken_EC)
     weight_ME = jnp.where(taken_EM.T, probabilities_ME, 0)
     if norm_topk_prob:
         weight_ME = weight_ME / jnp.maximum(jnp.sum(weight_ME, axis=-1, keepdims=True), 1e-20)
@@ -167,12 +179,18 @@ def group_topk(
     return Routing(copy_MA * num_expert_groups + group_MA, weight_MA, logits_ME, probabilities_ME)
 
 
-def forced_balance(logits_ME: jax.Array, *, num_experts_per_tok: int, **parameters) -> Routing:
-    """Experts in turn whatever the logits say, for benchmarks: the best case of any routing."""
+def forced_balance(
+    logits_ME: jax.Array, num_groups: int, *, num_experts_per_tok: int, **parameters
+) -> Routing:
+    """Experts in turn whatever the logits say, for benchmarks: the best case of any routing.
+
+    Each group of tokens begins anew.
+    """
     M, E = logits_ME.shape
     A = num_experts_per_tok
     routing = softmax_topk(logits_ME, num_experts_per_tok=A, **parameters)
-    expert_index_MA = (jnp.arange(M * A, dtype=jnp.int32) % E).reshape(M, A)
+    turn_R = jnp.arange(M * A, dtype=jnp.int32) % (M // num_groups * A)
+    expert_index_MA = (turn_R % E).reshape(M, A)
     return dataclasses.replace(routing, expert_index_MA=expert_index_MA)
 
 
@@ -181,7 +199,7 @@ class Inputs:
     """The arrays that a router may look at beside its logits."""
 
     x_MD: jax.Array  # in float32
-    valid_M: jax.Array
+    groups: Groups
     leaves: Mapping[str, jax.Array]  # the layer's, by the names in the router's row
     key: jax.Array | None = None  # None in evaluation
 
@@ -218,7 +236,6 @@ class Router:
       nothing of each other (False); None where neither holds.
     one_per_group: a token goes to at most one expert of each of `num_expert_groups`.
     causal: a token's experts do not depend on other tokens.
-    random: it draws in training.
     products: the number of products of [M, D] and [D, E] that it makes.
     learned: False for a router that ignores its logits, to time the best case.
     same_as: fields of a model that computes the same in evaluation, by another router.
@@ -235,7 +252,6 @@ class Router:
     copies_share: Callable[["ModelConfig"], bool] | None = None
     one_per_group: bool = False
     causal: bool = True
-    random: bool = False
     products: int = 1
     learned: bool = True
     same_as: Mapping[str, str | bool] = dataclasses.field(default_factory=dict)
@@ -301,8 +317,14 @@ def _route_expert_choice(
     logits_ME, inputs, *, num_experts_per_tok, capacity_factor, min_capacity, **values
 ) -> Routing:
     M, E = logits_ME.shape
-    C = capacity(M * num_experts_per_tok, E, capacity_factor, min_capacity)
-    return expert_choice(logits_ME, inputs.valid_M, tokens_per_expert=C, **values)
+    G, valid_M = inputs.groups.number, inputs.groups.valid_M
+    C, limit_G = inputs.groups.slots(num_experts_per_tok, E, capacity_factor, min_capacity)
+
+    def choose(logits_XE, valid_X, limit):
+        return expert_choice(logits_XE, valid_X, limit, tokens_per_expert=C, **values)
+
+    of_groups = jax.vmap(choose)(logits_ME.reshape(G, -1, E), valid_M.reshape(G, -1), limit_G)
+    return jax.tree.map(lambda x: x.reshape(M, E), of_groups)
 
 
 SOFTMAX = ("num_experts_per_tok", "norm_topk_prob", "gate_norm_std")
@@ -338,7 +360,6 @@ ROUTERS: dict[str, Router] = {
         _route_noisy,
         leaves={"kernel": KERNEL, "noise": NOISE},
         copies_share=lambda config: True,
-        random=True,
         products=2,
     ),
     "expert_choice": Router(
@@ -357,7 +378,7 @@ ROUTERS: dict[str, Router] = {
         one_per_group=True,
     ),
     "forced_balance": Router(
-        lambda logits, inputs, **values: forced_balance(logits, **values),
+        lambda logits, inputs, **values: forced_balance(logits, inputs.groups.number, **values),
         reads=SOFTMAX,
         sum_is_fixed=_renormalised,
         learned=False,

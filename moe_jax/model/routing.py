@@ -1,7 +1,7 @@
 """Routing is data: the experts and weights of each token, and the statistics of a batch."""
 
 import dataclasses
-import math
+import fractions
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +48,43 @@ class RouterStats:
     routing: Routing | None = None
 
 
-def capacity(num_assignments: int, num_experts: int, factor: float, minimum: int) -> int:
-    """Slots of an expert: its even share times the factor, rounded up."""
-    return max(minimum, math.ceil(factor * num_assignments / num_experts))
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Groups of equally many tokens, one after the other, that compete for slots of the experts.
+
+    In training the tokens of a device are one group, as in GShard (arXiv 2006.16668) and DeepSpeed.
+    In evaluation each row is one, so that no loss depends on the other rows of a batch.
+
+    key: of the random order in which a full expert keeps tokens; None keeps the earlier ones.
+    """
+
+    valid_M: jax.Array
+    number: int = 1
+    key: jax.Array | None = None
+
+    def slots(self, per_token: int, *sizes) -> tuple[int, jax.Array]:
+        """An expert's slots for a group of valid tokens alone, and for each group as it is.
+
+        `sizes` are those of `capacity`.
+        """
+        valid_GM = self.valid_M.reshape(self.number, -1)
+        tokens_G = jnp.sum(valid_GM, axis=1)
+        return capacity(valid_GM.shape[1] * per_token, *sizes), capacity(
+            tokens_G * per_token, *sizes
+        )
+
+
+def capacity(num_assignments, num_experts: int, factor: float, minimum: int):
+    """Slots of an expert: its even share of the assignments times the factor, rounded up, exactly.
+
+    The factor is taken as the nearest fraction with a denominator of at most 1000: 1.1 is 11/10,
+    which no float is. The number of assignments may be an array.
+    """
+    share = fractions.Fraction(factor).limit_denominator(1000) / num_experts
+    # The quotient and the rest one by one: their products stay within int32.
+    whole, rest = divmod(num_assignments, share.denominator)
+    slots = whole * share.numerator - (-rest * share.numerator // share.denominator)
+    return slots + (minimum - slots) * (slots < minimum)
 
 
 def virtual_drop_rate(tokens_per_expert_E: jax.Array | np.ndarray, factor: float):
@@ -61,8 +95,8 @@ def virtual_drop_rate(tokens_per_expert_E: jax.Array | np.ndarray, factor: float
     arrays may be numpy's or jax's.
     """
     total = tokens_per_expert_E.sum(axis=-1, keepdims=True)
-    capacity_E = -(-factor * total // tokens_per_expert_E.shape[-1])
-    beyond = (tokens_per_expert_E - capacity_E).clip(min=0).sum(axis=-1)
+    C = capacity(total, tokens_per_expert_E.shape[-1], factor, 0)
+    beyond = (tokens_per_expert_E - C).clip(min=0).sum(axis=-1)
     return beyond / total[..., 0].clip(min=1)
 
 

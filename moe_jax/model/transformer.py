@@ -33,7 +33,7 @@ class Shared:
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array  # 0 is padding
-    key: jax.Array | None = None  # for whatever is random in training
+    key: jax.Array | None = None  # of what is random in training; None in evaluation
 
 
 @struct.dataclass
@@ -113,10 +113,12 @@ def block(
     if kind.feed_forward == DENSE:
         y_BTD, stats = layers.mlp(x_BTD, params["mlp"], config), None
     else:
-        key = None if shared.key is None else jax.random.fold_in(shared.key, per_layer["index"])
+        # In evaluation the tokens that an expert drops, if at random, are always the same.
+        key = jax.random.key(0) if shared.key is None else shared.key
         y_BTD, stats = moe.moe(
             *(x_BTD, params["moe"], shared.segment_ids_BT > 0, config),
-            key=key,
+            key=jax.random.fold_in(key, per_layer["index"]),
+            training=shared.key is not None,
             return_routing=return_routing,
         )
     return sharding.constrain_batch(x_BTD + y_BTD), BlockOutput(stats, cache, tapped)

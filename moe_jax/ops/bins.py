@@ -3,6 +3,9 @@
 It is a scatter-add, except on a GPU: there atomic additions to few bins wait for each other (0.8 ms
 for the 131,072 assignments of a layer of OLMoE on an H100, the time of a product of its experts)
 and round in any order. Every value is compared with every bin instead, in one fused loop.
+
+One float32 that many values are added to, one after the other, loses what is less than half of its
+last bit: 2e-5 of a sum of half a million, 0.4 % of one of four million. So blocks are added first.
 """
 
 import jax
@@ -10,11 +13,18 @@ import jax.numpy as jnp
 
 from moe_jax.ops import implementations
 
+BLOCK = 4096  # values
+
 
 def sum_by_bin(values: jax.Array, bin_index: jax.Array, num_bins: int) -> jax.Array:
     """[num_bins]: the sum of the values in each bin; values beyond the last bin are left out."""
     if implementations.platform() != "gpu":
-        return jnp.zeros(num_bins, values.dtype).at[bin_index].add(values, mode="drop")
+        if jnp.issubdtype(values.dtype, jnp.integer):
+            return jnp.zeros(num_bins, values.dtype).at[bin_index].add(values, mode="drop")
+        sums_BE = jnp.zeros((-(-values.size // BLOCK), num_bins), values.dtype)
+        block_R = jnp.arange(values.size) // BLOCK
+        sums_BE = sums_BE.at[block_R, bin_index.ravel()].add(values.ravel(), mode="drop")
+        return jnp.sum(sums_BE, axis=0)
     mine_RE = bin_index.reshape(-1, 1) == jnp.arange(num_bins)
     return jnp.sum(jnp.where(mine_RE, values.reshape(-1, 1), 0), axis=0)
 

@@ -50,30 +50,37 @@ def fill_slots(
     valid_M: jax.Array,
     num_experts: int,
     capacity: int,
+    limit_G: jax.Array,
     key: jax.Array | None = None,
 ) -> Permutation:
-    """E experts have C slots each, expert e from row e·C on; assignments that do not fit drop.
+    """E experts have slots for each of G groups of tokens; assignments that do not fit drop.
 
-    First choices come before second ones (GShard, Lepikhin et al., arXiv 2006.16668); among equals
-    the earlier token does, or with a key a random one (DeepSpeed-MoE's random token selection,
-    Rajbhandari et al., arXiv 2201.05596). Padding takes no slot.
+    The groups are equal and follow each other. Group g has `limit_G[g]` slots of expert e, at most
+    C, which begin at row (e·G + g)·C. First choices come before second ones (GShard, Lepikhin et
+    al., arXiv 2006.16668); among equals the earlier token does, or with a key a random one
+    (DeepSpeed-MoE's random token selection, Rajbhandari et al., arXiv 2201.05596), in the same
+    order of positions in all groups. Padding takes no slot.
     """
-    M, A = expert_index_MA.shape
-    order_M = jnp.arange(M) if key is None else jax.random.permutation(key, M)
+    (M, A), G = expert_index_MA.shape, len(limit_G)
+    size = M // G
+    order_X = jnp.arange(size) if key is None else jax.random.permutation(key, size)
+    order_M = (jnp.arange(G)[:, None] * size + order_X).ravel()
     assignment_AM = order_M * A + jnp.arange(A)[:, None]
-    expert_MA = jnp.where(valid_M[:, None], expert_index_MA, num_experts)
-    expert_R = expert_MA[order_M].T.ravel()
-    by_expert_R = jnp.argsort(expert_R, stable=True)
-    sorted_R, expert_R = assignment_AM.ravel()[by_expert_R], expert_R[by_expert_R]
-    load_E = count_by_bin(expert_R, num_experts)
-    place_R = jnp.arange(M * A) - (jnp.cumsum(load_E) - load_E).at[expert_R].get(mode="clip")
-    slots = num_experts * capacity
-    kept_R = (place_R < capacity) & (expert_R < num_experts)
-    row_R = jnp.where(kept_R, expert_R * capacity + place_R, slots)
+    # A bin is an expert's slots for one group.
+    num_bins = num_experts * G
+    bin_MA = expert_index_MA * G + jnp.arange(M)[:, None] // size
+    bin_R = jnp.where(valid_M[:, None], bin_MA, num_bins)[order_M].T.ravel()
+    by_bin_R = jnp.argsort(bin_R, stable=True)
+    sorted_R, bin_R = assignment_AM.ravel()[by_bin_R], bin_R[by_bin_R]
+    load_N = count_by_bin(bin_R, num_bins)
+    place_R = jnp.arange(M * A) - (jnp.cumsum(load_N) - load_N).at[bin_R].get(mode="clip")
+    slots = num_bins * capacity
+    kept_R = (place_R < limit_G[bin_R % G]) & (bin_R < num_bins)
+    row_R = jnp.where(kept_R, bin_R * capacity + place_R, slots)
     return Permutation(
         assignment_R=jnp.full(slots, M * A).at[row_R].set(sorted_R, mode="drop"),
         row_MA=row_R[_inverse(sorted_R)].reshape(M, A),
-        group_sizes_E=jnp.minimum(load_E, capacity),
+        group_sizes_E=jnp.minimum(load_N.reshape(-1, G), limit_G).sum(axis=1),
         complete=False,
     )
 

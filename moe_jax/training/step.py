@@ -27,7 +27,7 @@ def make_train_step(
     make_loss, frozen_configs = objective.choose(run.objective.name).make, frozen_models or {}
 
     def train_step(state: TrainState, batch: Batch, frozen_params: dict | None = None):
-        key = jax.random.fold_in(jax.random.key(run.seed), state.step) if run.model.draws else None
+        key = jax.random.fold_in(jax.random.key(run.seed), state.step)
         summed = functools.partial(
             over_microbatches, batch=batch, key=key, number=run.training.accumulation_steps
         )
@@ -67,7 +67,7 @@ def make_train_step(
     return train_step
 
 
-def over_microbatches(function: Callable, *, batch: Batch, key: jax.Array | None, number: int):
+def over_microbatches(function: Callable, *, batch: Batch, key: jax.Array, number: int):
     """The sum of function(microbatch, key) over microbatches, each spread over all batch shards."""
     if number == 1:
         return function(batch, key)
@@ -77,8 +77,7 @@ def over_microbatches(function: Callable, *, batch: Batch, key: jax.Array | None
 
     def add(total, numbered):
         i, microbatch = numbered
-        own_key = None if key is None else jax.random.fold_in(key, i)
-        return jax.tree.map(jnp.add, total, function(microbatch, own_key)), None
+        return jax.tree.map(jnp.add, total, function(microbatch, jax.random.fold_in(key, i))), None
 
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], microbatches), key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -1,5 +1,7 @@
 """Held-out losses and continuations against what a plain loop over the logits gives."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,66 @@ def test_losses_by_language_are_means_over_their_tokens_and_bits_are_per_byte(pa
     assert found.loss == pytest.approx(np.mean(everything), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(sum(everything) / np.log(2) / num_bytes, rel=1e-5)
     assert found.router["tokens_per_expert_E"].sum() == len(everything)
+
+
+CAPACITY = {"dispatch": "capacity", "capacity_factor": 0.75, "min_capacity": 1}
+FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
+RANDOM = {**FOUR, **CAPACITY, "token_priority": "random"}
+# All that drops tokens, or lets experts choose, or merges them.
+OF_A_ROW = {
+    "group-limited": {**FOUR, **CAPACITY, "router": "sigmoid_topk", "num_expert_groups": 2},
+    "noisy, random": {**RANDOM, "router": "noisy_topk"},
+    "expert choice": {**FOUR, **CAPACITY, "router": "expert_choice"},
+    "in turn": {**FOUR, "num_experts": 5, "router": "forced_balance"},
+    "merged": {**FOUR, "dispatch": "merge", "merge_segment_length": 4},
+}
+ROWS = 65
+
+
+def padded_batches(batch_size, rows_BX, valid_BT):
+    rows = -(-ROWS // batch_size) * batch_size
+    padded = (np.pad(x, ((0, rows - ROWS), (0, 0))) for x in (rows_BX, valid_BT))
+    parts = zip(*(np.split(x, rows // batch_size) for x in padded), strict=True)
+    return [Batch.of_rows(x, jnp.asarray(valid, jnp.int32)) for x, valid in parts]
+
+
+LONG = ("in turn", "merged")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.long) if k in LONG else k for k in OF_A_ROW]
+)
+def test_the_loss_depends_neither_on_the_batch_size_nor_on_rows_of_padding(kind):
+    """Rows of different lengths, by 1, 7 and 64 at a time: the last batch is padded."""
+    config = dataclasses.replace(CONFIG, **OF_A_ROW[kind])
+    params = jax.jit(lambda: jax.tree.map(lambda x: 5 * x, model.init(config, jax.random.key(0))))()
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 16, (ROWS, T + 1)), np.arange(T) < rng.integers(1, T + 1, (ROWS, 1))
+    eval_step = jax.jit(perplexity.make_eval_step(config, 1))
+    found = [
+        perplexity.evaluate(eval_step, params, padded_batches(size, *rows), {"en": 1.0})
+        for size in (1, 7, 64)
+    ]
+    assert found[0].router["num_dropped"].any() == (kind in ("group-limited", "noisy, random"))
+    for other in found[1:]:
+        assert other.loss == pytest.approx(found[0].loss, rel=1e-6)
+        jax.tree.map(np.testing.assert_array_equal, other.router, found[0].router)
+
+
+def test_nats_are_added_row_by_row_and_tokens_counted_as_integers(params):
+    batch = batch_of(0)
+    nats_BN, tokens_BN, _ = jax.jit(perplexity.make_eval_step(CONFIG, 3))(params, batch)
+    assert nats_BN.shape == tokens_BN.shape == (B, 3)
+    np.testing.assert_array_equal(tokens_BN, [[12, 0, 0], [0, 7, 0], [0, 0, 0], [0, 0, 12]])
+
+
+def test_a_thousand_batches_of_four_million_tokens_lose_nothing():
+    """What a step returns for them is added in float64 and int64."""
+    sums = np.full((1024, 1), 4096 * 2.3, np.float32), np.full((1024, 1), 4096, np.int32)
+    router = {"tokens_per_expert_E": np.array([[2**22]], np.int32)}
+    found = perplexity.evaluate(lambda *_: (*sums, router), {}, range(1000), {"en": 1.0})
+    assert found.loss == pytest.approx(2.3, rel=1e-7)
+    assert found.router["tokens_per_expert_E"] == 1000 * 2**22
 
 
 def test_greedy_continuation_is_the_likeliest_token_again_and_again(params):

@@ -127,7 +127,7 @@ def test_experts_choose_their_best_valid_tokens():
     probabilities_ME = jnp.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6], [0.99, 0.01]])
     valid_M = jnp.array([True, True, True, True, False])
     routing = router.expert_choice(
-        jnp.log(probabilities_ME), valid_M, tokens_per_expert=2, norm_topk_prob=False
+        jnp.log(probabilities_ME), valid_M, 2, tokens_per_expert=3, norm_topk_prob=False
     )
     none = 2
     want = [[0, none], [0, none], [none, 1], [none, 1], [none, none]]

@@ -27,6 +27,14 @@ def test_sums_leave_out_what_is_beyond_the_last_bin():
     assert counts_E.tolist() == [int((index_MA == e).sum()) for e in range(E)]
 
 
+def test_a_sum_of_a_million_values_is_one_to_a_millionth():
+    values_R = np.random.default_rng(0).uniform(1, 3, 2**20).astype(np.float32)
+    index_R = np.arange(2**20) % 2
+    exact_E = np.bincount(index_R, weights=values_R)
+    sums_E = jax.jit(lambda *arrays: bins.sum_by_bin(*arrays, 2))(values_R, index_R)
+    np.testing.assert_allclose(sums_E, exact_E, rtol=1e-6)
+
+
 def test_what_is_chosen_has_the_gradient_of_a_gather():
     values_ME = jax.random.normal(jax.random.key(0), (M, E))
     index_MA = jax.lax.top_k(values_ME, A)[1]

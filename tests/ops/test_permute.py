@@ -33,7 +33,8 @@ def greedy(expert_MA, valid_M, capacity):
 @pytest.mark.parametrize("capacity", [1, 5, 9, M * A])
 def test_slots_are_filled_as_by_a_greedy_loop(capacity):
     expert_MA, valid_M = choices(), np.arange(M) % 5 > 0
-    plan = permute.fill_slots(jnp.array(expert_MA), jnp.array(valid_M), E, capacity)
+    limit_G = jnp.array([capacity])
+    plan = permute.fill_slots(jnp.array(expert_MA), jnp.array(valid_M), E, capacity, limit_G)
     slot_MA, used_E = greedy(expert_MA, valid_M, capacity)
     np.testing.assert_array_equal(plan.row_MA, slot_MA)
     np.testing.assert_array_equal(plan.group_sizes_E, used_E)
@@ -44,12 +45,31 @@ def test_slots_are_filled_as_by_a_greedy_loop(capacity):
     np.testing.assert_array_equal(plan.assignment_R, assignment_R)
 
 
+@pytest.mark.parametrize("key", [None, jax.random.key(0)], ids=["position", "random"])
+def test_groups_fill_slots_of_their_own_up_to_their_limit_as_if_each_were_alone(key):
+    expert_MA, valid_M, C = choices(), np.arange(M) % 5 > 0, 5
+    limit_G = jnp.array([5, 2, 4])
+    plan = permute.fill_slots(jnp.array(expert_MA), jnp.array(valid_M), E, C, limit_G, key)
+    kept_E = np.zeros(E, int)
+    for g, limit in enumerate(limit_G):
+        own = slice(g * M // 3, (g + 1) * M // 3)
+        alone = permute.fill_slots(expert_MA[own], jnp.array(valid_M[own]), E, C, limit[None], key)
+        row_MA = np.asarray(alone.row_MA)
+        there_MA = (row_MA // C * 3 + g) * C + row_MA % C
+        np.testing.assert_array_equal(
+            plan.row_MA[own], np.where(row_MA < E * C, there_MA, 3 * E * C)
+        )
+        kept_E += np.asarray(alone.group_sizes_E)
+    np.testing.assert_array_equal(plan.group_sizes_E, kept_E)
+
+
 def test_random_selection_keeps_as_many_but_not_always_the_earliest():
     expert_MA, valid_M = jnp.array(choices()), jnp.ones(M, bool)
-    by_position = permute.fill_slots(expert_MA, valid_M, E, 4)
+    four_G = jnp.array([4])
+    by_position = permute.fill_slots(expert_MA, valid_M, E, 4, four_G)
     kept = []
     for seed in range(40):
-        plan = permute.fill_slots(expert_MA, valid_M, E, 4, jax.random.key(seed))
+        plan = permute.fill_slots(expert_MA, valid_M, E, 4, four_G, jax.random.key(seed))
         np.testing.assert_array_equal(plan.group_sizes_E, by_position.group_sizes_E)
         row_MA = np.asarray(plan.row_MA)
         np.testing.assert_array_equal(
@@ -64,7 +84,7 @@ def test_random_selection_keeps_as_many_but_not_always_the_earliest():
 
 
 def test_gradients_with_empty_slots_and_dropped_tokens_are_those_of_plain_indexing():
-    plan = permute.fill_slots(jnp.array(choices()), jnp.ones(M, bool), E, 5)
+    plan = permute.fill_slots(jnp.array(choices()), jnp.ones(M, bool), E, 5, jnp.array([5]))
     x_MD = jax.random.normal(jax.random.key(0), (M, D))
     weight_MA = jax.random.uniform(jax.random.key(1), (M, A))
     kept_R = (plan.assignment_R < M * A)[:, None]

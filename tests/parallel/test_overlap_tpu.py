@@ -43,7 +43,7 @@ def schedule(devices, flags) -> list[tuple[str, str]]:
     params = jax.tree.map(lambda w, spec: array(w.shape, w.dtype, spec), params, specs)
     with jax.set_mesh(mesh):
         lowered = (
-            jax.jit(lambda x, params, valid: moe.moe(x, params, valid, CONFIG)[0])
+            jax.jit(lambda x, params, valid: moe.moe(x, params, valid, CONFIG, training=True)[0])
             .trace(array((B, T, D), jnp.bfloat16), params, array((B, T), bool))
             .lower(lowering_platforms=("tpu",))
         )
