@@ -4,7 +4,7 @@ Examples:
   python scripts/upcycle.py --source=path/to/dense --output=path/to/moe --recipe=drop \\
       --num_experts=8 --num_experts_per_tok=2 --recipe.ratio=0.5
   python scripts/upcycle.py --source=path/to/base,path/to/math --output=path/to/moe \\
-      --recipe=branch_train_mix --num_experts=2 --num_experts_per_tok=1
+      --recipe=branch_train_mix --num_experts=4 --num_experts_per_tok=2
   python scripts/upcycle.py --source=path/to/dense --output=runs/fine --to=orbax \\
       --recipe=virtual_group --granularity=4 --num_experts=16 --num_experts_per_tok=4
   python scripts/upcycle.py --source=path/to/moe --output=path/to/dense --recipe=merge_back

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -59,6 +60,8 @@ class Run(Section, path=""):
                 f"config.balance.bias_update_rate={rate} needs a router with a bias, "
                 f"not model.router={model.router!r}; use {biased}, or a rate of 0"
             )
+        yield from _problems_of_merging(model, self.data.sequence_length)
+        yield from _problems_of_top_1(model, optimizer.frozen)
         if self.evaluation.num_experts_per_tok > model.num_experts:
             yield (
                 f"config.evaluation.num_experts_per_tok={self.evaluation.num_experts_per_tok} is "
@@ -70,6 +73,32 @@ class Run(Section, path=""):
                 f"config.init.upcycle.recipe={recipe!r} makes a sparse model; "
                 "set config.model.num_experts"
             )
+
+
+def _problems_of_merging(model: ModelConfig, T: int) -> Iterator[str]:
+    S = model.merge_segment_length
+    if model.num_experts and model.dispatch == "merge" and (T % S or T == S):
+        yield (
+            f"config.model.merge_segment_length={S} does not cut rows of {T} tokens into two or "
+            "more segments, of which the first sees its own later tokens; use a smaller divisor of "
+            "data.sequence_length"
+        )
+
+
+def _problems_of_top_1(model: ModelConfig, frozen: str) -> Iterator[str]:
+    """A weight that is divided by itself is 1 whatever the logits: p / p has no gradient."""
+    row = ROUTERS[model.router]
+    alone = model.num_experts > 1 == model.num_experts_per_tok and model.dispatch != "merge"
+    to_be_trained = (
+        row.learned and row.causal and not (frozen and re.search(frozen, "moe/router/kernel"))
+    )
+    if alone and to_be_trained and row.sum_is_fixed(model):
+        yield (
+            f"config.model.num_experts_per_tok=1 with weights that sum to one "
+            f"(router={model.router!r}, norm_topk_prob={model.norm_topk_prob}) gives the router "
+            "no gradient; use router='softmax_topk' with norm_topk_prob=False (Switch), 2 experts "
+            "per token, or keep the router as it is by optimizer.frozen='moe/router'"
+        )
 
 
 def resolve(config: ConfigDict) -> Run:

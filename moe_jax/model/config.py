@@ -277,6 +277,11 @@ class ModelConfig:
         return self.moe_intermediate_size or self.intermediate_size
 
     @property
+    def active_experts(self) -> int:
+        """The number of experts by whose weights a token is multiplied; merged ones are one."""
+        return 1 if self.dispatch == "merge" else self.num_experts_per_tok
+
+    @property
     def layer_kinds(self) -> tuple[str, ...]:
         return self.layers or (MOE if self.num_experts else DENSE,) * self.num_hidden_layers
 

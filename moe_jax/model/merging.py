@@ -1,7 +1,9 @@
 """Lory's soft merging: a segment of the text goes through one expert, the average of all.
 
 The weights of a segment come from the segment before it, so that no token sees a later one; the
-first takes its own, through which no gradient passes (Zhong et al., arXiv 2405.03133).
+first takes its own, through which no gradient passes (Zhong et al., arXiv 2405.03133). So a token
+of the first segment does see the rest of it: the held-out loss leaves that segment out, the loss in
+training, as there, does not.
 """
 
 import jax

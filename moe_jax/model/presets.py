@@ -127,7 +127,10 @@ _UPCYCLED: dict[str, tuple[str, int, int, dict[str, Any]]] = {
         {"norm_topk_prob": False, "moe_intermediate_size": 3072},
     ),
     # BAM has attention experts (Zhang et al., arXiv 2408.08274); here at the quickstart's size.
-    "quickstart-bam-4e": ("quickstart", 4, 1, {"num_attention_experts": 4}),
+    "quickstart-bam-4e": (
+        *("quickstart", 4, 1),
+        {"norm_topk_prob": False, "num_attention_experts": 4},
+    ),
     # LLaMA-MoE v1 (Zhu et al., arXiv 2406.16554): Llama 2's feed-forwards cut into 16, top-4.
     "llama-moe-3.5b": (
         *("llama-2-7b", 16, 4),

@@ -165,7 +165,7 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
     """(total, active for one token), embeddings and the whole router included in both."""
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    total, active, A = 0, 0, config.num_experts_per_tok
+    total, active, A = 0, 0, config.active_experts
     for name, leaf in tree.flatten(shapes).items():
         total += leaf.size
         active += leaf.size * A // config.num_experts if "moe/experts" in name else leaf.size

@@ -27,9 +27,9 @@ def _products(config: ModelConfig) -> dict[str, float]:
     dense = config.num_hidden_layers - sparse
     attentions = config.num_attention_experts or 1
     routers = config.num_experts * ROUTERS[config.router].products
-    per_token: float = config.num_experts_per_tok
-    if config.dispatch == "merge":  # one expert, and a segment's merging shared by its tokens
-        per_token = 1 + config.num_experts / config.merge_segment_length
+    per_token: float = config.active_experts
+    if config.dispatch == "merge":  # the merging itself, shared by a segment's tokens
+        per_token += config.num_experts / config.merge_segment_length
     shared = config.shared_expert_intermediate_size or 0
     neurons: float = dense * config.intermediate_size
     neurons += sparse * (per_token * config.expert_size + shared)

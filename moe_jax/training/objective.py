@@ -64,8 +64,10 @@ def next_token(context: Context) -> Loss:
         accumulation_steps=run.training.accumulation_steps,
         coefficients_L=context.router_state.coefficients_L,
     )
+    # Nothing is chosen between experts that are merged, so nothing can be out of balance.
+    chosen = run.model.num_experts > 0 and run.model.dispatch != "merge"
     several = run.training.accumulation_steps > 1
-    if several and run.balance.load_balancing_over == "window" and run.model.num_experts:
+    if several and run.balance.load_balancing_over == "window" and chosen:
         router_losses = _over_window(context, router_losses)
 
     def loss(params, microbatch, key):
@@ -80,7 +82,7 @@ def next_token(context: Context) -> Loss:
             z_coefficient=run.objective.logit_z_coefficient,
         )
         total, terms = sums.total, {}
-        if stats is not None:
+        if chosen:
             router_total, terms = router_losses(stats)
             total += router_total
         if "teacher" in context.frozen:

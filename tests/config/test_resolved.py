@@ -84,6 +84,14 @@ def test_a_stored_config_gives_the_run_that_it_was_stored_of(tmp_path):
             "num_experts_per_tok=5 is more than the 4 experts of the model",
         ),
         (
+            {"model": dataclasses.replace(MOE, num_experts_per_tok=1)},
+            "gives the router no gradient; use router='softmax_topk' with norm_topk_prob=False",
+        ),
+        (
+            {"model": dataclasses.replace(MOE, dispatch="merge", merge_segment_length=256)},
+            "merge_segment_length=256 does not cut rows of 256 tokens into two",
+        ),
+        (
             {"init": sections.Init(source="a", upcycle=sections.Upcycle(recipe="drop"))},
             "recipe='drop' makes a sparse model; set config.model.num_experts",
         ),
@@ -101,6 +109,30 @@ def test_rows_beyond_learned_positions_are_refused_by_everything_that_reads_a_co
     configs.resolve(config_of(data__sequence_length=32, **keys))
     with pytest.raises(configs.ConfigError, match="config.data.sequence_length: rows of 33 .* 32 "):
         configs.resolve(config_of(data__sequence_length=33, **keys))
+
+
+TOP_1 = {"num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "frozen"),
+    [
+        ({**TOP_1, "norm_topk_prob": False}, ""),
+        (TOP_1, "moe/router"),
+        ({**TOP_1, "num_experts": 1}, ""),
+        ({**TOP_1, "dispatch": "merge", "merge_segment_length": 64}, ""),
+        ({**TOP_1, "router": "forced_balance"}, ""),
+    ],
+    ids=str,
+)
+def test_top_1_is_trained_where_its_router_learns_or_is_not_to_learn(fields, frozen):
+    optimizer = sections.Optimizer(frozen=frozen)
+    run = configs.Run(model=dataclasses.replace(MOE, **fields), optimizer=optimizer)
+    dataclasses.replace(run, evaluation=sections.Evaluation(num_experts_per_tok=1))
+
+
+def test_a_model_of_two_experts_a_token_may_be_evaluated_with_one():
+    configs.Run(model=MOE, evaluation=sections.Evaluation(num_experts_per_tok=1))
 
 
 def test_a_recipe_that_gives_a_dense_model_needs_no_experts():

@@ -108,6 +108,22 @@ def test_the_loss_depends_neither_on_the_batch_size_nor_on_rows_of_padding(kind)
         jax.tree.map(np.testing.assert_array_equal, other.router, found[0].router)
 
 
+def test_no_counted_nats_of_merged_experts_depend_on_later_tokens():
+    """Nats by position where one token changes; segments are of 4, and the first is left out."""
+    config = dataclasses.replace(CONFIG, **OF_A_ROW["merged"])
+    params = jax.jit(lambda: jax.tree.map(lambda x: 5 * x, model.init(config, jax.random.key(0))))()
+    eval_step = jax.jit(perplexity.make_eval_step(config, T))
+    batch = batch_of(0).replace(
+        segment_ids_BT=jnp.ones((B, T), jnp.int32), labels_BT=jnp.tile(jnp.arange(T), (B, 1))
+    )
+    nats_BN, tokens_BN, _ = eval_step(params, batch)
+    np.testing.assert_array_equal(tokens_BN, np.tile(np.arange(T) >= 4, (B, 1)))
+    for at in range(T):
+        changed = batch.replace(tokens_BT=batch.tokens_BT.at[:, at].add(1) % 16)
+        moved_N = (eval_step(params, changed)[0] != nats_BN).any(axis=0)
+        assert not moved_N[:at].any() and moved_N[max(at, 4) :].any()
+
+
 def test_nats_are_added_row_by_row_and_tokens_counted_as_integers(params):
     batch = batch_of(0)
     nats_BN, tokens_BN, _ = jax.jit(perplexity.make_eval_step(CONFIG, 3))(params, batch)

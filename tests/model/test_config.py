@@ -85,3 +85,5 @@ def test_parameter_counts_agree_with_a_count_by_hand():
         other + router + L * E * 3 * D * F,
         other + router + L * A * 3 * D * F,
     )
+    merged = dataclasses.replace(moe, dispatch="merge")
+    assert model.count_parameters(merged)[1] == other + router + L * 3 * D * F

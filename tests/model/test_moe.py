@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import model
-from moe_jax.model import moe, transformer
+from moe_jax.model import moe, router, transformer
 from moe_jax.model.routing import capacity, virtual_drop_rate
 from moe_jax.parallel import mesh as meshes
 
@@ -139,6 +139,29 @@ def test_capacity_is_the_exact_share_rounded_up(factor):
         assert [capacity(int(n), E, factor, 1) for n in n_X] == want
         np.testing.assert_array_equal(jax.jit(lambda n, E=E: capacity(n, E, factor, 1))(n_X), want)
     assert capacity(10, 1, 1.1, 4) == 11  # in floats 10 x 1.1 is a little more
+
+
+TOP_1 = [
+    {"router": name, **({"norm_topk_prob": norm} if "norm_topk_prob" in row.reads else {})}
+    for name, row in router.ROUTERS.items()
+    if row.learned and row.causal
+    for norm in ((True, False) if "norm_topk_prob" in row.reads else (True,))
+]
+
+
+@pytest.mark.parametrize("fields", TOP_1, ids=str)
+def test_a_top_1_router_has_a_gradient_unless_its_weights_sum_to_one(fields):
+    """A run with one that has none is refused: `config.resolved`."""
+    config = dataclasses.replace(DROPLESS, num_experts_per_tok=1, **fields)
+    params = jax.tree.map(lambda w: 8 * w[0], model.init(config, jax.random.key(0))["blocks"]["0"])
+
+    def loss(params):
+        return jnp.sum(jnp.sin(moe.moe(X_BTD, params, VALID_BT, config)[0]))
+
+    gradients = jax.jit(jax.grad(loss))(params["moe"])
+    largest = np.abs(gradients["router"]["kernel"]).max()
+    fixed = router.ROUTERS[config.router].sum_is_fixed(config)
+    assert largest < 1e-3 if fixed else largest > 1  # p / p is rounded
 
 
 def test_forced_balance_loads_every_expert_alike_and_has_the_gradient_of_the_router():

@@ -140,6 +140,16 @@ def test_a_batch_of_padding_alone_changes_nothing_but_by_weight_decay():
     assert np.isfinite(metrics.gradient_norm)
 
 
+def test_merged_experts_have_no_balance_loss():
+    """Nothing is chosen between them: neither a term of the loss nor a number to report."""
+    merged = dataclasses.replace(MOE, dispatch="merge", merge_segment_length=8)
+    for config, terms in ((MOE, {"load_balancing_loss", "router_z_loss"}), (merged, set())):
+        run = dataclasses.replace(RUN, model=config)
+        one_step = step.make_train_step(run, TX)
+        _, metrics = jax.eval_shape(one_step, initial(MOE), batch_of(0))
+        assert set(metrics.terms) == terms
+
+
 def test_a_step_that_is_not_finite_leaves_parameters_and_moments_bitwise():
     state = initial(MOE)
     gate = state.params["blocks"]["0"]["moe"]["experts"]["gate"]
