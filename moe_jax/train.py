@@ -140,7 +140,6 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
             train_step=on_mesh(train_step),
             evaluators=evaluators.schedule(context),
             save=save,
-            learning_rate=optimizer.schedule(settings.optimizer, training.num_steps),
             write=write_row,
             tokens_per_step=tokens_per_step,
             model_flops_per_token=flops_per_token,

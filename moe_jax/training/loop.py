@@ -26,7 +26,6 @@ class Parts:
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Measures]]
     evaluators: Mapping[str, Scheduled]
     save: Callable[[int, TrainState], None]
-    learning_rate: Callable[[int], float]
     write: Callable[[dict], None]  # a row of metrics.jsonl
     tokens_per_step: int
     model_flops_per_token: float
@@ -138,7 +137,7 @@ class _TrainingLog:
             **values.terms,
             "gradient_norm": values.gradient_norm,
             "skipped": int(values.skipped),
-            "learning_rate": parts.learning_rate(step - 1),
+            "learning_rate": values.learning_rate,
             "tokens_per_second": tokens_per_second,
             "mfu": tokens_per_second * parts.model_flops_per_token / parts.peak_flops,
         }

@@ -14,8 +14,10 @@ from moe_jax.config.sections import Optimizer
 def schedule(optimizer: Optimizer, num_steps: int) -> optax.Schedule:
     """Linear warmup, then "cosine" to the final rate, or "wsd": constant and a linear decay.
 
-    A run's steps count from its own beginning, so an upcycled model whose parent had ended at a low
-    rate is warmed up to the peak again.
+    It counts the updates of a run from its own beginning, so an upcycled model whose parent had
+    ended at a low rate is warmed up to the peak again. A step that is skipped, for its loss or
+    gradient is not finite, makes no update and does not move the schedule: the optimizer is as if
+    there had been no such step, and the schedule's last rate is missed by as many updates.
     """
     peak = optimizer.learning_rate
     final = peak * optimizer.final_learning_rate_ratio
@@ -33,6 +35,18 @@ def schedule(optimizer: Optimizer, num_steps: int) -> optax.Schedule:
         peak / max(optimizer.warmup_steps, 1), peak, max(optimizer.warmup_steps - 1, 1)
     )
     return optax.join_schedules([warmup, shape], [optimizer.warmup_steps])
+
+
+def learning_rate(
+    optimizer: Optimizer, num_steps: int, opt_state: optax.OptState
+) -> jax.Array | float:
+    """The rate of the next update after those that made this state of `adamw`."""
+
+    def counts_updates(node) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    counters = filter(counts_updates, jax.tree.leaves(opt_state, is_leaf=counts_updates))
+    return schedule(optimizer, num_steps)(next(counters).count)
 
 
 def adamw(optimizer: Optimizer, num_steps: int) -> optax.GradientTransformation:

@@ -46,6 +46,7 @@ class Measures:
     router: dict[str, jax.Array] | None = None
     # None until all microbatches are summed.
     gradient_norm: jax.Array | None = None  # before clipping
+    learning_rate: jax.Array | None = None  # of this update; of the next one, if it is skipped
     skipped: jax.Array | None = None  # no update, for loss or gradient were not finite
     load_balancing_coefficients_L: jax.Array | None = None  # None where they do not adapt
 

@@ -60,6 +60,9 @@ def make_train_step(
         new = jax.lax.cond(finite, updated, lambda state, _: state, state, grads)
         return new.replace(step=state.step + 1), measures.replace(
             gradient_norm=norm,
+            learning_rate=optimizer.learning_rate(
+                run.optimizer, run.training.num_steps, state.opt_state
+            ),
             skipped=~finite,
             load_balancing_coefficients_L=state.router_state.coefficients_L,
         )

@@ -16,7 +16,6 @@ def test_a_step_with_an_implicit_transfer_is_refused():
         train_step=lambda state, batch: (state + host_array, None),
         evaluators={},
         save=lambda step, state: None,
-        learning_rate=lambda step: 0.0,
         write=lambda row: None,
         tokens_per_step=1,
         model_flops_per_token=1.0,

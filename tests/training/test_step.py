@@ -42,7 +42,7 @@ def initial(config):
 
 @functools.cache
 def train_step(config, accumulation_steps=1, out_shardings=None):
-    training = configs.Training(accumulation_steps=accumulation_steps)
+    training = configs.Training(num_steps=10, accumulation_steps=accumulation_steps)
     run = dataclasses.replace(RUN, model=config, training=training)
     return jax.jit(step.make_train_step(run, TX), out_shardings=out_shardings)
 
@@ -148,6 +148,22 @@ def test_merged_experts_have_no_balance_loss():
         one_step = step.make_train_step(run, TX)
         _, metrics = jax.eval_shape(one_step, initial(MOE), batch_of(0))
         assert set(metrics.terms) == terms
+
+
+def test_a_skipped_step_does_not_move_the_schedule_and_each_step_says_its_rate():
+    """Parameters after an update, a skipped step and another are those without the skipped one."""
+    batches = [batch_of(0), batch_of(1).replace(weights_BT=jnp.full((B, T), jnp.nan)), batch_of(2)]
+    one_step, skipping, others = train_step(DENSE), initial(DENSE), initial(DENSE)
+    rates = []
+    for batch in batches:
+        skipping, metrics = one_step(skipping, batch)
+        rates.append(metrics.learning_rate)
+    for batch in batches[::2]:
+        others, metrics = one_step(others, batch)
+    jax.tree.map(np.testing.assert_array_equal, skipping.params, others.params)
+    schedule = optimizer.schedule(RUN.optimizer, 10)
+    np.testing.assert_allclose(rates, [schedule(0), schedule(1), schedule(1)], rtol=1e-6)
+    assert schedule(1) != schedule(2) and metrics.learning_rate == rates[-1]
 
 
 def test_a_step_that_is_not_finite_leaves_parameters_and_moments_bitwise():
