@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax.model import layers, remat, rope
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.routing import router_logits
 from moe_jax.ops import attention as ops
 from moe_jax.ops import cached_attention
 
@@ -61,8 +62,8 @@ def attention(
     rest = positions_BT, segment_ids_BT, config, window
     if "experts" not in params:
         return _attention_of_one(x_BTD, params, cache, *rest)
-    kernel_DE = params["router"]["kernel"].astype(jnp.float32)
-    share_BTE = jax.nn.softmax(x_BTD.astype(jnp.float32) @ kernel_DE).astype(x_BTD.dtype)
+    logits_BTE = router_logits(x_BTD, params["router"]["kernel"])
+    share_BTE = jax.nn.softmax(logits_BTE).astype(x_BTD.dtype)
 
     def add(total_BTD, expert):
         params, share_BT, cache = expert

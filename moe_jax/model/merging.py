@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax.model import layers
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.routing import Routing
+from moe_jax.model.routing import Routing, router_logits
 
 
 def merged(x_BTD, params, groups, noise_key, config: ModelConfig):
@@ -31,8 +31,7 @@ def merged(x_BTD, params, groups, noise_key, config: ModelConfig):
         )
     x_GSD, valid_GS = x_BTD.reshape(-1, S, D), groups.valid_M.reshape(-1, S)
     with jax.named_scope("router"):
-        kernel_DE = params["router"]["kernel"].astype(jnp.float32)
-        logits_GE = segment_means(x_GSD, valid_GS) @ kernel_DE
+        logits_GE = router_logits(segment_means(x_GSD, valid_GS), params["router"]["kernel"])
         logits_GE = shift(logits_GE.reshape(B, T // S, -1)).reshape(logits_GE.shape)
         probabilities_GE = jax.nn.softmax(logits_GE, axis=-1)
     with jax.named_scope("experts"):

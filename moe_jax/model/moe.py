@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from moe_jax import tree
 from moe_jax.model import exchange, exchange_cost, layers, merging, remat, router
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.routing import Groups, RouterStats, Routing, statistics
+from moe_jax.model.routing import Groups, RouterStats, Routing, router_logits, statistics
 from moe_jax.parallel import sharding
 
 
@@ -140,9 +140,7 @@ def routed(x_BTD, params, groups, noise_key, config):
 
 
 def _route(x_MD, params, groups, noise_key, config) -> Routing:
-    # Logits are in float32: in bfloat16, close calls between experts would depend on rounding.
-    x_MD = x_MD.astype(jnp.float32)
-    logits_ME = remat.named("router_logits", x_MD @ params["kernel"].astype(jnp.float32))
+    logits_ME = remat.named("router_logits", router_logits(x_MD, params["kernel"]))
     row = router.ROUTERS[config.router]
     inputs = router.Inputs(x_MD, groups, params, noise_key)
     return row.route(logits_ME, inputs, **row.values(config))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.routing import Groups, Routing
+from moe_jax.model.routing import Groups, Routing, router_logits
 from moe_jax.ops import bins
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def forced_balance(
 class Inputs:
     """The arrays that a router may look at beside its logits."""
 
-    x_MD: jax.Array  # in float32
+    x_MD: jax.Array
     groups: Groups
     leaves: Mapping[str, jax.Array]  # the layer's, by the names in the router's row
     key: jax.Array | None = None  # None in evaluation
@@ -309,7 +309,7 @@ def _expert_choice_problems(config: "ModelConfig") -> Iterator[str]:
 
 
 def _route_noisy(logits_ME, inputs: Inputs, **values) -> Routing:
-    noise_ME = inputs.x_MD @ inputs.leaves["noise"].astype(jnp.float32)
+    noise_ME = router_logits(inputs.x_MD, inputs.leaves["noise"])
     return noisy_topk(logits_ME, noise_ME, inputs.key, **values)
 
 

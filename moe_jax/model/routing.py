@@ -26,6 +26,16 @@ class Routing:
     load_ME: jax.Array | None = None
 
 
+def router_logits(x_MD: jax.Array, kernel_DE: jax.Array) -> jax.Array:
+    """x · kernel in float32 at highest precision, and so its gradients.
+
+    Otherwise a TPU multiplies in bfloat16, a GPU in TF32, and the rounding decides close calls
+    between experts.
+    """
+    float32 = jnp.float32
+    return jnp.matmul(x_MD.astype(float32), kernel_DE.astype(float32), precision="highest")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterStats:

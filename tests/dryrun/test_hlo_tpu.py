@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.dryrun import hlo
+from moe_jax.model.routing import router_logits
 from moe_jax.parallel import mesh as meshes
 
 pytestmark = pytest.mark.long
@@ -97,6 +99,18 @@ def batched(x, w):
 def test_products_are_counted_as_by_hand(v5p, function, expected):
     text = v5p(function, shape(M, K), shape(K, N)).as_text()
     assert hlo.product_flops(text) == expected
+
+
+def test_router_logits_and_their_gradients_keep_the_highest_precision(v5p):
+    """XLA's default on a TPU would round their factors to bfloat16."""
+
+    def step(x_MK, w_KE):
+        return jax.value_and_grad(lambda *xw: jnp.sin(router_logits(*xw)).sum(), (0, 1))(x_MK, w_KE)
+
+    text = v5p(step, shape(M, K), shape(K, E, dtype=jnp.float32)).as_text()
+    products = [line for line in text.splitlines() if re.search(r" (convolution|dot)\(", line)]
+    assert len(products) == 3
+    assert all("operand_precision={highest,highest}" in line for line in products)
 
 
 def test_a_loop_of_unknown_length_around_products_is_refused(v5p):
