@@ -77,6 +77,27 @@ def test_z_loss_is_the_mean_squared_logsumexp():
     np.testing.assert_allclose(rules.router_z(stats_of(logits_LME)).mean(), z.mean(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name, rule in rules.RULES.items() if rule.loss])
+def test_each_loss_has_a_gradient_by_the_logits_of_every_layer_and_shard(name):
+    """The gradient is that of differences, by the logits themselves: no second softmax."""
+    logits_LME = jax.random.normal(jax.random.key(0), (2, 8, E))
+
+    @jax.jit
+    def loss(logits_LME):
+        settings = configs.Balance(load_balancing_coefficient=0.0)
+        settings = dataclasses.replace(settings, **{rules.RULES[name].coefficient: 1.0})
+        how = {"num_experts_per_tok": A, "num_tokens": 8}
+        return rules.router_losses(stats_of(logits_LME), settings, **how)[0]
+
+    gradient_LME = jax.grad(loss)(logits_LME)
+    assert (np.abs(gradient_LME) > 1e-6).any(axis=-1).all()
+    direction_LME = jax.random.normal(jax.random.key(1), logits_LME.shape)
+    along = (
+        loss(logits_LME + 1e-2 * direction_LME) - loss(logits_LME - 1e-2 * direction_LME)
+    ) / 2e-2
+    np.testing.assert_allclose(jnp.vdot(gradient_LME, direction_LME), along, rtol=2e-2)
+
+
 BALANCE = configs.Balance(load_balancing_coefficient=0.5, router_z_coefficient=0.0)
 
 

@@ -27,6 +27,13 @@ DENSE = model.ModelConfig(
 MOE = DENSE.to_moe(num_experts=4, num_experts_per_tok=2)
 RUN = configs.Run(model=DENSE, optimizer=configs.Optimizer(learning_rate=1e-2))
 TX = optimizer.adamw(RUN.optimizer, 10)
+# So large that a gradient which a mesh scaled or lost would be seen in the norm of all.
+BALANCE = configs.Balance(
+    load_balancing_coefficient=0.3,
+    router_z_coefficient=0.1,
+    importance_coefficient=0.3,
+    mutual_information_coefficient=0.3,
+)
 
 
 def batch_of(seed, lengths=(T,) * B):
@@ -43,7 +50,8 @@ def initial(config):
 @functools.cache
 def train_step(config, accumulation_steps=1, out_shardings=None):
     training = configs.Training(num_steps=10, accumulation_steps=accumulation_steps)
-    run = dataclasses.replace(RUN, model=config, training=training)
+    balance = BALANCE if config.num_experts else RUN.balance
+    run = dataclasses.replace(RUN, model=config, training=training, balance=balance)
     return jax.jit(step.make_train_step(run, TX), out_shardings=out_shardings)
 
 
@@ -110,6 +118,20 @@ def test_accumulated_microbatches_equal_one_batch():
     moments = [jax.tree.leaves(s.opt_state) for s in (whole, parts)]
     for a, b in zip(*moments, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_the_router_losses_alone_have_a_gradient_that_grows_with_their_coefficients():
+    """Through all layers of the scan; the text has no weight."""
+    batch = batch_of(0).replace(weights_BT=jnp.zeros((B, T)))
+    norms = []
+    for factor in (1.0, 2.0):
+        names = [field.name for field in dataclasses.fields(BALANCE) if "coefficient" in field.name]
+        scaled = {name: factor * getattr(BALANCE, name) for name in names}
+        run = dataclasses.replace(RUN, model=MOE, balance=configs.Balance(**scaled))
+        _, metrics = jax.jit(step.make_train_step(run, TX))(initial(MOE), batch)
+        norms.append(metrics.gradient_norm)
+    assert norms[0] > 1e-3
+    np.testing.assert_allclose(norms[1], 2 * norms[0], rtol=1e-5)
 
 
 def test_padding_reaches_neither_loss_nor_balance():
