@@ -117,7 +117,8 @@ def parent():
 
 def learns(config, recipe):
     """Losses stay finite and fall; in every layer experts learn, and at the end 2 or more of them
-    have a hundredth of the tokens each: none has collapsed onto one."""
+    have a hundredth of the tokens each: none has collapsed onto one. Every token uses all experts
+    where they are merged, in shares that no loss balances (Lory has none)."""
     several = recipes.RECIPES[recipe].several
     params = upcycle.upcycle(
         [parent(), jax.tree.map(lambda w: 0.9 * w, parent())] if several else parent(),
@@ -131,7 +132,7 @@ def learns(config, recipe):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.02, (recipe, losses)
     last_LE = np.sum(loads[-5:], axis=0)
     in_use_L = (last_LE > 0.01 * last_LE.sum(axis=1, keepdims=True)).sum(axis=1)
-    assert (in_use_L >= 2).all(), (recipe, last_LE)
+    assert config.dispatch == "merge" or (in_use_L >= 2).all(), (recipe, last_LE)
     for name in ("up", "down"):
         before_LEX, after_LEX = (
             np.asarray(p["blocks"]["0"]["moe"]["experts"][name]) for p in (params, after)
