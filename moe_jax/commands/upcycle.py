@@ -93,6 +93,12 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
         parameters=parameters,
     )
     print(f"step 0: {plan.at_start}", flush=True)
+    if plan.config.weight_is_constant:
+        print(
+            "num_experts_per_tok=1: weights that sum to one give the router no gradient in "
+            "training; --model.norm_topk_prob=false has Switch's",
+            flush=True,
+        )
     if arguments.to == "hf" and all(folders.is_folder(path) for path in paths):
         parents = [folders.Folder(path) for path in paths]
         stores.upcycle_folders(plan, parents, arguments.output, key, progress=True)

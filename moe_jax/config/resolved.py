@@ -86,13 +86,8 @@ def _problems_of_merging(model: ModelConfig, T: int) -> Iterator[str]:
 
 
 def _problems_of_top_1(model: ModelConfig, frozen: str) -> Iterator[str]:
-    """A weight that is divided by itself is 1 whatever the logits: p / p has no gradient."""
-    row = ROUTERS[model.router]
-    alone = model.num_experts > 1 == model.num_experts_per_tok and model.dispatch != "merge"
-    to_be_trained = (
-        row.learned and row.causal and not (frozen and re.search(frozen, "moe/router/kernel"))
-    )
-    if alone and to_be_trained and row.sum_is_fixed(model):
+    to_be_trained = not (frozen and re.search(frozen, "moe/router/kernel"))
+    if model.weight_is_constant and to_be_trained:
         yield (
             f"config.model.num_experts_per_tok=1 with weights that sum to one "
             f"(router={model.router!r}, norm_topk_prob={model.norm_topk_prob}) gives the router "

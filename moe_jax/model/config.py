@@ -282,6 +282,16 @@ class ModelConfig:
         return 1 if self.dispatch == "merge" else self.num_experts_per_tok
 
     @property
+    def weight_is_constant(self) -> bool:
+        """True if a token has one expert and its weight is divided by itself.
+
+        p / p is 1 whatever the logits, so that the router has no gradient and never learns.
+        """
+        row = ROUTERS[self.router]
+        chooses = self.num_experts > 1 and self.dispatch != "merge" and row.learned and row.causal
+        return chooses and self.num_experts_per_tok == 1 and row.sum_is_fixed(self)
+
+    @property
     def layer_kinds(self) -> tuple[str, ...]:
         return self.layers or (MOE if self.num_experts else DENSE,) * self.num_hidden_layers
 

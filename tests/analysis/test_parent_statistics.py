@@ -193,6 +193,7 @@ def test_what_the_script_collects_prunes_a_folder(tmp_path):
         command = [sys.executable, f"scripts/{script}", f"--source={tmp_path / 'moe'}", *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        return done.stdout
 
     size = ("--num_batches=2", "--batch_size=2", "--sequence_length=32")
     file = tmp_path / "moe.npz"
@@ -200,10 +201,11 @@ def test_what_the_script_collects_prunes_a_folder(tmp_path):
         *("collect_statistics.py", f"--text={text}", f"--output={file}", "--tokenizer=bytes"),
         *size,
     )
-    run(
+    said = run(
         *("upcycle.py", "--recipe=prune", "--num_experts=2", "--num_experts_per_tok=1"),
         *(f"--statistics={file}", f"--output={tmp_path / 'pruned'}"),
     )
+    assert "weights that sum to one give the router no gradient" in said
     config, params = hf.load(tmp_path / "pruned")
     _, parent = hf.load(tmp_path / "moe")
     kept = np.sort(np.argsort(-parent_statistics.load(file)["load"][0], kind="stable")[:2])
