@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterable
@@ -10,12 +9,17 @@ from collections.abc import Iterable
 import numpy as np
 import sentencepiece
 import tokenizers
+from tokenizers import models, processors
 
 from moe_jax import files
+from moe_jax.data import sentencepiece_folder, tokenizer_files
+from moe_jax.data.tokenizer_files import LLAMA, Settings
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes it for a space
 # (begin, end) tokens to look for where a tokenizer.json has no tokenizer_config.json to name them.
 USUAL = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<|endoftext|>",) * 2]
+# Words that clean_up_tokenization_spaces puts beside the word before, in Transformers' order.
+MARKS = " .| ?| !| ,| ' | n't| 'm| 's| 've| 're".split("|")
 LINE_CHARACTERS = 4096  # longer lines are trained on in pieces
 
 
@@ -26,6 +30,7 @@ class ByteTokenizer:
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
+    end_ids: tuple[int, ...] = (2,)
     vocab_size: int = 259
     fingerprint: str = "bytes"
 
@@ -38,7 +43,9 @@ class ByteTokenizer:
 
     def decode(self, ids: np.ndarray) -> str:
         ids = np.asarray(ids)
-        return bytes((ids[ids >= 3] - 3).astype(np.uint8)).decode(errors="replace")
+        return bytes((ids[(ids >= 3) & (ids < self.vocab_size)] - 3).astype(np.uint8)).decode(
+            errors="replace"
+        )
 
 
 class SentencePieceTokenizer:
@@ -49,6 +56,7 @@ class SentencePieceTokenizer:
         self.pad_id: int = self._processor.pad_id()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+        self.end_ids = (self.eos_id,)
         self.vocab_size: int = self._processor.vocab_size()
         self.fingerprint = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
@@ -63,39 +71,80 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: np.ndarray) -> str:
         special = (self.pad_id, self.bos_id, self.eos_id)
-        return self._processor.decode([int(i) for i in ids if i not in special])
+        pieces = [int(i) for i in ids if i not in special and i < self.vocab_size]
+        return self._processor.decode(pieces)
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json; the tokenizer_config.json beside it names what begins and ends a text."""
+    """The tokenizer.json or tokenizer.model of a Hugging Face folder, with the files beside it.
+
+    Its ids and texts are those of Transformers 5: tests/data/test_tokenizer_folders.py.
+    """
 
     def __init__(self, path: str):
-        self._tokenizer = tokenizers.Tokenizer.from_file(path)
+        file = pathlib.Path(path)
+        if path.endswith(".json"):
+            self._tokenizer = tokenizers.Tokenizer.from_file(path)
+            steps = f"{self._tokenizer.pre_tokenizer} {self._tokenizer.decoder}"
+            found = tokenizer_files.settings(file.parent, byte_level="ByteLevel" in steps)
+            if found.class_name == LLAMA and isinstance(self._tokenizer.model, models.BPE):
+                sentencepiece_folder.as_llama(self._tokenizer, found)
+        else:
+            found = tokenizer_files.settings(file.parent, byte_level=False)
+            self._tokenizer, found = sentencepiece_folder.read(file, found)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size: int = self._tokenizer.get_vocab_size()
-        special = self._special(path)
-        self.pad_id, self.eos_id = special["pad_token"], special["eos_token"]
+        largest = tokenizer_files.add_tokens(self._tokenizer, found)
+        if not path.endswith(".json"):
+            self._tokenizer.post_processor = self._template(found)
+        self._splits_special = found.values.get("split_special_tokens") is True
+        is_bpe = isinstance(self._tokenizer.model, models.BPE)  # whose spaces are the text's own
+        self._joins_marks = found.values.get("clean_up_tokenization_spaces") is True and not is_bpe
+        ends = tokenizer_files.ends(file.parent)
+        ids = self._ids(found, file.parent, ends, largest)
+        self.pad_id, self.eos_id = ids.get("pad_token", -1), ids.get("eos_token", -1)
         # Where nothing begins a text, what ends one does (Qwen's); -1 if there is neither.
-        self.bos_id = self.eos_id if special["bos_token"] < 0 else special["bos_token"]
-        content = pathlib.Path(path).read_bytes() + str(sorted(special.items())).encode()
+        self.bos_id = ids.get("bos_token", self.eos_id)
+        self.end_ids = ends or (self.eos_id,)
+        # A token that only has a name, such as a pad token, has an id that no text has.
+        self.vocab_size = max(largest, self.bos_id, self.eos_id) + 1
+        added = sorted((i, str(t)) for i, t in self._tokenizer.get_added_tokens_decoder().items())
+        steps = f"{self._tokenizer.normalizer} {self._tokenizer.pre_tokenizer}"
+        content = file.read_bytes() + str((sorted(ids.items()), added, steps)).encode()
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
-    def _special(self, path: str) -> dict[str, int]:
-        beside = pathlib.Path(path).with_name("tokenizer_config.json")
-        settings = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-        if "eos_token" not in settings:
-            known = (pair for pair in USUAL if None not in map(self._tokenizer.token_to_id, pair))
-            bos, eos = next(known, (None, None))
-            settings = {**settings, "bos_token": bos, "eos_token": eos}
-        ids = {}
-        for name in ("bos_token", "eos_token", "pad_token"):
-            token = settings.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            found = self._tokenizer.token_to_id(token) if token else -1
-            if found is None:
-                raise ValueError(f"{beside} names tokens that are not in {path}")
-            ids[name] = found
+    def _template(self, found: Settings) -> processors.PostProcessor:
+        """The tokens around a text, which only a tokenizer.json says itself."""
+
+        def around(role: str) -> list[str]:
+            wanted = found.values.get(f"add_{role}") and role in found.roles
+            return [found.roles[role].content] if wanted else []
+
+        begin, end = around("bos_token"), around("eos_token")
+        ids = [(name, self._tokenizer.token_to_id(name)) for name in begin + end]
+        return processors.TemplateProcessing([*begin, "$A", *end], special_tokens=ids)
+
+    def _ids(
+        self, found: Settings, folder: pathlib.Path, ends: tuple[int, ...], largest: int
+    ) -> dict[str, int]:
+        """The ids of the tokens with a role: named, or given by config.json, or of usual names."""
+
+        def id_of(name: str) -> int:
+            found = self._tokenizer.token_to_id(name)
+            return -1 if found is None else found
+
+        every = {role: id_of(token.content) for role, token in found.roles.items()}
+        ids = {role: i for role, i in every.items() if role in found.values or i <= largest}
+        unnamed = {"bos_token", "eos_token"} - ids.keys() - found.values.keys()
+        begin = tokenizer_files.read(folder, "config.json").get("bos_token_id")
+        if "bos_token" in unnamed and type(begin) is int:
+            ids["bos_token"] = begin
+        if "eos_token" not in ids and ends:
+            ids["eos_token"] = ends[0]
+        elif "eos_token" in unnamed:
+            pairs = [(id_of(begin), id_of(end)) for begin, end in USUAL]
+            for begin, end in [pair for pair in pairs if min(pair) >= 0][:1]:
+                ids = {"bos_token": begin} | ids | {"eos_token": end}
         return ids
 
     def encode(self, text: str) -> np.ndarray:
@@ -105,12 +154,15 @@ class HuggingFaceTokenizer:
 
     def prompt(self, text: str) -> np.ndarray:
         """The ids, with the tokenizer's own prefix and the special tokens in the text."""
-        self._tokenizer.encode_special_tokens = False
+        self._tokenizer.encode_special_tokens = self._splits_special
         ids = self._tokenizer.encode(text).ids
         return np.array(ids or [self.bos_id], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        for mark in MARKS if self._joins_marks else ():
+            text = text.replace(mark, mark.strip())
+        return text
 
 
 Tokenizer = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
@@ -119,6 +171,7 @@ Tokenizer = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 def load(name: str) -> Tokenizer:
     """The tokenizer "bytes", or that of a path: a SentencePiece model or a tokenizer.json.
 
+    The files of a Hugging Face folder that lie beside it are read with it.
     Raises: ValueError for a path that is neither.
     """
     if name == "bytes":
@@ -129,13 +182,17 @@ def load(name: str) -> Tokenizer:
             "scripts/train_tokenizer.py, or a Hugging Face tokenizer.json"
         )
     is_json = name.endswith(".json")
+    of_folder = is_json or tokenizer_files.are_beside(pathlib.Path(name))
     try:
-        tokenizer = HuggingFaceTokenizer(name) if is_json else SentencePieceTokenizer(name)
+        tokenizer = HuggingFaceTokenizer(name) if of_folder else SentencePieceTokenizer(name)
+    except ValueError:
+        raise
     except Exception:  # the libraries raise many kinds
         kind = "tokenizer.json of Hugging Face" if is_json else "SentencePiece model"
+        kind += " that fits the files beside it" if of_folder else ""
         raise ValueError(f"data.tokenizer={name!r} is not a {kind}") from None
     if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
-        fix = "name them in tokenizer_config.json beside it" if is_json else "train it with both"
+        fix = "name them in tokenizer_config.json beside it" if of_folder else "train it with both"
         raise ValueError(f"data.tokenizer={name!r} has no begin or end token; {fix}")
     return tokenizer
 

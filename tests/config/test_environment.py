@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import tokenizers
 
 from moe_jax import config as configs
 from moe_jax.config import environment, sections
@@ -125,3 +126,14 @@ def test_what_this_machine_does_not_have_is_refused(values, complaint):
     environment.validate_environment(RUN, 8)
     with pytest.raises(configs.ConfigError, match=complaint):
         environment.validate_environment(dataclasses.replace(RUN, **values), 8)
+
+
+def test_the_largest_id_of_a_tokenizer_decides_not_the_number_of_its_tokens(tmp_path):
+    words = {"<s>": 0, "</s>": 1, "a": 300}
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a")).save(str(path))
+    run = dataclasses.replace(RUN, data=sections.Data(tokenizer=str(path)))
+    with pytest.raises(configs.ConfigError, match="vocab_size=259 is less than the 301 of"):
+        environment.validate_environment(run, 8)
+    model = dataclasses.replace(RUN.model, vocab_size=301)
+    environment.validate_environment(dataclasses.replace(run, model=model), 8)

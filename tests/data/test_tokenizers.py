@@ -236,6 +236,30 @@ def test_the_command_says_in_one_line_what_is_wrong(command, arguments, message)
     assert not pathlib.Path("a.model").exists()
 
 
+def test_ids_beyond_the_pieces_have_no_text(bpe):
+    for tokenizer in (bpe, tokenizers.load("bytes")):
+        ids = [*tokenizer.encode("ab"), tokenizer.vocab_size, tokenizer.vocab_size + 60]
+        assert tokenizer.decode(ids) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+        ("special_tokens_map.json", "[]", "special_tokens_map.json is not a JSON object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 1}', "that fits the files beside it"),
+        ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id=.* is no id or list"),
+    ],
+)
+def test_a_damaged_file_beside_a_tokenizer_is_named(name, text, complaint, bpe_path, tmp_path):
+    path = shutil.copy(bpe_path, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text("{}")  # as in a folder of Hugging Face
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=complaint) as error:
+        tokenizers.load(str(path))
+    assert "\n" not in str(error.value)
+
+
 def test_a_tokenizer_json_is_read_with_the_special_tokens_named_beside_it(tmp_path):
     trained = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE())
     trained.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -258,10 +282,10 @@ def test_a_tokenizer_json_is_read_with_the_special_tokens_named_beside_it(tmp_pa
     beside["eos_token"] = "<s>"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
     assert tokenizers.load(str(path)).fingerprint != tokenizer.fingerprint
-    beside["eos_token"] = "<end>"
+    beside["eos_token"], beside["pad_token"] = "<end>", "[PAD]"  # the vocabulary has neither
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
-    with pytest.raises(ValueError, match="is not a tokenizer.json"):
-        tokenizers.load(str(path))
+    tokenizer, size = tokenizers.load(str(path)), trained.get_vocab_size()
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (size, size + 1, size + 1)
     trained.enable_truncation(4)
     trained.save(str(path))
     (tmp_path / "tokenizer_config.json").unlink()

@@ -1,0 +1,173 @@
+"""The files of a Hugging Face folder that name its tokens.
+
+Which file wins is as in Transformers 5.24: `AutoTokenizer.from_pretrained` for the class,
+`PreTrainedTokenizerBase._from_pretrained` for the tokens, and
+`GenerationMixin.adjust_generation_fn` for those that end a text.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+GENERIC, LLAMA, QWEN = "TokenizersBackend", "LlamaTokenizer", "Qwen2Tokenizer"
+# Family -> the class that is registered for it. A tokenizer_config.json that names another wins,
+# but not over the generic class, nor with the families of KEPT.
+REGISTERED = {
+    "gpt2": "GPT2Tokenizer",
+    "olmoe": "GPTNeoXTokenizer",
+    **dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), QWEN),
+    **dict.fromkeys(("mistral", "mixtral", "nemotron"), GENERIC),
+}
+KEPT = ("qwen2", "nemotron")
+# Class -> the tokens that it has where no file names them.
+_END = "<|endoftext|>"
+DEFAULTS = {
+    "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END),
+    "GPTNeoXTokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END),
+    QWEN: dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END),
+    LLAMA: {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+}
+_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the files beside a tokenizer.json or a tokenizer.model say.
+
+    Attributes:
+      values: tokenizer_config.json, with special_tokens_map.json over it where that is read.
+      class_name: the class that Transformers would take.
+      roles: the tokens with a role, such as "eos_token", named by a file or usual in the class.
+      added: the added tokens by id.
+      complete: `added` is all of them, whatever a tokenizer.json says.
+      special: other special tokens; `older_special` those of special_tokens_map.json.
+    """
+
+    values: dict[str, Any]
+    class_name: str
+    roles: dict[str, AddedToken]
+    added: dict[int, AddedToken]
+    complete: bool
+    special: list[AddedToken]
+    older_special: list[AddedToken]
+
+
+def settings(folder: pathlib.Path, *, byte_level: bool) -> Settings:
+    """The settings of a folder, whose tokenizer.json is of bytes or not.
+
+    Raises: ValueError, in one line, for a file that is damaged.
+    """
+    values = read(folder, "tokenizer_config.json")
+    complete = "added_tokens_decoder" in values
+    older = {} if complete else read(folder, "special_tokens_map.json")
+    older = {key: token(value) if _is_token(value) else value for key, value in older.items()}
+    listed = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
+    values = values | older
+    roles = {key: value for key, value in values.items() if key.endswith("_token")}
+    if isinstance(listed, dict):
+        roles, listed = roles | listed, []
+    if complete:
+        added = {int(i): token(value) for i, value in values["added_tokens_decoder"].items()}
+    else:
+        # A token that tokenizer_config.json writes as an object is no special one here.
+        special = {str(value) for value in (*listed, *(roles.get(role) for role in ROLES))}
+        added = {
+            number: AddedToken(text, normalized=text not in special, special=text in special)
+            for text, number in read(folder, "added_tokens.json").items()
+        }
+    class_name = _class_name(values, read(folder, "config.json"))
+    class_name = GENERIC if class_name == LLAMA and byte_level else class_name
+    usual = DEFAULTS.get(class_name, {}).items()
+    roles = {role: name for role, name in usual if role not in values} | roles
+    lists = [older.get(f"{kind}_special_tokens") or [] for kind in ("extra", "additional")]
+    return Settings(
+        values,
+        class_name,
+        {role: token(value, special=True) for role, value in roles.items() if _is_token(value)},
+        added,
+        complete,
+        [token(value) for value in listed],
+        [token(value) for value in sum(lists, [])],
+    )
+
+
+def _class_name(values: dict[str, Any], config: dict[str, Any]) -> str:
+    given = values.get("tokenizer_class") or config.get("tokenizer_class")
+    family = config.get("model_type")
+    registered = REGISTERED.get(family) if isinstance(family, str) else None
+    if registered and (not given or registered == GENERIC or family in KEPT):
+        return registered
+    return str(given or GENERIC).removesuffix("Fast")
+
+
+def add_tokens(tokenizer: tokenizers.Tokenizer, found: Settings) -> int:
+    """Adds the tokens that the files list or name; returns the largest id that a file gives.
+
+    The library gives a token without a piece the next free id, whatever id the file says, and so
+    it is in Transformers.
+    """
+    added = found.added if found.complete else found.added | tokenizer.get_added_tokens_decoder()
+    special = {token.content for token in found.roles.values()}
+    in_order = [token for _, token in sorted(added.items(), key=lambda item: item[0])]
+    tokenizer.add_tokens([token(t, special=t.special or t.content in special) for t in in_order])
+    largest = max(tokenizer.get_vocab().values())
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    known = set() if found.class_name == QWEN else known  # it makes all of them special
+    in_order = [found.roles[role] for role in (*ROLES, *found.roles) if role in found.roles]
+    named = (*in_order, *(found.special or found.older_special))
+    tokenizer.add_tokens([token for token in named if token.content not in known])
+    return largest
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, str | AddedToken) or isinstance(value, dict) and "content" in value
+
+
+def token(value: Any, **flags: bool) -> AddedToken:
+    """A token of its text, of an object in a file, or of another token; with these flags."""
+    if isinstance(value, str):
+        return AddedToken(value, **{"special": True, **flags})
+    if not isinstance(value, dict):
+        value = {flag: getattr(value, flag) for flag in _FLAGS}
+    return AddedToken(**{flag: value[flag] for flag in _FLAGS if flag in value} | flags)
+
+
+def are_beside(path: pathlib.Path) -> bool:
+    """True for a tokenizer in a Hugging Face folder; False for one that stands alone."""
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    of_model = "model_type" in read(path.parent, "config.json")
+    return of_model or any(path.with_name(name).exists() for name in names)
+
+
+def ends(folder: pathlib.Path) -> tuple[int, ...]:
+    """The ids that end a text, of generation_config.json or else config.json; () if none does.
+
+    Raises: ValueError for ids that are neither a number nor a list of numbers.
+    """
+    for name in ("generation_config.json", "config.json"):
+        ids = read(folder, name).get("eos_token_id")
+        if ids is not None and ids != []:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(i) is int for i in ids):
+                raise ValueError(f"{folder / name}: eos_token_id={ids} is no id or list of ids")
+            return tuple(ids)
+    return ()
+
+
+def read(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is no such file."""
+    path = folder / name
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return values

@@ -1,0 +1,64 @@
+"""The tokenizer of a Hugging Face folder is that of Transformers, whichever file names a token."""
+
+import json
+
+import pytest
+
+from moe_jax.data import tokenizers
+from tests.data import tokenizer_folders
+
+RECORDED = json.loads(tokenizer_folders.GOLDEN.read_text())
+
+
+def check(folder, drawn, theirs):
+    path = tokenizer_folders.build(folder, drawn)
+    try:
+        ours = tokenizers.load(str(path))
+    except ValueError as error:  # training needs an end
+        assert "has no begin or end token; name them in tokenizer_config.json" in str(error)
+        assert theirs["eos"] is None and not theirs["ends"]
+        return
+    prompts = [ours.prompt(prompt).tolist() for prompt in tokenizer_folders.PROMPTS]
+    assert prompts == theirs["prompts"]
+    assert [ours.decode(ids) for ids in (*prompts, *drawn["decoded"])] == theirs["texts"]
+    # A generation_config.json without ends lets Transformers never end; here others name them.
+    others = drawn["files"]["config.json"].get("eos_token_id") or [ours.eos_id]
+    others = others if isinstance(others, list) else [others]
+    assert list(ours.end_ids) == (theirs["ends"] or others)
+    names = drawn["files"].get("tokenizer_config.json", {})
+    if "added_tokens_decoder" not in names:
+        names = names | drawn["files"].get("special_tokens_map.json", {})
+    for role, own in (("bos", ours.bos_id), ("eos", ours.eos_id)):
+        assert not names.get(f"{role}_token") or own == theirs[role]
+    ids = [i for prompt in tokenizer_folders.PROMPTS for i in ours.encode(prompt)]
+    assert max(*ids, ours.bos_id, ours.eos_id) < ours.vocab_size
+
+
+@pytest.mark.parametrize("seed", range(len(RECORDED)))
+def test_ids_texts_and_ends_are_those_recorded_of_transformers(seed, tmp_path):
+    check(tmp_path, tokenizer_folders.draw(seed), RECORDED[seed])
+
+
+def test_the_recorded_folders_are_of_every_kind_and_name_ends_in_each_of_the_four_files():
+    drawn = [tokenizer_folders.draw(seed) for seed in range(len(RECORDED))]
+    assert {d["kind"] for d in drawn} == set(tokenizer_folders.KINDS)
+    for file, key in {
+        "generation_config.json": "eos_token_id",
+        "config.json": "eos_token_id",
+        "tokenizer_config.json": "eos_token",
+        "special_tokens_map.json": "eos_token",
+    }.items():
+        values = [d["files"].get(file, {}).get(key) for d in drawn]
+        assert len({type(value) for value in values}) >= 3  # absent, one, and a list or an object
+    assert sum("added_tokens.json" in d["files"] for d in drawn) > 10
+
+
+@pytest.mark.long
+def test_folders_drawn_anew_are_read_as_transformers_reads_them(tmp_path):
+    pytest.importorskip("transformers", minversion="5.24", reason="needs pip install transformers")
+    for seed in range(500):
+        drawn, folder = tokenizer_folders.draw(seed), tmp_path / str(seed)
+        tokenizer_folders.build(folder, drawn)
+        theirs = tokenizer_folders.of_transformers(folder, drawn)
+        assert seed >= len(RECORDED) or theirs == RECORDED[seed]
+        check(folder, drawn, theirs)
