@@ -5,20 +5,23 @@ import functools
 import os
 import pathlib
 import reprlib
-import shutil
+import tempfile
 from collections.abc import Sequence
 
 import jax
 
 from moe_jax import config as configs
 from moe_jax import files, hf, model
+from moe_jax.data import tokenizer_files, tokenizers
+from moe_jax.hf import beside, folders, tensors, writing
 from moe_jax.hf import configs as hf_configs
-from moe_jax.hf import folders, safetensors, tensors, writing
 from moe_jax.model import comparison
-from moe_jax.parallel import sharding
+from moe_jax.parallel import distributed, sharding
 from moe_jax.training import checkpoint
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import streaming
+
+TOKENIZER = "tokenizer"  # the folder of a workdir with the files beside its parent's weights
 
 
 def load_alike(
@@ -77,15 +80,19 @@ def config_of(workdir: pathlib.Path) -> model.ModelConfig:
 
 def tokenizer_of(workdir: pathlib.Path) -> str:
     """The name by which `tokenizers.load` finds the tokenizer of a model's folder."""
-    if not folders.is_folder(workdir):
-        return configs.load_json(workdir).data.tokenizer
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    found = [name for name in names if (workdir / name).exists()]
-    for name in found:
-        safetensors.resolve_inside(workdir, name)
-    if found and found[0] != "tokenizer_config.json":
-        return str(workdir / found[0])
-    raise ValueError(f"{workdir} has no tokenizer.json or tokenizer.model; set --tokenizer")
+    is_folder = folders.is_folder(workdir)
+    own = beside.tokenizer_in(workdir if is_folder else workdir / TOKENIZER)
+    if own is None and is_folder:
+        raise ValueError(f"{workdir} has no tokenizer.json or tokenizer.model; set --tokenizer")
+    return configs.load_json(workdir).data.tokenizer if own is None else str(own)
+
+
+def end_ids(workdir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The ids that end a text of the model: a folder's own, or those that ended training texts."""
+    is_folder = folders.is_folder(workdir)
+    named = tokenizer_files.ends(workdir if is_folder else workdir / TOKENIZER)
+    ends = named or tokenizer.end_ids
+    return ends if is_folder else (*ends, tokenizer.eos_id)
 
 
 def save_as(
@@ -101,16 +108,36 @@ def save_as(
 
     Raises: ValueError when `output` exists or cannot hold the model, or `dtype` its values.
     """
+    tokenizer, kept = _beside(source)
+    if kind == "orbax":
+        params = tensors.cast(params, dtype) if dtype else params
+        save(output, model_config, params, tokenizer=tokenizer, source=kept)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if kept is not None and not folders.is_folder(source):
+            whole = pathlib.Path(folder)
+            beside.copy(kept, whole, pathlib.Path(tokenizer) if tokenizer != "bytes" else None)
+            beside.copy_config(kept, whole)
+            beside.complete(whole)
+            kept = whole
+        hf.save(output, model_config, params, source=kept, dtype=dtype)
+
+
+def _beside(source: pathlib.Path) -> tuple[str, pathlib.Path | None]:
+    """The tokenizer of a model, or "bytes", and the folder of the files that belong to it."""
     try:
         tokenizer = tokenizer_of(source)
     except ValueError:
         tokenizer = "bytes"
-    if kind == "orbax":
-        params = tensors.cast(params, dtype) if dtype else params
-        save(output, model_config, params, tokenizer=tokenizer)
-        return
-    beside = pathlib.Path(tokenizer).parent if os.path.isfile(tokenizer) else None
-    hf.save(output, model_config, params, source=beside, dtype=dtype)
+    if folders.is_folder(source):
+        return tokenizer, source
+    if (source / TOKENIZER).exists():
+        return tokenizer, source / TOKENIZER
+    if os.path.isfile(tokenizer):
+        return tokenizer, pathlib.Path(tokenizer).parent
+    if tokenizer != "bytes":
+        distributed.say(f"{tokenizer}, the tokenizer of {source}, is not there: it is left out")
+    return "bytes", None
 
 
 def save(
@@ -119,19 +146,20 @@ def save(
     params: dict,
     *,
     tokenizer: str = "bytes",
+    source: pathlib.Path | None = None,
 ) -> None:
     """A workdir with these parameters as its checkpoint of step 0, whole or not at all.
 
-    A tokenizer that is a file is copied into it.
+    A tokenizer that is a file is copied into it, with the other files of the folder `source`.
     """
     config = configs.default()
     config.model.update(dataclasses.asdict(model_config))
+    config.data.tokenizer = tokenizer
+    if os.path.isfile(tokenizer):
+        name = beside.usual_name(pathlib.Path(tokenizer))
+        config.data.tokenizer = str(workdir / TOKENIZER / name)
     with files.whole_folder(workdir) as unfinished:
-        config.data.tokenizer = tokenizer
-        if os.path.isfile(tokenizer):
-            name = pathlib.Path(tokenizer).name
-            shutil.copyfile(tokenizer, unfinished / name)
-            config.data.tokenizer = str(workdir / name)
+        keep_tokenizer(unfinished, tokenizer, source=source)
         configs.save_json(config, unfinished)
         checkpoint.save(
             unfinished / "checkpoints",
@@ -141,6 +169,22 @@ def save(
             config=config.to_dict(),
             keep=1,
         )
+
+
+def keep_tokenizer(
+    workdir: pathlib.Path, tokenizer: str, *, source: pathlib.Path | None = None
+) -> None:
+    """Copies a tokenizer that is a file into a workdir that has none, with all that belongs to it.
+
+    `source` is the folder of the files that do, by default the tokenizer's.
+    """
+    file = pathlib.Path(tokenizer) if os.path.isfile(tokenizer) else None
+    source = source or (file and file.parent)
+    if source is None or (workdir / TOKENIZER).exists():
+        return
+    with files.whole_folder(workdir / TOKENIZER) as unfinished:
+        beside.copy(source, unfinished, file)
+        beside.copy_config(source, unfinished)
 
 
 def upcycle_folders(

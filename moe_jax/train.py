@@ -99,6 +99,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         lock = _lock(workdir) if distributed.is_first() else None
     if distributed.is_first():
         configs.save_json(settings.config, workdir)
+        stores.keep_tokenizer(workdir, settings.data.tokenizer)
     text = batches.feed(
         batches.batches,
         train_text,

@@ -6,7 +6,8 @@ Examples:
       --prompt="Water boils at" --num_tokens=32 --temperature=0.7 --top_p=0.9
 
 The checkpoint is a Hugging Face folder (with its tokenizer.json or tokenizer.model) or a run's
-workdir. Temperature 0, the default, takes the likeliest token each time.
+workdir. Temperature 0, the default, takes the likeliest token each time. A text ends at an id that
+generation_config.json names, or else config.json, or else at the tokenizer's end token.
 """
 
 import math
@@ -52,8 +53,8 @@ def run(arguments) -> list[str]:
         top_p=arguments.top_p,
         key=jax.random.key(arguments.seed),
     )
-    texts = []
+    texts, ends = [], stores.end_ids(arguments.checkpoint, tokenizer)
     for prompt, ids in zip(prompts, continuations, strict=True):
-        ended = np.logical_or.accumulate(ids == tokenizer.eos_id)
+        ended = np.logical_or.accumulate(np.isin(ids, ends))
         texts.append(tokenizer.decode(np.concatenate([prompt, ids[~ended]])))
     return texts

@@ -131,8 +131,8 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     raise FormatError(f"{folder} has neither {INDEX} nor {SINGLE}: is the download complete?")
 
 
-def resolve_inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of the regular file `name` of `folder`, with links followed.
+def resolve_inside(folder: pathlib.Path, name: str, subfolder: str = "") -> pathlib.Path:
+    """The path of the regular file `name` of `folder` or a subfolder, with links followed.
 
     A link may lead to another place in the folder, or from a snapshot in the Hugging Face cache
     (models--X--Y/snapshots/<revision>) to the blobs of the same model.
@@ -141,7 +141,7 @@ def resolve_inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """
     if not isinstance(name, str) or not name.isprintable() or "/" in name or name in ("", ".."):
         raise FormatError(f"{folder}: {_show(name)} is not a plain file name")
-    path = folder / name
+    path = folder / subfolder / name
     try:
         root = folder.resolve(strict=True)
         target = path.resolve(strict=True)

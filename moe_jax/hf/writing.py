@@ -9,13 +9,9 @@ import numpy as np
 import tqdm
 
 from moe_jax import files, model, tree
-from moe_jax.hf import configs, safetensors, tensors
+from moe_jax.hf import beside, configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
 
-# Files beside the weights that are copied when a model is made of another.
-TOKENIZER_FILES = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
-    vocab.json vocab.txt merges.txt added_tokens.json chat_template.jinja
-    generation_config.json""".split()
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
 # Keys that go along to a model of the same family. Other keys may be of another model of it (its
 # depth, its quantisation), and those that decide what is computed are written from ModelConfig.
@@ -86,9 +82,7 @@ def write(
 
 def _carried(source: pathlib.Path, values: dict, unfinished: pathlib.Path) -> dict:
     """Copies the source's other files; returns the keys of its config.json that go along."""
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(safetensors.resolve_inside(source, name), unfinished / name)
+    beside.copy(source, unfinished)
     if not (source / "config.json").exists():
         return {}
     old = configs.load_json(source)

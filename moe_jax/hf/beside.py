@@ -1,0 +1,67 @@
+"""The files beside the weights: the tokenizer, its chat templates, and how the model generates."""
+
+import json
+import pathlib
+import shutil
+
+from moe_jax.data import sentencepiece_folder, tokenizer_files
+from moe_jax.hf import safetensors
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+VOCABULARIES = (*TOKENIZERS, "vocab.json", "vocab.txt", "merges.txt")
+SETTINGS = """tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+    chat_template.json generation_config.json""".split()
+TEMPLATES = "additional_chat_templates"
+
+
+def tokenizer_in(folder: pathlib.Path) -> pathlib.Path | None:
+    """The tokenizer.json of a folder, or else its tokenizer.model, or None.
+
+    Raises: FormatError where a file that is read with it is a link out of the folder.
+    """
+    found = [name for name in (*VOCABULARIES, *SETTINGS) if (folder / name).exists()]
+    for name in found:
+        safetensors.resolve_inside(folder, name)
+    return next((folder / name for name in TOKENIZERS if name in found), None)
+
+
+def copy(source: pathlib.Path, target: pathlib.Path, tokenizer: pathlib.Path | None = None) -> None:
+    """Copies the files that `source` has into `target`, which need not exist.
+
+    Args:
+      tokenizer: a file of `source` under another name than is usual. It gets the usual one, and
+        the other tokenizers are not copied.
+    """
+    own = tokenizer is not None and tokenizer.name not in VOCABULARIES
+    templates = [(TEMPLATES, path.name) for path in (source / TEMPLATES).glob("*.jinja")]
+    names = [*(() if own else VOCABULARIES), *SETTINGS]
+    for subfolder, name in [*(("", name) for name in names), *templates]:
+        if (source / subfolder / name).exists():
+            file = safetensors.resolve_inside(source, name, subfolder)
+            (target / subfolder).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / subfolder / name)
+    if tokenizer is not None and own:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tokenizer, target / usual_name(tokenizer))
+
+
+def usual_name(tokenizer: pathlib.Path) -> str:
+    return TOKENIZERS[tokenizer.suffix != ".json"]
+
+
+def copy_config(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies the config.json of a Hugging Face folder, whose token ids belong to the tokenizer."""
+    if "model_type" in tokenizer_files.read(source, "config.json"):
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(safetensors.resolve_inside(source, "config.json"), target / "config.json")
+
+
+def complete(folder: pathlib.Path) -> None:
+    """Writes the tokenizer_config.json of a tokenizer.model that stands alone.
+
+    A run puts the begin token before a prompt, and Transformers does so where that file says so.
+    """
+    model = folder / "tokenizer.model"
+    if model.exists() and not tokenizer_files.are_beside(model):
+        settings = sentencepiece_folder.settings_of(model)
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
