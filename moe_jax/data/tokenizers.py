@@ -16,7 +16,7 @@ from moe_jax.data import sentencepiece_folder, tokenizer_files
 from moe_jax.data.tokenizer_files import LLAMA, Settings
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes it for a space
-# (begin, end) tokens to look for where a tokenizer.json has no tokenizer_config.json to name them.
+# (begin, end) tokens to look for where no file names an end, or one says that there is none.
 USUAL = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<|endoftext|>",) * 2]
 # Words that clean_up_tokenization_spaces puts beside the word before, in Transformers' order.
 MARKS = " .| ?| !| ,| ' | n't| 'm| 's| 've| 're".split("|")
@@ -135,13 +135,12 @@ class HuggingFaceTokenizer:
 
         every = {role: id_of(token.content) for role, token in found.roles.items()}
         ids = {role: i for role, i in every.items() if role in found.values or i <= largest}
-        unnamed = {"bos_token", "eos_token"} - ids.keys() - found.values.keys()
         begin = tokenizer_files.read(folder, "config.json").get("bos_token_id")
-        if "bos_token" in unnamed and type(begin) is int:
+        if "bos_token" not in {*ids, *found.values} and type(begin) is int:
             ids["bos_token"] = begin
         if "eos_token" not in ids and ends:
             ids["eos_token"] = ends[0]
-        elif "eos_token" in unnamed:
+        elif "eos_token" not in ids:
             pairs = [(id_of(begin), id_of(end)) for begin, end in USUAL]
             for begin, end in [pair for pair in pairs if min(pair) >= 0][:1]:
                 ids = {"bos_token": begin} | ids | {"eos_token": end}
