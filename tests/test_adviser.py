@@ -92,7 +92,7 @@ def test_the_parent_made_of_a_config_is_the_published_one(name):
 def test_granularity_gives_the_parent_its_width_back():
     made = adviser.dense_parent(PRESETS["nemotron-4-15b-e8g8t8"], 8)
     assert dataclasses.replace(made, model_type="nemotron") == PRESETS["nemotron-4-15b"]
-    grouped = PRESETS["llm-jp-4-32b-a3.8b"]
+    grouped = PRESETS["llm-jp-4-32b-a3.8b-sigmoid"]
     grouped = dataclasses.replace(grouped, num_expert_groups=8, num_groups_per_tok=4)
     assert adviser.dense_parent(grouped).num_expert_groups == 1
 

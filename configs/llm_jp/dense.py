@@ -1,4 +1,4 @@
-"""LLM-jp-3: dense Japanese-English models of seven sizes (LLM-jp, arXiv 2407.03963).
+"""LLM-jp-3: dense Japanese-English models of eight sizes (LLM-jp, arXiv 2407.03963).
 
     python scripts/train.py --config=configs/llm_jp/dense.py:1.8b --workdir=runs/llm-jp-3-1.8b \\
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
@@ -21,6 +21,7 @@ SIZES = {
     "3.7b": (3e-4, 1024),
     "7.2b": (2.5e-4, 1024),
     "13b": (2e-4, 1024),
+    "172b": (8e-5, 1728),
 }
 TOKENS = 2_072_488_058_295
 

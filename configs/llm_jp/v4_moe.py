@@ -1,20 +1,29 @@
-"""LLM-jp-4 32B-A3.8B: 128 experts, top-8, sigmoid scores with selection biases, from scratch.
+"""LLM-jp-4 32B-A3.8B: 128 experts, top-8, from scratch; or its ablation with a sigmoid router.
 
     python scripts/train.py --config=configs/llm_jp/v4_moe.py --workdir=runs/llm-jp-4-32b-a3.8b \\
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
-Sizes of the LLM-jp project's release; rate, batch and balancing of its ablation scripts for this
-kind of router: biases move by 1e-3 a step, weights times 2.5, a sequence-wise loss of 1e-4 (here
-over a device). Not known here: warmup, tokens (those set are placeholders), hardware and time. The
-text is not part of this repository.
+The model is the LLM-jp project's release (`32b-a3.8b`, the argument's default): float32 softmax,
+weights that sum to one. Rate, batch and losses are those of its ablation scripts (Megatron): 4e-4
+to 4e-5, 1024 sequences, balancing loss 1e-2, z-loss 1e-3. `32b-a3.8b-sigmoid` is the scripts' other
+router: biases move by 1e-3 a step, weights times 2.5, a sequence-wise loss of 1e-4. Not known here:
+warmup, tokens (those set are placeholders), hardware and time. The text is not part of this
+repository.
+
+Differs from the paper: the sigmoid variant's balancing loss is taken over a device's microbatch,
+there sequence by sequence.
 """
 
 from moe_jax import config as configs
 
+SIZES = ("32b-a3.8b", "32b-a3.8b-sigmoid")
 
-def get_config():
+
+def get_config(size: str = "32b-a3.8b"):
+    if size not in SIZES:
+        raise ValueError(f"size {size!r} is unknown; use one of {', '.join(SIZES)}")
     config = configs.default()
-    config.model.preset = "llm-jp-4-32b-a3.8b"
+    config.model.preset = f"llm-jp-4-{size}"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.data.source = "data/llm-jp/*.jsonl"
@@ -25,8 +34,9 @@ def get_config():
     config.optimizer.warmup_steps = 2000
     config.training.batch_size = 1024
     config.training.num_steps = 100_000
-    config.balance.bias_update_rate = 1e-3
-    config.balance.load_balancing_coefficient = 1e-4
+    sigmoid = size.endswith("sigmoid")
+    config.balance.bias_update_rate = 1e-3 if sigmoid else 0.0
+    config.balance.load_balancing_coefficient = 1e-4 if sigmoid else 1e-2
     config.balance.load_balancing_scope = "layer"
     config.balance.load_balancing_over = "device"
     config.balance.over_layers = "sum"  # as Megatron adds them

@@ -1,5 +1,6 @@
 """The published models, as `ModelConfig`s by name."""
 
+import dataclasses
 from typing import Any
 
 from moe_jax.model.config import DENSE, MOE, ModelConfig
@@ -73,15 +74,35 @@ PRESETS = {
         moe_intermediate_size=768,
         model_type="qwen3_moe",
     ),
-    # LLM-jp-4 (model card of the LLM-jp project): sigmoid scores and selection biases.
+    # LLM-jp-4, as released (config.json of the model card; no layer has the dense width of 7680).
     "llm-jp-4-32b-a3.8b": ModelConfig(
-        *(196_608, 2560, 960, 32, 40, 4),
+        *(196_608, 2560, 7680, 32, 40, 4),
         head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=5e5,
+        qk_norm="head",
         num_experts=128,
         num_experts_per_tok=8,
-        router="sigmoid_topk",
-        routed_scaling_factor=2.5,
+        moe_intermediate_size=960,
+        model_type="qwen3_moe",
     ),
+    # LLM-jp v1 (model cards): GPT-2's architecture. Its vocabulary of 50,570 pieces and that of v2,
+    # 96,869, have rows up to a multiple of 128 and 256, as Megatron pads them.
+    **{
+        f"llm-jp-1-{size}": ModelConfig(
+            *(50_688, width, 4 * width, layers, heads),
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            norm="layer",
+            hidden_act="gelu",
+            gated_mlp=False,
+            mlp_bias=True,
+            attention_bias="all",
+            position_embedding="learned",
+            model_type="gpt2",
+        )
+        for size, width, layers, heads in (("1.3b", 2048, 24, 16), ("13b", 5120, 40, 40))
+    },
     # SmolLM2 (Ben Allal et al., arXiv 2502.02737).
     "smollm2-135m": ModelConfig(
         *(49_152, 576, 1536, 30, 9, 3),
@@ -92,10 +113,11 @@ PRESETS = {
     ),
 }
 
-# Models of Llama's architecture: LLM-jp-3 (model cards of the LLM-jp project, arXiv 2407.03963),
-# Drop-Upcycling's parents (Nakamura et al., arXiv 2502.19261), Skywork-13B (Wei et al., arXiv
-# 2310.19341) and Llama 2 (Touvron et al., arXiv 2307.09288).
+# Models of Llama's architecture: LLM-jp v2 and v3 (model cards of the LLM-jp project, arXiv
+# 2407.03963), Drop-Upcycling's parents (Nakamura et al., arXiv 2502.19261), Skywork-13B (Wei et
+# al., arXiv 2310.19341) and Llama 2 (Touvron et al., arXiv 2307.09288).
 _LLAMAS = {
+    "llm-jp-2-13b": (97_024, 5120, 13_824, 40, 40, 40),
     "llm-jp-3-150m": (99_487, 512, 2048, 12, 8, 8),
     "llm-jp-3-440m": (99_487, 1024, 3584, 16, 8, 8),
     "llm-jp-3-980m": (99_487, 1536, 5376, 20, 8, 8),
@@ -103,6 +125,7 @@ _LLAMAS = {
     "llm-jp-3-3.7b": (99_487, 3072, 8192, 28, 24, 24),
     "llm-jp-3-7.2b": (99_487, 4096, 11_008, 32, 32, 32),
     "llm-jp-3-13b": (99_487, 5120, 13_824, 40, 40, 40),
+    "llm-jp-3-172b": (99_487, 12_288, 38_464, 96, 96, 16),
     "drop-upcycling-152m": (99_584, 512, 2048, 12, 8, 8),
     "drop-upcycling-1.5b": (48_640, 2048, 7168, 24, 16, 8),
     "drop-upcycling-3.7b": (99_584, 3072, 8192, 28, 24, 24),
@@ -110,7 +133,11 @@ _LLAMAS = {
     "skywork-13b": (65_536, 4608, 12_288, 52, 36, 36),
     "llama-2-7b": (32_000, 4096, 11_008, 32, 32, 32),
 }
-PRESETS |= {name: ModelConfig(*sizes, model_type="llama") for name, sizes in _LLAMAS.items()}
+_EPS = {"skywork-13b": 1e-6}  # config.json of the release; 1e-5 for the others
+PRESETS |= {
+    name: ModelConfig(*sizes, rms_norm_eps=_EPS.get(name, 1e-5), model_type="llama")
+    for name, sizes in _LLAMAS.items()
+}
 
 # Upcycled models: parent, number of experts, experts per token, further fields. He et al. (arXiv
 # 2410.07524) write E8G8T8 for 8 · 8 experts of an eighth of the parent's width.
@@ -146,3 +173,10 @@ PRESETS |= {
     name: PRESETS[parent].to_moe(num_experts=experts, num_experts_per_tok=per_token, **other)
     for name, (parent, experts, per_token, other) in _UPCYCLED.items()
 }
+# The sigmoid router of LLM-jp-4's ablation scripts, which the release does not have.
+PRESETS["llm-jp-4-32b-a3.8b-sigmoid"] = dataclasses.replace(
+    PRESETS["llm-jp-4-32b-a3.8b"],
+    router="sigmoid_topk",
+    routed_scaling_factor=2.5,
+    model_type=None,
+)
