@@ -27,6 +27,7 @@ def get_config(size: str = "152m"):
     learning_rate, batch_size, num_steps = SIZES[size]
     config = configs.default()
     config.model.preset = f"drop-upcycling-{size}"
+    config.model.initializer = "scaled_outputs"  # Megatron's
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.data.source = "data/drop-upcycling/*.jsonl"

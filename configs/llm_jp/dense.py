@@ -32,6 +32,7 @@ def get_config(size: str = "150m"):
     learning_rate, batch_size = SIZES[size]
     config = configs.default()
     config.model.preset = f"llm-jp-3-{size}"
+    config.model.initializer = "scaled_outputs"  # Megatron's
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.data.source = "data/llm-jp/*.jsonl"

@@ -24,6 +24,7 @@ def get_config(size: str = "32b-a3.8b"):
         raise ValueError(f"size {size!r} is unknown; use one of {', '.join(SIZES)}")
     config = configs.default()
     config.model.preset = f"llm-jp-4-{size}"
+    config.model.initializer = "scaled_outputs"  # Megatron's
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.data.source = "data/llm-jp/*.jsonl"

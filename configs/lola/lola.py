@@ -30,6 +30,7 @@ STEPS_OF_1T = 1_000_000_000_000 // (768 * 2048)
 def get_config():
     config = configs.default()
     config.model.preset = "lola"
+    config.model.initializer = "scaled_outputs"  # Megatron's
     config.model.dispatch = "capacity"
     config.model.token_priority = "random"
     config.model.dtype = "bfloat16"

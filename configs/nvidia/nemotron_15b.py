@@ -17,6 +17,7 @@ TOKENS = 8_000_000_000_000
 def get_config():
     config = configs.default()
     config.model.preset = "nemotron-4-15b"
+    config.model.initializer = "scaled_outputs"  # Megatron's
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.data.source = "data/nemotron/*.jsonl"

@@ -5,10 +5,10 @@
 
 arXiv 2409.02060. Published hardware and time: 256 H100, about 10 days. The paper ends with 100 B
 tokens of linear decay to 0 (schedule "wsd", 23,842 steps from 4e-5): a second run whose init.source
-is this one, with fresh optimizer moments where the paper keeps them. Not expressible here: initial
-weights cut at 3 standard deviations, the filter of repeated n-grams, the paper's BPE tokenizer
-(use a SentencePiece model of at most 50,304 pieces). The balancing loss is taken over the global
-batch, in the paper per device. The text (OLMoE-mix) is not part of this repository.
+is this one, with fresh optimizer moments where the paper keeps them. Not expressible here: the
+filter of repeated n-grams, the paper's BPE tokenizer (use a SentencePiece model of at most 50,304
+pieces). The balancing loss is taken over the global batch, in the paper per device. The text
+(OLMoE-mix) is not part of this repository.
 
 The smallest v5p slice there is trains it, as compiled ahead of time with jax 0.10.2:
 
@@ -29,6 +29,7 @@ TOKENS = 5_000_000_000_000  # of the cosine
 def get_config():
     config = configs.default()
     config.model.preset = "olmoe-1b-7b"
+    config.model.initializer = "truncated_normal"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.data.source = "data/olmoe-mix/*.jsonl"

@@ -18,6 +18,7 @@ TOKENS = 2_000_000_000_000
 def get_config():
     config = configs.default()
     config.model.preset = "skywork-13b"
+    config.model.initializer = "scaled_outputs"  # Megatron's
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.data.source = "data/skypile/*.jsonl"

@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple
 
 from moe_jax import spelling
+from moe_jax.model.initialisation import INITIALIZERS
 from moe_jax.model.rope import ROPES
 from moe_jax.model.router import ROUTERS
 
@@ -61,6 +62,8 @@ class ModelConfig:
     max_position_embeddings: int = _field(4096, at_least=1)  # learned positions end there
     tie_word_embeddings: bool = _field(False)
     initializer_range: float = _field(0.02, ORIGIN)
+    # The distribution of random weights: a row of model/initialisation.py.
+    initializer: str = _field("normal", ORIGIN, choices=tuple(INITIALIZERS))
     # The Hugging Face family to save as; None is any that can hold the model.
     model_type: str | None = _field(None, ORIGIN)
 

@@ -12,6 +12,7 @@ from flax import struct
 from moe_jax import tree
 from moe_jax.model import attention, layers, moe, remat
 from moe_jax.model.config import DENSE, MOE, BlockKind, ModelConfig
+from moe_jax.model.initialisation import INITIALIZERS
 from moe_jax.model.layout import LayerGroup, layer_groups
 from moe_jax.model.router import ROUTERS
 from moe_jax.model.routing import RouterStats
@@ -46,7 +47,7 @@ class BlockOutput:
 
 
 class Parameters(nn.Module):
-    """Creates the arrays of a nested table name -> shape: scales one, biases zero, else normal.
+    """Creates the arrays of a nested table name -> shape: scales one, biases zero, else random.
 
     Random values are in the order of the axes, so that a small stack of experts is the beginning of
     a larger one.
@@ -71,10 +72,11 @@ class Parameters(nn.Module):
         of_router = ROUTERS[self.config.router].leaves if is_router else {}
         if of_router[name].zero if name in of_router else name in ("scale", *BIASES):
             return nn.initializers.zeros
-        deviation = self.config.initializer_range
+        row, config = INITIALIZERS[self.config.initializer], self.config
+        deviation = row.deviation(name, config.initializer_range, config.num_hidden_layers)
         if is_router or name == "kernel":  # drawn expert by expert: columns do not depend on E
-            return lambda key, shape: deviation * jax.random.normal(key, shape[::-1]).T
-        return nn.initializers.normal(deviation)
+            return lambda key, shape: deviation * row.draw(key, shape[::-1]).T
+        return lambda key, shape: deviation * row.draw(key, shape)
 
 
 BIASES = ("bias", "bq", "bk", "bv", "bo", "gate_bias", "up_bias", "down_bias")
