@@ -52,6 +52,11 @@ def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan 
     sources = settings.init.parents
     if not sources:
         return _jit_sharded(create, mesh, key)
+    for source in filter(lambda source: _saw_these_rows(source, settings), sources):
+        distributed.say(
+            f"init.source={source} was trained on this text in this order, for its seed is "
+            f"{settings.seed} too; set config.seed to another for another order"
+        )
     with _about_source(settings):
         _, parents = stores.load_alike([pathlib.Path(s) for s in sources], mesh)
         parents = [_float32(params) for params in parents]
@@ -66,6 +71,16 @@ def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan 
             "set config.init.upcycle.recipe, or the same model"
         )
     return params
+
+
+def _saw_these_rows(source: str, settings: configs.Run) -> bool:
+    """True if a parent's run had the rows that this run is about to have, in their order."""
+    if folders.is_folder(source):
+        return False
+    parent, own = configs.load_json(pathlib.Path(source)), settings.data
+    theirs = parent.seed, *(getattr(parent.data, n) for n in ("source", "tokenizer"))
+    same_rows = parent.data.sequence_length == own.sequence_length
+    return same_rows and theirs == (settings.seed, own.source, own.tokenizer)
 
 
 @contextlib.contextmanager

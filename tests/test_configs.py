@@ -21,6 +21,7 @@ from moe_jax.training import balance, optimizer, step
 from moe_jax.training.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def module_of(path):
@@ -172,6 +173,29 @@ def test_every_published_preset_has_a_valid_config_and_every_parent_one_too():
     assert sorted({c.model.preset for c in loaded}) == sorted(set(model.PRESETS) - WITHOUT_CONFIG)
     workdirs = {f"runs/{config.model.preset}" for config in loaded}
     assert {config.init.source for config in loaded} - {"", "path/to/llama-2-7b"} <= workdirs
+
+
+def test_an_upcycled_model_sees_the_text_in_another_order_than_its_parent():
+    """Batch N depends on the seed: with the parent's a child would see its rows as they came."""
+    loaded = [configs.load(str(ROOT / case)) for case in CASES]
+    seeds = {f"runs/{config.model.preset}": config.seed for config in loaded}
+    children = [config for config in loaded if config.init.source in seeds]
+    assert len(children) > 5
+    assert all(config.seed != seeds[config.init.source] for config in children)
+    commands = re.findall(r"^python scripts/train\.py(?:\\\n|.)*", README, re.MULTILINE)
+    [own] = [command for command in commands if "init.source=runs/" in command]
+    assert "--config.seed=" in own
+
+
+def test_drop_upcycling_decays_all_and_warms_up_from_its_least_rate():
+    """The authors' moe-recipes has one group of parameters, and a warmup from min_lr = 2e-5."""
+    run = configs.resolve(configs.load(f"{ROOT}/configs/drop_upcycling/moe.py"))
+    schedule = optimizer.schedule(run.optimizer, run.training.num_steps)
+    assert [float(schedule(s)) for s in (0, 1999)] == pytest.approx([2e-5, 2e-4])
+    params = {"norm": {"scale": jnp.ones(2)}}
+    tx = optimizer.adamw(run.optimizer, run.training.num_steps)
+    updates, _ = tx.update({"norm": {"scale": jnp.zeros(2)}}, tx.init(params), params)
+    assert (updates["norm"]["scale"] < 0).all()
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if SIZES[name]])

@@ -38,6 +38,7 @@ def get_config(size: str = "8x152m"):
         raise ValueError(f"size {size!r} is unknown; use one of {', '.join(SIZES)}")
     parent, batch_size, num_steps = SIZES[size]
     config = configs.default()
+    config.seed = 1  # the parent's is 0: this run sees the text in another order
     config.model.preset = f"drop-upcycling-{size}"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
@@ -51,6 +52,8 @@ def get_config(size: str = "8x152m"):
     config.optimizer.learning_rate = 2e-4
     config.optimizer.final_learning_rate_ratio = 0.1
     config.optimizer.warmup_steps = 2000
+    config.optimizer.initial_learning_rate_ratio = 0.1
+    config.optimizer.no_weight_decay = ""
     config.training.batch_size = batch_size
     config.training.num_steps = num_steps
     config.balance.load_balancing_coefficient = 0.02

@@ -254,6 +254,9 @@ class Optimizer(Section, path="optimizer"):
         one_of("cosine", "wsd"),
     )
     warmup_steps: int = key(0, "steps in which the learning rate grows linearly", NOT_NEGATIVE)
+    initial_learning_rate_ratio: float = key(
+        0.0, "first learning rate of the warmup over the largest; 0 is 1 / warmup_steps", SHARE
+    )
     decay_steps: int = key(0, "steps of the linear decay of wsd", NOT_NEGATIVE)
     final_learning_rate_ratio: float = key(0.1, "last learning rate over the largest", SHARE)
     beta1: float = key(0.9, "decay of Adam's first moments", SHARE)

@@ -30,10 +30,9 @@ def schedule(optimizer: Optimizer, num_steps: int) -> optax.Schedule:
         shape = optax.join_schedules(
             [optax.constant_schedule(peak), decay], [after_warmup - optimizer.decay_steps]
         )
-    # The warmup starts from one step's worth of the peak, so that no step has a rate of zero.
-    warmup = optax.linear_schedule(
-        peak / max(optimizer.warmup_steps, 1), peak, max(optimizer.warmup_steps - 1, 1)
-    )
+    # By default the warmup starts from one step's worth of the peak: no step has a rate of zero.
+    first = peak * optimizer.initial_learning_rate_ratio or peak / max(optimizer.warmup_steps, 1)
+    warmup = optax.linear_schedule(first, peak, max(optimizer.warmup_steps - 1, 1))
     return optax.join_schedules([warmup, shape], [optimizer.warmup_steps])
 
 

@@ -36,6 +36,11 @@ def test_wsd_is_constant_until_a_linear_decay():
     np.testing.assert_allclose(rate[7:], np.linspace(1.0, 0.1, 6), rtol=1e-6)
 
 
+def test_a_warmup_starts_from_the_ratio_that_is_given():
+    rate = rates(settings(warmup_steps=4, initial_learning_rate_ratio=0.1), 14)
+    np.testing.assert_allclose(rate[:5], [0.1, 0.4, 0.7, 1.0, 1.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["cosine", "wsd"])
 def test_without_warmup_the_first_step_has_the_peak_rate(name):
     assert rates(settings(schedule=name, warmup_steps=0, decay_steps=0), 3)[0] == 1.0

@@ -127,9 +127,10 @@ def test_a_teacher_of_another_vocabulary_is_refused(config, tmp_path):
 
 
 def test_a_run_with_a_recipe_makes_one_plan_for_its_weights_and_their_moments(
-    config, tmp_path, monkeypatch
+    config, tmp_path, monkeypatch, capsys
 ):
     train.run(configs.resolve(with_changes(config, {"model.num_experts": 0})), tmp_path / "parent")
+    assert "in this order" not in capsys.readouterr().err
     plans, make = [], plan.make
     monkeypatch.setattr(
         plan, "make", lambda *args, **how: plans.append(make(*args, **how)) or plans[-1]
@@ -141,6 +142,7 @@ def test_a_run_with_a_recipe_makes_one_plan_for_its_weights_and_their_moments(
     }
     train.run(configs.resolve(with_changes(config, changes)), tmp_path / "child")
     assert [made.name for made in plans] == ["drop"]
+    assert "trained on this text in this order, for its seed is 0 too" in capsys.readouterr().err
 
 
 def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, tmp_path):
