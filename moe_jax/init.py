@@ -110,7 +110,7 @@ def optimizer_state(
             "config.init.upcycle.optimizer_state='copy' needs the workdir of a run as "
             "config.init.source: a Hugging Face folder has no optimizer state"
         )
-    parent = configs.resolve(configs.load_json(workdir))
+    parent = configs.of_stored(configs.load_json(workdir))
     if parent.optimizer.frozen or settings.optimizer.frozen:
         raise configs.ConfigError(
             "config.init.upcycle.optimizer_state='copy' needs moments of all parameters; "
@@ -156,7 +156,7 @@ def lineage(source: str) -> Lineage:
         return Lineage(sum(p.tokens for p in parts), sum(p.training_flops for p in parts))
     if not source or folders.is_folder(source):
         return Lineage(0, 0.0)
-    run = configs.resolve(configs.load_json(pathlib.Path(source)))
+    run = configs.of_stored(configs.load_json(pathlib.Path(source)))
     earlier = lineage(run.init.source)
     steps = checkpoint.steps(pathlib.Path(source) / "checkpoints")[-1]
     length = run.data.sequence_length

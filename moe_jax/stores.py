@@ -75,7 +75,7 @@ def config_of(workdir: pathlib.Path) -> model.ModelConfig:
             f"{workdir} is neither a Hugging Face folder (config.json with a model_type) "
             "nor a run's workdir"
         )
-    return configs.resolve(configs.load_json(workdir)).model
+    return configs.of_stored(configs.load_json(workdir)).model
 
 
 def tokenizer_of(workdir: pathlib.Path) -> str:

@@ -27,8 +27,6 @@ def get_config():
     config.training.num_steps = 700
     config.training.batch_size = 8
     config.training.log_every = 5
-    config.balance.load_balancing_coefficient = 0.02
-    config.balance.load_balancing_divide_by_k = False
     config.evaluation.every_steps = 100
     config.evaluation.batch_size = 64
     config.evaluation.max_batches = 4
@@ -44,6 +42,8 @@ def get_sweep():
         "model.num_experts_per_tok": 2,
         "training.num_steps": 400,
         "optimizer.learning_rate": 2.7e-3,
+        "balance.load_balancing_coefficient": 0.02,
+        "balance.load_balancing_divide_by_k": False,
     }
     return [
         {"name": "dense", "overrides": {}, "after": []},

@@ -27,6 +27,7 @@ from moe_jax.config import model_fields
 from moe_jax.hf import folders
 from moe_jax.model import layout
 from moe_jax.model.config import EXPERTS, ROUTER, ModelConfig, fields_of
+from moe_jax.model.needs import without_effect
 from moe_jax.parallel import mesh
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import recipes, router_init, transform
@@ -161,8 +162,16 @@ def of_folder(moe: folders.Folder, parents: list[folders.Folder]) -> list[simila
 def config_of(source, arguments, fields: dict):
     """The config of the model that the command makes of parents of the config `source`.
 
-    Raises: ValueError for what no model can have, or what is set by another option.
+    Raises: ValueError for what no model can have, what is set by another option, or what nothing
+      reads.
     """
+    config = _config_of(source, arguments, fields)
+    for line in without_effect(config, fields, "--model."):
+        raise ValueError(line)
+    return config
+
+
+def _config_of(source, arguments, fields: dict):
     gives = recipes.RECIPES[arguments.recipe].gives
     if decided := [name for name in fields if name in DECIDED[gives]]:
         raise ValueError(f"--model.{decided[0]}: {DECIDED[gives][decided[0]]}")

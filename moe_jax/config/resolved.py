@@ -15,6 +15,7 @@ from moe_jax.config.sections import Section, key, part, section_of
 from moe_jax.hf import configs as hf_configs
 from moe_jax.hf import folders
 from moe_jax.model.config import ModelConfig
+from moe_jax.model.needs import no_effect, without_effect
 from moe_jax.model.presets import PRESETS
 from moe_jax.model.router import ROUTERS
 from moe_jax.upcycle import recipes
@@ -100,8 +101,33 @@ def resolve(config: ConfigDict) -> Run:
     """The settings that a config gives, with the ModelConfig of its model.
 
     Raises: ConfigError, in one line that says what to change, for any mistake that the config
-      itself shows.
+      itself shows, a key that is set and that nothing reads among them.
     """
+    run = of_stored(config)
+    given = [n for n, v in config.model.items() if n != "preset" and v is not None]
+    of_model = without_effect(run.model, given, "config.model.")
+    for line in (*of_model, *_without_effect(run, run)):
+        raise ConfigError(line)
+    return run
+
+
+def _without_effect(run: Run, section: Section) -> Iterator[str]:
+    """A line for each key of the section, and of those in it, that is set and not read."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        # Where a number may not be negative, 0 asks for nothing.
+        asks = value != field.default and (
+            value or field.metadata.get("check") != checks.NOT_NEGATIVE
+        )
+        if isinstance(value, Section):
+            yield from _without_effect(run, value)
+        elif "explanation" in field.metadata and asks:
+            needs = (*section.needs, *field.metadata["needs"])
+            yield from no_effect(f"config.{section.path}.{field.name}", value, needs, run)
+
+
+def of_stored(config: ConfigDict) -> Run:
+    """`resolve` for a config that a run has stored, which may have keys that nothing reads."""
     values = _with_tuples(config.to_dict())
     upcycle = values["init"]["upcycle"]
     own = sections.key_names(sections.Upcycle)

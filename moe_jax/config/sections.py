@@ -10,18 +10,27 @@ from typing import Any, ClassVar
 
 from moe_jax.config import checks
 from moe_jax.config.checks import NOT_NEGATIVE, POSITIVE, SHARE, ConfigError, one_of
+from moe_jax.model.needs import Need
 from moe_jax.upcycle import recipes, router_init
+
+SPARSE = Need(lambda run: run.model.num_experts > 0, "config.model.num_experts")
+ROUTED = Need(lambda run: run.model.dispatch != "merge", "config.model.dispatch='dropless'")
 
 
 def key(
-    default: Any, explanation: str, check: Callable | None = None, *, fixed: bool | None = None
+    default: Any,
+    explanation: str,
+    check: Callable | None = None,
+    *needs: Need,
+    fixed: bool | None = None,
 ) -> Any:
     """A field that is a key of the config; `check(name, value)` raises ConfigError.
 
-    A `fixed` key decides which text a step sees: it may not change in a run that goes on. None is
-    what the section says of all its keys.
+    needs: conditions on the whole `Run` without which nothing reads the key.
+    fixed: the key decides which text a step sees: it may not change in a run that goes on. None is
+      what the section says of all its keys.
     """
-    metadata = {"explanation": explanation, "check": check, "fixed": fixed}
+    metadata = {"explanation": explanation, "check": check, "needs": needs, "fixed": fixed}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -35,10 +44,11 @@ class Section:
     """A part of a config, at the dotted `path`, which checks its values when it is made."""
 
     path: ClassVar[str]
+    needs: ClassVar[tuple[Need, ...]]  # of all its keys
     fixed: ClassVar[bool | None]  # of keys that say nothing else; None is as the section around
 
-    def __init_subclass__(cls, path: str, fixed: bool | None = None):
-        cls.path, cls.fixed = path, fixed
+    def __init_subclass__(cls, path: str, needs: tuple[Need, ...] = (), fixed: bool | None = None):
+        cls.path, cls.needs, cls.fixed = path, needs, fixed
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -73,6 +83,10 @@ class Upcycle(Section, path="init.upcycle"):
         "",
         "initialiser of the routers; empty takes the recipe's own",
         checks.OneOf(lambda: ("", *router_init.ROUTER_INITIALISERS, router_init.COPIED)),
+        Need(
+            lambda run: recipes.RECIPES[run.init.upcycle.recipe].gives == recipes.MIXTURE,
+            "an init.upcycle.recipe that makes a mixture",
+        ),
     )
     statistics: str = key("", "file that the command collect_statistics wrote")
     optimizer_state: str = key(
@@ -150,8 +164,18 @@ class Mesh(Section, path="mesh"):
     edp: int = key(1, "devices of the same tokens to spread experts over", checks.AXIS_SIZE)
 
 
+ADAPTIVE = Need(
+    lambda run: run.balance.load_balancing_schedule == "adaptive",
+    "config.balance.load_balancing_schedule='adaptive'",
+)
+SWITCH = Need(
+    lambda run: run.balance.load_balancing_form == "switch",
+    "config.balance.load_balancing_form='switch'",
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptiveBalance(Section, path="balance.adaptive"):
+class AdaptiveBalance(Section, path="balance.adaptive", needs=(SPARSE, ROUTED, ADAPTIVE)):
     """Constants of load_balancing_schedule='adaptive': see `training.balance.adapted`."""
 
     rate: float = key(0.2, "adaptive coefficient at a drop rate of 1", NOT_NEGATIVE)
@@ -160,7 +184,7 @@ class AdaptiveBalance(Section, path="balance.adaptive"):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Balance(Section, path="balance"):
+class Balance(Section, path="balance", needs=(SPARSE, ROUTED)):
     """Terms of the loss, and rules beside it, that keep all experts in use."""
 
     load_balancing_coefficient: float = key(
@@ -178,7 +202,10 @@ class Balance(Section, path="balance"):
         one_of("mean", "sum"),
     )
     load_balancing_divide_by_k: bool = key(
-        True, "divides the load-balancing loss by k, so that it is 1 at uniform routing"
+        True,
+        "divides the load-balancing loss by k, so that it is 1 at uniform routing",
+        None,
+        SWITCH,
     )
     load_balancing_form: str = key(
         "switch",
@@ -214,8 +241,13 @@ class Balance(Section, path="balance"):
             )
 
 
+TEACHER = Need(
+    lambda run: bool(run.objective.distillation.source), "config.objective.distillation.source"
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distillation(Section, path="objective.distillation"):
+class Distillation(Section, path="objective.distillation", needs=(TEACHER,)):
     source: str = key("", "teacher of the same vocabulary: a run or a Hugging Face folder")
     coefficient: float = key(0.0, "coefficient of the divergence from the teacher", NOT_NEGATIVE)
     temperature: float = key(1.0, "divisor of the logits of model and teacher", POSITIVE)
@@ -242,6 +274,15 @@ class Objective(Section, path="objective"):
     distillation: Distillation = part(Distillation)
 
 
+WSD = Need(lambda run: run.optimizer.schedule == "wsd", "config.optimizer.schedule='wsd'")
+DECAY = Need(
+    lambda run: run.optimizer.schedule != "wsd" or run.optimizer.decay_steps > 0,
+    "config.optimizer.decay_steps",
+)
+WARMUP = Need(lambda run: run.optimizer.warmup_steps > 0, "config.optimizer.warmup_steps")
+WEIGHT_DECAY = Need(lambda run: run.optimizer.weight_decay > 0, "config.optimizer.weight_decay")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer(Section, path="optimizer"):
     """AdamW. A rule is (regular expression of parameter paths, factor): the first that matches
@@ -255,10 +296,11 @@ class Optimizer(Section, path="optimizer"):
     )
     warmup_steps: int = key(0, "steps in which the learning rate grows linearly", NOT_NEGATIVE)
     initial_learning_rate_ratio: float = key(
-        0.0, "first learning rate of the warmup over the largest; 0 is 1 / warmup_steps", SHARE
+        *(0.0, "first learning rate of the warmup over the largest; 0 is 1 / warmup_steps", SHARE),
+        WARMUP,
     )
-    decay_steps: int = key(0, "steps of the linear decay of wsd", NOT_NEGATIVE)
-    final_learning_rate_ratio: float = key(0.1, "last learning rate over the largest", SHARE)
+    decay_steps: int = key(0, "steps of the linear decay of wsd", NOT_NEGATIVE, WSD)
+    final_learning_rate_ratio: float = key(0.1, "last learning rate over the largest", SHARE, DECAY)
     beta1: float = key(0.9, "decay of Adam's first moments", SHARE)
     beta2: float = key(0.95, "decay of Adam's second moments", SHARE)
     epsilon: float = key(1e-8, "number that Adam adds to the root of second moments", POSITIVE)
@@ -267,10 +309,11 @@ class Optimizer(Section, path="optimizer"):
         r"norm/scale$|bias$|/b[qkvo]$",
         "regular expression of the paths of parameters that do not decay",
         checks.pattern,
+        WEIGHT_DECAY,
     )
     gradient_clip_norm: float = key(1.0, "largest norm of all gradients together", POSITIVE)
     gradient_factors: tuple = key((), "rules for gradients before they are clipped", checks.rules)
-    weight_decay_factors: tuple = key((), "rules for the weight decay", checks.rules)
+    weight_decay_factors: tuple = key((), "rules for the weight decay", checks.rules, WEIGHT_DECAY)
     learning_rate_factors: tuple = key(
         (), "rules for the learning rate, weight decay included", checks.rules
     )
@@ -278,7 +321,7 @@ class Optimizer(Section, path="optimizer"):
         "", "regular expression of the paths of parameters that are not trained", checks.pattern
     )
     orthogonal_every: int = key(
-        0, "steps in a phase of OMoE's alternation; 0 turns it off", NOT_NEGATIVE
+        0, "steps in a phase of OMoE's alternation; 0 turns it off", NOT_NEGATIVE, SPARSE
     )
 
 
@@ -300,6 +343,9 @@ class Training(Section, path="training"):
             )
 
 
+PROMPTS = Need(lambda run: bool(run.evaluation.prompts), "config.evaluation.prompts")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(Section, path="evaluation"):
     every_steps: int = key(
@@ -313,9 +359,9 @@ class Evaluation(Section, path="evaluation"):
     batch_size: int = key(32, "sequences in a batch of held-out text, over all devices", POSITIVE)
     max_batches: int = key(0, "batches of held-out text; 0 for all", NOT_NEGATIVE)
     prompts: tuple = key((), "texts that the trained model continues")
-    continuation_tokens: int = key(96, "tokens that continue a prompt", POSITIVE)
+    continuation_tokens: int = key(96, "tokens that continue a prompt", POSITIVE, PROMPTS)
     num_experts_per_tok: int = key(
-        0, "experts per token in evaluation; 0 for the model's own number", NOT_NEGATIVE
+        0, "experts per token in evaluation; 0 for the model's own number", NOT_NEGATIVE, ROUTED
     )
 
 

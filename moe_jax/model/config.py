@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from moe_jax import spelling
 from moe_jax.model.initialisation import INITIALIZERS
+from moe_jax.model.needs import CAPACITY, GROUPS, MERGED, ROTARY, ROUTED, SLIDING, SPARSE, Need
 from moe_jax.model.rope import ROPES
 from moe_jax.model.router import ROUTERS
 
@@ -26,19 +27,26 @@ ARCHITECTURE, ROPE, ORIGIN, EXPERTS = "architecture", "rope", "origin", "experts
 ROUTER, ATTENTION_EXPERTS, COMPUTATION = "router", "attention_experts", "computation"
 
 
+# What all fields that belong to something need.
+NEEDS_OF = {ROPE: (ROTARY,), EXPERTS: (SPARSE,), ROUTER: (SPARSE, ROUTED)}
+
+
 def _field(
     default=dataclasses.MISSING,
     belongs: str = ARCHITECTURE,
-    *,
+    *needs: Need,
     at_least: int | None = None,
     positive: bool = False,
     choices: tuple[str, ...] = (),
 ):
     """A field of ModelConfig: what it belongs to, and which values it may have.
 
+    needs: without these, and those of what it belongs to, the field is not read.
     at_least: the smallest whole number. positive: a finite number more than 0.
     """
-    metadata = {"belongs": belongs, "at_least": at_least, "positive": positive, "choices": choices}
+    needs = (*NEEDS_OF.get(belongs, ()), *needs)
+    of_value = {"at_least": at_least, "positive": positive, "choices": choices}
+    metadata = {"belongs": belongs, "needs": needs, **of_value}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -81,15 +89,17 @@ class ModelConfig:
     # "head": each head of q and k (Qwen3); "full": all at once (OLMoE).
     qk_norm: str = _field("none", choices=("none", "head", "full"))
     clip_qkv: float | None = _field(None, positive=True)
-    sliding_window: int | None = _field(None, at_least=1)  # keys that a query sees, with itself
+    # The keys that a query sees, itself included.
+    sliding_window: int | None = _field(None, ARCHITECTURE, SLIDING, at_least=1)
     # The kind of each layer's attention; None: all layers slide, if there is a window.
     layer_types: tuple[str, ...] | None = _field(None)
 
     position_embedding: str = _field("rotary", choices=("rotary", "learned"))  # learned: GPT-2
-    rope_theta: float = _field(10_000.0, positive=True)
-    partial_rotary_factor: float = _field(1.0, positive=True)  # the share of a head it rotates
+    rope_theta: float = _field(10_000.0, ARCHITECTURE, ROTARY, positive=True)
+    # The share of a head that is rotated.
+    partial_rotary_factor: float = _field(1.0, ARCHITECTURE, ROTARY, positive=True)
     # How waves are stretched over longer texts: a row of model/rope.py, and what rows read.
-    rope_type: str = _field("default")
+    rope_type: str = _field("default", ARCHITECTURE, ROTARY)
     rope_scaling_factor: float = _field(1.0, ROPE, positive=True)
     rope_original_length: int = _field(8192, ROPE, at_least=1)  # of the texts before
     rope_low_freq_factor: float = _field(1.0, ROPE, positive=True)
@@ -100,7 +110,7 @@ class ModelConfig:
     rope_truncate: bool = _field(True, ROPE)  # whole dimensions at the ends of YaRN's ramp
 
     num_experts: int = _field(0, EXPERTS, at_least=0)  # 0 is a dense model
-    num_experts_per_tok: int = _field(2, EXPERTS, at_least=1)
+    num_experts_per_tok: int = _field(2, EXPERTS, ROUTED, at_least=1)
     moe_intermediate_size: int | None = _field(None, EXPERTS, at_least=1)  # intermediate_size
     # The width of an expert that every token goes to.
     shared_expert_intermediate_size: int | None = _field(None, EXPERTS, at_least=1)
@@ -109,19 +119,20 @@ class ModelConfig:
     # The standard deviation that router logits are brought to (Skywork-MoE).
     gate_norm_std: float | None = _field(None, ROUTER, positive=True)
     num_expert_groups: int = _field(1, ROUTER, at_least=1)
-    num_groups_per_tok: int = _field(1, ROUTER, at_least=1)  # those that may be chosen from
+    # Those that may be chosen from.
+    num_groups_per_tok: int = _field(1, ROUTER, GROUPS, at_least=1)
     routed_scaling_factor: float = _field(1.0, ROUTER, positive=True)  # multiplies the weights
     # Pairs of a name and a value, or a mapping: what only the chosen router knows.
     router_parameters: tuple[tuple[str, float | int | str | bool], ...] = _field((), ROUTER)
     # "capacity": an expert drops what does not fit; "merge": Lory's merged expert.
     dispatch: str = _field("dropless", EXPERTS, choices=("dropless", "capacity", "merge"))
     # The tokens that share one merged expert (Lory).
-    merge_segment_length: int = _field(256, EXPERTS, at_least=1)
+    merge_segment_length: int = _field(256, EXPERTS, MERGED, at_least=1)
     # Dropless: the capacity of the virtual drop rate that is reported.
-    capacity_factor: float = _field(1.25, EXPERTS, positive=True)
-    min_capacity: int = _field(4, EXPERTS, at_least=1)
+    capacity_factor: float = _field(1.25, EXPERTS, ROUTED, positive=True)
+    min_capacity: int = _field(4, EXPERTS, CAPACITY, at_least=1)
     # The order in which a full expert keeps tokens.
-    token_priority: str = _field("position", EXPERTS, choices=("position", "random"))
+    token_priority: str = _field("position", EXPERTS, CAPACITY, choices=("position", "random"))
     # Attentions whose outputs are mixed (BAM); 0 is plain attention.
     num_attention_experts: int = _field(0, ATTENTION_EXPERTS)
     # None: all dense without experts, all sparse with them.
@@ -136,10 +147,10 @@ class ModelConfig:
     )
     # model/exchange.py has the modes and what each moves.
     expert_parallel: str = _field(
-        "auto", COMPUTATION, choices=("auto", "fsdp", "ring", "all_to_all")
+        "auto", COMPUTATION, SPARSE, choices=("auto", "fsdp", "ring", "all_to_all")
     )
     # Both name an implementation that the command `doctor` lists.
-    grouped_matmul: str = _field("auto", COMPUTATION)
+    grouped_matmul: str = _field("auto", COMPUTATION, SPARSE)
     attention: str = _field("auto", COMPUTATION)
 
     def __post_init__(self):

@@ -326,6 +326,8 @@ def _problems_of_routers(plan: Plan) -> Iterator[str]:
     source, config, router = plan.source, plan.config, plan.router
     of_mixture = plan.recipe.takes == recipes.MIXTURE
     if plan.recipe.gives == recipes.DENSE:
+        if router:
+            yield f"router={router!r} has no effect: recipe {plan.name!r} makes no router"
         return
     if router == router_init.COPIED and not of_mixture:
         yield "router='copied' needs a mixture to copy from; this parent is dense"

@@ -46,6 +46,7 @@ def test_every_key_that_is_set_arrives():
             init__upcycle__recipe="drop",
             init__upcycle__ratio=0.25,
             model__num_experts=4,
+            balance__load_balancing_schedule="adaptive",
             balance__adaptive__rate=0.5,
             objective__distillation__source="runs/teacher",
             objective__distillation__coefficient=0.1,
