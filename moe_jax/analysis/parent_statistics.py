@@ -17,7 +17,7 @@ import tqdm
 from moe_jax.model import layers, layout, transformer
 from moe_jax.model.config import ModelConfig
 from moe_jax.ops import cross_entropy
-from moe_jax.upcycle import experts, plan
+from moe_jax.upcycle import plan
 
 SAMPLE = 1024  # tokens that clusters and similarities are measured on
 
@@ -83,7 +83,7 @@ def of_dense(
     Args:
       neurons: "weights" or "activations": balanced clusters of the neurons by their inner weights
         or by what they do on the text; "gradient": for each expert the neurons that matter most in
-        one part of the text, by |weight · gradient|, so that experts may share some. All are
+        one part of the text, by `neuron_importance`, so that experts may share some. All are
         LLaMA-MoE's (Zhu et al., arXiv 2406.16554, §3.1), the last as its inner sharing.
       num_neurons: of each expert, with "gradient"; else and by default the E-th part of all.
 
@@ -110,10 +110,9 @@ def of_dense(
             found["neurons"][layer] = balanced_clusters(features_FX[: E * size], E, seed=layer)
     if neurons == "gradient":
         importance = np.zeros((L, E, F))
-        for number, grads in _gradients(params, config, tokens_NBT):
-            pairs = zip(_feed_forwards(params, config), _feed_forwards(grads, config), strict=True)
-            for (layer, ffn), (_, grads_of_layer) in pairs:
-                importance[layer, number % E] += neuron_importance(ffn, grads_of_layer)
+        batches = tqdm.tqdm(tokens_NBT, "gradients", unit="batch", disable=None)
+        for number, tokens_BT in enumerate(batches):
+            importance[:, number % E] += _importance(params, jnp.asarray(tokens_BT), config)
         best = np.argsort(-importance, axis=-1, kind="stable")[..., :size]
         found["neurons"] = np.sort(best, axis=-1)
     return found
@@ -125,11 +124,19 @@ def expert_utility(grads_E: dict) -> np.ndarray:
     return np.sum(own, axis=0)
 
 
-def neuron_importance(ffn: dict, grads: dict) -> np.ndarray:
-    """[F]: the sum over a neuron's weights of |weight · gradient|."""
-    products = {n: _exact(ffn[n]) * _exact(grads[n]) for n in experts.MATRICES if n in ffn}
-    own = [np.abs(p).sum(axis=1 - experts.NEURON_AXIS[name]) for name, p in products.items()]
-    return np.sum(own, axis=0)
+def neuron_importance(
+    x_MD: jax.Array, gradient_MD: jax.Array, ffn: dict, config: ModelConfig
+) -> jax.Array:
+    """[F]: the sum over tokens of |h · dL/dh|, where h goes into the down projection.
+
+    That is the first-order change of the loss L if the neuron were silent, token by token (Zhu et
+    al., LLaMA-MoE, arXiv 2406.16554, §3.1).
+
+    Args: x_MD: inputs of the feed-forward. gradient_MD: of the loss, by its outputs.
+    """
+    h_MF = hidden_neurons(x_MD.astype(jnp.float32), ffn, config)
+    gradient_MF = gradient_MD.astype(jnp.float32) @ ffn["down"].astype(jnp.float32).T
+    return jnp.sum(jnp.abs(h_MF * gradient_MF), axis=0)
 
 
 def hidden_neurons(x_MD: jax.Array, ffn: dict, config: ModelConfig) -> jax.Array:
@@ -258,6 +265,35 @@ def _one_document(tokens_BT: jax.Array) -> transformer.Shared:
     """The positions and segments of rows that are one document each."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     return transformer.Shared(positions_BT, jnp.ones_like(positions_BT))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _importance(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """[L, F]: the importance of each neuron of a dense model on these tokens."""
+    inputs_BT, unembed_DV = tokens_BT[:, :-1], transformer.unembedding(params)
+    shared = _one_document(inputs_BT)
+    x_BTD = transformer.embed(params["embed"], inputs_BT, shared.positions_BT, config)
+
+    def loss(added_LBTD):
+        """The loss with something added to the feed-forwards' outputs, and their inputs."""
+        y_BTD, inputs = x_BTD, []
+        for layer, kind, block in layout.layers(params, config):
+            run = jax.checkpoint(functools.partial(_block, config=config, kind=kind))
+            y_BTD, output = run(y_BTD, block, {"index": layer}, shared)
+            y_BTD += added_LBTD[layer]
+            inputs.append(output.tapped["feed_forward_input"])
+        y_BTD = layers.norm(y_BTD, params["final_norm"], config)
+        return cross_entropy.token_losses(y_BTD, unembed_DV, tokens_BT[:, 1:]).mean(), inputs
+
+    nothing_LBTD = jnp.zeros((config.num_hidden_layers, *x_BTD.shape), x_BTD.dtype)
+    gradient_LBTD, inputs = jax.grad(loss, has_aux=True)(nothing_LBTD)
+    D = config.hidden_size
+    return jnp.stack(
+        [
+            neuron_importance(x.reshape(-1, D), gradient_LBTD[layer].reshape(-1, D), ffn, config)
+            for x, (layer, ffn) in zip(inputs, _feed_forwards(params, config), strict=True)
+        ]
+    )
 
 
 def _gradients(params, config, tokens_NBT) -> Iterator[tuple[int, dict]]:

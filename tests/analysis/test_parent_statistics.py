@@ -86,21 +86,44 @@ def test_balanced_clusters_are_of_equal_size_and_find_what_is_apart():
     assert groups.shape == (3, 8) and found == {frozenset({0}), frozenset({1}), frozenset({2})}
 
 
-def test_the_importance_of_a_neuron_is_its_share_of_weight_times_gradient():
-    ffn = {"gate": np.ones((2, 3)), "up": 2 * np.ones((2, 3)), "down": np.arange(6.0).reshape(3, 2)}
-    grads = {"gate": -np.ones((2, 3)), "up": np.eye(2, 3), "down": np.ones((3, 2))}
-    # 2 of the gate; 2 of `up` where its gradient is not zero; 0+1, 2+3, 4+5 of `down`.
-    np.testing.assert_array_equal(
-        parent_statistics.neuron_importance(ffn, grads), [2 + 2 + 1, 2 + 2 + 5, 2 + 0 + 9]
-    )
+def test_the_importance_of_a_neuron_is_the_sum_over_tokens_of_what_silencing_it_changes():
+    """By hand: relu2 makes h = (1, 4, 0) and (4, 0, 1) of two tokens; opposite terms do not cancel.
+
+    dL/dh is the gradient of the outputs times the rows (1, 1), (0, 2), (3, 0) of `down`.
+    """
+    config = dataclasses.replace(DENSE, gated_mlp=False, hidden_act="relu2")
+    ffn = {"up": np.array([[1.0, 2, -1], [2, -1, 1]]), "down": np.array([[1.0, 1], [0, 2], [3, 0]])}
+    x_MD, gradient_MD = np.eye(2), np.array([[1.0, 2], [-3, 1]])
+    # Token 0: dL/dh = (3, 4, 3); token 1: (-2, 2, -9).
+    found = parent_statistics.neuron_importance(x_MD, gradient_MD, ffn, config)
+    np.testing.assert_allclose(found, [1 * 3 + 4 * 2, 4 * 4 + 0, 0 + 1 * 9])
+
+
+def test_importance_is_that_of_the_loss_of_the_whole_model():
+    """One token to a row: |h · dL/dh| is then |sum over outputs of down · dL/ddown|."""
+    params, config = params_of(DENSE), DENSE
+    rows_BT = TOKENS.reshape(-1, 2)[:3]
+
+    def loss(params, row_T):
+        logits_V = model.apply(params, row_T[None, :1], config).logits_BTV[0, 0]
+        return -jax.nn.log_softmax(logits_V)[row_T[1]]
+
+    want_LF, down_LFD = 0, params["blocks"]["0"]["mlp"]["down"]
+    for row_T in rows_BT:
+        gradient_LFD = jax.grad(loss)(params, row_T)["blocks"]["0"]["mlp"]["down"]
+        want_LF += jnp.abs(jnp.sum(down_LFD * gradient_LFD, axis=-1)) / len(rows_BT)
+    found_LF = parent_statistics._importance(params, rows_BT, config)
+    np.testing.assert_allclose(found_LF, want_LF, rtol=1e-4, atol=1e-7)
+    best = parent_statistics.of_dense(
+        params, config, rows_BT[None], num_experts=1, neurons="gradient", num_neurons=5
+    )["neurons"]
+    np.testing.assert_array_equal(best[:, 0], np.sort(np.argsort(-want_LF)[:, :5]))
 
 
 def test_sums_over_bfloat16_are_exact():
     """In bfloat16 256 + 1 is 256, so that a sum of ones would stop there."""
     ones = {"up": jnp.ones((1, 300, 2), jnp.bfloat16), "down": jnp.ones((1, 2, 300), jnp.bfloat16)}
     np.testing.assert_array_equal(parent_statistics.expert_utility(ones), [1200])
-    first = {name: w[0] for name, w in ones.items()}
-    np.testing.assert_array_equal(parent_statistics.neuron_importance(first, first), [600, 600])
 
 
 @pytest.mark.parametrize("neurons", ["weights", "activations", "gradient"])
