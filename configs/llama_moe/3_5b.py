@@ -23,6 +23,7 @@ def get_config():
     config.init.source = "path/to/llama-2-7b"
     config.init.upcycle.recipe = "llama_moe"
     config.init.upcycle.partition = "random"
+    config.init.upcycle.router = "torch_linear"
     config.data.source = "data/slimpajama/*.jsonl"
     config.data.tokenizer = "data/slimpajama/tokenizer.model"
     config.data.sequence_length = 4096

@@ -161,7 +161,7 @@ _UPCYCLED: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     # LLaMA-MoE v1 (Zhu et al., arXiv 2406.16554): Llama 2's feed-forwards cut into 16, top-4.
     "llama-moe-3.5b": (
         *("llama-2-7b", 16, 4),
-        {"moe_intermediate_size": 688, "router": "noisy_topk"},
+        {"moe_intermediate_size": 688, "router": "noisy_topk_mlp"},
     ),
     # Skywork-MoE (Wei et al., arXiv 2406.06563).
     "skywork-moe": (

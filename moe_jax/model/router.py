@@ -1,13 +1,14 @@
 """Routers choose a token's experts: a table in which a row holds all that is known of a router."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.model.routing import Groups, Routing, router_logits
+from moe_jax.model.router_row import KERNEL, Inputs, Leaf, Router
+from moe_jax.model.routing import Routing, router_logits
 from moe_jax.ops import bins
 
 if TYPE_CHECKING:
@@ -194,81 +195,6 @@ def forced_balance(
     return dataclasses.replace(routing, expert_index_MA=expert_index_MA)
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """The arrays that a router may look at beside its logits."""
-
-    x_MD: jax.Array
-    groups: Groups
-    leaves: Mapping[str, jax.Array]  # the layer's, by the names in the router's row
-    key: jax.Array | None = None  # None in evaluation
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One array of a router's parameters.
-
-    zero: it begins as zeros, else as a normal of the model's `initializer_range`. Upcycling makes
-      the kernel by an initialiser, and zeros for every other leaf.
-    noise_on_copies: recipes that add noise to a copied expert's router add it to this leaf too.
-    """
-
-    shape: Callable[[int, int], tuple[int, ...]]  # of hidden_size and num_experts
-    zero: bool = True
-    noise_on_copies: bool = True
-
-
-KERNEL = Leaf(lambda D, E: (D, E), zero=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Router:
-    """A row of the table of routers.
-
-    route: (logits_ME, inputs, **values) -> Routing; the values are the fields of ModelConfig that
-      are named in `reads`, and the router's own `parameters`.
-    parameters: names and defaults of what `ModelConfig.router_parameters` may set for it.
-    problems: lines that refuse a ModelConfig with this router.
-    sum_is_fixed: whether a token's weights have the same sum whatever the logits.
-    even_weight: the sum of a token's weights where the logits of all experts are equal; None takes
-      1 where the sum is fixed, else num_experts_per_tok / num_experts.
-    copies_share: copies of an expert share its probability among them (as in a softmax), or know
-      nothing of each other (False); None where neither holds.
-    one_per_group: a token goes to at most one expert of each of `num_expert_groups`.
-    causal: a token's experts do not depend on other tokens.
-    products: the number of products of [M, D] and [D, E] that it makes.
-    learned: False for a router that ignores its logits, to time the best case.
-    same_as: fields of a model that computes the same in evaluation, by another router.
-    decodes_as: the router that takes its place where tokens are generated one by one.
-    """
-
-    route: Callable[..., Routing]
-    reads: tuple[str, ...] = ("num_experts_per_tok",)
-    parameters: Mapping[str, float | int | str | bool] = dataclasses.field(default_factory=dict)
-    leaves: Mapping[str, Leaf] = dataclasses.field(default_factory=lambda: {"kernel": KERNEL})
-    problems: Callable[["ModelConfig"], Iterator[str]] = lambda config: iter(())
-    sum_is_fixed: Callable[["ModelConfig"], bool] = lambda config: True
-    even_weight: Callable[["ModelConfig"], float] | None = None
-    copies_share: Callable[["ModelConfig"], bool] | None = None
-    one_per_group: bool = False
-    causal: bool = True
-    products: int = 1
-    learned: bool = True
-    same_as: Mapping[str, str | bool] = dataclasses.field(default_factory=dict)
-    decodes_as: str = ""
-
-    def values(self, config: "ModelConfig") -> dict:
-        """The keyword arguments of `route` for a model."""
-        own = {**self.parameters, **dict(config.router_parameters)}
-        return {**{name: getattr(config, name) for name in self.reads}, **own}
-
-    def weight_at_even_logits(self, config: "ModelConfig") -> float:
-        if self.even_weight is not None:
-            return self.even_weight(config)
-        fixed = self.sum_is_fixed(config)
-        return 1.0 if fixed else config.num_experts_per_tok / config.num_experts
-
-
 def _renormalised(config: "ModelConfig") -> bool:
     return config.norm_topk_prob
 
@@ -313,6 +239,12 @@ def _route_noisy(logits_ME, inputs: Inputs, **values) -> Routing:
     return noisy_topk(logits_ME, noise_ME, inputs.key, **values)
 
 
+def _route_noisy_mlp(hidden_ME, inputs: Inputs, **values) -> Routing:
+    """The gate of LLaMA-MoE's release ("mlp" in its code): linear, tanh, linear, without biases."""
+    logits_ME = router_logits(jnp.tanh(hidden_ME), inputs.leaves["output"])
+    return _route_noisy(logits_ME, inputs, **values)
+
+
 def _route_expert_choice(
     logits_ME, inputs, *, num_experts_per_tok, capacity_factor, min_capacity, **values
 ) -> Routing:
@@ -330,6 +262,7 @@ def _route_expert_choice(
 SOFTMAX = ("num_experts_per_tok", "norm_topk_prob", "gate_norm_std")
 BIAS = Leaf(lambda D, E: (E,))
 NOISE = Leaf(KERNEL.shape, noise_on_copies=False)  # zero at first: arXiv 2406.16554
+OUTPUT = Leaf(lambda D, E: (E, E), zero=False, upcycled="torch_linear")
 
 # The keys are the values of `ModelConfig.router`.
 ROUTERS: dict[str, Router] = {
@@ -361,6 +294,13 @@ ROUTERS: dict[str, Router] = {
         leaves={"kernel": KERNEL, "noise": NOISE},
         copies_share=lambda config: True,
         products=2,
+    ),
+    "noisy_topk_mlp": Router(
+        _route_noisy_mlp,
+        leaves={"kernel": KERNEL, "noise": NOISE, "output": OUTPUT},
+        products=2,
+        inner_products=1,
+        copied=False,
     ),
     "expert_choice": Router(
         _route_expert_choice,

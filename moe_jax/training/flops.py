@@ -26,7 +26,8 @@ def _products(config: ModelConfig) -> dict[str, float]:
     sparse = config.layer_kinds.count(MOE)
     dense = config.num_hidden_layers - sparse
     attentions = config.num_attention_experts or 1
-    routers = config.num_experts * ROUTERS[config.router].products
+    row, E = ROUTERS[config.router], config.num_experts
+    routers = sparse * E * (D * row.products + E * row.inner_products)
     per_token: float = config.active_experts
     if config.dispatch == "merge":  # the merging itself, shared by a segment's tokens
         per_token += config.num_experts / config.merge_segment_length
@@ -35,7 +36,7 @@ def _products(config: ModelConfig) -> dict[str, float]:
     neurons += sparse * (per_token * config.expert_size + shared)
     return {
         "projections": config.num_hidden_layers * attentions * D * H * (2 * N + 2 * K),
-        "router": D * (sparse * routers + config.num_hidden_layers * config.num_attention_experts),
+        "router": routers + D * config.num_hidden_layers * config.num_attention_experts,
         "gate_up": (1 + config.gated_mlp) * D * neurons,
         "down": D * neurons,
         "head": D * config.vocab_size,

@@ -50,6 +50,7 @@ class Plan:
     router: str
     num_parents: int
     statistics: dict[str, np.ndarray]
+    of_moments: bool = False  # of the parents' weights, rather than of the weights themselves
 
     @property
     def granularity(self) -> int:
@@ -88,7 +89,8 @@ class Plan:
         """
         limits = self.recipe.limits.items()
         own = {name: p.for_moments for name, p in limits if p.for_moments is not None}
-        return dataclasses.replace(self, router="zero", parameters={**self.parameters, **own})
+        own = {**self.parameters, **own}
+        return dataclasses.replace(self, router="zero", parameters=own, of_moments=True)
 
     # Origins of leaves ------------------------------------------------------------
 
@@ -169,13 +171,17 @@ class Plan:
         return {f"mlp/{name}" if dense else leaf: self._kept(leaf)}
 
     def _fresh_router(self, path: str) -> dict[str, origins.Origin]:
-        """The kernel by the initialiser, the router's other leaves of zeros."""
+        """The kernel by the plan's initialiser, the router's other leaves by their own."""
         D, E = self.config.hidden_size, self.config.num_experts
+        leaves = ROUTERS[self.config.router].leaves
+        made_by = {name: "" if self.of_moments else leaf.upcycled for name, leaf in leaves.items()}
+        made_by["kernel"] = self.router
         return {
             f"moe/router/{name}": origins.FreshRouter(
-                path, "router", leaf.shape(D, E), self.router if name == "kernel" else ""
+                *(path, "router" if name == "kernel" else f"router_{name}"),
+                *(leaf.shape(D, E), made_by[name]),
             )
-            for name, leaf in ROUTERS[self.config.router].leaves.items()
+            for name, leaf in leaves.items()
         }
 
 
@@ -333,6 +339,9 @@ def _problems_of_routers(plan: Plan) -> Iterator[str]:
         yield "router='copied' needs a mixture to copy from; this parent is dense"
     if router == router_init.COPIED and config.router != source.router:
         yield f"router='copied' keeps the parent's router={source.router!r}; use it"
+    if router == router_init.COPIED and not ROUTERS[config.router].copied:
+        others = ", ".join(router_init.ROUTER_INITIALISERS)
+        yield f"router='copied' cannot copy a router={config.router!r}; use one of {others}"
     if router == "grouped" and of_mixture:
         yield "router='grouped' is for the shards of dense feed-forwards"
 

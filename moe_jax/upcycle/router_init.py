@@ -44,6 +44,12 @@ def zero(context: RouterContext) -> jax.Array:
     return jnp.zeros((context.D, context.E))
 
 
+def torch_linear(context: RouterContext) -> jax.Array:
+    """PyTorch's for a linear layer, uniform up to 1/sqrt(D) (LLaMA-MoE's two-layer gate)."""
+    uniform_ED = jax.random.uniform(context.key, (context.E, context.D), minval=-1)
+    return uniform_ED.T / context.D**0.5
+
+
 def centroids(context: RouterContext) -> jax.Array:
     """Centres of clusters of the layer's inputs, as long as a normal column would be.
 
@@ -61,6 +67,6 @@ def centroids(context: RouterContext) -> jax.Array:
 
 ROUTER_INITIALISERS = {
     initialiser.__name__: initialiser
-    for initialiser in (normal, centred_uniform, grouped, zero, centroids)
+    for initialiser in (normal, centred_uniform, grouped, zero, torch_linear, centroids)
 }
 COPIED = "copied"  # the parent mixture's own columns, in the shares of its experts

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax import model
 from moe_jax.model import router
-from moe_jax.model.routing import statistics
+from moe_jax.model.routing import Groups, statistics
 
 
 def test_softmax_then_top_k_with_and_without_renormalisation():
@@ -104,6 +104,21 @@ def test_noise_is_of_its_own_deviation_and_absent_without_a_key():
     clean = router.noisy_topk(logits_ME, noise_ME, None, num_experts_per_tok=2)
     np.testing.assert_array_equal(clean.logits_ME, logits_ME)
     assert clean.load_ME is None
+
+
+def test_the_gate_of_two_layers_is_linear_tanh_linear():
+    row = router.ROUTERS["noisy_topk_mlp"]
+    shapes = {name: leaf.shape(16, 4) for name, leaf in row.leaves.items()}
+    assert shapes == {"kernel": (16, 4), "noise": (16, 4), "output": (4, 4)}
+    draw = np.random.default_rng(0).normal
+    leaves = {name: draw(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    x_MD = draw(size=(8, 16)).astype(np.float32)
+    inputs = router.Inputs(x_MD, Groups(np.ones(8, bool)), leaves, key=None)
+    routing = row.route(x_MD @ leaves["kernel"], inputs, num_experts_per_tok=2)
+    want_ME = np.tanh(x_MD @ leaves["kernel"]) @ leaves["output"]
+    np.testing.assert_allclose(routing.logits_ME, want_ME, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(routing.expert_index_MA, np.argsort(-want_ME)[:, :2])
+    np.testing.assert_allclose(np.sum(routing.weight_MA, axis=1), 1, rtol=1e-6)
 
 
 def test_the_load_of_noisy_routing_is_the_chance_to_be_chosen():

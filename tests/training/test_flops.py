@@ -24,7 +24,10 @@ DENSE = model.ModelConfig(
 MOE = DENSE.to_moe(num_experts=8, num_experts_per_tok=2)
 
 
-@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+TWO_LAYERS = dataclasses.replace(MOE, router="noisy_topk_mlp")
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE, TWO_LAYERS], ids=["dense", "moe", "two layers"])
 def test_model_flops_are_six_per_active_matrix_entry_and_causal_attention(config):
     D, L, N, H = 32, 3, 4, 8
     norms = D * (2 * L + 1)

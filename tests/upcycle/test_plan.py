@@ -143,6 +143,27 @@ def test_what_does_not_fit_a_recipe_is_refused_in_one_line(name, changes, messag
     assert "\n" not in str(error.value)
 
 
+def test_a_gate_of_two_layers_is_not_copied_and_its_moments_are_zero():
+    gate = dataclasses.replace(EIGHT, router="noisy_topk_mlp")
+    wider = dataclasses.replace(gate, num_experts=12)
+    with pytest.raises(
+        ValueError, match="cannot copy a router='noisy_topk_mlp'; use one of normal"
+    ):
+        plan.make(gate, wider, recipe="expert_upcycling", parameters={})
+    made = plan.make(DENSE, gate, recipe="naive", parameters={})
+    leaves = {
+        kind.of_moments: {
+            leaf: origin.initialiser
+            for leaf, origin in kind.layers(["blocks/0/mlp/up"])[0].items()
+            if leaf.startswith("moe/router/")
+        }
+        for kind in (made, made.for_moments())
+    }
+    names = [f"moe/router/{name}" for name in ("kernel", "noise", "output")]
+    assert leaves[False] == dict(zip(names, ("normal", "", "torch_linear"), strict=True))
+    assert leaves[True] == dict(zip(names, ("zero", "", ""), strict=True))
+
+
 def test_longer_texts_need_another_parent_only_where_positions_have_weights():
     for positions, differing in (("rotary", []), ("learned", ["max_position_embeddings"])):
         parent = dataclasses.replace(DENSE, position_embedding=positions)

@@ -297,6 +297,26 @@ def test_copies_go_to_the_largest_utility_per_copy():
     np.testing.assert_array_equal(source, [0, 1, 2, 0, 1, 0])
 
 
+def test_a_gate_of_two_layers_begins_as_pytorch_does():
+    """Uniform up to 1/sqrt of each layer's inputs, the noise zero: LLaMA-MoE's code (mlp gate)."""
+    [dense] = parents_of(DENSE, 1)
+    config = DENSE.to_moe(
+        num_experts=32,
+        num_experts_per_tok=2,
+        moe_intermediate_size=1,
+        router="noisy_topk_mlp",
+    )
+    made = upcycle.upcycle(
+        dense, DENSE, config, recipe="llama_moe", router="torch_linear", key=KEY
+    )["blocks"]["0"]["moe"]["router"]
+    assert not np.any(made["noise"])
+    for name, fan_in in (("kernel", 16), ("output", 32)):
+        w = np.asarray(made[name]) * np.sqrt(fan_in)
+        assert 0.98 < np.abs(w).max() <= 1 and w.std() == pytest.approx(1 / np.sqrt(3), rel=0.05)
+        assert (w[0] != w[1]).all()
+    assert made["output"].shape == (2, 32, 32)
+
+
 def test_groups_are_of_the_most_similar_and_weighted_by_load():
     similarity = np.eye(4)
     for i, j, value in ((0, 3, 0.9), (1, 2, 0.8), (0, 1, 0.1)):
@@ -381,7 +401,7 @@ def test_a_recipe_that_is_registered_is_one_of_a_runs_config(toy, tmp_path):
     config.model.update({k: v for k, v in vars(moe).items() if v is not None})
     config.data.update(sequence_length=16, cache_dir=str(tmp_path / "cache"))
     config.training.update(num_steps=1, batch_size=8)
-    config.evaluation.update(batch_size=8, max_batches=1, continuation_tokens=1)
+    config.evaluation.update(batch_size=8, max_batches=1)
     mesh = meshes.one_device()
     settings = configs.resolve(config)
     down = init.parameters(settings, mesh, init.plan_of(settings))["blocks"]["0"]["moe"]["experts"][

@@ -66,6 +66,7 @@ MODELS = {
     ),
     "parts softmax_topk": (mixture(**PARTS), ["llama_moe"], []),
     "parts noisy_topk": (mixture(**PARTS, router="noisy_topk"), ["llama_moe"], ["llama_moe"]),
+    "parts noisy_topk_mlp": (mixture(**PARTS, router="noisy_topk_mlp"), ["llama_moe"], []),
     "shared": (mixture(shared_expert_intermediate_size=64), ["moe_ct"], ["moe_ct"]),
     "attention": (mixture(num_attention_experts=2), ["bam"], []),
 }
