@@ -1,5 +1,6 @@
 """AdamW with the schedules of the papers, rules for each parameter's path, and OMoE, by optax."""
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -110,11 +111,12 @@ def without_gradient(params: dict, frozen: str) -> dict:
 
 
 def orthogonal_experts(every: int) -> optax.GradientTransformation:
-    """OMoE (Feng et al., arXiv 2310.09762): experts that move away from each other in weight space.
+    """OMoE (Liu et al., arXiv 2310.09762): experts that move away from each other in weight space.
 
     The first `every` updates pass unchanged. In the next `every`, each expert's update of a matrix
     is replaced by its part orthogonal to the other experts' weights in that matrix; then the two
-    phases alternate. 0 turns it off.
+    phases alternate. 0 turns it off. The paper projects by the average of the others' accumulated
+    projectors (orthogonal weight modification) instead of by their weights' span.
     """
     if not every:
         return optax.identity()
@@ -140,25 +142,55 @@ def orthogonal_experts(every: int) -> optax.GradientTransformation:
 def orthogonal_part(update: jax.Array, weight: jax.Array) -> jax.Array:
     """Each expert's update less its projection onto the span of the other experts' weights.
 
-    Both are [E, ...]. With the others' weights as rows of W the projection is W^T (W W^T)^+ W u;
-    only Gram matrices [E, E] leave the device that has the weights. The inverse is a pseudo-inverse
-    by eigendecomposition: upcycled experts are copies of each other at first, so that their Gram
-    matrix is singular, and a ridge large enough to invert it would hide the small differences that
-    training makes, the very directions to stay orthogonal to.
+    Both are [E, ...]. The projection is V^T (V V^T)^+ V u with a basis V of that span: differences
+    of near experts, of length one. Upcycled experts are alike at first, all of them or the copies
+    of each parent or shard. A Gram matrix of the weights themselves would lose in its rounding the
+    small differences that training makes, the very directions to stay orthogonal to. The inverse is
+    a pseudo-inverse, for exact copies have no difference.
     """
     E = weight.shape[0]
     u_EN, w_EN = (x.reshape(E, -1).astype(jnp.float32) for x in (update, weight))
-    product_EE, gram_EE = (jnp.matmul(x, w_EN.T, precision="highest") for x in (u_EN, w_EN))
-    others_EE = 1 - jnp.eye(E)
-    gram_EEE = gram_EE * others_EE[:, :, None] * others_EE[:, None, :]
+    dot = functools.partial(jnp.matmul, precision="highest")
+    v_VN, row_EE = _differences(w_EN)
+    v_VN /= jnp.maximum(jnp.linalg.norm(v_VN, axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    gram_VV, product_EV = dot(v_VN, v_VN.T), dot(u_EN, v_VN.T)
+    is_other_EE = 1 - jnp.eye(E)
+    gram_EEE = gram_VV[row_EE[:, :, None], row_EE[:, None]]
+    gram_EEE *= is_other_EE[:, :, None] * is_other_EE[:, None]
+    product_EE = jnp.take_along_axis(product_EV, row_EE, axis=1) * is_other_EE
     value_EE, vector_EEE = jnp.linalg.eigh(gram_EEE)
     # A direction with a smaller eigenvalue is rounding of the Gram matrix.
     kept_EE = value_EE > E * jnp.finfo(jnp.float32).eps * value_EE[:, -1:]
     inverse_EE = kept_EE / jnp.where(kept_EE, value_EE, 1)
-    along_EE = jnp.einsum("ekj,ek->ej", vector_EEE, product_EE * others_EE, precision="highest")
+    along_EE = jnp.einsum("ekj,ek->ej", vector_EEE, product_EE, precision="highest")
     share_EE = jnp.einsum("ekj,ej->ek", vector_EEE, along_EE * inverse_EE, precision="highest")
-    part_EN = u_EN - jnp.matmul(share_EE, w_EN, precision="highest")
-    return part_EN.reshape(update.shape).astype(update.dtype)
+    share_EV = jnp.zeros_like(product_EV).at[jnp.arange(E)[:, None], row_EE].add(share_EE)
+    return (u_EN - dot(share_EV, v_VN)).reshape(update.shape).astype(update.dtype)
+
+
+def _differences(w_EN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Vectors [2E, N], and for each expert those [E, E] that have the span of the other experts.
+
+    An expert's vector is its difference from the nearest expert before it, which has no rounding
+    where the two are alike; its second vector, in the place of the first where the nearest is the
+    expert that is left out, is that from the second nearest. Where there is none it is the weights.
+    """
+    E = len(w_EN)
+    apart_EN = w_EN - jnp.mean(w_EN, axis=0)
+    gram_EE = jnp.matmul(apart_EN, apart_EN.T, precision="highest")
+    square_E = jnp.diagonal(gram_EE)
+    is_before_EE = jnp.tri(E, k=-1, dtype=bool)
+    distance_EE = jnp.where(is_before_EE, square_E[:, None] + square_E - 2 * gram_EE, jnp.inf)
+    nearest_E = jnp.argmin(distance_EE, axis=1)
+    second_E = jnp.argmin(jnp.where(jnp.eye(E)[nearest_E], jnp.inf, distance_EE), axis=1)
+
+    def apart_from(other_E, number_before):
+        has_other_E1 = (jnp.arange(E) >= number_before)[:, None]
+        return w_EN - jnp.where(has_other_E1, w_EN[other_E], 0)
+
+    v_VN = jnp.concatenate([apart_from(nearest_E, 1), apart_from(second_E, 2)])
+    left_out_E1 = jnp.arange(E)[:, None]
+    return v_VN, jnp.where(nearest_E == left_out_E1, jnp.arange(E) + E, jnp.arange(E))
 
 
 def _clipped(most: float) -> optax.GradientTransformation:

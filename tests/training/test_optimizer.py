@@ -160,6 +160,29 @@ def test_an_orthogonal_part_is_orthogonal_to_the_other_experts_and_loses_no_more
         np.testing.assert_allclose(part[e].ravel(), update[e].ravel() - shares @ others, atol=1e-4)
 
 
+@pytest.mark.parametrize("number_of_parents", [1, 2, 8])
+@pytest.mark.parametrize("relative", [1e-1, 1e-3, 1e-5])
+def test_nothing_passes_along_small_differences_of_experts_that_are_alike(
+    number_of_parents, relative
+):
+    """Against float64, for updates along the difference of two others, and any update.
+
+    With a Gram matrix of the weights themselves all of the former passes at 1e-3.
+    """
+    draw = np.random.default_rng(0).normal
+    E, N = 8, 32 * 48
+    parents = np.repeat(draw(size=(number_of_parents, N)), E // number_of_parents, axis=0)
+    weight = (parents + relative * draw(size=(E, N))).astype(np.float32)
+    others = [np.delete(weight.astype(np.float64), e, axis=0) for e in range(E)]
+    along = np.stack([own[2] - own[3] for own in others])
+    for update in (along, draw(size=(E, N))):
+        update /= np.linalg.norm(update, axis=1, keepdims=True)
+        part = optimizer.orthogonal_part(update.astype(np.float32), weight)
+        bases = [np.linalg.qr(own.T)[0] for own in others]
+        want = [u - q @ (q.T @ u) for u, q in zip(update, bases, strict=True)]
+        assert np.linalg.norm(part - np.stack(want), axis=1).max() < 1e-4
+
+
 def test_a_single_expert_is_left_alone():
     update, weight = jax.random.normal(jax.random.key(0), (2, 1, 8, 16))
     np.testing.assert_array_equal(optimizer.orthogonal_part(update, weight), update)
