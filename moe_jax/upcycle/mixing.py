@@ -8,16 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MOST_COPIES = 3  # of an expert, before the next one is copied
+
 
 def duplicated(P: int, E: int, utility_P: np.ndarray | None = None) -> np.ndarray:
-    """All old experts, then copies, each of the one whose utility per copy is then the largest."""
-    utility_P = np.ones(P) if utility_P is None else np.asarray(utility_P, np.float64)
-    copies_P = np.ones(P)
-    parents = list(range(P))
-    for _ in range(E - P):
-        parents.append(int(np.argmax(utility_P / copies_P)))
-        copies_P[parents[-1]] += 1
-    return np.eye(P)[parents]
+    """All old experts, then copies: three of the most useful, three of the next, and so on.
+
+    After three of each it begins again. Without a utility all are copied in turn. The rule is the
+    authors' (github.com/amazon-science/expert-upcycling, `max_duplicates_per_expert`).
+    """
+    if utility_P is None:
+        copied = np.arange(P)
+    else:
+        copied = np.repeat(np.argsort(-np.asarray(utility_P), kind="stable"), MOST_COPIES)
+    return np.eye(P)[[*range(P), *np.resize(copied, E - P)]]
 
 
 def pruned(P: int, E: int, load_P: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ class Parameter:
 
     choices: the texts that it may be. share_of: a number from 0 to 1, the share of these.
     deviation: a finite number of at least 0. statistics: the statistic that a choice needs.
+    of_copied: the leaf of a copied router that it changes.
     for_moments: its value when the recipe transforms Adam's moments, which follow their weights
       but are not redrawn, scaled or disturbed; None is the value that the weights have.
     """
@@ -23,6 +24,7 @@ class Parameter:
     share_of: str = ""
     deviation: bool = False
     statistics: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    of_copied: str = ""
     for_moments: object = None
 
     def __str__(self) -> str:
@@ -50,7 +52,8 @@ def limits(annotation) -> Parameter:
 Ratio = Annotated[float, Parameter(share_of="neurons", for_moments=0.0)]
 RankRatio = Annotated[float, Parameter(share_of="singular directions")]
 Deviation = Annotated[float, Parameter(deviation=True)]
-RouterNoise = Annotated[float, Parameter(deviation=True, for_moments=0.0)]
+RouterNoise = Annotated[float, Parameter(deviation=True, of_copied="kernel", for_moments=0.0)]
+BiasNoise = Annotated[float, Parameter(deviation=True, of_copied="bias", for_moments=0.0)]
 IndexSharing = Annotated[str, Parameter(choices=("neuron", "per_matrix"))]
 Scaling = Annotated[str, Parameter(choices=tuple(experts.SCALINGS), for_moments="none")]
 Partition = Annotated[

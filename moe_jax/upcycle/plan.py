@@ -339,6 +339,11 @@ def _problems_of_routers(plan: Plan) -> Iterator[str]:
         yield "router='copied' needs a mixture to copy from; this parent is dense"
     if router == router_init.COPIED and config.router != source.router:
         yield f"router='copied' keeps the parent's router={source.router!r}; use it"
+    for name, limits in plan.recipe.limits.items():
+        value, leaf = plan.parameters[name], limits.of_copied
+        copied = router == router_init.COPIED and leaf in ROUTERS[config.router].leaves
+        if leaf and not copied and value not in (0, plan.recipe.defaults[name]):
+            yield f"{name}={value} has no effect: no router's {leaf} is copied; leave it out"
     if router == router_init.COPIED and not ROUTERS[config.router].copied:
         others = ", ".join(router_init.ROUTER_INITIALISERS)
         yield f"router='copied' cannot copy a router={config.router!r}; use one of {others}"

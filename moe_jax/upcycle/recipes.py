@@ -122,14 +122,20 @@ def _scaled(ffn, context, scaling):
 
 
 def expert_upcycling(
-    P: int, E: int, statistics: dict, *, router_noise: parameters.RouterNoise = 0.01
+    P: int,
+    E: int,
+    statistics: dict,
+    *,
+    router_noise: parameters.RouterNoise = 0.0,
+    bias_noise: parameters.BiasNoise = 0.01,
 ) -> np.ndarray:
     """The old experts and copies of the most useful ones (without that statistic, of all in turn).
 
-    Noise on a copy's router column (of `router_noise` times the column's deviation, and on its
-    selection bias, if there is one) lets it become another expert.
+    Noise lets a copy become another expert: on its selection bias, where routers have them, of
+    `bias_noise` times the deviation of the layer's biases, which the authors recommend; and on its
+    router column, of `router_noise` times the column's deviation.
     """
-    del router_noise  # `transform.copied_router` uses it
+    del router_noise, bias_noise  # `transform.copied_router` uses them
     return mixing.duplicated(P, E, statistics.get("utility"))
 
 
@@ -276,9 +282,9 @@ RECIPES = {
     ),
     "expert_upcycling": OF_MIXTURE(
         expert_upcycling,
-        source="arXiv 2604.19835",
+        source="Dwivedi et al., arXiv 2604.19835",
         kept="all experts, and copies of the most useful",
-        changed="the copies' router columns (noise)",
+        changed="the copies' selection biases, or router columns (noise)",
         cost=f"gradients for the utility, {ONE}",
         start=step_zero.DUPLICATES,
         grows=True,

@@ -80,8 +80,12 @@ def _of_duplicates(plan: "Plan") -> float | None:
     times, left = divmod(config.num_experts, source.num_experts)
     alike = left == 0 and config.num_experts_per_tok == times * source.num_experts_per_tok
     one_by_one = config.num_expert_groups == 1 and config.gate_norm_std is None
-    copies_share = ROUTERS[config.router].copies_share
-    if plan.parameters["router_noise"] or copies_share is None or not (alike and one_by_one):
+    row = ROUTERS[config.router]
+    copies_share = row.copies_share
+    noise = (
+        plan.parameters["router_noise"] or "bias" in row.leaves and plan.parameters["bias_noise"]
+    )
+    if noise or copies_share is None or not (alike and one_by_one):
         return None
     return 1.0 if copies_share(config) else float(times)
 

@@ -268,10 +268,10 @@ def copied_router(
 ) -> jax.Array:
     """The old experts' columns or biases, shared out as the experts are, and noise on copies.
 
-    The noise is `router_noise` times the deviation of the parent's column; on a bias it is that
-    number itself.
+    The noise is `router_noise` times the deviation of the parent's column; on a bias it is
+    `bias_noise` times the deviation of the parent's biases.
     """
-    std = plan.parameters.get("router_noise", 0.0)
+    std = plan.parameters.get("router_noise" if w_LX.ndim == 3 else "bias_noise", 0.0)
     by_column = (lambda w: jnp.swapaxes(w, 1, 2)) if w_LX.ndim == 3 else lambda w: w
     mixed = mixing.mix(by_column(w_LX), share_LEP)
     if not std or not ROUTERS[plan.config.router].leaves[name].noise_on_copies:
@@ -279,12 +279,14 @@ def copied_router(
     is_copy_LE = (jnp.cumsum(share_LEP, axis=1) > 1).any(axis=2, where=share_LEP > 0)
 
     def of_layer(scanned):
-        layer, x_E, is_copy_E = scanned
+        layer, x_E, w_X, is_copy_E = scanned
         own = jax.random.fold_in(tree.fold_in(key, f"router_{name}"), layer)
         noise = std * jax.random.normal(own, x_E.shape)
         if x_E.ndim == 2:
             noise *= jnp.std(x_E.astype(jnp.float32), axis=1, keepdims=True)
+        else:
+            noise *= jnp.std(w_X.astype(jnp.float32), ddof=min(1, w_X.size - 1))
         noise = jnp.where(is_copy_E.reshape(-1, *(1,) * (x_E.ndim - 1)), noise, 0)
         return (x_E + noise).astype(x_E.dtype)
 
-    return by_column(jax.lax.map(of_layer, (layers_L, mixed, is_copy_LE)))
+    return by_column(jax.lax.map(of_layer, (layers_L, mixed, w_LX, is_copy_LE)))

@@ -164,6 +164,17 @@ def test_a_gate_of_two_layers_is_not_copied_and_its_moments_are_zero():
     assert leaves[True] == dict(zip(names, ("zero", "", ""), strict=True))
 
 
+def test_noise_on_what_no_router_copies_is_refused():
+    wider = dataclasses.replace(EIGHT, num_experts=12)
+    for parameters, router, leaf in (
+        ({"bias_noise": 0.1}, "", "bias"),
+        ({"router_noise": 0.1}, "normal", "kernel"),
+    ):
+        with pytest.raises(ValueError, match=f"has no effect: no router's {leaf} is copied; leave"):
+            plan.make(EIGHT, wider, recipe="expert_upcycling", router=router, parameters=parameters)
+    plan.make(EIGHT, wider, recipe="expert_upcycling", parameters={"router_noise": 0.1})
+
+
 def test_longer_texts_need_another_parent_only_where_positions_have_weights():
     for positions, differing in (("rotary", []), ("learned", ["max_position_embeddings"])):
         parent = dataclasses.replace(DENSE, position_embedding=positions)

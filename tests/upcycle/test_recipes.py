@@ -287,14 +287,39 @@ def test_pruning_keeps_the_most_used_and_copying_repeats_the_most_useful():
         )
         kernel = wider["router"]["kernel"][layer]
         np.testing.assert_array_equal(kernel[:, :8], old["router"]["kernel"][layer])
-        moved = kernel[:, 8:] - old["router"]["kernel"][layer][:, source[8:]]
-        assert (moved != 0).all() and moved.std() < 0.02 * old["router"]["kernel"].std()
+        np.testing.assert_array_equal(kernel, old["router"]["kernel"][layer][:, source])
 
 
-def test_copies_go_to_the_largest_utility_per_copy():
-    """6 -> 3 each, then 4 -> 2 each, then 6 again at 2 each before 1."""
-    source = mixing.duplicated(3, 6, np.array([6.0, 4.0, 1.0])).argmax(axis=1)
-    np.testing.assert_array_equal(source, [0, 1, 2, 0, 1, 0])
+def test_the_most_useful_expert_is_copied_three_times_then_the_next():
+    """As the authors' package has it; when all have three copies it begins again."""
+    utility = np.array([4.0, 6.0, 1.0])
+    source = mixing.duplicated(3, 16, utility).argmax(axis=1)
+    np.testing.assert_array_equal(source[3:], [1, 1, 1, 0, 0, 0, 2, 2, 2, 1, 1, 1, 0])
+    in_turn = mixing.duplicated(3, 7).argmax(axis=1)
+    np.testing.assert_array_equal(in_turn, [0, 1, 2, 0, 1, 2, 0])
+
+
+def test_noise_on_copies_is_in_units_of_the_biases_or_columns_deviation():
+    """By default on selection biases alone, of 0.01 times their deviation."""
+    biased = dataclasses.replace(EIGHT, router="sigmoid_topk")
+    wider = dataclasses.replace(biased, num_experts=1024)
+    [old] = parents_of(biased, 1)
+    old = old["blocks"]["0"]["moe"]["router"]
+    for noise, ratio_of in (
+        ({}, {"bias": 0.01, "kernel": 0.0}),
+        ({"bias_noise": 0.0, "router_noise": 0.1}, {"bias": 0.0, "kernel": 0.1}),
+    ):
+        new = upcycle.upcycle(
+            *parents_of(biased, 1), biased, wider, recipe="expert_upcycling", key=KEY, **noise
+        )["blocks"]["0"]["moe"]["router"]
+        for name, ratio in ratio_of.items():
+            moved = new[name] - np.tile(old[name], 128)
+            assert not moved[..., :8].any()
+            unit = old[name].std(axis=-1, ddof=1, keepdims=True)
+            if name == "kernel":
+                unit = np.tile(old[name].std(axis=1, keepdims=True), 127)
+            sizes = (moved[..., 8:] / unit).std(axis=-1)
+            np.testing.assert_allclose(sizes, ratio, rtol=0.15)
 
 
 def test_a_gate_of_two_layers_begins_as_pytorch_does():

@@ -137,8 +137,10 @@ def test_step_0_is_promised_where_it_should_be_and_not_elsewhere():
     assert factor("virtual_group", DENSE, plain, router="zero", scaling="exact") == 1
     assert factor("moe_ct", *CASES["moe_ct"][:2]) == 1
     wider = dataclasses.replace(EIGHT, num_experts=16, num_experts_per_tok=4)
-    assert factor("expert_upcycling", EIGHT, wider, router_noise=0.0) == 1
-    assert factor("expert_upcycling", EIGHT, wider) is None
+    assert factor("expert_upcycling", EIGHT, wider) == 1
+    assert factor("expert_upcycling", EIGHT, wider, router_noise=0.01) is None
+    biased = [dataclasses.replace(c, router="sigmoid_topk") for c in (EIGHT, wider)]
+    assert factor("expert_upcycling", *biased) is None
 
 
 @pytest.mark.parametrize(
@@ -158,11 +160,11 @@ def test_step_0_is_promised_where_it_should_be_and_not_elsewhere():
 def test_all_experts_twice_and_twice_as_many_chosen(router, promised):
     one = dataclasses.replace(EIGHT, num_hidden_layers=1, **router)
     twice = dataclasses.replace(one, num_experts=16, num_experts_per_tok=4)
-    assert factor("expert_upcycling", one, twice, router_noise=0.0) == promised
+    assert factor("expert_upcycling", one, twice, bias_noise=0.0) == promised
     if promised is None:
         return
     [params] = parents_of(one, 1)
-    new = upcycle.upcycle(params, one, twice, recipe="expert_upcycling", router_noise=0.0, key=KEY)
+    new = upcycle.upcycle(params, one, twice, recipe="expert_upcycling", bias_noise=0.0, key=KEY)
     x_BTD = jax.random.normal(jax.random.key(1), (2, 8, 16))
     layer = jax.jit(moe.moe, static_argnums=3)
     want, got = (
