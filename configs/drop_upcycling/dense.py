@@ -8,6 +8,10 @@ arXiv 2502.19261. Hardware: TSUBAME4's H100s. Only 1.5b was trained to its sched
 tokens). 152m and 3.7b gave their parent at 1 T of 2.07 T, the rate not decayed: stop those at
 step 477,000 and 239,000. 13b was compared at 805 B tokens. Text (Japanese, English and code, 2 T or
 1 T tokens) and tokenizers (LLM-jp 3.0; 2.2 for 1.5b) are not part of this repository.
+
+Rates, batches, the z-loss of 1e-4 and AdamW's constants are those of the authors' Megatron-LM
+scripts; the initial weights are Megatron-LM's. Differs from the paper: a document's attention sees
+that document only, where Megatron-LM lets it see the row's earlier ones by default.
 """
 
 from moe_jax import config as configs

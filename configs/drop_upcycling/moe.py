@@ -8,8 +8,13 @@ arXiv 2502.19261: 500 B tokens for every method, at one rate. Naive upcycling is
 `--config.init.upcycle.ratio=0`; from scratch is this file without its `init` lines. Needs the
 parent, trained with configs/drop_upcycling/dense.py. Published hardware: 8 nodes of 4 H100 for
 8x1.5b, 16 for 8x3.7b. The released code redraws as `index_sharing=per_matrix`,
-`permute_neurons=True`; the paper's text, which is what runs here, by neuron. Its balancing loss is
-taken per device, here over the global batch. The text is not part of this repository.
+`permute_neurons=True`; the paper's text, which is what runs here, by neuron. The text is not part
+of this repository.
+
+Rates, steps and the warmup from 2e-5 are those of the authors' moe-recipes scripts, in which all
+parameters decay; the balancing loss is that of Transformers' Mixtral, of all layers together and of
+a device's microbatch. Differs from the paper: attention does not cross documents; a device's
+microbatch has as many sequences as the mesh gives it.
 
 The smallest v5p slice that trains 8x3.7b, as compiled ahead of time with jax 0.10.2 (2x2x1 lacks
 2.3 GB even with one sequence a device):
@@ -45,6 +50,7 @@ def get_config(size: str = "8x152m"):
     config.init.source = f"runs/drop-upcycling-{parent}"
     config.init.upcycle.recipe = "drop"
     config.init.upcycle.ratio = 0.5
+    config.init.upcycle.index_sharing = "neuron"
     config.init.upcycle.router = "centred_uniform"
     config.data.source = "data/drop-upcycling/*.jsonl"
     config.data.tokenizer = "data/drop-upcycling/tokenizer.model"
@@ -60,5 +66,6 @@ def get_config(size: str = "8x152m"):
     config.balance.load_balancing_scope = "all_layers"
     config.balance.over_layers = "mean"  # of one term, as in Transformers
     config.balance.load_balancing_divide_by_k = False
+    config.balance.load_balancing_over = "device"
     config.evaluation.batch_size = batch_size
     return config

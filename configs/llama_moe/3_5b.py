@@ -5,9 +5,14 @@
         --config.data.tokenizer=path/to/llama-2-7b/tokenizer.json
 
 arXiv 2406.16554: 200 B tokens in batches of 14.7 M, here 3,584 rows of 4,096. Random partition,
-noisy gates that begin at zero, outputs times N/k, balanced by the variation of importance and load.
+outputs times N/k, balanced by the variation of importance and load, added over layers; the gate of
+the released code (gate_network="mlp"): two layers with a tanh between, PyTorch's initial values,
+noise that begins at its smallest. Rate, warmup and weight decay are those of the authors' scripts.
 Average of its benchmarks there: 57.7, Sheared-LLaMA-2.7B's 56.4. Not known here: hardware and time.
 The text (SlimPajama with Sheared-LLaMA's weights) is not part of this repository.
+
+Differs from the paper: the sampling weights of its sources are what the files of `data.source`
+hold, and do not change while training; attention does not cross documents.
 """
 
 from moe_jax import config as configs
@@ -35,5 +40,6 @@ def get_config():
     config.balance.load_balancing_coefficient = 0.0
     config.balance.importance_coefficient = 0.01
     config.balance.over_layers = "sum"  # as the authors' code adds them
+    config.balance.load_balancing_over = "device"
     config.evaluation.batch_size = 3584
     return config

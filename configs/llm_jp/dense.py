@@ -8,6 +8,9 @@ tokens of the LLM-jp corpus v3) and tokenizer (LLM-jp's 3.0, a SentencePiece mod
 this repository; their mixture is what the files of `data.source` hold. The sizes differ in shape,
 rate and batch only. Not known here: hardware and time. On few devices, raise
 training.accumulation_steps.
+
+Initial weights are Megatron-LM's. Differs from the paper: a document's attention sees that document
+only, where Megatron-LM lets it see the row's earlier ones by default.
 """
 
 from moe_jax import config as configs

@@ -7,6 +7,10 @@ Needs the parent, trained with configs/llm_jp/dense.py in the workdir that init.
 batch and the balancing loss are those of 8x1.8b's Megatron script, tokens (2.1 T) those of the
 model cards. Not known here: 8x13b's rate (its parent's is set), whether the z-loss on the logits
 was kept (it is), hardware and time. The text is not part of this repository.
+
+Differs from the paper: the model cards name no way of redrawing, so it is the paper's (by neuron);
+a device's microbatch, over which the balancing loss is taken as in Megatron-LM, has as many
+sequences as the mesh gives it; attention does not cross documents.
 """
 
 from moe_jax import config as configs
@@ -40,6 +44,7 @@ def get_config(size: str = "8x1.8b"):
     config.balance.load_balancing_coefficient = 0.01
     config.balance.over_layers = "sum"  # as Megatron adds them
     config.balance.load_balancing_scope = "layer"
+    config.balance.load_balancing_over = "device"
     config.balance.load_balancing_divide_by_k = True
     config.objective.logit_z_coefficient = 1e-4
     config.evaluation.batch_size = 1024

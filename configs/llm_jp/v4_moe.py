@@ -10,8 +10,8 @@ router: biases move by 1e-3 a step, weights times 2.5, a sequence-wise loss of 1
 warmup, tokens (those set are placeholders), hardware and time. The text is not part of this
 repository.
 
-Differs from the paper: the sigmoid variant's balancing loss is taken over a device's microbatch,
-there sequence by sequence.
+Differs from the paper: the sigmoid variant's load balancing loss is taken over a device's
+microbatch, there sequence by sequence.
 """
 
 from moe_jax import config as configs

@@ -5,11 +5,15 @@
 
 arXiv 2409.11272. Published hardware and time: 96 A100 of 40 GB, 19 days to step 296,000 (465 B
 tokens), where the authors stopped; the schedule is for more: warmup over 10 % and decay over 80 %
-of 1 T tokens. Not expressible here: dropout of 0.1, float16 (bfloat16 is used), the BPE tokenizer
-(use a SentencePiece model of at most 100,096 pieces). The sampling of languages is not known; the
-files of `data.source` decide it. CulturaX is not part of this repository. Differs from the original
-in evaluation: tokens compete for an expert's slots within their row, there within the device's
-batch; the random ones that are dropped are the same in each evaluation.
+of 1 T tokens. Rate, batch, capacity and losses are those of the authors' scripts (DeepSpeed, which
+adds the balancing loss over layers); initial weights are Megatron's. The sampling of languages is
+not known; the files of `data.source` decide it. CulturaX is not part of this repository.
+
+Differs from the paper: there is no dropout (0.1 there); the dtype is bfloat16, there float16;
+attention does not cross documents; the tokenizer is the file that data.tokenizer names (there a
+byte-level BPE, whose tokenizer.json fits); a device's microbatch has as many sequences as the mesh
+gives it. In evaluation tokens compete for an expert's slots within their row, there within the
+device's batch, and the random ones that are dropped are the same in each evaluation.
 
 The smallest v5p slice there is trains it, as compiled ahead of time with jax 0.10.2:
 
@@ -46,5 +50,6 @@ def get_config():
     config.balance.load_balancing_coefficient = 0.01
     config.balance.over_layers = "sum"  # as DeepSpeed adds them
     config.balance.load_balancing_scope = "layer"
+    config.balance.load_balancing_over = "device"
     config.evaluation.batch_size = 768
     return config

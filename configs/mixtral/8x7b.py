@@ -6,7 +6,8 @@ The argument is the number of chips. Parameters are cut over all of them (fsdp),
 sequences of 4096; weights and moments are float32, computation is bfloat16, every layer is
 recomputed. The paper (arXiv 2401.04088) publishes no training recipe: rate and steps are defaults,
 the balancing loss is that of the released checkpoint's config. The text is the embedded one, by
-bytes; for real text set data.source and data.tokenizer.
+bytes; for real text set data.source and data.tokenizer. Differs from the paper: in all but the
+model, for its training is not published.
 
 The smallest v5p slice that trains it, as compiled ahead of time with jax 0.10.2 (2x2x2 lacks 32.2
 GB even with one sequence a device):

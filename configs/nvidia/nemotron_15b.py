@@ -4,9 +4,12 @@
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
 Published: 8 T tokens of 4096-token sequences on 384 nodes of 8 H100, the batch raised from 384 to
-1152 sequences. Not expressible here: that ramp (1152 throughout). Not known: the rate (4.5e-4 to
-4.5e-5 is what the upcycling paper's text suggests), warmup. The text is not part of this
-repository.
+1152 sequences. Not known: the rate (4.5e-4 to 4.5e-5 is what the upcycling paper's text suggests),
+warmup. Initial weights are Megatron-LM's, of the deviation in the release's config. The text is not
+part of this repository.
+
+Differs from the paper: the batch size is 1152 throughout; a document's attention sees that document
+only.
 """
 
 from moe_jax import config as configs

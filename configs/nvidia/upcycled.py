@@ -8,6 +8,10 @@ arXiv 2410.07524: 1 T tokens in batches of 4 M. Validation loss there: 1.306 (e8
 configs/nvidia/nemotron_15b.py; experts are virtual groups with the paper's weight scaling. Not
 known: warmup (none is set); the final rate (1/100 of the parent's, which the text gives unclearly
 and which is taken as 4.5e-5), hardware and time. The text is not part of this repository.
+
+The balancing loss of 0.01 is added over layers and taken over a device's microbatch, as Megatron-LM
+does. Differs from the paper: that microbatch has as many sequences as the mesh gives it; attention
+does not cross documents.
 """
 
 from moe_jax import config as configs
@@ -37,6 +41,7 @@ def get_config(size: str = "e8g1t2"):
     config.balance.load_balancing_coefficient = 0.01
     config.balance.over_layers = "sum"  # as Megatron adds them
     config.balance.load_balancing_scope = "layer"
+    config.balance.load_balancing_over = "device"
     config.balance.load_balancing_divide_by_k = True
     config.evaluation.batch_size = 1024
     return config

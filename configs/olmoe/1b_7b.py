@@ -5,10 +5,13 @@
 
 arXiv 2409.02060. Published hardware and time: 256 H100, about 10 days. The paper ends with 100 B
 tokens of linear decay to 0 (schedule "wsd", 23,842 steps from 4e-5): a second run whose init.source
-is this one, with fresh optimizer moments where the paper keeps them. Not expressible here: the
-filter of repeated n-grams, the paper's BPE tokenizer (use a SentencePiece model of at most 50,304
-pieces). The balancing loss is taken over the global batch, in the paper per device. The text
-(OLMoE-mix) is not part of this repository.
+is this one, with fresh optimizer moments where the paper keeps them. The losses are megablocks':
+averaged over layers, taken over a device's microbatch. The text (OLMoE-mix) is not part of this
+repository.
+
+Differs from the paper: there is no filter of documents with repeated n-grams; attention does not
+cross documents; the tokenizer is the file that data.tokenizer names (there a BPE, whose
+tokenizer.json fits); a device's microbatch has as many sequences as the mesh gives it.
 
 The smallest v5p slice there is trains it, as compiled ahead of time with jax 0.10.2:
 
@@ -44,6 +47,7 @@ def get_config():
     config.balance.load_balancing_coefficient = 0.01
     config.balance.load_balancing_scope = "layer"
     config.balance.over_layers = "mean"  # as megablocks averages them
+    config.balance.load_balancing_over = "device"
     config.balance.load_balancing_divide_by_k = True
     config.balance.router_z_coefficient = 0.001
     config.evaluation.batch_size = 1024

@@ -5,9 +5,11 @@
 
 Published: 36 T tokens in three stages, the first with sequences of 4096, a balancing loss over the
 global batch, its coefficient (0.001) in the released checkpoint's config. Not published: rate,
-warmup, batch, hardware and time; those set are placeholders for one stage of 1 T tokens. The BPE
-tokenizer is not expressible here (use a SentencePiece model of at most 151,936 pieces); the text is
-not part of this repository.
+warmup, batch, hardware and time; those set are placeholders for one stage of 1 T tokens. The text
+is not part of this repository.
+
+Differs from the paper: one stage of three; the tokenizer is the file that data.tokenizer names
+(there a BPE, whose tokenizer.json fits).
 """
 
 from moe_jax import config as configs

@@ -5,9 +5,9 @@
 
 arXiv 2406.06563. Needs the parent, trained with configs/skywork/13b.py. Published hardware: 1536
 A800, 690 tokens a second each. As there, the balancing coefficient of each layer follows its drop
-rate, up to 0.01; here nothing is dropped, and the rate is that of a capacity of 1.25. Not known
-here: that capacity, rate, warmup, batch, tokens; those set are placeholders. The text (English,
-Chinese and code as 7 : 2 : 1) is not part of this repository.
+rate, up to 0.01. Not known here: the capacity, rate, warmup, batch, tokens; those set are
+placeholders. The text (English, Chinese and code as 7 : 2 : 1) is not part of this repository.
+Differs from the paper: the dispatch is dropless, and the drop rate that of a capacity of 1.25.
 
 The smallest v5p slice that trains it, as compiled ahead of time with jax 0.10.2 (2x4x4 lacks 11.2
 GB even with one sequence a device):

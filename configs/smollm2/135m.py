@@ -5,9 +5,9 @@
 
 Published: 2 T tokens on 64 H100, a constant rate with a linear decay over the last 20 %. Rate,
 batch (1 M tokens), warmup, weight decay and the deviation of initial weights are those of
-SmolLM1-135M's published training file; the paper's text was not checked. Not expressible here: the
-BPE tokenizer (use a SentencePiece model of at most 49,152 pieces). The text is not part of this
-repository.
+SmolLM1-135M's published training file; the paper's text was not checked. The text is not part of
+this repository. Differs from the paper: the tokenizer is the file that data.tokenizer names (there
+a BPE, whose tokenizer.json fits).
 """
 
 from moe_jax import config as configs

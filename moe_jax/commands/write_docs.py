@@ -1,4 +1,4 @@
-"""Writes the parts of docs/ that come from the code: the tables of recipes and of config keys.
+"""Writes the parts of docs/ that come from the code: tables of recipes, keys, published constants.
 
 Examples:
   python scripts/write_docs.py
@@ -11,12 +11,16 @@ page is not what the code gives.
 import pathlib
 
 from moe_jax import command_line
-from moe_jax.config import listing
+from moe_jax.config import listing, published
 from moe_jax.upcycle import recipes
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
-GENERATED = {"upcycling.md": recipes.table, "configuration.md": listing.page}
+GENERATED = {
+    "upcycling.md": recipes.table,
+    "configuration.md": listing.page,
+    "published_configs.md": published.page,
+}
 
 
 def main() -> None:
