@@ -90,10 +90,14 @@ Rules = Iterable[tuple[str, float]]
 
 
 def check_paths(optimizer: Optimizer, params: dict) -> None:
-    """Raises: ValueError for a pattern of a rule, or `frozen`, that no path of `params` matches."""
+    """Raises: ValueError for a pattern of the config that no path of `params` matches."""
     names = list(tree.flatten(params))
     patterns = [(key, pattern) for key in FACTORS for pattern, _ in getattr(optimizer, key)]
-    patterns += [("frozen", optimizer.frozen)] if optimizer.frozen else []
+    single = ((key, getattr(optimizer, key)) for key in ("frozen", "no_weight_decay"))
+    default = Optimizer()
+    patterns += [
+        (key, pattern) for key, pattern in single if pattern not in ("", getattr(default, key))
+    ]
     for key, pattern in patterns:
         if not any(re.search(pattern, name) for name in names):
             raise ValueError(

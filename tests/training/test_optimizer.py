@@ -134,15 +134,15 @@ def test_without_rules_the_state_has_the_paths_of_earlier_checkpoints():
     assert names == ["1/0/count", "1/0/mu/a", "1/0/nu/a", "1/2/count"]
 
 
-@pytest.mark.parametrize("key", [*optimizer.FACTORS, "frozen"])
+@pytest.mark.parametrize("key", [*optimizer.FACTORS, "frozen", "no_weight_decay"])
 def test_a_pattern_without_a_parameter_is_refused(key):
     section = settings(
-        **{key: "expert/up" if key == "frozen" else (("embed", 1), ("expert/up", 2))}
+        **{key: (("embed", 1), ("expert/up", 2)) if key in optimizer.FACTORS else "expert/up"}
     )
     with pytest.raises(ValueError, match=f"{key}: 'expert/up' matches no parameter"):
         optimizer.check_paths(section, tree_of(1.0, 1.0))
     section = settings(
-        **{key: "experts/up" if key == "frozen" else (("embed", 1), ("experts/up", 2))}
+        **{key: (("embed", 1), ("experts/up", 2)) if key in optimizer.FACTORS else "experts/up"}
     )
     optimizer.check_paths(section, tree_of(1.0, 1.0))
 
