@@ -37,7 +37,8 @@ SYSTEMS = {
         "model.num_expert_groups": 4,
     },
     "llama_moe": {
-        **{RECIPE: "llama_moe", **PARTS, ROUTER: "noisy_topk"},
+        **{RECIPE: "llama_moe", **PARTS, ROUTER: "noisy_topk_mlp"},
+        "init.upcycle.router": "torch_linear",
         **{BALANCE: 0.0, "balance.importance_coefficient": 0.01, OVER_LAYERS: "sum"},
     },
     "moe_ct": {
