@@ -23,7 +23,7 @@ def _of_a_layer(coefficient: str):
     """The weight of one layer's loss in the loss."""
 
     def weight(run: resolved.Run) -> float:
-        added = getattr(run.balance, "over_layers", "mean") == "sum"
+        added = run.balance.over_layers == "sum"
         return getattr(run.balance, coefficient) / (
             1 if added else run.model.layer_kinds.count(MOE)
         )
