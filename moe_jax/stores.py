@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import reprlib
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 import jax
 
 from moe_jax import config as configs
-from moe_jax import files, hf, model
+from moe_jax import files, hf, model, spelling
 from moe_jax.data import tokenizer_files, tokenizers
 from moe_jax.hf import beside, folders, tensors, writing
 from moe_jax.hf import configs as hf_configs
@@ -22,6 +23,34 @@ from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import streaming
 
 TOKENIZER = "tokenizer"  # the folder of a workdir with the files beside its parent's weights
+
+
+def find(name: str) -> pathlib.Path:
+    """A model's folder by its name, by the name of a sweep's run without its id, or by a beginning
+    that only one folder has.
+
+    Raises: ValueError for a name that none or several have.
+    """
+    path = pathlib.Path(name)
+    if path.exists():
+        return path
+    names = sorted(p.name for p in path.parent.glob("*") if p.is_dir())
+    found = [name for name in names if name.startswith(path.name)]
+    of_sweep = [name for name in found if re.fullmatch("-[0-9a-f]{10}", name[len(path.name) :])]
+    for only in (of_sweep, found):
+        if len(only) == 1:
+            return path.parent / only[0]
+    those = (
+        f"; it may be {' or '.join(found)}" if found else spelling.did_you_mean(path.name, names)
+    )
+    raise ValueError(f"{name} is no folder{those}")
+
+
+def data_of(workdir: pathlib.Path) -> configs.Data | None:
+    """The data section of a run; None for a Hugging Face folder and for a model without a text."""
+    if folders.is_folder(workdir):
+        return None
+    return configs.resolve(configs.load_json(workdir)).data
 
 
 def load_alike(

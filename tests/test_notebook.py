@@ -50,7 +50,9 @@ def test_the_exercises_know_the_right_answers_and_refuse_wrong_ones(notebook):
     for answers, said in ((right, "right"), (["1", "2", "0 * logits[:2]"], "not yet")):
         code = exercises
         for answer in answers:
-            code = re.sub(r"(answer = |return )\.\.\.$", rf"\g<1>{answer}", code, count=1, flags=re.M)
+            code = re.sub(
+                r"(answer = |return )\.\.\.$", rf"\g<1>{answer}", code, count=1, flags=re.M
+            )
         output = io.StringIO()
         known = {"dense": dense, "moe": moe, "total": 10_000, "E": 8, "np": np}
         known["two_largest"] = lambda x: np.exp(np.sort(x)[:-3:-1]) / np.exp(np.sort(x)[-2:]).sum()

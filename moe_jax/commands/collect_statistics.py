@@ -30,7 +30,7 @@ from moe_jax.parallel import mesh
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--source", required=True, type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--source", required=True, metavar="DIR")
     parser.add_argument("--text", required=True, type=pathlib.Path, help="a text file")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="a file to be written")
     parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
@@ -48,8 +48,9 @@ def main() -> None:
 
 
 def run(arguments) -> None:
-    config, params = stores.load(arguments.source, mesh.one_device())
-    tokenizer = tokenizers.load(arguments.tokenizer or stores.tokenizer_of(arguments.source))
+    folder = stores.find(arguments.source)
+    config, params = stores.load(folder, mesh.one_device())
+    tokenizer = tokenizers.load(arguments.tokenizer or stores.tokenizer_of(folder))
     tokens_NBT = batches_of(arguments, tokenizer)
     if config.num_experts:
         found = parent_statistics.of_mixture(params, config, tokens_NBT)

@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--source", required=True, type=pathlib.Path, help="the model's folder")
+    parser.add_argument("--source", required=True, help="the model's folder")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="must not exist")
     parser.add_argument("--to", required=True, choices=("hf", "orbax"), help="format of the output")
     dropless = "write a model trained with a capacity as one that drops no token"
@@ -38,8 +38,9 @@ def main() -> None:
 
 
 def run(arguments) -> None:
-    if arguments.to == "hf" and folders.is_folder(arguments.source):
-        source = folders.Folder(arguments.source)
+    folder = stores.find(arguments.source)
+    if arguments.to == "hf" and folders.is_folder(folder):
+        source = folders.Folder(folder)
         given = source.dtypes().items()
         dtypes = {path: np.dtype(arguments.dtype or dtype) for path, dtype in given}
         writing.write(
@@ -51,8 +52,8 @@ def run(arguments) -> None:
             progress=True,
         )
         return
-    config, params = stores.load(arguments.source, mesh.one_device())
+    config, params = stores.load(folder, mesh.one_device())
     if arguments.dropless:
         config = dataclasses.replace(config, dispatch="dropless")
-    how = {"source": arguments.source, "dtype": arguments.dtype}
+    how = {"source": folder, "dtype": arguments.dtype}
     stores.save_as(arguments.to, arguments.output, config, params, **how)

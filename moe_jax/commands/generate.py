@@ -11,7 +11,6 @@ generation_config.json names, or else config.json, or else at the tokenizer's en
 """
 
 import math
-import pathlib
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ from moe_jax.parallel import mesh
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR")
     parser.add_argument("--prompt", required=True, action="append", help="may be given repeatedly")
     parser.add_argument("--num_tokens", type=int, default=64, help="tokens to add (64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest (0)")
@@ -41,8 +40,9 @@ def main() -> None:
 
 
 def run(arguments) -> list[str]:
-    model_config, params = stores.load(arguments.checkpoint, mesh.one_device())
-    tokenizer = tokenizers.load(arguments.tokenizer or stores.tokenizer_of(arguments.checkpoint))
+    folder = stores.find(arguments.checkpoint)
+    model_config, params = stores.load(folder, mesh.one_device())
+    tokenizer = tokenizers.load(arguments.tokenizer or stores.tokenizer_of(folder))
     prompts = [tokenizer.prompt(text) for text in arguments.prompt]
     continuations = generate.generate(
         params,
@@ -53,7 +53,7 @@ def run(arguments) -> list[str]:
         top_p=arguments.top_p,
         key=jax.random.key(arguments.seed),
     )
-    texts, ends = [], stores.end_ids(arguments.checkpoint, tokenizer)
+    texts, ends = [], stores.end_ids(folder, tokenizer)
     for prompt, ids in zip(prompts, continuations, strict=True):
         ended = np.logical_or.accumulate(np.isin(ids, ends))
         texts.append(tokenizer.decode(np.concatenate([prompt, ids[~ended]])))

@@ -132,7 +132,7 @@ def recipe_parameters(recipe: str, arguments: list[str]) -> dict:
 
 def sources_of(arguments) -> list[pathlib.Path]:
     """The folders of the parents. Raises: ValueError for none, or an output inside one."""
-    paths = [pathlib.Path(part.strip()) for part in arguments.source.split(",") if part.strip()]
+    paths = [stores.find(part.strip()) for part in arguments.source.split(",") if part.strip()]
     if not paths:
         raise ValueError(f"--source={arguments.source} names no parent; give its folder")
     for path in paths:

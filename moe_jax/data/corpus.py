@@ -19,6 +19,7 @@ class TokenizedCorpus:
     pairs: np.ndarray  # of each record: predicted tokens
     label_ids: np.ndarray  # of each record
     bytes_per_label: tuple[int, ...]  # of text
+    documents_per_label: tuple[int, ...]
     byte_counts: tuple[int, ...]  # of each of the 256 bytes
     digest: str  # a hash of all tokens: equal rows have equal ones, whatever the files' names
 
@@ -31,6 +32,7 @@ class TokenizedCorpus:
             pairs=np.load(folder / "pairs.npy", mmap_mode="r"),
             label_ids=np.load(folder / "label_ids.npy", mmap_mode="r"),
             bytes_per_label=tuple(meta["bytes_per_label"]),
+            documents_per_label=tuple(meta["documents_per_label"]),
             byte_counts=tuple(meta["byte_counts"]),
             digest=meta["digest"],
         )

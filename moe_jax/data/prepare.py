@@ -1,5 +1,6 @@
 """Text becomes token records: each document is tokenized once and kept under a content hash."""
 
+import collections
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import Document
 from moe_jax.data.tokenizers import Tokenizer
 
-FORMAT = 2  # of the cache; part of its key
+FORMAT = 3  # of the cache; part of its key
 DATASETS = "tfds"  # the folder of the cache in which TFDS keeps its own
 RECORD_TOKENS = 65_536  # a longer document is cut into several records
 
@@ -65,6 +66,7 @@ def _tokenize(
 ) -> int:
     """Writes tokens, lengths and counts; returns the number of records."""
     pairs, label_ids, bytes_of_label = [], [], dict[str, int]()
+    number_of_label = collections.Counter[str]()
     byte_counts, digest = np.zeros(256, np.int64), hashlib.sha256()
     path = str(folder / "tokens.array_record")
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
@@ -78,6 +80,7 @@ def _tokenize(
         text_bytes = np.frombuffer(document.text.encode(), np.uint8)
         byte_counts += np.bincount(text_bytes, minlength=256)
         bytes_of_label[document.label] = bytes_of_label.get(document.label, 0) + len(text_bytes)
+        number_of_label[document.label] += 1
         label_id = list(bytes_of_label).index(document.label)
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
         # Neighbouring records share a token: the last target of one is the first input of the next.
@@ -92,6 +95,7 @@ def _tokenize(
     meta = {
         "labels": list(bytes_of_label),
         "bytes_per_label": list(bytes_of_label.values()),
+        "documents_per_label": [number_of_label[label] for label in bytes_of_label],
         "byte_counts": byte_counts.tolist(),
         "digest": digest.hexdigest(),
     }

@@ -75,7 +75,7 @@ def held_out_loss(context: Context) -> Callable[[dict], Evaluation]:
             sequence_length=run.data.sequence_length,
             max_batches=run.evaluation.max_batches,
         )
-        found = perplexity.evaluate(eval_step, params, text, held_out.bytes_per_token)
+        found = perplexity.evaluate(eval_step, params, text, held_out.bytes_per_token).loss()
         row, sums = {"validation": found.row()}, None
         if found.router is not None:
             kind, capacity_factor = run.model.router, run.model.capacity_factor

@@ -20,18 +20,73 @@ from moe_jax.ops import bins, cross_entropy
 class HeldOutLoss:
     """Losses in nats per predicted token.
 
-    `router` holds the sums that measures of the routers are computed from; None for a dense model.
+    held_out_tokens: the number of predicted tokens behind them.
+    router: the sums that measures of the routers are computed from; None for a dense model.
     """
 
     loss: float
     bits_per_byte: float
+    held_out_tokens: int
     per_language: dict[str, dict[str, float]]
     router: Mapping[str, np.ndarray] | None
 
     def row(self) -> dict:
         """The validation row of metrics.jsonl."""
-        fields = ("loss", "bits_per_byte", "per_language")
+        fields = ("loss", "bits_per_byte", "held_out_tokens", "per_language")
         return {name: getattr(self, name) for name in fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """The sums of each row and label; rows of padding have no tokens.
+
+    bytes_per_token: of each label: the mean bytes of text per predicted token.
+    """
+
+    nats_RN: np.ndarray
+    tokens_RN: np.ndarray
+    bytes_per_token: dict[str, float]
+    router: Mapping[str, np.ndarray] | None
+
+    def loss(self) -> HeldOutLoss:
+        labels = {label: self.of_label(label) for label in self.bytes_per_token}
+        return HeldOutLoss(
+            **self._mean(),
+            held_out_tokens=int(self.tokens_RN.sum()),
+            per_language={
+                label: sums._mean() for label, sums in labels.items() if sums.tokens_RN.any()
+            },
+            router=self.router,
+        )
+
+    def of_label(self, label: str) -> "Sums":
+        n = list(self.bytes_per_token).index(label)
+        own = {label: self.bytes_per_token[label]}
+        return Sums(self.nats_RN[:, n : n + 1], self.tokens_RN[:, n : n + 1], own, self.router)
+
+    def intervals(self, *, seed: int = 0, draws: int = 1000) -> dict[str, list[float]]:
+        """95 % bootstrap intervals of the loss and the bits per byte.
+
+        Rows are drawn with replacement: tokens of a row, often of one document, are not
+        independent (Efron, "Bootstrap methods", Annals of Statistics 7, 1979; percentiles).
+        """
+        filled_R = self.tokens_RN.any(axis=1)
+        share_R = filled_R / max(filled_R.sum(), 1)
+        rng = np.random.default_rng(seed)
+        times_XR = rng.multinomial(int(filled_R.sum()), share_R, size=draws)
+        losses = self._losses(times_XR)
+        return {name: np.percentile(x, [2.5, 97.5]).tolist() for name, x in losses.items()}
+
+    def _mean(self) -> dict[str, float]:
+        losses = self._losses(np.ones((1, len(self.nats_RN))))
+        return {name: float(x) for name, [x] in losses.items()}
+
+    def _losses(self, times_XR: np.ndarray) -> dict[str, np.ndarray]:
+        """Loss and bits per byte where each row counts so many times."""
+        bytes_N = np.array(list(self.bytes_per_token.values()))
+        nats, tokens = times_XR @ self.nats_RN.sum(axis=1), times_XR @ self.tokens_RN.sum(axis=1)
+        num_bytes = times_XR @ (self.tokens_RN @ bytes_N)
+        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes}
 
 
 def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:
@@ -59,31 +114,25 @@ def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:
 
 def evaluate(
     eval_step: Callable, params: dict, batches: Iterable[Batch], bytes_per_token: dict[str, float]
-) -> HeldOutLoss:
-    """Averages `eval_step` over batches.
+) -> Sums:
+    """The sums of `eval_step` over batches.
 
     Args:
       bytes_per_token: for each label, in the order of the batches' label ids, the mean bytes of
         text per predicted token. Over the whole held-out text, all of its tokens counted, bits per
         byte are exact.
     """
-
-    def of_batch(nats_BN, tokens_BN, router):
-        sums = nats_BN.sum(axis=0, dtype=np.float64), tokens_BN.sum(axis=0), router
-        wide = {"i": np.int64, "f": np.float64}
-        return jax.tree.map(lambda x: x.astype(wide[x.dtype.kind]), sums)
-
-    sums = (of_batch(*jax.device_get(eval_step(params, batch))) for batch in batches)
-    nats, tokens, router = functools.reduce(lambda *two: jax.tree.map(np.add, *two), sums)
-    num_bytes = tokens * np.array(list(bytes_per_token.values()))
-
-    def row(nats, tokens, num_bytes):
-        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes}
-
-    per_language = {
-        label: row(*values)
-        for label, *values in zip(bytes_per_token, nats, tokens, num_bytes, strict=True)
-        if values[1]
-    }
-    total = row(nats.sum(), tokens.sum(), num_bytes.sum())
-    return HeldOutLoss(**total, per_language=per_language, router=router)
+    wide = {"i": np.int64, "f": np.float64}
+    nats, tokens, routers = [], [], []
+    for batch in batches:
+        *of_rows, router = jax.device_get(eval_step(params, batch))
+        nats_BN, tokens_BN, router = jax.tree.map(
+            lambda x: x.astype(wide[x.dtype.kind]), (*of_rows, router)
+        )
+        nats.append(nats_BN)
+        tokens.append(tokens_BN)
+        routers.append(router)
+    router = functools.reduce(lambda *two: jax.tree.map(np.add, *two), routers)
+    nats_RN, tokens_RN = np.concatenate(nats), np.concatenate(tokens)
+    filled_R = tokens_RN.any(axis=1)
+    return Sums(nats_RN[filled_R], tokens_RN[filled_R], bytes_per_token, router)

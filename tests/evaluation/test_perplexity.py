@@ -43,7 +43,7 @@ def test_losses_by_language_are_means_over_their_tokens_and_bits_are_per_byte(pa
     batches = [batch_of(0), batch_of(1)]
     bytes_per_token = {"en": 1.0, "ja": 3.0, "ru": 2.0, "unseen": 1.0}
     eval_step = jax.jit(perplexity.make_eval_step(CONFIG, len(bytes_per_token)))
-    found = perplexity.evaluate(eval_step, params, batches, bytes_per_token)
+    found = perplexity.evaluate(eval_step, params, batches, bytes_per_token).loss()
 
     nats = {label: [] for label in bytes_per_token}
     for batch in batches:
@@ -99,7 +99,7 @@ def test_the_loss_depends_neither_on_the_batch_size_nor_on_rows_of_padding(kind)
     rows = rng.integers(0, 16, (ROWS, T + 1)), np.arange(T) < rng.integers(1, T + 1, (ROWS, 1))
     eval_step = jax.jit(perplexity.make_eval_step(config, 1))
     found = [
-        perplexity.evaluate(eval_step, params, padded_batches(size, *rows), {"en": 1.0})
+        perplexity.evaluate(eval_step, params, padded_batches(size, *rows), {"en": 1.0}).loss()
         for size in (1, 7, 64)
     ]
     assert found[0].router["num_dropped"].any() == (kind in ("group-limited", "noisy, random"))
@@ -135,9 +135,26 @@ def test_a_thousand_batches_of_four_million_tokens_lose_nothing():
     """What a step returns for them is added in float64 and int64."""
     sums = np.full((1024, 1), 4096 * 2.3, np.float32), np.full((1024, 1), 4096, np.int32)
     router = {"tokens_per_expert_E": np.array([[2**22]], np.int32)}
-    found = perplexity.evaluate(lambda *_: (*sums, router), {}, range(1000), {"en": 1.0})
+    found = perplexity.evaluate(lambda *_: (*sums, router), {}, range(1000), {"en": 1.0}).loss()
     assert found.loss == pytest.approx(2.3, rel=1e-7)
     assert found.router["tokens_per_expert_E"] == 1000 * 2**22
+
+
+def test_an_interval_is_that_of_the_mean_of_rows_and_rows_of_padding_do_not_count():
+    """For many rows of equal length it is the mean and 1.96 standard errors to each side."""
+    rng = np.random.default_rng(0)
+    nats_RN, tokens_RN = rng.normal(32, 8, (400, 2)), np.full((400, 2), 16)
+    padding = np.zeros((100, 2))
+    rows = np.vstack([nats_RN, padding]), np.vstack([tokens_RN, padding.astype(int)])
+    step = iter([(*rows, None)])
+    sums = perplexity.evaluate(lambda *_: next(step), {}, [None], {"en": 1.0, "ja": 2.0})
+    assert sums.loss().held_out_tokens == 400 * 32
+    found = sums.of_label("ja").intervals()
+    mean, error = nats_RN[:, 1].mean() / 16, nats_RN[:, 1].std() / 20 / 16
+    expected = np.array([mean - 1.96 * error, mean + 1.96 * error])
+    np.testing.assert_allclose(found["loss"], expected, atol=error / 4)
+    np.testing.assert_allclose(found["bits_per_byte"], np.array(found["loss"]) / np.log(2) / 2)
+    assert np.ptp(sums.intervals()["loss"]) < np.ptp(found["loss"])
 
 
 def test_greedy_continuation_is_the_likeliest_token_again_and_again(params):

@@ -1,0 +1,103 @@
+"""The command evaluate: any model's folder on any text, without training."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import hf, model, stores
+from moe_jax.commands import evaluate
+from moe_jax.data import tokenizers
+from tests.hf.test_golden import GOLDEN
+
+CONFIG = model.ModelConfig(
+    vocab_size=259,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_experts=2,
+    num_experts_per_tok=2,
+)
+TEXTS = {"en": "one and two are three", "ja": "一たす二は三"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model, a text of two labels, and the nats of each label by a plain loop."""
+    root = tmp_path_factory.mktemp("evaluate")
+    params = jax.jit(lambda: jax.tree.map(lambda x: 5 * x, model.init(CONFIG, jax.random.key(0))))()
+    stores.save(root / "model-0123456789", CONFIG, params)
+    lines = [json.dumps({"text": text, "language": label}) for label, text in TEXTS.items()]
+    (root / "text.jsonl").write_text("\n".join(lines))
+    nats = {}
+    for label, text in TEXTS.items():
+        ids = np.array([[1, *tokenizers.load("bytes").encode(text), 2]])
+        logits_BTV = model.apply(params, jnp.asarray(ids[:, :-1]), CONFIG).logits_BTV
+        log_p_BTV = np.asarray(jax.nn.log_softmax(logits_BTV), np.float64)
+        nats[label] = -np.take_along_axis(log_p_BTV, ids[:, 1:, None], axis=-1)[..., 0].ravel()
+    return root, nats
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    evaluate.main()
+    return capsys.readouterr().out
+
+
+def test_losses_and_counts_are_those_of_a_plain_loop(folders, monkeypatch, capsys):
+    root, nats = folders
+    options = f"--source={root / 'text.jsonl'}", "--sequence_length=64", "--json"
+    found = json.loads(run(monkeypatch, capsys, f"--checkpoint={root / 'model'}", *options))
+    everything = np.concatenate(list(nats.values()))
+    num_bytes = sum(len(text.encode()) for text in TEXTS.values())
+    assert found["loss"] == pytest.approx(everything.mean(), rel=1e-5)
+    bits = everything.sum() / np.log(2) / num_bytes
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert (found["documents"], found["tokens"]) == (2, len(everything))
+    for label, own in nats.items():
+        assert found["labels"][label]["loss"] == pytest.approx(own.mean(), rel=1e-5)
+        assert found["labels"][label]["documents"] == 1
+    low, high = found["loss_interval"]
+    assert low <= found["loss"] <= high
+
+
+def test_the_table_has_a_line_for_each_label(folders, monkeypatch, capsys):
+    root, _ = folders
+    options = f"--source={root / 'text.jsonl'}", "--sequence_length=64"
+    lines = run(monkeypatch, capsys, f"--checkpoint={root / 'model'}", *options).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["label", "all", "en", "ja"]
+
+
+def test_a_hugging_face_folder_needs_a_text_and_a_tokenizer(folders, monkeypatch, capsys):
+    root, _ = folders
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, capsys, f"--checkpoint={GOLDEN / 'llama'}")
+    assert "has no text of its own; give --source=TEXT" in capsys.readouterr().err
+    dense = dataclasses.replace(CONFIG, num_experts=0)
+    hf.save(root / "hf", dense, jax.jit(lambda: model.init(dense, jax.random.key(0)))())
+    options = f"--source={root / 'text.jsonl'}", "--tokenizer=bytes", "--sequence_length=64"
+    assert " 41 " in run(monkeypatch, capsys, f"--checkpoint={root / 'hf'}", *options)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("run", "it may be run-0000000000 or run_b-1111111111 or run_c"),
+        ("ron_c", r"did you mean run_c\?"),
+        ("other", "is no folder$"),
+    ],
+)
+def test_a_folder_is_found_by_a_beginning_that_no_other_has(name, complaint, tmp_path):
+    for folder in ("run-0000000000", "run_b-1111111111", "run_c", "alone-more"):
+        (tmp_path / folder).mkdir()
+    assert stores.find(str(tmp_path / "run")).name == "run-0000000000"
+    assert stores.find(str(tmp_path / "alone")).name == "alone-more"
+    (tmp_path / "run-0000000001").mkdir()
+    complaint = complaint.replace(" or run_b", " or run-0000000001 or run_b")
+    with pytest.raises(ValueError, match=complaint):
+        stores.find(str(tmp_path / name))
