@@ -13,6 +13,7 @@ import jax
 
 from moe_jax import config as configs
 from moe_jax import files, hf, model, spelling
+from moe_jax.config import resolved
 from moe_jax.data import tokenizer_files, tokenizers
 from moe_jax.hf import beside, folders, tensors, writing
 from moe_jax.hf import configs as hf_configs
@@ -21,8 +22,6 @@ from moe_jax.parallel import distributed, sharding
 from moe_jax.training import checkpoint
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import streaming
-
-TOKENIZER = "tokenizer"  # the folder of a workdir with the files beside its parent's weights
 
 
 def find(name: str) -> pathlib.Path:
@@ -40,17 +39,15 @@ def find(name: str) -> pathlib.Path:
     for only in (of_sweep, found):
         if len(only) == 1:
             return path.parent / only[0]
-    those = (
-        f"; it may be {' or '.join(found)}" if found else spelling.did_you_mean(path.name, names)
-    )
-    raise ValueError(f"{name} is no folder{those}")
+    near = f"; it may be {' or '.join(found)}" if found else spelling.did_you_mean(path.name, names)
+    raise ValueError(f"{name} is neither a Hugging Face folder nor a run: it is not there{near}")
 
 
 def data_of(workdir: pathlib.Path) -> configs.Data | None:
     """The data section of a run; None for a Hugging Face folder and for a model without a text."""
     if folders.is_folder(workdir):
         return None
-    return configs.resolve(configs.load_json(workdir)).data
+    return configs.of_stored(configs.load_json(workdir)).data
 
 
 def load_alike(
@@ -107,19 +104,10 @@ def config_of(workdir: pathlib.Path) -> model.ModelConfig:
     return configs.of_stored(configs.load_json(workdir)).model
 
 
-def tokenizer_of(workdir: pathlib.Path) -> str:
-    """The name by which `tokenizers.load` finds the tokenizer of a model's folder."""
-    is_folder = folders.is_folder(workdir)
-    own = beside.tokenizer_in(workdir if is_folder else workdir / TOKENIZER)
-    if own is None and is_folder:
-        raise ValueError(f"{workdir} has no tokenizer.json or tokenizer.model; set --tokenizer")
-    return configs.load_json(workdir).data.tokenizer if own is None else str(own)
-
-
 def end_ids(workdir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
     """The ids that end a text of the model: a folder's own, or those that ended training texts."""
     is_folder = folders.is_folder(workdir)
-    named = tokenizer_files.ends(workdir if is_folder else workdir / TOKENIZER)
+    named = tokenizer_files.ends(workdir if is_folder else workdir / resolved.TOKENIZER)
     ends = named or tokenizer.end_ids
     return ends if is_folder else (*ends, tokenizer.eos_id)
 
@@ -155,13 +143,13 @@ def save_as(
 def _beside(source: pathlib.Path) -> tuple[str, pathlib.Path | None]:
     """The tokenizer of a model, or "bytes", and the folder of the files that belong to it."""
     try:
-        tokenizer = tokenizer_of(source)
+        tokenizer = configs.tokenizer_of(source)
     except ValueError:
         tokenizer = "bytes"
     if folders.is_folder(source):
         return tokenizer, source
-    if (source / TOKENIZER).exists():
-        return tokenizer, source / TOKENIZER
+    if (source / resolved.TOKENIZER).exists():
+        return tokenizer, source / resolved.TOKENIZER
     if os.path.isfile(tokenizer):
         return tokenizer, pathlib.Path(tokenizer).parent
     if tokenizer != "bytes":
@@ -186,7 +174,7 @@ def save(
     config.data.tokenizer = tokenizer
     if os.path.isfile(tokenizer):
         name = beside.usual_name(pathlib.Path(tokenizer))
-        config.data.tokenizer = str(workdir / TOKENIZER / name)
+        config.data.tokenizer = str(workdir / resolved.TOKENIZER / name)
     with files.whole_folder(workdir) as unfinished:
         keep_tokenizer(unfinished, tokenizer, source=source)
         configs.save_json(config, unfinished)
@@ -209,9 +197,9 @@ def keep_tokenizer(
     """
     file = pathlib.Path(tokenizer) if os.path.isfile(tokenizer) else None
     source = source or (file and file.parent)
-    if source is None or (workdir / TOKENIZER).exists():
+    if source is None or (workdir / resolved.TOKENIZER).exists():
         return
-    with files.whole_folder(workdir / TOKENIZER) as unfinished:
+    with files.whole_folder(workdir / resolved.TOKENIZER) as unfinished:
         beside.copy(source, unfinished, file)
         beside.copy_config(source, unfinished)
 

@@ -19,6 +19,7 @@ from moe_jax.config import checks, environment
 from moe_jax.data import batches, prepare, sources, tokenizers
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.evaluation import evaluators
+from moe_jax.hf import folders
 from moe_jax.model.router import ROUTERS
 from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
@@ -100,6 +101,8 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     if distributed.is_first():
         configs.save_json(settings.config, workdir)
         stores.keep_tokenizer(workdir, settings.data.tokenizer)
+    if settings.data.source == "embedded" and any(map(folders.is_folder, settings.init.parents)):
+        distributed.say("config.data.source='embedded' is software help; set it to your own text")
     text = batches.feed(
         batches.batches,
         train_text,

@@ -2,6 +2,22 @@
 # Sourced: `activate_venv FILE` makes a virtual environment for $PYTHON with the requirements of FILE
 # and moe_jax itself, unless it is there already, and activates it.
 
+# Adds to jax what the accelerator of this machine needs, in jax's own version.
+install_accelerator() {
+    local extra= version
+    if nvidia-smi >/dev/null 2>&1; then
+        extra=cuda12
+    elif compgen -G "/dev/accel*" >/dev/null; then
+        extra=tpu
+    fi
+    if [ -n "$extra" ]; then
+        version=$("$1" -c 'import jax; print(jax.__version__)')
+        echo "installing jax[$extra]==$version for the accelerator of this machine"
+        "$1" -m pip install --quiet --disable-pip-version-check "jax[$extra]==$version"
+    fi
+    "$1" -c 'import jax; print("jax", jax.__version__, "on", jax.devices()[0].device_kind)'
+}
+
 activate_venv() {
     local requirements=$1 python=${PYTHON:-} version stamp wanted
     if [ -z "$python" ]; then
@@ -24,6 +40,7 @@ activate_venv() {
         [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -e .
+        install_accelerator "$venv/bin/python"
         echo "$wanted" >"$stamp"
     fi
     # shellcheck disable=SC1091

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax import command_line, stores
+from moe_jax import config as configs
 from moe_jax.analysis import parent_statistics
 from moe_jax.data import text_files, tokenizers
 from moe_jax.parallel import mesh
@@ -50,7 +51,7 @@ def main() -> None:
 def run(arguments) -> None:
     folder = stores.find(arguments.source)
     config, params = stores.load(folder, mesh.one_device())
-    tokenizer = tokenizers.load(arguments.tokenizer or stores.tokenizer_of(folder))
+    tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
     tokens_NBT = batches_of(arguments, tokenizer)
     if config.num_experts:
         found = parent_statistics.of_mixture(params, config, tokens_NBT)

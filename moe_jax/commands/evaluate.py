@@ -22,6 +22,7 @@ import json
 import jax
 
 from moe_jax import command_line, model, stores
+from moe_jax import config as configs
 from moe_jax.data import batches, prepare, tokenizers
 from moe_jax.data.document import VALIDATION
 from moe_jax.evaluation import perplexity
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> dict:
     longest = min(config.max_position_embeddings, LONGEST_ROW)
     length = arguments.sequence_length or (own.sequence_length if own else longest)
     config.check_rows(length, "lower --sequence_length")
-    tokenizer = tokenizers.load(arguments.tokenizer or stores.tokenizer_of(folder))
+    tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
     mesh = _mesh(config)
     _, params = stores.load(folder, mesh)
     corpus = prepare.open_corpus(

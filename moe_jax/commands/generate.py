@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from moe_jax import command_line, stores
+from moe_jax import config as configs
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
 from moe_jax.parallel import mesh
@@ -42,7 +43,7 @@ def main() -> None:
 def run(arguments) -> list[str]:
     folder = stores.find(arguments.checkpoint)
     model_config, params = stores.load(folder, mesh.one_device())
-    tokenizer = tokenizers.load(arguments.tokenizer or stores.tokenizer_of(folder))
+    tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
     prompts = [tokenizer.prompt(text) for text in arguments.prompt]
     continuations = generate.generate(
         params,

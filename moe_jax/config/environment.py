@@ -4,13 +4,16 @@ import dataclasses
 import glob
 import json
 import os
+import pathlib
+import re
 
+import jax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from moe_jax.config import reading
+from moe_jax.config import reading, resolved
 from moe_jax.config.checks import ConfigError, refusing
-from moe_jax.config.resolved import Run
+from moe_jax.config.run import Run
 from moe_jax.config.sections import Section, section_of
 from moe_jax.data import sources, tokenizers
 from moe_jax.hf import folders
@@ -23,6 +26,18 @@ def validate_environment(run: Run, num_devices: int) -> None:
     Raises: ConfigError, in one line that says what to change.
     """
     validate_mesh(run, num_devices)
+    named = [("init.source", source) for source in run.init.parents]
+    if teacher := run.objective.distillation.source:
+        named.append(("objective.distillation.source", teacher))
+    for key, source in named:
+        checkpoints = os.path.join(glob.escape(source), "checkpoints", "*")
+        if not folders.is_folder(source) and not glob.glob(checkpoints):
+            hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not os.path.exists(source)
+            fetch = f" (from the hub: hf download {source} --local-dir path/to/folder)"
+            raise ConfigError(
+                f"config.{key}={source!r} has no checkpoints; give the workdir of a run that saved "
+                f"one, or a Hugging Face folder{fetch if hub else ''}"
+            )
     with refusing("config."):
         sources.check(run.data.source)
         tokenizer = tokenizers.load(run.data.tokenizer)
@@ -37,16 +52,34 @@ def validate_environment(run: Run, num_devices: int) -> None:
         if prompts:
             fix = "shorten the longest prompt, or lower evaluation.continuation_tokens"
             run.model.check_rows(max(prompts) + run.evaluation.continuation_tokens, fix)
-    named = [("init.source", source) for source in run.init.parents]
-    if teacher := run.objective.distillation.source:
-        named.append(("objective.distillation.source", teacher))
-    for key, source in named:
-        checkpoints = os.path.join(glob.escape(source), "checkpoints", "*")
-        if not folders.is_folder(source) and not glob.glob(checkpoints):
+    _validate_dtype(run)
+    _validate_tokenizer(run, tokenizer)
+
+
+def _validate_tokenizer(run: Run, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuses another tokenizer than a parent's: its embeddings are of the parent's ids."""
+    for source in () if run.data.other_tokenizer else run.init.parents:
+        try:
+            theirs = tokenizers.load(resolved.tokenizer_of(pathlib.Path(source)))
+        except (ValueError, OSError):  # the parent's folder has none
+            continue
+        if theirs.fingerprint != tokenizer.fingerprint:
             raise ConfigError(
-                f"config.{key}={source!r} has no checkpoints; "
-                "give the workdir of a run that saved one, or a Hugging Face folder"
+                f"config.data.tokenizer={run.data.tokenizer!r} is not the tokenizer of "
+                f"init.source={source!r}, whose embeddings the model has; leave it out, or set "
+                "data.other_tokenizer=True to train them anew"
             )
+
+
+def _validate_dtype(run: Run) -> None:
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    is_old = device.platform == "gpu" and re.fullmatch(r"[\d.]+", capability or "")
+    if is_old and float(capability) < 8 and run.model.dtype == "bfloat16":
+        raise ConfigError(
+            f"config.model.dtype='bfloat16': this GPU (compute capability {capability}) has no "
+            "units for it; use 'float32'"
+        )
 
 
 def validate_mesh(run: Run, num_devices: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moe_jax.config import listing, reading, resolved
+from moe_jax.config.run import Run
 from moe_jax.model.config import MOE
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -22,7 +23,7 @@ NOT_HERE = "none"
 def _of_a_layer(coefficient: str):
     """The weight of one layer's loss in the loss."""
 
-    def weight(run: resolved.Run) -> float:
+    def weight(run: Run) -> float:
         added = run.balance.over_layers == "sum"
         return getattr(run.balance, coefficient) / (
             1 if added else run.model.layer_kinds.count(MOE)
@@ -57,7 +58,7 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-    runs: dict[str, resolved.Run] = {}
+    runs: dict[str, Run] = {}
     for row in csv.DictReader(TABLE.read_text(encoding="utf-8").splitlines()):
         name, constant = row["config"], row["constant"]
         if name not in runs:

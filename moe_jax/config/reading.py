@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from moe_jax import command_line, spelling
 from moe_jax.config import checks
 from moe_jax.config.checks import ConfigError
-from moe_jax.config.resolved import Run
+from moe_jax.config.run import Run
 from moe_jax.config.sections import Balance, key_names, section_of
 from moe_jax.model.config import ModelConfig
 from moe_jax.upcycle import recipes

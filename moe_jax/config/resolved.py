@@ -1,100 +1,32 @@
-"""A run's settings: its config, resolved once into dataclasses of which functions take a part."""
+"""A config resolved, once for each command: its settings, with what it takes from a parent.
+
+A config leaves to the first model of `init.source` what it does not say itself: the model (no
+preset and no size), the tokenizer (`data.tokenizer=""`) and the rows (`data.sequence_length=0`).
+"""
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from moe_jax import spelling
-from moe_jax.config import checks, sections
+from moe_jax.config import checks, machine, reading, sections
 from moe_jax.config.checks import ConfigError
-from moe_jax.config.sections import Section, key, part, section_of
+from moe_jax.config.run import Run
+from moe_jax.config.sections import Section, section_of
+from moe_jax.hf import beside, folders
 from moe_jax.hf import configs as hf_configs
-from moe_jax.hf import folders
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.needs import no_effect, without_effect
 from moe_jax.model.presets import PRESETS
-from moe_jax.model.router import ROUTERS
-from moe_jax.upcycle import recipes
+
+TOKENIZER = "tokenizer"  # the folder of a workdir with the files beside its parent's weights
+LONGEST_ROW = 4096  # tokens, of models that can read more
+AUTO = "auto"  # model.dtype: bfloat16 where this machine's chips have it
 
 Part = TypeVar("Part", bound=Section)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(Section, path=""):
-    """All settings of a run. In a config `model` is a preset and the fields that differ from it,
-    or all fields that ModelConfig has no default for."""
-
-    seed: int = key(
-        0, "seed of the parameters and of the order of the text", checks.seed, fixed=True
-    )
-    # The router decides whether routing is learned at all.
-    model: ModelConfig = dataclasses.field(metadata={"fixed": ("router",)})
-    init: sections.Init = part(sections.Init)
-    data: sections.Data = part(sections.Data)
-    mesh: sections.Mesh = part(sections.Mesh)
-    optimizer: sections.Optimizer = part(sections.Optimizer)
-    training: sections.Training = part(sections.Training)
-    balance: sections.Balance = part(sections.Balance)
-    objective: sections.Objective = part(sections.Objective)
-    evaluation: sections.Evaluation = part(sections.Evaluation)
-    checkpoint: sections.Checkpoint = part(sections.Checkpoint)
-    # The settings come from this config, which is stored in the run's workdir and checkpoints.
-    config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
-
-    def problems(self) -> Iterator[str]:
-        with checks.refusing("config.data.sequence_length: "):
-            self.model.check_rows(self.data.sequence_length)
-        optimizer, num_steps = self.optimizer, self.training.num_steps
-        if optimizer.warmup_steps + optimizer.decay_steps > num_steps:
-            yield (
-                f"config.optimizer: warmup_steps={optimizer.warmup_steps} and "
-                f"decay_steps={optimizer.decay_steps} exceed training.num_steps={num_steps}"
-            )
-        model, rate = self.model, self.balance.bias_update_rate
-        if rate and model.num_experts and "bias" not in ROUTERS[model.router].leaves:
-            biased = " or ".join(repr(n) for n, row in ROUTERS.items() if "bias" in row.leaves)
-            yield (
-                f"config.balance.bias_update_rate={rate} needs a router with a bias, "
-                f"not model.router={model.router!r}; use {biased}, or a rate of 0"
-            )
-        yield from _problems_of_merging(model, self.data.sequence_length)
-        yield from _problems_of_top_1(model, optimizer.frozen)
-        if self.evaluation.num_experts_per_tok > model.num_experts:
-            yield (
-                f"config.evaluation.num_experts_per_tok={self.evaluation.num_experts_per_tok} is "
-                f"more than the {model.num_experts} experts of the model"
-            )
-        recipe = self.init.upcycle.recipe
-        if recipe and not model.num_experts and recipes.RECIPES[recipe].gives == recipes.MIXTURE:
-            yield (
-                f"config.init.upcycle.recipe={recipe!r} makes a sparse model; "
-                "set config.model.num_experts"
-            )
-
-
-def _problems_of_merging(model: ModelConfig, T: int) -> Iterator[str]:
-    S = model.merge_segment_length
-    if model.num_experts and model.dispatch == "merge" and (T % S or T == S):
-        yield (
-            f"config.model.merge_segment_length={S} does not cut rows of {T} tokens into two or "
-            "more segments, of which the first sees its own later tokens; use a smaller divisor of "
-            "data.sequence_length"
-        )
-
-
-def _problems_of_top_1(model: ModelConfig, frozen: str) -> Iterator[str]:
-    to_be_trained = not (frozen and re.search(frozen, "moe/router/kernel"))
-    if model.weight_is_constant and to_be_trained:
-        yield (
-            f"config.model.num_experts_per_tok=1 with weights that sum to one "
-            f"(router={model.router!r}, norm_topk_prob={model.norm_topk_prob}) gives the router "
-            "no gradient; use router='softmax_topk' with norm_topk_prob=False (Switch), 2 experts "
-            "per token, or keep the router as it is by optimizer.frozen='moe/router'"
-        )
 
 
 def resolve(config: ConfigDict) -> Run:
@@ -128,6 +60,7 @@ def _without_effect(run: Run, section: Section) -> Iterator[str]:
 
 def of_stored(config: ConfigDict) -> Run:
     """`resolve` for a config that a run has stored, which may have keys that nothing reads."""
+    config = _filled(config)
     values = _with_tuples(config.to_dict())
     upcycle = values["init"]["upcycle"]
     own = sections.key_names(sections.Upcycle)
@@ -135,7 +68,7 @@ def of_stored(config: ConfigDict) -> Run:
         **{name: value for name, value in upcycle.items() if name in own},
         "parameters": {n: v for n, v in upcycle.items() if n not in own and v is not None},
     }
-    values["model"] = _model(values["model"], _section(sections.Init, values["init"]))
+    values["model"] = _model(values["model"])
     return _section(Run, {**values, "config": config})
 
 
@@ -155,25 +88,67 @@ def _with_tuples(value: Any) -> Any:
     return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _model(section: dict[str, Any], init: sections.Init) -> ModelConfig:
+def _model(section: dict[str, Any]) -> ModelConfig:
     fields = {name: value for name, value in section.items() if value is not None}
     preset = fields.pop("preset")
     if preset and preset not in PRESETS:
         raise ConfigError(spelling.unknown("config.model.preset", preset, PRESETS))
     base = dataclasses.asdict(PRESETS[preset]) if preset else {}
-    source = init.parents[0] if init.parents else ""
-    # A run's own config has the fields of its model; a Hugging Face folder gives those of its own.
-    if source and not preset and "vocab_size" not in fields and folders.is_folder(source):
-        with checks.refusing(f"config.init.source={source}: "):
-            parent = hf_configs.read(hf_configs.load_json(pathlib.Path(source)))
-        base = dataclasses.asdict(parent)
-        if "num_experts" in fields:
-            base["model_type"] = None
     try:
         with checks.refusing("config.model."):
             return ModelConfig(**{**base, **fields})
     except TypeError as error:
         missing = str(error).split("argument")[-1].strip("s: ")
         raise ConfigError(
-            f"config.model lacks {missing}; set them, or config.model.preset"
+            f"config.model lacks {missing}; set them, or config.model.preset, or config.init.source"
         ) from None
+
+
+def _filled(config: ConfigDict) -> ConfigDict:
+    """The config with what it leaves to the first model of `init.source`, and to this machine."""
+    source, own, data = config.init.source.split(",")[0], config.model, config.data
+    config = config.copy_and_resolve_references()
+    if source and not own.preset and own.vocab_size is None:
+        parent = dataclasses.asdict(model_of(pathlib.Path(source)))
+        if own.num_experts is not None:
+            parent["model_type"] = None  # the family is one that can hold the new model
+        given = {name: value for name, value in own.items() if value is not None}
+        config.model.update({n: v for n, v in (parent | given).items() if v is not None})
+    if own.dtype == AUTO:
+        config.model.dtype = machine.dtype_here()
+    # A sweep's parent is not there before it is trained: the run itself finds it.
+    if not data.tokenizer and (not source or (pathlib.Path(source) / "config.json").exists()):
+        with checks.refusing("config.data.tokenizer is not set, and "):
+            config.data.tokenizer = tokenizer_of(pathlib.Path(source)) if source else "bytes"
+    if not data.sequence_length:
+        positions = _model(_with_tuples(config.model.to_dict())).max_position_embeddings
+        config.data.sequence_length = min(positions, LONGEST_ROW)
+    return config
+
+
+def model_of(folder: pathlib.Path) -> ModelConfig:
+    """The config of the model in a Hugging Face folder or a run's workdir.
+
+    Raises: ConfigError, in one line, for any other folder, or one that cannot be read.
+    """
+    with checks.refusing(f"config.init.source={folder}: "):
+        if folders.is_folder(folder):
+            return hf_configs.read(hf_configs.load_json(folder))
+        if (folder / "config.json").exists():
+            return of_stored(reading.load_json(folder)).model
+        raise ValueError(
+            "no Hugging Face folder and no run's workdir; a model of the hub comes into a folder "
+            f"by: hf download {folder} --local-dir path/to/folder"
+        )
+
+
+def tokenizer_of(folder: pathlib.Path) -> str:
+    """The name by which `tokenizers.load` finds the tokenizer of a Hugging Face folder or a run.
+
+    Raises: ValueError for a folder without one.
+    """
+    is_folder = folders.is_folder(folder)
+    own = beside.tokenizer_in(folder if is_folder else folder / TOKENIZER)
+    if own is None and is_folder:
+        raise ValueError(f"{folder} has no tokenizer.json or tokenizer.model; set it")
+    return reading.load_json(folder).data.tokenizer if own is None else str(own)

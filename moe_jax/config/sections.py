@@ -1,7 +1,7 @@
 """The sections of a run's config: all keys with their defaults, explanations and checks.
 
 Each section is a frozen dataclass that checks itself: `Optimizer(learning_rate=-1)` raises
-ConfigError. `resolved.Run` holds one of each.
+ConfigError. `run.Run` holds one of each.
 """
 
 import dataclasses
@@ -143,8 +143,19 @@ class Init(Section, path="init"):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(Section, path="data", fixed=True):
     source: str = key("embedded", "embedded, tfds:NAME, or a path or glob of .txt and .jsonl files")
-    tokenizer: str = key("bytes", "bytes, or the path of a SentencePiece model")
-    sequence_length: int = key(256, "number of tokens in a row", POSITIVE)
+    tokenizer: str = key(
+        "",
+        "bytes, or the path of a tokenizer.json or SentencePiece model; empty is that of "
+        "init.source, or bytes without one",
+    )
+    other_tokenizer: bool = key(
+        False,
+        "trains with another tokenizer than that of init.source, whose embeddings the model has",
+        fixed=False,
+    )
+    sequence_length: int = key(
+        256, "number of tokens in a row; 0 is what the model can read, at most 4096", NOT_NEGATIVE
+    )
     validation_fraction: float = key(
         0.05, "share of documents to hold out where no file or split is named validation", SHARE
     )

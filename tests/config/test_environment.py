@@ -9,7 +9,7 @@ from moe_jax import config as configs
 from moe_jax.config import environment, sections
 from moe_jax.model.presets import PRESETS
 
-RUN = configs.Run(model=PRESETS["quickstart"])
+RUN = configs.Run(model=PRESETS["quickstart"], data=configs.Data(tokenizer="bytes"))
 
 
 def config_of(**keys):

@@ -26,7 +26,8 @@ def config_of(**keys):
 
 def test_the_defaults_survive_being_resolved():
     config, run = config_of(), configs.resolve(config_of())
-    assert run == configs.Run(model=DENSE)
+    config.data.tokenizer = "bytes"  # which an empty one is without init.source
+    assert run == configs.Run(model=DENSE, data=configs.Data(tokenizer="bytes"))
     for name, section in config.to_dict().items():
         if name == "model":
             continue
@@ -169,6 +170,7 @@ def test_without_a_preset_and_sizes_the_model_is_that_of_the_folder():
     parent, _ = hf.load(folder)
     config = configs.default()
     config.init.source = str(folder)
+    config.data.tokenizer = "bytes"
     assert configs.resolve(config).model == parent
     config.model.num_experts = 4
     config.init.upcycle.recipe = "drop"

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.config import checks, sections
 from moe_jax.config.checks import ConfigError
-from moe_jax.config.resolved import Run
+from moe_jax.config.run import Run
 from moe_jax.model.presets import PRESETS
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)

@@ -89,7 +89,7 @@ def test_a_hugging_face_folder_needs_a_text_and_a_tokenizer(folders, monkeypatch
     [
         ("run", "it may be run-0000000000 or run_b-1111111111 or run_c"),
         ("ron_c", r"did you mean run_c\?"),
-        ("other", "is no folder$"),
+        ("other", "it is not there$"),
     ],
 )
 def test_a_folder_is_found_by_a_beginning_that_no_other_has(name, complaint, tmp_path):

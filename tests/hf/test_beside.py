@@ -151,7 +151,7 @@ def test_a_tokenizer_that_a_run_trained_encodes_prompts_alike_in_a_folder(tmp_pa
     config, params = following([4, 5], 280)
     stores.save(tmp_path / "run", config, params, tokenizer=str(own))
     path = converted(tmp_path / "run", tmp_path / "folder", "hf")
-    after = tokenizers.load(stores.tokenizer_of(path))
+    after = tokenizers.load(configs.tokenizer_of(path))
     for text in ("to be  not", " Ж\n\tor"):
         np.testing.assert_array_equal(after.prompt(text), before.prompt(text))
         assert after.decode(after.prompt(text)) == text

@@ -86,6 +86,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(
 def test_a_run_starts_from_a_folder_and_takes_its_model():
     config = configs.default()
     config.init.source = str(GOLDEN / "llama_bf16")
+    config.data.tokenizer = "bytes"
     config.init.upcycle.recipe = "naive"
     config.model.num_experts = 4
     config.mesh.fsdp = 8

@@ -3,6 +3,7 @@
 import json
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -47,7 +48,7 @@ def make_run(folder, *, num_experts, bits, source="", router=None):
         "versions": {"jax": "1.2.3"}, "device": "cpu",
     }  # fmt: skip
     settings = {"num_experts": num_experts, "router": router}
-    config = {"data": {"source": "embedded"}, "model": settings}
+    config = {"data": {"source": "embedded"}, "init": {"source": source}, "model": settings}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -122,3 +123,14 @@ def test_a_run_of_forced_balance_is_always_labelled(tmp_path):
     run = make_run(tmp_path / "timing", num_experts=4, bits=3.5, router="forced_balance")
     written = page.write(tmp_path, {"timing": run}, []).read_text()
     assert written.count("timing (forced balance)") == 2  # in the summary and beside its samples
+
+
+def test_a_dense_run_that_goes_on_is_an_arm_and_its_parent_a_level(tmp_path):
+    parent = make_run(tmp_path / "dense", num_experts=0, bits=3.5)
+    control = make_run(tmp_path / "control", num_experts=0, bits=3.4, source="dense")
+    records = page.records_of({"dense": parent, "control": control})
+    with matplotlib.rc_context(figures.STYLE):
+        left, _ = figures.loss(records).axes
+    assert [line.get_label() for line in left.get_lines() if len(line.get_xdata()) > 2] == [
+        "control"
+    ]

@@ -1,0 +1,87 @@
+"""All settings of a run, which check themselves and each other."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from moe_jax.config import checks, sections
+from moe_jax.config.sections import Section, key, part
+from moe_jax.model.config import ModelConfig
+from moe_jax.model.router import ROUTERS
+from moe_jax.upcycle import recipes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Section, path=""):
+    """All settings of a run. In a config `model` is a preset and the fields that differ from it,
+    or all fields that ModelConfig has no default for."""
+
+    seed: int = key(
+        0, "seed of the parameters and of the order of the text", checks.seed, fixed=True
+    )
+    # The router decides whether routing is learned at all.
+    model: ModelConfig = dataclasses.field(metadata={"fixed": ("router",)})
+    init: sections.Init = part(sections.Init)
+    data: sections.Data = part(sections.Data)
+    mesh: sections.Mesh = part(sections.Mesh)
+    optimizer: sections.Optimizer = part(sections.Optimizer)
+    training: sections.Training = part(sections.Training)
+    balance: sections.Balance = part(sections.Balance)
+    objective: sections.Objective = part(sections.Objective)
+    evaluation: sections.Evaluation = part(sections.Evaluation)
+    checkpoint: sections.Checkpoint = part(sections.Checkpoint)
+    # The settings come from this config, which is stored in the run's workdir and checkpoints.
+    config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
+
+    def problems(self) -> Iterator[str]:
+        with checks.refusing("config.data.sequence_length: "):
+            self.model.check_rows(self.data.sequence_length)
+        optimizer, num_steps = self.optimizer, self.training.num_steps
+        if optimizer.warmup_steps + optimizer.decay_steps > num_steps:
+            yield (
+                f"config.optimizer: warmup_steps={optimizer.warmup_steps} and "
+                f"decay_steps={optimizer.decay_steps} exceed training.num_steps={num_steps}"
+            )
+        model, rate = self.model, self.balance.bias_update_rate
+        if rate and model.num_experts and "bias" not in ROUTERS[model.router].leaves:
+            biased = " or ".join(repr(n) for n, row in ROUTERS.items() if "bias" in row.leaves)
+            yield (
+                f"config.balance.bias_update_rate={rate} needs a router with a bias, "
+                f"not model.router={model.router!r}; use {biased}, or a rate of 0"
+            )
+        yield from _problems_of_merging(model, self.data.sequence_length)
+        yield from _problems_of_top_1(model, optimizer.frozen)
+        if self.evaluation.num_experts_per_tok > model.num_experts:
+            yield (
+                f"config.evaluation.num_experts_per_tok={self.evaluation.num_experts_per_tok} is "
+                f"more than the {model.num_experts} experts of the model"
+            )
+        recipe = self.init.upcycle.recipe
+        if recipe and not model.num_experts and recipes.RECIPES[recipe].gives == recipes.MIXTURE:
+            yield (
+                f"config.init.upcycle.recipe={recipe!r} makes a sparse model; "
+                "set config.model.num_experts"
+            )
+
+
+def _problems_of_merging(model: ModelConfig, T: int) -> Iterator[str]:
+    S = model.merge_segment_length
+    if model.num_experts and model.dispatch == "merge" and (T % S or T == S):
+        yield (
+            f"config.model.merge_segment_length={S} does not cut rows of {T} tokens into two or "
+            "more segments, of which the first sees its own later tokens; use a smaller divisor of "
+            "data.sequence_length"
+        )
+
+
+def _problems_of_top_1(model: ModelConfig, frozen: str) -> Iterator[str]:
+    to_be_trained = not (frozen and re.search(frozen, "moe/router/kernel"))
+    if model.weight_is_constant and to_be_trained:
+        yield (
+            f"config.model.num_experts_per_tok=1 with weights that sum to one "
+            f"(router={model.router!r}, norm_topk_prob={model.norm_topk_prob}) gives the router "
+            "no gradient; use router='softmax_topk' with norm_topk_prob=False (Switch), 2 experts "
+            "per token, or keep the router as it is by optimizer.frozen='moe/router'"
+        )
