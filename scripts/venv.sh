@@ -4,7 +4,7 @@
 
 # Adds to jax what the accelerator of this machine needs, in jax's own version.
 install_accelerator() {
-    local extra= version
+    local extra='' version
     if nvidia-smi >/dev/null 2>&1; then
         extra=cuda12
     elif compgen -G "/dev/accel*" >/dev/null; then
