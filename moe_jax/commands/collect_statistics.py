@@ -25,14 +25,15 @@ import numpy as np
 from moe_jax import command_line, stores
 from moe_jax import config as configs
 from moe_jax.analysis import parent_statistics
-from moe_jax.data import text_files, tokenizers
+from moe_jax.data import prepare, sources, tokenizers
+from moe_jax.data.document import TRAIN
 from moe_jax.parallel import mesh
 
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.add_argument("--source", required=True, metavar="DIR")
-    parser.add_argument("--text", required=True, type=pathlib.Path, help="a text file")
+    parser.add_argument("--text", required=True, help="as config.data.source")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="a file to be written")
     parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
     parser.add_argument("--num_batches", type=int, default=8, help="batches to read (8)")
@@ -74,12 +75,16 @@ def batches_of(arguments, tokenizer) -> list[np.ndarray]:
     for name in ("num_batches", "batch_size", "sequence_length", "num_experts"):
         if (number := getattr(arguments, name)) < 1:
             raise ValueError(f"--{name}={number} must be at least 1")
-    with text_files.opened(arguments.text) as text:
-        content = text.read().removeprefix(text_files.BYTE_ORDER_MARK)
-    ids = np.asarray(tokenizer.encode(content), np.int32)
-    if ids.size < np.prod(shape):
-        raise ValueError(
-            f"{arguments.text} has {ids.size} tokens, not the {np.prod(shape)} of {shape[0]} "
-            f"batches; give more text or lower --num_batches"
-        )
-    return list(ids[: np.prod(shape)].reshape(shape))
+    wanted, parts, number = int(np.prod(shape)), [], 0
+    cache = prepare.cache_folder("") / prepare.DATASETS
+    sources.check(arguments.text)
+    texts = sources.documents(arguments.text, TRAIN, validation_fraction=0, data_dir=cache)
+    for document in texts:
+        parts.append(np.asarray(tokenizer.encode(document.text), np.int32))
+        number += len(parts[-1])
+        if number >= wanted:
+            return list(np.concatenate(parts)[:wanted].reshape(shape))
+    raise ValueError(
+        f"{arguments.text} has {number} tokens, not the {wanted} of {shape[0]} batches; "
+        "give more text or lower --num_batches"
+    )

@@ -24,10 +24,11 @@ import jax
 from moe_jax import command_line, stores, tree
 from moe_jax.analysis import parent_statistics, similarity
 from moe_jax.config import model_fields
+from moe_jax.hf import configs as hf_configs
 from moe_jax.hf import folders
 from moe_jax.model import layout
-from moe_jax.model.config import EXPERTS, ROUTER, ModelConfig, fields_of
-from moe_jax.model.needs import without_effect
+from moe_jax.model.config import ModelConfig, fields_of
+from moe_jax.model.fields import EXPERTS, ROUTER, without_effect
 from moe_jax.parallel import mesh
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import recipes, router_init, transform
@@ -93,6 +94,8 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
         statistics=parent_statistics.load(statistics) if statistics else None,
         parameters=parameters,
     )
+    if arguments.to == "hf":
+        hf_configs.write(plan.config)  # refuses what no folder can hold before any work
     print(f"step 0: {plan.at_start}", flush=True)
     if plan.config.weight_is_constant:
         print(

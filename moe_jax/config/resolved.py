@@ -19,7 +19,7 @@ from moe_jax.config.sections import Section, section_of
 from moe_jax.hf import beside, folders
 from moe_jax.hf import configs as hf_configs
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.needs import no_effect, without_effect
+from moe_jax.model.fields import no_effect, without_effect
 from moe_jax.model.presets import PRESETS
 
 TOKENIZER = "tokenizer"  # the folder of a workdir with the files beside its parent's weights

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from moe_jax.config import checks
 from moe_jax.config.checks import NOT_NEGATIVE, POSITIVE, SHARE, ConfigError, one_of
-from moe_jax.model.needs import Need
+from moe_jax.model.fields import Need
 from moe_jax.upcycle import recipes, router_init
 
 SPARSE = Need(lambda run: run.model.num_experts > 0, "config.model.num_experts")

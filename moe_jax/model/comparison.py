@@ -3,16 +3,8 @@
 import dataclasses
 from typing import Any
 
-from moe_jax.model.config import (
-    COMPUTATION,
-    DENSE,
-    EXPERTS,
-    ORIGIN,
-    ROPE,
-    ROUTER,
-    ModelConfig,
-    fields_of,
-)
+from moe_jax.model.config import DENSE, ModelConfig, fields_of
+from moe_jax.model.fields import COMPUTATION, EXPERTS, ORIGIN, ROPE, ROUTER
 from moe_jax.model.rope import ROPES
 from moe_jax.model.router import ROUTERS
 

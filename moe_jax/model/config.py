@@ -5,8 +5,24 @@ import math
 from typing import NamedTuple
 
 from moe_jax import spelling
+from moe_jax.model.fields import (
+    ARCHITECTURE,
+    ATTENTION_EXPERTS,
+    CAPACITY,
+    COMPUTATION,
+    EXPERTS,
+    GROUPS,
+    MERGED,
+    ORIGIN,
+    ROPE,
+    ROTARY,
+    ROUTED,
+    ROUTER,
+    SLIDING,
+    SPARSE,
+    field,
+)
 from moe_jax.model.initialisation import INITIALIZERS
-from moe_jax.model.needs import CAPACITY, GROUPS, MERGED, ROTARY, ROUTED, SLIDING, SPARSE, Need
 from moe_jax.model.rope import ROPES
 from moe_jax.model.router import ROUTERS
 
@@ -21,35 +37,6 @@ class BlockKind(NamedTuple):
     window: int | None  # the keys that a query sees, itself included; None is all before it
 
 
-# Every field of ModelConfig belongs to one of these. The answer decides which fields of two models
-# are compared, and which ones a sparse model sets for itself.
-ARCHITECTURE, ROPE, ORIGIN, EXPERTS = "architecture", "rope", "origin", "experts"
-ROUTER, ATTENTION_EXPERTS, COMPUTATION = "router", "attention_experts", "computation"
-
-
-# What all fields that belong to something need.
-NEEDS_OF = {ROPE: (ROTARY,), EXPERTS: (SPARSE,), ROUTER: (SPARSE, ROUTED)}
-
-
-def _field(
-    default=dataclasses.MISSING,
-    belongs: str = ARCHITECTURE,
-    *needs: Need,
-    at_least: int | None = None,
-    positive: bool = False,
-    choices: tuple[str, ...] = (),
-):
-    """A field of ModelConfig: what it belongs to, and which values it may have.
-
-    needs: without these, and those of what it belongs to, the field is not read.
-    at_least: the smallest whole number. positive: a finite number more than 0.
-    """
-    needs = (*NEEDS_OF.get(belongs, ()), *needs)
-    of_value = {"at_least": at_least, "positive": positive, "choices": choices}
-    metadata = {"belongs": belongs, "needs": needs, **of_value}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer, by its Hugging Face names.
@@ -60,98 +47,145 @@ class ModelConfig:
     Raises: ValueError, in one line, for sizes that no model can have.
     """
 
-    vocab_size: int = _field(at_least=1)
-    hidden_size: int = _field(at_least=1)
-    intermediate_size: int = _field(at_least=1)
-    num_hidden_layers: int = _field(at_least=1)
-    num_attention_heads: int = _field(at_least=1)
-    num_key_value_heads: int | None = _field(None, at_least=1)  # num_attention_heads
-    head_dim: int | None = _field(None, at_least=1)  # hidden_size / num_attention_heads
-    max_position_embeddings: int = _field(4096, at_least=1)  # learned positions end there
-    tie_word_embeddings: bool = _field(False)
-    initializer_range: float = _field(0.02, ORIGIN)
-    # The distribution of random weights: a row of model/initialisation.py.
-    initializer: str = _field("normal", ORIGIN, choices=tuple(INITIALIZERS))
-    # The Hugging Face family to save as; None is any that can hold the model.
-    model_type: str | None = _field(None, ORIGIN)
-
-    # "layer_1p" is LayerNorm whose scale is kept less 1 (Nemotron).
-    norm: str = _field("rms", choices=("rms", "layer", "layer_1p"))
-    rms_norm_eps: float = _field(1e-5, positive=True)  # of whichever norm
-    hidden_act: str = _field(
-        "silu", choices=("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu2")
+    vocab_size: int = field(about="number of token ids", at_least=1)
+    hidden_size: int = field(about="width of the residual stream", at_least=1)
+    intermediate_size: int = field(about="width of a dense feed-forward", at_least=1)
+    num_hidden_layers: int = field(about="number of layers", at_least=1)
+    num_attention_heads: int = field(about="number of query heads", at_least=1)
+    num_key_value_heads: int | None = field(None, "none is num_attention_heads", at_least=1)
+    head_dim: int | None = field(None, "none is hidden_size / num_attention_heads", at_least=1)
+    max_position_embeddings: int = field(4096, "learned positions end there", at_least=1)
+    tie_word_embeddings: bool = field(False, "the output is the embedding, transposed")
+    initializer_range: float = field(0.02, "deviation of random weights", ORIGIN)
+    initializer: str = field(
+        "normal", "distribution of random weights", ORIGIN, choices=tuple(INITIALIZERS)
     )
-    gated_mlp: bool = _field(True)  # down(act(gate x) * up x), else down(act(up x))
-    mlp_bias: bool = _field(False)
+    model_type: str | None = field(
+        None, "Hugging Face family to save as; none is any that can hold the model", ORIGIN
+    )
 
-    # "qkv" (Qwen2), or "all": the output projection's too.
-    attention_bias: str = _field("none", choices=("none", "qkv", "all"))
-    # "head": each head of q and k (Qwen3); "full": all at once (OLMoE).
-    qk_norm: str = _field("none", choices=("none", "head", "full"))
-    clip_qkv: float | None = _field(None, positive=True)
-    # The keys that a query sees, itself included.
-    sliding_window: int | None = _field(None, ARCHITECTURE, SLIDING, at_least=1)
-    # The kind of each layer's attention; None: all layers slide, if there is a window.
-    layer_types: tuple[str, ...] | None = _field(None)
+    norm: str = field(
+        "rms",
+        "layer_1p is LayerNorm whose scale is kept less 1 (Nemotron)",
+        choices=("rms", "layer", "layer_1p"),
+    )
+    rms_norm_eps: float = field(1e-5, "epsilon of whichever norm", positive=True)
+    hidden_act: str = field(
+        "silu",
+        "activation of feed-forwards",
+        choices=("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu2"),
+    )
+    gated_mlp: bool = field(True, "down(act(gate x) * up x), else down(act(up x))")
+    mlp_bias: bool = field(False, "feed-forwards have biases")
 
-    position_embedding: str = _field("rotary", choices=("rotary", "learned"))  # learned: GPT-2
-    rope_theta: float = _field(10_000.0, ARCHITECTURE, ROTARY, positive=True)
-    # The share of a head that is rotated.
-    partial_rotary_factor: float = _field(1.0, ARCHITECTURE, ROTARY, positive=True)
-    # How waves are stretched over longer texts: a row of model/rope.py, and what rows read.
-    rope_type: str = _field("default", ARCHITECTURE, ROTARY)
-    rope_scaling_factor: float = _field(1.0, ROPE, positive=True)
-    rope_original_length: int = _field(8192, ROPE, at_least=1)  # of the texts before
-    rope_low_freq_factor: float = _field(1.0, ROPE, positive=True)
-    rope_high_freq_factor: float = _field(4.0, ROPE, positive=True)
-    rope_attention_factor: float | None = _field(None, ROPE, positive=True)  # YaRN's formula
-    rope_beta_fast: float = _field(32.0, ROPE, positive=True)
-    rope_beta_slow: float = _field(1.0, ROPE, positive=True)
-    rope_truncate: bool = _field(True, ROPE)  # whole dimensions at the ends of YaRN's ramp
+    attention_bias: str = field(
+        "none", "qkv as in Qwen2; all: the output projection too", choices=("none", "qkv", "all")
+    )
+    qk_norm: str = field(
+        "none",
+        "norm of queries and keys, by head (Qwen3) or of all heads at once (full, OLMoE)",
+        choices=("none", "head", "full"),
+    )
+    clip_qkv: float | None = field(None, "largest size of queries, keys, values", positive=True)
+    sliding_window: int | None = field(
+        None, "keys that a query sees, itself included", ARCHITECTURE, SLIDING, at_least=1
+    )
+    layer_types: tuple[str, ...] | None = field(
+        None, "each layer's kind of attention; none: all slide, if there is a window"
+    )
 
-    num_experts: int = _field(0, EXPERTS, at_least=0)  # 0 is a dense model
-    num_experts_per_tok: int = _field(2, EXPERTS, ROUTED, at_least=1)
-    moe_intermediate_size: int | None = _field(None, EXPERTS, at_least=1)  # intermediate_size
-    # The width of an expert that every token goes to.
-    shared_expert_intermediate_size: int | None = _field(None, EXPERTS, at_least=1)
-    router: str = _field("softmax_topk", EXPERTS)  # a row of model/router.py
-    norm_topk_prob: bool = _field(True, ROUTER)
-    # The standard deviation that router logits are brought to (Skywork-MoE).
-    gate_norm_std: float | None = _field(None, ROUTER, positive=True)
-    num_expert_groups: int = _field(1, ROUTER, at_least=1)
-    # Those that may be chosen from.
-    num_groups_per_tok: int = _field(1, ROUTER, GROUPS, at_least=1)
-    routed_scaling_factor: float = _field(1.0, ROUTER, positive=True)  # multiplies the weights
-    # Pairs of a name and a value, or a mapping: what only the chosen router knows.
-    router_parameters: tuple[tuple[str, float | int | str | bool], ...] = _field((), ROUTER)
-    # "capacity": an expert drops what does not fit; "merge": Lory's merged expert.
-    dispatch: str = _field("dropless", EXPERTS, choices=("dropless", "capacity", "merge"))
-    # The tokens that share one merged expert (Lory).
-    merge_segment_length: int = _field(256, EXPERTS, MERGED, at_least=1)
-    # Dropless: the capacity of the virtual drop rate that is reported.
-    capacity_factor: float = _field(1.25, EXPERTS, ROUTED, positive=True)
-    min_capacity: int = _field(4, EXPERTS, CAPACITY, at_least=1)
-    # The order in which a full expert keeps tokens.
-    token_priority: str = _field("position", EXPERTS, CAPACITY, choices=("position", "random"))
-    # Attentions whose outputs are mixed (BAM); 0 is plain attention.
-    num_attention_experts: int = _field(0, ATTENTION_EXPERTS)
-    # None: all dense without experts, all sparse with them.
-    layers: tuple[str, ...] | None = _field(None, EXPERTS)
+    position_embedding: str = field(
+        "rotary", "learned positions are GPT-2's", choices=("rotary", "learned")
+    )
+    rope_theta: float = field(
+        10_000.0, "base of the rotary frequencies", ARCHITECTURE, ROTARY, positive=True
+    )
+    partial_rotary_factor: float = field(
+        1.0, "share of a head that is rotated", ARCHITECTURE, ROTARY, positive=True
+    )
+    rope_type: str = field("default", "stretching of waves over longer texts", ARCHITECTURE, ROTARY)
+    rope_scaling_factor: float = field(1.0, "factor of the stretching", ROPE, positive=True)
+    rope_original_length: int = field(8192, "longest text before it", ROPE, at_least=1)
+    rope_low_freq_factor: float = field(1.0, "llama3's, of long waves", ROPE, positive=True)
+    rope_high_freq_factor: float = field(4.0, "llama3's, of short waves", ROPE, positive=True)
+    rope_attention_factor: float | None = field(
+        None, "factor of queries and keys; none is YaRN's formula", ROPE, positive=True
+    )
+    rope_beta_fast: float = field(32.0, "YaRN's, of short waves", ROPE, positive=True)
+    rope_beta_slow: float = field(1.0, "YaRN's, of long waves", ROPE, positive=True)
+    rope_truncate: bool = field(True, "whole dimensions at the ends of YaRN's ramp", ROPE)
+
+    num_experts: int = field(0, "experts of a sparse layer; 0 is dense", EXPERTS, at_least=0)
+    num_experts_per_tok: int = field(2, "experts of a token", EXPERTS, ROUTED, at_least=1)
+    moe_intermediate_size: int | None = field(
+        None, "width of an expert; none is intermediate_size", EXPERTS, at_least=1
+    )
+    shared_expert_intermediate_size: int | None = field(
+        None, "width of an expert that every token goes to", EXPERTS, at_least=1
+    )
+    router: str = field("softmax_topk", "a row of model/router.py", EXPERTS)
+    norm_topk_prob: bool = field(True, "divides a token's weights by their sum", ROUTER)
+    gate_norm_std: float | None = field(
+        None, "deviation that router logits are brought to (Skywork-MoE)", ROUTER, positive=True
+    )
+    num_expert_groups: int = field(1, "groups of experts", ROUTER, at_least=1)
+    num_groups_per_tok: int = field(
+        1, "groups that a token may choose from", ROUTER, GROUPS, at_least=1
+    )
+    routed_scaling_factor: float = field(1.0, "factor of the weights", ROUTER, positive=True)
+    router_parameters: tuple[tuple[str, float | int | str | bool], ...] = field(
+        (), "pairs of a name and a value, which only the chosen router knows", ROUTER
+    )
+    dispatch: str = field(
+        "dropless",
+        "capacity: an expert drops what does not fit; merge: Lory's merged expert",
+        EXPERTS,
+        choices=("dropless", "capacity", "merge"),
+    )
+    merge_segment_length: int = field(
+        256, "tokens that share one merged expert", EXPERTS, MERGED, at_least=1
+    )
+    capacity_factor: float = field(
+        1.25,
+        "capacity over an even load; dropless: of the virtual drop rate that is reported",
+        EXPERTS,
+        ROUTED,
+        positive=True,
+    )
+    min_capacity: int = field(4, "least tokens of an expert", EXPERTS, CAPACITY, at_least=1)
+    token_priority: str = field(
+        "position",
+        "order in which a full expert keeps tokens",
+        EXPERTS,
+        CAPACITY,
+        choices=("position", "random"),
+    )
+    num_attention_experts: int = field(
+        0, "attentions whose outputs are mixed (BAM); 0 is plain attention", ATTENTION_EXPERTS
+    )
+    layers: tuple[str, ...] | None = field(
+        None, "dense or moe for each layer; none: all sparse with experts, else dense", EXPERTS
+    )
 
     # These say how the model is computed, not what it is.
-    dtype: str = _field("float32", COMPUTATION, choices=("float32", "bfloat16"))
-    remat: str = _field(
+    dtype: str = field(
+        "float32", "dtype of the computation", COMPUTATION, choices=("float32", "bfloat16")
+    )
+    remat: str = field(
         "full",
+        "what is kept for the backward pass: a row of model/remat.py",
         COMPUTATION,
         choices=("none", "full", "save_experts", "save_dots", "offload_experts", "offload_dots"),
     )
-    # model/exchange.py has the modes and what each moves.
-    expert_parallel: str = _field(
-        "auto", COMPUTATION, SPARSE, choices=("auto", "fsdp", "ring", "all_to_all")
+    expert_parallel: str = field(
+        "auto",
+        "how tokens meet experts of other devices: model/exchange.py",
+        COMPUTATION,
+        SPARSE,
+        choices=("auto", "fsdp", "ring", "all_to_all"),
     )
-    # Both name an implementation that the command `doctor` lists.
-    grouped_matmul: str = _field("auto", COMPUTATION, SPARSE)
-    attention: str = _field("auto", COMPUTATION)
+    grouped_matmul: str = field("auto", "implementation of experts' products", COMPUTATION, SPARSE)
+    attention: str = field("auto", "implementation of attention", COMPUTATION)
 
     def __post_init__(self):
         for name in ("layers", "layer_types"):
@@ -163,8 +197,8 @@ class ModelConfig:
             raise ValueError(problem)
 
     def _problems(self):
-        for field in dataclasses.fields(self):
-            name, value, allowed = field.name, getattr(self, field.name), field.metadata
+        for each in dataclasses.fields(self):
+            name, value, allowed = each.name, getattr(self, each.name), each.metadata
             if value is None:
                 continue
             if allowed["at_least"] is not None and value < allowed["at_least"]:
@@ -238,10 +272,10 @@ class ModelConfig:
 
     def _problems_of_routing(self):
         row = ROUTERS[self.router]
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
+        for each in dataclasses.fields(self):
+            name, value = each.name, getattr(self, each.name)
             mine = name in row.reads or name == "router_parameters"
-            if field.metadata["belongs"] == ROUTER and not mine and value != field.default:
+            if each.metadata["belongs"] == ROUTER and not mine and value != each.default:
                 readers = [router for router, other in ROUTERS.items() if name in other.reads]
                 yield (
                     f"{name}={value!r} has no effect with router={self.router!r}; leave it out, "
@@ -357,11 +391,10 @@ class ModelConfig:
 def fields_of(*belongs: str) -> frozenset[str]:
     """The names of the fields of ModelConfig that belong to any of these."""
     fields = dataclasses.fields(ModelConfig)
-    return frozenset(field.name for field in fields if field.metadata["belongs"] in belongs)
+    return frozenset(f.name for f in fields if f.metadata["belongs"] in belongs)
 
 
 def choices(name: str) -> tuple[str, ...]:
     """The values that a field of ModelConfig may have."""
-    field = ModelConfig.__dataclass_fields__[name]
     tables = {"router": tuple(ROUTERS), "rope_type": tuple(ROPES)}
-    return tables.get(name, field.metadata["choices"])
+    return tables.get(name, ModelConfig.__dataclass_fields__[name].metadata["choices"])

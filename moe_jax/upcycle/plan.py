@@ -11,17 +11,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from moe_jax import spelling
-from moe_jax.model.config import (
-    ATTENTION_EXPERTS,
-    COMPUTATION,
-    DENSE,
-    EXPERTS,
-    MOE,
-    ORIGIN,
-    ROUTER,
-    ModelConfig,
-    fields_of,
-)
+from moe_jax.model.config import DENSE, MOE, ModelConfig, fields_of
+from moe_jax.model.fields import ATTENTION_EXPERTS, COMPUTATION, EXPERTS, ORIGIN, ROUTER
 from moe_jax.model.layout import slots
 from moe_jax.model.router import ROUTERS
 from moe_jax.upcycle import origins, recipes, router_init

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gzip
 import pathlib
 import subprocess
 import sys
@@ -251,11 +252,24 @@ def test_another_file_is_refused_in_one_line(tmp_path):
 
 def test_the_text_to_collect_from_has_no_byte_order_mark_and_names_its_encoding(tmp_path):
     arguments = argparse.Namespace(
-        text=tmp_path / "a.txt", num_batches=1, batch_size=1, sequence_length=4, num_experts=1
+        text=str(tmp_path / "a.txt"), num_batches=1, batch_size=1, sequence_length=4, num_experts=1
     )
-    arguments.text.write_text("text", encoding="utf-8-sig")
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8-sig")
     (tokens_BT,) = collect_statistics.batches_of(arguments, tokenizers.load("bytes"))
     assert tokenizers.load("bytes").decode(tokens_BT[0]) == "text"
-    arguments.text.write_text("text", encoding="utf-16")
+    (tmp_path / "a.txt").write_text("text", encoding="utf-16")
     with pytest.raises(ValueError, match="a.txt is UTF-16, not UTF-8"):
+        collect_statistics.batches_of(arguments, tokenizers.load("bytes"))
+
+
+def test_the_text_to_collect_from_may_be_any_source(tmp_path):
+    """A folder of compressed records serves as well as a file; too little text says how much."""
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write('{"text": "abc"}\n{"text": "defg"}\n')
+    sizes = {"num_batches": 1, "batch_size": 1, "sequence_length": 6, "num_experts": 1}
+    arguments = argparse.Namespace(text=str(tmp_path), **sizes)
+    (tokens_BT,) = collect_statistics.batches_of(arguments, tokenizers.load("bytes"))
+    assert tokenizers.load("bytes").decode(tokens_BT[0]) == "abcdef"
+    arguments.sequence_length = 8
+    with pytest.raises(ValueError, match="has 7 tokens, not the 8 of 1 batches"):
         collect_statistics.batches_of(arguments, tokenizers.load("bytes"))

@@ -9,7 +9,8 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax.config import sections
-from moe_jax.model.config import EXPERTS, ROUTER, ModelConfig, fields_of
+from moe_jax.model.config import ModelConfig, fields_of
+from moe_jax.model.fields import EXPERTS, ROUTER
 
 ROOT = Path(__file__).parents[2]
 

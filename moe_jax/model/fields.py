@@ -1,0 +1,73 @@
+"""The fields of a model's config: what each belongs to, which values it may have, and its needs.
+
+A need is a condition without which a field, or a key of a config, is not read at all.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+
+class Need(NamedTuple):
+    """A condition without which a field is not read: a test of the config, and what to set."""
+
+    holds: Callable[[Any], bool]
+    setting: str
+
+
+SPARSE = Need(lambda config: config.num_experts > 0, "num_experts")
+ROUTED = Need(lambda config: config.dispatch != "merge", "dispatch='dropless' or 'capacity'")
+CAPACITY = Need(lambda config: config.dispatch == "capacity", "dispatch='capacity'")
+MERGED = Need(lambda config: config.dispatch == "merge", "dispatch='merge'")
+GROUPS = Need(lambda config: config.num_expert_groups > 1, "num_expert_groups of 2 or more")
+SLIDING = Need(
+    lambda config: config.layer_types is None or "sliding_attention" in config.layer_types,
+    "'sliding_attention' in layer_types",
+)
+ROTARY = Need(lambda config: config.position_embedding == "rotary", "position_embedding='rotary'")
+
+
+# Every field of ModelConfig belongs to one of these. The answer decides which fields of two models
+# are compared, and which ones a sparse model sets for itself.
+ARCHITECTURE, ROPE, ORIGIN, EXPERTS = "architecture", "rope", "origin", "experts"
+ROUTER, ATTENTION_EXPERTS, COMPUTATION = "router", "attention_experts", "computation"
+# Needs of all fields that belong to something.
+NEEDS_OF = {ROPE: (ROTARY,), EXPERTS: (SPARSE,), ROUTER: (SPARSE, ROUTED)}
+
+
+def field(
+    default=dataclasses.MISSING,
+    about: str = "",
+    belongs: str = ARCHITECTURE,
+    *needs: Need,
+    at_least: int | None = None,
+    positive: bool = False,
+    choices: tuple[str, ...] = (),
+):
+    """A field of ModelConfig: what it is, what it belongs to, and which values it may have.
+
+    needs: without these, and those of what it belongs to, the field is not read.
+    at_least: the smallest whole number. positive: a finite number more than 0.
+    """
+    needs = (*NEEDS_OF.get(belongs, ()), *needs)
+    of_value = {"at_least": at_least, "positive": positive, "choices": choices}
+    choice = f" (one of {', '.join(choices)})" if choices else ""
+    metadata = {"belongs": belongs, "needs": needs, "explanation": about + choice, **of_value}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def without_effect(config: Any, names: Iterable[str], prefix: str) -> Iterator[str]:
+    """A line for each of these fields of a ModelConfig that is not its default and is not read."""
+    for name in names:
+        each, value = config.__dataclass_fields__[name], getattr(config, name)
+        if value != each.default:
+            yield from no_effect(prefix + name, value, each.metadata["needs"], config)
+
+
+def no_effect(name: str, value: Any, needs: Iterable[Need], config: Any) -> Iterator[str]:
+    """The line that refuses a value that has no effect; none where all that it needs is there."""
+    for need in needs:
+        if not need.holds(config):
+            without = f"has no effect without {need.setting}; set it, or leave this out"
+            yield f"{name}={value!r} {without}"
+            return
