@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from moe_jax.model.config import DENSE, ModelConfig, fields_of
-from moe_jax.model.fields import COMPUTATION, EXPERTS, ORIGIN, ROPE, ROUTER
+from moe_jax.model.fields import COMPUTATION, ORIGIN, ROPE
 from moe_jax.model.rope import ROPES
 from moe_jax.model.router import ROUTERS
 
@@ -29,18 +29,14 @@ def in_force(config: ModelConfig) -> dict[str, Any]:
         "layers": config.layer_kinds,
         "layer_types": tuple(kind.window for kind in config.block_kinds),
     }
-    unused = fields_of(COMPUTATION, ORIGIN) | {"sliding_window"}
-    if not config.num_experts:
-        unused |= fields_of(EXPERTS, ROUTER) - {"num_experts", "layers"}
-    elif DENSE not in config.layer_kinds:
+    needs = {f.name: f.metadata["needs"] for f in dataclasses.fields(config)}
+    idle = {name for name, of in needs.items() if not all(need.holds(config) for need in of)}
+    unused = fields_of(COMPUTATION, ORIGIN) | {"sliding_window"} | idle - {"num_experts", "layers"}
+    unused |= fields_of(ROPE) - set(ROPES[config.rope_type].reads)
+    if config.num_experts and DENSE not in config.layer_kinds:
         unused |= {"intermediate_size"}
-    if config.dispatch != "merge":
-        unused |= {"merge_segment_length"}
     if config.dispatch != "capacity":
-        unused |= {"capacity_factor", "min_capacity", "token_priority"}
+        unused |= {"capacity_factor"}  # which a report reads, and no layer
     if config.position_embedding == "rotary":
         unused |= {"max_position_embeddings"}  # no weights, and the recommended length of texts
-    else:
-        unused |= {"rope_theta", "partial_rotary_factor", "rope_type"} | fields_of(ROPE)
-    unused |= fields_of(ROPE) - set(ROPES[config.rope_type].reads)
     return {name: value for name, value in fields.items() if name not in unused}
