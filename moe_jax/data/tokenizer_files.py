@@ -112,15 +112,15 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, found: Settings) -> int:
     it is in Transformers.
     """
     added = found.added if found.complete else found.added | tokenizer.get_added_tokens_decoder()
-    special = {token.content for token in found.roles.values()}
-    in_order = [token for _, token in sorted(added.items(), key=lambda item: item[0])]
+    special = {t.content for t in found.roles.values()}
+    in_order = [added[number] for number in sorted(added)]
     tokenizer.add_tokens([token(t, special=t.special or t.content in special) for t in in_order])
     largest = max(tokenizer.get_vocab().values())
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    known = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
     known = set() if found.class_name == QWEN else known  # it makes all of them special
     in_order = [found.roles[role] for role in (*ROLES, *found.roles) if role in found.roles]
     named = (*in_order, *(found.special or found.older_special))
-    tokenizer.add_tokens([token for token in named if token.content not in known])
+    tokenizer.add_tokens([t for t in named if t.content not in known])
     return largest
 
 

@@ -186,10 +186,10 @@ def load(name: str) -> Tokenizer:
         tokenizer = HuggingFaceTokenizer(name) if of_folder else SentencePieceTokenizer(name)
     except ValueError:
         raise
-    except Exception:  # the libraries raise many kinds
+    except Exception as error:  # the libraries raise many kinds
         kind = "tokenizer.json of Hugging Face" if is_json else "SentencePiece model"
         kind += " that fits the files beside it" if of_folder else ""
-        raise ValueError(f"data.tokenizer={name!r} is not a {kind}") from None
+        raise ValueError(f"data.tokenizer={name!r} is not a {kind}: {error}") from error
     if min(tokenizer.bos_id, tokenizer.eos_id) < 0:
         fix = "name them in tokenizer_config.json beside it" if of_folder else "train it with both"
         raise ValueError(f"data.tokenizer={name!r} has no begin or end token; {fix}")

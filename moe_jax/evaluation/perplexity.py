@@ -71,7 +71,7 @@ class Sums:
         independent (Efron, "Bootstrap methods", Annals of Statistics 7, 1979; percentiles).
         """
         filled_R = self.tokens_RN.any(axis=1)
-        share_R = filled_R / max(filled_R.sum(), 1)
+        share_R = filled_R / max(int(filled_R.sum()), 1)
         rng = np.random.default_rng(seed)
         times_XR = rng.multinomial(int(filled_R.sum()), share_R, size=draws)
         losses = self._losses(times_XR)
