@@ -15,8 +15,8 @@ from moe_jax.training import metrics
 CAPTIONS = {
     "loss": "Loss against the tokens after the parent; an untrained model's is beyond the top. "
     "Dotted: the dense parent's loss in its last training rows, and its final held-out loss. A run "
-    "that starts from a parent first gets worse: its learning rate rises again, and Adam's moments "
-    "begin at zero.",
+    "that starts at its parent's loss first gets worse: its learning rate rises again, and Adam's "
+    "moments begin at zero.",
     "languages": "Final held-out bits per byte by language. Bytes are not comparable between "
     "scripts (a Cyrillic letter has two, a CJK character three): compare runs within a line.",
     "expert_load": "Where the routers send held-out tokens: each row of a panel sums to 100 %.",
