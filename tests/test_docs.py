@@ -1,5 +1,6 @@
 """The pages: links lead somewhere, code runs, and commands have the options that they are given."""
 
+import functools
 import os
 import pathlib
 import re
@@ -113,16 +114,15 @@ def test_a_command_of_the_pages_exists_with_its_options(command):
     assert all((ROOT / file).is_file() for file in files if file != "FILE")
 
 
-def help_of(name: str, cache: dict[str, str] = {}) -> str:  # noqa: B006 (a memory)
-    if name not in cache:
-        end = subprocess.run(
-            [sys.executable, "-m", "moe_jax", name, "--help"],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "COLUMNS": "100"},
-            cwd=ROOT,
-            timeout=120,
-        )
-        assert end.returncode == 0, end.stderr
-        cache[name] = end.stdout
-    return cache[name]
+@functools.cache
+def help_of(name: str) -> str:
+    end = subprocess.run(
+        [sys.executable, "-m", "moe_jax", name, "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100"},
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert end.returncode == 0, end.stderr
+    return end.stdout

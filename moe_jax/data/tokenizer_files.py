@@ -1,7 +1,7 @@
 """The files of a Hugging Face folder that name its tokens.
 
-Which file wins is as in Transformers 5.24: `AutoTokenizer.from_pretrained` for the class,
-`PreTrainedTokenizerBase._from_pretrained` for the tokens, and
+The order in which files win is that of Transformers 5.24: `AutoTokenizer.from_pretrained` for the
+class, `PreTrainedTokenizerBase._from_pretrained` for the tokens, and
 `GenerationMixin.adjust_generation_fn` for those that end a text.
 """
 

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.hf import configs
 from moe_jax.model import rope
-from tests.hf.test_configs import GOLDEN, LLAMA3, SIZES, YARN, read
+from tests.hf.test_configs import DEFAULT_ROPE, GOLDEN, LLAMA3, SIZES, YARN, read
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from tests.hf.test_configs import GOLDEN, LLAMA3, SIZES, YARN, read
 def test_a_stretched_rope_is_written_in_both_spellings(scaling):
     config = read("qwen2", rope_scaling=scaling, rope_theta=5e5, head_dim=8)
     written = configs.write(config)
-    # What is left out has the same default there.
+    # A key that is left out has the same default in Transformers.
     assert scaling.items() <= written["rope_scaling"].items()
     assert written["rope_parameters"] == {"rope_theta": 5e5, **written["rope_scaling"]}
     for spelling in ("rope_scaling", "rope_parameters"):
@@ -53,3 +53,41 @@ def test_the_recorded_frequencies_are_those_of_the_installed_transformers(row):
     config = transformers.AutoConfig.for_model(row["model_type"], **changes)
     frequencies, factor = functions[config.rope_parameters["rope_type"]](config, "cpu")
     assert (frequencies.tolist(), factor) == (row["frequencies"], row["attention_factor"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": DEFAULT_ROPE},
+            r"rope_scaling=.*llama3.* contradicts rope_parameters=.*default",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": DEFAULT_ROPE},
+            r"rope_scaling=.*linear.* contradicts rope_parameters=.*default",
+        ),
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
+            "rope_scaling=.* contradicts rope_parameters=",
+        ),
+        (
+            {"rope_theta": 500.0, "rope_parameters": DEFAULT_ROPE},
+            r"rope_theta=500\.0 contradicts rope_parameters\.rope_theta=10000\.0",
+        ),
+        (
+            {"original_max_position_embeddings": 32, "rope_scaling": LLAMA3},
+            "original_max_position_embeddings=32 contradicts rope_scaling",
+        ),
+    ],
+)
+def test_settings_of_rope_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(configs.UnsupportedError, match=message):
+        read("llama", **changes)
+
+
+def test_both_spellings_of_rope_side_by_side_are_read_when_they_agree():
+    scaled = {"rope_theta": 5e5, **LLAMA3}
+    written = configs.write(read("llama", rope_parameters=scaled))
+    assert written["rope_scaling"] == LLAMA3 and written["rope_parameters"] == scaled
+    assert configs.write(configs.read(written)) == written
+    assert read("llama", rope_scaling={}, rope_parameters=None).rope_scaling_factor == 1

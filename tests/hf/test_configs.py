@@ -201,44 +201,6 @@ def test_a_key_may_have_the_other_name_of_its_class():
     assert read("olmoe", num_local_experts=9).num_experts == 9
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"rope_scaling": LLAMA3, "rope_parameters": DEFAULT_ROPE},
-            r"rope_scaling=.*llama3.* contradicts rope_parameters=.*default",
-        ),
-        (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": DEFAULT_ROPE},
-            r"rope_scaling=.*linear.* contradicts rope_parameters=.*default",
-        ),
-        (
-            {"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}},
-            "rope_scaling=.* contradicts rope_parameters=",
-        ),
-        (
-            {"rope_theta": 500.0, "rope_parameters": DEFAULT_ROPE},
-            r"rope_theta=500\.0 contradicts rope_parameters\.rope_theta=10000\.0",
-        ),
-        (
-            {"original_max_position_embeddings": 32, "rope_scaling": LLAMA3},
-            "original_max_position_embeddings=32 contradicts rope_scaling",
-        ),
-    ],
-)
-def test_settings_of_rope_that_contradict_each_other_are_refused(changes, message):
-    with pytest.raises(configs.UnsupportedError, match=message):
-        read("llama", **changes)
-
-
-def test_both_spellings_of_rope_side_by_side_are_read_when_they_agree():
-    scaled = {"rope_theta": 5e5, **LLAMA3}
-    written = configs.write(read("llama", rope_parameters=scaled))
-    assert written["rope_scaling"] == LLAMA3 and written["rope_parameters"] == scaled
-    assert configs.write(configs.read(written)) == written
-    assert read("llama", rope_scaling={}, rope_parameters=None).rope_scaling_factor == 1
-
-
 @pytest.mark.parametrize("changes", [{"tie_word_embeddings": False}, {}])
 def test_a_missing_unembedding_of_an_untied_model_is_a_missing_tensor(changes, tmp_path):
     folder = copied("llama_tied_bias", tmp_path, **changes)

@@ -1,25 +1,21 @@
-"""Every recipe of the registry: what it promises of step 0, what it is made of, and where it runs.
+"""Every recipe of the registry: its promise of step 0, its experts, and the places where it runs.
 
 Bitwise comparisons are between eager on one device and compiled on eight, sharded.
 """
 
 import dataclasses
 import functools
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import config as configs
-from moe_jax import hf, init, model, stores, train, upcycle
+from moe_jax import model, upcycle
 from moe_jax.dryrun import hlo
-from moe_jax.hf import folders
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
-from moe_jax.upcycle import mixing, parameters, plan, recipes, step_zero
-from tests.hf.test_golden import GOLDEN
+from moe_jax.upcycle import mixing, recipes
 
 DENSE = model.ModelConfig(
     vocab_size=32,
@@ -367,71 +363,3 @@ def test_what_is_not_finite_in_an_expert_that_is_left_out_stays_out():
     w_LPX = jnp.array([[[1.0], [jnp.inf]]])
     mixed = mixing.mix(w_LPX, jnp.array([[[1.0, 0.0]]]))
     np.testing.assert_array_equal(mixed, [[[1.0]]])
-
-
-# A recipe from outside ---------------------------------------------------------------------------
-
-HALF = Annotated[float, parameters.Parameter(share_of="the output")]
-
-
-def quieter(ffn, context, *, quiet: HALF = 0.5):
-    """Expert e of E gives 1 - quiet · e / E of the parent's output."""
-    share = 1 - quiet * context.expert / context.config.num_experts
-    return {**ffn, "down": (ffn["down"] * share).astype(ffn["down"].dtype)}
-
-
-@pytest.fixture
-def toy():
-    recipes.RECIPES["toy"] = recipes.Recipe(
-        quieter,
-        source="this test",
-        kept="all but the scale",
-        changed="scale",
-        cost=recipes.ONE,
-        start=step_zero.OTHER,
-    )
-    yield
-    del recipes.RECIPES["toy"]
-
-
-def test_a_recipe_that_is_registered_runs_in_memory_and_from_folder_to_folder(toy, tmp_path):
-    source, key = folders.Folder(GOLDEN / "llama"), jax.random.key(0)
-    moe = source.config.to_moe(num_experts=4, num_experts_per_tok=2)
-    how = {"recipe": "toy", "quiet": 0.25}
-    with pytest.raises(ValueError, match="quiet=2 is not a share of the output"):
-        upcycle.upcycle(source.params(), source.config, moe, **{**how, "quiet": 2}, key=key)
-    in_memory = upcycle.upcycle(source.params(), source.config, moe, **how, key=key)
-    hf.save(tmp_path / "whole", moe, in_memory)
-    planned = plan.make(source.config, moe, recipe="toy", parameters={"quiet": 0.25})
-    stores.upcycle_folders(planned, [source], tmp_path / "streamed", key)
-    streamed = folders.Folder(tmp_path / "streamed").params()
-    whole = folders.Folder(tmp_path / "whole").params()
-    jax.tree.map(np.testing.assert_array_equal, streamed, whole)
-    old, new = (p["blocks"]["0"] for p in (source.params(), streamed))
-    for e in range(4):
-        share = np.float32(1 - 0.25 * e / 4)
-        np.testing.assert_array_equal(
-            new["moe"]["experts"]["down"][:, e], old["mlp"]["down"] * share
-        )
-
-
-def test_a_recipe_that_is_registered_is_one_of_a_runs_config(toy, tmp_path):
-    parent = dataclasses.replace(DENSE, vocab_size=259)
-    [params] = parents_of(parent, 1)
-    stores.save(tmp_path / "parent", parent, params)
-    config = configs.default()
-    config.init.source = str(tmp_path / "parent")
-    config.init.upcycle.update(recipe="toy", quiet=0.25)
-    moe = parent.to_moe(num_experts=4, num_experts_per_tok=2)
-    config.model.update({k: v for k, v in vars(moe).items() if v is not None})
-    config.data.update(sequence_length=16, cache_dir=str(tmp_path / "cache"))
-    config.training.update(num_steps=1, batch_size=8)
-    config.evaluation.update(batch_size=8, max_batches=1)
-    mesh = meshes.one_device()
-    settings = configs.resolve(config)
-    down = init.parameters(settings, mesh, init.plan_of(settings))["blocks"]["0"]["moe"]["experts"][
-        "down"
-    ]
-    old = params["blocks"]["0"]["mlp"]["down"]
-    np.testing.assert_array_equal(down[:, 3], old * np.float32(1 - 0.25 * 3 / 4))
-    assert train.run(configs.resolve(config), tmp_path / "run")["steps"] == 1
