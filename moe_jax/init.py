@@ -13,6 +13,7 @@ import optax
 from moe_jax import config as configs
 from moe_jax import model, stores, tree
 from moe_jax.analysis import parent_statistics
+from moe_jax.data import tokenizers
 from moe_jax.hf import folders
 from moe_jax.parallel import distributed, sharding
 from moe_jax.training import checkpoint, flops, optimizer
@@ -30,7 +31,7 @@ def plan_of(settings: configs.Run) -> plans.Plan | None:
         return None
     with _about_source(settings):
         plan = plans.make(
-            stores.config_of(pathlib.Path(sources[0])),
+            configs.model_of(pathlib.Path(sources[0])),
             settings.model,
             recipe=section.recipe,
             router=section.router,
@@ -78,9 +79,12 @@ def _saw_these_rows(source: str, settings: configs.Run) -> bool:
     if folders.is_folder(source):
         return False
     parent, own = configs.load_json(pathlib.Path(source)), settings.data
-    theirs = parent.seed, *(getattr(parent.data, n) for n in ("source", "tokenizer"))
-    same_rows = parent.data.sequence_length == own.sequence_length
-    return same_rows and theirs == (settings.seed, own.source, own.tokenizer)
+    theirs = parent.seed, parent.data.source, parent.data.sequence_length
+    if theirs != (settings.seed, own.source, own.sequence_length):
+        return False
+    names = configs.tokenizer_of(pathlib.Path(source)), own.tokenizer
+    first, second = (tokenizers.load(name).fingerprint for name in names)
+    return first == second
 
 
 @contextlib.contextmanager
@@ -156,12 +160,12 @@ def lineage(source: str) -> Lineage:
         return Lineage(sum(p.tokens for p in parts), sum(p.training_flops for p in parts))
     if not source or folders.is_folder(source):
         return Lineage(0, 0.0)
-    run = configs.of_stored(configs.load_json(pathlib.Path(source)))
+    run = configs.load_json(pathlib.Path(source))
     earlier = lineage(run.init.source)
     steps = checkpoint.steps(pathlib.Path(source) / "checkpoints")[-1]
     length = run.data.sequence_length
     tokens = steps * run.training.batch_size * length
-    per_token = flops.model_flops(run.model, length)
+    per_token = flops.model_flops(configs.model_of(pathlib.Path(source)), length)
     return Lineage(earlier.tokens + tokens, earlier.training_flops + tokens * per_token)
 
 

@@ -16,7 +16,6 @@ from moe_jax import files, hf, model, spelling
 from moe_jax.config import resolved
 from moe_jax.data import tokenizer_files, tokenizers
 from moe_jax.hf import beside, folders, tensors, writing
-from moe_jax.hf import configs as hf_configs
 from moe_jax.model import comparison
 from moe_jax.parallel import distributed, sharding
 from moe_jax.training import checkpoint
@@ -43,18 +42,11 @@ def find(name: str) -> pathlib.Path:
     raise ValueError(f"{name} is neither a Hugging Face folder nor a run: it is not there{near}")
 
 
-def data_of(workdir: pathlib.Path) -> configs.Data | None:
-    """The data section of a run; None for a Hugging Face folder and for a model without a text."""
-    if folders.is_folder(workdir):
-        return None
-    return configs.of_stored(configs.load_json(workdir)).data
-
-
 def load_alike(
     sources: list[pathlib.Path], mesh: jax.sharding.Mesh
 ) -> tuple[model.ModelConfig, list[dict]]:
     """The config and the parameters of models that are alike; raises ValueError if one is not."""
-    check_alike({source: config_of(source) for source in sources})
+    check_alike({source: configs.model_of(source) for source in sources})
     loaded = [load(source, mesh) for source in sources]
     return loaded[0][0], [params for _, params in loaded]
 
@@ -85,23 +77,11 @@ def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelCon
     """
     if folders.is_folder(workdir):
         return hf.load(workdir, mesh=mesh)
-    model_config = config_of(workdir)
+    model_config = configs.model_of(workdir)
     shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
     abstract = sharding.abstract(shapes, mesh)
     loaded = checkpoint.load(workdir / "checkpoints", {"params": abstract}, own_dtypes=True)
     return model_config, loaded["params"]
-
-
-def config_of(workdir: pathlib.Path) -> model.ModelConfig:
-    """The config of a model in a Hugging Face folder or a workdir; ValueError if it is neither."""
-    if folders.is_folder(workdir):
-        return hf_configs.of_folder(workdir)
-    if not (workdir / "checkpoints").exists():
-        raise ValueError(
-            f"{workdir} is neither a Hugging Face folder (config.json with a model_type) "
-            "nor a run's workdir"
-        )
-    return configs.of_stored(configs.load_json(workdir)).model
 
 
 def end_ids(workdir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
@@ -171,7 +151,11 @@ def save(
     """
     config = configs.default()
     config.model.update(dataclasses.asdict(model_config))
-    config.data.tokenizer = tokenizer
+    config.data.update(
+        source="",
+        tokenizer=tokenizer,
+        sequence_length=min(model_config.max_position_embeddings, resolved.LONGEST_ROW),
+    )
     if os.path.isfile(tokenizer):
         name = beside.usual_name(pathlib.Path(tokenizer))
         config.data.tokenizer = str(workdir / resolved.TOKENIZER / name)

@@ -20,6 +20,7 @@ from moe_jax import command_line, files, spelling
 from moe_jax import config as configs
 from moe_jax.analysis import measures
 from moe_jax.config import checks
+from moe_jax.model.config import ModelConfig
 
 DONE, FAILED, STOPPED, BLOCKED, PENDING = "done", "failed", "stopped", "blocked", "pending"
 ENTRY = {"name", "overrides", "after"}  # the keys of an entry of get_sweep()
@@ -75,12 +76,13 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
             raise configs.ConfigError(f"{path}: two runs are named {name!r}; rename one")
         entries[name] = entry
     runs: dict[str, Run] = {}
+    models: dict[str, ModelConfig] = {}
     for name in _in_order(path, entries):
         overrides = dict(entries[name].get("overrides", {}))
         sources = _sources(overrides)
         with checks.refusing(f"run {name!r}: "):
             config = configs.load(path, overrides)
-            configs.resolve(config)
+            models[name] = configs.resolve(config, parent=models.get(next(iter(sources), ""))).model
         if sources:
             config.init.source = ",".join(f"@{runs[source].run_id}" for source in sources)
             overrides["init.source"] = ",".join(str(runs[source].workdir) for source in sources)

@@ -7,7 +7,7 @@ install_accelerator() {
     local extra='' version
     if nvidia-smi >/dev/null 2>&1; then
         extra=cuda12
-    elif compgen -G "/dev/accel*" >/dev/null; then
+    elif compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/null; then
         extra=tpu
     fi
     if [ -n "$extra" ]; then

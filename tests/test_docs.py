@@ -1,5 +1,6 @@
 """The pages: links lead somewhere, code runs, and commands have the options that they are given."""
 
+import ast
 import functools
 import os
 import pathlib
@@ -20,6 +21,7 @@ from moe_jax.upcycle import recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+GAP = "…"  # what stands for a value in a line of the page of errors
 MOST_LINES = {"README.md": 150, "CHANGELOG.md": 1000}
 TABLES = (
     router.ROUTERS,
@@ -79,6 +81,29 @@ def test_the_python_of_the_readme_runs():
     namespace: dict = {}
     exec(compile(code, "README.md", "exec"), namespace)
     assert namespace["out"].logits_BTV.shape[:2] == namespace["tokens_BT"].shape
+
+
+def texts_of_the_code() -> str:
+    """All strings of the package, with a gap in the place of each value that they show."""
+    found = []
+    for path in (ROOT / "moe_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (getattr(part, "value", GAP) for part in node.values)
+                found.append("".join(p if isinstance(p, str) else GAP for p in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_the_lines_that_the_page_of_errors_explains_are_those_of_the_code():
+    rows = [line for line in (ROOT / "docs" / "faq.md").read_text().splitlines() if GAP in line]
+    lines = [line for row in rows for line in re.findall(f"`([^`]*{GAP}[^`]*)`", row.split("|")[1])]
+    assert len(lines) >= 10
+    code = texts_of_the_code()
+    for line in lines:
+        pieces = [piece.strip() for piece in line.split(GAP) if len(piece.strip()) > 4]
+        assert pieces and all(piece in code for piece in pieces), line
 
 
 @pytest.mark.parametrize("command", commands())

@@ -45,6 +45,8 @@ def test_the_name_that_was_meant(name, names, near):
         ("--config.training.num_steps=many", "is not a whole number"),
         ("--config.optimizer.learning_rate=high", "is not a number"),
         ("--config.training.xyzzy=3", "--list_keys shows all"),
+        ("--batch_size=3", "--config.evaluation.batch_size or --config.training.batch_size?"),
+        ("--config.training.batch-size=3", "did you mean config.training.batch_size?"),
         (
             "--config.training.load_balancing_over=device",
             "is config.balance.load_balancing_over now",

@@ -165,6 +165,21 @@ def test_a_mistake_in_any_run_is_refused_before_the_first(folder, entries, messa
     assert "\n" not in str(error.value)
 
 
+def test_a_run_may_leave_its_model_to_a_parent_that_is_not_trained_yet(tmp_path):
+    path = tmp_path / "sweep.py"
+    path.write_text(
+        "from moe_jax import config as configs\n\n"
+        "def get_config():\n    return configs.default()\n\n"
+        "def get_sweep():\n"
+        "    moe = {'init.source': '@dense', 'init.upcycle.recipe': 'naive', "
+        "'model.num_experts': 4}\n"
+        "    return [{'name': 'dense', 'overrides': {'model.preset': 'quickstart'}},\n"
+        "            {'name': 'moe', 'overrides': moe}]\n"
+    )
+    dense, moe = sweep.read(str(path), tmp_path / "runs")
+    assert moe.sources == ("dense",) and f"--config.init.source={dense.workdir}" in moe.flags
+
+
 def test_list_shows_every_command_and_starts_nothing(tmp_path):
     script = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--list"]
     flags = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'out'}"]

@@ -1,7 +1,7 @@
 """Prints the config keys in which two runs differ.
 
 Examples:
-  python scripts/config_diff.py runs/quickstart/naive-7f runs/quickstart/drop_0.5-1c
+  python scripts/config_diff.py runs/quickstart/naive runs/quickstart/drop_0.5
   python scripts/config_diff.py configs/mixtral/8x7b.py configs/olmoe/1b_7b.py
 
 A run is its workdir, or a config file (FILE or FILE:ARG). Values are those of the resolved config:
@@ -10,7 +10,7 @@ the fields of a model count, whether they come from a preset or are set one by o
 
 import pathlib
 
-from moe_jax import command_line, config
+from moe_jax import command_line, config, stores
 from moe_jax.config import listing
 
 
@@ -28,5 +28,6 @@ def main() -> None:
 
 
 def _settings(run: str) -> config.Run:
-    workdir = pathlib.Path(run)
-    return config.resolve(config.load_json(workdir) if workdir.is_dir() else config.load(run))
+    if pathlib.Path(run.partition(":")[0]).is_file():
+        return config.resolve(config.load(run))
+    return config.of_stored(config.load_json(stores.find(run)))

@@ -18,7 +18,7 @@ Chips are v4, v5e, v5p, v6e and tpu7x, with the sides or the accelerator type of
 v5p:2x2x2 is v5p-16. It needs no TPU but its compiler, libtpu: pip install 'jax[tpu]==' and the
 version of jax that is installed. GPUs are a100, h100, h200 and b200; h100:16 is two nodes of 8.
 Their step is compiled for CPU devices, and the report says that it is an estimate. Fake CPU
-devices, cpu:8, have memory and collectives only. It reads no data or parents.
+devices, cpu:8, have memory and collectives only. It reads no data, and only the config of a parent.
 
 --search compiles many times: it tries remat policies on the config's mesh, then other meshes, each
 with the fewest microbatches that fit. It prints its trials on stderr, then the fastest that fits
@@ -34,6 +34,7 @@ import sys
 
 from moe_jax import command_line
 from moe_jax import config as configs
+from moe_jax.parallel import chips
 
 
 def main() -> None:
@@ -54,8 +55,10 @@ def main() -> None:
             raise ValueError(
                 f"--hbm_limit={arguments.hbm_limit} must be a number of GB more than 0"
             )
-        settings = configs.resolve(configs.parse([f"--config={arguments.config}", *overrides]))
-        report = run(settings, arguments)
+        config = configs.parse([f"--config={arguments.config}", *overrides])
+        if config.model.dtype == configs.AUTO and chips.topology(arguments.topology).facts:
+            config.model.dtype = "bfloat16"  # all chips of the table have units for it
+        report = run(configs.resolve(config), arguments)
     from moe_jax.dryrun import report as dryrun
     from moe_jax.dryrun import search
 
@@ -73,7 +76,6 @@ def run(settings, arguments: argparse.Namespace):
 
     from moe_jax.dryrun import report as dryrun
     from moe_jax.dryrun import search, topologies
-    from moe_jax.parallel import chips
 
     jax.config.update("jax_platforms", "cpu")  # jax need not look for the chips of the topology
     topology = chips.topology(arguments.topology)

@@ -10,7 +10,8 @@ The checkpoint is a run's workdir (or the only one that begins so) or a Hugging 
 it are named as splits (validation.jsonl): then those of the validation split.
 
 Each loss has its 95 % interval, by a bootstrap over rows of the text: it says how far another
-sample of such text would move the loss. Compare models of different tokenizers by bits per byte.
+sample of such text would move the loss, and a text of one row has none. Compare models of different
+tokenizers by bits per byte.
 """
 
 import argparse
@@ -18,18 +19,20 @@ import contextlib
 import dataclasses
 import functools
 import json
+import pathlib
 
 import jax
 
 from moe_jax import command_line, model, stores
 from moe_jax import config as configs
-from moe_jax.data import batches, prepare, tokenizers
+from moe_jax.config.resolved import LONGEST_ROW
+from moe_jax.data import batches, prepare, sources, tokenizers
 from moe_jax.data.document import VALIDATION
 from moe_jax.evaluation import perplexity
+from moe_jax.hf import folders
+from moe_jax.model.fields import without_effect
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
-
-LONGEST_ROW = 1024  # tokens, where neither an option nor a run says how many
 
 
 def main() -> None:
@@ -58,35 +61,39 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """The report: losses, intervals and counts, of all labels together and of each."""
+    """The report: losses, intervals and counts, of all labels together and of each.
+
+    Raises: ValueError, in one line, for options that do not fit the model.
+    """
     folder = stores.find(arguments.checkpoint)
-    config = stores.config_of(folder)
-    if arguments.num_experts_per_tok:
-        config = dataclasses.replace(config, num_experts_per_tok=arguments.num_experts_per_tok)
-    own = stores.data_of(folder)
-    source = arguments.source or (own.source if own else "")
-    if not source:
-        raise ValueError(f"{folder} has no text of its own; give --source=TEXT")
-    longest = min(config.max_position_embeddings, LONGEST_ROW)
-    length = arguments.sequence_length or (own.sequence_length if own else longest)
-    config.check_rows(length, "lower --sequence_length")
+    config = configs.model_of(folder)
+    data = _data(arguments, folder, config)
+    if (number := arguments.num_experts_per_tok) is not None:
+        config = dataclasses.replace(config, num_experts_per_tok=number)
+        for line in without_effect(config, ["num_experts_per_tok"], "--"):
+            raise ValueError(line)
     tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
-    mesh = _mesh(config)
-    _, params = stores.load(folder, mesh)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; "
+            "is this the tokenizer that it was trained with?"
+        )
     corpus = prepare.open_corpus(
-        source,
+        data.source,
         VALIDATION,
         tokenizer,
-        validation_fraction=own.validation_fraction if own and source == own.source else 1.0,
-        cache=prepare.cache_folder(own.cache_dir if own else ""),
+        validation_fraction=data.validation_fraction,
+        cache=prepare.cache_folder(data.cache_dir),
     )
+    mesh = _mesh(config)
+    _, params = stores.load(folder, mesh)
     shards = sharding.batch_shards(mesh.shape)
     rows = batches.feed(
         batches.evaluation_batches,
         corpus,
         jax.NamedSharding(mesh, sharding.BATCH),
         batch_size=-(-arguments.batch_size // shards) * shards,
-        sequence_length=length,
+        sequence_length=data.sequence_length,
         max_batches=arguments.max_batches,
     )
     step = jax.jit(
@@ -94,18 +101,50 @@ def run(arguments: argparse.Namespace) -> dict:
         out_shardings=jax.NamedSharding(mesh, jax.P()),
     )
     sums = perplexity.evaluate(meshes.under(mesh, step), params, rows, corpus.bytes_per_token)
-    documents = dict(zip(corpus.labels, corpus.documents_per_label, strict=True))
+    # The documents of the first batches of a text are not counted.
+    numbers = corpus.documents_per_label if not arguments.max_batches else ()
+    documents = dict(zip(corpus.labels, numbers, strict=False))
+    parts = {label: sums.of_label(label) for label in corpus.labels}
     return {
         "checkpoint": str(folder),
-        "source": source,
+        "source": data.source,
         "tokenizer": tokenizer.fingerprint,
-        **_entry(sums, sum(documents.values()), arguments.seed),
+        **_entry(sums, sum(documents.values()) or None, arguments.seed),
         "labels": {
-            label: _entry(sums.of_label(label), documents[label], arguments.seed)
-            for label in corpus.labels
-            if sums.of_label(label).tokens_RN.any()
+            label: _entry(part, documents.get(label), arguments.seed)
+            for label, part in parts.items()
+            if part.tokens_RN.any()
         },
     }
+
+
+def _data(
+    arguments: argparse.Namespace, folder: pathlib.Path, config: model.ModelConfig
+) -> configs.Data:
+    """The text to evaluate on and its rows: those of a run, with what the options say instead."""
+    for name, least in (("sequence_length", 1), ("batch_size", 1), ("max_batches", 0)):
+        if (number := getattr(arguments, name)) is not None and number < least:
+            raise ValueError(f"--{name}={number} must be at least {least}")
+    own = configs.Data(source="", sequence_length=min(config.max_position_embeddings, LONGEST_ROW))
+    if not folders.is_folder(folder):
+        own = configs.Data(**configs.load_json(folder).data)
+    source = arguments.source or own.source
+    if not source:
+        raise ValueError(f"{folder} has no text of its own; give --source=TEXT")
+    sources.check(source)
+    data = dataclasses.replace(
+        own,
+        source=source,
+        sequence_length=arguments.sequence_length or own.sequence_length,
+        validation_fraction=own.validation_fraction if source == own.source else 1.0,
+    )
+    config.check_rows(data.sequence_length, "lower --sequence_length")
+    if config.dispatch == "merge" and data.sequence_length <= config.merge_segment_length:
+        raise ValueError(
+            f"--sequence_length={data.sequence_length} is one segment of merged experts, which is "
+            f"not counted; use a multiple of {config.merge_segment_length}"
+        )
+    return data
 
 
 def _mesh(config: model.ModelConfig) -> jax.sharding.Mesh:
@@ -120,7 +159,7 @@ def _mesh(config: model.ModelConfig) -> jax.sharding.Mesh:
     return meshes.make({"data": -1})
 
 
-def _entry(sums: perplexity.Sums, documents: int, seed: int) -> dict:
+def _entry(sums: perplexity.Sums, documents: int | None, seed: int) -> dict:
     loss, intervals = sums.loss(), sums.intervals(seed=seed)
     return {
         "documents": documents,
@@ -143,10 +182,12 @@ def text(report: dict) -> str:
         ROW.format("label", "documents", "tokens", "nats/token", "95 %", "bits/byte", "95 %"),
     ]
     for label, row in rows.items():
-        counts = f"{row['documents']:,}", f"{row['tokens']:,}"
+        documents = "" if row["documents"] is None else f"{row['documents']:,}"
+        counts = documents, f"{row['tokens']:,}"
         cells = []
         for name in ("loss", "bits_per_byte"):
-            low, high = row[f"{name}_interval"]
-            cells += [f"{row[name]:.4f}", f"{low:.4f} – {high:.4f}"]
+            interval = row[f"{name}_interval"]
+            shown = "one row" if interval is None else "{:.4f} – {:.4f}".format(*interval)
+            cells += [f"{row[name]:.4f}", shown]
         lines.append(ROW.format(label, *counts, *cells))
     return "\n".join(lines)

@@ -69,5 +69,6 @@ def main() -> None:
     if distributed.is_first():
         print(
             f"done: {result['steps']} steps, held-out loss {result['loss']:.4f} nats/token, "
-            f"{result['bits_per_byte']:.4f} bits/byte -> {arguments.workdir}/result.json"
+            f"{result['bits_per_byte']:.4f} bits/byte over {result['held_out_tokens']:,} tokens "
+            f"-> {arguments.workdir}/result.json"
         )

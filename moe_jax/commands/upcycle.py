@@ -13,8 +13,8 @@ A source is a Hugging Face folder (config.json and safetensors; read and written
 time, so that it need not fit into memory) or a run's workdir. The output is a Hugging Face folder,
 with the source's tokenizer, or with --to=orbax a run's workdir; it appears when it is whole.
 --model.NAME=VALUE sets another field of the new model's config, such as
---model.norm_topk_prob=false. README.md has a table of the recipes, their parameters
-(--recipe.NAME=VALUE) and the parts that each keeps.
+--model.norm_topk_prob=false. python scripts/recipes.py NAME explains a recipe,
+its parameters (--recipe.NAME=VALUE) and the parts that it keeps.
 """
 
 import pathlib
@@ -22,6 +22,7 @@ import pathlib
 import jax
 
 from moe_jax import command_line, stores, tree
+from moe_jax import config as configs
 from moe_jax.analysis import parent_statistics, similarity
 from moe_jax.config import model_fields
 from moe_jax.hf import configs as hf_configs
@@ -84,7 +85,7 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
     """Makes the new model; returns the similarity of its experts in some of the layers."""
     key = tree.fold_in(jax.random.key(arguments.seed), "upcycle")
     paths, statistics = sources_of(arguments), arguments.statistics
-    source_config = stores.config_of(paths[0])
+    source_config = configs.model_of(paths[0])
     plan = plans.make(
         source_config,
         config_of(source_config, arguments, fields),

@@ -60,7 +60,8 @@ def _validate_tokenizer(run: Run, tokenizer: tokenizers.Tokenizer) -> None:
     """Refuses another tokenizer than a parent's: its embeddings are of the parent's ids."""
     for source in () if run.data.other_tokenizer else run.init.parents:
         try:
-            theirs = tokenizers.load(resolved.tokenizer_of(pathlib.Path(source)))
+            name = resolved.tokenizer_of(pathlib.Path(source))
+            theirs = tokenizer if name == run.data.tokenizer else tokenizers.load(name)
         except (ValueError, OSError):  # the parent's folder has none
             continue
         if theirs.fingerprint != tokenizer.fingerprint:

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import shutil
 import subprocess
 
@@ -12,7 +13,7 @@ def dtype_here() -> str:
     It asks the machine and not jax, which may not be started before the processes of a run know of
     each other. A T4 (compute capability 7.5) has no such units, and float32 is faster there.
     """
-    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):  # "tpu,cpu" prefers the TPU
         return "float32"
     if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
         return "bfloat16"
@@ -20,4 +21,5 @@ def dtype_here() -> str:
         return "float32"
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     said = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    return "bfloat16" if said and min(map(float, said)) >= 8 else "float32"
+    known = [float(word) for word in said if re.fullmatch(r"\d+\.\d+", word)]
+    return "bfloat16" if known and min(known) >= 8 else "float32"

@@ -127,8 +127,10 @@ def _meant(key: str) -> str:
     everywhere = [k.rpartition(".")[2] for k in keys]
     near = spelling.nearest(name, everywhere if name in everywhere else beside)
     near = near or spelling.nearest(name, everywhere)
-    found = next((known for known in keys if known.rpartition(".")[2] == near), None)
-    return f"; did you mean config.{found}?" if found else "; --list_keys shows all"
+    found = [known for known in keys if known.rpartition(".")[2] == near]
+    found = [known for known in found if known.rpartition(".")[0] == section] or found
+    names = " or ".join(f"config.{known}" for known in found)
+    return f"; did you mean {names}?" if found else "; --list_keys shows all"
 
 
 def kinds() -> dict[str, type]:

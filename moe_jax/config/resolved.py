@@ -29,13 +29,14 @@ AUTO = "auto"  # model.dtype: bfloat16 where this machine's chips have it
 Part = TypeVar("Part", bound=Section)
 
 
-def resolve(config: ConfigDict) -> Run:
+def resolve(config: ConfigDict, *, parent: ModelConfig | None = None) -> Run:
     """The settings that a config gives, with the ModelConfig of its model.
 
+    `parent` is the model of `init.source` where that is not trained yet, as in a sweep.
     Raises: ConfigError, in one line that says what to change, for any mistake that the config
       itself shows, a key that is set and that nothing reads among them.
     """
-    run = of_stored(config)
+    run = of_stored(config, parent=parent)
     given = [n for n, v in config.model.items() if n != "preset" and v is not None]
     of_model = without_effect(run.model, given, "config.model.")
     for line in (*of_model, *_without_effect(run, run)):
@@ -58,9 +59,9 @@ def _without_effect(run: Run, section: Section) -> Iterator[str]:
             yield from no_effect(f"config.{section.path}.{field.name}", value, needs, run)
 
 
-def of_stored(config: ConfigDict) -> Run:
+def of_stored(config: ConfigDict, *, parent: ModelConfig | None = None) -> Run:
     """`resolve` for a config that a run has stored, which may have keys that nothing reads."""
-    config = _filled(config)
+    config = _filled(config, parent)
     values = _with_tuples(config.to_dict())
     upcycle = values["init"]["upcycle"]
     own = sections.key_names(sections.Upcycle)
@@ -68,7 +69,7 @@ def of_stored(config: ConfigDict) -> Run:
         **{name: value for name, value in upcycle.items() if name in own},
         "parameters": {n: v for n, v in upcycle.items() if n not in own and v is not None},
     }
-    values["model"] = _model(values["model"])
+    values["model"] = _model_in(config)
     return _section(Run, {**values, "config": config})
 
 
@@ -100,46 +101,64 @@ def _model(section: dict[str, Any]) -> ModelConfig:
     except TypeError as error:
         missing = str(error).split("argument")[-1].strip("s: ")
         raise ConfigError(
-            f"config.model lacks {missing}; set them, or config.model.preset, or config.init.source"
+            f"config.model lacks {missing}; set them, or config.model.preset, or leave the model "
+            "to config.init.source"
         ) from None
 
 
-def _filled(config: ConfigDict) -> ConfigDict:
+def _filled(config: ConfigDict, parent: ModelConfig | None) -> ConfigDict:
     """The config with what it leaves to the first model of `init.source`, and to this machine."""
-    source, own, data = config.init.source.split(",")[0], config.model, config.data
+    source = config.init.source.split(",")[0]
     config = config.copy_and_resolve_references()
-    if source and not own.preset and own.vocab_size is None:
-        parent = dataclasses.asdict(model_of(pathlib.Path(source)))
-        if own.num_experts is not None:
-            parent["model_type"] = None  # the family is one that can hold the new model
-        given = {name: value for name, value in own.items() if value is not None}
-        config.model.update({n: v for n, v in (parent | given).items() if v is not None})
+    own, data = config.model, config.data
     if own.dtype == AUTO:
-        config.model.dtype = machine.dtype_here()
+        own.dtype = machine.dtype_here()
+    if source and not own.preset and own.vocab_size is None:
+        with checks.refusing(f"config.init.source={source}: "):
+            parent = parent or model_of(pathlib.Path(source))
+        given = {n: v for n, v in _with_tuples(own.to_dict()).items() if n != "preset"}
+        with checks.refusing("config.model."):
+            child = _child(parent, {n: v for n, v in given.items() if v is not None})
+        own.update({n: v for n, v in dataclasses.asdict(child).items() if v is not None})
     # A sweep's parent is not there before it is trained: the run itself finds it.
     if not data.tokenizer and (not source or (pathlib.Path(source) / "config.json").exists()):
         with checks.refusing("config.data.tokenizer is not set, and "):
-            config.data.tokenizer = tokenizer_of(pathlib.Path(source)) if source else "bytes"
+            data.tokenizer = tokenizer_of(pathlib.Path(source)) if source else "bytes"
     if not data.sequence_length:
-        positions = _model(_with_tuples(config.model.to_dict())).max_position_embeddings
-        config.data.sequence_length = min(positions, LONGEST_ROW)
+        data.sequence_length = min(_model_in(config).max_position_embeddings, LONGEST_ROW)
     return config
+
+
+def _child(parent: ModelConfig, given: dict[str, Any]) -> ModelConfig:
+    """The model of a run that sets these fields and leaves the others to its parent."""
+    num_experts = given.get("num_experts", parent.num_experts)
+    if parent.num_experts and not num_experts:
+        del given["num_experts"]
+        return parent.to_dense(**given)
+    if num_experts and not parent.num_experts:
+        return parent.to_moe(**{"num_experts_per_tok": parent.num_experts_per_tok} | given)
+    return dataclasses.replace(parent, **given)
+
+
+def _model_in(config: ConfigDict) -> ModelConfig:
+    return _model(_with_tuples(config.model.to_dict()))
 
 
 def model_of(folder: pathlib.Path) -> ModelConfig:
     """The config of the model in a Hugging Face folder or a run's workdir.
 
-    Raises: ConfigError, in one line, for any other folder, or one that cannot be read.
+    It does not ask whether the model could be trained, as `resolve` does.
+    Raises: ValueError, in one line, for any other folder, or one that cannot be read.
     """
-    with checks.refusing(f"config.init.source={folder}: "):
-        if folders.is_folder(folder):
-            return hf_configs.read(hf_configs.load_json(folder))
-        if (folder / "config.json").exists():
-            return of_stored(reading.load_json(folder)).model
+    if folders.is_folder(folder):
+        return hf_configs.of_folder(folder)
+    if not (folder / "config.json").exists():
         raise ValueError(
-            "no Hugging Face folder and no run's workdir; a model of the hub comes into a folder "
-            f"by: hf download {folder} --local-dir path/to/folder"
+            f"{folder} is neither a Hugging Face folder (config.json with a model_type) nor a "
+            f"run's workdir; a model of the hub comes into a folder by: hf download {folder} "
+            "--local-dir path/to/folder"
         )
+    return _model_in(_filled(reading.load_json(folder), None))
 
 
 def tokenizer_of(folder: pathlib.Path) -> str:

@@ -16,7 +16,8 @@ from moe_jax.upcycle import recipes
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Section, path=""):
     """All settings of a run. In a config `model` is a preset and the fields that differ from it,
-    or all fields that ModelConfig has no default for."""
+    or all fields that ModelConfig has no default for, or nothing where `init.source` has a model.
+    """
 
     seed: int = key(
         0, "seed of the parameters and of the order of the text", checks.seed, fixed=True

@@ -114,7 +114,7 @@ class Init(Section, path="init"):
         "",
         "source of the parameters: empty for random ones, a run's workdir, a Hugging Face folder, "
         "or several, 'A,B,C', for a recipe of several parents; a model without preset and sizes "
-        "is that of the Hugging Face folder",
+        "is that of the first source",
     )
     upcycle: Upcycle = part(Upcycle)
 

@@ -43,10 +43,17 @@ def links(
     """
     group = tuple(slice(None) if axis in axes else 0 for axis in range(grid.ndim))
     if chip.node:
-        return len({device.id // chip.node for device in np.ravel(grid[group])}) == 1
+        return members_of_node(grid, axes, chip) == np.size(grid[group])
     coords = [device.coords for device in np.ravel(grid[group])]
     spanned = np.flatnonzero(np.ptp(coords, axis=0) > 0).tolist()
     return sum(1 + chip.wraps(topology.shape, side) for side in spanned)
+
+
+def members_of_node(grid: np.ndarray, axes: tuple[int, ...], chip: chips.Chip) -> int:
+    """The number of GPUs of one node in a group along these axes."""
+    group = tuple(slice(None) if axis in axes else 0 for axis in range(grid.ndim))
+    nodes = [device.id // chip.node for device in np.ravel(grid[group])]
+    return nodes.count(nodes[0])
 
 
 def seconds(
@@ -73,7 +80,8 @@ def seconds(
         if number := links(grid, axes, chip, topology):  # none between the cores of a chip
             size = math.prod(grid.shape[axis] for axis in axes)
             ici += sent(row, size) / (number * chip.link_bandwidth)
-        elif chip.node:
+        elif chip.node:  # every GPU of a group has an adapter of its own out of the node
             size = math.prod(grid.shape[axis] for axis in axes)
-            dcn += sent(row, size) / chip.dcn_bandwidth
+            adapters = members_of_node(grid, axes, chip)
+            dcn += sent(row, size) / (adapters * chip.dcn_bandwidth)
     return Seconds(step_flops / chip.flops, traffic / chip.hbm_bandwidth, ici, dcn)

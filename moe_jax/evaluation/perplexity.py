@@ -62,31 +62,39 @@ class Sums:
     def of_label(self, label: str) -> "Sums":
         n = list(self.bytes_per_token).index(label)
         own = {label: self.bytes_per_token[label]}
-        return Sums(self.nats_RN[:, n : n + 1], self.tokens_RN[:, n : n + 1], own, self.router)
+        return Sums(self.nats_RN[:, n : n + 1], self.tokens_RN[:, n : n + 1], own, None)
 
-    def intervals(self, *, seed: int = 0, draws: int = 1000) -> dict[str, list[float]]:
-        """95 % bootstrap intervals of the loss and the bits per byte.
+    def intervals(self, *, seed: int = 0, draws: int = 1000) -> dict[str, list[float] | None]:
+        """95 % bootstrap intervals of the loss and the bits per byte; None for a single row.
 
         Rows are drawn with replacement: tokens of a row, often of one document, are not
         independent (Efron, "Bootstrap methods", Annals of Statistics 7, 1979; percentiles).
         """
-        filled_R = self.tokens_RN.any(axis=1)
-        share_R = filled_R / max(int(filled_R.sum()), 1)
-        rng = np.random.default_rng(seed)
-        times_XR = rng.multinomial(int(filled_R.sum()), share_R, size=draws)
-        losses = self._losses(times_XR)
-        return {name: np.percentile(x, [2.5, 97.5]).tolist() for name, x in losses.items()}
+        sums_R3 = self._rows[self.tokens_RN.any(axis=1)]
+        rng, R = np.random.default_rng(seed), len(sums_R3)
+        if R < 2:
+            return {"loss": None, "bits_per_byte": None}
+        # Draw by draw: all draws of a million rows at once are gigabytes.
+        drawn = [_losses(sums_R3[rng.integers(0, R, R)].sum(axis=0)) for _ in range(draws)]
+        return {
+            name: np.percentile([losses[name] for losses in drawn], [2.5, 97.5]).tolist()
+            for name in ("loss", "bits_per_byte")
+        }
+
+    @property
+    def _rows(self) -> np.ndarray:
+        """[R, 3]: nats, tokens and bytes of each row."""
+        bytes_N = np.array(list(self.bytes_per_token.values()))
+        columns = self.nats_RN.sum(axis=1), self.tokens_RN.sum(axis=1), self.tokens_RN @ bytes_N
+        return np.stack(columns, axis=1)
 
     def _mean(self) -> dict[str, float]:
-        losses = self._losses(np.ones((1, len(self.nats_RN))))
-        return {name: float(x) for name, [x] in losses.items()}
+        return _losses(self._rows.sum(axis=0))
 
-    def _losses(self, times_XR: np.ndarray) -> dict[str, np.ndarray]:
-        """Loss and bits per byte where each row counts so many times."""
-        bytes_N = np.array(list(self.bytes_per_token.values()))
-        nats, tokens = times_XR @ self.nats_RN.sum(axis=1), times_XR @ self.tokens_RN.sum(axis=1)
-        num_bytes = times_XR @ (self.tokens_RN @ bytes_N)
-        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes}
+
+def _losses(sums_3: np.ndarray) -> dict[str, float]:
+    nats, tokens, num_bytes = map(float, sums_3)
+    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes}
 
 
 def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:

@@ -122,7 +122,7 @@ def test_a_source_that_is_not_there_is_named_with_the_way_to_fetch_it():
 
 @pytest.mark.parametrize("name", ["continue", "upcycle"])
 def test_the_configs_for_a_model_of_ones_own_need_a_source_and_a_text(root, name):
-    with pytest.raises(configs.ConfigError, match="config.model lacks .* or config.init.source"):
+    with pytest.raises(configs.ConfigError, match="lacks .* leave the model to config.init"):
         configs.resolve(configs.load(f"configs/{name}.py"))
     config = configs.load(f"configs/{name}.py", {"init.source": str(root / "run-bytes")})
     run = configs.resolve(config)
@@ -132,7 +132,13 @@ def test_the_configs_for_a_model_of_ones_own_need_a_source_and_a_text(root, name
 
 
 @pytest.mark.parametrize(
-    ("said", "dtype"), [("9.0\n9.0", "bfloat16"), ("7.5", "float32"), ("", "float32")]
+    ("said", "dtype"),
+    [
+        ("9.0\n9.0", "bfloat16"),
+        ("9.0\n7.5", "float32"),
+        ("", "float32"),
+        ("Failed to initialize NVML", "float32"),
+    ],
 )
 def test_auto_is_bfloat16_on_gpus_that_have_units_for_it(said, dtype, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "")
@@ -140,5 +146,28 @@ def test_auto_is_bfloat16_on_gpus_that_have_units_for_it(said, dtype, tmp_path, 
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert machine.dtype_here() == dtype
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    assert machine.dtype_here() == dtype
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert machine.dtype_here() == "float32"
+
+
+def test_a_mixture_that_becomes_dense_is_as_wide_as_an_expert(tmp_path):
+    sparse = CONFIG.to_moe(
+        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=4, norm_topk_prob=False
+    )
+    stores.save(tmp_path / "moe", sparse, jax.jit(lambda: model.init(sparse, jax.random.key(0)))())
+    keys = {"init.upcycle.recipe": "merge_back", "model.num_experts": 0}
+    dense = configs.resolve(config_of(tmp_path / "moe", **keys)).model
+    assert (dense.num_experts, dense.intermediate_size, dense.layers) == (0, 4, None)
+
+
+def test_a_model_that_only_its_training_is_refused_for_is_still_a_parent(tmp_path):
+    """What `upcycle.py` may write, other commands read: `resolve` asks more, of what is trained."""
+    top_1 = CONFIG.to_moe(num_experts=2, num_experts_per_tok=1)
+    short = dataclasses.replace(CONFIG, position_embedding="learned", max_position_embeddings=16)
+    for name, config in (("top_1", top_1), ("short", short)):
+        params = jax.jit(lambda config=config: model.init(config, jax.random.key(0)))()
+        stores.save(tmp_path / name, config, params)
+        found = configs.model_of(tmp_path / name)
+        assert comparison.in_force(found) == comparison.in_force(config)

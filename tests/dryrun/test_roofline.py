@@ -40,6 +40,8 @@ def test_gpus_pass_nvlink_inside_of_a_node_and_the_network_between_nodes():
     found = seconds_of("h100:16", mesh, inside, across)
     assert found.ici == pytest.approx(7 / 8 * 1e9 / 450e9)
     assert found.dcn == pytest.approx(1 / 2 * 1e9 / 50e9)
+    both = seconds_of("h100:16", mesh, hlo.Collective("all-gather", ("fsdp", "expert"), 1, 10**9))
+    assert both.dcn == pytest.approx(15 / 16 * 1e9 / (8 * 50e9))  # eight adapters leave a node
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,58 @@ def test_losses_and_counts_are_those_of_a_plain_loop(folders, monkeypatch, capsy
     for label, own in nats.items():
         assert found["labels"][label]["loss"] == pytest.approx(own.mean(), rel=1e-5)
         assert found["labels"][label]["documents"] == 1
-    low, high = found["loss_interval"]
-    assert low <= found["loss"] <= high
+    assert found["loss_interval"] is None  # both documents are in one row
+
+
+def test_several_rows_have_an_interval_around_their_loss(folders, monkeypatch, capsys):
+    root, _ = folders
+    options = f"--source={root / 'text.jsonl'}", "--sequence_length=8", "--json"
+    found = json.loads(run(monkeypatch, capsys, f"--checkpoint={root / 'model'}", *options))
+    for name in ("loss", "bits_per_byte"):
+        low, high = found[f"{name}_interval"]
+        assert low < found[name] < high
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--max_batches=-1", "--max_batches=-1 must be at least 0"),
+        ("--batch_size=0", "--batch_size=0 must be at least 1"),
+        ("--num_experts_per_tok=3", "num_experts_per_tok=3 is more than num_experts=2"),
+        ("--source=nowhere.txt", "matches no file"),
+        ("--tokenizer=words", "is not a file"),
+    ],
+)
+def test_a_mistake_is_one_line_before_the_weights_are_read(
+    option, complaint, folders, monkeypatch, capsys
+):
+    root, _ = folders
+    monkeypatch.setattr(stores, "load", None)
+    options = f"--checkpoint={root / 'model'}", f"--source={root / 'text.jsonl'}", option
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, capsys, *options)
+    error = capsys.readouterr().err
+    assert complaint in error and error.count("\n") == 1
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_is_refused(folders, monkeypatch, capsys):
+    root, _ = folders
+    small = dataclasses.replace(CONFIG, vocab_size=100)
+    stores.save(root / "small", small, jax.jit(lambda: model.init(small, jax.random.key(0)))())
+    with pytest.raises(SystemExit, match="2"):
+        run(
+            monkeypatch, capsys, f"--checkpoint={root / 'small'}", f"--source={root / 'text.jsonl'}"
+        )
+    assert "the tokenizer has 259 ids and the model 100" in capsys.readouterr().err
+
+
+def test_a_model_that_could_not_be_trained_is_evaluated(folders, monkeypatch, capsys):
+    """A single weight of 1 gives the router no gradient, and evaluation needs none."""
+    root, _ = folders
+    top_1 = dataclasses.replace(CONFIG, num_experts_per_tok=1)
+    stores.save(root / "top_1", top_1, jax.jit(lambda: model.init(top_1, jax.random.key(0)))())
+    options = f"--checkpoint={root / 'top_1'}", f"--source={root / 'text.jsonl'}"
+    assert "text.jsonl" in run(monkeypatch, capsys, *options)
 
 
 def test_the_table_has_a_line_for_each_label(folders, monkeypatch, capsys):
