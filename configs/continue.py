@@ -1,6 +1,6 @@
 """Trains a model on: that of a Hugging Face folder or of a run, on text of your own.
 
-    python scripts/train.py --config=configs/continue.py --workdir=runs/more \
+    python scripts/train.py --config=configs/continue.py --workdir=runs/more \\
         --config.init.source=path/to/model --config.data.source=path/to/text
 
 The model, its tokenizer and the length of its rows (at most 4096 tokens) come from init.source.

@@ -1,6 +1,6 @@
 """Makes a mixture of a model of your own and trains it, on text of your own.
 
-    python scripts/train.py --config=configs/upcycle.py --workdir=runs/moe \
+    python scripts/train.py --config=configs/upcycle.py --workdir=runs/moe \\
         --config.init.source=path/to/dense --config.data.source=path/to/text
 
 The dense model, its tokenizer and the length of its rows (at most 4096 tokens) come from
@@ -10,7 +10,9 @@ The learning rate of 2e-4 with a decay to a tenth is that of Drop-Upcycling's mi
 2502.19261), 2/3 of their parents' largest rate: NVIDIA too begins again at the rate of pre-training
 (arXiv 2410.07524). It is for many thousands of steps. For a short run, or one that must not get
 worse than its parent, set --config.optimizer.learning_rate=2e-5 as configs/continue.py does.
-Hardware and time: about twice those of the dense model, with 8 experts of which a token uses 2.
+Hardware and time: a token uses 2 of 8 experts, so that a step takes up to twice as long as that of
+the dense model; but memory holds all 8, and their gradients and moments. `python scripts/dryrun.py
+--config=configs/upcycle.py --config.init.source=… --topology=…` says both.
 Expect the held-out loss to rise at first and to fall below the parent's later.
 """
 

@@ -105,7 +105,7 @@ def uneven(L, E, A, layers):
 
 
 def by_hand(name, form, E, A):
-    """What a layer's loss of `uneven` is more than that of an even layer."""
+    """The loss of a layer of `uneven`, less that of an even layer."""
     if name == "router_z_loss":
         return 5.0
     if name == "importance_loss":  # the squared coefficient of variation, of importance and load

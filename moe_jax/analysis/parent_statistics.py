@@ -62,10 +62,11 @@ def of_mixture(params: dict, config: ModelConfig, tokens_NBT: Sequence) -> dict[
                 found["similarity"][layer] = cka_of_experts(
                     x_MD[:SAMPLE], params_of_layer["experts"], config
                 )
-    for _, grads in _gradients(params, config, tokens_NBT):
-        for layer, grads_of_layer in _feed_forwards(grads, config):
-            if "experts" in grads_of_layer:
-                found["utility"][layer] += expert_utility(grads_of_layer["experts"])
+    for tokens_BT in tqdm.tqdm(tokens_NBT, "gradients", unit="batch", disable=None):
+        grads = _gradient(params, jnp.asarray(tokens_BT), config)
+        for layer in layout.sparse_layers(config):
+            grads_E = layout.layer(grads, config, layer, "moe", "experts")
+            found["utility"][layer] += expert_utility(grads_E)
     return found
 
 
@@ -232,16 +233,12 @@ def _exact(x: jax.Array) -> np.ndarray:
 
 def _features(neurons: str, ffn: dict, x_MD: jax.Array, config: ModelConfig) -> np.ndarray:
     """[F, X]: each neuron's inner weights or activations, as a vector of length one."""
-    inner = [np.asarray(ffn[n]).T for n in ("gate", "up") if n in ffn]
-    by_weights = neurons == "weights"
-    found = np.concatenate(inner, axis=1) if by_weights else hidden_neurons(x_MD, ffn, config).T
-    features_FX = np.asarray(found, np.float64)
+    if neurons == "weights":
+        inner = [np.asarray(ffn[n], np.float64).T for n in ("gate", "up") if n in ffn]
+        features_FX = np.concatenate(inner, axis=1)
+    else:
+        features_FX = np.asarray(hidden_neurons(x_MD, ffn, config), np.float64).T
     return features_FX / np.maximum(np.linalg.norm(features_FX, axis=1, keepdims=True), 1e-12)
-
-
-def _feed_forwards(params: dict, config: ModelConfig) -> Iterator[tuple[int, dict]]:
-    for layer, _, block in layout.layers(params, config):
-        yield layer, block.get("moe") or block["mlp"]
 
 
 def _layers(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> Iterator[tuple]:
@@ -267,39 +264,46 @@ def _one_document(tokens_BT: jax.Array) -> transformer.Shared:
     return transformer.Shared(positions_BT, jnp.ones_like(positions_BT))
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _importance(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+def _importance(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> np.ndarray:
     """[L, F]: the importance of each neuron of a dense model on these tokens."""
-    inputs_BT, unembed_DV = tokens_BT[:, :-1], transformer.unembedding(params)
-    shared = _one_document(inputs_BT)
-    x_BTD = transformer.embed(params["embed"], inputs_BT, shared.positions_BT, config)
-
-    def loss(added_LBTD):
-        """The loss with something added to the feed-forwards' outputs, and their inputs."""
-        y_BTD, inputs = x_BTD, []
-        for layer, kind, block in layout.layers(params, config):
-            run = jax.checkpoint(functools.partial(_block, config=config, kind=kind))
-            y_BTD, output = run(y_BTD, block, {"index": layer}, shared)
-            y_BTD += added_LBTD[layer]
-            inputs.append(output.tapped["feed_forward_input"])
-        y_BTD = layers.norm(y_BTD, params["final_norm"], config)
-        return cross_entropy.token_losses(y_BTD, unembed_DV, tokens_BT[:, 1:]).mean(), inputs
-
-    nothing_LBTD = jnp.zeros((config.num_hidden_layers, *x_BTD.shape), x_BTD.dtype)
-    gradient_LBTD, inputs = jax.grad(loss, has_aux=True)(nothing_LBTD)
-    D = config.hidden_size
-    return jnp.stack(
-        [
-            neuron_importance(x.reshape(-1, D), gradient_LBTD[layer].reshape(-1, D), ffn, config)
-            for x, (layer, ffn) in zip(inputs, _feed_forwards(params, config), strict=True)
-        ]
-    )
+    shared, inputs, found = _one_document(tokens_BT[:, :-1]), [], []
+    x_BTD = transformer.embed(params["embed"], tokens_BT[:, :-1], shared.positions_BT, config)
+    for layer, kind, block in layout.layers(params, config):
+        inputs.append(x_BTD)
+        x_BTD, _ = _block(x_BTD, block, {"index": layer}, shared, config=config, kind=kind)
+    head = (params["final_norm"], transformer.unembedding(params))
+    gradient_BTD = _of_head(x_BTD, *head, tokens_BT[:, 1:], config)
+    for layer, kind in reversed([*enumerate(config.block_kinds)]):
+        block = layout.layer(params, config, layer)
+        gradient_BTD, importance_F = _of_block(
+            gradient_BTD, inputs.pop(), block, {"index": layer}, shared, config=config, kind=kind
+        )
+        found.append(importance_F)
+    return np.stack(found[::-1])
 
 
-def _gradients(params, config, tokens_NBT) -> Iterator[tuple[int, dict]]:
-    batches = tqdm.tqdm(tokens_NBT, "gradients", unit="batch", disable=None)
-    for number, tokens_BT in enumerate(batches):
-        yield number, _gradient(params, jnp.asarray(tokens_BT), config)
+@functools.partial(jax.jit, static_argnames="config")
+def _of_head(x_BTD, final_norm, unembed_DV, targets_BT, config):
+    """The gradient of the loss by the last block's output."""
+
+    def loss(x_BTD):
+        y_BTD = layers.norm(x_BTD, final_norm, config)
+        return cross_entropy.token_losses(y_BTD, unembed_DV, targets_BT).mean()
+
+    return jax.grad(loss)(x_BTD)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def _of_block(gradient_BTD, x_BTD, block, *others, config, kind):
+    """The gradient of the loss by a block's input, and the importance of the block's neurons.
+
+    A block adds the outputs of its feed-forward, which therefore have the gradient of its own.
+    """
+    run = functools.partial(_block, config=config, kind=kind)
+    _, pull, output = jax.vjp(lambda x_BTD: run(x_BTD, block, *others), x_BTD, has_aux=True)
+    both = (output.tapped["feed_forward_input"], gradient_BTD)
+    x_MD, gradient_MD = (y_BTD.reshape(-1, config.hidden_size) for y_BTD in both)
+    return *pull(gradient_BTD), neuron_importance(x_MD, gradient_MD, block["mlp"], config)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -66,25 +66,22 @@ class Drift:
 
 
 def experts(
-    params: dict,
-    config: ModelConfig,
-    parent_params: dict | None = None,
-    parent_config: ModelConfig | None = None,
+    params: dict, config: ModelConfig, parent: tuple[dict, ModelConfig] | None = None
 ) -> list[Experts]:
     """One row for each sparse layer, in the model's order.
 
-    The parent is a dense model of as many layers and the same hidden size. One with wider
+    The parent is the parameters and the config of a dense model of as many layers and the same
+    hidden size. One with wider
     feed-forwards, whose parts the experts are, is searched for intact neurons only.
 
     Raises: ValueError for another parent.
     """
+    if parent is not None:
+        _check_parent(config, parent[1])
     rows = []
     for layer in layout.sparse_layers(config):
-        parent = None
-        if parent_params is not None and parent_config is not None:
-            _check_parent(config, parent_config)
-            parent = layout.layer(parent_params, parent_config, layer, "mlp")
-        rows.append(of_layer(layer, layout.layer(params, config, layer, "moe", "experts"), parent))
+        source = None if parent is None else layout.layer(*parent, layer, "mlp")
+        rows.append(of_layer(layer, layout.layer(params, config, layer, "moe", "experts"), source))
     return rows
 
 

@@ -250,8 +250,12 @@ def upcycle_cases() -> Iterator[Case]:
             for i in range(8):
                 eighth(jax.random.key(i)).block_until_ready()
 
-        bounds = (("naive", "file copy", copy), ("drop", "file copy", copy))
-        for recipe, bound, function in (*bounds, ("drop", "normals", normals)):
+        bounds = (
+            ("naive", "file copy", copy),
+            ("drop", "file copy", copy),
+            ("drop", "normals", normals),
+        )
+        for recipe, bound, function in bounds:
             ours: dict[str, Callable] = {recipe: functools.partial(upcycle, recipe)}
             yield Case(f"{numbers / 1e6:.0f} M numbers", numbers, ours, bound, function)
 

@@ -6,7 +6,7 @@ Examples:
 """
 
 from moe_jax import command_line
-from moe_jax.upcycle import recipes
+from moe_jax.upcycle import explanation, recipes
 
 
 def main() -> None:
@@ -14,4 +14,4 @@ def main() -> None:
     chosen = "the recipe to explain, one of %(choices)s"
     parser.add_argument("name", nargs="?", choices=recipes.RECIPES, metavar="NAME", help=chosen)
     name = parser.parse_args().name
-    print(recipes.explained(name) if name else recipes.table())
+    print(explanation.explained(name) if name else explanation.table())

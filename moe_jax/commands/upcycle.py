@@ -114,8 +114,8 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
     if plan.config.num_experts < 2:
         return []
     dense = len(paths) == 1 and not source_config.num_experts
-    parent = (parents_params[0], source_config) if dense else ()
-    return similarity.experts(params, plan.config, *parent)
+    parent = (parents_params[0], source_config) if dense else None
+    return similarity.experts(params, plan.config, parent)
 
 
 def recipe_parameters(recipe: str, arguments: list[str]) -> dict:

@@ -12,12 +12,12 @@ import pathlib
 
 from moe_jax import command_line
 from moe_jax.config import listing, published
-from moe_jax.upcycle import recipes
+from moe_jax.upcycle import explanation
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 GENERATED = {
-    "upcycling.md": recipes.table,
+    "upcycling.md": explanation.table,
     "configuration.md": listing.page,
     "published_configs.md": published.page,
 }

@@ -83,6 +83,6 @@ def _problems_of_top_1(model: ModelConfig, frozen: str) -> Iterator[str]:
         yield (
             f"config.model.num_experts_per_tok=1 with weights that sum to one "
             f"(router={model.router!r}, norm_topk_prob={model.norm_topk_prob}) gives the router "
-            "no gradient; use router='softmax_topk' with norm_topk_prob=False (Switch), 2 experts "
-            "per token, or keep the router as it is by optimizer.frozen='moe/router'"
+            "no gradient of the text; use router='softmax_topk' with norm_topk_prob=False "
+            "(Switch), 2 experts per token, or keep the router by optimizer.frozen='moe/router'"
         )

@@ -29,8 +29,11 @@ def in_force(config: ModelConfig) -> dict[str, Any]:
         "layers": config.layer_kinds,
         "layer_types": tuple(kind.window for kind in config.block_kinds),
     }
-    needs = {f.name: f.metadata["needs"] for f in dataclasses.fields(config)}
-    idle = {name for name, of in needs.items() if not all(need.holds(config) for need in of)}
+    idle = {
+        field.name
+        for field in dataclasses.fields(config)
+        if not all(need.holds(config) for need in field.metadata["needs"])
+    }
     unused = fields_of(COMPUTATION, ORIGIN) | {"sliding_window"} | idle - {"num_experts", "layers"}
     unused |= fields_of(ROPE) - set(ROPES[config.rope_type].reads)
     if config.num_experts and DENSE not in config.layer_kinds:

@@ -21,6 +21,7 @@ from moe_jax.model.fields import (
     SLIDING,
     SPARSE,
     field,
+    unread,
 )
 from moe_jax.model.initialisation import INITIALIZERS
 from moe_jax.model.rope import ROPES
@@ -47,145 +48,162 @@ class ModelConfig:
     Raises: ValueError, in one line, for sizes that no model can have.
     """
 
-    vocab_size: int = field(about="number of token ids", at_least=1)
-    hidden_size: int = field(about="width of the residual stream", at_least=1)
-    intermediate_size: int = field(about="width of a dense feed-forward", at_least=1)
-    num_hidden_layers: int = field(about="number of layers", at_least=1)
-    num_attention_heads: int = field(about="number of query heads", at_least=1)
-    num_key_value_heads: int | None = field(None, "none is num_attention_heads", at_least=1)
-    head_dim: int | None = field(None, "none is hidden_size / num_attention_heads", at_least=1)
-    max_position_embeddings: int = field(4096, "learned positions end there", at_least=1)
-    tie_word_embeddings: bool = field(False, "the output is the embedding, transposed")
-    initializer_range: float = field(0.02, "deviation of random weights", ORIGIN)
+    vocab_size: int = field("number of token ids", at_least=1)
+    hidden_size: int = field("width of the residual stream", at_least=1)
+    intermediate_size: int = field("width of a dense feed-forward", at_least=1)
+    num_hidden_layers: int = field("number of layers", at_least=1)
+    num_attention_heads: int = field("number of query heads", at_least=1)
+    num_key_value_heads: int | None = field(
+        "number of key and value heads; none is num_attention_heads", None, at_least=1
+    )
+    head_dim: int | None = field(
+        "size of a head; none is hidden_size / num_attention_heads", None, at_least=1
+    )
+    max_position_embeddings: int = field("learned positions end there", 4096, at_least=1)
+    tie_word_embeddings: bool = field("the output is the embedding, transposed", False)
+    initializer_range: float = field("deviation of random weights", 0.02, ORIGIN)
     initializer: str = field(
-        "normal", "distribution of random weights", ORIGIN, choices=tuple(INITIALIZERS)
+        "distribution of random weights", "normal", ORIGIN, choices=INITIALIZERS
     )
     model_type: str | None = field(
-        None, "Hugging Face family to save as; none is any that can hold the model", ORIGIN
+        "Hugging Face family to save as; none is any that can hold the model", None, ORIGIN
     )
 
     norm: str = field(
-        "rms",
         "layer_1p is LayerNorm whose scale is kept less 1 (Nemotron)",
+        "rms",
         choices=("rms", "layer", "layer_1p"),
     )
-    rms_norm_eps: float = field(1e-5, "epsilon of whichever norm", positive=True)
+    rms_norm_eps: float = field("epsilon of whichever norm", 1e-5, positive=True)
     hidden_act: str = field(
-        "silu",
         "activation of feed-forwards",
+        "silu",
         choices=("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu2"),
     )
-    gated_mlp: bool = field(True, "down(act(gate x) * up x), else down(act(up x))")
-    mlp_bias: bool = field(False, "feed-forwards have biases")
+    gated_mlp: bool = field("down(act(gate x) * up x), else down(act(up x))", True)
+    mlp_bias: bool = field("feed-forwards have biases", False)
 
     attention_bias: str = field(
-        "none", "qkv as in Qwen2; all: the output projection too", choices=("none", "qkv", "all")
+        "qkv as in Qwen2; all: the output projection too", "none", choices=("none", "qkv", "all")
     )
     qk_norm: str = field(
-        "none",
         "norm of queries and keys, by head (Qwen3) or of all heads at once (full, OLMoE)",
+        "none",
         choices=("none", "head", "full"),
     )
-    clip_qkv: float | None = field(None, "largest size of queries, keys, values", positive=True)
+    clip_qkv: float | None = field("largest size of queries, keys, values", None, positive=True)
     sliding_window: int | None = field(
-        None, "keys that a query sees, itself included", ARCHITECTURE, SLIDING, at_least=1
+        "keys that a query sees, itself included", None, ARCHITECTURE, SLIDING, at_least=1
     )
     layer_types: tuple[str, ...] | None = field(
-        None, "each layer's kind of attention; none: all slide, if there is a window"
+        "full_attention or sliding_attention for each layer; none: all slide, if there is a window",
+        None,
     )
 
     position_embedding: str = field(
-        "rotary", "learned positions are GPT-2's", choices=("rotary", "learned")
+        "learned positions are GPT-2's", "rotary", choices=("rotary", "learned")
     )
     rope_theta: float = field(
-        10_000.0, "base of the rotary frequencies", ARCHITECTURE, ROTARY, positive=True
+        "base of the rotary frequencies", 10_000.0, ARCHITECTURE, ROTARY, positive=True
     )
     partial_rotary_factor: float = field(
-        1.0, "share of a head that is rotated", ARCHITECTURE, ROTARY, positive=True
+        "share of a head that is rotated", 1.0, ARCHITECTURE, ROTARY, positive=True
     )
-    rope_type: str = field("default", "stretching of waves over longer texts", ARCHITECTURE, ROTARY)
-    rope_scaling_factor: float = field(1.0, "factor of the stretching", ROPE, positive=True)
-    rope_original_length: int = field(8192, "longest text before it", ROPE, at_least=1)
-    rope_low_freq_factor: float = field(1.0, "llama3's, of long waves", ROPE, positive=True)
-    rope_high_freq_factor: float = field(4.0, "llama3's, of short waves", ROPE, positive=True)
+    rope_type: str = field(
+        "how waves are stretched for longer texts", "default", ARCHITECTURE, ROTARY, choices=ROPES
+    )
+    rope_scaling_factor: float = field("factor of the stretching", 1.0, ROPE, positive=True)
+    rope_original_length: int = field(
+        "longest text before the waves were stretched", 8192, ROPE, at_least=1
+    )
+    rope_low_freq_factor: float = field("llama3's, of long waves", 1.0, ROPE, positive=True)
+    rope_high_freq_factor: float = field("llama3's, of short waves", 4.0, ROPE, positive=True)
     rope_attention_factor: float | None = field(
-        None, "factor of queries and keys; none is YaRN's formula", ROPE, positive=True
+        "factor of queries and keys; none is YaRN's formula", None, ROPE, positive=True
     )
-    rope_beta_fast: float = field(32.0, "YaRN's, of short waves", ROPE, positive=True)
-    rope_beta_slow: float = field(1.0, "YaRN's, of long waves", ROPE, positive=True)
-    rope_truncate: bool = field(True, "whole dimensions at the ends of YaRN's ramp", ROPE)
+    rope_beta_fast: float = field("YaRN's, of short waves", 32.0, ROPE, positive=True)
+    rope_beta_slow: float = field("YaRN's, of long waves", 1.0, ROPE, positive=True)
+    rope_truncate: bool = field("whole dimensions at the ends of YaRN's ramp", True, ROPE)
 
-    num_experts: int = field(0, "experts of a sparse layer; 0 is dense", EXPERTS, at_least=0)
-    num_experts_per_tok: int = field(2, "experts of a token", EXPERTS, ROUTED, at_least=1)
+    num_experts: int = field("experts of a sparse layer; 0 is dense", 0, EXPERTS, at_least=0)
+    num_experts_per_tok: int = field("experts of a token", 2, EXPERTS, ROUTED, at_least=1)
     moe_intermediate_size: int | None = field(
-        None, "width of an expert; none is intermediate_size", EXPERTS, at_least=1
+        "width of an expert; none is intermediate_size", None, EXPERTS, at_least=1
     )
     shared_expert_intermediate_size: int | None = field(
-        None, "width of an expert that every token goes to", EXPERTS, at_least=1
+        "width of an expert that every token goes to", None, EXPERTS, at_least=1
     )
-    router: str = field("softmax_topk", "a row of model/router.py", EXPERTS)
-    norm_topk_prob: bool = field(True, "divides a token's weights by their sum", ROUTER)
+    router: str = field("how experts are chosen", "softmax_topk", EXPERTS, choices=ROUTERS)
+    norm_topk_prob: bool = field("divides a token's weights by their sum", True, ROUTER)
     gate_norm_std: float | None = field(
-        None, "deviation that router logits are brought to (Skywork-MoE)", ROUTER, positive=True
+        "deviation that router logits are brought to (Skywork-MoE)", None, ROUTER, positive=True
     )
-    num_expert_groups: int = field(1, "groups of experts", ROUTER, at_least=1)
+    num_expert_groups: int = field("groups of experts", 1, ROUTER, at_least=1)
     num_groups_per_tok: int = field(
-        1, "groups that a token may choose from", ROUTER, GROUPS, at_least=1
+        "groups that a token may choose from", 1, ROUTER, GROUPS, at_least=1
     )
-    routed_scaling_factor: float = field(1.0, "factor of the weights", ROUTER, positive=True)
+    routed_scaling_factor: float = field("factor of the weights", 1.0, ROUTER, positive=True)
     router_parameters: tuple[tuple[str, float | int | str | bool], ...] = field(
-        (), "pairs of a name and a value, which only the chosen router knows", ROUTER
+        "pairs of a name and a value, which only the chosen router knows", (), ROUTER
     )
     dispatch: str = field(
-        "dropless",
         "capacity: an expert drops what does not fit; merge: Lory's merged expert",
+        "dropless",
         EXPERTS,
         choices=("dropless", "capacity", "merge"),
     )
     merge_segment_length: int = field(
-        256, "tokens that share one merged expert", EXPERTS, MERGED, at_least=1
+        "tokens that share one merged expert", 256, EXPERTS, MERGED, at_least=1
     )
     capacity_factor: float = field(
-        1.25,
         "capacity over an even load; dropless: of the virtual drop rate that is reported",
+        1.25,
         EXPERTS,
         ROUTED,
         positive=True,
     )
-    min_capacity: int = field(4, "least tokens of an expert", EXPERTS, CAPACITY, at_least=1)
+    min_capacity: int = field(
+        "smallest capacity of an expert, in tokens", 4, EXPERTS, CAPACITY, at_least=1
+    )
     token_priority: str = field(
-        "position",
         "order in which a full expert keeps tokens",
+        "position",
         EXPERTS,
         CAPACITY,
         choices=("position", "random"),
     )
     num_attention_experts: int = field(
-        0, "attentions whose outputs are mixed (BAM); 0 is plain attention", ATTENTION_EXPERTS
+        "attentions whose outputs are mixed (BAM); 0 is plain attention",
+        0,
+        ATTENTION_EXPERTS,
+        at_least=0,
     )
     layers: tuple[str, ...] | None = field(
-        None, "dense or moe for each layer; none: all sparse with experts, else dense", EXPERTS
+        "dense or moe for each layer; none: all sparse with experts, else dense", None, EXPERTS
     )
 
     # These say how the model is computed, not what it is.
     dtype: str = field(
-        "float32", "dtype of the computation", COMPUTATION, choices=("float32", "bfloat16")
+        "dtype of the computation; auto in a config is bfloat16 where the machine has units for it",
+        "float32",
+        COMPUTATION,
+        choices=("float32", "bfloat16"),
     )
     remat: str = field(
-        "full",
         "what is kept for the backward pass: a row of model/remat.py",
+        "full",
         COMPUTATION,
         choices=("none", "full", "save_experts", "save_dots", "offload_experts", "offload_dots"),
     )
     expert_parallel: str = field(
-        "auto",
         "how tokens meet experts of other devices: model/exchange.py",
+        "auto",
         COMPUTATION,
         SPARSE,
         choices=("auto", "fsdp", "ring", "all_to_all"),
     )
-    grouped_matmul: str = field("auto", "implementation of experts' products", COMPUTATION, SPARSE)
-    attention: str = field("auto", "implementation of attention", COMPUTATION)
+    grouped_matmul: str = field("implementation of experts' products", "auto", COMPUTATION, SPARSE)
+    attention: str = field("implementation of attention", "auto", COMPUTATION)
 
     def __post_init__(self):
         for name in ("layers", "layer_types"):
@@ -208,11 +226,10 @@ class ModelConfig:
             if allowed["choices"] and value not in allowed["choices"]:
                 yield spelling.unknown(name, value, allowed["choices"])
         yield from self._problems_of_sizes()
-        yield from self._problems_of_rope()
+        yield from unread(self, "rope_type", ROPES, sorted(fields_of(ROPE)))
+        yield from ROPES[self.rope_type].problems(self)
         yield from self._problems_of_layers()
-        if self.router not in ROUTERS:
-            yield spelling.unknown("router", self.router, ROUTERS)
-        elif self.num_experts:
+        if self.num_experts:
             yield from self._problems_of_routing()
 
     def _problems_of_sizes(self):
@@ -234,20 +251,6 @@ class ModelConfig:
         A, E = self.num_experts_per_tok, self.num_experts
         if 0 < E < A:
             yield f"num_experts_per_tok={A} is more than num_experts={E}; choose at most {E}"
-
-    def _problems_of_rope(self):
-        if self.rope_type not in ROPES:
-            yield spelling.unknown("rope_type", self.rope_type, ROPES)
-            return
-        row = ROPES[self.rope_type]
-        for name in sorted(fields_of(ROPE) - set(row.reads)):
-            if (value := getattr(self, name)) != self.__dataclass_fields__[name].default:
-                readers = ", ".join(kind for kind, other in ROPES.items() if name in other.reads)
-                yield (
-                    f"{name}={value!r} has no effect with rope_type={self.rope_type!r}; "
-                    f"leave it out, or use a type that reads it: {readers}"
-                )
-        yield from row.problems(self)
 
     def _problems_of_layers(self):
         kinds_of = {"layers": (DENSE, MOE), "layer_types": (FULL_ATTENTION, SLIDING_ATTENTION)}
@@ -272,15 +275,8 @@ class ModelConfig:
 
     def _problems_of_routing(self):
         row = ROUTERS[self.router]
-        for each in dataclasses.fields(self):
-            name, value = each.name, getattr(self, each.name)
-            mine = name in row.reads or name == "router_parameters"
-            if each.metadata["belongs"] == ROUTER and not mine and value != each.default:
-                readers = [router for router, other in ROUTERS.items() if name in other.reads]
-                yield (
-                    f"{name}={value!r} has no effect with router={self.router!r}; leave it out, "
-                    f"or use a router that reads it: {', '.join(readers)}"
-                )
+        names = sorted(fields_of(ROUTER) - {"router_parameters"})  # which every router may have
+        yield from unread(self, "router", ROUTERS, names)
         for name, value in self.router_parameters:
             if name not in row.parameters:
                 takes = ", ".join(row.parameters) or "none"
@@ -333,7 +329,8 @@ class ModelConfig:
     def weight_is_constant(self) -> bool:
         """True if a token has one expert and its weight is divided by itself.
 
-        p / p is 1 whatever the logits, so that the router has no gradient and never learns.
+        p / p is 1 whatever the logits, so that the router has no gradient of the text's loss: at
+        most the balance losses move it.
         """
         row = ROUTERS[self.router]
         chooses = self.num_experts > 1 and self.dispatch != "merge" and row.learned and row.causal
@@ -396,5 +393,4 @@ def fields_of(*belongs: str) -> frozenset[str]:
 
 def choices(name: str) -> tuple[str, ...]:
     """The values that a field of ModelConfig may have."""
-    tables = {"router": tuple(ROUTERS), "rope_type": tuple(ROPES)}
-    return tables.get(name, ModelConfig.__dataclass_fields__[name].metadata["choices"])
+    return tuple(ModelConfig.__dataclass_fields__[name].metadata["choices"])

@@ -4,7 +4,7 @@ A need is a condition without which a field, or a key of a config, is not read a
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 
@@ -36,18 +36,19 @@ NEEDS_OF = {ROPE: (ROTARY,), EXPERTS: (SPARSE,), ROUTER: (SPARSE, ROUTED)}
 
 
 def field(
+    about: str,
     default=dataclasses.MISSING,
-    about: str = "",
     belongs: str = ARCHITECTURE,
     *needs: Need,
     at_least: int | None = None,
     positive: bool = False,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
 ):
     """A field of ModelConfig: what it is, what it belongs to, and which values it may have.
 
     needs: without these, and those of what it belongs to, the field is not read.
-    at_least: the smallest whole number. positive: a finite number more than 0.
+    at_least: the smallest whole number. positive: a finite number more than 0. choices: a table of
+      them may grow.
     """
     needs = (*NEEDS_OF.get(belongs, ()), *needs)
     of_value = {"at_least": at_least, "positive": positive, "choices": choices}
@@ -62,6 +63,20 @@ def without_effect(config: Any, names: Iterable[str], prefix: str) -> Iterator[s
         each, value = config.__dataclass_fields__[name], getattr(config, name)
         if value != each.default:
             yield from no_effect(prefix + name, value, each.metadata["needs"], config)
+
+
+def unread(config: Any, key: str, table: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
+    """A line for each of these fields that is not its default and that the row of a table, which
+    the field `key` names, does not read."""
+    chosen = getattr(config, key)
+    for name in names:
+        value = getattr(config, name)
+        if name not in table[chosen].reads and value != config.__dataclass_fields__[name].default:
+            readers = ", ".join(other for other, row in table.items() if name in row.reads)
+            yield (
+                f"{name}={value!r} has no effect with {key}={chosen!r}; leave it out, or use one "
+                f"that reads it: {readers}"
+            )
 
 
 def no_effect(name: str, value: Any, needs: Iterable[Need], config: Any) -> Iterator[str]:

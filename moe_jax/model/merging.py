@@ -2,8 +2,8 @@
 
 The weights of a segment come from the segment before it, so that no token sees a later one; the
 first takes its own, through which no gradient passes (Zhong et al., arXiv 2405.03133). So a token
-of the first segment does see the rest of it: the held-out loss leaves that segment out, the loss in
-training, as there, does not.
+of the first segment does see the rest of it. The held-out loss leaves that segment out; the
+training loss counts it, as in the paper.
 """
 
 import jax

@@ -261,7 +261,7 @@ def _route_expert_choice(
 
 SOFTMAX = ("num_experts_per_tok", "norm_topk_prob", "gate_norm_std")
 BIAS = Leaf(lambda D, E: (E,))
-NOISE = Leaf(KERNEL.shape, noise_on_copies=False)  # zero at first: arXiv 2406.16554
+NOISE = Leaf(KERNEL.shape)  # zero at first: arXiv 2406.16554
 OUTPUT = Leaf(lambda D, E: (E, E), zero=False, upcycled="torch_linear")
 
 # The keys are the values of `ModelConfig.router`.
@@ -322,6 +322,5 @@ ROUTERS: dict[str, Router] = {
         reads=SOFTMAX,
         sum_is_fixed=_renormalised,
         learned=False,
-        same_as={"router": "softmax_topk"},
     ),
 }

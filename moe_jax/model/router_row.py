@@ -29,13 +29,11 @@ class Leaf:
     zero: it begins as zeros, else by the model's `initializer`.
     upcycled: the initialiser (`upcycle/router_init.py`) that upcycling makes it by; "" is zeros. A
       kernel is made by the recipe's.
-    noise_on_copies: recipes that add noise to a copied expert's router add it to this leaf too.
     """
 
     shape: Callable[[int, int], tuple[int, ...]]  # of hidden_size and num_experts
     zero: bool = True
     upcycled: str = ""
-    noise_on_copies: bool = True
 
 
 KERNEL = Leaf(lambda D, E: (D, E), zero=False)

@@ -90,10 +90,12 @@ def capacity(num_assignments, num_experts: int, factor: float, minimum: int):
     The factor is taken as the nearest fraction with a denominator of at most 1000: 1.1 is 11/10,
     which no float is. The number of assignments may be an array.
     """
-    share = fractions.Fraction(factor).limit_denominator(1000) / num_experts
-    # The quotient and the rest one by one: their products stay within int32.
-    whole, rest = divmod(num_assignments, share.denominator)
-    slots = whole * share.numerator - (-rest * share.numerator // share.denominator)
+    p, q = fractions.Fraction(factor).limit_denominator(1000).as_integer_ratio()
+    # Quotients and rests one by one: beside the slots themselves no number is above
+    # (1000 + num_experts) · p, with p at most 1000 times the factor, which int32 holds.
+    even, over = divmod(num_assignments, num_experts)
+    whole, part = divmod(even, q)
+    slots = whole * p - (-(part * p - (-over * p // num_experts)) // q)
     return slots + (minimum - slots) * (slots < minimum)
 
 

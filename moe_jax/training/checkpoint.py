@@ -125,7 +125,7 @@ def _newest(
 ) -> tuple[int, dict, dict] | None:
     """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify.
 
-    It is the same one in all processes: a checkpoint that one of them cannot read none takes.
+    All processes take the same one: if one of them cannot read a checkpoint, none takes it.
     """
     for step in reversed(distributed.of_first(steps(directory))):
         try:

@@ -21,7 +21,8 @@ from moe_jax.training.state import Measures, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The functions that the loop calls, behind which are files, meshes and the model."""
+    """The functions that the loop calls, behind which are files, meshes and the model, and the
+    constants of its rows."""
 
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Measures]]
     evaluators: Mapping[str, Scheduled]

@@ -52,8 +52,8 @@ def read(path: pathlib.Path) -> list[dict]:
     """The rows of a metrics.jsonl; a last line that a kill cut off is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # `splitlines` would also cut at the line ends of Unicode, which a JSON text may hold.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def _is_before(row: dict, step: int) -> bool:

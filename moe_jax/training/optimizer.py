@@ -16,9 +16,9 @@ def schedule(optimizer: Optimizer, num_steps: int) -> optax.Schedule:
     """Linear warmup, then "cosine" to the final rate, or "wsd": constant and a linear decay.
 
     It counts the updates of a run from its own beginning, so an upcycled model whose parent had
-    ended at a low rate is warmed up to the peak again. A step that is skipped, for its loss or
-    gradient is not finite, makes no update and does not move the schedule: the optimizer is as if
-    there had been no such step, and the schedule's last rate is missed by as many updates.
+    ended at a low rate is warmed up to the peak again. A step whose loss or gradient is not finite
+    is skipped: it makes no update and does not move the schedule, which therefore ends as many
+    updates short of its last rate.
     """
     peak = optimizer.learning_rate
     final = peak * optimizer.final_learning_rate_ratio
@@ -126,7 +126,10 @@ def orthogonal_experts(every: int) -> optax.GradientTransformation:
         return optax.identity()
 
     def part(name, update, weight):
-        return jax.vmap(orthogonal_part)(update, weight) if "moe/experts/" in name else update
+        if "moe/experts/" not in name:
+            return update
+        # Layer by layer: the differences of one are in float32, and twice as many as its experts.
+        return jax.lax.map(lambda layer: orthogonal_part(*layer), (update, weight))
 
     def project(updates, params):
         return tree.map_with_name(part, updates, params)

@@ -47,7 +47,8 @@ class Measures:
     # None until all microbatches are summed.
     gradient_norm: jax.Array | None = None  # before clipping
     learning_rate: jax.Array | None = None  # of this update; of the next one, if it is skipped
-    skipped: jax.Array | None = None  # no update, for loss or gradient were not finite
+    # True if loss or gradient were not finite, so that no update was made.
+    skipped: jax.Array | None = None
     load_balancing_coefficients_L: jax.Array | None = None  # None where they do not adapt
 
     @property

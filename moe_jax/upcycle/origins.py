@@ -15,7 +15,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class OfParents(Origin):
-    """A leaf made of those of these parents, by their numbers."""
+    """A leaf made of the same leaf of some parents; `parents` are their numbers."""
 
     parents: tuple[int, ...]
 

@@ -28,6 +28,11 @@ STATISTICS = {
     "similarity": lambda source, config: (source.num_experts,) * 2,
 }
 
+COPIES_STAY = (
+    "; a copy gets the logits of its original: set router_noise, for example 0.01, to let them "
+    "become different experts"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -59,10 +64,28 @@ class Plan:
     def at_start(self) -> str:
         """The relation of the new model to its parent before any training, in words."""
         if self.start_factor is None:
-            return f"not equal to the parent (this recipe: {self.recipe.start.text})"
-        if self.start_factor == 1:
-            return "equal to the parent"
-        return f"each feed-forward gives {self.start_factor:.3g} times the parent's"
+            relation = f"not equal to the parent (this recipe: {self.recipe.start.text})"
+        elif self.start_factor == 1:
+            relation = "equal to the parent"
+        else:
+            relation = f"each feed-forward gives {self.start_factor:.3g} times the parent's"
+        return relation + self._copies_stay * COPIES_STAY
+
+    def noise_on(self, leaf: str) -> float:
+        """The deviation of noise on the copies' parts of this leaf of a copied router, relative."""
+        limits = self.recipe.limits.items()
+        return next((self.parameters[name] for name, p in limits if p.of_copied == leaf), 0.0)
+
+    @property
+    def noise_on_copies(self) -> bool:
+        return any(self.noise_on(leaf) for leaf in ROUTERS[self.config.router].leaves)
+
+    @property
+    def _copies_stay(self) -> bool:
+        """No noise, of the recipe or the router's own, tells copies from their originals."""
+        row, more = ROUTERS[self.config.router], self.config.num_experts > self.source.num_experts
+        copied = more and self.recipe.takes == recipes.MIXTURE and self.router == router_init.COPIED
+        return copied and row.learned and not ("noise" in row.leaves or self.noise_on_copies)
 
     @property
     def of_parameters(self) -> dict[str, str]:
@@ -163,17 +186,13 @@ class Plan:
 
     def _fresh_router(self, path: str) -> dict[str, origins.Origin]:
         """The kernel by the plan's initialiser, the router's other leaves by their own."""
-        D, E = self.config.hidden_size, self.config.num_experts
-        leaves = ROUTERS[self.config.router].leaves
-        made_by = {name: "" if self.of_moments else leaf.upcycled for name, leaf in leaves.items()}
-        made_by["kernel"] = self.router
-        return {
-            f"moe/router/{name}": origins.FreshRouter(
-                *(path, "router" if name == "kernel" else f"router_{name}"),
-                *(leaf.shape(D, E), made_by[name]),
-            )
-            for name, leaf in leaves.items()
-        }
+        found: dict[str, origins.Origin] = {}
+        for name, leaf in ROUTERS[self.config.router].leaves.items():
+            shape = leaf.shape(self.config.hidden_size, self.config.num_experts)
+            own = (f"router_{name}", shape, "" if self.of_moments else leaf.upcycled)
+            own = ("router", shape, self.router) if name == "kernel" else own
+            found[f"moe/router/{name}"] = origins.FreshRouter(path, *own)
+        return found
 
 
 def make(

@@ -116,6 +116,12 @@ def svd_residual(
     return experts.reflect_residual(ffn, context.key, rank_ratio=rank_ratio)
 
 
+def moe_ct(ffn: experts.FFN, context: ExpertContext) -> experts.FFN:
+    """Experts that give nothing at first, beside the parent's feed-forward as a shared expert."""
+    del context
+    return experts.silence(ffn)
+
+
 def _scaled(ffn, context, scaling):
     factor = step_zero.needed_scale(context.config, context.granularity)
     return experts.scale(ffn, factor, scaling=scaling, hidden_act=context.config.hidden_act)
@@ -137,6 +143,26 @@ def expert_upcycling(
     """
     del router_noise, bias_noise  # `transform.copied_router` uses them
     return mixing.duplicated(P, E, statistics.get("utility"))
+
+
+def prune(P: int, E: int, statistics: dict) -> np.ndarray:
+    """The most used experts alone."""
+    return mixing.pruned(P, E, statistics["load"])
+
+
+def diversify_merge(P: int, E: int, statistics: dict) -> np.ndarray:
+    """Groups of similar experts, each merged into one, in the shares of their load if it is given.
+
+    Without that statistic all members of a group have equal shares.
+    """
+    del P
+    return mixing.grouped(E, statistics["similarity"], statistics.get("load"))
+
+
+def merge_back(P: int, E: int, statistics: dict) -> np.ndarray:
+    """A dense model of the average of all experts, in the shares of their load if it is given."""
+    del E
+    return mixing.averaged(P, statistics.get("load"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +290,7 @@ RECIPES = {
         router="zero",
     ),
     "moe_ct": Recipe(
-        lambda ffn, context: experts.silence(ffn),
+        moe_ct,
         source="MoE-CT, arXiv 2407.00875",
         kept="all, as a shared expert to be frozen (`optimizer.frozen`)",
         changed="experts added, silent at first",
@@ -291,7 +317,7 @@ RECIPES = {
         optional=("utility",),
     ),
     "prune": OF_MIXTURE(
-        lambda P, E, statistics: mixing.pruned(P, E, statistics["load"]),
+        prune,
         source="Lu et al., arXiv 2402.14800, by load",
         kept="the most used experts",
         cost=f"a forward pass for the load, {ONE}",
@@ -299,7 +325,7 @@ RECIPES = {
         statistics=("load",),
     ),
     "diversify_merge": OF_MIXTURE(
-        lambda P, E, own: mixing.grouped(E, own["similarity"], own.get("load")),
+        diversify_merge,
         source="Zhang et al., arXiv 2407.09590",
         kept="averages of similar experts",
         cost=f"a forward pass of every expert for the similarity, {ONE}",
@@ -308,7 +334,7 @@ RECIPES = {
         optional=("load",),
     ),
     "merge_back": OF_MIXTURE(
-        lambda P, E, statistics: mixing.averaged(P, statistics.get("load")),
+        merge_back,
         source="dense from a mixture, by averaging",
         kept="the average of all experts",
         start=step_zero.EQUAL_IF_EXPERTS_ARE,
@@ -330,43 +356,3 @@ def check(recipe: str, given: dict) -> None:
             raise ValueError(f"recipe {recipe!r} has no parameter {name!r}; it takes {takes}")
         if value is not None:
             limits[name].check(name, value)
-
-
-def table() -> str:
-    """The recipes as a Markdown table."""
-    rows = [
-        (f"`{name}`", r.takes, r.kept, r.changed, r.start.text, _parameters(r), r.cost, r.source)
-        for name, r in RECIPES.items()
-    ]
-    first = ("recipe", "made of", "kept", "changed")
-    head = (*first, "step 0 is the parent's", "parameters", "cost", "source")
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _parameters(recipe: Recipe) -> str:
-    return ", ".join(f"`{name}={value}`" for name, value in recipe.defaults.items()) or "none"
-
-
-def explained(name: str) -> str:
-    """One recipe in some lines, for a terminal."""
-    recipe = RECIPES[name]
-    described = inspect.getdoc(recipe.make) or ""
-    lines = [
-        f"{name}: {' '.join(described.split())}",
-        f"  made of   {'several dense models' if recipe.several else f'a {recipe.takes} model'}",
-        f"  kept      {recipe.kept}",
-        f"  changed   {recipe.changed}",
-        f"  step 0    {recipe.start.text}",
-        f"  cost      {recipe.cost}",
-        f"  router    {recipe.router}",
-        f"  source    {recipe.source}",
-        "  parameters, --recipe.NAME=VALUE or config.init.upcycle.NAME:",
-    ]
-    rows = [
-        f"    {parameter}={default}  {recipe.limits[parameter]}".rstrip()
-        for parameter, default in recipe.defaults.items()
-    ]
-    if recipe.statistics:
-        rows.append(f"    needs --statistics with {', '.join(recipe.statistics)}")
-    return "\n".join([*lines, *(rows or ["    none"])])

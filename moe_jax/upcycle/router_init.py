@@ -45,7 +45,7 @@ def zero(context: RouterContext) -> jax.Array:
 
 
 def torch_linear(context: RouterContext) -> jax.Array:
-    """PyTorch's for a linear layer, uniform up to 1/sqrt(D) (LLaMA-MoE's two-layer gate)."""
+    """PyTorch's for a linear layer: uniform up to 1/sqrt(D), in LLaMA-MoE's two-layer gate."""
     uniform_ED = jax.random.uniform(context.key, (context.E, context.D), minval=-1)
     return uniform_ED.T / context.D**0.5
 

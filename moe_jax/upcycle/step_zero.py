@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.router import ROUTERS
-from moe_jax.upcycle import experts
+from moe_jax.upcycle import experts, router_init
 
 if TYPE_CHECKING:
     from moe_jax.upcycle.plan import Plan
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Start:
     """The promise of a recipe.
 
-    `factor` tells from the plan of a dropless model how many times its parent's each layer's
-    feed-forward output is; None where it is no multiple of it.
+    `factor` gives, for the plan of a dropless model, the output of each layer's feed-forward in
+    units of its parent's; None where it is no multiple of it.
     """
 
     text: str
@@ -76,18 +76,21 @@ def _of_parts(plan: "Plan") -> float | None:
 
 def _of_duplicates(plan: "Plan") -> float | None:
     """Copies share a softmax's probability among them; sigmoids know nothing of each other."""
-    source, config = plan.source, plan.config
-    times, left = divmod(config.num_experts, source.num_experts)
-    alike = left == 0 and config.num_experts_per_tok == times * source.num_experts_per_tok
+    source, config, row = plan.source, plan.config, ROUTERS[plan.config.router]
+    times = config.num_experts_per_tok / source.num_experts_per_tok
     one_by_one = config.num_expert_groups == 1 and config.gate_norm_std is None
-    row = ROUTERS[config.router]
-    copies_share = row.copies_share
-    noise = (
-        plan.parameters["router_noise"] or "bias" in row.leaves and plan.parameters["bias_noise"]
-    )
-    if noise or copies_share is None or not (alike and one_by_one):
+    copied = plan.router == router_init.COPIED and _rule(config) == _rule(source)
+    if plan.noise_on_copies or row.copies_share is None or not (copied and one_by_one):
         return None
-    return 1.0 if copies_share(config) else float(times)
+    if any((plan.shares(i).sum(axis=0) != times).any() for i in range(config.num_hidden_layers)):
+        return None
+    return 1.0 if row.copies_share(config) else times
+
+
+def _rule(config: ModelConfig) -> tuple:
+    """All that makes weights of a router's logits, but the number of experts."""
+    values = {**ROUTERS[config.router].values(config), "num_experts_per_tok": None}
+    return config.router, values, config.dispatch, config.merge_segment_length
 
 
 COPIES = Start("equal, where the weights of the chosen experts sum to one", _of_copies)

@@ -30,7 +30,8 @@ class Reader(Protocol):
 class Stream:
     """The model that `transform.execute` makes, bit for bit, each part computed when asked for.
 
-    A caller that asks layer by layer, and expert by expert, has nothing read or computed twice.
+    A caller that asks layer by layer, and expert by expert, has each expert made once, of one
+    reading of the feed-forward that it is made of.
     """
 
     def __init__(self, plan: plans.Plan, parents: Sequence[Reader], key: jax.Array):
@@ -110,8 +111,9 @@ class Stream:
         if name in self._handed_through(tuple(sorted(shapes.items()))):
             return ffn[name]
         made = self._expert(layer, expert, parents[expert])
-        if expert + 1 < len(parents):  # the device computes it while this one is written
-            self._expert(layer, expert + 1, parents[expert + 1])
+        if parents[expert + 1 : expert + 2] == parents[expert : expert + 1]:
+            # The device computes it while this one is written.
+            self._expert(layer, expert + 1, parents[expert])
         return np.asarray(made[name])[0, 0]
 
     def _read_ffn(self, layer, parent):

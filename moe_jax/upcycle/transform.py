@@ -10,7 +10,6 @@ import numpy as np
 from moe_jax import tree
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.layout import layer_groups, slots
-from moe_jax.model.router import ROUTERS
 from moe_jax.parallel import sharding
 from moe_jax.upcycle import experts, mixing, origins, recipes, router_init
 from moe_jax.upcycle import plan as plans
@@ -268,13 +267,12 @@ def copied_router(
 ) -> jax.Array:
     """The old experts' columns or biases, shared out as the experts are, and noise on copies.
 
-    The noise is `router_noise` times the deviation of the parent's column; on a bias it is
-    `bias_noise` times the deviation of the parent's biases.
+    The noise is in units of the deviation of the parent's column, or of its biases.
     """
-    std = plan.parameters.get("router_noise" if w_LX.ndim == 3 else "bias_noise", 0.0)
+    std = plan.noise_on(name)
     by_column = (lambda w: jnp.swapaxes(w, 1, 2)) if w_LX.ndim == 3 else lambda w: w
     mixed = mixing.mix(by_column(w_LX), share_LEP)
-    if not std or not ROUTERS[plan.config.router].leaves[name].noise_on_copies:
+    if not std:
         return by_column(mixed)
     is_copy_LE = (jnp.cumsum(share_LEP, axis=1) > 1).any(axis=2, where=share_LEP > 0)
 

@@ -53,7 +53,7 @@ def cosine(a, b):
 
 def test_pairs_and_parent_are_what_loops_over_the_experts_give():
     params, parent = random_params(SPARSE), random_params(PARENT, seed=1)
-    rows = similarity.experts(params, SPARSE, parent, PARENT)
+    rows = similarity.experts(params, SPARSE, (parent, PARENT))
     assert [row.layer for row in rows] == [1, 3]
     for i, row in enumerate(rows):
         for name in MATRICES:
@@ -73,7 +73,7 @@ def test_pairs_and_parent_are_what_loops_over_the_experts_give():
 def test_copies_of_the_parent_are_alike_near_and_intact():
     parent = random_params(PARENT)
     params = sparse_model([[dense_layer(parent, layer)] * 3 for layer in (1, 3)])
-    for row in similarity.experts(params, SPARSE, parent, PARENT):
+    for row in similarity.experts(params, SPARSE, (parent, PARENT)):
         for name in MATRICES:
             assert row.pairwise[name] == pytest.approx(1, abs=1e-6)
             assert row.parent_cosine[name] == pytest.approx(1, abs=1e-6)
@@ -106,7 +106,7 @@ def test_intact_neurons_are_found_in_any_order_and_only_if_all_matrices_agree():
     touched["down"][0, 0] = np.nextafter(touched["down"][0, 0], np.inf)  # one lost by one bit
     other_layer = [dense_layer(parent, 1)] * 3  # of layer 1, but in layer 3
     params = sparse_model([[shuffled, half, touched], other_layer])
-    first, second = similarity.experts(params, SPARSE, parent, PARENT)
+    first, second = similarity.experts(params, SPARSE, (parent, PARENT))
     assert first.intact == pytest.approx((6 + 3 + 5) / 18)
     assert second.intact == 0
 
@@ -118,7 +118,7 @@ def test_parts_of_the_parent_are_found_intact_and_compared_no_further():
         [take_neurons(dense_layer(parent, layer), slice(2 * e, 2 * e + 2)) for e in range(3)]
         for layer in (1, 3)
     ]
-    for row in similarity.experts(sparse_model(shards, thirds), thirds, parent, PARENT):
+    for row in similarity.experts(sparse_model(shards, thirds), thirds, (parent, PARENT)):
         assert row.intact == 1
         assert row.parent_cosine == row.parent_distance == {}
 
@@ -127,7 +127,7 @@ def test_bfloat16_parents_are_found_in_float32_experts():
     rounded = jax.tree.map(lambda w: w.astype(jax.numpy.bfloat16), random_params(PARENT))
     wide = jax.tree.map(lambda w: w.astype(np.float32), rounded)
     params = sparse_model([[dense_layer(wide, layer)] * 3 for layer in (1, 3)])
-    rows = similarity.experts(params, SPARSE, rounded, PARENT)
+    rows = similarity.experts(params, SPARSE, (rounded, PARENT))
     assert [row.intact for row in rows] == [1, 1]
 
 
@@ -140,7 +140,7 @@ def test_bfloat16_parents_are_found_in_float32_experts():
 )
 def test_what_cannot_be_the_parent_is_refused(parent, complaint):
     with pytest.raises(ValueError, match=complaint):
-        similarity.experts(random_params(SPARSE), SPARSE, {}, parent)
+        similarity.experts(random_params(SPARSE), SPARSE, ({}, parent))
 
 
 def test_models_without_pairs_have_no_similarity():
@@ -176,5 +176,5 @@ def test_a_table_is_aligned_and_short():
     assert labels == ["0", "6", "12", "mean"]
     assert similarity.table(many).splitlines()[-1].split() == ["mean", "6.0000", "1.0000"]
     params, parent = random_params(SPARSE), random_params(PARENT)
-    _, *lines = similarity.table(similarity.experts(params, SPARSE, parent, PARENT)).splitlines()
+    _, *lines = similarity.table(similarity.experts(params, SPARSE, (parent, PARENT))).splitlines()
     assert len(set(map(len, lines))) == 1 and len(lines[0]) <= 100

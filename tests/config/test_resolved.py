@@ -87,7 +87,8 @@ def test_a_stored_config_gives_the_run_that_it_was_stored_of(tmp_path):
         ),
         (
             {"model": dataclasses.replace(MOE, num_experts_per_tok=1)},
-            "gives the router no gradient; use router='softmax_topk' with norm_topk_prob=False",
+            "gives the router no gradient of the text; "
+            "use router='softmax_topk' with norm_topk_prob=False",
         ),
         (
             {"model": dataclasses.replace(MOE, dispatch="merge", merge_segment_length=256)},

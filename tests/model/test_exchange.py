@@ -66,11 +66,11 @@ def balance(stats):
     return rules.load_balancing(of_layers, num_experts_per_tok=A, **how).mean()
 
 
-def layer(config, key=None, training=True):
+def layer(config, key=None):
     @jax.jit
     def value_and_gradients(x_BTD, params):
         def loss(x_BTD, params):
-            y_BTD, stats = moe.moe(x_BTD, params, VALID_BT, config, key=key, training=training)
+            y_BTD, stats = moe.moe(x_BTD, params, VALID_BT, config, key=key, training=True)
             return jnp.sum(jnp.sin(y_BTD) * VALID_BT[..., None]) + balance(stats), (y_BTD, stats)
 
         (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x_BTD, params)

@@ -43,6 +43,14 @@ def test_a_restart_removes_what_will_be_written_again(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_generated_text_may_hold_any_character(tmp_path):
+    """JSON escapes "\\n" and "\\r", but neither U+0085, U+2028 nor U+2029, which also end lines."""
+    text = "".join(map(chr, (*range(0x300), *range(0x2020, 0x2030))))
+    write(tmp_path, [{"step": 1, "samples": {"prompt": text}}, *rows_of(2)])
+    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert metrics.read(tmp_path / "metrics.jsonl")[0]["samples"]["prompt"] == text
+
+
 def test_a_run_from_the_start_begins_an_empty_file(tmp_path):
     write(tmp_path, rows_of(1, 2))
     write(tmp_path, rows_of(1))

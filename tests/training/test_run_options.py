@@ -152,7 +152,7 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
     state = TrainState.create(params, tx)
     _, opt_state = tx.update(jax.tree.map(jnp.cos, params), state.opt_state, params)
     state = state.replace(opt_state=opt_state)
-    of_parent = with_changes(config, {"model.num_experts": 0})
+    of_parent = configs.resolve(with_changes(config, {"model.num_experts": 0})).config
     (tmp_path / "parent").mkdir()
     configs.save_json(of_parent, tmp_path / "parent")
     checkpoint.save(

@@ -121,7 +121,7 @@ def test_accumulated_microbatches_equal_one_batch():
 
 
 def test_the_router_losses_alone_have_a_gradient_that_grows_with_their_coefficients():
-    """Through all layers of the scan; the text has no weight."""
+    """The text has no weight, so that the router losses are the only source of the gradient."""
     batch = batch_of(0).replace(weights_BT=jnp.zeros((B, T)))
     norms = []
     for factor in (1.0, 2.0):

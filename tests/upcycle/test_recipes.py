@@ -5,6 +5,7 @@ Bitwise comparisons are between eager on one device and compiled on eight, shard
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from moe_jax import model, upcycle
 from moe_jax.dryrun import hlo
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
-from moe_jax.upcycle import mixing, recipes
+from moe_jax.upcycle import explanation, mixing, recipes
 
 DENSE = model.ModelConfig(
     vocab_size=32,
@@ -115,6 +116,24 @@ def made(name):
 
 def test_every_recipe_has_a_case():
     assert set(CASES) == set(recipes.RECIPES)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_is_explained_with_all_that_it_takes(name):
+    recipe, text = recipes.RECIPES[name], explanation.explained(name)
+    head, *rows = text.splitlines()
+    assert inspect.getdoc(recipe.make) and len(head) > len(f"{name}: ")
+    assert all(row == row.rstrip() and len(row.split()) > 1 for row in rows if row != "    none")
+    for of in (recipe.statistics, recipe.optional, recipe.defaults):
+        assert all(word in text for word in of)
+    assert recipe.defaults or rows[-1] == "    none"
+
+
+def test_the_statistics_that_a_recipe_uses_are_explained():
+    said = {name: explanation.explained(name) for name in recipes.RECIPES}
+    assert "--statistics: similarity (needed), load (if given)" in said["diversify_merge"]
+    assert "--statistics: neurons (for partition=statistics)" in said["llama_moe"]
+    assert "--statistics: none" in said["naive"] and "router    none" in said["merge_back"]
 
 
 @pytest.mark.parametrize("name", some(CASES, IN_SHORT))

@@ -1,7 +1,6 @@
 """Each recipe keeps its promise about step 0: the model that it makes computes it."""
 
 import dataclasses
-import functools
 
 import hypothesis
 import jax
@@ -14,7 +13,15 @@ from moe_jax import upcycle
 from moe_jax.model import layers, moe
 from moe_jax.model import router as router_rows
 from moe_jax.upcycle import plan, recipes
-from tests.upcycle.test_recipes import CASES, DENSE, EIGHT, KEY, SHARDS, parents_of
+from tests.upcycle.test_recipes import (
+    CASES,
+    DENSE,
+    EIGHT,
+    KEY,
+    SHARDS,
+    STATISTICS,
+    parents_of,
+)
 
 ROUTERS = [
     {},
@@ -28,7 +35,7 @@ ROUTERS = [
 
 
 @st.composite
-def upcyclings(draw):
+def of_dense_models(draw):
     """A recipe and configs of sizes, activations, routers and weights that it may be asked for."""
     name = draw(
         st.sampled_from(sorted(n for n, r in recipes.RECIPES.items() if r.takes == "dense"))
@@ -69,25 +76,55 @@ def upcyclings(draw):
     if "ratio" in recipes.RECIPES[name].defaults:
         parameters["ratio"] = draw(st.sampled_from([0.0, 0.5]))
     router = draw(st.sampled_from(["", "zero", "grouped"]))
-    return name, dense, config, router, parameters
+    return name, dense, config, {"router": router, **parameters}
 
 
-def outputs(name, dense, config, router, parameters):
+@st.composite
+def of_mixtures(draw):
+    """Copies of experts: their numbers, routers, rules of weights, noise, and the utility."""
+    routers = [r for r in ROUTERS if r.get("dispatch") != "merge"]
+    fields = draw(st.sampled_from([*routers, {"router": "noisy_topk"}]))
+    source = dataclasses.replace(EIGHT, num_hidden_layers=1, **fields)
+    config = dataclasses.replace(
+        source,
+        num_experts=draw(st.sampled_from([8, 12, 16, 32])),
+        num_experts_per_tok=draw(st.sampled_from([2, 4, 8])),
+    )
+    if "norm_topk_prob" in router_rows.ROUTERS[source.router].reads:
+        source, config = (
+            dataclasses.replace(c, norm_topk_prob=draw(st.sampled_from([True, True, False])))
+            for c in (source, config)
+        )
+    parameters = {"bias_noise": 0.0, "router_noise": draw(st.sampled_from([0.0, 0.0, 0.1]))}
+    if source.num_experts < config.num_experts and draw(st.booleans()):
+        parameters["statistics"] = {"utility": STATISTICS["utility"][:1]}
+    router = draw(st.sampled_from(["", "", "normal", "zero"]))
+    if router:
+        parameters["router_noise"] = 0.0
+    return "expert_upcycling", source, config, {"router": router, **parameters}
+
+
+def upcyclings():
+    return of_dense_models() | of_mixtures()
+
+
+def outputs(name, source, config, how):
     """The only layer's feed-forward and the mixture that is made of it, on the same inputs."""
-    [params] = parents_of(dense, 1)
-    new = upcycle.upcycle(params, dense, config, recipe=name, router=router, key=KEY, **parameters)
+    [params] = parents_of(source, 1)
+    new = upcycle.upcycle(params, source, config, recipe=name, key=KEY, **how)
     x_BTD = jax.random.normal(jax.random.key(1), (2, 8, 16))
-    first = functools.partial(jax.tree.map, lambda w: w[0])
-    old = layers.mlp(x_BTD, first(params["blocks"]["0"]["mlp"]), dense)
-    layer = first(new["blocks"]["0"]["moe"])
-    return old, moe.moe(x_BTD, layer, jnp.ones((2, 8), bool), config)[0]
+
+    def output(params, config):
+        [block] = [jax.tree.map(lambda w: w[0], b) for b in params["blocks"].values()]
+        if "mlp" in block:
+            return layers.mlp(x_BTD, block["mlp"], config)
+        return moe.moe(x_BTD, block["moe"], jnp.ones((2, 8), bool), config)[0]
+
+    return output(params, source), output(new, config)
 
 
 def assert_keeps_its_word(case):
-    name, dense, config, router, parameters = case
-    promised = plan.make(
-        dense, config, recipe=name, router=router, parameters=parameters
-    ).start_factor
+    promised = factor(*case[:3], **case[3])
     hypothesis.assume(promised is not None)
     old, new = outputs(*case)
     np.testing.assert_allclose(new, promised * old, rtol=1e-5, atol=1e-5 * np.abs(old).max())
@@ -116,9 +153,13 @@ def test_a_recipe_keeps_its_word_about_step_0_in_many_cases(case):
     assert_keeps_its_word(case)
 
 
-def factor(name, dense, config, router="", **parameters):
-    made = plan.make(dense, config, recipe=name, router=router, parameters=parameters)
-    return made.start_factor
+def planned(name, source, config, router="", statistics=None, **parameters):
+    how = {"router": router, "statistics": statistics, "parameters": parameters}
+    return plan.make(source, config, recipe=name, **how)
+
+
+def factor(*case, **how):
+    return planned(*case, **how).start_factor
 
 
 def test_step_0_is_promised_where_it_should_be_and_not_elsewhere():
@@ -141,6 +182,56 @@ def test_step_0_is_promised_where_it_should_be_and_not_elsewhere():
     assert factor("expert_upcycling", EIGHT, wider, router_noise=0.01) is None
     biased = [dataclasses.replace(c, router="sigmoid_topk") for c in (EIGHT, wider)]
     assert factor("expert_upcycling", *biased) is None
+
+
+COPIES = dataclasses.replace(EIGHT, num_experts=16, num_experts_per_tok=4)
+SUMS = dataclasses.replace(EIGHT, norm_topk_prob=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "how"),
+    [
+        *((EIGHT, COPIES, {"router": router}) for router in ("normal", "zero", "centred_uniform")),
+        (EIGHT, COPIES, {"statistics": STATISTICS}),  # 1, 1, 1, 1, 1, 3, 4 and 4 copies
+        (EIGHT, dataclasses.replace(COPIES, num_experts=12), {}),
+        (EIGHT, dataclasses.replace(COPIES, num_experts_per_tok=2), {}),
+        (SUMS, COPIES, {}),
+        (EIGHT, dataclasses.replace(COPIES, norm_topk_prob=False), {}),
+    ],
+)
+def test_copies_are_the_parent_only_where_all_are_copied_alike_and_weighed_by_its_router(
+    source, config, how
+):
+    assert factor("expert_upcycling", source, config, **how) is None
+    old, new = outputs("expert_upcycling", *(one_layer(c) for c in (source, config)), first(how))
+    assert np.abs(new - old).max() > 0.01 * np.abs(old).max()
+
+
+def one_layer(config):
+    return dataclasses.replace(config, num_hidden_layers=1)
+
+
+def first(how):
+    return {**how, "statistics": {n: x[:1] for n, x in how.get("statistics", {}).items()}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "how", "stay"),
+    [
+        ({}, {}, True),
+        ({}, {"router_noise": 0.01}, False),
+        ({}, {"router": "normal"}, False),
+        ({"num_experts": 8}, {}, False),
+        ({"router": "sigmoid_topk"}, {}, False),
+        ({"router": "sigmoid_topk"}, {"bias_noise": 0.0}, True),
+        ({"router": "noisy_topk"}, {}, False),  # its own noise, in training
+    ],
+)
+def test_copies_that_nothing_tells_from_their_originals_are_named(fields, how, stay):
+    source = dataclasses.replace(EIGHT, **{k: v for k, v in fields.items() if k == "router"})
+    config = dataclasses.replace(source, **{"num_experts": 16, **fields})
+    said = planned("expert_upcycling", source, config, **how).at_start
+    assert ("set router_noise, for example 0.01" in said) == stay
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Folder to folder, an expert at a time, gives what the in-memory path gives."""
 
 import dataclasses
+import itertools
 import shutil
 
 import jax
@@ -10,7 +11,7 @@ import safetensors.numpy
 
 from moe_jax import hf, stores, upcycle
 from moe_jax.hf import folders, tensors
-from moe_jax.upcycle import plan, transform
+from moe_jax.upcycle import plan, streaming, transform
 from tests.hf.test_golden import GOLDEN
 
 CASES = [
@@ -113,6 +114,28 @@ def test_several_parents_and_mixtures_stream_bitwise_too(
     loaded, streamed = hf.load(tmp_path / "streamed")
     jax.tree.map(np.testing.assert_array_equal, streamed, hf.load(tmp_path / "whole")[1])
     assert loaded.num_experts == config.num_experts
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_each_parents_feed_forward_is_read_once_for_all_experts_of_it(number, monkeypatch):
+    """The next expert is prefetched where it is of the same parent."""
+    read, part = [], folders.Folder.part
+
+    def counted(folder, path, row):
+        read.append((id(folder), path, row))
+        return part(folder, path, row)
+
+    monkeypatch.setattr(folders.Folder, "part", counted)
+    parents = [folders.Folder(GOLDEN / "llama") for _ in range(number)]
+    config = parents[0].config.to_moe(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=LLAMA.intermediate_size // 2
+    )
+    recipe = {1: "virtual_group", 2: "divmoe"}[number]
+    made_of = plan.make(parents[0].config, config, recipe=recipe, num_parents=number, parameters={})
+    stream = streaming.Stream(made_of, parents, jax.random.key(0))
+    for layer, expert, name in itertools.product(range(2), range(4), ("gate", "up", "down")):
+        stream.part(f"blocks/0/moe/experts/{name}", (layer, expert))
+    assert len(read) == len(set(read)) == 2 * number * 3
 
 
 def test_parents_stored_in_other_dtypes_are_refused_before_anything_is_written(tmp_path):
