@@ -42,7 +42,7 @@ def config(tmp_path_factory):
     config.data.update(source=str(folder), sequence_length=16, validation_fraction=0.3)
     config.data.cache_dir = str(folder / "cache")
     config.training.update(num_steps=2, batch_size=8, log_every=1)
-    config.evaluation.update(every_steps=1, batch_size=8, max_batches=1)
+    config.evaluation.update(every_steps=1, batch_size=8, max_batches=1, final_max_batches=1)
     return config
 
 

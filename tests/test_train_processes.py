@@ -29,7 +29,7 @@ def get_config():
     config.data.update(source=SOURCE, sequence_length=32, validation_fraction=0.2, cache_dir=CACHE)
     config.optimizer.learning_rate = 1e-3
     config.training.update(num_steps=60, batch_size=8, log_every=1)
-    config.evaluation.update(batch_size=8, max_batches=2)
+    config.evaluation.update(batch_size=8, max_batches=2, final_max_batches=2)
     config.checkpoint.update(every_steps=10, keep=10)
     return config
 """

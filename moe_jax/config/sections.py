@@ -368,7 +368,12 @@ class Evaluation(Section, path="evaluation"):
         checks.intervals,
     )
     batch_size: int = key(32, "sequences in a batch of held-out text, over all devices", POSITIVE)
-    max_batches: int = key(0, "batches of held-out text; 0 for all", NOT_NEGATIVE)
+    max_batches: int = key(
+        0, "batches of held-out text in an evaluation between steps; 0 for all", NOT_NEGATIVE
+    )
+    final_max_batches: int = key(
+        0, "batches of held-out text for the result of the run; 0 for all", NOT_NEGATIVE
+    )
     prompts: tuple = key((), "texts that the trained model continues")
     continuation_tokens: int = key(96, "tokens that continue a prompt", POSITIVE, PROMPTS)
     num_experts_per_tok: int = key(

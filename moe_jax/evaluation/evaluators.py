@@ -32,6 +32,13 @@ class Context:
         number = self.run.evaluation.num_experts_per_tok or self.run.model.num_experts_per_tok
         return dataclasses.replace(self.run.model, num_experts_per_tok=number)
 
+    @functools.cached_property
+    def eval_step(self) -> Callable:
+        """The compiled sums of a batch of held-out text."""
+        eval_step = perplexity.make_eval_step(self.model, len(self.held_out.labels))
+        replicated = jax.NamedSharding(self.mesh, jax.P())
+        return meshes.under(self.mesh, jax.jit(eval_step, out_shardings=replicated))
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -56,26 +63,33 @@ class Evaluator:
 
 
 def held_out_loss(context: Context) -> Callable[[dict], Evaluation]:
-    """Loss by language and the health of the routers, on the held-out text."""
-    run, held_out, mesh = context.run, context.held_out, context.mesh
-    eval_step = meshes.under(
-        mesh,
-        jax.jit(
-            perplexity.make_eval_step(context.model, len(held_out.labels)),
-            out_shardings=jax.NamedSharding(mesh, jax.P()),
-        ),
-    )
+    """Loss by language and the health of the routers, on the sample of the run's curve."""
+    return _held_out_loss(context, context.run.evaluation.max_batches)
+
+
+def final_loss(context: Context) -> Callable[[dict], Evaluation]:
+    """The same for the result of the run, on all held-out text unless the config limits it."""
+    evaluation = context.run.evaluation
+    if evaluation.final_max_batches == evaluation.max_batches:
+        return lambda params: Evaluation({}, {})  # `held_out_loss` has it
+    evaluate = _held_out_loss(context, evaluation.final_max_batches)
+    return lambda params: dataclasses.replace(evaluate(params), row={})
+
+
+def _held_out_loss(context: Context, max_batches: int) -> Callable[[dict], Evaluation]:
+    run, held_out = context.run, context.held_out
 
     def evaluate(params: dict) -> Evaluation:
         text = batches.feed(
             batches.evaluation_batches,
             held_out,
-            jax.NamedSharding(mesh, sharding.BATCH),
+            jax.NamedSharding(context.mesh, sharding.BATCH),
             batch_size=run.evaluation.batch_size,
             sequence_length=run.data.sequence_length,
-            max_batches=run.evaluation.max_batches,
+            max_batches=max_batches,
         )
-        found = perplexity.evaluate(eval_step, params, text, held_out.bytes_per_token).loss()
+        bytes_per_token = held_out.bytes_per_token
+        found = perplexity.evaluate(context.eval_step, params, text, bytes_per_token).loss()
         row, sums = {"validation": found.row()}, None
         if found.router is not None:
             kind, capacity_factor = run.model.router, run.model.capacity_factor
@@ -137,6 +151,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "held_out_loss": Evaluator(
         held_out_loss, every=lambda evaluation: evaluation.every_steps, logged_at_end=True
     ),
+    "final_loss": Evaluator(final_loss),
     "expert_similarity": Evaluator(expert_similarity),
     "continuations": Evaluator(continuations),
 }

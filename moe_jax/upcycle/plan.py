@@ -55,20 +55,34 @@ class Plan:
 
     @property
     def start_factor(self) -> float | None:
-        """The output of a layer's feed-forward in units of the parent's, before any training."""
-        if self.num_parents > 1:
+        """The output of a layer's feed-forward in units of the parent's, before any training.
+
+        None where it is no multiple of it, or there are several parents.
+        """
+        start = self.recipe.start
+        if self.num_parents > 1 or start.factor is None or self.start_differs:
             return None
-        return self.recipe.start.factor(self)
+        return start.factor(self)
+
+    @property
+    def start_differs(self) -> list[str]:
+        """The conditions of `start_factor` that fail, each with the setting that repairs it."""
+        return list(self.recipe.start.unless(self))
 
     @property
     def at_start(self) -> str:
         """The relation of the new model to its parent before any training, in words."""
-        if self.start_factor is None:
-            relation = f"not equal to the parent (this recipe: {self.recipe.start.text})"
-        elif self.start_factor == 1:
+        factor, differs = self.start_factor, self.start_differs
+        if factor is None:
+            why = f"this recipe: {self.recipe.start.text}"
+            why = "; and ".join(differs) if differs and self.num_parents == 1 else why
+            relation = f"not equal to the parent ({why})"
+        elif factor == 1:
             relation = "equal to the parent"
         else:
-            relation = f"each feed-forward gives {self.start_factor:.3g} times the parent's"
+            relation = f"each feed-forward gives {factor:.3g} times the parent's"
+        if factor is not None and self.config.dispatch == "capacity":
+            relation += ", except for tokens beyond the capacity of their experts"
         return relation + self._copies_stay * COPIES_STAY
 
     def noise_on(self, leaf: str) -> float:
@@ -77,15 +91,18 @@ class Plan:
         return next((self.parameters[name] for name, p in limits if p.of_copied == leaf), 0.0)
 
     @property
-    def noise_on_copies(self) -> bool:
-        return any(self.noise_on(leaf) for leaf in ROUTERS[self.config.router].leaves)
+    def noisy_on_copies(self) -> list[str]:
+        """The names of the parameters that ask for noise on copies in this model's router."""
+        leaves = ROUTERS[self.config.router].leaves
+        limits = self.recipe.limits.items()
+        return [name for name, p in limits if p.of_copied in leaves and self.parameters[name]]
 
     @property
     def _copies_stay(self) -> bool:
         """No noise, of the recipe or the router's own, tells copies from their originals."""
         row, more = ROUTERS[self.config.router], self.config.num_experts > self.source.num_experts
         copied = more and self.recipe.takes == recipes.MIXTURE and self.router == router_init.COPIED
-        return copied and row.learned and not ("noise" in row.leaves or self.noise_on_copies)
+        return copied and row.learned and not ("noise" in row.leaves or self.noisy_on_copies)
 
     @property
     def of_parameters(self) -> dict[str, str]:

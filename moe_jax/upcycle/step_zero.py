@@ -1,7 +1,7 @@
 """The relation of a new model to its parent before any training, which each recipe states."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from moe_jax.model.config import ModelConfig
@@ -17,11 +17,13 @@ class Start:
     """The promise of a recipe.
 
     `factor` gives, for the plan of a dropless model, the output of each layer's feed-forward in
-    units of its parent's; None where it is no multiple of it.
+    units of its parent's; None where it is never a multiple of it. `unless` gives a line for each
+    condition of it that fails, with the setting that repairs it as NAME=VALUE where one does.
     """
 
     text: str
-    factor: Callable[["Plan"], float | None] = lambda plan: None
+    factor: Callable[["Plan"], float] | None = None
+    unless: Callable[["Plan"], Iterator[str]] = lambda plan: iter(())
 
 
 def needed_scale(config: ModelConfig, granularity: int) -> float:
@@ -40,51 +42,108 @@ def even_weight(config: ModelConfig) -> float:
     return ROUTERS[config.router].weight_at_even_logits(config)
 
 
-def _weight(plan: "Plan") -> float | None:
-    """The sum of every token's weights at the start; None where it depends on the token."""
+def _initialiser(name: str) -> str:
+    return f"initialise the router by {name} (--router={name} or init.upcycle.router={name!r})"
+
+
+def _weight(plan: "Plan") -> float:
+    return even_weight(plan.config)
+
+
+def _weight_varies(plan: "Plan") -> Iterator[str]:
+    """The sum of a token's weights depends on the token."""
     config, row = plan.config, ROUTERS[plan.config.router]
-    known = config.dispatch == "merge" or row.sum_is_fixed(config) or plan.router == "zero"
-    return even_weight(config) if known and row.causal else None
+    if not row.causal:
+        yield f"with router={config.router!r} experts choose tokens, some of them none"
+    elif config.dispatch != "merge" and not row.sum_is_fixed(config) and plan.router != "zero":
+        yield "the weights of a token's experts have no fixed sum; set norm_topk_prob=True"
 
 
-def _of_copies(plan: "Plan") -> float | None:
-    # dispatch="merge" averages weights, so the neurons must be in the same order.
-    merged = plan.config.dispatch == "merge" and plan.parameters.get("permute_neurons")
-    return None if plan.parameters.get("ratio", 0) or merged else _weight(plan)
+def _neurons_change(plan: "Plan") -> Iterator[str]:
+    if ratio := plan.parameters.get("ratio", 0):
+        yield f"a share of {ratio} of the neurons is new; set ratio=0.0"
 
 
-def _of_shards(plan: "Plan") -> float | None:
+def _copies_differ(plan: "Plan") -> Iterator[str]:
+    yield from _neurons_change(plan)
+    if plan.config.dispatch == "merge" and plan.parameters.get("permute_neurons"):
+        yield (
+            "dispatch='merge' averages neurons, which are in another order in each expert; "
+            "set permute_neurons=False"
+        )
+    yield from _weight_varies(plan)
+
+
+def _of_shards(plan: "Plan") -> float:
+    factor = needed_scale(plan.config, plan.granularity)
+    return (
+        _weight(plan) / plan.granularity * (1 if plan.parameters["scaling"] == "none" else factor)
+    )
+
+
+def _shards_differ(plan: "Plan") -> Iterator[str]:
     config, T, G = plan.config, plan.config.num_experts_per_tok, plan.granularity
-    scaling, weight, factor = plan.parameters["scaling"], _weight(plan), needed_scale(config, G)
-    whole = T == G if ROUTERS[config.router].one_per_group else T % G == 0
-    whole &= plan.router in ("grouped", "zero") and config.dispatch != "merge"
-    if not whole or weight is None or plan.parameters.get("ratio", 0):
-        return None
+    yield from _neurons_change(plan)
+    if config.dispatch == "merge":
+        yield "dispatch='merge' averages the weights of different shards; set dispatch='dropless'"
+    elif ROUTERS[config.router].one_per_group and T != G or T % G:
+        yield (
+            f"the {T} experts of a token are not whole feed-forwards of {G} shards; "
+            f"set num_experts_per_tok={G}"
+        )
+    elif plan.router not in ("grouped", "zero"):
+        yield f"the shards of a feed-forward have different logits; {_initialiser('grouped')}"
+    yield from _weight_varies(plan)
     shape = experts.shape_of_scaling(gated=config.gated_mlp, hidden_act=config.hidden_act)
-    if scaling == "paper" and shape != "squared" and factor != 1:
-        return None
-    return weight / G * (1 if scaling == "none" else factor)
+    if (
+        plan.parameters["scaling"] == "paper"
+        and shape != "squared"
+        and needed_scale(config, G) != 1
+    ):
+        yield "this activation is not that of the paper's scaling; set scaling='exact'"
 
 
-def _of_parts(plan: "Plan") -> float | None:
+def _of_parts(plan: "Plan") -> float:
+    return _weight(plan) / plan.config.num_experts
+
+
+def _parts_differ(plan: "Plan") -> Iterator[str]:
     config = plan.config
-    all_alike = plan.router == "zero" and config.num_experts_per_tok == config.num_experts
-    if not all_alike or plan.parameters["partition"] == "statistics" or config.dispatch == "merge":
-        return None
-    return even_weight(config) / config.num_experts
+    if config.dispatch == "merge":
+        yield "dispatch='merge' averages the weights of different parts; set dispatch='dropless'"
+    if config.num_experts_per_tok != (E := config.num_experts):
+        yield f"a token has {config.num_experts_per_tok} of {E} parts; set num_experts_per_tok={E}"
+    if plan.router != "zero":
+        yield f"the parts have different weights; {_initialiser('zero')}"
+    if plan.parameters["partition"] == "statistics":
+        yield "each part has the most important neurons too; set partition='random'"
 
 
-def _of_duplicates(plan: "Plan") -> float | None:
+def _of_duplicates(plan: "Plan") -> float:
+    config, source = plan.config, plan.source
+    times = config.num_experts_per_tok / source.num_experts_per_tok
+    share = ROUTERS[config.router].copies_share
+    return 1.0 if share is not None and share(config) else times
+
+
+def _duplicates_differ(plan: "Plan") -> Iterator[str]:
     """Copies share a softmax's probability among them; sigmoids know nothing of each other."""
     source, config, row = plan.source, plan.config, ROUTERS[plan.config.router]
     times = config.num_experts_per_tok / source.num_experts_per_tok
-    one_by_one = config.num_expert_groups == 1 and config.gate_norm_std is None
-    copied = plan.router == router_init.COPIED and _rule(config) == _rule(source)
-    if plan.noise_on_copies or row.copies_share is None or not (copied and one_by_one):
-        return None
-    if any((plan.shares(i).sum(axis=0) != times).any() for i in range(config.num_hidden_layers)):
-        return None
-    return 1.0 if row.copies_share(config) else times
+    if plan.router != router_init.COPIED:
+        yield f"the router is not the parent's; {_initialiser(router_init.COPIED)}"
+    if _rule(config) != _rule(source):
+        yield "the weights of experts follow another rule than the parent's"
+    if row.copies_share is None or config.num_expert_groups > 1 or config.gate_norm_std is not None:
+        yield "this router's weights depend on the number of experts or on their groups"
+    for parameter in plan.noisy_on_copies:
+        yield f"noise tells copies from their originals; set {parameter}=0.0"
+    copies = [plan.shares(i).sum(axis=0) for i in range(config.num_hidden_layers)]
+    if any((of_layer != times).any() for of_layer in copies):
+        yield (
+            f"not every expert has as many copies as a token has times the parent's experts; set "
+            f"num_experts_per_tok to {source.num_experts_per_tok} times the copies of each"
+        )
 
 
 def _rule(config: ModelConfig) -> tuple:
@@ -93,21 +152,29 @@ def _rule(config: ModelConfig) -> tuple:
     return config.router, values, config.dispatch, config.merge_segment_length
 
 
-COPIES = Start("equal, where the weights of the chosen experts sum to one", _of_copies)
-COPIES_BUT = Start("close, equal with ratio=0 and weights that sum to one", _of_copies)
-COPIES_OF_EACH = Start("another model, equal if the parents are and weights sum to one", _of_copies)
+COPIES = Start("equal, where the weights of the chosen experts sum to one", _weight, _copies_differ)
+COPIES_BUT = Start("close, equal with ratio=0 and weights that sum to one", _weight, _copies_differ)
+COPIES_OF_EACH = Start(
+    "another model, equal if the parents are and weights sum to one", _weight, _copies_differ
+)
 SHARDS = Start(
     "equal, for T a multiple of G, a router grouped or zero, weights that sum to one and scaling "
     "exact or down (with scaling none: 1/G of it); otherwise another model",
     _of_shards,
+    _shards_differ,
 )
-SHARDS_BUT = Start("another model, with ratio=0 as virtual_group", _of_shards)
-SHARDS_OF_EACH = Start("another model, as virtual_group if the parents are equal", _of_shards)
-PARTS = Start("another model (with k of N parts); all parts together: 1/N of it", _of_parts)
+SHARDS_BUT = Start("another model, with ratio=0 as virtual_group", _of_shards, _shards_differ)
+SHARDS_OF_EACH = Start(
+    "another model, as virtual_group if the parents are equal", _of_shards, _shards_differ
+)
+PARTS = Start(
+    "another model (with k of N parts); all parts together: 1/N of it", _of_parts, _parts_differ
+)
 DUPLICATES = Start(
     "close; equal with all copied m times, k times m, no noise, and weights by softmax over all "
     "experts or that sum to one",
     _of_duplicates,
+    _duplicates_differ,
 )
 EQUAL = Start("equal", lambda plan: 1.0)
 EQUAL_IF_EXPERTS_ARE = Start("another model, equal if the experts are and their weights sum to one")

@@ -112,7 +112,7 @@ def test_a_run_that_was_trained_from_a_folder_goes_back_with_its_files(folder, t
     config.data.update(source=str(text), tokenizer=tokenizer, validation_fraction=0.5)
     config.data.update(sequence_length=8, cache_dir=str(tmp_path / "cache"))
     config.training.update(num_steps=1, batch_size=8)
-    config.evaluation.update(batch_size=8, max_batches=1, prompts=())
+    config.evaluation.update(batch_size=8, max_batches=1, final_max_batches=1, prompts=())
     config.optimizer.learning_rate = 1e-9
     train.run(configs.resolve(config), run)
     expected = contents(folder)

@@ -42,7 +42,7 @@ def config(tmp_path_factory):
     config.data.cache_dir = str(folder / "cache")
     config.optimizer.learning_rate = 1e-2
     config.training.update(num_steps=2, batch_size=8, log_every=1)
-    config.evaluation.update(batch_size=8, max_batches=1)
+    config.evaluation.update(batch_size=8, max_batches=1, final_max_batches=1)
     return config
 
 

@@ -70,7 +70,7 @@ def test_a_recipe_that_is_registered_is_one_of_a_runs_config(toy, tmp_path):
     config.model.update({k: v for k, v in vars(moe).items() if v is not None})
     config.data.update(sequence_length=16, cache_dir=str(tmp_path / "cache"))
     config.training.update(num_steps=1, batch_size=8)
-    config.evaluation.update(batch_size=8, max_batches=1)
+    config.evaluation.update(batch_size=8, max_batches=1, final_max_batches=1)
     mesh = meshes.one_device()
     settings = configs.resolve(config)
     down = init.parameters(settings, mesh, init.plan_of(settings))["blocks"]["0"]["moe"]["experts"][

@@ -1,6 +1,8 @@
 """Each recipe keeps its promise about step 0: the model that it makes computes it."""
 
+import ast
 import dataclasses
+import re
 
 import hypothesis
 import jax
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from moe_jax import upcycle
 from moe_jax.model import layers, moe
 from moe_jax.model import router as router_rows
+from moe_jax.model.config import ModelConfig
 from moe_jax.upcycle import plan, recipes
 from tests.upcycle.test_recipes import (
     CASES,
@@ -182,6 +185,47 @@ def test_step_0_is_promised_where_it_should_be_and_not_elsewhere():
     assert factor("expert_upcycling", EIGHT, wider, router_noise=0.01) is None
     biased = [dataclasses.replace(c, router="sigmoid_topk") for c in (EIGHT, wider)]
     assert factor("expert_upcycling", *biased) is None
+
+
+SHARD = {"scaling": "exact"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "how"),
+    [
+        ("naive", {"norm_topk_prob": False}, {}),
+        ("drop", {}, {"ratio": 0.5}),
+        ("drop", {"norm_topk_prob": False}, {"ratio": 0.5}),
+        ("drop", {"dispatch": "merge"}, {"ratio": 0.5, "permute_neurons": True}),
+        ("virtual_group", {"num_experts_per_tok": 2}, SHARD),
+        ("virtual_group", {"dispatch": "merge"}, SHARD),
+        ("virtual_group", {}, {"scaling": "paper"}),
+        ("virtual_group", {"norm_topk_prob": False}, {"scaling": "paper", "router": "normal"}),
+        ("llama_moe", {"num_experts": 4, "num_experts_per_tok": 2}, {}),
+        ("llama_moe", {"num_experts": 4, "dispatch": "merge"}, {"router": "normal"}),
+    ],
+)
+def test_each_condition_that_fails_names_the_setting_that_repairs_it(name, fields, how):
+    shards = name in ("virtual_group", "llama_moe")
+    config = dataclasses.replace(SHARDS if shards else EIGHT, **fields)
+    made = planned(name, DENSE, config, **how)
+    assert made.start_differs and made.start_factor is None
+    assert all(line in made.at_start for line in made.start_differs)
+    for line in made.start_differs:
+        repaired, value = re.search(r"([a-z_]+)=([^ =]+)$", line).groups()
+        value = ast.literal_eval(value.rstrip(")"))
+        if repaired in ModelConfig.__dataclass_fields__ and "upcycle" not in line:
+            config = dataclasses.replace(config, **{repaired: value})
+        else:
+            how = {**how, repaired: value}
+    made = planned(name, DENSE, config, **how)
+    assert made.start_differs == [] and made.start_factor is not None
+    assert "not equal" not in made.at_start
+
+
+def test_a_capacity_is_named_where_step_0_is_said_to_be_equal():
+    config = dataclasses.replace(EIGHT, dispatch="capacity")
+    assert "equal to the parent, except for tokens" in planned("naive", DENSE, config).at_start
 
 
 COPIES = dataclasses.replace(EIGHT, num_experts=16, num_experts_per_tok=4)
