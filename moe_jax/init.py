@@ -15,10 +15,11 @@ from moe_jax import model, stores, tree
 from moe_jax.analysis import parent_statistics
 from moe_jax.data import tokenizers
 from moe_jax.hf import folders
+from moe_jax.model import comparison
 from moe_jax.parallel import distributed, sharding
 from moe_jax.training import checkpoint, flops, optimizer
 from moe_jax.upcycle import plan as plans
-from moe_jax.upcycle import transform
+from moe_jax.upcycle import step_zero, transform
 
 
 def plan_of(settings: configs.Run) -> plans.Plan | None:
@@ -39,7 +40,7 @@ def plan_of(settings: configs.Run) -> plans.Plan | None:
             statistics=parent_statistics.load(section.statistics) if section.statistics else None,
             parameters=section.parameters,
         )
-    distributed.say(f"recipe {section.recipe}, step 0: {plan.at_start}")
+    distributed.say(f"recipe {section.recipe}, step 0: {step_zero.in_words(plan)}")
     return plan
 
 
@@ -67,9 +68,11 @@ def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan 
     trees = params, jax.eval_shape(create, key)
     have, want = (jax.tree.map(lambda x: x.shape, leaves) for leaves in trees)
     if have != want:
+        theirs = configs.model_of(pathlib.Path(sources[0]))
+        differing = "; ".join(comparison.differences(settings.model, theirs))
         raise configs.ConfigError(
-            f"config.init.source={settings.init.source} holds another model than config.model; "
-            "set config.init.upcycle.recipe, or the same model"
+            f"config.init.source={settings.init.source} holds another model than config.model: "
+            f"{differing}; set config.init.upcycle.recipe, or leave the model to the source"
         )
     return params
 

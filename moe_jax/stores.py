@@ -5,7 +5,6 @@ import functools
 import os
 import pathlib
 import re
-import reprlib
 import tempfile
 from collections.abc import Sequence
 
@@ -53,16 +52,9 @@ def load_alike(
 
 def check_alike(models: dict[pathlib.Path, model.ModelConfig]) -> None:
     """Raises ValueError for models that do not compute alike, with the fields that differ."""
-    (first, ours), *others = (
-        (path, comparison.in_force(config)) for path, config in models.items()
-    )
+    (first, ours), *others = models.items()
     for path, theirs in others:
-        differing = [
-            f"{name} is {reprlib.repr(theirs.get(name))}, not {reprlib.repr(ours.get(name))}"
-            for name in ours | theirs
-            if ours.get(name) != theirs.get(name)
-        ]
-        if differing:
+        if differing := comparison.differences(theirs, ours):
             raise ValueError(
                 f"{path} is another model than {first}: {'; '.join(differing)}; "
                 "parents must be of one size and kind"

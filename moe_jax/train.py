@@ -80,7 +80,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     digests = {"train": train_text.digest, "validation": held_out.digest}
 
     # state ----------------------------------------------------------------------------------
-    with checks.refusing(after="; give another --workdir or config"):
+    with environment.naming_differences(workdir, settings):
         restored = checkpoint.restore_latest(workdir / "checkpoints", abstract)
     if restored is None:
         start, plan = 0, init.plan_of(settings)
@@ -93,6 +93,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     else:
         start, state = restored.step, restored.state
         with together():
+            environment.check_step(start, settings)
             changed = environment.changes(restored.config, settings.config)
             environment.check_text(restored.data.get("text", {}), digests, settings)
         distributed.say(f"going on from step {start}", *changed)

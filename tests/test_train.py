@@ -241,7 +241,18 @@ def test_a_workdir_in_use_and_one_of_another_model_are_refused(unbroken, config_
     for key, value in (("seed", 9), ("training.batch_size", 16)):
         with pytest.raises(configs.ConfigError, match=f"{key}={value} differs from the .* began"):
             train.run(configs.resolve(configs.load(config_file, {key: value})), workdir)
-    wider = configs.load(config_file, {"model.intermediate_size": 64})
-    with pytest.raises(configs.ConfigError, match="is of another model: .*give another --workdir"):
-        train.run(configs.resolve(wider), workdir)
+    for changes, named in (
+        ({"model.intermediate_size": 64}, "moe_intermediate_size is 64, not 32;"),
+        ({"model.num_hidden_layers": 2, "model.num_experts": 8}, "num_hidden_layers is 2, not 1; "),
+        ({"model.num_experts": 0}, "num_experts is 0, not 4; "),
+        ({"model.qk_norm": "head"}, "qk_norm is 'head', not 'none'; "),
+        ({"optimizer.frozen": "embed"}, "optimizer.frozen is 'embed', not ''; "),
+    ):
+        other = configs.resolve(configs.load(config_file, changes))
+        message = f"has another model or optimizer: {named}.*give another --workdir"
+        with pytest.raises(configs.ConfigError, match=message):
+            train.run(other, workdir)
+    shorter = configs.resolve(configs.load(config_file, {"training.num_steps": 40}))
+    with pytest.raises(configs.ConfigError, match="num_steps=40, but .* is at step 56 already"):
+        train.run(shorter, workdir)
     assert json.loads((workdir / "config.json").read_text())["model"]["intermediate_size"] == 32

@@ -32,7 +32,7 @@ from moe_jax.model.config import ModelConfig, fields_of
 from moe_jax.model.fields import EXPERTS, ROUTER, without_effect
 from moe_jax.parallel import mesh
 from moe_jax.upcycle import plan as plans
-from moe_jax.upcycle import recipes, router_init, transform
+from moe_jax.upcycle import recipes, router_init, step_zero, transform
 
 # The fields that --model cannot set, by the kind of the new model, with advice.
 DECIDED = {
@@ -97,7 +97,7 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
     )
     if arguments.to == "hf":
         hf_configs.write(plan.config)  # refuses what no folder can hold before any work
-    print(f"step 0: {plan.at_start}", flush=True)
+    print(f"step 0: {step_zero.in_words(plan)}", flush=True)
     if plan.config.weight_is_constant:
         print(
             "num_experts_per_tok=1: weights that sum to one give the router no gradient in "

@@ -1,11 +1,13 @@
 """Checks of a run against this machine, and against the run that a workdir holds."""
 
+import contextlib
 import dataclasses
 import glob
 import json
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 
 import jax
 from flax import traverse_util
@@ -17,6 +19,7 @@ from moe_jax.config.run import Run
 from moe_jax.config.sections import Section, section_of
 from moe_jax.data import sources, tokenizers
 from moe_jax.hf import folders
+from moe_jax.model import comparison
 from moe_jax.parallel import mesh, sharding
 
 
@@ -108,18 +111,49 @@ def changes(before: dict, config: ConfigDict) -> list[str]:
 
     Raises: ConfigError for a change of a key that must stay as it is in a run that goes on.
     """
+    changed = _changed(before, config)
+    for key, (old, new) in changed.items():
+        if key in fixed_keys():
+            raise ConfigError(
+                f"config.{key}={new!r} differs from the {old!r} that the run in "
+                "--workdir began with; give another --workdir"
+            )
+    return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
+
+
+def _changed(before: dict, config: ConfigDict) -> dict[str, tuple]:
     old, new = (
         traverse_util.flatten_dict(one.to_dict(), sep=".")
         for one in (reading.stored(before), config)
     )
-    changed = [key for key in new if json.dumps(old[key]) != json.dumps(new[key])]
-    for key in changed:
-        if key in fixed_keys():
-            raise ConfigError(
-                f"config.{key}={new[key]!r} differs from the {old[key]!r} that the run in "
-                "--workdir began with; give another --workdir"
-            )
-    return [f"{key}: {old[key]} -> {new[key]}" for key in changed]
+    return {k: (old[k], new[k]) for k in new if json.dumps(old[k]) != json.dumps(new[k])}
+
+
+def check_step(step: int, run: Run) -> None:
+    """Raises: ConfigError for a checkpoint that is beyond the steps of the run."""
+    if step > run.training.num_steps:
+        raise ConfigError(
+            f"config.training.num_steps={run.training.num_steps}, but the run in --workdir is at "
+            f"step {step} already; set it to {step} or more, or give another --workdir"
+        )
+
+
+@contextlib.contextmanager
+def naming_differences(workdir: pathlib.Path, run: Run) -> Iterator[None]:
+    """A ValueError of the block, for a checkpoint with other parameters or moments, becomes a
+    ConfigError that names the fields in which the run differs from that in the workdir."""
+    try:
+        yield
+    except ValueError as error:
+        before = reading.load_json(workdir)
+        changed = _changed(before.to_dict(), run.config)
+        named = comparison.differences(run.model, resolved.of_stored(before).model) or [
+            f"{key} is {new!r}, not {old!r}" for key, (old, new) in changed.items()
+        ]
+        raise ConfigError(
+            f"the run in --workdir={workdir} has another model or optimizer: "
+            f"{'; '.join(named) or error}; set these as they were, or give another --workdir"
+        ) from error
 
 
 def check_text(before: dict[str, str], now: dict[str, str], run: Run) -> None:

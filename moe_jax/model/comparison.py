@@ -1,6 +1,7 @@
 """Two models compared by what they compute, not by what their configs say."""
 
 import dataclasses
+import reprlib
 from typing import Any
 
 from moe_jax.model.config import DENSE, ModelConfig, fields_of
@@ -43,3 +44,13 @@ def in_force(config: ModelConfig) -> dict[str, Any]:
     if config.position_embedding == "rotary":
         unused |= {"max_position_embeddings"}  # no weights, and the recommended length of texts
     return {name: value for name, value in fields.items() if name not in unused}
+
+
+def differences(config: ModelConfig, other: ModelConfig) -> list[str]:
+    """The fields in which what `config` computes differs from `other`: "NAME is X, not Y"."""
+    ours, theirs = in_force(config), in_force(other)
+    return [
+        f"{name} is {reprlib.repr(ours.get(name))}, not {reprlib.repr(theirs.get(name))}"
+        for name in theirs | ours
+        if ours.get(name) != theirs.get(name)
+    ]

@@ -28,11 +28,6 @@ STATISTICS = {
     "similarity": lambda source, config: (source.num_experts,) * 2,
 }
 
-COPIES_STAY = (
-    "; a copy gets the logits of its original: set router_noise, for example 0.01, to let them "
-    "become different experts"
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -53,38 +48,6 @@ class Plan:
         """G, the number of experts that hold one feed-forward of the parent."""
         return self.source.intermediate_size // self.config.expert_size
 
-    @property
-    def start_factor(self) -> float | None:
-        """The output of a layer's feed-forward in units of the parent's, before any training.
-
-        None where it is no multiple of it, or there are several parents.
-        """
-        start = self.recipe.start
-        if self.num_parents > 1 or start.factor is None or self.start_differs:
-            return None
-        return start.factor(self)
-
-    @property
-    def start_differs(self) -> list[str]:
-        """The conditions of `start_factor` that fail, each with the setting that repairs it."""
-        return list(self.recipe.start.unless(self))
-
-    @property
-    def at_start(self) -> str:
-        """The relation of the new model to its parent before any training, in words."""
-        factor, differs = self.start_factor, self.start_differs
-        if factor is None:
-            why = f"this recipe: {self.recipe.start.text}"
-            why = "; and ".join(differs) if differs and self.num_parents == 1 else why
-            relation = f"not equal to the parent ({why})"
-        elif factor == 1:
-            relation = "equal to the parent"
-        else:
-            relation = f"each feed-forward gives {factor:.3g} times the parent's"
-        if factor is not None and self.config.dispatch == "capacity":
-            relation += ", except for tokens beyond the capacity of their experts"
-        return relation + self._copies_stay * COPIES_STAY
-
     def noise_on(self, leaf: str) -> float:
         """The deviation of noise on the copies' parts of this leaf of a copied router, relative."""
         limits = self.recipe.limits.items()
@@ -96,13 +59,6 @@ class Plan:
         leaves = ROUTERS[self.config.router].leaves
         limits = self.recipe.limits.items()
         return [name for name, p in limits if p.of_copied in leaves and self.parameters[name]]
-
-    @property
-    def _copies_stay(self) -> bool:
-        """No noise, of the recipe or the router's own, tells copies from their originals."""
-        row, more = ROUTERS[self.config.router], self.config.num_experts > self.source.num_experts
-        copied = more and self.recipe.takes == recipes.MIXTURE and self.router == router_init.COPIED
-        return copied and row.learned and not ("noise" in row.leaves or self.noisy_on_copies)
 
     @property
     def of_parameters(self) -> dict[str, str]:

@@ -26,6 +26,47 @@ class Start:
     unless: Callable[["Plan"], Iterator[str]] = lambda plan: iter(())
 
 
+def factor(plan: "Plan") -> float | None:
+    """The output of a layer's feed-forward in units of the parent's, before any training.
+
+    None where it is no multiple of it, or there are several parents.
+    """
+    start = plan.recipe.start
+    one_multiple = plan.num_parents == 1 and not differences(plan)
+    return start.factor(plan) if start.factor is not None and one_multiple else None
+
+
+def differences(plan: "Plan") -> list[str]:
+    """The conditions of `factor` that fail, each with the setting that repairs it."""
+    return list(plan.recipe.start.unless(plan))
+
+
+def in_words(plan: "Plan") -> str:
+    """The relation of the new model to its parent before any training."""
+    multiple = factor(plan)
+    if multiple is None:
+        own = differences(plan) if plan.num_parents == 1 else []
+        why = "; and ".join(own) or f"this recipe: {plan.recipe.start.text}"
+        relation = f"not equal to the parent ({why})"
+    elif multiple == 1:
+        relation = "equal to the parent"
+    else:
+        relation = f"each feed-forward gives {multiple:.3g} times the parent's"
+    if multiple is not None and plan.config.dispatch == "capacity":
+        relation += ", except for tokens beyond the capacity of their experts"
+    return relation + _copies_stay(plan) * (
+        "; a copy gets the logits of its original: set router_noise, for example 0.01, to let them "
+        "become different experts"
+    )
+
+
+def _copies_stay(plan: "Plan") -> bool:
+    """No noise, of the recipe or the router's own, tells copies from their originals."""
+    row, more = ROUTERS[plan.config.router], plan.config.num_experts > plan.source.num_experts
+    copied = more and plan.router == router_init.COPIED
+    return copied and row.learned and not ("noise" in row.leaves or plan.noisy_on_copies)
+
+
 def needed_scale(config: ModelConfig, granularity: int) -> float:
     """The factor that makes the chosen shards, weighted at the start, the whole feed-forward.
 
@@ -61,7 +102,7 @@ def _weight_varies(plan: "Plan") -> Iterator[str]:
 
 def _neurons_change(plan: "Plan") -> Iterator[str]:
     if ratio := plan.parameters.get("ratio", 0):
-        yield f"a share of {ratio} of the neurons is new; set ratio=0.0"
+        yield f"a share of {ratio} of the neurons is new; ratio=0.0 keeps all"
 
 
 def _copies_differ(plan: "Plan") -> Iterator[str]:

@@ -15,7 +15,7 @@ from moe_jax import upcycle
 from moe_jax.model import layers, moe
 from moe_jax.model import router as router_rows
 from moe_jax.model.config import ModelConfig
-from moe_jax.upcycle import plan, recipes
+from moe_jax.upcycle import plan, recipes, step_zero
 from tests.upcycle.test_recipes import (
     CASES,
     DENSE,
@@ -162,7 +162,7 @@ def planned(name, source, config, router="", statistics=None, **parameters):
 
 
 def factor(*case, **how):
-    return planned(*case, **how).start_factor
+    return step_zero.factor(planned(*case, **how))
 
 
 def test_step_0_is_promised_where_it_should_be_and_not_elsewhere():
@@ -209,23 +209,25 @@ def test_each_condition_that_fails_names_the_setting_that_repairs_it(name, field
     shards = name in ("virtual_group", "llama_moe")
     config = dataclasses.replace(SHARDS if shards else EIGHT, **fields)
     made = planned(name, DENSE, config, **how)
-    assert made.start_differs and made.start_factor is None
-    assert all(line in made.at_start for line in made.start_differs)
-    for line in made.start_differs:
-        repaired, value = re.search(r"([a-z_]+)=([^ =]+)$", line).groups()
-        value = ast.literal_eval(value.rstrip(")"))
+    assert step_zero.differences(made) and step_zero.factor(made) is None
+    assert all(line in step_zero.in_words(made) for line in step_zero.differences(made))
+    for line in step_zero.differences(made):
+        repaired, value = re.findall(r"([a-z_]+)=([^ =)]+)", line)[-1]
+        value = ast.literal_eval(value)
         if repaired in ModelConfig.__dataclass_fields__ and "upcycle" not in line:
             config = dataclasses.replace(config, **{repaired: value})
         else:
             how = {**how, repaired: value}
     made = planned(name, DENSE, config, **how)
-    assert made.start_differs == [] and made.start_factor is not None
-    assert "not equal" not in made.at_start
+    assert step_zero.differences(made) == [] and step_zero.factor(made) is not None
+    assert "not equal" not in step_zero.in_words(made)
 
 
 def test_a_capacity_is_named_where_step_0_is_said_to_be_equal():
     config = dataclasses.replace(EIGHT, dispatch="capacity")
-    assert "equal to the parent, except for tokens" in planned("naive", DENSE, config).at_start
+    assert "equal to the parent, except for tokens" in step_zero.in_words(
+        planned("naive", DENSE, config)
+    )
 
 
 COPIES = dataclasses.replace(EIGHT, num_experts=16, num_experts_per_tok=4)
@@ -274,7 +276,7 @@ def first(how):
 def test_copies_that_nothing_tells_from_their_originals_are_named(fields, how, stay):
     source = dataclasses.replace(EIGHT, **{k: v for k, v in fields.items() if k == "router"})
     config = dataclasses.replace(source, **{"num_experts": 16, **fields})
-    said = planned("expert_upcycling", source, config, **how).at_start
+    said = step_zero.in_words(planned("expert_upcycling", source, config, **how))
     assert ("set router_noise, for example 0.01" in said) == stay
 
 
