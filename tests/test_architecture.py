@@ -18,7 +18,7 @@ ROOMS = (
     ("report",),
     ("dryrun", "benchmark"),
     ("init",),
-    ("stores",),
+    ("cards", "stores"),
     ("training",),
     ("evaluation",),
     ("analysis",),

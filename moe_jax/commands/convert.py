@@ -13,11 +13,13 @@ output appears when it is whole.
 
 import dataclasses
 import pathlib
+import sys
 
 import numpy as np
 
-from moe_jax import command_line, stores
+from moe_jax import cards, command_line, stores
 from moe_jax.hf import folders, writing
+from moe_jax.model.config import ModelConfig
 from moe_jax.parallel import mesh
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,7 +40,14 @@ def main() -> None:
 
 
 def run(arguments) -> None:
+    """Writes the model in the other format, and a page that says what it is."""
     folder = stores.find(arguments.source)
+    config = _converted(folder, arguments)
+    command = [*command_line.command("convert"), *sys.argv[1:]]
+    cards.write(arguments.output, cards.of_conversion(config, folder, command))
+
+
+def _converted(folder: pathlib.Path, arguments) -> ModelConfig:
     if arguments.to == "hf" and folders.is_folder(folder):
         source = folders.Folder(folder)
         given = source.dtypes().items()
@@ -51,9 +60,10 @@ def run(arguments) -> None:
             source=source.path,
             progress=True,
         )
-        return
+        return source.config
     config, params = stores.load(folder, mesh.one_device())
     if arguments.dropless:
         config = dataclasses.replace(config, dispatch="dropless")
     how = {"source": folder, "dtype": arguments.dtype}
     stores.save_as(arguments.to, arguments.output, config, params, **how)
+    return config

@@ -18,10 +18,11 @@ its parameters (--recipe.NAME=VALUE) and the parts that it keeps.
 """
 
 import pathlib
+import sys
 
 import jax
 
-from moe_jax import command_line, stores, tree
+from moe_jax import cards, command_line, stores, tree
 from moe_jax import config as configs
 from moe_jax.analysis import parent_statistics, similarity
 from moe_jax.config import model_fields
@@ -104,13 +105,17 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
             "training; --model.norm_topk_prob=false has Switch's",
             flush=True,
         )
+    command = [*command_line.command("upcycle"), *sys.argv[1:]]
+    page = cards.of_upcycling(plan, paths, arguments.seed, command)
     if arguments.to == "hf" and all(folders.is_folder(path) for path in paths):
         parents = [folders.Folder(path) for path in paths]
         stores.upcycle_folders(plan, parents, arguments.output, key, progress=True)
+        cards.write(arguments.output, page)
         return of_folder(folders.Folder(arguments.output), parents)
     _, parents_params = stores.load_alike(paths, mesh.one_device())
     params = jax.jit(lambda parents: transform.execute(plan, parents, key))(parents_params)
     stores.save_as(arguments.to, arguments.output, plan.config, params, source=paths[0])
+    cards.write(arguments.output, page)
     if plan.config.num_experts < 2:
         return []
     dense = len(paths) == 1 and not source_config.num_experts

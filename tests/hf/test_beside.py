@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import cards, hf, model, stores, train, tree
 from moe_jax import config as configs
-from moe_jax import hf, model, stores, train, tree
 from moe_jax.commands import convert, generate, upcycle
 from moe_jax.data import tokenizers
 from moe_jax.hf import beside
@@ -71,9 +71,9 @@ def folder(tmp_path):
 
 
 def contents(path: pathlib.Path) -> dict[str, bytes]:
-    """The files beside the weights of a folder."""
-    kept = [file for file in path.rglob("*") if file.is_file()]
-    kept = [file for file in kept if file.name not in ("config.json", "model.safetensors")]
+    """The files beside the weights of a folder, and the page that the command wrote."""
+    own = ("config.json", "model.safetensors", cards.NAME)
+    kept = [file for file in path.rglob("*") if file.is_file() and file.name not in own]
     return {str(file.relative_to(path)): file.read_bytes() for file in kept}
 
 
@@ -121,6 +121,9 @@ def test_a_run_that_was_trained_from_a_folder_goes_back_with_its_files(folder, t
     assert contents(again) == expected
     assert json.loads((again / "config.json").read_text())["eos_token_id"] == [3, 4]
     assert generated(run) == generated(again) == ["ab"]
+    page, result = (again / cards.NAME).read_text(), json.loads((run / "result.json").read_text())
+    assert f"| parent | `{folder.name}` |" in page and "| training | 1 steps, 64 tokens |" in page
+    assert f"{result['bits_per_byte']:.4f} bits/byte" in page
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
@@ -138,6 +141,16 @@ def test_an_upcycled_model_keeps_the_files_beside_its_parent(folder, to, tmp_pat
         seed=0,
     )
     upcycle.run(arguments, {}, {})
+    made = tmp_path / "moe"
+    for row in (
+        "parent | `folder`",
+        "seed | 0",
+        "recipe | `naive` (",
+        "before training | equal to",
+    ):
+        assert f"| {row}" in (made / cards.NAME).read_text()
+    copied = (converted(made, tmp_path / "copied", "hf") / cards.NAME).read_text()
+    assert copied.index("converted from `moe`") < copied.index("| recipe | `naive` (")
     path = tmp_path / "moe" / ("tokenizer" if to == "orbax" else "")
     assert contents(path) == contents(folder)
 

@@ -1,0 +1,114 @@
+"""The page README.md of a model's folder: what the model was made of, how, and by which command."""
+
+import json
+import pathlib
+import shlex
+from collections.abc import Iterator
+
+import jax
+
+import moe_jax
+from moe_jax import config as configs
+from moe_jax import model
+from moe_jax.hf import folders
+from moe_jax.model.config import ModelConfig
+from moe_jax.upcycle import plan as plans
+from moe_jax.upcycle import recipes, step_zero
+
+NAME = "README.md"
+TAG = "moe_jax"  # in the head of a page that is of this file
+
+
+def write(folder: pathlib.Path, page: str) -> None:
+    (folder / NAME).write_text(page, encoding="utf-8")
+
+
+def of_upcycling(
+    plan: plans.Plan, parents: list[pathlib.Path], seed: int, command: list[str]
+) -> str:
+    """The page of a model that was just made of its parents, and is not yet trained."""
+    rows = [
+        *_of_parents([parent.name for parent in parents]),
+        *_of_recipe(f"`{plan.name}` ({plan.recipe.source})", plan.parameters),
+        ("initialiser of the routers", plan.router or "none"),
+        ("seed", str(seed)),
+        ("before training", step_zero.in_words(plan)),
+    ]
+    return _page(plan.config, "made by upcycling and not trained since", rows, command)
+
+
+def of_conversion(config: ModelConfig, source: pathlib.Path, command: list[str]) -> str:
+    """The page of a model that was written in another format; the source's own follows it."""
+    rows = [] if folders.is_folder(source) else list(_of_run(source))
+    page = _page(config, f"converted from `{source.name}`", rows, command)
+    own = source / NAME
+    if own.exists() and f"tags: [{TAG}" in (text := own.read_text(encoding="utf-8")):
+        page += f"\n## `{source.name}`\n\n{text.split('---', 2)[2].lstrip()}"
+    return page
+
+
+def _of_run(workdir: pathlib.Path) -> Iterator[tuple[str, str]]:
+    run, result = configs.load_json(workdir), workdir / "result.json"
+    if parents := run.init.source:
+        yield from _of_parents([pathlib.Path(parent).name for parent in parents.split(",")])
+    if recipe := run.init.upcycle.recipe:
+        given = {name: run.init.upcycle[name] for name in recipes.RECIPES[recipe].limits}
+        yield from _of_recipe(f"`{recipe}`", {n: v for n, v in given.items() if v is not None})
+    if result.exists():
+        found = json.loads(result.read_text(encoding="utf-8"))
+        yield "seed", str(run.seed)
+        yield "training", f"{found['steps']:,} steps, {found['tokens']:,} tokens"
+        yield "text", f"`{run.data.source}`"
+        yield (
+            "held-out text",
+            f"{found['bits_per_byte']:.4f} bits/byte, {found['loss']:.4f} nats/token over "
+            f"{found['held_out_tokens']:,} tokens",
+        )
+
+
+def _of_parents(names: list[str]) -> Iterator[tuple[str, str]]:
+    yield "parents" if len(names) > 1 else "parent", ", ".join(f"`{name}`" for name in names)
+
+
+def _of_recipe(recipe: str, parameters: dict) -> Iterator[tuple[str, str]]:
+    yield "recipe", recipe
+    if parameters:
+        given = (f"{parameter}={value}" for parameter, value in parameters.items())
+        yield "parameters of the recipe", ", ".join(given)
+
+
+def _page(config: ModelConfig, origin: str, rows: list[tuple[str, str]], command: list[str]) -> str:
+    total, active = model.count_parameters(config)
+    kind = "A dense language model"
+    if config.num_experts:
+        kind = (
+            f"A Mixture-of-Experts language model ({config.num_experts} experts, "
+            f"{config.num_experts_per_tok} for each token)"
+        )
+    rows = [
+        *rows,
+        ("parameters", f"{total:,}, of which a token uses {active:,}"),
+        ("versions", f"moe_jax {moe_jax.__version__}, jax {jax.__version__}"),
+    ]
+    tags = [TAG, *(["mixture-of-experts"] if config.num_experts else [])]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            f"tags: [{', '.join(tags)}]",
+            "---",
+            "",
+            f"{kind}, {origin}.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+            "It was written by",
+            "",
+            "```bash",
+            shlex.join(command),
+            "```",
+            "",
+        ]
+    )
