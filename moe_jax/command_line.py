@@ -42,6 +42,14 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def add_argument(self, *names, **how):
+        """As argparse's, with the default at the end of the help and N for a whole number."""
+        if how.get("default", "") not in ("", argparse.SUPPRESS):
+            how["help"] += f" (default: {how['default']})"
+        if names[0].startswith("--") and how.get("type") in (int, seed):
+            how = {"metavar": "N", **how}
+        return super().add_argument(*names, **how)
+
     def parse_known_args(self, args=None, namespace=None):
         """Refuses an option that is nearly one of the parser's, before one that is missing."""
         names = [name for name in self._option_string_actions if "." not in name]

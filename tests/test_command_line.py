@@ -1,5 +1,7 @@
 """A command is found by its name, speaks by the name that was typed, and refuses in one line."""
 
+import argparse
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -68,6 +70,24 @@ def test_a_program_has_the_name_that_was_typed(start, program, shown):
     explained = run(*start, "--help", cwd=ROOT).stdout
     assert explained.startswith(f"usage: {program} [-h]")
     assert any(line.startswith(shown) for line in explained.splitlines())
+
+
+@pytest.mark.parametrize("name", entry.FILES)
+def test_every_option_is_explained_with_its_default(name, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def parse(parser, *_):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(sys, "argv", [f"moe_jax {name}"])
+    monkeypatch.setattr(command_line.Parser, "parse_known_args", parse)
+    with pytest.raises(Parsed) as parsed:
+        importlib.import_module(f"moe_jax.commands.{name}").main()
+    for action in parsed.value.args[0]._actions:
+        assert action.help, action.option_strings
+        if action.default not in (None, "", argparse.SUPPRESS) and action.nargs != 0:
+            assert f"(default: {action.default})" in action.help
 
 
 def test_a_command_starts_another_in_the_way_in_which_it_was_started(monkeypatch, tmp_path):

@@ -19,12 +19,27 @@ from moe_jax import config as configs
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--config", required=True, help="the sparse model's FILE[:arg]")
-    parser.add_argument("--dense_tokens", required=True, type=float, help="the parent had these")
-    parser.add_argument("--moe_tokens", required=True, type=float, help="the MoE will get these")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="config of the mixture"
+    )
+    parser.add_argument(
+        "--dense_tokens",
+        required=True,
+        type=float,
+        metavar="N",
+        help="tokens that the dense parent was trained on",
+    )
+    parser.add_argument(
+        "--moe_tokens",
+        required=True,
+        type=float,
+        metavar="N",
+        help="tokens that the mixture is to be trained on",
+    )
     parent = parser.add_mutually_exclusive_group()
-    parent.add_argument("--dense_config", help="the parent's FILE[:arg], if not made from --config")
-    parent.add_argument("--granularity", type=int, default=1, help="parent's width / expert's (1)")
+    parent.add_argument("--dense_config", metavar="FILE[:ARG]", help="config of the dense parent")
+    width = "width of the parent's feed-forward in widths of an expert (default: 1)"
+    parent.add_argument("--granularity", type=int, default=1, metavar="N", help=width)
     parser.add_argument("--json", action="store_true", help="print an object, no tables")
     arguments = parser.parse_args()
     with parser.refusing():

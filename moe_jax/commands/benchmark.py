@@ -24,7 +24,7 @@ ROW = "{:24} {:15} {:10.1f} {:10,.0f}  {:26} {:10.1f} {:7.2f}"
 def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.add_argument("name", choices=cases.BENCHMARKS, metavar="NAME", help="one of %(choices)s")
-    parser.add_argument("--repeats", type=int, default=11, metavar="N", help="timed calls (11)")
+    parser.add_argument("--repeats", type=int, default=11, help="number of timed calls")
     library = "also time this library doing the same: %(choices)s"
     parser.add_argument("--peer", choices=peers.PEERS, default="", help=library)
     parser.add_argument("--json", action="store_true", help="print a list of rows, no table")

@@ -32,17 +32,30 @@ from moe_jax.parallel import mesh
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--source", required=True, metavar="DIR")
-    parser.add_argument("--text", required=True, help="as config.data.source")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="a file to be written")
+    parser.add_argument(
+        "--source", required=True, metavar="DIR", help="a run's workdir or a Hugging Face folder"
+    )
+    parser.add_argument("--text", required=True, help="a text, named as by config.data.source")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=pathlib.Path,
+        metavar="FILE.npz",
+        help="a file to be written",
+    )
     parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
-    parser.add_argument("--num_batches", type=int, default=8, help="batches to read (8)")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows of a batch (8)")
-    parser.add_argument("--sequence_length", type=int, default=256, help="tokens of a row (256)")
-    parser.add_argument("--num_experts", type=int, default=8, help="experts of a dense model (8)")
-    kinds, why = ("weights", "activations", "gradient"), "statistic that shares out neurons"
-    parser.add_argument("--neurons", default=kinds[0], choices=kinds, help=f"{why} ({kinds[0]})")
-    parser.add_argument("--num_neurons", type=int, help="neurons of an expert, for gradient")
+    parser.add_argument("--num_batches", type=int, default=8, help="batches to read")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows of a batch")
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--num_experts", type=int, default=8, help="experts of a dense model")
+    kinds, why = (
+        ("weights", "activations", "gradient"),
+        "the statistic by which neurons are shared out to experts",
+    )
+    parser.add_argument("--neurons", default=kinds[0], choices=kinds, help=why)
+    parser.add_argument(
+        "--num_neurons", type=int, help="neurons of an expert, for --neurons=gradient"
+    )
     arguments = parser.parse_args()
     with parser.refusing():
         run(arguments)

@@ -27,12 +27,22 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--source", required=True, help="the model's folder")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="must not exist")
+    parser.add_argument(
+        "--source", required=True, metavar="DIR", help="a run's workdir or a Hugging Face folder"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=pathlib.Path,
+        metavar="DIR",
+        help="a folder that does not exist yet",
+    )
     parser.add_argument("--to", required=True, choices=("hf", "orbax"), help="format of the output")
     dropless = "write a model trained with a capacity as one that drops no token"
     parser.add_argument("--dropless", action="store_true", help=dropless)
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the output (the source's)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the output (default: the source's)"
+    )
     arguments = parser.parse_args()
     with parser.refusing():
         run(arguments)

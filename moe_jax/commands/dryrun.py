@@ -44,9 +44,20 @@ def main() -> None:
     add("--config", metavar="FILE[:ARG]", required=True, help="a Python file with get_config()")
     where = "v5p:2x2x4 or v5p-32; two slices: 2*v5p:2x2x4; GPUs: h100:8; fake devices: cpu:8"
     add("--topology", metavar="CHIP:SHAPE", required=True, help=where)
-    add("--hbm_limit", metavar="GB", type=float, help="memory of a device (the chip's)")
+    add(
+        "--hbm_limit",
+        metavar="GB",
+        type=float,
+        help="memory of a device (default: that of the chip)",
+    )
     add("--search", action="store_true", help="try remat policies, microbatches and meshes")
-    add("--price", metavar="USD", type=float, default=0.0, help="of a device for an hour (0)")
+    add(
+        "--price",
+        metavar="USD",
+        type=float,
+        default=0.0,
+        help="price of a device for an hour, for the cost of the run",
+    )
     add("--json", action="store_true", help="print an object, no tables")
     add("--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key")
     arguments, overrides = parser.parse_known_args()

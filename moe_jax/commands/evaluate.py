@@ -44,15 +44,21 @@ def main() -> None:
         metavar="DIR",
         help="a run's workdir or a Hugging Face folder",
     )
-    add("--source", metavar="TEXT", help="as config.data.source (the run's own held-out text)")
+    add(
+        "--source",
+        metavar="TEXT",
+        help="a text, named as by config.data.source (default: the run's held-out text)",
+    )
     add("--tokenizer", help="a tokenizer to use instead of the model's own")
-    rows = f"tokens of a row (the run's; else the model's positions, at most {LONGEST_ROW})"
-    add("--sequence_length", type=int, metavar="N", help=rows)
-    add("--batch_size", type=int, default=8, metavar="N", help="rows of a batch (8)")
-    add("--max_batches", type=int, default=0, metavar="N", help="batches to read; 0 is all (0)")
-    fewer = "experts of a token in this evaluation (the model's own number)"
-    add("--num_experts_per_tok", type=int, metavar="K", help=fewer)
-    add("--seed", type=command_line.seed, default=0, help="seed of the intervals (0)")
+    rows = (
+        f"tokens of a row (default: the run's, else the model's positions, at most {LONGEST_ROW})"
+    )
+    add("--sequence_length", type=int, help=rows)
+    add("--batch_size", type=int, default=8, help="rows of a batch")
+    add("--max_batches", type=int, default=0, help="batches to read; 0 is all")
+    fewer = "experts of a token in this evaluation (default: as many as in training)"
+    add("--num_experts_per_tok", type=int, help=fewer)
+    add("--seed", type=command_line.seed, default=0, help="seed of the intervals")
     add("--json", action="store_true", help="print an object, no table")
     arguments = parser.parse_args()
     with parser.refusing():

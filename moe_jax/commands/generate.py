@@ -24,12 +24,26 @@ from moe_jax.parallel import mesh
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR")
-    parser.add_argument("--prompt", required=True, action="append", help="may be given repeatedly")
-    parser.add_argument("--num_tokens", type=int, default=64, help="tokens to add (64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest (0)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="mass of tokens to draw from (1)")
-    parser.add_argument("--seed", type=command_line.seed, default=0, help="seed of the draws (0)")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run's workdir or a Hugging Face folder",
+    )
+    text = "a text to continue; may be given several times"
+    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help=text)
+    parser.add_argument("--num_tokens", type=int, default=64, help="tokens to add")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="probability mass of the tokens to draw from",
+    )
+    parser.add_argument("--seed", type=command_line.seed, default=0, help="seed of the draws")
     parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
     arguments = parser.parse_args()
     in_range = 0 <= arguments.temperature < math.inf and 0 < arguments.top_p <= 1

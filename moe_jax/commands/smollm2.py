@@ -27,7 +27,9 @@ PROMPT = "The capital of France is"
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument(
+        "--workdir", required=True, type=pathlib.Path, metavar="DIR", help="where all is written"
+    )
     workdir = parser.parse_args().workdir
     try:
         import accelerate  # noqa: F401 - Transformers reads the package's file with these two

@@ -28,8 +28,8 @@ def main() -> None:
     kept = "where the runs, results.csv and report.html are kept"
     add("--workdir", metavar="DIR", required=True, type=pathlib.Path, help=kept)
     add("--list", action="store_true", help="print the runs and their commands only")
-    add("--launcher", choices=["local"], default="local", help="where runs run (local)")
-    add("--max_parallel", metavar="N", type=int, default=1, help="runs at a time (1)")
+    add("--launcher", choices=["local"], default="local", help="where the runs are started")
+    add("--max_parallel", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args()
     train = command_line.command("train")
     with parser.refusing():

@@ -49,7 +49,7 @@ def main() -> None:
     add("--list_keys", nargs="?", metavar="SECTION", action=ListKeys, help=listed)
     add = parser.add_argument_group("several processes").add_argument
     add("--coordinator", metavar="HOST:PORT", default="", help="address of process 0")
-    add("--num_processes", metavar="N", type=int, help="number of processes of the whole run")
+    add("--num_processes", type=int, help="number of processes of the whole run")
     add("--process_id", metavar="I", type=int, help="number of this process, from 0 to N - 1")
     arguments, overrides = parser.parse_known_args()
     with parser.refusing():

@@ -23,10 +23,16 @@ from moe_jax.data.document import TRAIN, VALIDATION
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    text = '"embedded" (the default), "tfds:NAME", or a path or glob'
+    text = 'a path or a glob, "tfds:NAME" or "embedded"'
     parser.add_argument("--source", default="embedded", help=text)
-    parser.add_argument("--vocab_size", default=4096, type=int, metavar="N", help="pieces (4096)")
-    parser.add_argument("--output", required=True, type=pathlib.Path, metavar="FILE.model")
+    parser.add_argument("--vocab_size", default=4096, type=int, help="number of pieces")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=pathlib.Path,
+        metavar="FILE.model",
+        help="a file to be written",
+    )
     arguments = parser.parse_args()
     with parser.refusing():
         bytes_per_token = train(arguments.source, arguments.vocab_size, arguments.output)

@@ -51,16 +51,34 @@ def main() -> None:
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--source", required=True, metavar="DIR[,DIR…]", help="the parent or parents")
-    add("--output", required=True, type=pathlib.Path, help="must not exist")
-    add("--to", default="hf", choices=("hf", "orbax"), help="format of the output (hf)")
-    add("--recipe", default="drop", choices=recipes.RECIPES, help="recipe of the experts (drop)")
-    add("--num_experts", type=int, default=8, help="experts of a sparse layer (8)")
-    add("--num_experts_per_tok", type=int, default=2, help="experts that a token uses (2)")
-    add("--granularity", type=int, default=1, help="experts to one feed-forward (1)")
+    add(
+        "--output",
+        required=True,
+        type=pathlib.Path,
+        metavar="DIR",
+        help="a folder that does not exist yet",
+    )
+    add("--to", default="hf", choices=("hf", "orbax"), help="format of the output")
+    add(
+        "--recipe",
+        default="drop",
+        choices=recipes.RECIPES,
+        metavar="NAME",
+        help="one of %(choices)s",
+    )
+    add("--num_experts", type=int, default=8, help="experts of a sparse layer")
+    add("--num_experts_per_tok", type=int, default=2, help="experts that a token uses")
+    add(
+        "--granularity",
+        type=int,
+        default=1,
+        help="number of experts that hold one feed-forward of the parent",
+    )
     initialisers = (*router_init.ROUTER_INITIALISERS, router_init.COPIED)
-    add("--router", default="", choices=initialisers, help="initialiser (the recipe's)")
-    add("--statistics", help="a file of the command collect_statistics")
-    add("--seed", type=command_line.seed, default=0, help="seed of all random values (0)")
+    router = "initialiser of the routers, one of %(choices)s (default: that of the recipe)"
+    add("--router", default="", choices=initialisers, metavar="NAME", help=router)
+    add("--statistics", metavar="FILE.npz", help="a file of the command collect_statistics")
+    add("--seed", type=command_line.seed, default=0, help="seed of all random values")
     add("--recipe.NAME", metavar="VALUE", help="a parameter of the recipe")
     add("--model.NAME", metavar="VALUE", help="a field of the new model's config")
     arguments, others = parser.parse_known_args()
