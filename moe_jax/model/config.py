@@ -215,6 +215,9 @@ class ModelConfig:
             raise ValueError(problem)
 
     def _problems(self):
+        if self.dtype == "float16":
+            unscaled = "would need a loss scale, which training does not have"
+            yield f"dtype='float16' {unscaled}; use bfloat16, or float32 on a T4 or V100 GPU"
         for each in dataclasses.fields(self):
             name, value, allowed = each.name, getattr(self, each.name), each.metadata
             if value is None:

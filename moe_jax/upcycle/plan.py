@@ -284,11 +284,12 @@ def _problems_of_dense_sizes(plan: Plan) -> Iterator[str]:
     G = plan.granularity
     parts = method.cut and not ("neurons" in plan.statistics and "neurons" in plan.of_parameters)
     if parts and (G == 0 or source.intermediate_size % F):
-        yield f"moe_intermediate_size={F} does not divide the {of_parent}; use a divisor of it"
+        yield f"moe_intermediate_size={F} does not divide the {of_parent}; {_cut(source, G)}"
     elif parts and method.partitions and E != G:
         yield (
             f"num_experts={E} of moe_intermediate_size={F} do not share out the parent's "
-            f"{source.intermediate_size} neurons; use {G} experts"
+            f"{source.intermediate_size} neurons; {_cut(source, E)}"
+            + (f", or num_experts={G}" if G > 1 else "")
         )
     elif parts and E % (G * plan.num_parents):
         yield (
@@ -308,7 +309,20 @@ def _problems_of_dense_sizes(plan: Plan) -> Iterator[str]:
     if (number := config.num_attention_experts) % plan.num_parents:
         yield f"num_attention_experts={number} is not divisible by the {plan.num_parents} parents"
     if method.attention and not config.num_attention_experts:
-        yield f"recipe {recipe!r} makes experts of attention too; set num_attention_experts"
+        yield (
+            f"recipe {recipe!r} makes experts of attention too; set num_attention_experts={E} and "
+            "--to=orbax (no Hugging Face folder can hold them)"
+        )
+
+
+def _cut(source: ModelConfig, wanted: int) -> str:
+    """The advice to cut a feed-forward into the nearest number of equal parts."""
+    sizes = range(2, source.intermediate_size + 1)
+    parts = [n for n in sizes if source.intermediate_size % n == 0]
+    near = min(parts, key=lambda n: abs(n - wanted))
+    width = source.intermediate_size // near
+    more = "" if near == wanted else f" with {near} experts"
+    return f"use --granularity={near} (moe_intermediate_size={width}){more}"
 
 
 def _problems_of_routers(plan: Plan) -> Iterator[str]:

@@ -56,6 +56,7 @@ def test_slots_are_keyed_through_all_layer_groups_and_hold_every_layer_once():
         ({"intermediate_size": 0}, "intermediate_size=0 must be at least 1"),
         ({"num_attention_experts": -2}, "num_attention_experts=-2 must be at least 0"),
         ({"dtype": "float64"}, "dtype='float64'"),
+        ({"dtype": "float16"}, "loss scale.*; use bfloat16, or float32 on a T4"),
         ({"router": "topk"}, "router='topk' is unknown: did you mean 'topk_softmax'"),
         ({"rope_type": "ntk"}, "rope_type='ntk' is unknown; use one of"),
         ({"rope_scaling_factor": 8.0}, "no effect .*'default'; .* reads it: linear, llama3, yarn"),

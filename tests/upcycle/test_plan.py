@@ -87,9 +87,9 @@ def test_the_command_makes_one_plan(to, tmp_path, monkeypatch):
     [
         ("branch_train_mix", {"parents": 3}, "num_experts=8 is not divisible by the 3 parents"),
         ("drop", {"parents": 2}, "recipe 'drop' takes one parent, not 2"),
-        ("virtual_group", {"moe_intermediate_size": 12}, "does not divide the parent's"),
+        ("virtual_group", {"moe_intermediate_size": 12}, "does not divide .* use --granularity=2 "),
         ("virtual_group", {"num_experts": 6}, "use a multiple of 4"),
-        ("llama_moe", {"num_experts": 8}, "do not share out .* use 4 experts"),
+        ("llama_moe", {"num_experts": 8}, "use --granularity=8 .*=4.*, or num_experts=4"),
         (
             "moe_ct",
             {"shared_expert_intermediate_size": None},
