@@ -32,7 +32,7 @@ DEFAULTS = {
     QWEN: dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END),
     LLAMA: {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
 }
-_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+_PROPERTIES = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +133,13 @@ def token(value: Any, **flags: bool) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, **{"special": True, **flags})
     if not isinstance(value, dict):
-        value = {flag: getattr(value, flag) for flag in _FLAGS}
-    return AddedToken(**{flag: value[flag] for flag in _FLAGS if flag in value} | flags)
+        value = properties(value)
+    return AddedToken(**{name: value[name] for name in _PROPERTIES if name in value} | flags)
+
+
+def properties(token: AddedToken) -> dict[str, Any]:
+    """All that decides how a token is found in a text; two equal tokens have equal properties."""
+    return {name: getattr(token, name) for name in _PROPERTIES}
 
 
 def are_beside(path: pathlib.Path) -> bool:

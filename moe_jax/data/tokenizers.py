@@ -108,7 +108,8 @@ class HuggingFaceTokenizer:
         self.end_ids = ends or (self.eos_id,)
         # A token that only has a name, such as a pad token, has an id that no text has.
         self.vocab_size = max(largest, self.bos_id, self.eos_id) + 1
-        added = sorted((i, str(t)) for i, t in self._tokenizer.get_added_tokens_decoder().items())
+        in_order = sorted(self._tokenizer.get_added_tokens_decoder().items())
+        added = [(i, tokenizer_files.properties(token)) for i, token in in_order]
         steps = f"{self._tokenizer.normalizer} {self._tokenizer.pre_tokenizer}"
         content = file.read_bytes() + str((sorted(ids.items()), added, steps)).encode()
         self.fingerprint = hashlib.sha256(content).hexdigest()

@@ -56,3 +56,21 @@ def test_folders_drawn_anew_are_read_as_transformers_reads_them(tmp_path):
         theirs = tokenizer_folders.of_transformers(folder, drawn)
         assert seed >= len(RECORDED) or theirs == RECORDED[seed]
         check(folder, drawn, theirs)
+
+
+@pytest.mark.parametrize("name", ["lstrip", "rstrip", "single_word", "normalized", "special"])
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_an_added_token_of_other_properties_makes_another_fingerprint(kind, name, tmp_path):
+    """The token is found elsewhere in a text, so the tokenizers must not share cached rows."""
+    drawn = tokenizer_folders.draw(0) | {"kind": kind, "inside": [], "added": []}
+    drawn |= {"model": "bpe", "prefix": False}  # with a prefix no token is normalized
+    prints = []
+    for value in (False, True):
+        number = tokenizer_folders.vocabulary_size(kind, [])
+        token = {"content": "<tool>", "special": True, "normalized": False, name: value}
+        listed = {"added_tokens_decoder": {str(number): token}, "eos_token": "</s>"}
+        files = {"tokenizer_config.json": listed, "config.json": {"model_type": "llama"}}
+        folder = tmp_path / str(value)
+        path = tokenizer_folders.build(folder, drawn | {"files": files})
+        prints.append(tokenizers.load(str(path)).fingerprint)
+    assert prints[0] != prints[1]
