@@ -84,7 +84,8 @@ class HuggingFaceTokenizer:
     def __init__(self, path: str):
         file = pathlib.Path(path)
         if path.endswith(".json"):
-            self._tokenizer = tokenizers.Tokenizer.from_file(path)
+            text = file.read_text(encoding="utf-8-sig")  # as the other files of the folder
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
             steps = f"{self._tokenizer.pre_tokenizer} {self._tokenizer.decoder}"
             found = tokenizer_files.settings(file.parent, byte_level="ByteLevel" in steps)
             if found.class_name == LLAMA and isinstance(self._tokenizer.model, models.BPE):

@@ -74,3 +74,14 @@ def test_an_added_token_of_other_properties_makes_another_fingerprint(kind, name
         path = tokenizer_folders.build(folder, drawn | {"files": files})
         prints.append(tokenizers.load(str(path)).fingerprint)
     assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_a_byte_order_mark_before_any_file_changes_nothing(seed, tmp_path):
+    drawn = tokenizer_folders.draw(seed)
+    path = tokenizer_folders.build(tmp_path, drawn)
+    for file in tmp_path.glob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    marked = tokenizers.load(str(path))
+    for prompt, ids in zip(tokenizer_folders.PROMPTS, RECORDED[seed]["prompts"], strict=True):
+        assert marked.prompt(prompt).tolist() == ids
