@@ -35,6 +35,10 @@ DEFAULTS = {
 _PROPERTIES = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
+class DamagedError(ValueError):
+    """A file beside a tokenizer that cannot be used: one line that names the file."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the files beside a tokenizer.json or a tokenizer.model say.
@@ -60,7 +64,7 @@ class Settings:
 def settings(folder: pathlib.Path, *, byte_level: bool) -> Settings:
     """The settings of a folder, whose tokenizer.json is of bytes or not.
 
-    Raises: ValueError, in one line, for a file that is damaged.
+    Raises: DamagedError.
     """
     values = read(folder, "tokenizer_config.json")
     complete = "added_tokens_decoder" in values
@@ -72,7 +76,7 @@ def settings(folder: pathlib.Path, *, byte_level: bool) -> Settings:
     if isinstance(listed, dict):
         roles, listed = roles | listed, []
     if complete:
-        added = {int(i): token(value) for i, value in values["added_tokens_decoder"].items()}
+        added = _listed_tokens(folder / "tokenizer_config.json", values["added_tokens_decoder"])
     else:
         # A token that tokenizer_config.json writes as an object is no special one here.
         special = {str(value) for value in (*listed, *(roles.get(role) for role in ROLES))}
@@ -94,6 +98,14 @@ def settings(folder: pathlib.Path, *, byte_level: bool) -> Settings:
         [token(value) for value in listed],
         [token(value) for value in sum(lists, [])],
     )
+
+
+def _listed_tokens(path: pathlib.Path, listed: Any) -> dict[int, AddedToken]:
+    try:
+        return {int(i): token(value) for i, value in listed.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        wrong = f"added_tokens_decoder is not an object of ids and tokens ({error})"
+        raise DamagedError(f"{path}: {wrong}; mend it") from None
 
 
 def _class_name(values: dict[str, Any], config: dict[str, Any]) -> str:
@@ -152,27 +164,27 @@ def are_beside(path: pathlib.Path) -> bool:
 def ends(folder: pathlib.Path) -> tuple[int, ...]:
     """The ids that end a text, of generation_config.json or else config.json; () if none does.
 
-    Raises: ValueError for ids that are neither a number nor a list of numbers.
+    Raises: DamagedError for ids that are neither a number nor a list of numbers.
     """
     for name in ("generation_config.json", "config.json"):
         ids = read(folder, name).get("eos_token_id")
         if ids is not None and ids != []:
             ids = ids if isinstance(ids, list) else [ids]
             if not all(type(i) is int for i in ids):
-                raise ValueError(f"{folder / name}: eos_token_id={ids} is no id or list of ids")
+                raise DamagedError(f"{folder / name}: eos_token_id={ids} is no id or list of ids")
             return tuple(ids)
     return ()
 
 
 def read(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no such file."""
+    """The object in a JSON file, {} where there is no such file; raises DamagedError."""
     path = folder / name
     if not path.exists():
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors write marks
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise DamagedError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object")
+        raise DamagedError(f"{path} is not a JSON object")
     return values

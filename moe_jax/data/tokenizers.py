@@ -186,7 +186,7 @@ def load(name: str) -> Tokenizer:
     of_folder = is_json or tokenizer_files.are_beside(pathlib.Path(name))
     try:
         tokenizer = HuggingFaceTokenizer(name) if of_folder else SentencePieceTokenizer(name)
-    except ValueError:
+    except tokenizer_files.DamagedError:
         raise
     except Exception as error:  # the libraries raise many kinds
         kind = "tokenizer.json of Hugging Face" if is_json else "SentencePiece model"
