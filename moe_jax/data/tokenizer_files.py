@@ -80,9 +80,14 @@ def settings(folder: pathlib.Path, *, byte_level: bool) -> Settings:
     else:
         # A token that tokenizer_config.json writes as an object is no special one here.
         special = {str(value) for value in (*listed, *(roles.get(role) for role in ROLES))}
+        numbers = read(folder, "added_tokens.json")
+        for text, number in numbers.items():
+            if type(number) is not int or number < 0:
+                wrong = f"the id of {text!r} is {number!r}, not a whole number from 0"
+                raise DamagedError(f"{folder / 'added_tokens.json'}: {wrong}; mend it")
         added = {
             number: AddedToken(text, normalized=text not in special, special=text in special)
-            for text, number in read(folder, "added_tokens.json").items()
+            for text, number in numbers.items()
         }
     class_name = _class_name(values, read(folder, "config.json"))
     class_name = GENERIC if class_name == LLAMA and byte_level else class_name

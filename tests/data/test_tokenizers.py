@@ -248,9 +248,16 @@ def test_ids_beyond_the_pieces_have_no_text(bpe):
         ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
         ("special_tokens_map.json", "[]", "special_tokens_map.json is not a JSON object"),
         ("tokenizer_config.json", '{"added_tokens_decoder": 1}', "added_tokens_decoder is not an"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "a"}}', "invalid literal for int"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": "a"}}',
+            "invalid literal for int",
+        ),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"9": 5}}', "not an object of ids and"),
+        ("added_tokens.json", '{"<a>": true}', "the id of '<a>' is True, not a whole number from"),
+        ("added_tokens.json", '{"<a>": "5"}', "the id of '<a>' is '5', not a whole number from 0"),
         ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id=.* is no id or list"),
+        ("generation_config.json", '{"eos_token_id": true}', "eos_token_id=.* is no id or list"),
     ],
 )
 def test_a_damaged_file_beside_a_tokenizer_is_named(name, text, complaint, bpe_path, tmp_path):
