@@ -39,6 +39,32 @@ class DamagedError(ValueError):
     """A file beside a tokenizer that cannot be used: one line that names the file."""
 
 
+class Folder:
+    """The JSON files of a Hugging Face folder, each of which is read once."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._values: dict[str, dict[str, Any]] = {}
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The object in a file, {} where there is no such file; raises DamagedError."""
+        if name not in self._values:
+            self._values[name] = _read(self.path / name)
+        return self._values[name]
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors write marks
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise DamagedError(f"{path} is not a JSON object")
+    return values
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the files beside a tokenizer.json or a tokenizer.model say.
@@ -61,14 +87,14 @@ class Settings:
     older_special: list[AddedToken]
 
 
-def settings(folder: pathlib.Path, *, byte_level: bool) -> Settings:
+def settings(folder: Folder, *, byte_level: bool) -> Settings:
     """The settings of a folder, whose tokenizer.json is of bytes or not.
 
     Raises: DamagedError.
     """
-    values = read(folder, "tokenizer_config.json")
+    values = folder.read("tokenizer_config.json")
     complete = "added_tokens_decoder" in values
-    older = {} if complete else read(folder, "special_tokens_map.json")
+    older = {} if complete else folder.read("special_tokens_map.json")
     older = {key: token(value) if _is_token(value) else value for key, value in older.items()}
     listed = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
     values = values | older
@@ -76,20 +102,22 @@ def settings(folder: pathlib.Path, *, byte_level: bool) -> Settings:
     if isinstance(listed, dict):
         roles, listed = roles | listed, []
     if complete:
-        added = _listed_tokens(folder / "tokenizer_config.json", values["added_tokens_decoder"])
+        added = _listed_tokens(
+            folder.path / "tokenizer_config.json", values["added_tokens_decoder"]
+        )
     else:
         # A token that tokenizer_config.json writes as an object is no special one here.
         special = {str(value) for value in (*listed, *(roles.get(role) for role in ROLES))}
-        numbers = read(folder, "added_tokens.json")
+        numbers = folder.read("added_tokens.json")
         for text, number in numbers.items():
             if type(number) is not int or number < 0:
                 wrong = f"the id of {text!r} is {number!r}, not a whole number from 0"
-                raise DamagedError(f"{folder / 'added_tokens.json'}: {wrong}; mend it")
+                raise DamagedError(f"{folder.path / 'added_tokens.json'}: {wrong}; mend it")
         added = {
             number: AddedToken(text, normalized=text not in special, special=text in special)
             for text, number in numbers.items()
         }
-    class_name = _class_name(values, read(folder, "config.json"))
+    class_name = _class_name(values, folder.read("config.json"))
     class_name = GENERIC if class_name == LLAMA and byte_level else class_name
     usual = DEFAULTS.get(class_name, {}).items()
     roles = {role: name for role, name in usual if role not in values} | roles
@@ -159,37 +187,25 @@ def properties(token: AddedToken) -> dict[str, Any]:
     return {name: getattr(token, name) for name in _PROPERTIES}
 
 
-def are_beside(path: pathlib.Path) -> bool:
-    """True for a tokenizer in a Hugging Face folder; False for one that stands alone."""
+def are_beside(folder: Folder) -> bool:
+    """True for the folder of a Hugging Face tokenizer; False where a tokenizer stands alone."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    of_model = "model_type" in read(path.parent, "config.json")
-    return of_model or any(path.with_name(name).exists() for name in names)
+    of_model = "model_type" in folder.read("config.json")
+    return of_model or any((folder.path / name).exists() for name in names)
 
 
-def ends(folder: pathlib.Path) -> tuple[int, ...]:
+def ends(folder: Folder) -> tuple[int, ...]:
     """The ids that end a text, of generation_config.json or else config.json; () if none does.
 
     Raises: DamagedError for ids that are neither a number nor a list of numbers.
     """
     for name in ("generation_config.json", "config.json"):
-        ids = read(folder, name).get("eos_token_id")
+        ids = folder.read(name).get("eos_token_id")
         if ids is not None and ids != []:
             ids = ids if isinstance(ids, list) else [ids]
             if not all(type(i) is int for i in ids):
-                raise DamagedError(f"{folder / name}: eos_token_id={ids} is no id or list of ids")
+                raise DamagedError(
+                    f"{folder.path / name}: eos_token_id={ids} is no id or list of ids"
+                )
             return tuple(ids)
     return ()
-
-
-def read(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no such file; raises DamagedError."""
-    path = folder / name
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors write marks
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise DamagedError(f"{path} is not a JSON object")
-    return values

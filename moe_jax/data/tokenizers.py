@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -81,17 +82,17 @@ class HuggingFaceTokenizer:
     Its ids and texts are those of Transformers 5: tests/data/test_tokenizer_folders.py.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, folder: tokenizer_files.Folder):
         file = pathlib.Path(path)
         if path.endswith(".json"):
             text = file.read_text(encoding="utf-8-sig")  # as the other files of the folder
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             steps = f"{self._tokenizer.pre_tokenizer} {self._tokenizer.decoder}"
-            found = tokenizer_files.settings(file.parent, byte_level="ByteLevel" in steps)
+            found = tokenizer_files.settings(folder, byte_level="ByteLevel" in steps)
             if found.class_name == LLAMA and isinstance(self._tokenizer.model, models.BPE):
                 sentencepiece_folder.as_llama(self._tokenizer, found)
         else:
-            found = tokenizer_files.settings(file.parent, byte_level=False)
+            found = tokenizer_files.settings(folder, byte_level=False)
             self._tokenizer, found = sentencepiece_folder.read(file, found)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -101,8 +102,8 @@ class HuggingFaceTokenizer:
         self._splits_special = found.values.get("split_special_tokens") is True
         is_bpe = isinstance(self._tokenizer.model, models.BPE)  # whose spaces are the text's own
         self._joins_marks = found.values.get("clean_up_tokenization_spaces") is True and not is_bpe
-        ends = tokenizer_files.ends(file.parent)
-        ids = self._ids(found, file.parent, ends, largest)
+        ends = tokenizer_files.ends(folder)
+        ids = self._ids(found, folder.read("config.json"), ends, largest)
         self.pad_id, self.eos_id = ids.get("pad_token", -1), ids.get("eos_token", -1)
         # Where nothing begins a text, what ends one does (Qwen's); -1 if there is neither.
         self.bos_id = ids.get("bos_token", self.eos_id)
@@ -127,7 +128,7 @@ class HuggingFaceTokenizer:
         return processors.TemplateProcessing([*begin, "$A", *end], special_tokens=ids)
 
     def _ids(
-        self, found: Settings, folder: pathlib.Path, ends: tuple[int, ...], largest: int
+        self, found: Settings, config: dict[str, Any], ends: tuple[int, ...], largest: int
     ) -> dict[str, int]:
         """The ids of the tokens with a role: named, or given by config.json, or of usual names."""
 
@@ -137,7 +138,7 @@ class HuggingFaceTokenizer:
 
         every = {role: id_of(token.content) for role, token in found.roles.items()}
         ids = {role: i for role, i in every.items() if role in found.values or i <= largest}
-        begin = tokenizer_files.read(folder, "config.json").get("bos_token_id")
+        begin = config.get("bos_token_id")
         if "bos_token" not in {*ids, *found.values} and type(begin) is int:
             ids["bos_token"] = begin
         if "eos_token" not in ids and ends:
@@ -182,10 +183,14 @@ def load(name: str) -> Tokenizer:
             f"data.tokenizer={name!r} is not a file; use 'bytes', a model made by "
             "scripts/train_tokenizer.py, or a Hugging Face tokenizer.json"
         )
-    is_json = name.endswith(".json")
-    of_folder = is_json or tokenizer_files.are_beside(pathlib.Path(name))
+    is_json, folder = name.endswith(".json"), tokenizer_files.Folder(pathlib.Path(name).parent)
+    of_folder = is_json or tokenizer_files.are_beside(folder)
     try:
-        tokenizer = HuggingFaceTokenizer(name) if of_folder else SentencePieceTokenizer(name)
+        tokenizer: Tokenizer
+        if of_folder:
+            tokenizer = HuggingFaceTokenizer(name, folder)
+        else:
+            tokenizer = SentencePieceTokenizer(name)
     except tokenizer_files.DamagedError:
         raise
     except Exception as error:  # the libraries raise many kinds

@@ -53,7 +53,7 @@ def usual_name(tokenizer: pathlib.Path) -> str:
 
 def copy_config(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies the config.json of a Hugging Face folder, whose token ids belong to the tokenizer."""
-    if "model_type" in tokenizer_files.read(source, "config.json"):
+    if "model_type" in tokenizer_files.Folder(source).read("config.json"):
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(safetensors.resolve_inside(source, "config.json"), target / "config.json")
 
@@ -65,6 +65,6 @@ def complete(folder: pathlib.Path) -> None:
     """
     model = folder / "tokenizer.model"
     is_alone = model.exists() and not (folder / "tokenizer.json").exists()
-    if is_alone and not tokenizer_files.are_beside(model):
+    if is_alone and not tokenizer_files.are_beside(tokenizer_files.Folder(folder)):
         settings = sentencepiece_folder.settings_of(model)
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,6 +1,8 @@
 """The tokenizer of a Hugging Face folder is that of Transformers, whichever file names a token."""
 
+import collections
 import json
+import pathlib
 
 import pytest
 
@@ -85,3 +87,18 @@ def test_a_byte_order_mark_before_any_file_changes_nothing(seed, tmp_path):
     marked = tokenizers.load(str(path))
     for prompt, ids in zip(tokenizer_folders.PROMPTS, RECORDED[seed]["prompts"], strict=True):
         assert marked.prompt(prompt).tolist() == ids
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_every_file_is_read_once(kind, tmp_path, monkeypatch):
+    drawn = tokenizer_folders.draw(0) | {"kind": kind, "files": {"config.json": {"model_type": ""}}}
+    path = tokenizer_folders.build(tmp_path, drawn)
+    counts, read_text = collections.Counter(), pathlib.Path.read_text
+
+    def counted(self, **how):
+        counts[self.name] += 1
+        return read_text(self, **how)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", counted)
+    tokenizers.load(str(path))
+    assert counts["config.json"] == 1 and set(counts.values()) == {1}
