@@ -125,9 +125,12 @@ def _renamed(found: set[str], wanted: set[str]) -> str:
     """The part that most names have too much ("_orig_mod.") or lack ("model."); "" for none.
 
     Compiled and wrapped modules save their state so, and Transformers does not find the tensors.
+    Only a few missing names are looked for, each among the strange names that are most like it, so
+    that the time is linear in the number of names.
     """
-    missing, strange = wanted - found, found - wanted
-    for name, due in itertools.product(sorted(strange), sorted(missing)[:3]):
+    missing, strange = wanted - found, sorted(found - wanted)
+    pairs = [(name, due) for due in sorted(missing)[:3] for name in _most_alike(due, strange)]
+    for name, due in pairs:
         end = os.path.commonprefix([name.split(".")[::-1], due.split(".")[::-1]])
         first, other = (n.removesuffix(".".join(reversed(end))) for n in (name, due))
         new = {other + n.removeprefix(first) for n in strange if n.startswith(first)}
@@ -144,6 +147,17 @@ def _renamed(found: set[str], wanted: set[str]) -> str:
                 "save_pretrained"
             )
     return ""
+
+
+def _most_alike(due: str, names: list[str]) -> list[str]:
+    """The first name that holds `due` between other segments, and the first of the longest end."""
+    segments = due.split(".")
+
+    def length_of_end(name: str) -> int:
+        return len(os.path.commonprefix([name.split(".")[::-1], segments[::-1]]))
+
+    wrapped = (n for n in names if [s for s in n.split(".") if s in segments] == segments)
+    return [*itertools.islice(wrapped, 1), *([max(names, key=length_of_end)] if names else [])]
 
 
 def _without(segments: list[str], name: str) -> str:
