@@ -1,5 +1,6 @@
 """A person's own files as a source: .txt and .jsonl, the latter also compressed."""
 
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -23,6 +24,20 @@ OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}  # of other 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
 PART_CHARACTERS = 10_000
 BYTE_ORDER_MARK = "\ufeff"
+# The beginnings of files that are not UTF-8; that of UTF-32 begins with that of UTF-16.
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+# Bytes that no text has many of: zero, and others that are the high bytes of alphabets (4 is the
+# Cyrillic one's). Tabs and line ends are not among them.
+CONTROL = bytes(set(range(32)) - set(b"\t\n\r"))
+# Which of every four bytes are mostly such ("0") or mostly not (".") in text without a mark, as a
+# regular expression.
+REGULAR = {r"00.\.": "UTF-32BE", r"\..00": "UTF-32LE", r"0\.0\.": "UTF-16BE", r"\.0\.0": "UTF-16LE"}
+SAMPLE_BYTES, MIN_SAMPLE_BYTES = 4096, 16
 
 TEST, DIVIDED = "test", "divided into train and validation"
 # The words of a name that say which split a file is, as Hugging Face's datasets takes them
@@ -160,9 +175,9 @@ def opened(path: pathlib.Path) -> Iterator[TextIO]:
     """
     try:
         with _open(path) as content:
-            encoding = json.detect_encoding(content.peek(4)[:4])
-            if not encoding.startswith("utf-8"):
-                kind = re.sub("-(?=[BL]E)", "", encoding.upper())  # as iconv spells it
+            kind = _encoding(content.read(SAMPLE_BYTES))
+            content.seek(0)
+            if kind != "UTF-8":
                 fix = f"convert it, for example with iconv -f {kind} -t UTF-8"
                 raise ValueError(f"{path} is {kind}, not UTF-8; {fix}")
             yield io.TextIOWrapper(content, encoding="utf-8")
@@ -172,6 +187,22 @@ def opened(path: pathlib.Path) -> Iterator[TextIO]:
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         where = f" after line {number}" if (number := _good_lines(path)) else ""
         raise ValueError(f"{path} cannot be read{where} ({error}); replace it") from error
+
+
+def _encoding(sample: bytes) -> str:
+    """The encoding of a file that begins so, as iconv spells it.
+
+    It is UTF-8 unless a byte order mark or regular zero bytes prove another: UTF-8 may hold NULs.
+    """
+    for mark, kind in MARKS.items():
+        if sample.startswith(mark):
+            return kind
+    if len(sample) < MIN_SAMPLE_BYTES:
+        return "UTF-8"
+    columns = [sample[i::4] for i in range(4)]
+    shares = [1 - len(column.translate(None, CONTROL)) / len(column) for column in columns]
+    found = "".join("0" if share > 0.5 else "." if share < 0.25 else "?" for share in shares)
+    return next((kind for form, kind in REGULAR.items() if re.fullmatch(form, found)), "UTF-8")
 
 
 def _open(path: pathlib.Path):

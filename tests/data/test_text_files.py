@@ -145,6 +145,40 @@ def test_text_of_another_encoding_is_named_as_such(name, encoding, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "\0",
+        "a\0b c\n",
+        "\0abc",
+        "ab\0\0 and more",
+        "a\0\0\0 and more",
+        "\0" * 64,
+        "abc\0" * 40,
+        "0\0" + "two columns of a table\n" * 40,
+    ],
+)
+def test_nul_characters_are_text_and_do_not_make_it_another_encoding(text, tmp_path):
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert read(tmp_path) == [Document(text, "all")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'One\u2019s own caf\xe9\u2019 \u2014 a\0b \u4e00\n" * 9,
+        "two bytes",
+        "1. Нет слов, и т. д.\n" * 9,
+    ],
+)
+def test_an_encoding_without_a_mark_is_known_by_its_regular_zero_bytes(text, encoding, tmp_path):
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    kind = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    with pytest.raises(ValueError, match=f"a.txt is {kind}, not UTF-8"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("name", "split"),
     [
         ("train.jsonl", "train"),
