@@ -236,15 +236,16 @@ def _txt_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
 def _lines(text: TextIO) -> Iterator[str]:
     """The lines of a text; those longer than a part in pieces, cut behind spaces if there are any.
 
-    A byte order mark is left out wherever a line begins, for texts with marks may be joined.
+    A byte order mark is left out where a line begins, for texts with marks may be joined, but not
+    where a piece does.
     """
-    rest = ""
+    rest, begins = "", True
     while line := text.readline(PART_CHARACTERS - len(rest)):
         is_long = len(rest) + len(line) == PART_CHARACTERS and not line.endswith("\n")
-        line = (rest + line).lstrip(BYTE_ORDER_MARK)
+        line = (rest + line).lstrip(BYTE_ORDER_MARK if begins else "")
         end = line.rfind(" ") + 1 if is_long else 0
         yield line[: end or len(line)]
-        rest = line[end or len(line) :]
+        rest, begins = line[end or len(line) :], not is_long
     yield rest
 
 

@@ -134,6 +134,15 @@ def test_byte_order_marks_are_no_text_even_where_files_were_joined(compress, tmp
     assert read(tmp_path / "a.txt") == [Document("one\ntwo\nin\ufeffside", "all")]
 
 
+@pytest.mark.parametrize("between", [" ", ""])
+def test_a_mark_within_a_long_line_is_kept_where_a_piece_begins(between, tmp_path):
+    line = between.join(["x" * (text_files.PART_CHARACTERS - len(between)), "\ufeffmore\n"])
+    (tmp_path / "a.txt").write_text("\ufeff" + line + "\ufeffnext", encoding="utf-8")
+    (tmp_path / "b.txt").write_text(line, encoding="utf-8")
+    assert "".join(d.text for d in read(tmp_path / "a.txt")) == line + "next"
+    assert "".join(d.text for d in read(tmp_path / "b.txt")) == line
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_text_of_another_encoding_is_named_as_such(name, encoding, tmp_path):
