@@ -104,7 +104,7 @@ def documents(
     for file in _files(spec):
         if file.split not in (split, DIVIDED):
             continue
-        read = _jsonl_documents if ".jsonl" in file.path.name else _txt_documents
+        read = _txt_documents if file.path.name.endswith(".txt") else _jsonl_documents
         try:
             with opened(file.path) as text:
                 for key, document in read(file, text):

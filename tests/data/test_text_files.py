@@ -58,6 +58,13 @@ def test_a_path_with_glob_characters_in_its_name_is_still_a_path(tmp_path):
     assert read(path) == [Document("text", "all")]
 
 
+def test_a_file_is_read_as_the_end_of_its_name_says(tmp_path):
+    (tmp_path / "a.jsonl.txt").write_bytes(jsonl(RECORDS))
+    assert read(tmp_path) == [Document(jsonl(RECORDS).decode(), "all")]
+    (tmp_path / "a.jsonl.txt").rename(tmp_path / "a.txt.jsonl")
+    assert read(tmp_path) == DOCUMENTS
+
+
 def test_a_long_txt_file_is_cut_at_line_ends_into_parts_that_can_be_held_out(tmp_path):
     lines = [f"line {i} " + "x" * (i % 300) + "\n" for i in range(1000)] + ["no end of line"]
     path = tmp_path / "long.txt"
