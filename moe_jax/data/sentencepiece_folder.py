@@ -43,7 +43,9 @@ def read(path: pathlib.Path, found: Settings) -> tuple[tokenizers.Tokenizer, Set
     if not llama:
         return _generic(proto, found)
     names = [piece.piece for piece in proto.pieces]
-    return as_llama(tokenizers.Tokenizer(_model(proto, names, None)), found), found
+    made = tokenizers.Tokenizer(_model(proto, names, None))
+    make_llama(made, found)
+    return made, found
 
 
 def settings_of(path: pathlib.Path) -> dict[str, Any]:
@@ -66,14 +68,13 @@ def settings_of(path: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def as_llama(made: tokenizers.Tokenizer, found: Settings) -> tokenizers.Tokenizer:
+def make_llama(made: tokenizers.Tokenizer, found: Settings) -> None:
     """Gives a tokenizer the steps of LlamaTokenizer: no normaliser, and one leading space."""
     prefix = found.values.get("add_prefix_space") is not False
     scheme = "always" if found.values.get("legacy") else "first"
     made.normalizer = normalizers.Sequence([])
     made.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme if prefix else "never", False)
     made.decoder = _decoder(True, prefix)
-    return made
 
 
 def _generic(proto, found: Settings) -> tuple[tokenizers.Tokenizer, Settings]:

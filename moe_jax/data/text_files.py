@@ -106,7 +106,7 @@ def documents(
             continue
         read = _txt_documents if file.path.name.endswith(".txt") else _jsonl_documents
         try:
-            with opened(file.path) as text:
+            with _opened(file.path) as text:
                 for key, document in read(file, text):
                     held_out = is_held_out(key, validation_fraction)
                     if file.split == split or held_out == (split == VALIDATION):
@@ -167,7 +167,7 @@ def _usable(path: pathlib.Path, root: pathlib.Path, split: str) -> _File:
 
 
 @contextlib.contextmanager
-def opened(path: pathlib.Path) -> Iterator[TextIO]:
+def _opened(path: pathlib.Path) -> Iterator[TextIO]:
     """The text of a file, which may be compressed.
 
     Raises: ValueError that names the file, and the line where there is one, for what is no UTF-8

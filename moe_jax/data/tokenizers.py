@@ -14,9 +14,9 @@ from tokenizers import models, processors
 
 from moe_jax import files
 from moe_jax.data import sentencepiece_folder, tokenizer_files
+from moe_jax.data.sentencepiece_folder import SPACE
 from moe_jax.data.tokenizer_files import LLAMA, Settings
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes it for a space
 # (begin, end) tokens to look for where no file names an end, or one says that there is none.
 USUAL = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<|endoftext|>",) * 2]
 # Words that clean_up_tokenization_spaces puts beside the word before, in Transformers' order.
@@ -90,7 +90,7 @@ class HuggingFaceTokenizer:
             steps = f"{self._tokenizer.pre_tokenizer} {self._tokenizer.decoder}"
             found = tokenizer_files.settings(folder, byte_level="ByteLevel" in steps)
             if found.class_name == LLAMA and isinstance(self._tokenizer.model, models.BPE):
-                sentencepiece_folder.as_llama(self._tokenizer, found)
+                sentencepiece_folder.make_llama(self._tokenizer, found)
         else:
             found = tokenizer_files.settings(folder, byte_level=False)
             self._tokenizer, found = sentencepiece_folder.read(file, found)

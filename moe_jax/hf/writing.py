@@ -103,9 +103,9 @@ def _carried_code(source: pathlib.Path, auto_map: object, unfinished: pathlib.Pa
     # "file.Class" is in the folder, "repository--file.Class" is not; a list is of tokenizers.
     lists = (value if isinstance(value, list) else [value] for value in auto_map.values())
     names = [str(name) for classes in lists for name in classes if name is not None]
-    files = {f"{name.split('.')[0]}.py" for name in names if "--" not in name}
-    if not all((source / name).is_file() for name in files):
+    modules = {f"{name.split('.')[0]}.py" for name in names if "--" not in name}
+    if not all((source / name).is_file() for name in modules):
         return {}
-    for path in source.glob("*.py") if files else ():
+    for path in source.glob("*.py") if modules else ():
         shutil.copyfile(safetensors.resolve_inside(source, path.name), unfinished / path.name)
     return {"auto_map": auto_map}
