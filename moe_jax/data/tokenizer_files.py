@@ -14,6 +14,8 @@ import tokenizers
 from tokenizers import AddedToken
 
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# The keys of config.json that belong to the tokenizer, whatever the model beside it.
+OF_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
 GENERIC, LLAMA, QWEN = "TokenizersBackend", "LlamaTokenizer", "Qwen2Tokenizer"
 # Family -> the class that is registered for it. A tokenizer_config.json that names another wins,
 # but not over the generic class, nor with the families of KEPT.

@@ -9,10 +9,10 @@ import numpy as np
 import tqdm
 
 from moe_jax import files, model, tree
+from moe_jax.data.tokenizer_files import OF_CONFIG
 from moe_jax.hf import beside, configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
 
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
 # Keys that go along to a model of the same family. Other keys may be of another model of it (its
 # depth, its quantisation), and those that decide what is computed are written from ModelConfig.
 OF_FAMILY = """attention_dropout attn_pdrop embd_pdrop resid_pdrop use_cache pretraining_tp
@@ -87,8 +87,8 @@ def _carried(source: pathlib.Path, values: dict, unfinished: pathlib.Path) -> di
         return {}
     old = configs.load_json(source)
     if old.get("model_type") != values["model_type"]:
-        return {name: old[name] for name in TOKEN_IDS if name in old}
-    known = {name: old[name] for name in (*TOKEN_IDS, *OF_FAMILY) if name in old}
+        return {name: old[name] for name in OF_CONFIG if name in old}
+    known = {name: old[name] for name in (*OF_CONFIG, *OF_FAMILY) if name in old}
     return known | _carried_code(source, old.get("auto_map"), unfinished)
 
 
