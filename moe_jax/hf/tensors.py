@@ -219,6 +219,7 @@ def check_beyond(dtype: np.dtype, beyond: dict[str, int]) -> None:
 
 def cast(params: dict, dtype: str) -> dict:
     """Parameters in another dtype; raises ValueError for finite values that it does not have."""
-    pairs = {p: converted(np.asarray(x), np.dtype(dtype)) for p, x in tree.flatten(params).items()}
-    check_beyond(np.dtype(dtype), {path: number for path, (_, number) in pairs.items()})
+    new = np.dtype(dtype)
+    pairs = {path: converted(np.asarray(leaf), new) for path, leaf in tree.flatten(params).items()}
+    check_beyond(new, {path: number for path, (_, number) in pairs.items()})
     return tree.unflatten({path: leaf for path, (leaf, _) in pairs.items()})

@@ -65,7 +65,7 @@ def write(
         name: (parts[0].tensor_shape(), tree.widest(dtypes[part.path] for part in parts))
         for name, parts in by_tensor.items()
     }
-    beyond = {}
+    beyond: dict[np.dtype, dict[str, int]] = {dtype: {} for _, dtype in header.values()}
     values["dtype"] = values["torch_dtype"] = str(np.dtype(dtypes["embed/tokens"]))
     with files.whole_folder(folder) as unfinished:
         if source is not None:
@@ -74,9 +74,11 @@ def write(
             items = tqdm.tqdm(by_tensor.items(), unit="tensor", disable=not progress)
             for name, parts in items:
                 arrays = [(part, np.asarray(value(part))) for part in parts]
-                tensor, beyond[name] = tensors.converted(tensors.assemble(arrays), header[name][1])
+                dtype = header[name][1]
+                tensor, beyond[dtype][name] = tensors.converted(tensors.assemble(arrays), dtype)
                 writer.write(name, tensor)
-        tensors.check_beyond(np.dtype(values["dtype"]), beyond)
+        for dtype, numbers in beyond.items():
+            tensors.check_beyond(dtype, numbers)
         (unfinished / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 

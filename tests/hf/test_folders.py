@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy as oracle
 
 from moe_jax import hf, tree
-from moe_jax.hf import folders, tensors
+from moe_jax.hf import folders, tensors, writing
 from tests.hf.test_golden import GOLDEN, loaded
 
 
@@ -169,3 +169,15 @@ def test_values_beyond_a_dtype_are_counted_by_tensor(tmp_path):
         tensors.cast(params, "float16")
     hf.save(tmp_path / "brain", config, params, dtype="bfloat16")
     assert set(folders.Folder(tmp_path / "brain").dtypes().values()) == {HALVES[1]}
+
+
+def test_values_beyond_a_dtype_are_held_to_the_dtype_of_their_own_tensor(tmp_path):
+    """An upcycled folder has its parent's dtypes, which may differ from leaf to leaf."""
+    config, params = loaded("llama")
+    leaves = tree.flatten(jax.tree.map(np.array, params))
+    leaves["final_norm/scale"][0] = 1e5
+    dtypes = {path: np.dtype(np.float32) for path in leaves}
+    dtypes["final_norm/scale"] = HALVES[0]
+    message = r"1 values are beyond the largest of float16, 65504: 1 of model\.norm\.weight"
+    with pytest.raises(ValueError, match=message):
+        writing.write(tmp_path / "out", config, dtypes, lambda part: leaves[part.path][part.row])
