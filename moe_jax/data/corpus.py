@@ -45,10 +45,10 @@ class TokenizedCorpus:
         """Raises: ValueError for a record that is damaged."""
         try:
             tokens = np.frombuffer(self._records[int(record)], np.uint32)
+            if len(tokens) != self.pairs[record] + 1:
+                raise ValueError(f"record {record}")
         except Exception as error:  # the reader has no class of its own for damage
             raise ValueError(f"{self.folder} is damaged ({error}); delete the folder") from error
-        if len(tokens) != self.pairs[record] + 1:
-            raise ValueError(f"{self.folder} is damaged (record {record}); delete the folder")
         return tokens
 
     @property

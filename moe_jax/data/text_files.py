@@ -257,11 +257,10 @@ def _jsonl_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]
             continue
         try:
             found = _record(line)
-        except ValueError as error:
-            raise ValueError(f"{file.path}:{number}{error}; mend the line") from None
-        except Exception as error:  # RecursionError of a record that is nested too deeply
-            reason = f"cannot be read ({type(error).__name__}: {error})"
-            raise ValueError(f"{file.path}:{number} {reason}; mend the line") from None
+        except Exception as error:  # also the RecursionError of a record that is nested too deeply
+            other = f" cannot be read ({type(error).__name__}: {error})"
+            problem = error if isinstance(error, ValueError) else other
+            raise ValueError(f"{file.path}:{number}{problem}; mend the line") from None
         yield found
 
 
