@@ -17,7 +17,7 @@ from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import Document
 from moe_jax.data.tokenizers import Tokenizer
 
-FORMAT = 3  # of the cache; part of its key
+FORMAT = 3  # the version of the cache, a part of its key
 DATASETS = "tfds"  # the folder of the cache in which TFDS keeps its own
 RECORD_TOKENS = 65_536  # a longer document is cut into several records
 

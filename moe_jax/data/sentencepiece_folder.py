@@ -18,7 +18,7 @@ from moe_jax.data import tokenizer_files
 from moe_jax.data.tokenizer_files import LLAMA, Settings
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes it for a space
-_pb2: Any = sentencepiece_model_pb2  # whose classes are made at run time
+_pb2: Any = sentencepiece_model_pb2  # its classes are made at run time
 _Piece = _pb2.ModelProto.SentencePiece
 
 
@@ -97,7 +97,7 @@ def _generic(proto, found: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
         steps.append(normalizers.Replace(" ", SPACE))
     parts: list[pre_tokenizers.PreTokenizer] = []
     if rules.add_dummy_prefix:
-        if legacy:  # Metaspace adds no space before one, SentencePiece does
+        if legacy:  # SentencePiece adds a space before a space, Metaspace does not
             steps.append(normalizers.Replace(tokenizers.Regex(rf"\A{SPACE}"), SPACE * 2))
         parts.append(pre_tokenizers.Metaspace(SPACE, "always" if legacy else "first", False))
         # They are found in the text before it gets its space.

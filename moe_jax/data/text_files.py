@@ -20,7 +20,7 @@ from typing import TextIO
 
 from moe_jax.data.document import TRAIN, VALIDATION, Document, is_held_out
 
-OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}  # of other suffixes: open
+OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}  # `open` reads the others
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
 PART_CHARACTERS = 10_000
 BYTE_ORDER_MARK = "\ufeff"
@@ -31,11 +31,11 @@ MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-# Bytes that no text has many of: zero, and others that are the high bytes of alphabets (4 is the
-# Cyrillic one's). Tabs and line ends are not among them.
+# Control characters, of which text has few. They are the high bytes of alphabets: 0 is that of
+# Latin letters, 3 of Greek and 4 of Cyrillic ones. Tabs and line ends are left out.
 CONTROL = bytes(set(range(32)) - set(b"\t\n\r"))
-# Which of every four bytes are mostly such ("0") or mostly not (".") in text without a mark, as a
-# regular expression.
+# Text without a mark is known by which of every four bytes are mostly control characters ("0") and
+# which mostly are not ("."). The keys are regular expressions.
 REGULAR = {r"00.\.": "UTF-32BE", r"\..00": "UTF-32LE", r"0\.0\.": "UTF-16BE", r"\.0\.0": "UTF-16LE"}
 SAMPLE_BYTES, MIN_SAMPLE_BYTES = 4096, 16
 
@@ -95,7 +95,7 @@ def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
 def documents(
     spec: str, split: str, *, validation_fraction: float, data_dir: pathlib.Path
 ) -> Iterator[Document]:
-    """The documents of a split: of the files whose names say it, or chosen by their keys' hashes.
+    """The documents of a split, chosen by their files' names or else by the hashes of their keys.
 
     The key of a JSON record is its `doc`, else `id`, else its text; that of a part of a .txt file
     is the file's path under the source, and the number of the part.
@@ -192,7 +192,7 @@ def _opened(path: pathlib.Path) -> Iterator[TextIO]:
 def _encoding(sample: bytes) -> str:
     """The encoding of a file that begins so, as iconv spells it.
 
-    It is UTF-8 unless a byte order mark or regular zero bytes prove another: UTF-8 may hold NULs.
+    It is UTF-8 unless a mark or regular control characters prove another, for UTF-8 may hold NULs.
     """
     for mark, kind in MARKS.items():
         if sample.startswith(mark):
@@ -220,7 +220,7 @@ def _good_lines(path: pathlib.Path) -> int:
 
 
 def _txt_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
-    """(key, document): cuts a text into parts of some 10,000 characters, at line ends if it can."""
+    """Yields (key, document) for parts of about 10,000 characters, cut at line ends if possible."""
     lines: list[str] = []
     size = part = 0
     for line in _lines(text):
@@ -250,7 +250,7 @@ def _lines(text: TextIO) -> Iterator[str]:
 
 
 def _jsonl_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
-    """(key, document) of each line that is not empty."""
+    """Yields (key, document) for each line that is not empty."""
     for number, line in enumerate(text, start=1):
         line = line.strip().lstrip(BYTE_ORDER_MARK)
         if not line:

@@ -59,7 +59,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors write marks
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
@@ -69,7 +69,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the files beside a tokenizer.json or a tokenizer.model say.
+    """The settings that the files beside a tokenizer.json or a tokenizer.model give.
 
     Attributes:
       values: tokenizer_config.json, with special_tokens_map.json over it where that is read.
@@ -155,8 +155,8 @@ def _class_name(values: dict[str, Any], config: dict[str, Any]) -> str:
 def add_tokens(tokenizer: tokenizers.Tokenizer, found: Settings) -> int:
     """Adds the tokens that the files list or name; returns the largest id that a file gives.
 
-    The library gives a token without a piece the next free id, whatever id the file says, and so
-    it is in Transformers.
+    The library gives a token without a piece the next free id, whatever id the file says, and
+    Transformers does the same.
     """
     added = found.added if found.complete else found.added | tokenizer.get_added_tokens_decoder()
     special = {t.content for t in found.roles.values()}
@@ -164,7 +164,7 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, found: Settings) -> int:
     tokenizer.add_tokens([token(t, special=t.special or t.content in special) for t in in_order])
     largest = max(tokenizer.get_vocab().values())
     known = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
-    known = set() if found.class_name == QWEN else known  # it makes all of them special
+    known = set() if found.class_name == QWEN else known  # this class makes all of them special
     in_order = [found.roles[role] for role in (*ROLES, *found.roles) if role in found.roles]
     named = (*in_order, *(found.special or found.older_special))
     tokenizer.add_tokens([t for t in named if t.content not in known])
@@ -176,7 +176,7 @@ def _is_token(value: object) -> bool:
 
 
 def token(value: Any, **flags: bool) -> AddedToken:
-    """A token of its text, of an object in a file, or of another token; with these flags."""
+    """A token made of its text, of an object in a file, or of another token, with these flags."""
     if isinstance(value, str):
         return AddedToken(value, **{"special": True, **flags})
     if not isinstance(value, dict):

@@ -26,7 +26,7 @@ LINE_CHARACTERS = 4096  # longer lines are trained on in pieces
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """Byte b is id b + 3; exact for every text."""
+    """Byte b has id b + 3, so that every text comes back exactly."""
 
     pad_id: int = 0
     bos_id: int = 1
@@ -85,7 +85,7 @@ class HuggingFaceTokenizer:
     def __init__(self, path: str, folder: tokenizer_files.Folder):
         file = pathlib.Path(path)
         if path.endswith(".json"):
-            text = file.read_text(encoding="utf-8-sig")  # as the other files of the folder
+            text = file.read_text(encoding="utf-8-sig")  # some editors write a mark
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             steps = f"{self._tokenizer.pre_tokenizer} {self._tokenizer.decoder}"
             found = tokenizer_files.settings(folder, byte_level="ByteLevel" in steps)
@@ -100,12 +100,12 @@ class HuggingFaceTokenizer:
         if not path.endswith(".json"):
             self._tokenizer.post_processor = self._template(found)
         self._splits_special = found.values.get("split_special_tokens") is True
-        is_bpe = isinstance(self._tokenizer.model, models.BPE)  # whose spaces are the text's own
+        is_bpe = isinstance(self._tokenizer.model, models.BPE)  # its spaces are the text's own
         self._joins_marks = found.values.get("clean_up_tokenization_spaces") is True and not is_bpe
         ends = tokenizer_files.ends(folder)
         ids = self._ids(found, folder.read("config.json"), ends, largest)
         self.pad_id, self.eos_id = ids.get("pad_token", -1), ids.get("eos_token", -1)
-        # Where nothing begins a text, what ends one does (Qwen's); -1 if there is neither.
+        # Where no token begins a text, the end token does (Qwen's); -1 if there is neither.
         self.bos_id = ids.get("bos_token", self.eos_id)
         self.end_ids = ends or (self.eos_id,)
         # A token that only has a name, such as a pad token, has an id that no text has.
@@ -117,7 +117,7 @@ class HuggingFaceTokenizer:
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def _template(self, found: Settings) -> processors.PostProcessor:
-        """The tokens around a text, which only a tokenizer.json says itself."""
+        """The begin and end tokens around a text; a tokenizer.json has a template of its own."""
 
         def around(role: str) -> list[str]:
             wanted = found.values.get(f"add_{role}") and role in found.roles
@@ -130,7 +130,7 @@ class HuggingFaceTokenizer:
     def _ids(
         self, found: Settings, config: dict[str, Any], ends: tuple[int, ...], largest: int
     ) -> dict[str, int]:
-        """The ids of the tokens with a role: named, or given by config.json, or of usual names."""
+        """The ids of tokens with a role, which a file names, config.json gives, or are usual."""
 
         def id_of(name: str) -> int:
             found = self._tokenizer.token_to_id(name)

@@ -29,7 +29,7 @@ class TensorPart:
     path: str  # in our tree, "blocks/0/moe/experts/up"
     row: tuple[int, ...]  # leading indices of the leaf: (), (layer) or (layer, expert)
     entry: Entry
-    name: str  # of the tensor
+    name: str  # the tensor's
     shape: tuple[int, ...]  # in our layout
 
     def tensor_shape(self) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ def match(
     model saved without its head.
 
     Raises: MismatchError with the missing, extra and misshapen tensors of the closest layout, or
-      with what all names have too much or too little.
+      with the part that most names have too much or too little.
     """
     found = {name for name in tensors if not re.search(IGNORED, name)}
     tables, tied = (family.table, *family.read_only), config.tie_word_embeddings
@@ -198,7 +198,7 @@ def assemble(parts: list[tuple[TensorPart, np.ndarray]]) -> np.ndarray:
 
 
 def converted(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
-    """The array in another dtype, and how many of its finite values are beyond the dtype's."""
+    """The array in another dtype, and the number of its finite values that are beyond it."""
     if array.dtype == dtype:
         return array, 0
     with np.errstate(over="ignore"):
@@ -207,7 +207,7 @@ def converted(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
 
 
 def check_beyond(dtype: np.dtype, beyond: dict[str, int]) -> None:
-    """Raises ValueError for numbers of values, by the name of their tensor, that `dtype` lacks."""
+    """Raises ValueError where `beyond` counts values, by tensor, that are beyond `dtype`."""
     if lost := {name: number for name, number in beyond.items() if number}:
         named = ", ".join(f"{number} of {name}" for name, number in list(lost.items())[:8])
         more = f" and others of {len(lost) - 8} more tensors" if len(lost) > 8 else ""
