@@ -79,7 +79,8 @@ def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelCon
 def end_ids(workdir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
     """The ids that end a text of the model: a folder's own, or those that ended training texts."""
     is_folder = folders.is_folder(workdir)
-    named = tokenizer_files.ends(workdir if is_folder else workdir / resolved.TOKENIZER)
+    beside_it = workdir if is_folder else workdir / resolved.TOKENIZER
+    named = tokenizer_files.ends(tokenizer_files.Folder(beside_it))
     ends = named or tokenizer.end_ids
     return ends if is_folder else (*ends, tokenizer.eos_id)
 

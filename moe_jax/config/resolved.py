@@ -164,10 +164,15 @@ def model_of(folder: pathlib.Path) -> ModelConfig:
 def tokenizer_of(folder: pathlib.Path) -> str:
     """The name by which `tokenizers.load` finds the tokenizer of a Hugging Face folder or a run.
 
+    A run keeps all files of its tokenizer's folder, and its config says which of them it used.
+
     Raises: ValueError for a folder without one.
     """
-    is_folder = folders.is_folder(folder)
-    own = beside.tokenizer_in(folder if is_folder else folder / TOKENIZER)
-    if own is None and is_folder:
-        raise ValueError(f"{folder} has no tokenizer.json or tokenizer.model; set it")
-    return reading.load_json(folder).data.tokenizer if own is None else str(own)
+    if folders.is_folder(folder):
+        own = beside.tokenizer_in(folder)
+        if own is None:
+            raise ValueError(f"{folder} has no tokenizer.json or tokenizer.model; set it")
+        return str(own)
+    named = reading.load_json(folder).data.tokenizer
+    own = beside.tokenizer_in(folder / TOKENIZER, beside.usual_name(pathlib.Path(named)))
+    return named if own is None else str(own)

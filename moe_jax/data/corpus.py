@@ -16,11 +16,11 @@ class TokenizedCorpus:
 
     folder: pathlib.Path
     labels: tuple[str, ...]
-    pairs: np.ndarray  # of each record: predicted tokens
-    label_ids: np.ndarray  # of each record
-    bytes_per_label: tuple[int, ...]  # of text
+    pairs: np.ndarray  # the predicted tokens of each record
+    label_ids: np.ndarray  # each record's index into `labels`
+    bytes_per_label: tuple[int, ...]  # bytes of text
     documents_per_label: tuple[int, ...]
-    byte_counts: tuple[int, ...]  # of each of the 256 bytes
+    byte_counts: tuple[int, ...]  # occurrences of each of the 256 bytes
     digest: str  # a hash of all tokens: equal rows have equal ones, whatever the files' names
 
     @classmethod
@@ -42,13 +42,13 @@ class TokenizedCorpus:
         return grain.sources.ArrayRecordDataSource(str(self.folder / "tokens.array_record"))
 
     def tokens(self, record: int) -> np.ndarray:
-        """Raises: ValueError for a record that is damaged."""
+        """The tokens of a record; raises ValueError for one that is damaged."""
         try:
             tokens = np.frombuffer(self._records[int(record)], np.uint32)
+            if len(tokens) != self.pairs[record] + 1:
+                raise ValueError(f"record {record}")
         except Exception as error:  # the reader has no class of its own for damage
             raise ValueError(f"{self.folder} is damaged ({error}); delete the folder") from error
-        if len(tokens) != self.pairs[record] + 1:
-            raise ValueError(f"{self.folder} is damaged (record {record}); delete the folder")
         return tokens
 
     @property

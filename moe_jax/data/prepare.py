@@ -1,4 +1,4 @@
-"""Text becomes token records: each document is tokenized once and kept under a content hash."""
+"""Text becomes token records: each document is tokenized once and kept."""
 
 import collections
 import hashlib
@@ -17,7 +17,7 @@ from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import Document
 from moe_jax.data.tokenizers import Tokenizer
 
-FORMAT = 3  # of the cache; part of its key
+FORMAT = 3  # the version of the cache, a part of its key
 DATASETS = "tfds"  # the folder of the cache in which TFDS keeps its own
 RECORD_TOKENS = 65_536  # a longer document is cut into several records
 
@@ -65,8 +65,9 @@ def _tokenize(
     documents: Iterator[Document], tokenizer: Tokenizer, folder: pathlib.Path, name: str
 ) -> int:
     """Writes tokens, lengths and counts; returns the number of records."""
-    pairs, label_ids, bytes_of_label = [], [], dict[str, int]()
-    number_of_label = collections.Counter[str]()
+    pairs, label_ids = [], []
+    # Label -> its numbers of documents and of bytes of text, in the order of `label_ids`.
+    counts = collections.defaultdict[str, np.ndarray](lambda: np.zeros(2, np.int64))
     byte_counts, digest = np.zeros(256, np.int64), hashlib.sha256()
     path = str(folder / "tokens.array_record")
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
@@ -79,9 +80,8 @@ def _tokenize(
         ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.uint32)
         text_bytes = np.frombuffer(document.text.encode(), np.uint8)
         byte_counts += np.bincount(text_bytes, minlength=256)
-        bytes_of_label[document.label] = bytes_of_label.get(document.label, 0) + len(text_bytes)
-        number_of_label[document.label] += 1
-        label_id = list(bytes_of_label).index(document.label)
+        counts[document.label] += 1, len(text_bytes)
+        label_id = list(counts).index(document.label)
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
         # Neighbouring records share a token: the last target of one is the first input of the next.
         for start in range(0, len(ids) - 1, RECORD_TOKENS - 1):
@@ -93,9 +93,9 @@ def _tokenize(
     np.save(folder / "pairs.npy", np.array(pairs, np.int32))
     np.save(folder / "label_ids.npy", np.array(label_ids, np.int32))
     meta = {
-        "labels": list(bytes_of_label),
-        "bytes_per_label": list(bytes_of_label.values()),
-        "documents_per_label": [number_of_label[label] for label in bytes_of_label],
+        "labels": list(counts),
+        "bytes_per_label": [int(num_bytes) for _, num_bytes in counts.values()],
+        "documents_per_label": [int(number) for number, _ in counts.values()],
         "byte_counts": byte_counts.tolist(),
         "digest": digest.hexdigest(),
     }

@@ -18,7 +18,7 @@ from moe_jax.data import tokenizer_files
 from moe_jax.data.tokenizer_files import LLAMA, Settings
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes it for a space
-_pb2: Any = sentencepiece_model_pb2  # whose classes are made at run time
+_pb2: Any = sentencepiece_model_pb2  # its classes are made at run time
 _Piece = _pb2.ModelProto.SentencePiece
 
 
@@ -43,7 +43,9 @@ def read(path: pathlib.Path, found: Settings) -> tuple[tokenizers.Tokenizer, Set
     if not llama:
         return _generic(proto, found)
     names = [piece.piece for piece in proto.pieces]
-    return as_llama(tokenizers.Tokenizer(_model(proto, names, None)), found), found
+    made = tokenizers.Tokenizer(_model(proto, names, None))
+    make_llama(made, found)
+    return made, found
 
 
 def settings_of(path: pathlib.Path) -> dict[str, Any]:
@@ -66,14 +68,13 @@ def settings_of(path: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def as_llama(made: tokenizers.Tokenizer, found: Settings) -> tokenizers.Tokenizer:
+def make_llama(made: tokenizers.Tokenizer, found: Settings) -> None:
     """Gives a tokenizer the steps of LlamaTokenizer: no normaliser, and one leading space."""
     prefix = found.values.get("add_prefix_space") is not False
     scheme = "always" if found.values.get("legacy") else "first"
     made.normalizer = normalizers.Sequence([])
     made.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme if prefix else "never", False)
     made.decoder = _decoder(True, prefix)
-    return made
 
 
 def _generic(proto, found: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
@@ -96,7 +97,7 @@ def _generic(proto, found: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
         steps.append(normalizers.Replace(" ", SPACE))
     parts: list[pre_tokenizers.PreTokenizer] = []
     if rules.add_dummy_prefix:
-        if legacy:  # Metaspace adds no space before one, SentencePiece does
+        if legacy:  # SentencePiece adds a space before a space, Metaspace does not
             steps.append(normalizers.Replace(tokenizers.Regex(rf"\A{SPACE}"), SPACE * 2))
         parts.append(pre_tokenizers.Metaspace(SPACE, "always" if legacy else "first", False))
         # They are found in the text before it gets its space.

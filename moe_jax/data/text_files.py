@@ -1,5 +1,6 @@
 """A person's own files as a source: .txt and .jsonl, the latter also compressed."""
 
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -19,10 +20,24 @@ from typing import TextIO
 
 from moe_jax.data.document import TRAIN, VALIDATION, Document, is_held_out
 
-OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}  # of other suffixes: open
+OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}  # `open` reads the others
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
 PART_CHARACTERS = 10_000
 BYTE_ORDER_MARK = "\ufeff"
+# The beginnings of files that are not UTF-8; that of UTF-32 begins with that of UTF-16.
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+# Control characters, of which text has few. They are the high bytes of alphabets: 0 is that of
+# Latin letters, 3 of Greek and 4 of Cyrillic ones. Tabs and line ends are left out.
+CONTROL = bytes(set(range(32)) - set(b"\t\n\r"))
+# Text without a mark is known by which of every four bytes are mostly control characters ("0") and
+# which mostly are not ("."). The keys are regular expressions.
+REGULAR = {r"00.\.": "UTF-32BE", r"\..00": "UTF-32LE", r"0\.0\.": "UTF-16BE", r"\.0\.0": "UTF-16LE"}
+SAMPLE_BYTES, MIN_SAMPLE_BYTES = 4096, 16
 
 TEST, DIVIDED = "test", "divided into train and validation"
 # The words of a name that say which split a file is, as Hugging Face's datasets takes them
@@ -80,7 +95,7 @@ def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
 def documents(
     spec: str, split: str, *, validation_fraction: float, data_dir: pathlib.Path
 ) -> Iterator[Document]:
-    """The documents of a split: of the files whose names say it, or chosen by their keys' hashes.
+    """The documents of a split, chosen by their files' names or else by the hashes of their keys.
 
     The key of a JSON record is its `doc`, else `id`, else its text; that of a part of a .txt file
     is the file's path under the source, and the number of the part.
@@ -89,9 +104,9 @@ def documents(
     for file in _files(spec):
         if file.split not in (split, DIVIDED):
             continue
-        read = _jsonl_documents if ".jsonl" in file.path.name else _txt_documents
+        read = _txt_documents if file.path.name.endswith(".txt") else _jsonl_documents
         try:
-            with opened(file.path) as text:
+            with _opened(file.path) as text:
                 for key, document in read(file, text):
                     held_out = is_held_out(key, validation_fraction)
                     if file.split == split or held_out == (split == VALIDATION):
@@ -152,7 +167,7 @@ def _usable(path: pathlib.Path, root: pathlib.Path, split: str) -> _File:
 
 
 @contextlib.contextmanager
-def opened(path: pathlib.Path) -> Iterator[TextIO]:
+def _opened(path: pathlib.Path) -> Iterator[TextIO]:
     """The text of a file, which may be compressed.
 
     Raises: ValueError that names the file, and the line where there is one, for what is no UTF-8
@@ -160,9 +175,9 @@ def opened(path: pathlib.Path) -> Iterator[TextIO]:
     """
     try:
         with _open(path) as content:
-            encoding = json.detect_encoding(content.peek(4)[:4])
-            if not encoding.startswith("utf-8"):
-                kind = re.sub("-(?=[BL]E)", "", encoding.upper())  # as iconv spells it
+            kind = _encoding(content.read(SAMPLE_BYTES))
+            content.seek(0)
+            if kind != "UTF-8":
                 fix = f"convert it, for example with iconv -f {kind} -t UTF-8"
                 raise ValueError(f"{path} is {kind}, not UTF-8; {fix}")
             yield io.TextIOWrapper(content, encoding="utf-8")
@@ -172,6 +187,22 @@ def opened(path: pathlib.Path) -> Iterator[TextIO]:
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         where = f" after line {number}" if (number := _good_lines(path)) else ""
         raise ValueError(f"{path} cannot be read{where} ({error}); replace it") from error
+
+
+def _encoding(sample: bytes) -> str:
+    """The encoding of a file that begins so, as iconv spells it.
+
+    It is UTF-8 unless a mark or regular control characters prove another, for UTF-8 may hold NULs.
+    """
+    for mark, kind in MARKS.items():
+        if sample.startswith(mark):
+            return kind
+    if len(sample) < MIN_SAMPLE_BYTES:
+        return "UTF-8"
+    columns = [sample[i::4] for i in range(4)]
+    shares = [1 - len(column.translate(None, CONTROL)) / len(column) for column in columns]
+    found = "".join("0" if share > 0.5 else "." if share < 0.25 else "?" for share in shares)
+    return next((kind for form, kind in REGULAR.items() if re.fullmatch(form, found)), "UTF-8")
 
 
 def _open(path: pathlib.Path):
@@ -189,7 +220,7 @@ def _good_lines(path: pathlib.Path) -> int:
 
 
 def _txt_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
-    """(key, document): cuts a text into parts of some 10,000 characters, at line ends if it can."""
+    """Yields (key, document) for parts of about 10,000 characters, cut at line ends if possible."""
     lines: list[str] = []
     size = part = 0
     for line in _lines(text):
@@ -205,31 +236,31 @@ def _txt_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
 def _lines(text: TextIO) -> Iterator[str]:
     """The lines of a text; those longer than a part in pieces, cut behind spaces if there are any.
 
-    A byte order mark is left out wherever a line begins, for texts with marks may be joined.
+    A byte order mark is left out where a line begins, for texts with marks may be joined, but not
+    where a piece does.
     """
-    rest = ""
+    rest, begins = "", True
     while line := text.readline(PART_CHARACTERS - len(rest)):
         is_long = len(rest) + len(line) == PART_CHARACTERS and not line.endswith("\n")
-        line = (rest + line).lstrip(BYTE_ORDER_MARK)
+        line = (rest + line).lstrip(BYTE_ORDER_MARK if begins else "")
         end = line.rfind(" ") + 1 if is_long else 0
         yield line[: end or len(line)]
-        rest = line[end or len(line) :]
+        rest, begins = line[end or len(line) :], not is_long
     yield rest
 
 
 def _jsonl_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
-    """(key, document) of each line that is not empty."""
+    """Yields (key, document) for each line that is not empty."""
     for number, line in enumerate(text, start=1):
         line = line.strip().lstrip(BYTE_ORDER_MARK)
         if not line:
             continue
         try:
             found = _record(line)
-        except ValueError as error:
-            raise ValueError(f"{file.path}:{number}{error}; mend the line") from None
-        except Exception as error:  # RecursionError of a record that is nested too deeply
-            reason = f"cannot be read ({type(error).__name__}: {error})"
-            raise ValueError(f"{file.path}:{number} {reason}; mend the line") from None
+        except Exception as error:  # also the RecursionError of a record that is nested too deeply
+            other = f" cannot be read ({type(error).__name__}: {error})"
+            problem = error if isinstance(error, ValueError) else other
+            raise ValueError(f"{file.path}:{number}{problem}; mend the line") from None
         yield found
 
 

@@ -14,6 +14,8 @@ import tokenizers
 from tokenizers import AddedToken
 
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# The keys of config.json that belong to the tokenizer, whatever the model beside it.
+OF_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
 GENERIC, LLAMA, QWEN = "TokenizersBackend", "LlamaTokenizer", "Qwen2Tokenizer"
 # Family -> the class that is registered for it. A tokenizer_config.json that names another wins,
 # but not over the generic class, nor with the families of KEPT.
@@ -32,12 +34,42 @@ DEFAULTS = {
     QWEN: dict.fromkeys(("unk_token", "eos_token", "pad_token"), _END),
     LLAMA: {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
 }
-_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+_PROPERTIES = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class DamagedError(ValueError):
+    """A file beside a tokenizer that cannot be used: one line that names the file."""
+
+
+class Folder:
+    """The JSON files of a Hugging Face folder, each of which is read once."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._values: dict[str, dict[str, Any]] = {}
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The object in a file, {} where there is no such file; raises DamagedError."""
+        if name not in self._values:
+            self._values[name] = _read(self.path / name)
+        return self._values[name]
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise DamagedError(f"{path} is not a JSON object")
+    return values
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the files beside a tokenizer.json or a tokenizer.model say.
+    """The settings that the files beside a tokenizer.json or a tokenizer.model give.
 
     Attributes:
       values: tokenizer_config.json, with special_tokens_map.json over it where that is read.
@@ -57,14 +89,14 @@ class Settings:
     older_special: list[AddedToken]
 
 
-def settings(folder: pathlib.Path, *, byte_level: bool) -> Settings:
+def settings(folder: Folder, *, byte_level: bool) -> Settings:
     """The settings of a folder, whose tokenizer.json is of bytes or not.
 
-    Raises: ValueError, in one line, for a file that is damaged.
+    Raises: DamagedError.
     """
-    values = read(folder, "tokenizer_config.json")
+    values = folder.read("tokenizer_config.json")
     complete = "added_tokens_decoder" in values
-    older = {} if complete else read(folder, "special_tokens_map.json")
+    older = {} if complete else folder.read("special_tokens_map.json")
     older = {key: token(value) if _is_token(value) else value for key, value in older.items()}
     listed = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
     values = values | older
@@ -72,15 +104,22 @@ def settings(folder: pathlib.Path, *, byte_level: bool) -> Settings:
     if isinstance(listed, dict):
         roles, listed = roles | listed, []
     if complete:
-        added = {int(i): token(value) for i, value in values["added_tokens_decoder"].items()}
+        added = _listed_tokens(
+            folder.path / "tokenizer_config.json", values["added_tokens_decoder"]
+        )
     else:
         # A token that tokenizer_config.json writes as an object is no special one here.
         special = {str(value) for value in (*listed, *(roles.get(role) for role in ROLES))}
+        numbers = folder.read("added_tokens.json")
+        for text, number in numbers.items():
+            if type(number) is not int or number < 0:
+                wrong = f"the id of {text!r} is {number!r}, not a whole number from 0"
+                raise DamagedError(f"{folder.path / 'added_tokens.json'}: {wrong}; mend it")
         added = {
             number: AddedToken(text, normalized=text not in special, special=text in special)
-            for text, number in read(folder, "added_tokens.json").items()
+            for text, number in numbers.items()
         }
-    class_name = _class_name(values, read(folder, "config.json"))
+    class_name = _class_name(values, folder.read("config.json"))
     class_name = GENERIC if class_name == LLAMA and byte_level else class_name
     usual = DEFAULTS.get(class_name, {}).items()
     roles = {role: name for role, name in usual if role not in values} | roles
@@ -96,6 +135,14 @@ def settings(folder: pathlib.Path, *, byte_level: bool) -> Settings:
     )
 
 
+def _listed_tokens(path: pathlib.Path, listed: Any) -> dict[int, AddedToken]:
+    try:
+        return {int(i): token(value) for i, value in listed.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        wrong = f"added_tokens_decoder is not an object of ids and tokens ({error})"
+        raise DamagedError(f"{path}: {wrong}; mend it") from None
+
+
 def _class_name(values: dict[str, Any], config: dict[str, Any]) -> str:
     given = values.get("tokenizer_class") or config.get("tokenizer_class")
     family = config.get("model_type")
@@ -108,8 +155,8 @@ def _class_name(values: dict[str, Any], config: dict[str, Any]) -> str:
 def add_tokens(tokenizer: tokenizers.Tokenizer, found: Settings) -> int:
     """Adds the tokens that the files list or name; returns the largest id that a file gives.
 
-    The library gives a token without a piece the next free id, whatever id the file says, and so
-    it is in Transformers.
+    The library gives a token without a piece the next free id, whatever id the file says, and
+    Transformers does the same.
     """
     added = found.added if found.complete else found.added | tokenizer.get_added_tokens_decoder()
     special = {t.content for t in found.roles.values()}
@@ -117,7 +164,7 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, found: Settings) -> int:
     tokenizer.add_tokens([token(t, special=t.special or t.content in special) for t in in_order])
     largest = max(tokenizer.get_vocab().values())
     known = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
-    known = set() if found.class_name == QWEN else known  # it makes all of them special
+    known = set() if found.class_name == QWEN else known  # this class makes all of them special
     in_order = [found.roles[role] for role in (*ROLES, *found.roles) if role in found.roles]
     named = (*in_order, *(found.special or found.older_special))
     tokenizer.add_tokens([t for t in named if t.content not in known])
@@ -129,45 +176,38 @@ def _is_token(value: object) -> bool:
 
 
 def token(value: Any, **flags: bool) -> AddedToken:
-    """A token of its text, of an object in a file, or of another token; with these flags."""
+    """A token made of its text, of an object in a file, or of another token, with these flags."""
     if isinstance(value, str):
         return AddedToken(value, **{"special": True, **flags})
     if not isinstance(value, dict):
-        value = {flag: getattr(value, flag) for flag in _FLAGS}
-    return AddedToken(**{flag: value[flag] for flag in _FLAGS if flag in value} | flags)
+        value = properties(value)
+    return AddedToken(**{name: value[name] for name in _PROPERTIES if name in value} | flags)
 
 
-def are_beside(path: pathlib.Path) -> bool:
-    """True for a tokenizer in a Hugging Face folder; False for one that stands alone."""
+def properties(token: AddedToken) -> dict[str, Any]:
+    """All that decides how a token is found in a text; two equal tokens have equal properties."""
+    return {name: getattr(token, name) for name in _PROPERTIES}
+
+
+def are_beside(folder: Folder) -> bool:
+    """True for the folder of a Hugging Face tokenizer; False where a tokenizer stands alone."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    of_model = "model_type" in read(path.parent, "config.json")
-    return of_model or any(path.with_name(name).exists() for name in names)
+    of_model = "model_type" in folder.read("config.json")
+    return of_model or any((folder.path / name).exists() for name in names)
 
 
-def ends(folder: pathlib.Path) -> tuple[int, ...]:
+def ends(folder: Folder) -> tuple[int, ...]:
     """The ids that end a text, of generation_config.json or else config.json; () if none does.
 
-    Raises: ValueError for ids that are neither a number nor a list of numbers.
+    Raises: DamagedError for ids that are neither a number nor a list of numbers.
     """
     for name in ("generation_config.json", "config.json"):
-        ids = read(folder, name).get("eos_token_id")
+        ids = folder.read(name).get("eos_token_id")
         if ids is not None and ids != []:
             ids = ids if isinstance(ids, list) else [ids]
             if not all(type(i) is int for i in ids):
-                raise ValueError(f"{folder / name}: eos_token_id={ids} is no id or list of ids")
+                raise DamagedError(
+                    f"{folder.path / name}: eos_token_id={ids} is no id or list of ids"
+                )
             return tuple(ids)
     return ()
-
-
-def read(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no such file."""
-    path = folder / name
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return values

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -13,9 +14,9 @@ from tokenizers import models, processors
 
 from moe_jax import files
 from moe_jax.data import sentencepiece_folder, tokenizer_files
+from moe_jax.data.sentencepiece_folder import SPACE
 from moe_jax.data.tokenizer_files import LLAMA, Settings
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes it for a space
 # (begin, end) tokens to look for where no file names an end, or one says that there is none.
 USUAL = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<|endoftext|>",) * 2]
 # Words that clean_up_tokenization_spaces puts beside the word before, in Transformers' order.
@@ -25,7 +26,7 @@ LINE_CHARACTERS = 4096  # longer lines are trained on in pieces
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """Byte b is id b + 3; exact for every text."""
+    """Byte b has id b + 3, so that every text comes back exactly."""
 
     pad_id: int = 0
     bos_id: int = 1
@@ -81,16 +82,17 @@ class HuggingFaceTokenizer:
     Its ids and texts are those of Transformers 5: tests/data/test_tokenizer_folders.py.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, folder: tokenizer_files.Folder):
         file = pathlib.Path(path)
         if path.endswith(".json"):
-            self._tokenizer = tokenizers.Tokenizer.from_file(path)
+            text = file.read_text(encoding="utf-8-sig")  # some editors write a mark
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
             steps = f"{self._tokenizer.pre_tokenizer} {self._tokenizer.decoder}"
-            found = tokenizer_files.settings(file.parent, byte_level="ByteLevel" in steps)
+            found = tokenizer_files.settings(folder, byte_level="ByteLevel" in steps)
             if found.class_name == LLAMA and isinstance(self._tokenizer.model, models.BPE):
-                sentencepiece_folder.as_llama(self._tokenizer, found)
+                sentencepiece_folder.make_llama(self._tokenizer, found)
         else:
-            found = tokenizer_files.settings(file.parent, byte_level=False)
+            found = tokenizer_files.settings(folder, byte_level=False)
             self._tokenizer, found = sentencepiece_folder.read(file, found)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -98,23 +100,24 @@ class HuggingFaceTokenizer:
         if not path.endswith(".json"):
             self._tokenizer.post_processor = self._template(found)
         self._splits_special = found.values.get("split_special_tokens") is True
-        is_bpe = isinstance(self._tokenizer.model, models.BPE)  # whose spaces are the text's own
+        is_bpe = isinstance(self._tokenizer.model, models.BPE)  # its spaces are the text's own
         self._joins_marks = found.values.get("clean_up_tokenization_spaces") is True and not is_bpe
-        ends = tokenizer_files.ends(file.parent)
-        ids = self._ids(found, file.parent, ends, largest)
+        ends = tokenizer_files.ends(folder)
+        ids = self._ids(found, folder.read("config.json"), ends, largest)
         self.pad_id, self.eos_id = ids.get("pad_token", -1), ids.get("eos_token", -1)
-        # Where nothing begins a text, what ends one does (Qwen's); -1 if there is neither.
+        # Where no token begins a text, the end token does (Qwen's); -1 if there is neither.
         self.bos_id = ids.get("bos_token", self.eos_id)
         self.end_ids = ends or (self.eos_id,)
         # A token that only has a name, such as a pad token, has an id that no text has.
         self.vocab_size = max(largest, self.bos_id, self.eos_id) + 1
-        added = sorted((i, str(t)) for i, t in self._tokenizer.get_added_tokens_decoder().items())
+        in_order = sorted(self._tokenizer.get_added_tokens_decoder().items())
+        added = [(i, tokenizer_files.properties(token)) for i, token in in_order]
         steps = f"{self._tokenizer.normalizer} {self._tokenizer.pre_tokenizer}"
         content = file.read_bytes() + str((sorted(ids.items()), added, steps)).encode()
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def _template(self, found: Settings) -> processors.PostProcessor:
-        """The tokens around a text, which only a tokenizer.json says itself."""
+        """The begin and end tokens around a text; a tokenizer.json has a template of its own."""
 
         def around(role: str) -> list[str]:
             wanted = found.values.get(f"add_{role}") and role in found.roles
@@ -125,9 +128,9 @@ class HuggingFaceTokenizer:
         return processors.TemplateProcessing([*begin, "$A", *end], special_tokens=ids)
 
     def _ids(
-        self, found: Settings, folder: pathlib.Path, ends: tuple[int, ...], largest: int
+        self, found: Settings, config: dict[str, Any], ends: tuple[int, ...], largest: int
     ) -> dict[str, int]:
-        """The ids of the tokens with a role: named, or given by config.json, or of usual names."""
+        """The ids of tokens with a role, which a file names, config.json gives, or are usual."""
 
         def id_of(name: str) -> int:
             found = self._tokenizer.token_to_id(name)
@@ -135,7 +138,7 @@ class HuggingFaceTokenizer:
 
         every = {role: id_of(token.content) for role, token in found.roles.items()}
         ids = {role: i for role, i in every.items() if role in found.values or i <= largest}
-        begin = tokenizer_files.read(folder, "config.json").get("bos_token_id")
+        begin = config.get("bos_token_id")
         if "bos_token" not in {*ids, *found.values} and type(begin) is int:
             ids["bos_token"] = begin
         if "eos_token" not in ids and ends:
@@ -180,11 +183,15 @@ def load(name: str) -> Tokenizer:
             f"data.tokenizer={name!r} is not a file; use 'bytes', a model made by "
             "scripts/train_tokenizer.py, or a Hugging Face tokenizer.json"
         )
-    is_json = name.endswith(".json")
-    of_folder = is_json or tokenizer_files.are_beside(pathlib.Path(name))
+    is_json, folder = name.endswith(".json"), tokenizer_files.Folder(pathlib.Path(name).parent)
+    of_folder = is_json or tokenizer_files.are_beside(folder)
     try:
-        tokenizer = HuggingFaceTokenizer(name) if of_folder else SentencePieceTokenizer(name)
-    except ValueError:
+        tokenizer: Tokenizer
+        if of_folder:
+            tokenizer = HuggingFaceTokenizer(name, folder)
+        else:
+            tokenizer = SentencePieceTokenizer(name)
+    except tokenizer_files.DamagedError:
         raise
     except Exception as error:  # the libraries raise many kinds
         kind = "tokenizer.json of Hugging Face" if is_json else "SentencePiece model"

@@ -14,15 +14,17 @@ SETTINGS = """tokenizer_config.json special_tokens_map.json added_tokens.json ch
 TEMPLATES = "additional_chat_templates"
 
 
-def tokenizer_in(folder: pathlib.Path) -> pathlib.Path | None:
-    """The tokenizer.json of a folder, or else its tokenizer.model, or None.
+def tokenizer_in(folder: pathlib.Path, used: str = TOKENIZERS[0]) -> pathlib.Path | None:
+    """The tokenizer of a folder, or None; of two, the one of the name `used`.
+
+    Transformers uses tokenizer.json where tokenizer.model is beside it.
 
     Raises: FormatError where a file that is read with it is a link out of the folder.
     """
     found = [name for name in (*VOCABULARIES, *SETTINGS) if (folder / name).exists()]
     for name in found:
         safetensors.resolve_inside(folder, name)
-    return next((folder / name for name in TOKENIZERS if name in found), None)
+    return next((folder / name for name in (used, *TOKENIZERS) if name in found), None)
 
 
 def copy(source: pathlib.Path, target: pathlib.Path, tokenizer: pathlib.Path | None = None) -> None:
@@ -51,7 +53,7 @@ def usual_name(tokenizer: pathlib.Path) -> str:
 
 def copy_config(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies the config.json of a Hugging Face folder, whose token ids belong to the tokenizer."""
-    if "model_type" in tokenizer_files.read(source, "config.json"):
+    if "model_type" in tokenizer_files.Folder(source).read("config.json"):
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(safetensors.resolve_inside(source, "config.json"), target / "config.json")
 
@@ -62,6 +64,7 @@ def complete(folder: pathlib.Path) -> None:
     A run puts the begin token before a prompt, and Transformers does so where that file says so.
     """
     model = folder / "tokenizer.model"
-    if model.exists() and not tokenizer_files.are_beside(model):
+    is_alone = model.exists() and not (folder / "tokenizer.json").exists()
+    if is_alone and not tokenizer_files.are_beside(tokenizer_files.Folder(folder)):
         settings = sentencepiece_folder.settings_of(model)
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -41,7 +41,7 @@ def _window(values: dict) -> int | None:
 
 
 def _windows_read(values: dict) -> dict:
-    """Qwen's: a width, a switch, and from which layer on."""
+    """Qwen has keys for a width, a switch, and the first layer with a window."""
     window, types = _window(values), values["layer_types"]
     if types is None:
         first = values["max_window_layers"]
@@ -102,7 +102,7 @@ def _qwen_read(values: dict) -> dict:
 
 def _qwen_write(config: ModelConfig) -> dict:
     return {
-        "num_experts": config.num_experts,  # Transformers 4 has no other spelling, 5 reads both
+        "num_experts": config.num_experts,  # Transformers 4 reads only this spelling, 5 reads both
         "moe_intermediate_size": config.expert_size,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i, kind in enumerate(config.layer_kinds) if kind == DENSE],

@@ -19,7 +19,7 @@ class Kind(typing.NamedTuple):
     """A kind of value: `words` follow "must be" in an error line."""
 
     words: str
-    fits: Callable[[Any], bool]  # of what JSON can hold
+    fits: Callable[[Any], bool]  # its argument is a value that JSON can hold
 
     def or_null(self) -> "Kind":
         return Kind(f"{self.words}, or null", lambda value: value is None or self.fits(value))

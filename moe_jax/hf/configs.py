@@ -39,7 +39,7 @@ def load_json(folder: pathlib.Path) -> dict:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UnsupportedError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors write marks
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark
     except (ValueError, RecursionError) as error:
         raise UnsupportedError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):

@@ -15,7 +15,7 @@ class Entry:
 
     name: str
     axes: str
-    part: int = 0  # of a fused tensor
+    part: int = 0  # the index among the parts of a fused tensor
 
 
 Table = dict[str, Entry]  # path of a leaf, without "blocks/<slot>/"

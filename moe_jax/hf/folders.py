@@ -28,7 +28,7 @@ def load(
     `parallel/sharding.py`, and each process reads only the parts that its devices hold; without
     one they are numpy arrays.
 
-    Raises: as `Folder`.
+    Raises: ValueError, where opening a `Folder` does.
     """
     source = Folder(folder)
     if mesh is None:
@@ -46,7 +46,7 @@ def load(
 
 
 class Folder:
-    """A model's folder, of which nothing but headers has been read yet.
+    """A model's folder; only the headers of its weights are read when it is opened.
 
     Raises: ValueError, in one line, for a folder that is not a model we know, with the list of
       missing, extra and misshapen tensors.

@@ -36,7 +36,7 @@ _DTYPES |= {f"F{8 * n}": np.dtype(f"f{n}") for n in (2, 4, 8)}
 _DTYPES |= {f"{kind}{8 * n}": np.dtype(f"{kind.lower()}{n}") for kind in "IU" for n in (1, 2, 4, 8)}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_JSON_BYTES = 100_000_000  # the package's limit for a header
-_MAX_RANK = 64  # numpy's
+_MAX_RANK = 64  # the limit of numpy
 # Copying 1 GB out of maps of 64 MB took 0.17 s, out of one map 0.49 s and twice the memory.
 _MAPPED_BYTES = 1 << 26
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -188,7 +188,7 @@ class Writer:
         self._tensors = {name: t for shard in self._shards for name, t in shard.items()}
         self._headers = {next(iter(shard)): _header(shard) for shard in self._shards}
         self._pending = collections.deque(self._tensors)
-        self._stream: BinaryIO = io.BytesIO()  # until the first shard's file
+        self._stream: BinaryIO = io.BytesIO()  # the first shard's file replaces it
 
     def __enter__(self):
         return self
@@ -280,7 +280,7 @@ def _parse(text: bytes) -> dict:
     if not text.startswith(b"{"):
         raise ValueError("its JSON does not start with {")
     return json.loads(
-        text.decode(),  # or json.loads guesses the encoding
+        text.decode(),  # json.loads would guess the encoding of bytes
         object_pairs_hook=_unique,
         parse_float=_finite,
         parse_constant=_finite,

@@ -29,7 +29,7 @@ class TensorPart:
     path: str  # in our tree, "blocks/0/moe/experts/up"
     row: tuple[int, ...]  # leading indices of the leaf: (), (layer) or (layer, expert)
     entry: Entry
-    name: str  # of the tensor
+    name: str  # the tensor's
     shape: tuple[int, ...]  # in our layout
 
     def tensor_shape(self) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ def match(
     model saved without its head.
 
     Raises: MismatchError with the missing, extra and misshapen tensors of the closest layout, or
-      with what all names have too much or too little.
+      with the part that most names have too much or too little.
     """
     found = {name for name in tensors if not re.search(IGNORED, name)}
     tables, tied = (family.table, *family.read_only), config.tie_word_embeddings
@@ -125,9 +125,12 @@ def _renamed(found: set[str], wanted: set[str]) -> str:
     """The part that most names have too much ("_orig_mod.") or lack ("model."); "" for none.
 
     Compiled and wrapped modules save their state so, and Transformers does not find the tensors.
+    Only a few missing names are looked for, each among the strange names that are most like it, so
+    that the time is linear in the number of names.
     """
-    missing, strange = wanted - found, found - wanted
-    for name, due in itertools.product(sorted(strange), sorted(missing)[:3]):
+    missing, strange = wanted - found, sorted(found - wanted)
+    pairs = [(name, due) for due in sorted(missing)[:3] for name in _most_alike(due, strange)]
+    for name, due in pairs:
         end = os.path.commonprefix([name.split(".")[::-1], due.split(".")[::-1]])
         first, other = (n.removesuffix(".".join(reversed(end))) for n in (name, due))
         new = {other + n.removeprefix(first) for n in strange if n.startswith(first)}
@@ -144,6 +147,17 @@ def _renamed(found: set[str], wanted: set[str]) -> str:
                 "save_pretrained"
             )
     return ""
+
+
+def _most_alike(due: str, names: list[str]) -> list[str]:
+    """The first name that holds `due` between other segments, and the first of the longest end."""
+    segments = due.split(".")
+
+    def length_of_end(name: str) -> int:
+        return len(os.path.commonprefix([name.split(".")[::-1], segments[::-1]]))
+
+    wrapped = (n for n in names if [s for s in n.split(".") if s in segments] == segments)
+    return [*itertools.islice(wrapped, 1), *([max(names, key=length_of_end)] if names else [])]
 
 
 def _without(segments: list[str], name: str) -> str:
@@ -184,7 +198,7 @@ def assemble(parts: list[tuple[TensorPart, np.ndarray]]) -> np.ndarray:
 
 
 def converted(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
-    """The array in another dtype, and how many of its finite values are beyond the dtype's."""
+    """The array in another dtype, and the number of its finite values that are beyond it."""
     if array.dtype == dtype:
         return array, 0
     with np.errstate(over="ignore"):
@@ -193,7 +207,7 @@ def converted(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
 
 
 def check_beyond(dtype: np.dtype, beyond: dict[str, int]) -> None:
-    """Raises ValueError for numbers of values, by the name of their tensor, that `dtype` lacks."""
+    """Raises ValueError where `beyond` counts values, by tensor, that are beyond `dtype`."""
     if lost := {name: number for name, number in beyond.items() if number}:
         named = ", ".join(f"{number} of {name}" for name, number in list(lost.items())[:8])
         more = f" and others of {len(lost) - 8} more tensors" if len(lost) > 8 else ""
@@ -205,6 +219,7 @@ def check_beyond(dtype: np.dtype, beyond: dict[str, int]) -> None:
 
 def cast(params: dict, dtype: str) -> dict:
     """Parameters in another dtype; raises ValueError for finite values that it does not have."""
-    pairs = {p: converted(np.asarray(x), np.dtype(dtype)) for p, x in tree.flatten(params).items()}
-    check_beyond(np.dtype(dtype), {path: number for path, (_, number) in pairs.items()})
+    new = np.dtype(dtype)
+    pairs = {path: converted(np.asarray(leaf), new) for path, leaf in tree.flatten(params).items()}
+    check_beyond(new, {path: number for path, (_, number) in pairs.items()})
     return tree.unflatten({path: leaf for path, (leaf, _) in pairs.items()})

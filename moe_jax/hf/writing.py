@@ -9,10 +9,10 @@ import numpy as np
 import tqdm
 
 from moe_jax import files, model, tree
+from moe_jax.data.tokenizer_files import OF_CONFIG
 from moe_jax.hf import beside, configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
 
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
 # Keys that go along to a model of the same family. Other keys may be of another model of it (its
 # depth, its quantisation), and those that decide what is computed are written from ModelConfig.
 OF_FAMILY = """attention_dropout attn_pdrop embd_pdrop resid_pdrop use_cache pretraining_tp
@@ -65,7 +65,7 @@ def write(
         name: (parts[0].tensor_shape(), tree.widest(dtypes[part.path] for part in parts))
         for name, parts in by_tensor.items()
     }
-    beyond = {}
+    beyond: dict[np.dtype, dict[str, int]] = {dtype: {} for _, dtype in header.values()}
     values["dtype"] = values["torch_dtype"] = str(np.dtype(dtypes["embed/tokens"]))
     with files.whole_folder(folder) as unfinished:
         if source is not None:
@@ -74,9 +74,11 @@ def write(
             items = tqdm.tqdm(by_tensor.items(), unit="tensor", disable=not progress)
             for name, parts in items:
                 arrays = [(part, np.asarray(value(part))) for part in parts]
-                tensor, beyond[name] = tensors.converted(tensors.assemble(arrays), header[name][1])
+                dtype = header[name][1]
+                tensor, beyond[dtype][name] = tensors.converted(tensors.assemble(arrays), dtype)
                 writer.write(name, tensor)
-        tensors.check_beyond(np.dtype(values["dtype"]), beyond)
+        for dtype, numbers in beyond.items():
+            tensors.check_beyond(dtype, numbers)
         (unfinished / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -87,8 +89,8 @@ def _carried(source: pathlib.Path, values: dict, unfinished: pathlib.Path) -> di
         return {}
     old = configs.load_json(source)
     if old.get("model_type") != values["model_type"]:
-        return {name: old[name] for name in TOKEN_IDS if name in old}
-    known = {name: old[name] for name in (*TOKEN_IDS, *OF_FAMILY) if name in old}
+        return {name: old[name] for name in OF_CONFIG if name in old}
+    known = {name: old[name] for name in (*OF_CONFIG, *OF_FAMILY) if name in old}
     return known | _carried_code(source, old.get("auto_map"), unfinished)
 
 
@@ -103,9 +105,9 @@ def _carried_code(source: pathlib.Path, auto_map: object, unfinished: pathlib.Pa
     # "file.Class" is in the folder, "repository--file.Class" is not; a list is of tokenizers.
     lists = (value if isinstance(value, list) else [value] for value in auto_map.values())
     names = [str(name) for classes in lists for name in classes if name is not None]
-    files = {f"{name.split('.')[0]}.py" for name in names if "--" not in name}
-    if not all((source / name).is_file() for name in files):
+    modules = {f"{name.split('.')[0]}.py" for name in names if "--" not in name}
+    if not all((source / name).is_file() for name in modules):
         return {}
-    for path in source.glob("*.py") if files else ():
+    for path in source.glob("*.py") if modules else ():
         shutil.copyfile(safetensors.resolve_inside(source, path.name), unfinished / path.name)
     return {"auto_map": auto_map}

@@ -81,7 +81,12 @@ def mix(w_LPX: jax.Array, share_LEP: jax.Array, fetch=lambda w_P, p: w_P[p]) -> 
 
 
 def mix_on_mesh(
-    w_LPX: jax.Array, share_LEP: jax.Array, in_spec: jax.P, out_spec: jax.P, *, axis
+    w_LPX: jax.Array,
+    share_LEP: jax.Array,
+    in_spec: jax.P,
+    out_spec: jax.P,
+    *,
+    axis: str | tuple[str, ...],
 ) -> jax.Array:
     """`mix` of an array whose experts lie along a mesh axis, where no device holds them all.
 

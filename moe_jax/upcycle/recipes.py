@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import spelling
@@ -100,7 +99,8 @@ def llama_moe(
 ) -> experts.FFN:
     """The parent's neurons dealt out to the experts, outputs times N/k."""
     if partition == "statistics":
-        ffn = experts.take_neurons(ffn, jnp.asarray(context.neurons_F))
+        assert context.neurons_F is not None  # the plan refuses this partition without it
+        ffn = experts.take_neurons(ffn, context.neurons_F)
     else:
         if partition == "random":
             ffn = experts.permute_neurons(ffn, context.layer_key)

@@ -55,7 +55,8 @@ def centroids(context: RouterContext) -> jax.Array:
 
     Their mean and all that lies along it are taken out: what all inputs share favours no expert.
     """
-    centroids_ED = jnp.asarray(context.centroids_ED)
+    assert context.centroids_ED is not None  # the plan refuses this initialiser without them
+    centroids_ED = context.centroids_ED
     mean_D = jnp.mean(centroids_ED, axis=0)
     mean_D /= jnp.maximum(jnp.linalg.norm(mean_D), jnp.finfo(jnp.float32).tiny)
     apart_ED = centroids_ED - jnp.outer(centroids_ED @ mean_D, mean_D)

@@ -58,6 +58,13 @@ def test_a_path_with_glob_characters_in_its_name_is_still_a_path(tmp_path):
     assert read(path) == [Document("text", "all")]
 
 
+def test_a_file_is_read_as_the_end_of_its_name_says(tmp_path):
+    (tmp_path / "a.jsonl.txt").write_bytes(jsonl(RECORDS))
+    assert read(tmp_path) == [Document(jsonl(RECORDS).decode(), "all")]
+    (tmp_path / "a.jsonl.txt").rename(tmp_path / "a.txt.jsonl")
+    assert read(tmp_path) == DOCUMENTS
+
+
 def test_a_long_txt_file_is_cut_at_line_ends_into_parts_that_can_be_held_out(tmp_path):
     lines = [f"line {i} " + "x" * (i % 300) + "\n" for i in range(1000)] + ["no end of line"]
     path = tmp_path / "long.txt"
@@ -134,6 +141,15 @@ def test_byte_order_marks_are_no_text_even_where_files_were_joined(compress, tmp
     assert read(tmp_path / "a.txt") == [Document("one\ntwo\nin\ufeffside", "all")]
 
 
+@pytest.mark.parametrize("between", [" ", ""])
+def test_a_mark_within_a_long_line_is_kept_where_a_piece_begins(between, tmp_path):
+    line = between.join(["x" * (text_files.PART_CHARACTERS - len(between)), "\ufeffmore\n"])
+    (tmp_path / "a.txt").write_text("\ufeff" + line + "\ufeffnext", encoding="utf-8")
+    (tmp_path / "b.txt").write_text(line, encoding="utf-8")
+    assert "".join(d.text for d in read(tmp_path / "a.txt")) == line + "next"
+    assert "".join(d.text for d in read(tmp_path / "b.txt")) == line
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_text_of_another_encoding_is_named_as_such(name, encoding, tmp_path):
@@ -141,6 +157,40 @@ def test_text_of_another_encoding_is_named_as_such(name, encoding, tmp_path):
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     kind = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
     with pytest.raises(ValueError, match=f"{name} is {kind}, not UTF-8; convert it.* -f {kind} "):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\0",
+        "a\0b c\n",
+        "\0abc",
+        "ab\0\0 and more",
+        "a\0\0\0 and more",
+        "\0" * 64,
+        "abc\0" * 40,
+        "0\0" + "two columns of a table\n" * 40,
+    ],
+)
+def test_nul_characters_are_text_and_do_not_make_it_another_encoding(text, tmp_path):
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert read(tmp_path) == [Document(text, "all")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'One\u2019s own caf\xe9\u2019 \u2014 a\0b \u4e00\n" * 9,
+        "two bytes",
+        "1. Нет слов, и т. д.\n" * 9,
+    ],
+)
+def test_an_encoding_without_a_mark_is_known_by_its_regular_zero_bytes(text, encoding, tmp_path):
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    kind = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    with pytest.raises(ValueError, match=f"a.txt is {kind}, not UTF-8"):
         read(tmp_path)
 
 

@@ -1,6 +1,8 @@
 """The tokenizer of a Hugging Face folder is that of Transformers, whichever file names a token."""
 
+import collections
 import json
+import pathlib
 
 import pytest
 
@@ -56,3 +58,47 @@ def test_folders_drawn_anew_are_read_as_transformers_reads_them(tmp_path):
         theirs = tokenizer_folders.of_transformers(folder, drawn)
         assert seed >= len(RECORDED) or theirs == RECORDED[seed]
         check(folder, drawn, theirs)
+
+
+@pytest.mark.parametrize("name", ["lstrip", "rstrip", "single_word", "normalized", "special"])
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_an_added_token_of_other_properties_makes_another_fingerprint(kind, name, tmp_path):
+    """The token is found elsewhere in a text, so the tokenizers must not share cached rows."""
+    drawn = tokenizer_folders.draw(0) | {"kind": kind, "inside": [], "added": []}
+    drawn |= {"model": "bpe", "prefix": False}  # with a prefix no token is normalized
+    prints = []
+    for value in (False, True):
+        number = tokenizer_folders.vocabulary_size(kind, [])
+        token = {"content": "<tool>", "special": True, "normalized": False, name: value}
+        listed = {"added_tokens_decoder": {str(number): token}, "eos_token": "</s>"}
+        files = {"tokenizer_config.json": listed, "config.json": {"model_type": "llama"}}
+        folder = tmp_path / str(value)
+        path = tokenizer_folders.build(folder, drawn | {"files": files})
+        prints.append(tokenizers.load(str(path)).fingerprint)
+    assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_a_byte_order_mark_before_any_file_changes_nothing(seed, tmp_path):
+    drawn = tokenizer_folders.draw(seed)
+    path = tokenizer_folders.build(tmp_path, drawn)
+    for file in tmp_path.glob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    marked = tokenizers.load(str(path))
+    for prompt, ids in zip(tokenizer_folders.PROMPTS, RECORDED[seed]["prompts"], strict=True):
+        assert marked.prompt(prompt).tolist() == ids
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_every_file_is_read_once(kind, tmp_path, monkeypatch):
+    drawn = tokenizer_folders.draw(0) | {"kind": kind, "files": {"config.json": {"model_type": ""}}}
+    path = tokenizer_folders.build(tmp_path, drawn)
+    counts, read_text = collections.Counter(), pathlib.Path.read_text
+
+    def counted(self, **how):
+        counts[self.name] += 1
+        return read_text(self, **how)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", counted)
+    tokenizers.load(str(path))
+    assert counts["config.json"] == 1 and set(counts.values()) == {1}

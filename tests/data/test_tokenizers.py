@@ -247,8 +247,17 @@ def test_ids_beyond_the_pieces_have_no_text(bpe):
     [
         ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
         ("special_tokens_map.json", "[]", "special_tokens_map.json is not a JSON object"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": 1}', "that fits the files beside it"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 1}', "added_tokens_decoder is not an"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": "a"}}',
+            "invalid literal for int",
+        ),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"9": 5}}', "not an object of ids and"),
+        ("added_tokens.json", '{"<a>": true}', "the id of '<a>' is True, not a whole number from"),
+        ("added_tokens.json", '{"<a>": "5"}', "the id of '<a>' is '5', not a whole number from 0"),
         ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id=.* is no id or list"),
+        ("generation_config.json", '{"eos_token_id": true}', "eos_token_id=.* is no id or list"),
     ],
 )
 def test_a_damaged_file_beside_a_tokenizer_is_named(name, text, complaint, bpe_path, tmp_path):
@@ -257,7 +266,16 @@ def test_a_damaged_file_beside_a_tokenizer_is_named(name, text, complaint, bpe_p
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=complaint) as error:
         tokenizers.load(str(path))
-    assert "\n" not in str(error.value)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b'{"model": "\xff"}', b"{}", b"[", b""])
+def test_a_damaged_tokenizer_json_is_named(content, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is not a tokenizer.json of Hugging Face") as error:
+        tokenizers.load(str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_tokenizer_json_is_read_with_the_special_tokens_named_beside_it(tmp_path):

@@ -172,6 +172,21 @@ def test_a_tokenizer_that_a_run_trained_encodes_prompts_alike_in_a_folder(tmp_pa
     assert ids[0] == ids[1]
 
 
+@pytest.mark.parametrize("used", ["tokenizer.json", "tokenizer.model"])
+def test_a_run_keeps_both_files_of_a_tokenizer_and_goes_on_with_the_one_it_used(used, tmp_path):
+    source = tokenizer_folders.build(tmp_path / "files", DRAWN | {"files": {}}).parent
+    tokenizers.train_bpe(["to be or not to be\n"] * 9, 280, source / "tokenizer.model")
+    expected = contents(source)
+    config, params = following([4, 5], 300)
+    how = {"tokenizer": str(source / used), "source": source}
+    stores.save(tmp_path / "run", config, params, **how)
+    assert contents(tmp_path / "run" / "tokenizer") == expected
+    own = tokenizers.load(configs.tokenizer_of(tmp_path / "run"))
+    assert own.fingerprint == tokenizers.load(str(source / used)).fingerprint
+    # No file is added that would change how the tokenizer.json is read.
+    assert contents(converted(tmp_path / "run", tmp_path / "folder", "hf")) == expected
+
+
 def test_a_run_whose_tokenizer_is_gone_says_so(tmp_path, capsys):
     stores.save(tmp_path / "run", *following([4, 5], 280), tokenizer="gone/own.model")
     converted(tmp_path / "run", tmp_path / "folder", "hf")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import jax
 import ml_dtypes
@@ -11,7 +12,7 @@ import pytest
 import safetensors.numpy as oracle
 
 from moe_jax import hf, tree
-from moe_jax.hf import folders, tensors
+from moe_jax.hf import folders, tensors, writing
 from tests.hf.test_golden import GOLDEN, loaded
 
 
@@ -124,6 +125,28 @@ def test_a_head_beside_names_without_a_prefix_is_refused(tmp_path):
     assert f"lack 'transformer.', such as h.0.attn.c_attn.bias for {name[:12]}" in refusal(folder)
 
 
+def test_the_calls_that_look_for_a_prefix_grow_as_the_number_of_names():
+    """A file of the experts of a large model has 100,000 names."""
+
+    def calls(number):
+        wanted = {f"model.layers.{i}.weight" for i in range(number)}
+        found = {f"layers.{i + number}.other.weight" for i in range(number)}
+        count = 0
+
+        def profile(frame, event, argument):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(profile)
+        try:
+            tensors._renamed(found, wanted)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(400) < 2.5 * calls(200)
+
+
 def test_what_a_file_holds_is_shown_beside_what_it_lacks(tmp_path):
     message = refusal(changed("llama", tmp_path, lambda name, x: (name.replace("proj", "lin"), x)))
     assert "_proj.weight is missing" in message and "_lin.weight is not part of" in message
@@ -146,3 +169,15 @@ def test_values_beyond_a_dtype_are_counted_by_tensor(tmp_path):
         tensors.cast(params, "float16")
     hf.save(tmp_path / "brain", config, params, dtype="bfloat16")
     assert set(folders.Folder(tmp_path / "brain").dtypes().values()) == {HALVES[1]}
+
+
+def test_values_beyond_a_dtype_are_held_to_the_dtype_of_their_own_tensor(tmp_path):
+    """An upcycled folder has its parent's dtypes, which may differ from leaf to leaf."""
+    config, params = loaded("llama")
+    leaves = tree.flatten(jax.tree.map(np.array, params))
+    leaves["final_norm/scale"][0] = 1e5
+    dtypes = {path: np.dtype(np.float32) for path in leaves}
+    dtypes["final_norm/scale"] = HALVES[0]
+    message = r"1 values are beyond the largest of float16, 65504: 1 of model\.norm\.weight"
+    with pytest.raises(ValueError, match=message):
+        writing.write(tmp_path / "out", config, dtypes, lambda part: leaves[part.path][part.row])
