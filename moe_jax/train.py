@@ -6,6 +6,7 @@ import json
 import pathlib
 import platform
 import time
+import zipfile
 from typing import Any
 
 import jax
@@ -43,7 +44,8 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         distributed.check_equal("the config", stored + str(workdir))
     together = functools.partial(distributed.together, configs.ConfigError)
     with together():
-        environment.validate_environment(settings, jax.device_count())
+        goes_on = bool(checkpoint.steps(workdir / "checkpoints"))
+        environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
     evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
     training, length = settings.training, settings.data.sequence_length
     cache = prepare.cache_folder(settings.data.cache_dir)
@@ -80,10 +82,12 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     digests = {"train": train_text.digest, "validation": held_out.digest}
 
     # state ----------------------------------------------------------------------------------
-    with environment.naming_differences(workdir, settings):
+    named = environment.naming_differences(workdir, settings, checkpoint.Mismatch)
+    with checks.refusing(), named:
         restored = checkpoint.restore_latest(workdir / "checkpoints", abstract)
     if restored is None:
         start, plan = 0, init.plan_of(settings)
+        sound, lineage = frozenset[int](), init.lineage(settings.init.source)
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
             init.parameters(settings, mesh, plan)
         )
@@ -92,6 +96,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
             state = state.replace(opt_state=opt_state)
     else:
         start, state = restored.step, restored.state
+        sound, lineage = frozenset({start}), restored.data["lineage"]
         with together():
             environment.check_step(start, settings)
             changed = environment.changes(restored.config, settings.config)
@@ -102,6 +107,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     if distributed.is_first():
         configs.save_json(settings.config, workdir)
         stores.keep_tokenizer(workdir, settings.data.tokenizer)
+        checkpoint.remove_unfinished(workdir / "checkpoints")
     if settings.data.source == "embedded" and any(map(folders.is_folder, settings.init.parents)):
         distributed.say("config.data.source='embedded' is software help; set it to your own text")
     text = batches.feed(
@@ -130,9 +136,14 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     )
 
     def save(at: int, state: TrainState) -> None:
-        data = {"step": at, "text": digests}
-        config, keep = settings.config.to_dict(), settings.checkpoint.keep
-        checkpoint.save(workdir / "checkpoints", at, state, data=data, config=config, keep=keep)
+        nonlocal sound
+        sound = checkpoint.save(
+            *(workdir / "checkpoints", at, state),
+            data={"text": digests, "lineage": lineage},
+            config=settings.config.to_dict(),
+            keep=settings.checkpoint.keep,
+            sound=sound,
+        )
 
     tokens_per_step = training.batch_size * length
     flops_per_token = flops.model_flops(settings.model, length)
@@ -155,15 +166,15 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         state, results = loop.run(state, start, text, settings, parts)
 
     # result ---------------------------------------------------------------------------------
-    tokens, lineage = training.num_steps * tokens_per_step, init.lineage(settings.init.source)
+    tokens = training.num_steps * tokens_per_step
     total, active = model.count_parameters(settings.model)
     versions = {"jax": jax.__version__, "moe_jax": moe_jax.__version__}
     result = {
         "steps": training.num_steps,
         "tokens": tokens,
         "training_flops": tokens * flops_per_token,
-        "parent_tokens": lineage.tokens,
-        "parent_training_flops": lineage.training_flops,
+        "parent_tokens": lineage["tokens"],
+        "parent_training_flops": lineage["training_flops"],
         **results,
         "router": settings.model.router if settings.model.num_experts else "",
         "versions": {"python": platform.python_version(), **versions},
@@ -229,10 +240,13 @@ def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_con
     path = workdir / "routers_at_start.npz"
     if not model_config.num_experts:
         return {}
-    if start == 0:
-        kernels = similarity.routers(params, model_config)
-        if distributed.is_first():
-            np.savez(path, **dict[str, Any]({str(layer): x for layer, x in kernels.items()}))
-        return kernels
-    with np.load(path, allow_pickle=False) as kernels:
-        return {int(layer): kernel for layer, kernel in kernels.items()}
+    try:
+        if start > 0:
+            with np.load(path, allow_pickle=False) as kernels:
+                return {int(layer): kernel for layer, kernel in kernels.items()}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+        distributed.say(f"{path} is missing or damaged: router_drift counts from this step on")
+    kernels = similarity.routers(params, model_config)
+    if distributed.is_first():
+        np.savez(path, **dict[str, Any]({str(layer): x for layer, x in kernels.items()}))
+    return kernels

@@ -53,7 +53,8 @@ def main() -> None:
     add("--process_id", metavar="I", type=int, help="number of this process, from 0 to N - 1")
     arguments, overrides = parser.parse_known_args()
     with parser.refusing():
-        settings = config.resolve(config.parse([f"--config={arguments.config}", *overrides]))
+        given = config.parse([f"--config={arguments.config}", *overrides])
+        settings = config.resolve(given, workdir=arguments.workdir)
         if arguments.print_config:
             for name, value in listing.resolved(settings).items():
                 print(f"{name}={listing.shown(value)}")

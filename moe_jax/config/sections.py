@@ -147,6 +147,7 @@ class Data(Section, path="data", fixed=True):
         "",
         "bytes, or the path of a tokenizer.json or SentencePiece model; empty is that of "
         "init.source, or bytes without one",
+        fixed=False,  # a moved file is the same tokenizer; the tokens themselves are compared
     )
     other_tokenizer: bool = key(
         False,
