@@ -1,9 +1,10 @@
 """Atomic writes: a file or folder is made under a temporary name beside its own, then renamed."""
 
 import contextlib
+import fcntl
 import pathlib
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 
 
@@ -35,12 +36,10 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
     folder = pathlib.Path(folder)
     if not shared and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; choose another output or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}.unfinished-"
-    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{uuid.uuid4().hex[:12]}")
+    unfinished.mkdir(parents=True)  # readable by others, as the umask says
     try:
         yield unfinished
-        unfinished.chmod(0o755)
         try:
             unfinished.replace(folder)
         except OSError:
@@ -48,3 +47,12 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(lock: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process of this machine is in such a block with the same lock file."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield

@@ -18,6 +18,7 @@ from moe_jax import files, init, model, stores
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
 from moe_jax.data import batches, prepare, sources, tokenizers
+from moe_jax.data.cache import DATASETS, cache_folder
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.evaluation import evaluators
 from moe_jax.hf import folders
@@ -48,7 +49,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
     evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
     training, length = settings.training, settings.data.sequence_length
-    cache = prepare.cache_folder(settings.data.cache_dir)
+    cache = cache_folder(settings.data.cache_dir)
     # Runs of a sweep that differ in nothing but their parameters share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
@@ -198,7 +199,7 @@ def _open_corpora(
         prepare.open_corpus, validation_fraction=data.validation_fraction, cache=cache
     )
     with checks.refusing():
-        distributed.say(sources.describe(data.source, cache / prepare.DATASETS))
+        distributed.say(sources.describe(data.source, cache / DATASETS))
         return [open_split(data.source, split, tokenizer) for split in ("train", "validation")]
 
 

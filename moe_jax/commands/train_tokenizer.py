@@ -17,7 +17,8 @@ from collections.abc import Iterator
 import tqdm
 
 from moe_jax import command_line, config
-from moe_jax.data import prepare, sources, tokenizers
+from moe_jax.data import sources, tokenizers
+from moe_jax.data.cache import DATASETS, cache_folder
 from moe_jax.data.document import TRAIN, VALIDATION
 
 
@@ -68,7 +69,7 @@ def _texts(source: str, split: str) -> Iterator[str]:
         source,
         split,
         validation_fraction=config.default().data.validation_fraction,
-        data_dir=prepare.cache_folder("") / prepare.DATASETS,
+        data_dir=cache_folder("") / DATASETS,
     )
     bar = {"desc": f"reading {split}", "unit": " documents", "disable": None, "delay": 5}
     for document in tqdm.tqdm(documents, **bar):
