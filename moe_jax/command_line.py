@@ -121,6 +121,15 @@ def options(prefix: str, arguments: list[str]) -> dict[str, str]:
     return found
 
 
+def folder(text: str) -> pathlib.Path:
+    """An argument's type: a folder or file of this machine, that need not exist."""
+    if re.match(r"[a-z][a-z0-9]+:/", text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no folder of this machine; mount the bucket (gcsfuse, s3fs) and give that"
+        )
+    return pathlib.Path(text)
+
+
 def seed(text: str) -> int:
     """An argument's type: a whole number that can make a random key."""
     number = int(text)

@@ -2,6 +2,8 @@
 
 import contextlib
 import fcntl
+import itertools
+import os
 import pathlib
 import shutil
 import uuid
@@ -22,6 +24,12 @@ def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def write_text(path: pathlib.Path, text: str) -> None:
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def set_aside(path: pathlib.Path, why: str) -> pathlib.Path:
+    """Renames a file or folder to its name with ".WHY-1" at the end, or the first free number."""
+    names = (path.with_name(f"{path.name}.{why}-{n}") for n in itertools.count(1))
+    return path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 @contextlib.contextmanager

@@ -81,6 +81,8 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     open_corpora = functools.partial(_open_corpora, settings.data, tokenizer, cache)
     train_text, held_out = distributed.first_alone(open_corpora, configs.ConfigError)
     digests = {"train": train_text.digest, "validation": held_out.digest}
+    with checks.refusing():
+        distributed.check_equal("the text of config.data.source", json.dumps(digests))
 
     # state ----------------------------------------------------------------------------------
     named = environment.naming_differences(workdir, settings, checkpoint.Mismatch)
@@ -88,7 +90,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         restored = checkpoint.restore_latest(workdir / "checkpoints", abstract)
     if restored is None:
         start, plan = 0, init.plan_of(settings)
-        sound, lineage = frozenset[int](), init.lineage(settings.init.source)
+        kept: dict[str, Any] = {"lineage": init.lineage(settings.init.source), "skipped_steps": 0}
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
             init.parameters(settings, mesh, plan)
         )
@@ -96,8 +98,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
             opt_state = init.optimizer_state(settings, mesh, state.opt_state, plan)
             state = state.replace(opt_state=opt_state)
     else:
-        start, state = restored.step, restored.state
-        sound, lineage = frozenset({start}), restored.data["lineage"]
+        start, state, kept = restored.step, restored.state, restored.data
         with together():
             environment.check_step(start, settings)
             changed = environment.changes(restored.config, settings.config)
@@ -136,11 +137,13 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         routers_at_start=_routers_at_start(workdir, start, state.params, settings.model),
     )
 
-    def save(at: int, state: TrainState) -> None:
+    sound = frozenset({start} if restored else ())
+
+    def save(at: int, state: TrainState, skipped: int) -> None:
         nonlocal sound
         sound = checkpoint.save(
             *(workdir / "checkpoints", at, state),
-            data={"text": digests, "lineage": lineage},
+            data={**kept, "text": digests, "skipped_steps": skipped},
             config=settings.config.to_dict(),
             keep=settings.checkpoint.keep,
             sound=sound,
@@ -164,31 +167,36 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
             peak_flops=flops.peak_flops(jax.devices()[0]) * jax.device_count(),
             largest=distributed.Largest(mesh),
         )
-        state, results = loop.run(state, start, text, settings, parts)
+        state, results = loop.run(state, start, text, settings, parts, kept["skipped_steps"])
 
     # result ---------------------------------------------------------------------------------
-    tokens = training.num_steps * tokens_per_step
+    seconds = round(time.monotonic() - began, 1)
+    result = _facts(settings, flops_per_token) | results | {"seconds": seconds}
+    result["parent_tokens"] = kept["lineage"]["tokens"]
+    result["parent_training_flops"] = kept["lineage"]["training_flops"]
+    if lock:
+        shown = json.dumps(metrics.plain(result), indent=1, ensure_ascii=False)
+        files.write_text(workdir / "result.json", shown + "\n")
+        lock.close()
+    return result
+
+
+def _facts(settings: configs.Run, flops_per_token: float) -> dict:
+    """The facts of a run that its config and this machine decide."""
+    training = settings.training
+    tokens = training.num_steps * training.batch_size * settings.data.sequence_length
     total, active = model.count_parameters(settings.model)
     versions = {"jax": jax.__version__, "moe_jax": moe_jax.__version__}
-    result = {
+    return {
         "steps": training.num_steps,
         "tokens": tokens,
         "training_flops": tokens * flops_per_token,
-        "parent_tokens": lineage["tokens"],
-        "parent_training_flops": lineage["training_flops"],
-        **results,
         "router": settings.model.router if settings.model.num_experts else "",
         "versions": {"python": platform.python_version(), **versions},
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "parameters": total,
         "active_parameters": active,
-        "seconds": round(time.monotonic() - began, 1),
     }
-    if lock:
-        shown = json.dumps(result, indent=1, ensure_ascii=False)
-        files.write_text(workdir / "result.json", shown + "\n")
-        lock.close()
-    return result
 
 
 def _open_corpora(

@@ -17,7 +17,6 @@ gives `load`, `similarity` and `utility` of its experts (for prune, diversify_me
 expert_upcycling). The source, a Hugging Face folder or a run's workdir, is held in memory whole.
 """
 
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         required=True,
-        type=pathlib.Path,
+        type=command_line.folder,
         metavar="FILE.npz",
         help="a file to be written",
     )

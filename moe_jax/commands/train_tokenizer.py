@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         required=True,
-        type=pathlib.Path,
+        type=command_line.folder,
         metavar="FILE.model",
         help="a file to be written",
     )

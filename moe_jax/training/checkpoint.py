@@ -5,7 +5,6 @@ for a checkpoint. Here the newest is the newest whose leaves have the digests th
 """
 
 import dataclasses
-import itertools
 import os
 import pathlib
 import re
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 
-from moe_jax import tree
+from moe_jax import files, tree
 from moe_jax.parallel import distributed
 
 
@@ -63,12 +62,7 @@ def save(
     }
     folder = (directory / str(step)).absolute()
     if distributed.is_first() and os.path.lexists(folder):
-        aside = next(
-            name
-            for n in itertools.count(1)
-            if not os.path.lexists(name := folder.with_name(f"{step}.unverified-{n}"))
-        )
-        folder.rename(aside)
+        aside = files.set_aside(folder, "unverified")
         distributed.say(f"{folder} was there and had not been read: it is renamed to {aside.name}")
     distributed.of_first(None)  # the others wait for the place to be free
     ocp.save_checkpointables(folder, {"state": leaves, "meta": meta})
