@@ -41,6 +41,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     """
     began = time.monotonic()
     with checks.refusing():
+        cache = cache_folder(settings.data.cache_dir)
         stored = settings.config.to_json(sort_keys=True)
         distributed.check_equal("the config", stored + str(workdir))
     together = functools.partial(distributed.together, configs.ConfigError)
@@ -49,7 +50,6 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
     evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
     training, length = settings.training, settings.data.sequence_length
-    cache = cache_folder(settings.data.cache_dir)
     # Runs of a sweep that differ in nothing but their parameters share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
