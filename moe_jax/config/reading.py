@@ -15,7 +15,6 @@ import types
 import typing
 
 from absl import flags
-from flax import traverse_util
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from moe_jax import command_line, spelling
@@ -119,8 +118,8 @@ def _unsets(argument: str) -> bool:
 
 @functools.cache
 def _unset_by_default() -> frozenset[str]:
-    flat = traverse_util.flatten_dict(default().to_dict(), sep=".")
-    return frozenset(key for key, value in flat.items() if value is None)
+    config = default()
+    return frozenset(key for key in kinds() if operator.attrgetter(key)(config) is None)
 
 
 def _unknown_key(error: Exception) -> ConfigError:
