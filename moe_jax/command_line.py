@@ -11,9 +11,9 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
-from moe_jax import spelling
+from moe_jax import spelling, stopping
 
-EXIT_MISTAKE, EXIT_NONFINITE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 2, 3, 75, 130
+EXIT_MISTAKE, EXIT_NONFINITE = 2, 3
 ENTRY = "moe_jax"  # the console's entry point, which starts sys.argv with "moe_jax NAME"
 
 
@@ -92,7 +92,8 @@ class Parser(argparse.ArgumentParser):
                 "install the extra cuda12, cuda13 or tpu of this project"
             )
         except KeyboardInterrupt:
-            self.exit(EXIT_INTERRUPTED, f"{self.prog}: interrupted\n")
+            print(f"{self.prog}: interrupted", file=sys.stderr)
+            stopping.leave(stopping.EXIT_INTERRUPTED)
 
 
 def _is_of_backend(error: BaseException) -> bool:

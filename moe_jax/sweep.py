@@ -15,8 +15,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from moe_jax import command_line, files, spelling
 from moe_jax import config as configs
+from moe_jax import files, spelling, stopping
 from moe_jax.analysis import measures
 from moe_jax.config import checks, program
 from moe_jax.model.config import ModelConfig
@@ -163,17 +163,15 @@ def execute(
     status = {run.name: DONE if run.result else PENDING for run in runs}
     errors: dict[str, str] = {}
     processes: list[subprocess.Popen] = []
-    stopping = False
+    stopped = False
 
-    def stop(*_):
-        nonlocal stopping
-        stopping = True
+    def stop(_):
+        nonlocal stopped
+        stopped = True
         for process in processes:
             process.terminate()
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, stop) for number in signals]
-    try:
+    with stopping.requests(stop):
         with concurrent.futures.ThreadPoolExecutor(max_parallel) as pool:
             running: dict[concurrent.futures.Future, Run] = {}
             while True:
@@ -185,7 +183,7 @@ def execute(
                     waits = any(status[name] == PENDING for name in run.after)
                     waits |= any(status[source] != DONE for source in run.sources)
                     waits |= any(run.run_id == other.run_id for other in running.values())
-                    if len(running) < max_parallel and not waits and not stopping:
+                    if len(running) < max_parallel and not waits and not stopped:
                         in_terminal = max_parallel == 1 and sys.stderr.isatty()
                         _announce(runs, run, "goes on" if run.begun else "starts")
                         task = pool.submit(_launch, run, train, in_terminal, processes)
@@ -208,12 +206,9 @@ def execute(
                         news = f"done in {seconds:.0f} s, held-out {result['loss']:.3f} nats/token"
                         news += f", {result['bits_per_byte']:.3f} bits/byte"
                     _announce(runs, run, news)
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-    if stopping:
+    if stopped:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(command_line.EXIT_PREEMPTED)
+        raise SystemExit(stopping.EXIT_PREEMPTED)
     return status
 
 
@@ -227,7 +222,9 @@ def _launch(
     log = run.workdir / "log.txt"
     with open(log, "w") as output:
         out, err = (None, None) if in_terminal else (output, subprocess.STDOUT)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        # In a session of its own it gets one signal, this program's, and not Ctrl-C beside it.
+        how: dict = {"stdin": subprocess.DEVNULL, "start_new_session": True}
+        process = subprocess.Popen(command, stdout=out, stderr=err, **how)
         processes.append(process)
         code = process.wait()
         processes.remove(process)
@@ -239,8 +236,8 @@ def _launch(
     error = f"exit {code}: {said}"
     if code < 0:
         error = f"killed by {signal.Signals(-code).name}; run the sweep again to go on"
-    stopped = code in (command_line.EXIT_PREEMPTED, -signal.SIGTERM)
-    return STOPPED if stopped else FAILED, error, seconds
+    was_stopped = code in (stopping.EXIT_PREEMPTED, -signal.SIGTERM)
+    return STOPPED if was_stopped else FAILED, error, seconds
 
 
 def _announce(runs: list[Run], run: Run, news: str) -> None:

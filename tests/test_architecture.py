@@ -30,6 +30,7 @@ ROOMS = (
     ("ops",),
     ("parallel",),
     ("tree", "files", "spelling", "command_line", ""),
+    ("stopping",),
 )
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 80
 LONGER_FUNCTIONS = {("train.py", "run"): 150}  # the program, on one page

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import moe_jax.__main__ as entry
-from moe_jax import command_line
+from moe_jax import command_line, stopping
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -112,6 +112,7 @@ def test_a_command_starts_another_in_the_way_in_which_it_was_started(monkeypatch
 )
 def test_a_mistake_ends_in_one_line(raised, status, line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toy"])
+    monkeypatch.setattr(stopping, "leave", sys.exit)  # which ends the process on the spot
     parser = command_line.Parser("A toy.")
     with pytest.raises(SystemExit) as ended, parser.refusing():
         raise raised

@@ -132,6 +132,43 @@ def test_a_run_killed_and_stopped_at_random_steps_ends_bitwise_like_the_unbroken
     )
 
 
+@pytest.mark.parametrize(
+    "trial", [0, 1, *(pytest.param(n, marks=pytest.mark.long) for n in range(2, 30))]
+)
+def test_a_signal_at_any_moment_ends_with_a_line_and_the_run_goes_on(
+    trial, unbroken, config_file, tmp_path
+):
+    """From the start of the program through imports, tokens, compilation and steps to the end."""
+    rng, workdir = random.Random(time.time_ns() + trial), tmp_path / "stopped"
+    number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    process = subprocess.Popen(
+        command(config_file, workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    moment = rng.uniform(0.5, 12)
+    time.sleep(moment)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    assert "Traceback" not in said, said
+    if process.returncode != 0:  # it had not ended before
+        assert process.returncode == 75, (moment, said)
+        assert f"stopped by {number.name}" in said.splitlines()[-1]
+    train.run(configs.resolve(configs.load(config_file)), workdir)
+    assert without_clock(workdir) == without_clock(unbroken[0])
+
+
+def test_a_second_signal_ends_at_once(config_file, tmp_path):
+    """While the first steps compile, of which the first signal waits for the end."""
+    process = subprocess.Popen(
+        command(config_file, tmp_path / "run"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    time.sleep(2)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    process.communicate()
+    assert process.returncode in (75, 130)
+
+
 def interrupt(config_file, workdir, step, signal_number):
     """Sends the run a signal when it has logged `step` itself; returns (exit status, stderr)."""
     logged_before = metrics.read(workdir / "metrics.jsonl")

@@ -22,21 +22,42 @@ Exit status: 0 done, 1 lost another process (run all again to go on), 2 a mistak
 import argparse
 import math
 import sys
+from typing import NoReturn
 
-from moe_jax import command_line, config
-from moe_jax.config import listing
+from moe_jax import command_line, stopping
 
 
 class ListKeys(argparse.Action):
     """Prints the keys of a config and ends, as --help does."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        from moe_jax.config import listing
+
         with parser.refusing():
             print(listing.text(values or ""))
         parser.exit()
 
 
 def main() -> None:
+    try:
+        with stopping.requests(_nothing_to_save):
+            _main()
+    except SystemExit as ended:
+        if ended.code == stopping.EXIT_PREEMPTED:
+            stopping.leave(stopping.EXIT_PREEMPTED)
+        raise
+
+
+def _nothing_to_save(number) -> NoReturn:
+    """The end by a signal outside of the training loop, which saves."""
+    print(f"train.py: stopped by {number.name}; run again to go on", file=sys.stderr)
+    stopping.end(stopping.EXIT_PREEMPTED)
+
+
+def _main() -> None:
+    from moe_jax import config
+    from moe_jax.config import listing
+
     parser = command_line.Parser(__doc__)
     parser.usage = "%(prog)s --config=FILE --workdir=DIR [--config.SECTION.KEY=VALUE ...]"
     add = parser.add_argument

@@ -76,6 +76,15 @@ def pattern(name: str, value: str) -> None:
         raise ConfigError(f"{name}={value!r} is not a regular expression: {error}") from None
 
 
+def texts(name: str, value: tuple) -> None:
+    """Refuses all but texts; the flag library takes digits for a number."""
+    for text in value:
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"{name}={value!r} has {text!r}, which is no text: use \"('{text}',)\""
+            )
+
+
 def rules(name: str, value: tuple) -> None:
     """Refuses all but pairs of a regular expression and a factor."""
     for rule in value:

@@ -375,7 +375,7 @@ class Evaluation(Section, path="evaluation"):
     final_max_batches: int = key(
         0, "batches of held-out text for the result of the run; 0 for all", NOT_NEGATIVE
     )
-    prompts: tuple = key((), "texts that the trained model continues")
+    prompts: tuple = key((), "texts that the trained model continues", checks.texts)
     continuation_tokens: int = key(96, "tokens that continue a prompt", POSITIVE, PROMPTS)
     num_experts_per_tok: int = key(
         0, "experts per token in evaluation; 0 for the model's own number", NOT_NEGATIVE, ROUTED

@@ -5,12 +5,12 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import tqdm
 
-from moe_jax import command_line
+from moe_jax import command_line, stopping
 from moe_jax import config as configs
 from moe_jax.analysis import measures
 from moe_jax.data.batches import Batch
@@ -51,33 +51,38 @@ def run(
     with the evaluators and writes the same rows. A signal to one process stops all, at the same
     step.
 
-    Raises: SystemExit 75 after SIGTERM or Ctrl-C (a checkpoint is saved first), 3 when too many
-    steps in a row were not finite.
+    Raises: SystemExit 75 after SIGTERM, SIGHUP or Ctrl-C (a checkpoint is saved first, and an
+      evaluation that runs is given up), 3 when too many steps in a row were not finite, or the
+      parameters are not.
     """
     last = settings.training.num_steps
     log = _TrainingLog(settings, parts, start, skipped)
     results: dict = {}
     silent = None if distributed.is_first() else True  # None is silent without a terminal
     progress = tqdm.tqdm(total=last, initial=start, unit="step", disable=silent, dynamic_ncols=True)
-    with _stop_signals() as requested, progress as bar:
+    stop = _Stop()
+    with stopping.requests(stop), progress as bar:
         for step in range(start, last + 1):
-            stopped_by = parts.largest(requested())
-            due = step % settings.checkpoint.every_steps == 0 or step == last or stopped_by
+            stop.number = parts.largest(stop.number)
+            due = step % settings.checkpoint.every_steps == 0 or step == last or stop.number
             if step > start and due:
                 log.flush()
                 parts.save(step, state, log.skipped)
-            if stopped_by:
-                name = signal.Signals(stopped_by).name
-                distributed.say(f"stopped by {name} at step {step}; saved, run again to go on")
-                raise SystemExit(command_line.EXIT_PREEMPTED)
+            if stop.number:
+                stop.end(step)
             for evaluator in parts.evaluators.values():
                 if step == last or evaluator.is_due(step):
                     log.flush()
-                    with log.clock_stopped():
-                        found = evaluator.evaluate(state.params)
-                        if found.row and (evaluator.is_due(step) or evaluator.logged_at_end):
-                            tokens = step * parts.tokens_per_step
-                            parts.write({"step": step, "tokens": tokens, **found.row})
+                    try:
+                        with log.clock_stopped(), stop.at_once():
+                            found = evaluator.evaluate(state.params)
+                    except _Stopped:
+                        if step > start and not due:
+                            parts.save(step, state, log.skipped)
+                        stop.end(step)
+                    if found.row and (evaluator.is_due(step) or evaluator.logged_at_end):
+                        tokens = step * parts.tokens_per_step
+                        parts.write({"step": step, "tokens": tokens, **found.row})
                     results |= found.result
             if step < last:
                 # An implicit transfer would make the host wait for the device, or the reverse.
@@ -172,24 +177,35 @@ class _TrainingLog:
         return row
 
 
-@contextlib.contextmanager
-def _stop_signals():
-    """Turns SIGTERM (a cloud's notice of preemption) and Ctrl-C into a request the loop sees.
+class _Stopped(BaseException):
+    """Ends an evaluation; no library takes it for an error of its own."""
 
-    It gives a function that returns the number of the signal, 0 before one. The second Ctrl-C
-    interrupts at once.
-    """
-    requested = 0
 
-    def request(number, _):
-        nonlocal requested
-        requested = number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+class _Stop:
+    """The request of a signal to stop, which the loop sees between steps."""
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    number = 0  # of the signal
+
+    def __init__(self):
+        self._at_once = False
+
+    def __call__(self, number: signal.Signals) -> None:
+        self.number = number
+        if self._at_once:
+            raise _Stopped
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """A signal in the block raises _Stopped, where no other process waits for the block."""
+        self._at_once = distributed.process_count() == 1
+        try:
+            if self.number and self._at_once:
+                raise _Stopped
+            yield
+        finally:
+            self._at_once = False
+
+    def end(self, step: int) -> NoReturn:
+        name = signal.Signals(self.number).name
+        distributed.say(f"stopped by {name} at step {step}; saved, run again to go on")
+        raise SystemExit(stopping.EXIT_PREEMPTED)

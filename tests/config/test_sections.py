@@ -19,6 +19,7 @@ WRONG = {
     checks.DECAY_RATE: (-0.01, 1.0, 1.01, *NOT_FINITE),
     checks.AXIS_SIZE: (0, -2, *NOT_FINITE),
     checks.seed: (-1, 2**31),
+    checks.texts: ((2024,), ("a", None), (1.5,)),
     checks.pattern: ("(", "*a"),
     checks.rules: (
         *((("a", "b"),), (("(", 1.0),), (("a", -1),), (("a", math.inf),), (("a", math.nan),)),

@@ -1,10 +1,16 @@
 """The step loop moves nothing between host and device but what it says it moves."""
 
+import dataclasses
+import signal
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax import config as configs
+from moe_jax import stopping
+from moe_jax.evaluation.evaluators import Scheduled
 from moe_jax.model import PRESETS
 from moe_jax.training import loop
 from moe_jax.training.state import Measures
@@ -65,3 +71,26 @@ def test_parameters_that_are_not_finite_end_the_run_and_are_not_saved(capsys):
         loop.run(jnp.zeros(3), 0, iter([None] * 2), settings_of(2), parts)
     assert ended.value.code == 3 and not saved
     assert "update of step 2 made parameters that are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_a_signal_in_an_evaluation_saves_and_ends_it(number, capsys):
+    saved, evaluated = [], []
+
+    def evaluate(params):
+        evaluated.append("begun")
+        signal.raise_signal(number)
+        evaluated.append("ended")
+
+    parts = dataclasses.replace(
+        parts_of(step_with(iter([""] * 4)), saved),
+        evaluators={"slow": Scheduled(evaluate, every=3, logged_at_end=False)},
+    )
+    before = {other: signal.getsignal(other) for other in stopping.SIGNALS}
+    state = types.SimpleNamespace(params=None)
+    with pytest.raises(SystemExit) as ended:
+        loop.run(state, 1, iter([None] * 4), settings_of(4), parts)
+    for other, handler in before.items():
+        signal.signal(other, handler)
+    assert (ended.value.code, saved, evaluated) == (75, [(3, 0)], ["begun"])
+    assert f"stopped by {number.name} at step 3; saved" in capsys.readouterr().err

@@ -1,0 +1,71 @@
+"""The first signal is a request; the second ends the process; ignored ones are ignored."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax import stopping
+
+PROGRAM = """
+import signal
+from moe_jax import stopping
+seen = []
+with stopping.requests(seen.append):
+    signal.raise_signal(signal.SIGTERM)
+    print(seen[0].name, flush=True)
+    signal.raise_signal(signal.SIGHUP)
+    print("not reached")
+"""
+
+
+def test_the_second_signal_ends_the_process_at_once():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "SIGTERM\n")
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_without_a_signal_the_handlers_are_as_before(number):
+    def mine(*_):
+        pass
+
+    before = signal.signal(number, mine)
+    try:
+        with stopping.requests(lambda number: None):
+            assert signal.getsignal(number) is not mine
+        assert signal.getsignal(number) is mine
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.requests(lambda number: None):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+SWALLOWED = """
+import gc, signal, time
+from moe_jax import stopping
+def callback(*_):
+    if not once:
+        once.append(1)
+        signal.raise_signal(signal.SIGINT)
+        sum(range(10))
+once = []
+gc.callbacks.append(callback)
+with stopping.requests(lambda number: stopping.end(75)):
+    gc.collect()
+    time.sleep(30)
+"""
+
+
+def test_an_end_that_a_callback_swallows_comes_again():
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stderr) == (75, "")
