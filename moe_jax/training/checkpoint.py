@@ -1,7 +1,8 @@
-"""Checkpoints that verify: Orbax files, and a digest of every leaf to compare them with.
+"""Checkpoints with verification: Orbax files, and a digest of every leaf to check them against.
 
-Orbax notices missing and truncated files, but not flipped bits, and takes any folder with a number
-for a checkpoint. Here the newest is the newest whose leaves have the digests they were saved with.
+Orbax notices missing and truncated files, but not flipped bits, and takes any folder named by a
+number for a checkpoint. Here a checkpoint counts only if its leaves match the digests saved with
+them.
 """
 
 import dataclasses
@@ -27,13 +28,13 @@ class Restored:
 
 
 class _Mismatch(ValueError):
-    """The checkpoint is sound, but its state is not the one that is asked for."""
+    """The checkpoint is intact, but its state is not the one requested."""
 
 
 def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict, keep: int) -> None:
-    """Writes <directory>/<step> (a temporary folder, then renamed), then deletes all but `keep`.
+    """Writes <directory>/<step> atomically, then deletes all but the newest `keep` checkpoints.
 
-    Each of several processes writes its parts of the leaves into the same `directory`.
+    With several processes, each writes its parts of the leaves into the same `directory`.
     """
     leaves = tree.flatten(state)
     meta = {
@@ -51,7 +52,7 @@ def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict,
 
 
 def steps(directory: pathlib.Path) -> list[int]:
-    """The steps that have a folder, oldest first, which need not verify."""
+    """The steps that have a folder, oldest first; their checkpoints may fail verification."""
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit() and p.is_dir())
 
 
@@ -60,9 +61,9 @@ def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
 
     Args:
       abstract_state: `jax.ShapeDtypeStruct`s with the shardings to restore to, which may differ
-        from those that it was saved with.
+        from the shardings at saving.
 
-    Raises: ValueError when it holds other leaves than `abstract_state`.
+    Raises: ValueError if the checkpoint's leaves are not those of `abstract_state`.
     """
     abstract = tree.flatten(abstract_state)
     found = _newest(directory, abstract)
@@ -79,9 +80,9 @@ def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -
     """The parts in `abstract`, such as {"params": …}, of the newest checkpoint that verifies.
 
     Args:
-      own_dtypes: leaves may have, and keep, another dtype than in `abstract`.
+      own_dtypes: leaves may have, and keep, a dtype other than in `abstract`.
 
-    Raises: FileNotFoundError when there is none; ValueError when the model is another.
+    Raises: FileNotFoundError if there is no such checkpoint; ValueError if it is of another model.
     """
     found = _newest(directory, tree.flatten(abstract), own_dtypes)
     if found is None:
@@ -90,10 +91,10 @@ def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -
 
 
 def digests(leaves: dict[str, jax.Array]) -> dict[str, int]:
-    """A 32-bit hash of each leaf's bits, computed where the leaf lies.
+    """A 32-bit hash of each leaf's bits, computed on the devices that hold the leaf.
 
-    It sums a hash of value and position over the elements, so it is the same for any sharding, and
-    any one bit changes it. It is no defence against a forger.
+    It sums a hash of value and position over the elements, so it does not depend on the sharding,
+    and flipping any single bit changes it. It does not protect against deliberate tampering.
     """
     return {path: int(x) for path, x in jax.device_get(_digests(leaves)).items()}
 
@@ -103,7 +104,7 @@ def _digest(x: jax.Array) -> jax.Array:
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    # Axis by axis, for a flat position overflows 32 bits in a leaf of more than 4 G elements.
+    # Axis by axis, because a flat index overflows 32 bits in a leaf of more than 4 G elements.
     position = jnp.full(x.shape, name)
     for axis in range(x.ndim):
         position = _mix(position + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis))
@@ -114,7 +115,7 @@ _digests = jax.jit(lambda leaves: jax.tree.map(_digest, leaves))
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """MurmurHash3's finaliser: a bijection of 32 bits in which every bit moves every other."""
+    """MurmurHash3's finaliser: a bijection on 32 bits in which each bit affects all others."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
@@ -125,7 +126,7 @@ def _newest(
 ) -> tuple[int, dict, dict] | None:
     """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify.
 
-    All processes take the same one: if one of them cannot read a checkpoint, none takes it.
+    All processes restore the same one: if any of them cannot read a checkpoint, none uses it.
     """
     for step in reversed(distributed.of_first(steps(directory))):
         try:
@@ -137,7 +138,7 @@ def _newest(
             return step, leaves, meta
         except _Mismatch:
             raise
-        except Exception as error:  # Orbax and TensorStore raise what they like on damage
+        except Exception as error:  # damaged files make Orbax and TensorStore raise any type
             reason = " ".join(str(error).split())[:300]
             logging.warning("checkpoint %s does not verify: %s", directory / str(step), reason)
     return None
@@ -170,7 +171,7 @@ def _load(folder: pathlib.Path, abstract: dict, own_dtypes: bool) -> tuple[dict,
 
 
 def _reading() -> ocp.Context:
-    """Each process reads its own parts alone, and waits for no other that fails."""
+    """A context in which each process reads its own parts and never waits for one that failed."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     if distributed.process_count() > 1:

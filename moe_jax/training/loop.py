@@ -21,18 +21,18 @@ from moe_jax.training.state import Measures, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The functions that the loop calls, behind which are files, meshes and the model, and the
-    constants of its rows."""
+    """The functions that the loop calls, which hide files, meshes and the model, and the constants
+    that it needs for its rows."""
 
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Measures]]
     evaluators: Mapping[str, Scheduled]
     save: Callable[[int, TrainState], None]
-    write: Callable[[dict], None]  # a row of metrics.jsonl
+    write: Callable[[dict], None]  # writes a row of metrics.jsonl
     tokens_per_step: int
     model_flops_per_token: float
     analytic_flops_per_token: float
     peak_flops: float  # of all devices together, in FLOP/s
-    largest: Callable[[int], int]  # over all processes: parallel.distributed.Largest
+    largest: Callable[[int], int]  # the maximum over all processes: parallel.distributed.Largest
 
 
 def run(
@@ -40,17 +40,17 @@ def run(
 ) -> tuple[TrainState, dict]:
     """Trains from step `start` to `training.num_steps`; returns the evaluators' last results too.
 
-    At one step the order is checkpoint, evaluators, train step: a run restored at that step goes on
-    with the evaluators and writes the same rows. A signal to one process stops all, at the same
-    step.
+    Within a step the order is checkpoint, evaluators, train step: a run restored at that step
+    continues with the evaluators and writes the same rows. A signal to one process stops all
+    processes at the same step.
 
-    Raises: SystemExit 75 after SIGTERM or Ctrl-C (a checkpoint is saved first), 3 when too many
-    steps in a row were not finite.
+    Raises: SystemExit 75 after SIGTERM or Ctrl-C (a checkpoint is saved first), or 3 if too many
+    consecutive steps were not finite.
     """
     last = settings.training.num_steps
     log = _TrainingLog(settings, parts, start)
     results: dict = {}
-    silent = None if distributed.is_first() else True  # None is silent without a terminal
+    silent = None if distributed.is_first() else True  # None: silent only without a terminal
     progress = tqdm.tqdm(total=last, initial=start, unit="step", disable=silent, dynamic_ncols=True)
     with _stop_signals() as requested, progress as bar:
         for step in range(start, last + 1):
@@ -73,7 +73,7 @@ def run(
                             parts.write({"step": step, "tokens": tokens, **found.row})
                     results |= found.result
             if step < last:
-                # An implicit transfer would make the host wait for the device, or the reverse.
+                # An implicit transfer would make the host wait for the device, or vice versa.
                 with jax.transfer_guard("disallow"):
                     state, step_measures = parts.train_step(state, next(batches))
                 log.flush()
@@ -84,9 +84,10 @@ def run(
 
 
 class _TrainingLog:
-    """Holds the metrics of the step that runs and writes those of the step before it.
+    """Holds the metrics of the running step and writes the metrics of the step before it.
 
-    To read a metric is to wait for its step; one step late, the device never waits for the reader.
+    Reading a metric waits for its step. Because it is read one step late, the device never waits
+    for the host.
     """
 
     def __init__(self, settings: configs.Run, parts: Parts, start: int):
@@ -153,9 +154,9 @@ class _TrainingLog:
 
 @contextlib.contextmanager
 def _stop_signals():
-    """Turns SIGTERM (a cloud's notice of preemption) and Ctrl-C into a request the loop sees.
+    """Turns SIGTERM (a cloud's notice of preemption) and Ctrl-C into a request that the loop polls.
 
-    It gives a function that returns the number of the signal, 0 before one. The second Ctrl-C
+    It yields a function that returns the signal's number, or 0 if there was none. A second Ctrl-C
     interrupts at once.
     """
     requested = 0

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard."""
+"""Writes a run's metrics to metrics.jsonl and TensorBoard, and reads them back."""
 
 import contextlib
 import json
@@ -20,9 +20,9 @@ def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dic
     """A function that appends a row to <workdir>/metrics.jsonl and its scalars to TensorBoard.
 
     A row has `step`; its values are numbers, arrays, text, or dicts of these. Numbers that are not
-    finite become null, for JSON has no others. In processes beside the first the function does
-    nothing. At first the rows that the run will write again are removed: after a restart from a
-    checkpoint at `resume_step` those of later steps, and the evaluators' of that step itself.
+    finite become null, because JSON cannot express them. In all processes but the first the
+    function does nothing. Before it returns, rows that the run will write again are removed: those
+    of steps after the checkpoint at `resume_step`, and the evaluators' rows of that step itself.
     """
     if not distributed.is_first():
         yield lambda row: None
@@ -42,17 +42,17 @@ def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dic
                 for name, value in _scalars(plain):
                     board.add_scalar(name, value, row["step"])
                 board.flush()
-            except OSError as error:  # metrics.jsonl has the same numbers: not worth a run
+            except OSError as error:  # not worth ending a run: metrics.jsonl has the same numbers
                 print(f"TensorBoard: {error}", file=sys.stderr)
 
         yield write
 
 
 def read(path: pathlib.Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a kill cut off is left out."""
+    """The rows of a metrics.jsonl, without an incomplete last line from a killed run."""
     if not path.exists():
         return []
-    # `splitlines` would also cut at the line ends of Unicode, which a JSON text may hold.
+    # `splitlines` would also split at Unicode line separators, which JSON text may contain.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
@@ -73,7 +73,7 @@ def _plain(value):
         return [_plain(v) for v in value]
     value = np.asarray(value)
     if np.issubdtype(value.dtype, np.floating):
-        # The shortest text that reads back as the same float32 or float64.
+        # `str` gives the shortest text that reads back as the same float32 or float64.
         number = float(str(value))
         return number if math.isfinite(number) else None
     return value.item()
