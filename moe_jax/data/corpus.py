@@ -12,16 +12,16 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedCorpus:
-    """Token records with random access, and the facts that need no reading of them."""
+    """Token records with random access, and facts about them that are stored separately."""
 
     folder: pathlib.Path
     labels: tuple[str, ...]
-    pairs: np.ndarray  # the predicted tokens of each record
+    pairs: np.ndarray  # the number of predicted tokens of each record
     label_ids: np.ndarray  # each record's index into `labels`
     bytes_per_label: tuple[int, ...]  # bytes of text
     documents_per_label: tuple[int, ...]
     byte_counts: tuple[int, ...]  # occurrences of each of the 256 bytes
-    digest: str  # a hash of all tokens: equal rows have equal ones, whatever the files' names
+    digest: str  # a hash of all tokens: equal tokens have equal digests, whatever the file names
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "TokenizedCorpus":
@@ -42,12 +42,12 @@ class TokenizedCorpus:
         return grain.sources.ArrayRecordDataSource(str(self.folder / "tokens.array_record"))
 
     def tokens(self, record: int) -> np.ndarray:
-        """The tokens of a record; raises ValueError for one that is damaged."""
+        """The tokens of a record; raises ValueError if it is damaged."""
         try:
             tokens = np.frombuffer(self._records[int(record)], np.uint32)
             if len(tokens) != self.pairs[record] + 1:
                 raise ValueError(f"record {record}")
-        except Exception as error:  # the reader has no class of its own for damage
+        except Exception as error:  # the reader has no exception class for damaged files
             raise ValueError(f"{self.folder} is damaged ({error}); delete the folder") from error
         return tokens
 
@@ -64,6 +64,6 @@ class TokenizedCorpus:
 
     @property
     def byte_unigram_bits(self) -> float:
-        """Entropy of the bytes' frequencies: bits per byte of a model that knows these only."""
+        """Entropy of the byte frequencies: bits per byte of a model that knows only these."""
         share = np.array(self.byte_counts) / max(sum(self.byte_counts), 1)
         return float(-sum(p * math.log2(p) for p in share if p))

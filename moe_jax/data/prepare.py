@@ -1,4 +1,4 @@
-"""Text becomes token records: each document is tokenized once and kept."""
+"""Turns text into token records: each document is tokenized once and cached."""
 
 import collections
 import hashlib
@@ -17,13 +17,13 @@ from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import Document
 from moe_jax.data.tokenizers import Tokenizer
 
-FORMAT = 3  # the version of the cache, a part of its key
-DATASETS = "tfds"  # the folder of the cache in which TFDS keeps its own
-RECORD_TOKENS = 65_536  # a longer document is cut into several records
+FORMAT = 3  # the version of the cache's format, a part of its key
+DATASETS = "tfds"  # the folder in the cache for datasets that TFDS prepares
+RECORD_TOKENS = 65_536  # a longer document is split into several records
 
 
 def cache_folder(cache_dir: str) -> pathlib.Path:
-    """`cache_dir`, or for "" $XDG_CACHE_HOME/moe_jax (~/.cache/moe_jax)."""
+    """`cache_dir`, or if it is "", $XDG_CACHE_HOME/moe_jax (by default ~/.cache/moe_jax)."""
     user = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return pathlib.Path(cache_dir) if cache_dir else user / "moe_jax"
 
@@ -36,11 +36,11 @@ def open_corpus(
     validation_fraction: float,
     cache: pathlib.Path,
 ) -> TokenizedCorpus:
-    """The tokenized documents of a split, tokenized unless the folder `cache` has them.
+    """The tokenized documents of a split, from the folder `cache` if it has them.
 
-    The cache keeps them under a hash of text, tokenizer and options.
+    The cache stores them under a hash of text, tokenizer and options.
 
-    Raises: ValueError when the split is empty or the source cannot be used.
+    Raises: ValueError if the split is empty or the source cannot be used.
     """
     datasets = cache / DATASETS
     content = sources.fingerprint(source, datasets)
@@ -66,7 +66,7 @@ def _tokenize(
 ) -> int:
     """Writes tokens, lengths and counts; returns the number of records."""
     pairs, label_ids = [], []
-    # Label -> its numbers of documents and of bytes of text, in the order of `label_ids`.
+    # Label -> its number of documents and number of bytes of text, in the order of `label_ids`.
     counts = collections.defaultdict[str, np.ndarray](lambda: np.zeros(2, np.int64))
     byte_counts, digest = np.zeros(256, np.int64), hashlib.sha256()
     path = str(folder / "tokens.array_record")
@@ -74,7 +74,7 @@ def _tokenize(
     for document in tqdm.tqdm(documents, f"tokenizing {name}", unit=" documents", disable=None):
         try:
             ids = tokenizer.encode(document.text)
-        except Exception as error:  # the libraries raise many kinds
+        except Exception as error:  # the libraries raise many types
             beginning = f"{name}: {document.text[:40]!r} …"
             raise ValueError(f"{beginning} cannot be tokenized ({error!r})") from error
         ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.uint32)

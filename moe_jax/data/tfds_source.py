@@ -1,4 +1,4 @@
-"""TFDS datasets as a source: those that come with the package, and prepared ones."""
+"""TFDS datasets as a source: the package's own, and those that the user has prepared."""
 
 import contextlib
 import io
@@ -43,7 +43,7 @@ def documents(
         try:
             record = records[number]
             document = Document(record["text"].decode(), record.get("language", b"all").decode())
-        except Exception as error:  # the reader has no class of its own for damage
+        except Exception as error:  # the reader has no exception class for damaged files
             raise ValueError(
                 f"data.source={spec!r}: record {number} of {split} is not one with text in UTF-8 "
                 f"({error!r}); mend the dataset"
@@ -52,7 +52,7 @@ def documents(
 
 
 def _builder(spec: str, data_dir: pathlib.Path):
-    # TFDS takes most of a second to import, and a person's own files need none of it.
+    # TFDS takes most of a second to import, and sources that are plain files do not need it.
     import tensorflow_datasets as tfds
 
     from moe_jax.data import corpora
@@ -61,14 +61,14 @@ def _builder(spec: str, data_dir: pathlib.Path):
     data_dir.mkdir(parents=True, exist_ok=True)
     if name in corpora.BUILDERS:
         builder = corpora.BUILDERS[name](data_dir=data_dir, file_format="array_record")
-        # TFDS prepares in a temporary folder and renames it: another process may do so too.
-        tfds.disable_progress_bar()  # it takes two seconds
+        # TFDS prepares in a temporary folder and renames it, so processes may do this concurrently.
+        tfds.disable_progress_bar()  # preparing takes only two seconds
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
         return builder
     try:
         return tfds.builder(name, data_dir=data_dir)
-    # The last two mean a name that cannot be one, and a version that does not exist.
+    # The last two are raised for an invalid name, and for a version that does not exist.
     except (tfds.core.DatasetNotFoundError, ModuleNotFoundError, ValueError, AssertionError) as e:
         raise ValueError(
             f"data.source={spec!r} is not a dataset prepared under {data_dir}; embedded ones are "
