@@ -36,8 +36,7 @@ SOURCES = {
 
 
 def check(spec: str) -> None:
-    """Raises ValueError, in one line, for a source that cannot be read, without reading its text.
-    """
+    """Raises ValueError, in one line, for a source that cannot be read; it does not read text."""
     if not spec:
         raise ValueError("data.source is not set; give a file, folder or glob of your own text")
     _source(spec).check(spec)

@@ -221,8 +221,7 @@ def _good_lines(path: pathlib.Path) -> int:
 
 
 def _txt_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
-    """Yields (key, document) for parts of about 10,000 characters, split at line ends if possible.
-    """
+    """Yields (key, document) for parts of about 10,000 characters, split at line ends if it can."""
     lines: list[str] = []
     size = part = 0
     for line in _lines(text):

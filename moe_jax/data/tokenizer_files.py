@@ -186,8 +186,7 @@ def token(value: Any, **flags: bool) -> AddedToken:
 
 
 def properties(token: AddedToken) -> dict[str, Any]:
-    """Everything that decides how a token is matched in text; equal tokens have equal properties.
-    """
+    """Everything that decides how a token is matched in text, for comparing two tokens."""
     return {name: getattr(token, name) for name in _PROPERTIES}
 
 

@@ -117,8 +117,7 @@ class HuggingFaceTokenizer:
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def _template(self, found: Settings) -> processors.PostProcessor:
-        """Adds begin and end tokens for a tokenizer.model; a tokenizer.json has its own template.
-        """
+        """Adds begin and end tokens for a tokenizer.model; a tokenizer.json has its own rule."""
 
         def around(role: str) -> list[str]:
             wanted = found.values.get(f"add_{role}") and role in found.roles
@@ -131,8 +130,7 @@ class HuggingFaceTokenizer:
     def _ids(
         self, found: Settings, config: dict[str, Any], ends: tuple[int, ...], largest: int
     ) -> dict[str, int]:
-        """The ids of tokens with a role: named by a file, given by config.json, or the usual ones.
-        """
+        """The ids of tokens with a role: named by a file, given by config.json, or usual ones."""
 
         def id_of(name: str) -> int:
             found = self._tokenizer.token_to_id(name)

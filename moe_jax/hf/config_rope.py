@@ -48,8 +48,7 @@ _ADVICE = {
 
 
 def rope(theta: float = 10_000.0, share: float | None = None) -> Part:
-    """Rotary positions; `share` is the default rotated fraction, for families that have that key.
-    """
+    """Rotary positions; `share` is the default rotated fraction, for families with that key."""
     keys = {name: (OBJECT.or_null(), None) for name in ("rope_parameters", "rope_scaling")}
     return Part(
         keys | {name: (kind, None) for name, kind in _BESIDE.items()},

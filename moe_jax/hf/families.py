@@ -23,8 +23,7 @@ Table = dict[str, Entry]  # path of a leaf, without "blocks/<slot>/"
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The tensors of one `model_type`: `table` is read and written, `read_only` layouts are read.
-    """
+    """The tensors of one `model_type`; `read_only` are layouts never written."""
 
     architecture: str
     table: Table

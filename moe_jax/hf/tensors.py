@@ -55,8 +55,7 @@ def shapes(config: model.ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_parts(config: model.ModelConfig, table: Table) -> Iterator[TensorPart]:
-    """All parts of a model: first those outside the layers, then layer by layer, expert by expert.
-    """
+    """All parts of a model: those outside the layers, then layer by layer, expert by expert."""
     layers_of = {
         slot: layers
         for group in layer_groups(config.block_kinds)
@@ -88,7 +87,7 @@ def match(
     in a tied model saved without its head.
 
     Raises: MismatchError with the missing, extra and misshapen tensors of the closest layout, or
-      with the prefix that most names have in excess or lack.
+      with the part of the name that most tensors have in excess or lack.
     """
     found = {name for name in tensors if not re.search(IGNORED, name)}
     tables, tied = (family.table, *family.read_only), config.tie_word_embeddings
