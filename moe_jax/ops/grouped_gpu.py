@@ -144,7 +144,7 @@ def _gradient_kernel(groups, x, gradient, result, *, tiles):
 
 
 def triton(interpret: bool = False) -> Kernel:
-    """One kernel computes the value and the gradient of the rows, another the matrices' gradient."""
+    """One kernel for the value and the gradient of the rows, another for the matrices' gradient."""
 
     def multiply(rows, weights, group_sizes_E, *, transpose):
         (M, K), (E, *DF) = rows[0].shape, weights[0].shape

@@ -107,7 +107,7 @@ def _run(function, tasks, multiplications):
 
 @functools.cache
 def _threads() -> concurrent.futures.Executor:
-    """The threads start during a call and inherit its floating-point mode: XLA flushes denormals."""
+    """Threads start during a call and inherit its floating-point mode: XLA flushes denormals."""
     threadpoolctl.threadpool_limits(1, user_api="blas")  # one thread per product
     return concurrent.futures.ThreadPoolExecutor(_num_cores(), "grouped_matmul")
 

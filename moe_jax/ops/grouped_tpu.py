@@ -90,7 +90,7 @@ def _row_tiles(M: int, E: int) -> list[int]:
 
 
 def _widths(size: int) -> list[int]:
-    """Candidate tile widths: the whole size, or equal multiples of 128 that pad it by at most 1/16."""
+    """Candidate tile widths: the whole size, or multiples of 128 that pad it by at most 1/16."""
     parts = range(2, size // 128 + 1)
     widths = (_round_up(-(-size // n), 128) for n in parts)
     fitting = {width for width in widths if 16 * -(-size // width) * width <= 17 * size}

@@ -92,7 +92,7 @@ def _inverse(permutation_R):
 
 @jax.custom_vjp
 def dispatch(x_MD: jax.Array, permutation: Permutation) -> jax.Array:
-    """Copies each token to its rows: [M, D] to [R, D] grouped by expert, with zeros in empty rows."""
+    """Copies each token to its rows: [M, D] to [R, D] grouped by expert; empty rows are zero."""
     A = permutation.row_MA.shape[1]
     return _take(x_MD, permutation.assignment_R // A, permutation)
 
