@@ -93,7 +93,7 @@ def one_device() -> jax.sharding.Mesh:
 
 
 def under(mesh: jax.sharding.Mesh, function):
-    """`function`, with `mesh` set only during its calls, because Orbax has bugs under a set mesh."""
+    """`function`, with `mesh` set only during its calls: Orbax has bugs under a set mesh."""
 
     @functools.wraps(function)
     def call(*arguments):
