@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder is made under a temporary name beside its own, then renamed."""
+"""Atomic writes: a file or folder is written under a temporary name next to it, then renamed."""
 
 import contextlib
 import pathlib
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path that becomes `path` at the end, and vanishes if anything is raised."""
+    """A temporary path that becomes `path` at the end, and is deleted if anything is raised."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
         yield unfinished
@@ -25,12 +25,12 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterator[pathlib.Path]:
-    """A temporary folder that becomes `folder` at the end, and vanishes if anything is raised.
+    """A temporary folder that becomes `folder` at the end, and is deleted if anything is raised.
 
     Args:
-      shared: another process may be making the same folder; the first one stays.
+      shared: another process may be writing the same folder; the first one finished is kept.
 
-    Raises: ValueError when `folder` exists and is not shared, unless it is empty.
+    Raises: ValueError if `folder` exists and is not shared, unless it is empty.
     """
     folder = pathlib.Path(folder)
     if not shared and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,4 +1,4 @@
-"""A run's first parameters and moments: random, from a model's folder, or upcycled."""
+"""A run's initial parameters and moments: random, from a model's folder, or upcycled."""
 
 import contextlib
 import dataclasses
@@ -23,9 +23,9 @@ from moe_jax.upcycle import step_zero, transform
 
 
 def plan_of(settings: configs.Run) -> plans.Plan | None:
-    """The plan of the upcycling that a run's config asks for; None without a recipe.
+    """The plan of the upcycling in a run's config; None without a recipe.
 
-    Raises: ConfigError when the source's model does not fit.
+    Raises: ConfigError if the source's model does not fit.
     """
     section, sources = settings.init.upcycle, settings.init.parents
     if not section.recipe:
@@ -45,9 +45,9 @@ def plan_of(settings: configs.Run) -> plans.Plan | None:
 
 
 def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan | None) -> dict:
-    """Sharded parameters for the model of a run, as its `init` section and the plan say.
+    """Sharded parameters for a run's model, according to its `init` section and the plan.
 
-    Raises: ConfigError when the source's model does not fit.
+    Raises: ConfigError if the source's model does not fit.
     """
     create = functools.partial(model.init, settings.model)
     key = tree.fold_in(jax.random.key(settings.seed), "init")
@@ -78,7 +78,7 @@ def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan 
 
 
 def _saw_these_rows(source: str, settings: configs.Run) -> bool:
-    """True if a parent's run had the rows that this run is about to have, in their order."""
+    """True if a parent's run was trained on the rows that this run will see, in the same order."""
     if folders.is_folder(source):
         return False
     parent, own = configs.load_json(pathlib.Path(source)), settings.data
@@ -106,10 +106,11 @@ def _executed(plan: plans.Plan, parents: list[dict], settings: configs.Run, mesh
 def optimizer_state(
     settings: configs.Run, mesh: jax.sharding.Mesh, fresh: optax.OptState, plan: plans.Plan
 ) -> optax.OptState:
-    """`fresh` with Adam's moments and their count from the parent's run, routers' zero.
+    """`fresh` with Adam's moments and step count from the parent's run; routers' moments are zero.
 
     Each moment follows its weight to the same experts and the same order of neurons.
-    Raises: ConfigError when the parent has no optimizer state.
+
+    Raises: ConfigError if the parent has no optimizer state.
     """
     workdir = pathlib.Path(settings.init.source)
     if folders.is_folder(workdir):
@@ -154,9 +155,9 @@ class Lineage:
 
 
 def lineage(source: str) -> Lineage:
-    """The lineage of the newest checkpoint in a workdir; of several, "A,B", the sum.
+    """The lineage of the newest checkpoint in a workdir, or its sum over several, "A,B".
 
-    It is empty for source "" and for a Hugging Face folder, which does not tell.
+    It is empty for source "" and for a Hugging Face folder, which does not record it.
     """
     if "," in source:
         parts = [lineage(part) for part in source.split(",")]
@@ -174,12 +175,12 @@ def lineage(source: str) -> Lineage:
 
 @jax.jit
 def _float32(params: dict) -> dict:
-    """Training keeps its weights in float32, whatever the source stores."""
+    """The parameters in float32, in which training keeps its weights whatever the source stores."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
 def _jit_sharded(create, mesh, argument) -> dict:
-    """Runs `create` compiled, its result sharded by the rules from the start."""
+    """Runs `create` under jit, with its result sharded by the rules from the start."""
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(create, argument)
         return jax.jit(create, out_shardings=sharding.shardings(shapes, mesh))(argument)
