@@ -195,7 +195,7 @@ def upcycle_folders(
 ) -> None:
     """Executes the plan on the parents and writes a Hugging Face folder, one expert at a time.
 
-    Raises: ValueError for parents that are not alike, and like `hf.writing.save`.
+    Raises: ValueError for parents that are not alike, and like `hf.save`.
     """
     first = parents[0]
     check_alike({parent.path: parent.config for parent in parents})

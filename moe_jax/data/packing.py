@@ -1,7 +1,7 @@
 """The row plan: a stateless map from any row number g to the pieces of records in that row.
 
 A record of n tokens (begin, text, end) holds n - 1 (input, target) pairs. The pairs of all
-documents are concatenated in a seeded order and cut into rows of T pairs, so every pair is seen
+documents are concatenated in a seeded order and split into rows of T pairs, so every pair is seen
 exactly once per epoch and only the last row of a block is padded.
 """
 

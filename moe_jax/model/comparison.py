@@ -18,7 +18,7 @@ SAME_ACTIVATION = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
 def in_force(config: ModelConfig) -> dict[str, Any]:
     """The fields that decide what a model computes, each with the value in force.
 
-    Two models are alike, and can be parents of one mixture, if these are equal.
+    Two models are alike, and can be parents of one MoE, if these are equal.
     """
     fields = {
         **dataclasses.asdict(config),

@@ -375,7 +375,7 @@ class ModelConfig:
         return dataclasses.replace(self, **{"layers": None, "model_type": None} | fields)
 
     def to_dense(self, **fields) -> "ModelConfig":
-        """The config of a dense model as wide as one of this mixture's experts."""
+        """The config of a dense model whose feed-forward has the width of one expert."""
         return dataclasses.replace(
             self,
             intermediate_size=self.expert_size,

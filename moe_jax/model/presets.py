@@ -86,7 +86,7 @@ PRESETS = {
         moe_intermediate_size=960,
         model_type="qwen3_moe",
     ),
-    # LLM-jp v1 (model cards): GPT-2's architecture. Its vocabulary of 50,570 pieces and that of v2,
+    # LLM-jp v1 (model cards): GPT-2's architecture. Its vocabulary of 50,570 pieces, and v2's of
     # 96,869, are padded to a multiple of 128 and of 256 rows, as Megatron does.
     **{
         f"llm-jp-1-{size}": ModelConfig(
@@ -158,7 +158,7 @@ _UPCYCLED: dict[str, tuple[str, int, int, dict[str, Any]]] = {
         *("quickstart", 4, 1),
         {"norm_topk_prob": False, "num_attention_experts": 4},
     ),
-    # LLaMA-MoE v1 (Zhu et al., arXiv 2406.16554): Llama 2's feed-forwards cut into 16, top-4.
+    # LLaMA-MoE v1 (Zhu et al., arXiv 2406.16554): Llama 2's feed-forwards split into 16, top-4.
     "llama-moe-3.5b": (
         *("llama-2-7b", 16, 4),
         {"moe_intermediate_size": 688, "router": "noisy_topk_mlp"},

@@ -53,9 +53,9 @@ def _llama3_problems(config: "ModelConfig") -> Iterator[str]:
 
 
 def _yarn(frequency: jax.Array, config: "ModelConfig") -> jax.Array:
-    """Waves that turn at least `rope_beta_fast` times in the original length are kept, those that
-    turn at most `rope_beta_slow` times are stretched by the factor, and between them a ramp over
-    the dimensions blends the two (Peng et al., arXiv 2309.00071, §3.2)."""
+    """Waves with at least `rope_beta_fast` rotations in the original length are kept, waves with at
+    most `rope_beta_slow` rotations are stretched by the factor, and a ramp over the dimensions in
+    between blends the two (Peng et al., arXiv 2309.00071, §3.2)."""
 
     def dimension(turns: float) -> float:
         waves = config.rope_original_length / (2 * math.pi * turns)

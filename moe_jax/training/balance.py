@@ -117,8 +117,8 @@ def load_balancing(
     Args:
       stats: sums for each layer and group of tokens.
       scope: "layer" computes the loss for each layer; "all_layers" first averages f and P over the
-        layers (Hugging Face's Mixtral, Drop-Upcycling), a loss that is also minimal if every layer
-        has collapsed, each onto other experts.
+        layers (Hugging Face's Mixtral, Drop-Upcycling), a loss that also has its balanced value if
+        every layer has collapsed, each onto other experts.
       divide_by_k: True as in megablocks (OLMoE), False as in Hugging Face; only used by "switch".
     """
     tokens_LG1 = jnp.maximum(stats.num_tokens, 1)[..., None]

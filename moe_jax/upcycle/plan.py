@@ -316,7 +316,7 @@ def _problems_of_dense_sizes(plan: Plan) -> Iterator[str]:
 
 
 def _cut(source: ModelConfig, wanted: int) -> str:
-    """The advice to cut a feed-forward into the nearest number of equal parts."""
+    """The advice to split a feed-forward into the nearest possible number of equal parts."""
     sizes = range(2, source.intermediate_size + 1)
     parts = [n for n in sizes if source.intermediate_size % n == 0]
     near = min(parts, key=lambda n: abs(n - wanted))

@@ -69,10 +69,11 @@ def _copies_stay(plan: "Plan") -> bool:
 
 
 def needed_scale(config: ModelConfig, granularity: int) -> float:
-    """The factor by which the chosen shards, with their initial weights, equal the whole FFN.
+    """The factor on each shard's output with which the chosen shards add up to the whole FFN.
 
-    He et al., arXiv 2410.07524: N G / T for softmax then top-k, whose weights are about 1 / N
-    each (E G² / T in their notation); G if the T weights sum to one.
+    The weights are those at the start of training. He et al., arXiv 2410.07524: N G / T for
+    softmax then top-k, whose weights are about 1 / N each (E G² / T in their notation); G if the T
+    weights sum to one.
     """
     return granularity / even_weight(config)
 
