@@ -7,6 +7,7 @@ import pathlib
 import re
 import resource
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -81,8 +82,23 @@ class Parser(argparse.ArgumentParser):
             yield
         except mistakes as error:
             self.error(" ".join(str(error).split()))
+        except (RuntimeError, AssertionError) as error:
+            if not _is_of_backend(error):
+                raise
+            reason = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0]
+            self.error(
+                f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: this machine has no such "
+                f"device, or jax is not installed for it{reason and f' ({reason})'}; unset it, or "
+                "install the extra cuda12, cuda13 or tpu of this project"
+            )
         except KeyboardInterrupt:
             self.exit(EXIT_INTERRUPTED, f"{self.prog}: interrupted\n")
+
+
+def _is_of_backend(error: BaseException) -> bool:
+    """True for an error raised when JAX looks for devices; some are bare assertions."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(pathlib.Path(frame.filename).name == "xla_bridge.py" for frame in frames)
 
 
 def typed(name: str, text: str, kind: type) -> object:
@@ -119,6 +135,15 @@ def options(prefix: str, arguments: list[str]) -> dict[str, str]:
             raise ValueError(f"unexpected argument {argument!r}; use --{prefix}.NAME=VALUE")
         found[name] = text
     return found
+
+
+def folder(text: str) -> pathlib.Path:
+    """The type of an argument: a local folder or file, which need not exist."""
+    if re.match(r"[a-z][a-z0-9]+:/", text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no folder of this machine; mount the bucket (gcsfuse, s3fs) and give that"
+        )
+    return pathlib.Path(text)
 
 
 def seed(text: str) -> int:

@@ -1,9 +1,12 @@
 """Atomic writes: a file or folder is written under a temporary name next to it, then renamed."""
 
 import contextlib
+import fcntl
+import itertools
+import os
 import pathlib
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 
 
@@ -23,6 +26,12 @@ def write_text(path: pathlib.Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def set_aside(path: pathlib.Path, why: str) -> pathlib.Path:
+    """Renames a file or folder by adding ".WHY-1", or the first number that is free."""
+    names = (path.with_name(f"{path.name}.{why}-{n}") for n in itertools.count(1))
+    return path.rename(next(name for name in names if not os.path.lexists(name)))
+
+
 @contextlib.contextmanager
 def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterator[pathlib.Path]:
     """A temporary folder that becomes `folder` at the end, and is deleted if anything is raised.
@@ -35,12 +44,10 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
     folder = pathlib.Path(folder)
     if not shared and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; choose another output or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}.unfinished-"
-    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{uuid.uuid4().hex[:12]}")
+    unfinished.mkdir(parents=True)  # with the umask's permissions, unlike mkdtemp
     try:
         yield unfinished
-        unfinished.chmod(0o755)
         try:
             unfinished.replace(folder)
         except OSError:
@@ -48,3 +55,12 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(lock: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process on this machine is in such a block with the same lock file."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield

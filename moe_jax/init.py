@@ -1,7 +1,6 @@
 """A run's initial parameters and moments: random, from a model's folder, or upcycled."""
 
 import contextlib
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator
@@ -146,31 +145,24 @@ def _is_adam(node) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
 
-@dataclasses.dataclass(frozen=True)
-class Lineage:
-    """The training behind a source of parameters, including that of its own sources."""
+def lineage(source: str) -> dict[str, float]:
+    """The tokens and FLOPs of training behind a workdir's newest checkpoint; of "A,B", the sum.
 
-    tokens: int
-    training_flops: float
-
-
-def lineage(source: str) -> Lineage:
-    """The lineage of the newest checkpoint in a workdir, or its sum over several, "A,B".
-
-    It is empty for source "" and for a Hugging Face folder, which does not record it.
+    They are 0 for source "" and for a Hugging Face folder, which does not record them. A run keeps
+    its parents' numbers in its own checkpoints, so it needs the parents only for its first step.
     """
-    if "," in source:
-        parts = [lineage(part) for part in source.split(",")]
-        return Lineage(sum(p.tokens for p in parts), sum(p.training_flops for p in parts))
-    if not source or folders.is_folder(source):
-        return Lineage(0, 0.0)
-    run = configs.load_json(pathlib.Path(source))
-    earlier = lineage(run.init.source)
-    steps = checkpoint.steps(pathlib.Path(source) / "checkpoints")[-1]
-    length = run.data.sequence_length
-    tokens = steps * run.training.batch_size * length
-    per_token = flops.model_flops(configs.model_of(pathlib.Path(source)), length)
-    return Lineage(earlier.tokens + tokens, earlier.training_flops + tokens * per_token)
+    total = {"tokens": 0, "training_flops": 0.0}
+    for folder in (pathlib.Path(name) for name in source.split(",") if name):
+        if folders.is_folder(folder):
+            continue
+        run, data = configs.load_json(folder), checkpoint.newest_data(folder / "checkpoints")
+        length = run.data.sequence_length
+        tokens = data.get("step", 0) * run.training.batch_size * length
+        per_token = flops.model_flops(configs.model_of(folder), length)
+        earlier = data.get("lineage", {"tokens": 0, "training_flops": 0.0})  # 0 if imported
+        total["tokens"] += earlier["tokens"] + tokens
+        total["training_flops"] += earlier["training_flops"] + tokens * per_token
+    return total
 
 
 @jax.jit

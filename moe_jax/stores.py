@@ -162,7 +162,7 @@ def save(
             unfinished / "checkpoints",
             0,
             {"params": params},
-            data={"step": 0},
+            data={},
             config=config.to_dict(),
             keep=1,
         )

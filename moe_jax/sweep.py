@@ -14,12 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from moe_jax import command_line, files, spelling
 from moe_jax import config as configs
 from moe_jax.analysis import measures
-from moe_jax.config import checks
+from moe_jax.config import checks, program
 from moe_jax.model.config import ModelConfig
 
 DONE, FAILED, STOPPED, BLOCKED, PENDING = "done", "failed", "stopped", "blocked", "pending"
@@ -65,6 +64,8 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
 
     Raises: ConfigError for a mistake in any run, before anything is started.
     """
+    if "," in str(workdir):
+        raise configs.ConfigError(f"--workdir={workdir}: commas separate parents; use none")
     entries = {}
     for entry in _get_sweep(path):
         if unknown := set(entry) - ENTRY:
@@ -80,7 +81,7 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
     runs: dict[str, Run] = {}
     models: dict[str, ModelConfig] = {}
     for name in _in_order(path, entries):
-        overrides = dict(entries[name].get("overrides", {}))
+        overrides = dict(entries[name]["overrides"])
         sources = _sources(overrides)
         with checks.refusing(f"run {name!r}: "):
             config = configs.load(path, overrides)
@@ -98,31 +99,38 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
             workdir=same.workdir if same else kept[0] if kept else workdir / f"{name}-{run_id}",
             flags=(f"--config={path}", *(f"--config.{k}={v}" for k, v in overrides.items())),
             sources=sources,
-            after=tuple(entries[name].get("after", ())),
+            after=entries[name]["after"],
         )
     return list(runs.values())
 
 
 def _get_sweep(path: str) -> list[dict]:
-    file, _, argument = path.partition(":")
-    if not pathlib.Path(file).is_file():
-        raise configs.ConfigError(f"--config={path}: no such file; the examples are under configs/")
-    module: dict[str, Any] = {"__name__": "sweep_config", "__file__": file}
+    """The entries of a file, each with its overrides and the runs that it waits for."""
     try:
-        exec(compile(pathlib.Path(file).read_bytes(), file, "exec"), module)
-        if "get_sweep" not in module:
-            raise configs.ConfigError(f"{file} has no get_sweep(); run it with scripts/train.py")
-        return list(module["get_sweep"](*([argument] if argument else [])))
-    except configs.ConfigError:
-        raise
+        entries = list(program.call(path, "get_sweep"))
+    except configs.ConfigError as error:
+        alone = "scripts/train.py runs a file without a sweep"
+        raise configs.ConfigError(f"{error}; {alone}") from None
     except Exception as error:  # a user's file can raise any type
         raise configs.ConfigError(f"{path}: {error!r}") from error
+    found = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise configs.ConfigError(f"{path}: a sweep entry is {entry!r}; use a dict")
+        overrides = entry.get("overrides") or {}
+        if not isinstance(overrides, dict) or any(isinstance(v, dict) for v in overrides.values()):
+            raise configs.ConfigError(
+                f"{path}: overrides={overrides!r} of run {entry.get('name')!r}; use a dict of "
+                "dotted keys, such as {'optimizer.learning_rate': 1e-3}"
+            )
+        found.append({**entry, "overrides": overrides, "after": tuple(entry.get("after") or ())})
+    return found
 
 
 def _in_order(path: str, entries: dict[str, dict]) -> list[str]:
     needs = {}
     for name, entry in entries.items():
-        needs[name] = [*entry.get("after", ()), *_sources(entry.get("overrides", {}))]
+        needs[name] = [*entry["after"], *_sources(entry["overrides"])]
         for other in needs[name]:
             if other not in entries:
                 known = ", ".join(entries)

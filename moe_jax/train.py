@@ -6,6 +6,7 @@ import json
 import pathlib
 import platform
 import time
+import zipfile
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from moe_jax import files, init, model, stores
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
 from moe_jax.data import batches, prepare, sources, tokenizers
+from moe_jax.data.cache import DATASETS, cache_folder
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.evaluation import evaluators
 from moe_jax.hf import folders
@@ -39,14 +41,15 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     """
     began = time.monotonic()
     with checks.refusing():
+        cache = cache_folder(settings.data.cache_dir)
         stored = settings.config.to_json(sort_keys=True)
         distributed.check_equal("the config", stored + str(workdir))
     together = functools.partial(distributed.together, configs.ConfigError)
     with together():
-        environment.validate_environment(settings, jax.device_count())
+        goes_on = bool(checkpoint.steps(workdir / "checkpoints"))
+        environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
     evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
     training, length = settings.training, settings.data.sequence_length
-    cache = prepare.cache_folder(settings.data.cache_dir)
     # Runs of a sweep that differ only in the values of their parameters share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
@@ -78,12 +81,16 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     open_corpora = functools.partial(_open_corpora, settings.data, tokenizer, cache)
     train_text, held_out = distributed.first_alone(open_corpora, configs.ConfigError)
     digests = {"train": train_text.digest, "validation": held_out.digest}
+    with checks.refusing():
+        distributed.check_equal("the text of config.data.source", json.dumps(digests))
 
     # state ----------------------------------------------------------------------------------
-    with environment.naming_differences(workdir, settings):
+    named = environment.naming_differences(workdir, settings, checkpoint.Mismatch)
+    with checks.refusing(), named:
         restored = checkpoint.restore_latest(workdir / "checkpoints", abstract)
     if restored is None:
         start, plan = 0, init.plan_of(settings)
+        kept: dict[str, Any] = {"lineage": init.lineage(settings.init.source), "skipped_steps": 0}
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
             init.parameters(settings, mesh, plan)
         )
@@ -91,7 +98,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
             opt_state = init.optimizer_state(settings, mesh, state.opt_state, plan)
             state = state.replace(opt_state=opt_state)
     else:
-        start, state = restored.step, restored.state
+        start, state, kept = restored.step, restored.state, restored.data
         with together():
             environment.check_step(start, settings)
             changed = environment.changes(restored.config, settings.config)
@@ -102,6 +109,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     if distributed.is_first():
         configs.save_json(settings.config, workdir)
         stores.keep_tokenizer(workdir, settings.data.tokenizer)
+        checkpoint.remove_unfinished(workdir / "checkpoints")
     if settings.data.source == "embedded" and any(map(folders.is_folder, settings.init.parents)):
         distributed.say("config.data.source='embedded' is software help; set it to your own text")
     text = batches.feed(
@@ -129,10 +137,17 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         routers_at_start=_routers_at_start(workdir, start, state.params, settings.model),
     )
 
-    def save(at: int, state: TrainState) -> None:
-        data = {"step": at, "text": digests}
-        config, keep = settings.config.to_dict(), settings.checkpoint.keep
-        checkpoint.save(workdir / "checkpoints", at, state, data=data, config=config, keep=keep)
+    sound = frozenset({start} if restored else ())
+
+    def save(at: int, state: TrainState, skipped: int) -> None:
+        nonlocal sound
+        sound = checkpoint.save(
+            *(workdir / "checkpoints", at, state),
+            data={**kept, "text": digests, "skipped_steps": skipped},
+            config=settings.config.to_dict(),
+            keep=settings.checkpoint.keep,
+            sound=sound,
+        )
 
     tokens_per_step = training.batch_size * length
     flops_per_token = flops.model_flops(settings.model, length)
@@ -152,31 +167,36 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
             peak_flops=flops.peak_flops(jax.devices()[0]) * jax.device_count(),
             largest=distributed.Largest(mesh),
         )
-        state, results = loop.run(state, start, text, settings, parts)
+        state, results = loop.run(state, start, text, settings, parts, kept["skipped_steps"])
 
     # result ---------------------------------------------------------------------------------
-    tokens, lineage = training.num_steps * tokens_per_step, init.lineage(settings.init.source)
+    seconds = round(time.monotonic() - began, 1)
+    result = _facts(settings, flops_per_token) | results | {"seconds": seconds}
+    result["parent_tokens"] = kept["lineage"]["tokens"]
+    result["parent_training_flops"] = kept["lineage"]["training_flops"]
+    if lock:
+        shown = json.dumps(metrics.plain(result), indent=1, ensure_ascii=False)
+        files.write_text(workdir / "result.json", shown + "\n")
+        lock.close()
+    return result
+
+
+def _facts(settings: configs.Run, flops_per_token: float) -> dict:
+    """The facts of a run that its config and this machine decide."""
+    training = settings.training
+    tokens = training.num_steps * training.batch_size * settings.data.sequence_length
     total, active = model.count_parameters(settings.model)
     versions = {"jax": jax.__version__, "moe_jax": moe_jax.__version__}
-    result = {
+    return {
         "steps": training.num_steps,
         "tokens": tokens,
         "training_flops": tokens * flops_per_token,
-        "parent_tokens": lineage.tokens,
-        "parent_training_flops": lineage.training_flops,
-        **results,
         "router": settings.model.router if settings.model.num_experts else "",
         "versions": {"python": platform.python_version(), **versions},
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "parameters": total,
         "active_parameters": active,
-        "seconds": round(time.monotonic() - began, 1),
     }
-    if lock:
-        shown = json.dumps(result, indent=1, ensure_ascii=False)
-        files.write_text(workdir / "result.json", shown + "\n")
-        lock.close()
-    return result
 
 
 def _open_corpora(
@@ -187,7 +207,7 @@ def _open_corpora(
         prepare.open_corpus, validation_fraction=data.validation_fraction, cache=cache
     )
     with checks.refusing():
-        distributed.say(sources.describe(data.source, cache / prepare.DATASETS))
+        distributed.say(sources.describe(data.source, cache / DATASETS))
         return [open_split(data.source, split, tokenizer) for split in ("train", "validation")]
 
 
@@ -229,10 +249,13 @@ def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_con
     path = workdir / "routers_at_start.npz"
     if not model_config.num_experts:
         return {}
-    if start == 0:
-        kernels = similarity.routers(params, model_config)
-        if distributed.is_first():
-            np.savez(path, **dict[str, Any]({str(layer): x for layer, x in kernels.items()}))
-        return kernels
-    with np.load(path, allow_pickle=False) as kernels:
-        return {int(layer): kernel for layer, kernel in kernels.items()}
+    try:
+        if start > 0:
+            with np.load(path, allow_pickle=False) as kernels:
+                return {int(layer): kernel for layer, kernel in kernels.items()}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+        distributed.say(f"{path} is missing or damaged: router_drift counts from this step on")
+    kernels = similarity.routers(params, model_config)
+    if distributed.is_first():
+        np.savez(path, **dict[str, Any]({str(layer): x for layer, x in kernels.items()}))
+    return kernels

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -143,3 +144,14 @@ def test_a_mistake_is_answered_before_what_a_run_needs_is_imported(name, others)
     assert "moe_jax.config" in imported
     assert not {"flax", "grain", "jax.experimental.pallas", "matplotlib", "optax"} & imported
     assert not {"moe_jax.train", "moe_jax.dryrun", "moe_jax.report.page"} & imported
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_backend_that_is_not_there_is_named_in_one_line(platform, tmp_path):
+    command = ["train.py", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+    environment = {**os.environ, "JAX_PLATFORMS": platform}
+    done = run(f"scripts/{command[0]}", *command[1:], cwd=ROOT, env=environment)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"train.py: JAX_PLATFORMS={platform}: this machine has no such device")
+    assert "Traceback" not in done.stderr

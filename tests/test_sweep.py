@@ -45,6 +45,16 @@ if seed == "60":
 """
 
 
+DATACLASS = """
+from __future__ import annotations
+import dataclasses
+
+@dataclasses.dataclass
+class Arm:
+    name: str
+"""
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "train.py").write_text(TRAIN)
@@ -193,3 +203,32 @@ def test_list_shows_every_command_and_starts_nothing(tmp_path):
     assert all("scripts/train.py" in row for row in rows)
     assert not (tmp_path / "out").exists()
     assert json.dumps(listed.stderr) == '""'
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        (
+            {"name": "a", "overrides": {"optimizer": {"learning_rate": 1e-3}}},
+            "use a dict of dotted",
+        ),
+        ({"name": "a", "overrides": [("seed", 1)]}, "use a dict of dotted keys"),
+        (["a", {"seed": 1}], "a sweep entry is .* use a dict"),
+    ],
+)
+def test_an_entry_of_another_form_is_refused_in_one_line(entry, complaint, folder):
+    with pytest.raises(configs.ConfigError, match=complaint):
+        read(folder, [entry])
+
+
+def test_none_and_a_dataclass_are_as_in_any_program(folder):
+    entries = [
+        {"name": "base", "overrides": None, "after": None},
+        {"name": "full", "overrides": {"model.sliding_window": None}},
+    ]
+    assert [run.name for run in read(folder, entries)] == ["base", "full"]
+    path = folder / "config.py"
+    path.write_text(DATACLASS + CONFIG.replace("SWEEP", '[{"name": a.name} for a in [Arm("x")]]'))
+    assert [run.name for run in sweep.read(str(path), folder / "out")] == ["x"]
+    with pytest.raises(configs.ConfigError, match="commas separate parents"):
+        sweep.read(str(path), folder / "a,1")

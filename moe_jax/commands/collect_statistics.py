@@ -17,7 +17,6 @@ gives `load`, `similarity` and `utility` of its experts (for prune, diversify_me
 expert_upcycling). The source, a Hugging Face folder or a run's workdir, is held in memory whole.
 """
 
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,8 @@ import numpy as np
 from moe_jax import command_line, stores
 from moe_jax import config as configs
 from moe_jax.analysis import parent_statistics
-from moe_jax.data import prepare, sources, tokenizers
+from moe_jax.data import sources, tokenizers
+from moe_jax.data.cache import DATASETS, cache_folder
 from moe_jax.data.document import TRAIN
 from moe_jax.parallel import mesh
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         required=True,
-        type=pathlib.Path,
+        type=command_line.folder,
         metavar="FILE.npz",
         help="a file to be written",
     )
@@ -89,7 +89,7 @@ def batches_of(arguments, tokenizer) -> list[np.ndarray]:
         if (number := getattr(arguments, name)) < 1:
             raise ValueError(f"--{name}={number} must be at least 1")
     wanted, parts, number = int(np.prod(shape)), [], 0
-    cache = prepare.cache_folder("") / prepare.DATASETS
+    cache = cache_folder("") / DATASETS
     sources.check(arguments.text)
     texts = sources.documents(arguments.text, TRAIN, validation_fraction=0, data_dir=cache)
     for document in texts:

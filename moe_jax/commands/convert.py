@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         required=True,
-        type=pathlib.Path,
+        type=command_line.folder,
         metavar="DIR",
         help="a folder that does not exist yet",
     )

@@ -27,6 +27,7 @@ from moe_jax import command_line, model, stores
 from moe_jax import config as configs
 from moe_jax.config.resolved import LONGEST_ROW
 from moe_jax.data import batches, prepare, sources, tokenizers
+from moe_jax.data.cache import cache_folder
 from moe_jax.data.document import VALIDATION
 from moe_jax.evaluation import perplexity
 from moe_jax.hf import folders
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> dict:
         VALIDATION,
         tokenizer,
         validation_fraction=data.validation_fraction,
-        cache=prepare.cache_folder(data.cache_dir),
+        cache=cache_folder(data.cache_dir),
     )
     mesh = _mesh(config)
     _, params = stores.load(folder, mesh)

@@ -28,7 +28,11 @@ PROMPT = "The capital of France is"
 def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.add_argument(
-        "--workdir", required=True, type=pathlib.Path, metavar="DIR", help="where all is written"
+        "--workdir",
+        required=True,
+        type=command_line.folder,
+        metavar="DIR",
+        help="where all is written",
     )
     workdir = parser.parse_args().workdir
     try:

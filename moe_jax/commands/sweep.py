@@ -13,7 +13,6 @@ Exit status: 0 all runs are done, 1 some are not, 2 a mistake in the config, 75 
 or Ctrl-C (run again to go on).
 """
 
-import pathlib
 import shlex
 import sys
 
@@ -26,7 +25,7 @@ def main() -> None:
     file = "a Python file with get_config() and get_sweep(); changes go into the file"
     add("--config", metavar="FILE[:ARG]", required=True, help=file)
     kept = "where the runs, results.csv and report.html are kept"
-    add("--workdir", metavar="DIR", required=True, type=pathlib.Path, help=kept)
+    add("--workdir", metavar="DIR", required=True, type=command_line.folder, help=kept)
     add("--list", action="store_true", help="print the runs and their commands only")
     add("--launcher", choices=["local"], default="local", help="where the runs are started")
     add("--max_parallel", type=int, default=1, help="runs at a time")

@@ -20,7 +20,8 @@ Exit status: 0 done, 1 lost another process (run all again to go on), 2 a mistak
 """
 
 import argparse
-import pathlib
+import math
+import sys
 
 from moe_jax import command_line, config
 from moe_jax.config import listing
@@ -41,7 +42,7 @@ def main() -> None:
     add = parser.add_argument
     add("--config", metavar="FILE[:ARG]", required=True, help="a Python file with get_config()")
     kept = "where metrics, checkpoints and the result are kept"
-    add("--workdir", metavar="DIR", type=pathlib.Path, help=kept)
+    add("--workdir", metavar="DIR", type=command_line.folder, help=kept)
     add("--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key")
     shown = "print all keys of the run with their values, and do not train"
     add("--print_config", action="store_true", help=shown)
@@ -53,7 +54,8 @@ def main() -> None:
     add("--process_id", metavar="I", type=int, help="number of this process, from 0 to N - 1")
     arguments, overrides = parser.parse_known_args()
     with parser.refusing():
-        settings = config.resolve(config.parse([f"--config={arguments.config}", *overrides]))
+        given = config.parse([f"--config={arguments.config}", *overrides])
+        settings = config.resolve(given, workdir=arguments.workdir)
         if arguments.print_config:
             for name, value in listing.resolved(settings).items():
                 print(f"{name}={listing.shown(value)}")
@@ -72,3 +74,5 @@ def main() -> None:
             f"{result['bits_per_byte']:.4f} bits/byte over {result['held_out_tokens']:,} tokens "
             f"-> {arguments.workdir}/result.json"
         )
+    if not math.isfinite(result["loss"]):
+        sys.exit(command_line.EXIT_NONFINITE)

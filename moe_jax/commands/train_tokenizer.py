@@ -17,7 +17,8 @@ from collections.abc import Iterator
 import tqdm
 
 from moe_jax import command_line, config
-from moe_jax.data import prepare, sources, tokenizers
+from moe_jax.data import sources, tokenizers
+from moe_jax.data.cache import DATASETS, cache_folder
 from moe_jax.data.document import TRAIN, VALIDATION
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         required=True,
-        type=pathlib.Path,
+        type=command_line.folder,
         metavar="FILE.model",
         help="a file to be written",
     )
@@ -69,7 +70,7 @@ def _texts(source: str, split: str) -> Iterator[str]:
         source,
         split,
         validation_fraction=config.default().data.validation_fraction,
-        data_dir=prepare.cache_folder("") / prepare.DATASETS,
+        data_dir=cache_folder("") / DATASETS,
     )
     bar = {"desc": f"reading {split}", "unit": " documents", "disable": None, "delay": 5}
     for document in tqdm.tqdm(documents, **bar):

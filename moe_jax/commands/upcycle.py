@@ -54,7 +54,7 @@ def main() -> None:
     add(
         "--output",
         required=True,
-        type=pathlib.Path,
+        type=command_line.folder,
         metavar="DIR",
         help="a folder that does not exist yet",
     )

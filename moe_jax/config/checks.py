@@ -43,6 +43,7 @@ class Number:
 POSITIVE = Number("must be more than 0", lambda v: v > 0)
 NOT_NEGATIVE = Number("must not be negative", lambda v: v >= 0)
 SHARE = Number("must be from 0 to 1", lambda v: 0 <= v <= 1)
+DECAY_RATE = Number("must be from 0 to less than 1", lambda v: 0 <= v < 1)
 AXIS_SIZE = Number("must be at least 1, or -1 to fill", lambda v: v >= 1 or v == -1)
 
 

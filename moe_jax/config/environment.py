@@ -23,13 +23,15 @@ from moe_jax.model import comparison
 from moe_jax.parallel import mesh, sharding
 
 
-def validate_environment(run: Run, num_devices: int) -> None:
+def validate_environment(run: Run, num_devices: int, *, goes_on: bool = False) -> None:
     """Refuses a run if this machine lacks its devices, data, tokenizer or parents.
+
+    A run that resumes from its own checkpoint (`goes_on`) needs no parents.
 
     Raises: ConfigError, in one line that says what to change.
     """
     validate_mesh(run, num_devices)
-    named = [("init.source", source) for source in run.init.parents]
+    named = [("init.source", source) for source in run.init.parents if not goes_on]
     if teacher := run.objective.distillation.source:
         named.append(("objective.distillation.source", teacher))
     for key, source in named:
@@ -139,12 +141,14 @@ def check_step(step: int, run: Run) -> None:
 
 
 @contextlib.contextmanager
-def naming_differences(workdir: pathlib.Path, run: Run) -> Iterator[None]:
-    """Turns a ValueError in the block, for a checkpoint with other parameters or moments, into a
-    ConfigError that names the fields in which the run differs from the one in the workdir."""
+def naming_differences(
+    workdir: pathlib.Path, run: Run, mismatch: type[Exception]
+) -> Iterator[None]:
+    """Turns a `mismatch`, for a checkpoint with other parameters or moments, into a ConfigError
+    that names the fields in which the run differs from the one in the workdir."""
     try:
         yield
-    except ValueError as error:
+    except mismatch as error:
         before = reading.load_json(workdir)
         changed = _changed(before.to_dict(), run.config)
         named = comparison.differences(run.model, resolved.of_stored(before).model) or [

@@ -6,8 +6,9 @@ A config file defines `get_config()`, which starts from `default()` and changes 
 """
 
 import dataclasses
+import functools
 import json
-import os
+import operator
 import pathlib
 import re
 import types
@@ -17,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from moe_jax import command_line, spelling
-from moe_jax.config import checks
+from moe_jax.config import checks, program
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
 from moe_jax.config.sections import Balance, key_names, section_of
@@ -79,28 +80,46 @@ def parse(arguments: list[str]) -> ConfigDict:
     path = next((a.removeprefix("--config=") for a in arguments if a.startswith("--config=")), "")
     if not path:
         raise ConfigError("--config=FILE is missing; for example --config=configs/quickstart.py")
-    if not os.path.isfile(path.split(":")[0]):
-        raise ConfigError(f"--config={path}: no such file; the examples are under configs/")
     check_names(arguments)
-    arguments = ["config", *arguments]
+    unset = [a.partition("=")[0].removeprefix("--config.") for a in arguments if _unsets(a)]
+    others = [a for a in arguments if not a.startswith("--config=") and not _unsets(a)]
     values = flags.FlagValues()
     try:
-        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+        config = program.call(path, "get_config")
+        if not isinstance(config, ConfigDict):
+            raise ConfigError(f"--config={path}: get_config() returns no config")
+        arguments = ["config", *others]
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
         unused = values(arguments)[1:]
+    except ConfigError:
+        raise
     except (AttributeError, KeyError) as error:
         raise _unknown_key(error) from None
-    except Exception as error:  # whatever the flag library or the file itself raises
-        text = f"{error}".strip() or f"{path}: {error!r}"
-        # An exception in the config file itself arrives as a traceback whose last line is the
-        # reason.
-        if "Traceback" in text:
-            text = f"--config={path}: {text.splitlines()[-1]}"
+    except flags.Error as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    except Exception as error:  # the file itself can raise any type
+        text = f"--config={path}: {type(error).__name__}: {error}"
         raise ConfigError(" ".join(text.split())) from error
     if unused:
         raise ConfigError(
             f"unexpected argument {unused[0]!r}; options are --config.section.key=value"
         )
+    for key in unset:
+        section, _, name = key.rpartition(".")
+        (operator.attrgetter(section)(values.config) if section else values.config)[name] = None
     return values.config
+
+
+def _unsets(argument: str) -> bool:
+    """True for --config.KEY=None if the key is unset by default."""
+    option, _, text = argument.partition("=")
+    return text == "None" and option.removeprefix("--config.") in _unset_by_default()
+
+
+@functools.cache
+def _unset_by_default() -> frozenset[str]:
+    config = default()
+    return frozenset(key for key in kinds() if operator.attrgetter(key)(config) is None)
 
 
 def _unknown_key(error: Exception) -> ConfigError:
@@ -163,7 +182,7 @@ def check_names(arguments: list[str]) -> None:
             raise ConfigError(f"{option} is no option{meant.replace(' config.', ' --config.')}")
         if key not in known:
             raise ConfigError(_unknown(key))
-        if given and known[key] in (int, float):
+        if given and known[key] in (int, float) and not _unsets(argument):
             with checks.refusing():
                 command_line.typed(f"config.{key}", text, known[key])
 
@@ -184,7 +203,8 @@ def model_fields(arguments: list[str]) -> dict:
 
 
 def save_json(config: ConfigDict, workdir: pathlib.Path) -> None:
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    text = json.dumps(config.to_dict(), indent=1, ensure_ascii=False)
+    (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def load_json(workdir: pathlib.Path) -> ConfigDict:
@@ -194,7 +214,7 @@ def load_json(workdir: pathlib.Path) -> ConfigDict:
     """
     path = workdir / "config.json"
     try:
-        return stored(json.loads(path.read_text()))
+        return stored(json.loads(path.read_text(encoding="utf-8")))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -30,14 +30,19 @@ AUTO = "auto"  # model.dtype: bfloat16 if this machine's chips support it
 Part = TypeVar("Part", bound=Section)
 
 
-def resolve(config: ConfigDict, *, parent: ModelConfig | None = None) -> Run:
+def resolve(
+    config: ConfigDict, *, parent: ModelConfig | None = None, workdir: pathlib.Path | None = None
+) -> Run:
     """The settings of a config, including the ModelConfig.
 
-    `parent` is the model of `init.source` if that is not trained yet, as in a sweep.
+    `parent` is the model of `init.source` if that is not trained yet, as in a sweep. A run resumed
+    in `workdir` does not need its parent any more, because the workdir has what came from it.
 
     Raises: ConfigError, in one line that says what to change, for any mistake visible in the config
       alone, including a key that is set but never read.
     """
+    if workdir is not None:
+        config = _without_parent(config, workdir)
     run = of_stored(config, parent=parent)
     given = [n for n, v in config.model.items() if n != "preset" and v is not None]
     of_model = without_effect(run.model, given, "config.model.")
@@ -128,6 +133,23 @@ def _filled(config: ConfigDict, parent: ModelConfig | None) -> ConfigDict:
             data.tokenizer = tokenizer_of(pathlib.Path(source)) if source else "bytes"
     if not data.sequence_length:
         data.sequence_length = min(_model_in(config).max_position_embeddings, LONGEST_ROW)
+    return config
+
+
+def _without_parent(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+    """The config, completed with what the run in the workdir took from a parent that is missing."""
+    parents = [pathlib.Path(source) for source in config.init.source.split(",") if source]
+    if not (workdir / "config.json").exists() or all((p / "config.json").exists() for p in parents):
+        return config
+    stored = reading.load_json(workdir)
+    if stored.init.source != config.init.source:
+        return config
+    config = config.copy_and_resolve_references()
+    if not config.model.preset and config.model.vocab_size is None:
+        config.model.update({n: v for n, v in stored.model.items() if v is not None})
+    if not config.data.tokenizer or not pathlib.Path(config.data.tokenizer).exists():
+        config.data.tokenizer = tokenizer_of(workdir)
+    config.data.sequence_length = config.data.sequence_length or stored.data.sequence_length
     return config
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from moe_jax.config import checks
-from moe_jax.config.checks import NOT_NEGATIVE, POSITIVE, SHARE, ConfigError, one_of
+from moe_jax.config.checks import DECAY_RATE, NOT_NEGATIVE, POSITIVE, SHARE, ConfigError, one_of
 from moe_jax.model.fields import Need
 from moe_jax.upcycle import recipes, router_init
 
@@ -147,6 +147,7 @@ class Data(Section, path="data", fixed=True):
         "",
         "bytes, or the path of a tokenizer.json or SentencePiece model; empty is that of "
         "init.source, or bytes without one",
+        fixed=False,  # a moved file is the same tokenizer; the tokens themselves are compared
     )
     other_tokenizer: bool = key(
         False,
@@ -191,7 +192,7 @@ class AdaptiveBalance(Section, path="balance.adaptive", needs=(SPARSE, ROUTED, A
 
     rate: float = key(0.2, "adaptive coefficient at a drop rate of 1", NOT_NEGATIVE)
     maximum: float = key(0.01, "largest adaptive coefficient", NOT_NEGATIVE)
-    beta: float = key(0.99, "share of an adaptive coefficient that a step keeps", SHARE)
+    beta: float = key(0.99, "share of an adaptive coefficient that a step keeps", DECAY_RATE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -312,8 +313,8 @@ class Optimizer(Section, path="optimizer"):
     )
     decay_steps: int = key(0, "steps of the linear decay of wsd", NOT_NEGATIVE, WSD)
     final_learning_rate_ratio: float = key(0.1, "last learning rate over the largest", SHARE, DECAY)
-    beta1: float = key(0.9, "decay of Adam's first moments", SHARE)
-    beta2: float = key(0.95, "decay of Adam's second moments", SHARE)
+    beta1: float = key(0.9, "decay of Adam's first moments", DECAY_RATE)
+    beta2: float = key(0.95, "decay of Adam's second moments", DECAY_RATE)
     epsilon: float = key(1e-8, "number that Adam adds to the root of second moments", POSITIVE)
     weight_decay: float = key(0.1, "weight decay, decoupled as in AdamW", NOT_NEGATIVE)
     no_weight_decay: str = key(

@@ -2,12 +2,48 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import pathlib
 
 import grain
 import numpy as np
+
+ARRAYS = ("pairs.npy", "label_ids.npy")
+RECORDS = "tokens.array_record"  # this format detects damage when a record is read
+
+
+class DamagedError(ValueError):
+    """The folder's contents have changed since they were written."""
+
+
+def seal(folder: pathlib.Path, facts: dict) -> None:
+    """Writes the facts of a corpus, with hashes by which `TokenizedCorpus.load` detects damage."""
+    sealed = {"facts": facts, **_hashes(folder), "records": (folder / RECORDS).stat().st_size}
+    meta = {**sealed, "sha256": _hash(json.dumps(sealed).encode())}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _hashes(folder: pathlib.Path) -> dict[str, str]:
+    return {name: _hash((folder / name).read_bytes()) for name in ARRAYS}
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _facts(folder: pathlib.Path) -> dict:
+    """The facts that `seal` wrote, if the folder is unchanged since then."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if meta.pop("sha256") != _hash(json.dumps(meta).encode()):
+        raise ValueError("meta.json")
+    for name, digest in _hashes(folder).items():
+        if meta[name] != digest:
+            raise ValueError(name)
+    if meta["records"] != (folder / RECORDS).stat().st_size:
+        raise ValueError(RECORDS)
+    return meta["facts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +61,11 @@ class TokenizedCorpus:
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "TokenizedCorpus":
-        meta = json.loads((folder / "meta.json").read_text())
+        """The corpus in a folder; raises DamagedError if it has changed since it was written."""
+        try:
+            meta = _facts(folder)
+        except Exception as error:  # damaged JSON text or arrays can raise any type
+            raise DamagedError(f"{folder} is damaged ({error!r})") from error
         return cls(
             folder=folder,
             labels=tuple(meta["labels"]),
@@ -39,7 +79,7 @@ class TokenizedCorpus:
 
     @functools.cached_property
     def _records(self) -> grain.sources.ArrayRecordDataSource:
-        return grain.sources.ArrayRecordDataSource(str(self.folder / "tokens.array_record"))
+        return grain.sources.ArrayRecordDataSource(str(self.folder / RECORDS))
 
     def tokens(self, record: int) -> np.ndarray:
         """The tokens of a record; raises ValueError if it is damaged."""
@@ -48,7 +88,7 @@ class TokenizedCorpus:
             if len(tokens) != self.pairs[record] + 1:
                 raise ValueError(f"record {record}")
         except Exception as error:  # the reader has no exception class for damaged files
-            raise ValueError(f"{self.folder} is damaged ({error}); delete the folder") from error
+            raise DamagedError(f"{self.folder} is damaged ({error}); delete the folder") from error
         return tokens
 
     @property

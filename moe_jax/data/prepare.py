@@ -3,8 +3,8 @@
 import collections
 import hashlib
 import json
-import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,20 +12,15 @@ import tqdm
 from array_record.python import array_record_module
 
 from moe_jax import files
-from moe_jax.data import sources, text_files
-from moe_jax.data.corpus import TokenizedCorpus
+from moe_jax.data import corpus, sources, text_files
+from moe_jax.data.cache import DATASETS, writing
+from moe_jax.data.corpus import DamagedError, TokenizedCorpus
 from moe_jax.data.document import Document
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.parallel import distributed
 
-FORMAT = 3  # the version of the cache's format, a part of its key
-DATASETS = "tfds"  # the folder in the cache for datasets that TFDS prepares
+FORMAT = 4  # the version of the cache's format, a part of its key
 RECORD_TOKENS = 65_536  # a longer document is split into several records
-
-
-def cache_folder(cache_dir: str) -> pathlib.Path:
-    """`cache_dir`, or if it is "", $XDG_CACHE_HOME/moe_jax (by default ~/.cache/moe_jax)."""
-    user = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return pathlib.Path(cache_dir) if cache_dir else user / "moe_jax"
 
 
 def open_corpus(
@@ -46,18 +41,23 @@ def open_corpus(
     content = sources.fingerprint(source, datasets)
     key = [FORMAT, content, split, validation_fraction, tokenizer.fingerprint]
     folder = cache / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-    if not folder.exists():
-        documents = sources.documents(
-            source, split, validation_fraction=validation_fraction, data_dir=datasets
-        )
-        with files.whole_folder(folder, shared=True) as unfinished:
-            num_records = _tokenize(documents, tokenizer, unfinished, f"{source} {split}")
-            if not num_records:
-                raise ValueError(
-                    f"data.source={source!r} has no {split} documents; set config.data."
-                    "validation_fraction to another value, or give more text: each .jsonl record "
-                    f"and {text_files.PART_CHARACTERS:,} characters of .txt are one document"
-                )
+    if folder.exists():
+        try:
+            return TokenizedCorpus.load(folder)
+        except DamagedError as error:
+            distributed.say(f"{error}; it is made anew")
+            shutil.rmtree(folder, ignore_errors=True)
+    documents = sources.documents(
+        source, split, validation_fraction=validation_fraction, data_dir=datasets
+    )
+    with writing(cache), files.whole_folder(folder, shared=True) as unfinished:
+        num_records = _tokenize(documents, tokenizer, unfinished, f"{source} {split}")
+        if not num_records:
+            raise ValueError(
+                f"data.source={source!r} has no {split} documents; set config.data."
+                "validation_fraction to another value, or give more text: each .jsonl record "
+                f"and {text_files.PART_CHARACTERS:,} characters of .txt are one document"
+            )
     return TokenizedCorpus.load(folder)
 
 
@@ -99,5 +99,5 @@ def _tokenize(
         "byte_counts": byte_counts.tolist(),
         "digest": digest.hexdigest(),
     }
-    (folder / "meta.json").write_text(json.dumps(meta))
+    corpus.seal(folder, meta)
     return len(pairs)

@@ -1,10 +1,13 @@
 """TFDS datasets as a source: the package's own, and those that the user has prepared."""
 
 import contextlib
+import functools
 import io
 import pathlib
 from collections.abc import Iterator
 
+from moe_jax import files
+from moe_jax.data.cache import writing
 from moe_jax.data.document import Document
 
 PREFIX = "tfds:"
@@ -58,13 +61,15 @@ def _builder(spec: str, data_dir: pathlib.Path):
     from moe_jax.data import corpora
 
     name = EMBEDDED if spec == "embedded" else spec.removeprefix(PREFIX)
-    data_dir.mkdir(parents=True, exist_ok=True)
     if name in corpora.BUILDERS:
-        builder = corpora.BUILDERS[name](data_dir=data_dir, file_format="array_record")
-        # TFDS prepares in a temporary folder and renames it, so processes may do this concurrently.
-        tfds.disable_progress_bar()  # preparing takes only two seconds
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare()
+        make = functools.partial(corpora.BUILDERS[name], file_format="array_record")
+        if not pathlib.Path((builder := make(data_dir=data_dir)).data_dir).exists():
+            tfds.disable_progress_bar()  # preparing takes only two seconds
+            # Locked, because TFDS removes what another process is preparing at the same time.
+            with writing(data_dir), files.alone(data_dir / f".{name}.lock"):
+                builder = make(data_dir=data_dir)
+                with contextlib.redirect_stdout(io.StringIO()):
+                    builder.download_and_prepare()
         return builder
     try:
         return tfds.builder(name, data_dir=data_dir)

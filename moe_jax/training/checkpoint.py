@@ -6,7 +6,9 @@ them.
 """
 
 import dataclasses
+import os
 import pathlib
+import re
 import shutil
 import zlib
 
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 
-from moe_jax import tree
+from moe_jax import files, tree
 from moe_jax.parallel import distributed
 
 
@@ -27,33 +29,83 @@ class Restored:
     config: dict
 
 
-class _Mismatch(ValueError):
+class Mismatch(ValueError):
     """The checkpoint is intact, but its state is not the one requested."""
 
 
-def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict, keep: int) -> None:
-    """Writes <directory>/<step> atomically, then deletes all but the newest `keep` checkpoints.
+class NoneVerifies(ValueError):
+    """There are checkpoints, but none of them verifies."""
 
-    With several processes, each writes its parts of the leaves into the same `directory`.
+
+def save(
+    directory: pathlib.Path,
+    step: int,
+    state,
+    *,
+    data: dict,
+    config: dict,
+    keep: int,
+    sound: frozenset[int] = frozenset(),
+) -> frozenset[int]:
+    """Writes <directory>/<step> atomically, then deletes older checkpoints.
+
+    With several processes, each writes its parts of the leaves into the same `directory`. `sound`
+    are the steps known to verify. Returns the newest `keep` of these and the new step; once there
+    are that many, older checkpoints are deleted. A folder that is not a checkpoint of the step in
+    its name is never deleted; if one is in the new checkpoint's place, it is renamed.
     """
     leaves = tree.flatten(state)
     meta = {
-        "data": data,
+        "data": {**data, "step": step},
         "config": config,
         "leaves": {path: [list(x.shape), str(x.dtype)] for path, x in leaves.items()},
         "digests": digests(leaves),
     }
-    ocp.save_checkpointables(
-        (directory / str(step)).absolute(), {"state": leaves, "meta": meta}, overwrite=True
-    )
-    if distributed.is_first():
-        for old in steps(directory)[:-keep]:
-            shutil.rmtree(directory / str(old))
+    folder = (directory / str(step)).absolute()
+    if distributed.is_first() and os.path.lexists(folder):
+        aside = files.set_aside(folder, "unverified")
+        distributed.say(f"{folder} was there and had not been read: it is renamed to {aside.name}")
+    distributed.of_first(None)  # the others wait until the path is free
+    ocp.save_checkpointables(folder, {"state": leaves, "meta": meta})
+    kept = frozenset(sorted(sound | {step})[-keep:])
+    if distributed.is_first() and len(kept) == keep:
+        for old in steps(directory):
+            if old < min(kept) and _is_of_its_name(directory / str(old)):
+                shutil.rmtree(directory / str(old))
+    return kept
 
 
 def steps(directory: pathlib.Path) -> list[int]:
     """The steps that have a folder, oldest first; their checkpoints may fail verification."""
-    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit() and p.is_dir())
+    folders = (p for p in directory.glob("*") if p.is_dir() and not p.is_symlink())
+    return sorted(int(p.name) for p in folders if re.fullmatch("0|[1-9][0-9]*", p.name, re.ASCII))
+
+
+def newest_data(directory: pathlib.Path) -> dict:
+    """The `data` of the newest checkpoint whose step matches its name, unverified; {} if none."""
+    found = (directory / str(step) for step in reversed(steps(directory)))
+    return next((_meta(folder)["data"] for folder in found if _is_of_its_name(folder)), {})
+
+
+def remove_unfinished(directory: pathlib.Path) -> None:
+    """Removes the temporary folders left by a run that was killed while saving."""
+    for path in directory.glob("*.orbax-checkpoint-tmp*"):
+        if re.fullmatch(r"[0-9]+\.orbax-checkpoint-tmp.*", path.name) and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+def _is_of_its_name(folder: pathlib.Path) -> bool:
+    """True if the folder is a checkpoint of the step in its name."""
+    try:
+        return _meta(folder)["data"]["step"] == int(folder.name)
+    except Exception:  # damaged files make Orbax and TensorStore raise any type
+        return False
+
+
+def _meta(folder: pathlib.Path) -> dict:
+    _check_links(folder)
+    with _reading():
+        return ocp.load_checkpointables(folder.absolute(), {"meta": None})["meta"]
 
 
 def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
@@ -63,7 +115,7 @@ def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
       abstract_state: `jax.ShapeDtypeStruct`s with the shardings to restore to, which may differ
         from the shardings at saving.
 
-    Raises: ValueError if the checkpoint's leaves are not those of `abstract_state`.
+    Raises: Mismatch if the checkpoint's leaves are not those of `abstract_state`; NoneVerifies.
     """
     abstract = tree.flatten(abstract_state)
     found = _newest(directory, abstract)
@@ -71,7 +123,7 @@ def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
         return None
     step, leaves, meta = found
     if surplus := sorted(set(meta["leaves"]) - set(abstract)):
-        raise ValueError(f"{directory / str(step)} also holds {', '.join(surplus)}: another model?")
+        raise Mismatch(f"{directory / str(step)} also holds {', '.join(surplus)}: another model?")
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
     return Restored(step, state, meta["data"], meta["config"])
 
@@ -128,7 +180,8 @@ def _newest(
 
     All processes restore the same one: if any of them cannot read a checkpoint, none uses it.
     """
-    for step in reversed(distributed.of_first(steps(directory))):
+    found, reason = distributed.of_first(steps(directory)), ""
+    for step in reversed(found):
         try:
             with distributed.together(ValueError):
                 leaves, meta = _load((directory / str(step)).absolute(), abstract, own_dtypes)
@@ -136,20 +189,25 @@ def _newest(
                 if digest != meta["digests"][path]:
                     raise ValueError(f"{path} has another digest than it was saved with")
             return step, leaves, meta
-        except _Mismatch:
+        except Mismatch:
             raise
         except Exception as error:  # damaged files make Orbax and TensorStore raise any type
             reason = " ".join(str(error).split())[:300]
             logging.warning("checkpoint %s does not verify: %s", directory / str(step), reason)
+    if found:
+        raise NoneVerifies(
+            f"none of the {len(found)} checkpoints in {directory} verifies (the oldest: {reason}); "
+            "restore one from a copy, or move them away to begin anew"
+        )
     return None
 
 
 def _load(folder: pathlib.Path, abstract: dict, own_dtypes: bool) -> tuple[dict, dict]:
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{path} is a link out of the checkpoint")
-    with _reading():
-        meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
+    meta = _meta(folder)
+    if (step := meta["data"].get("step")) != int(folder.name):
+        raise ValueError(
+            f"it is a checkpoint of step {step}, not of the step that it is named after"
+        )
     if own_dtypes:
         abstract = {
             path: leaf.update(dtype=jnp.dtype(meta["leaves"].get(path, [None, leaf.dtype])[1]))
@@ -164,10 +222,16 @@ def _load(folder: pathlib.Path, abstract: dict, own_dtypes: bool) -> tuple[dict,
             problems.append(f"{path} is {saved[1]}{saved[0]}, not {leaf.dtype}{list(leaf.shape)}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise _Mismatch(f"{folder} is of another model: {'; '.join(problems[:5])}{more}")
+        raise Mismatch(f"{folder} is of another model: {'; '.join(problems[:5])}{more}")
     with _reading():
         leaves = ocp.load_checkpointables(folder, {"state": abstract})["state"]
     return {path: leaves[path] for path in abstract}, meta
+
+
+def _check_links(folder: pathlib.Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} is a link out of the checkpoint")
 
 
 def _reading() -> ocp.Context:

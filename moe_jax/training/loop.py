@@ -26,7 +26,7 @@ class Parts:
 
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Measures]]
     evaluators: Mapping[str, Scheduled]
-    save: Callable[[int, TrainState], None]
+    save: Callable[[int, TrainState, int], None]  # (step, state, number of steps skipped so far)
     write: Callable[[dict], None]  # writes a row of metrics.jsonl
     tokens_per_step: int
     model_flops_per_token: float
@@ -36,9 +36,16 @@ class Parts:
 
 
 def run(
-    state: TrainState, start: int, batches: Iterator[Batch], settings: configs.Run, parts: Parts
+    state: TrainState,
+    start: int,
+    batches: Iterator[Batch],
+    settings: configs.Run,
+    parts: Parts,
+    skipped: int = 0,
 ) -> tuple[TrainState, dict]:
-    """Trains from step `start` to `training.num_steps`; returns the evaluators' last results too.
+    """Trains to `training.num_steps`; returns the evaluators' last results too.
+
+    The first `start` steps are already done; `skipped` of them made no update.
 
     Within a step the order is checkpoint, evaluators, train step: a run restored at that step
     continues with the evaluators and writes the same rows. A signal to one process stops all
@@ -48,7 +55,7 @@ def run(
     consecutive steps were not finite.
     """
     last = settings.training.num_steps
-    log = _TrainingLog(settings, parts, start)
+    log = _TrainingLog(settings, parts, start, skipped)
     results: dict = {}
     silent = None if distributed.is_first() else True  # None: silent only without a terminal
     progress = tqdm.tqdm(total=last, initial=start, unit="step", disable=silent, dynamic_ncols=True)
@@ -58,7 +65,7 @@ def run(
             due = step % settings.checkpoint.every_steps == 0 or step == last or stopped_by
             if step > start and due:
                 log.flush()
-                parts.save(step, state)
+                parts.save(step, state, log.skipped)
             if stopped_by:
                 name = signal.Signals(stopped_by).name
                 distributed.say(f"stopped by {name} at step {step}; saved, run again to go on")
@@ -80,7 +87,7 @@ def run(
                 log.pending = (step + 1, step_measures)
                 bar.update()
                 bar.set_postfix(log.shown, refresh=False)
-    return state, results
+    return state, {**results, "skipped_steps": log.skipped}
 
 
 class _TrainingLog:
@@ -90,20 +97,27 @@ class _TrainingLog:
     for the host.
     """
 
-    def __init__(self, settings: configs.Run, parts: Parts, start: int):
+    def __init__(self, settings: configs.Run, parts: Parts, start: int, skipped: int):
         self.pending: tuple[int, Measures] | None = None
         self.shown: dict[str, str] = {}
         self._settings, self._parts = settings, parts
         self._nonfinite_in_a_row = 0
+        self.skipped = skipped
         self._timed_step, self._since = start, time.monotonic()
 
     def flush(self) -> None:
         if self.pending is None:
             return
         (step, step_measures), self.pending = self.pending, None
-        skipped = jax.device_get(step_measures.skipped)
+        skipped, diverged = jax.device_get((step_measures.skipped, step_measures.diverged))
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
+        self.skipped += int(skipped)
         training = self._settings.training
+        if skipped:
+            distributed.say(
+                f"step {step}: loss or gradient not finite, no update was made "
+                f"({self.skipped} in this run)"
+            )
         if step % training.log_every == 0 or step == training.num_steps:
             row = self._row(step, jax.device_get(step_measures))
             self._parts.write(row)
@@ -115,6 +129,13 @@ class _TrainingLog:
             distributed.say(
                 f"loss or gradient not finite for {self._nonfinite_in_a_row} steps up to {step}; "
                 "their updates were skipped. Lower config.optimizer.learning_rate and run again"
+            )
+            raise SystemExit(command_line.EXIT_NONFINITE)
+        if diverged:
+            distributed.say(
+                f"the update of step {step} made parameters that are not finite; they are not "
+                "saved. Lower config.optimizer.learning_rate and run again: it goes on from the "
+                "newest checkpoint"
             )
             raise SystemExit(command_line.EXIT_NONFINITE)
 

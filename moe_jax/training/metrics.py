@@ -22,24 +22,29 @@ def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dic
     A row has `step`; its values are numbers, arrays, text, or dicts of these. Numbers that are not
     finite become null, because JSON cannot express them. In all processes but the first the
     function does nothing. Before it returns, rows that the run will write again are removed: those
-    of steps after the checkpoint at `resume_step`, and the evaluators' rows of that step itself.
+    of steps after the checkpoint at `resume_step`, and the evaluators' rows of that step itself. A
+    file with a damaged line is kept under another name, and its other lines are used.
     """
     if not distributed.is_first():
         yield lambda row: None
         return
     path = workdir / "metrics.jsonl"
-    kept = [row for row in read(path) if _is_before(row, resume_step)] if resume_step else []
+    rows, damaged = _rows(path)
+    if damaged:
+        aside = files.set_aside(path, "damaged")
+        distributed.say(f"{damaged[0]}: the file is kept as {aside.name}, the other lines go on")
+    kept = [row for row in rows if _is_before(row, resume_step)] if resume_step else []
     files.write_text(path, "".join(_line(row) for row in kept))
     folder = str(workdir / "tensorboard")
     board = tensorboardX.SummaryWriter(folder, purge_step=resume_step or None)
     with open(path, "a", encoding="utf-8") as jsonl, board:
 
         def write(row: dict) -> None:
-            plain = _plain(row)
-            jsonl.write(_line(plain))
+            values = plain(row)
+            jsonl.write(_line(values))
             jsonl.flush()
             try:
-                for name, value in _scalars(plain):
+                for name, value in _scalars(values):
                     board.add_scalar(name, value, row["step"])
                 board.flush()
             except OSError as error:  # not worth ending a run: metrics.jsonl has the same numbers
@@ -49,11 +54,31 @@ def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dic
 
 
 def read(path: pathlib.Path) -> list[dict]:
-    """The rows of a metrics.jsonl, without an incomplete last line from a killed run."""
+    """The rows of a metrics.jsonl, without an incomplete last line from a killed run.
+
+    Raises: ValueError for a damaged line.
+    """
+    rows, damaged = _rows(path)
+    if damaged:
+        raise ValueError(f"{damaged[0]}; remove the line")
+    return rows
+
+
+def _rows(path: pathlib.Path) -> tuple[list[dict], list[str]]:
+    """The rows, and a message for each line that is not a row."""
     if not path.exists():
-        return []
+        return [], []
+    rows, damaged = [], []
     # `splitlines` would also split at Unicode line separators, which JSON text may contain.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line.decode())
+            if type(row["step"]) is not int:
+                raise ValueError("its step is no whole number")
+            rows.append(row)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            damaged.append(f"{path}, line {number}, is damaged ({error!r})"[:300])
+    return rows, damaged
 
 
 def _is_before(row: dict, step: int) -> bool:
@@ -64,13 +89,14 @@ def _line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _plain(value):
+def plain(value):
+    """The value in a form that JSON can hold: numbers that are not finite become None."""
     if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
+        return {name: plain(v) for name, v in value.items()}
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple | np.ndarray | jax.Array) and np.ndim(value):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     value = np.asarray(value)
     if np.issubdtype(value.dtype, np.floating):
         # `str` gives the shortest text that reads back as the same float32 or float64.

@@ -49,6 +49,7 @@ class Measures:
     learning_rate: jax.Array | None = None  # this update's; the next one's if this one is skipped
     # True if loss or gradient were not finite, so that no update was made.
     skipped: jax.Array | None = None
+    diverged: jax.Array | None = None  # True if the update made parameters non-finite
     load_balancing_coefficients_L: jax.Array | None = None  # None if they do not adapt
 
     @property

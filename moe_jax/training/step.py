@@ -54,21 +54,30 @@ def make_train_step(
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             params, router_state = balance.updated(params, state.router_state, run, measures)
-            return TrainState(state.step, params, opt_state, router_state)
+            return TrainState(state.step, params, opt_state, router_state), _all_finite(params)
 
         # With a `where` on each array, XLA:CPU would compute the moments twice, once for themselves
         # and once for the parameters: 116 ms instead of 46 ms for 25 million parameters.
-        new = jax.lax.cond(finite, updated, lambda state, _: state, state, grads)
+        unchanged = jnp.bool(True)
+        new, sound = jax.lax.cond(
+            finite, updated, lambda state, _: (state, unchanged), state, grads
+        )
         return new.replace(step=state.step + 1), measures.replace(
             gradient_norm=norm,
             learning_rate=optimizer.learning_rate(
                 run.optimizer, run.training.num_steps, state.opt_state
             ),
             skipped=~finite,
+            diverged=~sound,
             load_balancing_coefficients_L=state.router_state.coefficients_L,
         )
 
     return train_step
+
+
+def _all_finite(params: dict) -> jax.Array:
+    finite = jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
+    return jax.tree.reduce(jnp.logical_and, finite)
 
 
 def over_microbatches(function: Callable, *, batch: Batch, key: jax.Array, number: int):

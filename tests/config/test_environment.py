@@ -24,7 +24,6 @@ FIXED = {
     "training.batch_size": 64,
     "model.router": "topk_softmax",
     "data.source": "tfds:lm1b",
-    "data.tokenizer": "other.model",
     "data.sequence_length": 64,
     "data.validation_fraction": 0.3,
 }

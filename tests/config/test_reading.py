@@ -55,6 +55,22 @@ def test_a_file_a_flag_and_an_argument_are_read(tmp_path):
     assert configs.load(f"{path}:olmoe-1b-7b").model.preset == "olmoe-1b-7b"
 
 
+@pytest.mark.parametrize("folder", ["runs 12:30", "a:b:c"])
+def test_a_path_may_have_colons(folder, tmp_path):
+    (tmp_path / folder).mkdir()
+    path = file_with(tmp_path / folder)
+    assert configs.load(path).model.preset == configs.load(file_with(tmp_path)).model.preset
+    assert configs.load(f"{path}:olmoe-1b-7b").model.preset == "olmoe-1b-7b"
+
+
+def test_none_unsets_a_key_that_need_not_be_set_and_no_other(tmp_path):
+    path = file_with(tmp_path, "config.model.sliding_window = 64")
+    assert configs.load(path, {"model.sliding_window": None}).model.sliding_window is None
+    assert configs.load(path).model.sliding_window == 64
+    with pytest.raises(configs.ConfigError, match="num_steps=None is not a whole number"):
+        configs.load(path, {"training.num_steps": None})
+
+
 def test_rules_of_paths_are_set_on_the_command_line(tmp_path):
     rules = (("moe/experts", 0.5), ("embed", 2))
     config = configs.load(file_with(tmp_path), {"optimizer.learning_rate_factors": rules})

@@ -16,6 +16,7 @@ WRONG = {
     checks.POSITIVE: (0, -1, *NOT_FINITE),
     checks.NOT_NEGATIVE: (-1, -1e-9, *NOT_FINITE),
     checks.SHARE: (-0.01, 1.01, *NOT_FINITE),
+    checks.DECAY_RATE: (-0.01, 1.0, 1.01, *NOT_FINITE),
     checks.AXIS_SIZE: (0, -2, *NOT_FINITE),
     checks.seed: (-1, 2**31),
     checks.pattern: ("(", "*a"),

@@ -2,10 +2,13 @@
 
 import json
 import pathlib
+import random
+import shutil
 
 import pytest
 
 from moe_jax.data import prepare, tokenizers
+from moe_jax.data.cache import cache_folder
 
 BYTES = tokenizers.ByteTokenizer()
 # Languages of unequal size; texts without a byte, shorter than a row, and longer than a record.
@@ -123,7 +126,76 @@ def test_a_split_without_documents_is_refused_and_not_kept(tmp_path):
 
 def test_the_cache_is_the_users_unless_a_folder_is_given(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert prepare.cache_folder("") == pathlib.Path("/xdg/moe_jax")
-    assert prepare.cache_folder("mine") == pathlib.Path("mine")
+    assert cache_folder("") == pathlib.Path("/xdg/moe_jax")
+    assert cache_folder("mine") == pathlib.Path("mine")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert prepare.cache_folder("") == pathlib.Path.home() / ".cache" / "moe_jax"
+    assert cache_folder("") == pathlib.Path.home() / ".cache" / "moe_jax"
+
+
+def test_a_person_without_a_home_is_told_what_to_set(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    assert cache_folder("mine") == pathlib.Path("mine")
+    with pytest.raises(ValueError, match="no home folder .* set config.data.cache_dir"):
+        cache_folder("")
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["no room", "no folder"])
+def test_a_cache_that_cannot_be_written_is_named_with_the_key_to_set(full, tmp_path, monkeypatch):
+    source = write(tmp_path / "a.jsonl")
+    if full:
+
+        def no_room(*_):
+            raise RuntimeError("write() failed: No space left on device")
+
+        monkeypatch.setattr(prepare, "_tokenize", no_room)
+    else:
+        (tmp_path / "tokens").write_text("a file in the way")
+    with pytest.raises(ValueError, match="cache .* cannot be written: .*; set config"):
+        open_corpus(source, tmp_path)
+
+
+def flipped(path, rng):
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def emptied(path, rng):
+    path.write_bytes(b"")
+
+
+def halved(path, rng):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def removed(path, rng):
+    path.unlink()
+
+
+NAMES = ("meta.json", "pairs.npy", "label_ids.npy", "tokens.array_record")
+
+
+@pytest.mark.parametrize("damage", [flipped, emptied, halved, removed])
+@pytest.mark.parametrize("name", NAMES)
+def test_damage_to_a_file_of_the_cache_is_made_anew_or_named(name, damage, tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl")
+    whole = open_corpus(source, tmp_path)
+    tokens, rng = tokens_of(whole), random.Random(0)
+    for _ in range(20 if damage is flipped else 1):
+        damage(whole.folder / name, rng)
+        corpus = open_corpus(source, tmp_path)
+        try:
+            found = (corpus.labels, corpus.digest, tokens_of(corpus))
+            assert found == (whole.labels, whole.digest, tokens)
+        except prepare.DamagedError as error:
+            assert name == NAMES[-1] and str(whole.folder) in str(error)
+            shutil.rmtree(whole.folder)
+            open_corpus(source, tmp_path)
+
+
+def test_the_folder_can_be_read_by_others_as_the_umask_says(tmp_path):
+    folder = open_corpus(write(tmp_path / "a.jsonl"), tmp_path).folder
+    (tmp_path / "usual").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "usual").stat().st_mode

@@ -54,9 +54,71 @@ def test_the_newest_is_restored_bitwise_with_its_data_and_config(directory):
     assert checkpoint.restore_latest(directory / "nothing", SHAPES) is None
 
 
-def test_only_the_newest_are_kept(directory):
-    checkpoint.save(directory, 3, state_of(3), data={"step": 3}, config={}, keep=2)
-    assert checkpoint.steps(directory) == [2, 3]
+def save(directory, step, keep, sound=frozenset()):
+    how = {"data": {}, "config": {}, "keep": keep, "sound": sound}
+    return checkpoint.save(directory, step, state_of(step), **how)
+
+
+def test_only_the_newest_that_verify_are_kept(directory):
+    sound = save(directory, 3, keep=2)  # it is not known whether 2 verifies, so 1 stays too
+    assert (sound, checkpoint.steps(directory)) == ({3}, [1, 2, 3])
+    sound = save(directory, 4, keep=2, sound=sound)
+    assert (sound, checkpoint.steps(directory)) == ({3, 4}, [3, 4])
+    assert save(directory, 5, keep=1, sound=sound) == {5}
+    assert checkpoint.steps(directory) == [5]
+
+
+def damaged(folder):
+    for path in folder.rglob("manifest.ocdbt"):
+        path.unlink()
+
+
+def test_what_was_saved_last_stays_beside_later_ones_that_do_not_verify(directory):
+    (directory / "2").rename(directory / "20")  # so that the step inside is another
+    sound = save(directory, 15, keep=1)
+    assert checkpoint.steps(directory) == [15, 20]
+    assert_is(checkpoint.restore_latest(directory, SHAPES), 15)
+    save(directory, 20, keep=1, sound=sound)
+    assert (directory / "20.unverified-1").is_dir() and checkpoint.steps(directory) == [20]
+    assert_is(checkpoint.restore_latest(directory, SHAPES), 20)
+
+
+STRANGE = ("999999", "0001", "²", "1.5", "notes", "best", "3")
+
+
+def test_folders_that_are_no_checkpoints_are_neither_believed_nor_deleted(directory, tmp_path):
+    for name in STRANGE[:4]:
+        shutil.copytree(directory / "1", directory / name)
+    (directory / "notes").mkdir()
+    (directory / "best").symlink_to(directory / "1")
+    (directory / "3").symlink_to(shutil.copytree(directory / "1", tmp_path / "3"))
+    assert_is(checkpoint.restore_latest(directory, SHAPES), 2)
+    save(directory, 1_000_000, keep=1, sound=frozenset({2}))
+    assert {path.name for path in directory.iterdir()} == {*STRANGE, "1000000"}
+
+
+@pytest.mark.parametrize(
+    "damage", [damaged, lambda folder: [f.unlink() for f in folder.rglob("*") if f.is_file()]]
+)
+def test_where_none_verifies_nothing_is_begun_anew(directory, damage):
+    for step in ("1", "2"):
+        damage(directory / step)
+    with pytest.raises(checkpoint.NoneVerifies, match="none of the 2 checkpoints in .* verifies"):
+        checkpoint.restore_latest(directory, SHAPES)
+    assert checkpoint.steps(directory) == [1, 2]
+
+
+def test_only_the_folders_of_saves_that_were_killed_are_removed(directory, tmp_path):
+    for name in (
+        "7.orbax-checkpoint-tmp",
+        "8.orbax-checkpoint-tmp-123",
+        "mine.orbax-checkpoint-tmp",
+    ):
+        (directory / name).mkdir()
+    (directory / "9.orbax-checkpoint-tmp").symlink_to(tmp_path)
+    checkpoint.remove_unfinished(directory)
+    left = {path.name for path in directory.iterdir()}
+    assert left == {"1", "2", "mine.orbax-checkpoint-tmp", "9.orbax-checkpoint-tmp"}
 
 
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(directory):

@@ -7,15 +7,26 @@ import pytest
 from moe_jax import config as configs
 from moe_jax.model import PRESETS
 from moe_jax.training import loop
+from moe_jax.training.state import Measures
 
 
 def test_a_step_with_an_implicit_transfer_is_refused():
-    settings = configs.Run(model=PRESETS["quickstart"], training=configs.Training(num_steps=1))
     host_array = np.ones(3, np.float32)
-    parts = loop.Parts(
-        train_step=lambda state, batch: (state + host_array, None),
+    parts = parts_of(lambda state, batch: (state + host_array, None))
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        loop.run(jnp.zeros(3), 0, iter([None]), settings_of(1), parts)
+
+
+def settings_of(num_steps):
+    training = configs.Training(num_steps=num_steps)
+    return configs.Run(model=PRESETS["quickstart"], training=training)
+
+
+def parts_of(train_step, saved=None):
+    return loop.Parts(
+        train_step=train_step,
         evaluators={},
-        save=lambda step, state: None,
+        save=lambda step, state, skipped: None if saved is None else saved.append((step, skipped)),
         write=lambda row: None,
         tokens_per_step=1,
         model_flops_per_token=1.0,
@@ -23,5 +34,34 @@ def test_a_step_with_an_implicit_transfer_is_refused():
         peak_flops=1.0,
         largest=lambda number: number,
     )
-    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        loop.run(jnp.zeros(3), 0, iter([None]), settings, parts)
+
+
+def step_with(outcomes):
+    """A step that is skipped or diverges as the outcome says."""
+    zero, flag = jnp.zeros(()), {True: jnp.bool(True), False: jnp.bool(False)}
+
+    def train_step(state, batch):
+        outcome = next(outcomes)
+        flags = {name: flag[outcome == name] for name in ("skipped", "diverged")}
+        return state, Measures(zero, gradient_norm=zero, learning_rate=zero, **flags)
+
+    return train_step
+
+
+def test_every_skipped_step_is_said_counted_and_in_the_checkpoint(capsys):
+    saved, outcomes = [], iter(["", "skipped", "", "skipped"])
+    parts = parts_of(step_with(outcomes), saved)
+    _, results = loop.run(jnp.zeros(3), 0, iter([None] * 4), settings_of(4), parts, skipped=5)
+    assert results == {"skipped_steps": 7} and saved == [(4, 7)]
+    said = capsys.readouterr().err
+    assert "step 2: loss or gradient not finite, no update was made (6 in this run)" in said
+    assert "step 4: " in said and "step 3: " not in said
+
+
+def test_parameters_that_are_not_finite_end_the_run_and_are_not_saved(capsys):
+    saved, outcomes = [], iter(["", "diverged"])
+    parts = parts_of(step_with(outcomes), saved)
+    with pytest.raises(SystemExit) as ended:
+        loop.run(jnp.zeros(3), 0, iter([None] * 2), settings_of(2), parts)
+    assert ended.value.code == 3 and not saved
+    assert "update of step 2 made parameters that are not finite" in capsys.readouterr().err

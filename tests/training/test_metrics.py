@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from tensorboardX.proto import event_pb2
 
 from moe_jax.training import metrics
@@ -68,3 +69,20 @@ def test_scalars_go_to_tensorboard_under_their_path(tmp_path):
         found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
         content = content[16 + size :]
     assert found == {"loss": (7, 2.5), "validation/bits_per_byte": (7, 1.5)}
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 2', b'{"step": "2"}', b"[]", b"\xff", b"", b"[" * 9999]
+)
+def test_a_damaged_line_is_named_and_a_run_goes_on_without_it(damage, tmp_path, capsys):
+    write(tmp_path, rows_of(1, 2, 3))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], damage, lines[2], b""]))
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2, is damaged .*; remove the line"):
+        metrics.read(path)
+    write(tmp_path, rows_of(4), resume_step=3)
+    assert [row["step"] for row in metrics.read(path)] == [1, 3, 4]
+    assert (tmp_path / "metrics.jsonl.damaged-1").read_bytes() == whole
+    assert "line 2" in capsys.readouterr().err

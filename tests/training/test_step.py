@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moe_jax import config as configs
@@ -202,3 +203,16 @@ def test_a_step_that_is_not_finite_leaves_parameters_and_moments_bitwise():
     )
     for name in ("params", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+
+
+def test_an_update_that_is_not_finite_is_said_though_loss_and_gradient_are():
+    """Adam with beta1=1 divides by zero; the config refuses it, and another optimizer may too."""
+    tx = optax.chain(optax.adam(1e-3, b1=1.0), optax.scale_by_schedule(lambda count: 1.0))
+    state = initial(MOE)
+    state = TrainState.create(state.params, tx, state.router_state)
+    run = dataclasses.replace(RUN, model=MOE)
+    after, metrics = jax.jit(step.make_train_step(run, tx))(state, batch_of(0))
+    assert metrics.diverged and not metrics.skipped
+    assert not np.isfinite(after.params["embed"]["tokens"]).all()
+    _, metrics = train_step(MOE)(initial(MOE), batch_of(0))
+    assert not metrics.diverged

@@ -15,6 +15,7 @@ from moe_jax.config import Run
 from moe_jax.config.sections import Balance, Optimizer
 from moe_jax.data import batches as text_batches
 from moe_jax.data import prepare, tokenizers
+from moe_jax.data.cache import cache_folder
 from moe_jax.model.router import ROUTERS
 from moe_jax.training import optimizer, step
 from moe_jax.training.state import TrainState
@@ -79,7 +80,7 @@ def batches():
         "train",
         tokenizers.load("bytes"),
         validation_fraction=0.05,
-        cache=prepare.cache_folder(""),
+        cache=cache_folder(""),
     )
     rows = text_batches.batches(
         corpus,

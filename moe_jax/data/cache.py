@@ -1,0 +1,36 @@
+"""The cache folder for tokens, TFDS datasets and compiled steps, shared by all of a user's runs."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+DATASETS = "tfds"  # the folder in the cache for datasets that TFDS prepares
+ADVICE = "set config.data.cache_dir (or XDG_CACHE_HOME) to a folder with room"
+
+
+def cache_folder(cache_dir: str) -> pathlib.Path:
+    """`cache_dir`, or if it is "", $XDG_CACHE_HOME/moe_jax (by default ~/.cache/moe_jax).
+
+    Raises: ValueError for a user without a home folder.
+    """
+    if cache_dir:
+        return pathlib.Path(cache_dir)
+    try:
+        user = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"there is no home folder for the cache; {ADVICE}") from error
+    return user / "moe_jax"
+
+
+@contextlib.contextmanager
+def writing(cache: pathlib.Path) -> Iterator[None]:
+    """Turns a failure to write into the cache in the block into a ValueError that gives the fix."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
+        named = getattr(error, "filename", None)
+        if named is not None and not pathlib.Path(named).is_relative_to(cache):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the cache {cache} cannot be written: {reason}; {ADVICE}") from error
