@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    # Imported where they are first used: a mistake on a command line is answered without jax.
+    # Imported on first use, so that a mistake on the command line is reported without loading jax.
     if name in __all__:
         return importlib.import_module(f"moe_jax.{name}")
     raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`moe_jax NAME …` starts the command of that name; `moe_jax` alone lists them all."""
+"""`moe_jax NAME …` runs the command NAME; `moe_jax` alone lists all commands."""
 
 import ast
 import importlib
@@ -23,7 +23,7 @@ def main() -> None:
         meant = spelling.did_you_mean(name, FILES)
         print(f"moe_jax: no command {name!r}{meant} (moe_jax --help lists all)", file=sys.stderr)
         sys.exit(2)
-    sys.argv[:2] = [f"moe_jax {name}"]  # the program's name in help and errors
+    sys.argv[:2] = [f"moe_jax {name}"]  # the program's name in help and error messages
     importlib.import_module(f"moe_jax.commands.{name}").main()
 
 

@@ -1,7 +1,8 @@
-"""Upcycle a dense parent or train from scratch: what each costs, and what published rules say.
+"""Upcycle a dense parent or train from scratch? Computes the cost of each, and applies published
+rules.
 
-A rule is a quantity of the budgets and the two values between which its authors' runs give no clear
-answer. All of them were found with one family of models each; none is a law of nature.
+A rule compares a quantity of the budgets with two thresholds, between which its authors' runs give
+no clear answer. Each rule was found with a single family of models; none is a law of nature.
 """
 
 import dataclasses
@@ -28,9 +29,9 @@ UPCYCLE, SCRATCH, UNCLEAR = "upcycle", "scratch", "no clear answer"
 
 
 def dense_parent(config: ModelConfig, granularity: int = 1) -> ModelConfig:
-    """The dense model that a sparse one of `granularity` was, or could have been, upcycled from.
+    """The dense model that a sparse model was, or could have been, upcycled from.
 
-    Its feed-forward is `granularity` times as wide as an expert (He et al., arXiv 2410.07524, G).
+    Its feed-forward is `granularity` times as wide as an expert (G in He et al., arXiv 2410.07524).
     """
     if granularity < 1:
         raise ValueError(f"granularity={granularity} must be at least 1")
@@ -42,13 +43,13 @@ def dense_parent(config: ModelConfig, granularity: int = 1) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Budgets:
-    """The training that a dense parent has had, and that its sparse child is to get."""
+    """The training that a dense parent has had, and the training planned for its sparse child."""
 
     moe: ModelConfig
     dense: ModelConfig
     moe_tokens: float
     dense_tokens: float
-    moe_flops_per_token: float  # trained: forward and backward
+    moe_flops_per_token: float  # in training: forward and backward
     dense_flops_per_token: float
 
     @property
@@ -69,7 +70,7 @@ def budgets(
     moe_sequence_length: int,
     dense_sequence_length: int,
 ) -> Budgets:
-    """Raises: ValueError, in one line, for models or tokens that make no comparison."""
+    """Raises: ValueError, in one line, for models or token counts that cannot be compared."""
     for name, tokens in (("dense_tokens", dense_tokens), ("moe_tokens", moe_tokens)):
         if not 0 < tokens < math.inf:
             raise ValueError(f"{name}={tokens:g} must be a finite number more than 0")
@@ -79,7 +80,7 @@ def budgets(
         raise ValueError(
             f"dense_config is a sparse model's (num_experts={dense.num_experts}); give its parent's"
         )
-    # An expert may be a shard of the parent's feed-forward, or made of some of its neurons.
+    # An expert may be a shard of the parent's feed-forward, or consist of some of its neurons.
     own = plan.OWN | plan.OF_ATTENTION | {"intermediate_size"}
     for name, ours, theirs in plan.differences(dense, moe, own):
         raise ValueError(
@@ -98,7 +99,7 @@ def budgets(
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to spend the MoE's budget; `total_flops` has the parent's where it needs one."""
+    """One way to spend the MoE's budget; `total_flops` includes the parent's if it needs one."""
 
     name: str
     tokens: float
@@ -107,7 +108,7 @@ class Way:
 
 
 def ways(b: Budgets) -> tuple[Way, ...]:
-    """The parent's own training first, then what can be made of it or without it."""
+    """The parent's own training first, then the ways to get an MoE with or without the parent."""
     own, parent = b.moe_flops, b.dense_flops
     both = own + parent
     return (
@@ -121,9 +122,9 @@ def ways(b: Budgets) -> tuple[Way, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Upcycle where the quantity is below `upcycle_below`, scratch from `scratch_from` on.
+    """Upcycle if the quantity is below `upcycle_below`; train from scratch from `scratch_from` on.
 
-    These are nan where a finding is known, but not its numbers: no value is below or above them.
+    These are nan if a finding is known but its numbers are not: every comparison with nan is False.
     """
 
     name: str
@@ -217,7 +218,7 @@ _SAYS = {  # one rule, several
 
 
 def disagreement(found: tuple[Verdict, ...]) -> str:
-    """One sentence that tells which rules say what."""
+    """One sentence that states how the rules disagree."""
     by_answer = {a: [v.rule.name for v in found if v.answer == a] for a in _SAYS}
     says = [
         f"{' and '.join(names)} {_SAYS[answer][len(names) > 1]}"
@@ -231,7 +232,7 @@ def disagreement(found: tuple[Verdict, ...]) -> str:
 
 
 def report(b: Budgets) -> str:
-    """The models, the costs, the rules and their verdicts as a text for a terminal."""
+    """The models, costs, rules and verdicts as text for a terminal."""
     found = verdicts(b)
     costs = [
         (
@@ -291,13 +292,13 @@ def _limit(limit: float) -> str:
 
 
 def _count(number: float) -> str:
-    """Three digits and a unit: 1.25 B."""
+    """A number with three digits and a unit: 1.25 B."""
     unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if number >= s), (1, ""))
     return f"{number / unit[0]:.3g} {unit[1]}".strip()
 
 
 def _aligned(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int = 1) -> list[str]:
-    """Columns as wide as their widest cell; the first `left` flush left."""
+    """Lines with columns as wide as their widest cell; the first `left` are left-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     form = "  ".join(f"{{:{'<' if i < left else '>'}{width}}}" for i, width in enumerate(widths))
     return [form.format(*row).rstrip() for row in (head, *rows)]

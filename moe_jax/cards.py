@@ -1,4 +1,4 @@
-"""The page README.md of a model's folder: what the model was made of, how, and by which command."""
+"""The model card (README.md) of a model's folder: its parents, its recipe, and the command."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import recipes, step_zero
 
 NAME = "README.md"
-TAG = "moe_jax"  # in the head of a page that is of this file
+TAG = "moe_jax"  # the tag in the header of cards written by this module
 
 
 def write(folder: pathlib.Path, page: str) -> None:
@@ -26,7 +26,7 @@ def write(folder: pathlib.Path, page: str) -> None:
 def of_upcycling(
     plan: plans.Plan, parents: list[pathlib.Path], seed: int, command: list[str]
 ) -> str:
-    """The page of a model that was just made of its parents, and is not yet trained."""
+    """The card of a model that was just upcycled from its parents and is not trained yet."""
     rows = [
         *_of_parents([parent.name for parent in parents]),
         *_of_recipe(f"`{plan.name}` ({plan.recipe.source})", plan.parameters),
@@ -38,7 +38,7 @@ def of_upcycling(
 
 
 def of_conversion(config: ModelConfig, source: pathlib.Path, command: list[str]) -> str:
-    """The page of a model that was written in another format; the source's own follows it."""
+    """The card of a model converted to another format, followed by the source's own card."""
     rows = [] if folders.is_folder(source) else list(_of_run(source))
     page = _page(config, f"converted from `{source.name}`", rows, command)
     own = source / NAME

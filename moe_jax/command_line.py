@@ -1,4 +1,4 @@
-"""The parts that all commands share: help is a module's docstring, a mistake ends in one line."""
+"""Shared by all commands: a module's docstring is its help, and a mistake ends in one line."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from typing import NoReturn
 from moe_jax import spelling, stopping
 
 EXIT_MISTAKE, EXIT_NONFINITE = 2, 3
-ENTRY = "moe_jax"  # the console's entry point, which starts sys.argv with "moe_jax NAME"
+ENTRY = "moe_jax"  # the console entry point, which sets sys.argv[0] to "moe_jax NAME"
 
 
 def started_by_entry() -> bool:
@@ -22,7 +22,7 @@ def started_by_entry() -> bool:
 
 
 def command(name: str) -> list[str]:
-    """The words that start command `name` in the way in which this one was started."""
+    """The words that start command `name` in the same way as the current one was started."""
     if started_by_entry():
         return ["python", "-m", ENTRY, name]
     script = pathlib.Path(sys.argv[0]).resolve().with_name(f"{name}.py")
@@ -31,7 +31,7 @@ def command(name: str) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Options are written out in full; a mistake is one line on stderr and exit status 2."""
+    """Options must not be abbreviated; a mistake gives one line on stderr and exit status 2."""
 
     def __init__(self, description: str):
         if started_by_entry():
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_argument(self, *names, **how):
-        """As argparse's, with the default at the end of the help and N for a whole number."""
+        """Like argparse's, with the default at the end of the help, and N for an integer."""
         if how.get("default", "") not in ("", argparse.SUPPRESS):
             how["help"] += f" (default: {how['default']})"
         if names[0].startswith("--") and how.get("type") in (int, seed):
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **how)
 
     def parse_known_args(self, args=None, namespace=None):
-        """Refuses an option that is nearly one of the parser's, before one that is missing."""
+        """Reports a misspelt option before it reports a missing one."""
         names = [name for name in self._option_string_actions if "." not in name]
         for argument in sys.argv[1:] if args is None else args:
             option = argument.partition("=")[0]
@@ -74,9 +74,9 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def refusing(self, mistakes: tuple = (ValueError, OSError)) -> Iterator[None]:
-        """A mistake raised in the block ends the program with one line and exit status 2.
+        """Ends the program with one line and exit status 2 if the block raises one of `mistakes`.
 
-        A ConfigError is a ValueError. Ctrl-C ends the program with one line too, and status 130.
+        A ConfigError is a ValueError. Ctrl-C also ends the program with one line, and status 130.
         """
         try:
             yield
@@ -97,15 +97,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def _is_of_backend(error: BaseException) -> bool:
-    """True for an error of JAX's search for devices; some of these are bare assertions."""
+    """True for an error raised when JAX looks for devices; some are bare assertions."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(pathlib.Path(frame.filename).name == "xla_bridge.py" for frame in frames)
 
 
 def typed(name: str, text: str, kind: type) -> object:
-    """The value of an option --NAME=TEXT, of which commas part a tuple.
+    """The value of an option --NAME=TEXT; commas separate the elements of a tuple.
 
-    Raises: ValueError when the text is not of that kind.
+    Raises: ValueError if the text is not of this kind.
     """
     if kind is tuple:
         return tuple(text.split(","))
@@ -139,7 +139,7 @@ def options(prefix: str, arguments: list[str]) -> dict[str, str]:
 
 
 def folder(text: str) -> pathlib.Path:
-    """An argument's type: a folder or file of this machine, that need not exist."""
+    """The type of an argument: a local folder or file, which need not exist."""
     if re.match(r"[a-z][a-z0-9]+:/", text):
         raise argparse.ArgumentTypeError(
             f"{text} is no folder of this machine; mount the bucket (gcsfuse, s3fs) and give that"
@@ -148,7 +148,7 @@ def folder(text: str) -> pathlib.Path:
 
 
 def seed(text: str) -> int:
-    """An argument's type: a whole number that can make a random key."""
+    """The type of an argument: an integer that can seed a random key."""
     number = int(text)
     if not 0 <= number < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2**31 - 1")
@@ -156,6 +156,6 @@ def seed(text: str) -> int:
 
 
 def peak_memory() -> str:
-    """The largest resident memory that this process had so far."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    """The peak resident memory of this process so far, as text."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, KiB on Linux
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder is made under a temporary name beside its own, then renamed."""
+"""Atomic writes: a file or folder is written under a temporary name next to it, then renamed."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path that becomes `path` at the end, and vanishes if anything is raised."""
+    """A temporary path that becomes `path` at the end, and is deleted if anything is raised."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
         yield unfinished
@@ -27,25 +27,25 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def set_aside(path: pathlib.Path, why: str) -> pathlib.Path:
-    """Renames a file or folder to its name with ".WHY-1" at the end, or the first free number."""
+    """Renames a file or folder by adding ".WHY-1", or the first number that is free."""
     names = (path.with_name(f"{path.name}.{why}-{n}") for n in itertools.count(1))
     return path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 @contextlib.contextmanager
 def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterator[pathlib.Path]:
-    """A temporary folder that becomes `folder` at the end, and vanishes if anything is raised.
+    """A temporary folder that becomes `folder` at the end, and is deleted if anything is raised.
 
     Args:
-      shared: another process may be making the same folder; the first one stays.
+      shared: another process may be writing the same folder; the first one finished is kept.
 
-    Raises: ValueError when `folder` exists and is not shared, unless it is empty.
+    Raises: ValueError if `folder` exists and is not shared, unless it is empty.
     """
     folder = pathlib.Path(folder)
     if not shared and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; choose another output or remove it")
     unfinished = folder.with_name(f".{folder.name}.unfinished-{uuid.uuid4().hex[:12]}")
-    unfinished.mkdir(parents=True)  # readable by others, as the umask says
+    unfinished.mkdir(parents=True)  # with the umask's permissions, unlike mkdtemp
     try:
         yield unfinished
         try:
@@ -59,7 +59,7 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
 
 @contextlib.contextmanager
 def alone(lock: pathlib.Path) -> Iterator[None]:
-    """Waits until no other process of this machine is in such a block with the same lock file."""
+    """Waits until no other process on this machine is in such a block with the same lock file."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""A run's first parameters and moments: random, from a model's folder, or upcycled."""
+"""A run's initial parameters and moments: random, from a model's folder, or upcycled."""
 
 import contextlib
 import functools
@@ -22,9 +22,9 @@ from moe_jax.upcycle import step_zero, transform
 
 
 def plan_of(settings: configs.Run) -> plans.Plan | None:
-    """The plan of the upcycling that a run's config asks for; None without a recipe.
+    """The plan of the upcycling in a run's config; None without a recipe.
 
-    Raises: ConfigError when the source's model does not fit.
+    Raises: ConfigError if the source's model does not fit.
     """
     section, sources = settings.init.upcycle, settings.init.parents
     if not section.recipe:
@@ -44,9 +44,9 @@ def plan_of(settings: configs.Run) -> plans.Plan | None:
 
 
 def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan | None) -> dict:
-    """Sharded parameters for the model of a run, as its `init` section and the plan say.
+    """Sharded parameters for a run's model, according to its `init` section and the plan.
 
-    Raises: ConfigError when the source's model does not fit.
+    Raises: ConfigError if the source's model does not fit.
     """
     create = functools.partial(model.init, settings.model)
     key = tree.fold_in(jax.random.key(settings.seed), "init")
@@ -77,7 +77,7 @@ def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan 
 
 
 def _saw_these_rows(source: str, settings: configs.Run) -> bool:
-    """True if a parent's run had the rows that this run is about to have, in their order."""
+    """True if a parent's run was trained on the rows that this run will see, in the same order."""
     if folders.is_folder(source):
         return False
     parent, own = configs.load_json(pathlib.Path(source)), settings.data
@@ -105,10 +105,11 @@ def _executed(plan: plans.Plan, parents: list[dict], settings: configs.Run, mesh
 def optimizer_state(
     settings: configs.Run, mesh: jax.sharding.Mesh, fresh: optax.OptState, plan: plans.Plan
 ) -> optax.OptState:
-    """`fresh` with Adam's moments and their count from the parent's run, routers' zero.
+    """`fresh` with Adam's moments and step count from the parent's run; routers' moments are zero.
 
     Each moment follows its weight to the same experts and the same order of neurons.
-    Raises: ConfigError when the parent has no optimizer state.
+
+    Raises: ConfigError if the parent has no optimizer state.
     """
     workdir = pathlib.Path(settings.init.source)
     if folders.is_folder(workdir):
@@ -147,8 +148,8 @@ def _is_adam(node) -> bool:
 def lineage(source: str) -> dict[str, float]:
     """The tokens and FLOPs of training behind a workdir's newest checkpoint; of "A,B", the sum.
 
-    They are 0 for source "" and for a Hugging Face folder, which does not tell. A run keeps those
-    of its parents in its own checkpoints, so that it needs the parents at its first step only.
+    They are 0 for source "" and for a Hugging Face folder, which does not record them. A run keeps
+    its parents' numbers in its own checkpoints, so it needs the parents only for its first step.
     """
     total = {"tokens": 0, "training_flops": 0.0}
     for folder in (pathlib.Path(name) for name in source.split(",") if name):
@@ -158,7 +159,7 @@ def lineage(source: str) -> dict[str, float]:
         length = run.data.sequence_length
         tokens = data.get("step", 0) * run.training.batch_size * length
         per_token = flops.model_flops(configs.model_of(folder), length)
-        earlier = data.get("lineage", {"tokens": 0, "training_flops": 0.0})  # an imported model
+        earlier = data.get("lineage", {"tokens": 0, "training_flops": 0.0})  # 0 if imported
         total["tokens"] += earlier["tokens"] + tokens
         total["training_flops"] += earlier["training_flops"] + tokens * per_token
     return total
@@ -166,12 +167,12 @@ def lineage(source: str) -> dict[str, float]:
 
 @jax.jit
 def _float32(params: dict) -> dict:
-    """Training keeps its weights in float32, whatever the source stores."""
+    """The parameters in float32, in which training keeps its weights whatever the source stores."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
 def _jit_sharded(create, mesh, argument) -> dict:
-    """Runs `create` compiled, its result sharded by the rules from the start."""
+    """Runs `create` under jit, with its result sharded by the rules from the start."""
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(create, argument)
         return jax.jit(create, out_shardings=sharding.shardings(shapes, mesh))(argument)

@@ -1,9 +1,9 @@
-"""The right name that is nearest to a misspelt one, and the line that refuses the latter."""
+"""Finds the valid name nearest to a misspelt one, and words the error for it."""
 
 import difflib
 from collections.abc import Iterable
 
-# Other codebases' names of keys, where no letters or initials lead from one to the other.
+# Other codebases' names for keys that neither letters nor initials would match.
 ELSEWHERE = {
     "top_k": "num_experts_per_tok",
     "topk": "num_experts_per_tok",
@@ -20,11 +20,11 @@ ELSEWHERE = {
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that was probably meant; None where none is near.
+    """The one of `names` that was probably meant, or None if none is near.
 
-    It is the first of: the same but for case and hyphens, another codebase's name of it, the one
-    with these initials (lr: learning_rate), the shortest that has all its words (num_layers:
-    num_hidden_layers) or begins with it, the nearest by letters.
+    It is the first match in this order: equal except for case and hyphens; another codebase's name
+    for it; the name with these initials (lr: learning_rate); the shortest name that has all its
+    words (num_layers: num_hidden_layers) or begins with it; the nearest by letters.
     """
     names = list(names)
     plain = name.lower().replace("-", "_").replace(" ", "_")
@@ -41,13 +41,13 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean X?", or nothing where no name is near."""
+    """The text "; did you mean X?", or "" if no name is near."""
     near = nearest(name, names)
     return f"; did you mean {near}?" if near else ""
 
 
 def unknown(name: str, value: str, choices: Iterable[str]) -> str:
-    """The line that refuses a value which is none of the choices."""
+    """The line that refuses a value that is not one of the choices."""
     choices = list(choices)
     near = nearest(value, choices)
     meant = f": did you mean {near!r}? Use" if near else "; use"

@@ -1,4 +1,4 @@
-"""A model's folder: a Hugging Face folder or a run's workdir, read and written alike."""
+"""A model's folder: reads and writes Hugging Face folders and runs' workdirs in the same way."""
 
 import dataclasses
 import functools
@@ -23,10 +23,10 @@ from moe_jax.upcycle import streaming
 
 
 def find(name: str) -> pathlib.Path:
-    """A model's folder by its name, by the name of a sweep's run without its id, or by a beginning
-    that only one folder has.
+    """A model's folder, found by its name, by the name of a sweep's run without its id, or by a
+    unique prefix.
 
-    Raises: ValueError for a name that none or several have.
+    Raises: ValueError for a name that matches no folder, or several.
     """
     path = pathlib.Path(name)
     if path.exists():
@@ -44,14 +44,14 @@ def find(name: str) -> pathlib.Path:
 def load_alike(
     sources: list[pathlib.Path], mesh: jax.sharding.Mesh
 ) -> tuple[model.ModelConfig, list[dict]]:
-    """The config and the parameters of models that are alike; raises ValueError if one is not."""
+    """The common config and the parameters of models; raises ValueError if they are not alike."""
     check_alike({source: configs.model_of(source) for source in sources})
     loaded = [load(source, mesh) for source in sources]
     return loaded[0][0], [params for _, params in loaded]
 
 
 def check_alike(models: dict[pathlib.Path, model.ModelConfig]) -> None:
-    """Raises ValueError for models that do not compute alike, with the fields that differ."""
+    """Raises ValueError, naming the fields that differ, for models that compute differently."""
     (first, ours), *others = models.items()
     for path, theirs in others:
         if differing := comparison.differences(theirs, ours):
@@ -64,8 +64,9 @@ def check_alike(models: dict[pathlib.Path, model.ModelConfig]) -> None:
 def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelConfig, dict]:
     """The model config and the sharded parameters of a Hugging Face folder or a run's workdir.
 
-    A run gives its newest checkpoint that verifies. Raises: ValueError for a folder that is
-    neither, or damaged.
+    For a run it loads the newest checkpoint that verifies.
+
+    Raises: ValueError for a folder that is neither, or is damaged.
     """
     if folders.is_folder(workdir):
         return hf.load(workdir, mesh=mesh)
@@ -77,7 +78,7 @@ def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelCon
 
 
 def end_ids(workdir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """The ids that end a text of the model: a folder's own, or those that ended training texts."""
+    """The ids that end a generated text: from the folder, or those that ended training texts."""
     is_folder = folders.is_folder(workdir)
     beside_it = workdir if is_folder else workdir / resolved.TOKENIZER
     named = tokenizer_files.ends(tokenizer_files.Folder(beside_it))
@@ -94,9 +95,11 @@ def save_as(
     source: pathlib.Path,
     dtype: str | None = None,
 ) -> None:
-    """A model as "hf", a Hugging Face folder, or "orbax", a workdir; with the source's tokenizer.
+    """Saves a model with the source's tokenizer, as a Hugging Face folder ("hf") or a workdir
+    ("orbax").
 
-    Raises: ValueError when `output` exists or cannot hold the model, or `dtype` its values.
+    Raises: ValueError if `output` exists or cannot hold the model, or `dtype` cannot hold its
+      values.
     """
     tokenizer, kept = _beside(source)
     if kind == "orbax":
@@ -114,7 +117,7 @@ def save_as(
 
 
 def _beside(source: pathlib.Path) -> tuple[str, pathlib.Path | None]:
-    """The tokenizer of a model, or "bytes", and the folder of the files that belong to it."""
+    """A model's tokenizer, or "bytes", and the folder with the files that belong to it."""
     try:
         tokenizer = configs.tokenizer_of(source)
     except ValueError:
@@ -138,9 +141,9 @@ def save(
     tokenizer: str = "bytes",
     source: pathlib.Path | None = None,
 ) -> None:
-    """A workdir with these parameters as its checkpoint of step 0, whole or not at all.
+    """Writes, atomically, a workdir with these parameters as the checkpoint of step 0.
 
-    A tokenizer that is a file is copied into it, with the other files of the folder `source`.
+    If the tokenizer is a file, it is copied there with the other files of the folder `source`.
     """
     config = configs.default()
     config.model.update(dataclasses.asdict(model_config))
@@ -168,9 +171,9 @@ def save(
 def keep_tokenizer(
     workdir: pathlib.Path, tokenizer: str, *, source: pathlib.Path | None = None
 ) -> None:
-    """Copies a tokenizer that is a file into a workdir that has none, with all that belongs to it.
+    """If the tokenizer is a file, copies it with its related files into a workdir that has none.
 
-    `source` is the folder of the files that do, by default the tokenizer's.
+    `source` is the folder with the related files, by default the tokenizer's folder.
     """
     file = pathlib.Path(tokenizer) if os.path.isfile(tokenizer) else None
     source = source or (file and file.parent)
@@ -190,9 +193,9 @@ def upcycle_folders(
     progress: bool = False,
     max_shard_bytes: int = 4 * 10**9,
 ) -> None:
-    """Writes the model that the plan makes of the parents, as a folder, an expert at a time.
+    """Executes the plan on the parents and writes a Hugging Face folder, one expert at a time.
 
-    Raises: ValueError for parents that are not alike, and as `hf.save`.
+    Raises: ValueError for parents that are not alike, and like `hf.save`.
     """
     first = parents[0]
     check_alike({parent.path: parent.config for parent in parents})

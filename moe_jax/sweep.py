@@ -1,4 +1,4 @@
-"""A sweep: the runs of one config file, a process each, and the table of their results."""
+"""A sweep: runs one process for each run of a sweep file, and writes a table of the results."""
 
 import concurrent.futures
 import csv
@@ -29,17 +29,19 @@ RESULT_COLUMNS = """steps tokens training_flops loss bits_per_byte parent_tokens
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One entry of get_sweep(). Its id is a hash of its resolved config: equal work, equal id."""
+    """One entry of get_sweep(). Its id is a hash of its resolved config, so equal runs have equal
+    ids."""
 
     name: str
     run_id: str
     workdir: pathlib.Path
-    flags: tuple[str, ...]  # --config and its overrides, as the command train takes them
-    sources: tuple[str, ...]  # the runs it starts from
-    after: tuple[str, ...]  # runs to wait for, however they end
+    flags: tuple[str, ...]  # --config and its overrides, as arguments of the command train
+    sources: tuple[str, ...]  # the runs that it starts from
+    after: tuple[str, ...]  # the runs that it waits for, even if they fail
 
     def command(self, train: Sequence[str]) -> list[str]:
-        """`train` begins with "python", and starts the command train: a script or a module."""
+        """The command of this run; `train` begins with "python" and starts the command train as a
+        script or a module."""
         return [*train, f"--workdir={self.workdir}", *self.flags]
 
     @property
@@ -48,19 +50,19 @@ class Run:
 
     @property
     def result(self) -> dict | None:
-        """The result.json of the run; None for a run that is not finished."""
+        """The run's result.json; None if it is not finished."""
         path = self.workdir / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
 
 def read(path: str, workdir: pathlib.Path) -> list[Run]:
-    """The runs of the sweep file FILE[:arg], each after the runs that it waits for.
+    """The runs of the sweep file FILE[:arg], ordered so that each follows those it waits for.
 
-    An entry of get_sweep() is {"name", "overrides": {dotted key: value}, "after": [names]}; the
-    value "@NAME" of init.source means that run's workdir, "@A,@B" those of several. A run lives in
-    <workdir>/<name>-<id>.
+    An entry of get_sweep() is {"name", "overrides": {dotted key: value}, "after": [names]}. The
+    value "@NAME" of init.source stands for that run's workdir, "@A,@B" for several. A run's workdir
+    is <workdir>/<name>-<id>.
 
-    Raises: ConfigError for a mistake in any of them, before anything runs.
+    Raises: ConfigError for a mistake in any run, before anything is started.
     """
     if "," in str(workdir):
         raise configs.ConfigError(f"--workdir={workdir}: commas separate parents; use none")
@@ -109,7 +111,7 @@ def _get_sweep(path: str) -> list[dict]:
     except configs.ConfigError as error:
         alone = "scripts/train.py runs a file without a sweep"
         raise configs.ConfigError(f"{error}; {alone}") from None
-    except Exception as error:  # whatever a person's file raises
+    except Exception as error:  # a user's file can raise any type
         raise configs.ConfigError(f"{path}: {error!r}") from error
     found = []
     for entry in entries:
@@ -155,10 +157,11 @@ def execute(
 ) -> dict[str, str]:
     """Starts all unfinished runs, at most `max_parallel` at a time; returns each run's status.
 
-    A run that fails ends only the runs that start from it. `results.csv` is written anew after
-    every run. A run prints into <its workdir>/log.txt, or to the terminal if it runs alone.
+    If a run fails, only the runs that start from it are not run. `results.csv` is rewritten after
+    every run. A run's output goes to <its workdir>/log.txt, or to the terminal if runs are started
+    one by one.
 
-    Raises: SystemExit 75 after SIGTERM or Ctrl-C; the running ones are sent SIGTERM and save.
+    Raises: SystemExit 75 after SIGTERM or Ctrl-C; running processes get SIGTERM and save.
     """
     status = {run.name: DONE if run.result else PENDING for run in runs}
     errors: dict[str, str] = {}
@@ -215,7 +218,7 @@ def execute(
 def _launch(
     run: Run, train: Sequence[str], in_terminal: bool, processes: list[subprocess.Popen]
 ) -> tuple[str, str, float]:
-    """Runs one to its end: (status, the last line that it printed if it failed, seconds)."""
+    """Executes a run to its end: (status, the last line that it printed if it failed, seconds)."""
     began = time.monotonic()
     run.workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *run.command(train)[1:]]
@@ -247,7 +250,7 @@ def _announce(runs: list[Run], run: Run, news: str) -> None:
 def write_results(
     path: pathlib.Path, runs: list[Run], status: dict[str, str], errors: dict[str, str]
 ) -> None:
-    """One row per run; the numbers of a run that is not done are empty."""
+    """Writes one row per run; the numbers of an unfinished run are empty."""
     with files.whole_file(path) as unfinished, open(unfinished, "w", newline="") as file:
         rows = csv.writer(file)
         columns = (*RESULT_COLUMNS, *measures.columns({}))
@@ -261,7 +264,7 @@ def write_results(
 
 
 def listing(runs: list[Run], train: Sequence[str]) -> str:
-    """The lines of `--list`: status, id, name and the command of each run."""
+    """The lines of `--list`: each run's status, id, name and command."""
     rows = []
     for run in runs:
         state = DONE if run.result else "begun" if run.begun else PENDING

@@ -31,13 +31,13 @@ from moe_jax.training.state import TrainState
 
 
 def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
-    """Trains as `settings` say, or goes on where the run in `workdir` stopped; returns its result.
+    """Trains with these settings, or resumes the run in `workdir`; returns the run's result.
 
-    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and at the end result.json.
-    Several processes (`parallel.distributed`) run this page together, each on its devices and its
-    rows of a batch, and process 0 writes; the workdir is the same folder for all of them.
+    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, result.json.
+    Several processes (`parallel.distributed`) execute this function together, each on its devices
+    and its rows of a batch, and process 0 writes; all of them use the same workdir.
 
-    Raises: ConfigError before anything is written; SystemExit as `training.loop.run`.
+    Raises: ConfigError before anything is written; SystemExit like `training.loop.run`.
     """
     began = time.monotonic()
     with checks.refusing():
@@ -50,7 +50,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
     evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
     training, length = settings.training, settings.data.sequence_length
-    # Runs of a sweep that differ in nothing but their parameters share one compilation.
+    # Runs of a sweep that differ only in the values of their parameters share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
     # mesh -----------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
 
     tokens_per_step = training.batch_size * length
     flops_per_token = flops.model_flops(settings.model, length)
-    # A frozen model has a forward pass only.
+    # A frozen model has only a forward pass, a third of the FLOPs.
     flops_per_token += sum(flops.model_flops(config, length) / 3 for config in frozen.values())
     if not ROUTERS[settings.model.router].learned:
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
@@ -202,7 +202,7 @@ def _facts(settings: configs.Run, flops_per_token: float) -> dict:
 def _open_corpora(
     data: configs.Data, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
 ) -> list[TokenizedCorpus]:
-    """The texts to train on and to evaluate on."""
+    """The corpora for training and for evaluation."""
     open_split = functools.partial(
         prepare.open_corpus, validation_fraction=data.validation_fraction, cache=cache
     )
@@ -212,7 +212,7 @@ def _open_corpora(
 
 
 def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
-    """The configs and the parameters of the models beside the one that is trained, by name."""
+    """The configs and the parameters, by name, of the models besides the trained one."""
     sources = objective.choose(settings.objective.name).frozen_models(settings.objective)
     frozen, params = {}, {}
     for name, source in sources.items():
@@ -229,7 +229,7 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
 
 
 def _lock(workdir: pathlib.Path):
-    """Makes the workdir, and locks it against a second run until the file is closed."""
+    """Creates the workdir, and locks it against a second run until the file is closed."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "w")
@@ -245,7 +245,7 @@ def _lock(workdir: pathlib.Path):
 
 
 def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_config) -> dict:
-    """The routers' kernels before the first step, kept in the workdir for a run that goes on."""
+    """The routers' kernels before the first step, kept in the workdir for resumed runs."""
     path = workdir / "routers_at_start.npz"
     if not model_config.num_experts:
         return {}

@@ -1,4 +1,4 @@
-"""Paths of a pytree as text, and random keys folded in by name."""
+"""Names for the paths of a pytree, and random keys derived from names."""
 
 import functools
 import hashlib
@@ -16,12 +16,12 @@ def path_name(path: tuple) -> str:
 
 
 def flatten(pytree) -> dict:
-    """The leaves by the names of their paths, in the order of the tree."""
+    """Name of a leaf's path -> leaf, in the order of the tree."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(pytree)}
 
 
 def unflatten(leaves: dict) -> dict:
-    """Nested dicts of leaves by name: the inverse of `flatten` for a tree of dicts."""
+    """Nested dicts from leaves by name: the inverse of `flatten` for a tree of dicts."""
     nested: dict = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
@@ -40,7 +40,7 @@ def map_with_name(function: Callable, pytree, *others):
 
 
 def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """The dtype that holds the values of all; float32 for float16 and bfloat16 together."""
+    """A dtype that holds the values of all dtypes; float32 for float16 with bfloat16."""
     dtypes = set(dtypes)
     return dtypes.pop() if len(dtypes) == 1 else functools.reduce(np.promote_types, dtypes, FLOAT32)
 

@@ -1,4 +1,7 @@
-"""The pages: links lead somewhere, code runs, and commands have the options that they are given."""
+"""The pages: links lead somewhere, code runs, and commands have the options that they are given.
+
+`test_docs_run.py` executes the commands.
+"""
 
 import ast
 import functools
@@ -18,9 +21,9 @@ from moe_jax.evaluation import evaluators
 from moe_jax.model import router
 from moe_jax.training import balance, objective
 from moe_jax.upcycle import recipes
+from tests import pages
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 GAP = "…"  # what stands for a value in a line of the page of errors
 MOST_LINES = {"README.md": 150, "CHANGELOG.md": 1000}
 TABLES = (
@@ -34,18 +37,13 @@ TABLES = (
 )
 
 
-def blocks(page: pathlib.Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
 def commands() -> list[str]:
-    """Every command line of the pages, once, its continued lines as one."""
-    found = [b.replace("\\\n", " ") for page in PAGES for b in blocks(page, "bash")]
-    lines = (line.partition("  #")[0].strip() for block in found for line in block.splitlines())
-    return sorted({" ".join(line.split()) for line in lines if line and not line.startswith("#")})
+    """Every shell command of the pages, once."""
+    every = (command for page in pages.WITH_COMMANDS for command in pages.commands(page))
+    return sorted({text for language, text in every if language == "bash"})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings_that_exist(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -61,9 +59,11 @@ def test_links_lead_to_files_and_headings_that_exist(page):
     assert len(text.splitlines()) <= MOST_LINES.get(page.name, 200)
 
 
-@pytest.mark.parametrize("number", range(len(blocks(ROOT / "docs" / "architecture.md", "python"))))
+@pytest.mark.parametrize(
+    "number", range(len(pages.blocks(ROOT / "docs" / "architecture.md", "python")))
+)
 def test_each_way_to_add_a_member_adds_one_row_to_a_table(number, monkeypatch):
-    code = blocks(ROOT / "docs" / "architecture.md", "python")[number]
+    code = pages.blocks(ROOT / "docs" / "architecture.md", "python")[number]
     assert len([line for line in code.splitlines() if line]) <= 10
     before = [dict(table) for table in TABLES]
     try:
@@ -77,7 +77,7 @@ def test_each_way_to_add_a_member_adds_one_row_to_a_table(number, monkeypatch):
 
 
 def test_the_python_of_the_readme_runs():
-    [code] = blocks(ROOT / "README.md", "python")
+    [code] = pages.blocks(ROOT / "README.md", "python")
     namespace: dict = {}
     exec(compile(code, "README.md", "exec"), namespace)
     assert namespace["out"].logits_BTV.shape[:2] == namespace["tokens_BT"].shape
@@ -121,7 +121,7 @@ def test_a_command_of_the_pages_exists_with_its_options(command):
             assert (ROOT / script).is_file()
             return
         case [program, *_]:
-            assert program in ("source", "pip", "git", "ls")
+            assert program in ("source", "pip", "git", "tensorboard")
             return
     shown = help_of(name)
     of_config = [a for a in arguments if a.startswith("--config.")]

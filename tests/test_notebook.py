@@ -1,18 +1,31 @@
-"""The notebook runs from top to bottom on small settings, and is kept without outputs."""
+"""The notebook runs from top to bottom on small settings, and is kept without outputs.
+
+Its first cell installs the project into a runtime like Colab's, which has jax 0.7.2 with its CUDA
+plugin: once with a pip that only records its arguments, and with --long into such a runtime.
+"""
 
 import contextlib
+import glob
+import importlib.util
 import io
+import json
 import os
 import pathlib
 import re
+import subprocess
+import sys
 import types
+from importlib import metadata
 
 import nbclient
 import nbformat
 import numpy as np
 import pytest
 
-PATH = pathlib.Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
+ROOT = pathlib.Path(__file__).parents[1]
+PATH = ROOT / "notebooks" / "quickstart.ipynb"
+COLAB = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt")  # all of version 0.7.2
+UNINSTALL = ["uninstall", "--yes", "jax-cuda12-pjrt", "jax-cuda12-plugin"]
 
 
 @pytest.fixture
@@ -60,3 +73,142 @@ def test_the_exercises_know_the_right_answers_and_refuse_wrong_ones(notebook):
             exec(code, known)
         lines = output.getvalue().splitlines()
         assert len(lines) == 3 and all(line.startswith(said) for line in lines)
+
+
+def first_cell(notebook):
+    return next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+def run_first_cell(source, monkeypatch, folder, *, gpu, tpu=False, plugin="0.7.2", imported=None):
+    """Executes the cell as on a runtime without moe_jax, and gives (calls, printed text)."""
+    calls, printed = [], io.StringIO()
+    installed = {"jax": "0.12.0", "jax-cuda12-plugin": plugin, "jax_cuda12_pjrt": plugin}
+    installed = {name: version for name, version in installed.items() if version}
+
+    def call(command, **options):
+        program = pathlib.Path(command[0]).name
+        if program == "nvidia-smi":
+            return subprocess.CompletedProcess(command, {"works": 0, "fails": 9}[gpu])
+        assert options["check"]
+        calls.append(command[4:] if command[1:3] == ["-m", "pip"] else [program, *command[1:]])
+        if "[cuda12]" in calls[-1][-1]:  # jax's extra pins the plugin to jax's version
+            installed.update({"jax-cuda12-plugin": "0.12.0", "jax_cuda12_pjrt": "0.12.0"})
+        return subprocess.CompletedProcess(command, 0)
+
+    def distributions():
+        return [types.SimpleNamespace(name=n, version=v) for n, v in installed.items()]
+
+    with monkeypatch.context() as patch:
+        for name in ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "matplotlib"):
+            patch.delitem(sys.modules, name, raising=False)
+        if imported:
+            patch.setitem(sys.modules, "numpy", types.SimpleNamespace(__version__=imported))
+        patch.chdir(folder)
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        patch.setattr(glob, "glob", lambda pattern: [pattern] * (tpu and "accel" in pattern))
+        patch.setattr("shutil.which", lambda program: f"/bin/{program}" if gpu else None)
+        patch.setattr(subprocess, "run", call)
+        patch.setattr(metadata, "version", {**installed, "numpy": "2.5.5"}.get)
+        patch.setattr(metadata, "distributions", distributions)
+        with contextlib.redirect_stdout(printed):
+            exec(source, {})
+    return calls, printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("machine", "wanted", "removed"),
+    [
+        ({"gpu": "works"}, "./moe_jax[cuda12]", False),
+        ({"gpu": "works", "plugin": None}, "./moe_jax[cuda12]", False),
+        ({"gpu": "fails"}, "./moe_jax", True),  # Colab without a GPU may have the program
+        ({"gpu": None}, "./moe_jax", True),
+        ({"gpu": None, "plugin": None}, "./moe_jax", False),
+        ({"gpu": None, "plugin": "0.12.0"}, "./moe_jax", False),
+        ({"gpu": None, "tpu": True}, "./moe_jax[tpu]", True),
+    ],
+)
+def test_the_first_cell_installs_jax_for_the_accelerator_and_leaves_no_plugin_of_another_version(
+    notebook, machine, wanted, removed, monkeypatch, tmp_path
+):
+    calls, printed = run_first_cell(first_cell(notebook), monkeypatch, tmp_path, **machine)
+    clone = ["git", "clone", "--quiet", "--depth=1", "https://github.com/moe-jax/moe_jax"]
+    assert calls == [clone, ["install", wanted], *([UNINSTALL] if removed else [])]
+    assert printed.startswith("installed jax 0.12.0, ") and "0.7.2" not in printed
+    assert ("[cuda12]" not in wanted) or "jax-cuda12-plugin 0.12.0" in printed
+
+
+def test_the_first_cell_asks_for_a_restart_and_says_why(notebook, monkeypatch, tmp_path):
+    (tmp_path / "moe_jax").mkdir()  # the clone of the session before
+    with pytest.raises(SystemExit, match=r"restart .*: numpy 2.0.2 was imported before 2.5.5"):
+        run_first_cell(first_cell(notebook), monkeypatch, tmp_path, gpu=None, imported="2.0.2")
+    calls, _ = run_first_cell(
+        first_cell(notebook), monkeypatch, tmp_path, gpu=None, imported="2.5.5"
+    )
+    assert calls == [["install", "./moe_jax"], UNINSTALL]
+
+
+@pytest.fixture
+def colab(tmp_path, monkeypatch):
+    """A virtual environment with what Colab's runtime has, as a kernel of Jupyter; its folder."""
+    for name in ("PYTHONPATH", "XLA_FLAGS", "JAX_PLATFORMS", "MPLBACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    python = str(tmp_path / "bin" / "python")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
+    for packages in (
+        ["--no-deps", *(f"{name}==0.7.2" for name in COLAB)],  # without the libraries of CUDA
+        [
+            "numpy<2.2",
+            "scipy",
+            "ml_dtypes",
+            "opt_einsum",
+            "matplotlib",
+            "ipykernel",
+            "setuptools>=70.1",
+        ],
+    ):
+        pip = [python, "-m", "pip", "install", "--quiet", *packages]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no runtime like Colab's: {(done.stderr.splitlines() or ['?'])[-1]}")
+    spec = {"argv": [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
+    spec |= {"display_name": "Colab", "language": "python"}
+    (tmp_path / "jupyter" / "kernels" / "colab").mkdir(parents=True)
+    (tmp_path / "jupyter" / "kernels" / "colab" / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")  # the clone is of this repository
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.file://{ROOT}.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/moe-jax/moe_jax")
+    (tmp_path / "content").mkdir()
+    return tmp_path
+
+
+@pytest.mark.long
+def test_the_notebook_runs_in_a_runtime_like_colabs(notebook, colab, monkeypatch):
+    python = str(colab / "bin" / "python")
+
+    # With a GPU, pip would install CUDA's libraries, of some gigabytes: it only says what it would.
+    fake = colab / "gpu" / "nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\n")
+    fake.chmod(0o755)
+    plan = {"PIP_DRY_RUN": "1", "PIP_REPORT": str(colab / "plan.json")}
+    plan |= {"PIP_NO_BUILD_ISOLATION": "0"}  # a "no": else it would only say it of setuptools too
+    plan |= {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    cell = [python, "-c", first_cell(notebook)]
+    subprocess.run(cell, env={**os.environ, **plan}, cwd=colab / "content", check=True)
+    rows = [row["metadata"] for row in json.loads((colab / "plan.json").read_text())["install"]]
+    planned = {row["name"]: row["version"] for row in rows}
+    assert {planned[name] for name in COLAB} == {planned["jax"]} != {"0.7.2"}
+
+    # Without one, all of it runs, and jax is left without a plugin that it warns of.
+    monkeypatch.setenv("MOE_JAX_NOTEBOOK_STEPS", "6")
+    content = {"metadata": {"path": str(colab / "content")}}
+    client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="colab", resources=content)
+    client.execute()
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    text = "".join(output.get("text", "") for output in first.outputs)
+    assert re.search(r"installed jax [\d.]+, without a plugin for GPUs", text)
+    code = "import moe_jax, jax; print(moe_jax.__version__, jax.devices()[0].platform)"
+    shown = [python, "-W", "error", "-c", code]
+    alone = subprocess.run(shown, cwd=colab / "content", capture_output=True, text=True, check=True)
+    assert alone.stdout.split()[1] == "cpu" and "plugin" not in alone.stderr

@@ -1,1 +1,1 @@
-"""Numbers about routers and experts, and statistics of a parent."""
+"""Measures of routers and experts, and statistics of a parent."""

@@ -1,7 +1,7 @@
-"""One table of measures: each says its unit, how it is computed from sums, and how it is shown.
+"""One table of measures: each row says how it is computed from sums and how it is shown.
 
-The training loop and the evaluators write them into metrics.jsonl, train.py into result.json, a
-sweep into results.csv, and a report draws them: all read this table.
+All outputs read this table: the training loop and the evaluators write the measures to
+metrics.jsonl, train.py to result.json, a sweep to results.csv, and a report plots them.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ TRAINING, VALIDATION = "training", "validation"
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """The sums of a training step, or of the evaluation of a held-out text.
+    """The sums of a training step, or of an evaluation on held-out text.
 
     router: fields of `RouterStats` by name, each with a leading axis of sparse layers.
-    router_kind: the router's name, so that a forced balance is not taken for a learned one.
+    router_kind: the router's name, so that forced balance is not mistaken for learned balance.
     """
 
     router: Mapping[str, np.ndarray]
@@ -36,13 +36,13 @@ class Sums:
 
     @property
     def share_LE(self) -> np.ndarray:
-        """Shares of the assignments, summing to 1 in each layer."""
+        """Each expert's fraction of the assignments, summing to 1 in each layer."""
         return self.load_LE / np.maximum(self.load_LE.sum(axis=1, keepdims=True), 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A panel of the report's figure of router health: one number of all layers, over training."""
+    """A panel of the report's router figure: one number for all layers, over training."""
 
     title: str
     label: str
@@ -51,13 +51,13 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """`value` of `Sums` is a number, or a list with one entry for each sparse layer.
+    """`value` maps `Sums` to a number, or to a list with one entry per sparse layer.
 
     needs: the fields of `RouterStats` that it is computed from, which the step then sums.
-    phases: where it is written to metrics.jsonl, below "router".
-    column: makes one number of all layers for results.csv and the report's summary; without it
+    phases: the phases in which it is written to metrics.jsonl, under "router".
+    column: reduces all layers to one number for results.csv and the report's summary; without it
       the measure is in neither.
-    panel: how the report draws it.
+    panel: how the report plots it.
     """
 
     unit: str
@@ -70,7 +70,7 @@ class Measure:
 
 
 def tokens_per_expert(sums: Sums) -> list:
-    """Shares of the assignments of each expert."""
+    """Each expert's fraction of the assignments."""
     return sums.share_LE.round(5).tolist()
 
 
@@ -92,12 +92,12 @@ def dead_experts(sums: Sums) -> list:
 
 
 def virtual_drop_rate(sums: Sums) -> list:
-    """The share that experts of that capacity would have dropped, the batch as one group."""
+    """The fraction of assignments that a capacity would have dropped, the batch as one group."""
     return routing.virtual_drop_rate(sums.load_LE, sums.capacity_factor).round(5).tolist()
 
 
 def dropped_share(sums: Sums) -> list:
-    """The share of the assignments that was dropped."""
+    """The fraction of the assignments that were dropped."""
     return (sums.router["num_dropped"] / sums.load_LE.sum(axis=1).clip(min=1)).round(5).tolist()
 
 
@@ -159,7 +159,7 @@ def result(sums: Sums | None) -> dict[str, object]:
 
 
 def columns(kept: Mapping[str, Any]) -> dict[str, float | str]:
-    """The columns of results.csv, one number each, from a result.json; "" where it has none."""
+    """The columns of results.csv, one number each, from a result.json; "" for a missing one."""
     return {
         name: "" if kept.get(name) is None else float(m.column(kept[name]))
         for name, m in MEASURES.items()

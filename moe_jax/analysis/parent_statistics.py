@@ -1,4 +1,4 @@
-"""Statistics of a parent for recipes and router initialisers: measured on a text, kept in a file.
+"""A parent's statistics for recipes and router initialisers: measured on text, kept in a file.
 
 Each statistic is an array with a leading axis of all layers; `plan.STATISTICS` has their shapes.
 """
@@ -19,11 +19,11 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.ops import cross_entropy
 from moe_jax.upcycle import plan
 
-SAMPLE = 1024  # tokens that clusters and similarities are measured on
+SAMPLE = 1024  # number of tokens on which clusters and similarities are measured
 
 
 def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The statistics in a file; raises ValueError for no file, or one of something else."""
+    """The statistics in a file; raises ValueError if it is missing or has other contents."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = dict(arrays)
@@ -37,10 +37,10 @@ def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def of_mixture(params: dict, config: ModelConfig, tokens_NBT: Sequence) -> dict[str, np.ndarray]:
-    """`load`, `similarity` and `utility` of a mixture's experts on N batches of tokens.
+    """`load`, `similarity` and `utility` of an MoE's experts on N batches of tokens.
 
     Similarity is the linear CKA (Kornblith et al., arXiv 1905.00414) of the experts' outputs for
-    the same tokens (Zhang et al., arXiv 2407.09590); utility the sum of squared gradients of the
+    the same tokens (Zhang et al., arXiv 2407.09590); utility is the sum of squared gradients of the
     loss with respect to an expert's weights (arXiv 2604.19835).
 
     Raises: ValueError for tokens that this model cannot read.
@@ -79,17 +79,19 @@ def of_dense(
     neurons: str,
     num_neurons: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """`centroids` of the feed-forwards' inputs, and the `neurons` for each of as many experts.
+    """`centroids` of the feed-forwards' inputs, and the `neurons` of each of `num_experts` experts.
 
     Args:
-      neurons: "weights" or "activations": balanced clusters of the neurons by their inner weights
-        or by what they do on the text; "gradient": for each expert the neurons that matter most in
-        one part of the text, by `neuron_importance`, so that experts may share some. All are
-        LLaMA-MoE's (Zhu et al., arXiv 2406.16554, §3.1), the last as its inner sharing.
-      num_neurons: of each expert, with "gradient"; else and by default the E-th part of all.
+      neurons: "weights" or "activations" gives balanced clusters of the neurons by their inner
+        weights or by their activations on the text. "gradient" gives each expert the neurons that
+        are most important on one part of the text, by `neuron_importance`; experts may share
+        neurons. All are LLaMA-MoE's (Zhu et al., arXiv 2406.16554, §3.1), which calls the last one
+        inner sharing.
+      num_neurons: the number of neurons per expert with "gradient"; by default, and in all other
+        cases, it is the E-th part of all neurons.
 
-    Raises: ValueError for a number of neurons that cannot be, tokens that this model cannot read,
-      or too few of them for as many experts.
+    Raises: ValueError for an impossible number of neurons, tokens that this model cannot read, or
+      too few tokens for this number of experts.
     """
     E, L, F = num_experts, config.num_hidden_layers, config.intermediate_size
     size = F // E if num_neurons is None else num_neurons
@@ -120,7 +122,7 @@ def of_dense(
 
 
 def expert_utility(grads_E: dict) -> np.ndarray:
-    """[E]: the sum of an expert's squared gradients."""
+    """[E]: the sum of each expert's squared gradients."""
     own = [np.square(_exact(g)).sum(axis=tuple(range(1, g.ndim))) for g in grads_E.values()]
     return np.sum(own, axis=0)
 
@@ -128,12 +130,12 @@ def expert_utility(grads_E: dict) -> np.ndarray:
 def neuron_importance(
     x_MD: jax.Array, gradient_MD: jax.Array, ffn: dict, config: ModelConfig
 ) -> jax.Array:
-    """[F]: the sum over tokens of |h · dL/dh|, where h goes into the down projection.
+    """[F]: the sum over tokens of |h · dL/dh|, where h is the input of the down projection.
 
-    That is the first-order change of the loss L if the neuron were silent, token by token (Zhu et
-    al., LLaMA-MoE, arXiv 2406.16554, §3.1).
+    For each token this is the first-order change of the loss L if the neuron were set to zero (Zhu
+    et al., LLaMA-MoE, arXiv 2406.16554, §3.1).
 
-    Args: x_MD: inputs of the feed-forward. gradient_MD: of the loss, by its outputs.
+    Args: x_MD: the feed-forward's inputs. gradient_MD: the loss's gradient at its outputs.
     """
     h_MF = hidden_neurons(x_MD.astype(jnp.float32), ffn, config)
     gradient_MF = gradient_MD.astype(jnp.float32) @ ffn["down"].astype(jnp.float32).T
@@ -141,7 +143,7 @@ def neuron_importance(
 
 
 def hidden_neurons(x_MD: jax.Array, ffn: dict, config: ModelConfig) -> jax.Array:
-    """[M, F]: what goes into the down projection."""
+    """[M, F]: the input of the down projection."""
     inner = [name for name in ("gate", "up") if name in ffn]
     hidden = (layers.add_bias(x_MD @ ffn[n].astype(x_MD.dtype), ffn, f"{n}_bias") for n in inner)
     return layers.activate(tuple(hidden), config)
@@ -162,9 +164,10 @@ def cka_of_experts(x_MD: jax.Array, experts_E: dict, config: ModelConfig) -> jax
 
 
 def balanced_clusters(points_NX: np.ndarray, k: int, *, seed: int, rounds: int = 10) -> np.ndarray:
-    """[k, N/k]: the points of k equal clusters, k-means with room for N/k in each.
+    """[k, N/k]: the indices of the points in k clusters of equal size, by a balanced k-means.
 
-    Each round takes the pairs of a point and a centre in the order of their distance.
+    Each round assigns points to centres in order of the distance between point and centre, skipping
+    centres that are full.
     """
     N = len(points_NX)
     room = N // k
@@ -232,7 +235,7 @@ def _exact(x: jax.Array) -> np.ndarray:
 
 
 def _features(neurons: str, ffn: dict, x_MD: jax.Array, config: ModelConfig) -> np.ndarray:
-    """[F, X]: each neuron's inner weights or activations, as a vector of length one."""
+    """[F, X]: each neuron's inner weights or activations, normalised to length one."""
     if neurons == "weights":
         inner = [np.asarray(ffn[n], np.float64).T for n in ("gate", "up") if n in ffn]
         features_FX = np.concatenate(inner, axis=1)
@@ -242,7 +245,7 @@ def _features(neurons: str, ffn: dict, x_MD: jax.Array, config: ModelConfig) -> 
 
 
 def _layers(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> Iterator[tuple]:
-    """Layer by layer: its feed-forward's parameters, its inputs after the norm, its load."""
+    """Yields for each layer its feed-forward's parameters, its normalised inputs, and its load."""
     shared = _one_document(tokens_BT)
     x_BTD = transformer.embed(params["embed"], tokens_BT, shared.positions_BT, config)
     for layer, kind, block in layout.layers(params, config):
@@ -259,7 +262,7 @@ _block = jax.jit(
 
 
 def _one_document(tokens_BT: jax.Array) -> transformer.Shared:
-    """The positions and segments of rows that are one document each."""
+    """Positions and segment ids for rows that are one document each."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     return transformer.Shared(positions_BT, jnp.ones_like(positions_BT))
 
@@ -284,7 +287,7 @@ def _importance(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> np.n
 
 @functools.partial(jax.jit, static_argnames="config")
 def _of_head(x_BTD, final_norm, unembed_DV, targets_BT, config):
-    """The gradient of the loss by the last block's output."""
+    """The loss's gradient at the last block's output."""
 
     def loss(x_BTD):
         y_BTD = layers.norm(x_BTD, final_norm, config)
@@ -295,9 +298,10 @@ def _of_head(x_BTD, final_norm, unembed_DV, targets_BT, config):
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"))
 def _of_block(gradient_BTD, x_BTD, block, *others, config, kind):
-    """The gradient of the loss by a block's input, and the importance of the block's neurons.
+    """The loss's gradient at a block's input, and the importance of the block's neurons.
 
-    A block adds the outputs of its feed-forward, which therefore have the gradient of its own.
+    A block adds its feed-forward's output to the residual stream, so the gradient at that output
+    equals the gradient at the block's own output.
     """
     run = functools.partial(_block, config=config, kind=kind)
     _, pull, output = jax.vjp(lambda x_BTD: run(x_BTD, block, *others), x_BTD, has_aux=True)

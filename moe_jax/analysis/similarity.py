@@ -1,9 +1,9 @@
 """Similarity of a layer's experts to each other, to the dense parent, and over time.
 
-An MoE whose experts stay alike is no more than its parent. Skywork-MoE watches the mean over pairs
-(Wei et al., arXiv 2406.06563), He et al. the similarity to the parent (arXiv 2410.07524). Cosine
-similarities and distances compare weights at the same index: they say nothing of experts whose
-neurons are in another order, for which there is the share of intact neurons.
+If the experts of an MoE stay alike, it is no better than its parent. Skywork-MoE monitors the mean
+over pairs (Wei et al., arXiv 2406.06563), He et al. the similarity to the parent (arXiv
+2410.07524). Cosine similarities and distances compare weights at the same index, so they say
+nothing about experts whose neurons are permuted; for these there is the fraction of intact neurons.
 """
 
 import dataclasses
@@ -19,18 +19,19 @@ from moe_jax.model import layout
 from moe_jax.model.config import MOE, ModelConfig
 from moe_jax.upcycle.experts import MATRICES, NEURON_AXIS
 
-TINY = 1e-15  # the norm that zeros are given; its square is not 0 in float32
-MANY_LAYERS = 12  # a longer table shows the first, the middle, the last and the mean
+TINY = 1e-15  # replaces a norm of zero; its square is not 0 in float32
+MANY_LAYERS = 12  # with more, a table shows the first, middle and last layer and the mean
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
     """The experts of one sparse layer; mappings are by matrix ("gate", "up", "down").
 
-    pairwise: mean cosine similarity over the pairs of experts, of the whole matrix; nan of one.
+    pairwise: mean over pairs of experts of the cosine similarity of the whole matrices; nan for a
+      single expert.
     parent_cosine, parent_distance: mean over experts of the cosine similarity to the parent's
       matrix and of |expert - parent| / |parent|; empty without a parent of the same width.
-    intact: share of an expert's neurons that are bit for bit some neuron of the parent's layer in
+    intact: fraction of an expert's neurons that equal some neuron of the parent's layer bitwise in
       all matrices, mean over experts; None without a parent.
     """
 
@@ -52,8 +53,8 @@ class Experts:
 class Drift:
     """The change of one layer's router between two checkpoints.
 
-    distance: |new - old| / |old| of the whole kernel. cosine: the similarity of an expert's column,
-      mean over experts.
+    distance: |new - old| / |old| for the whole kernel.
+    cosine: mean over experts of the cosine similarity between an expert's old and new column.
     """
 
     layer: int
@@ -70,11 +71,11 @@ def experts(
 ) -> list[Experts]:
     """One row for each sparse layer, in the model's order.
 
-    The parent is the parameters and the config of a dense model of as many layers and the same
-    hidden size. One with wider
-    feed-forwards, whose parts the experts are, is searched for intact neurons only.
+    `parent` has the parameters and the config of a dense model with the same number of layers and
+    hidden size. If its feed-forwards are wider than the experts, which are then parts of them, only
+    the fraction of intact neurons is computed.
 
-    Raises: ValueError for another parent.
+    Raises: ValueError for any other parent.
     """
     if parent is not None:
         _check_parent(config, parent[1])
@@ -86,7 +87,7 @@ def experts(
 
 
 def of_layer(layer: int, ffn_E: dict, parent: dict | None = None) -> Experts:
-    """The row of one layer, from its experts' weights and its parent's FFN."""
+    """The row for one layer, from its experts' weights and its parent's FFN."""
     ffn_E = _matrices(ffn_E)
     row = Experts(layer, {name: float(_mean_of_pairs(w)) for name, w in ffn_E.items()})
     if parent is None:
@@ -104,9 +105,9 @@ def of_layer(layer: int, ffn_E: dict, parent: dict | None = None) -> Experts:
 
 
 def of_layers(params: dict, config: ModelConfig) -> list[float] | None:
-    """The mean similarity of pairs of experts in each sparse layer, mean over the matrices.
+    """The mean similarity of pairs of experts in each sparse layer, averaged over the matrices.
 
-    None where there are no pairs: a dense model, or one expert.
+    None if there are no pairs: in a dense model, or with a single expert.
     """
     if config.num_experts < 2:
         return None
@@ -144,13 +145,13 @@ LEGEND = {
 
 
 def legend(rows: Sequence[Experts | Drift]) -> str:
-    """A line for each kind of column of `table`."""
+    """A line that explains each kind of column of `table`."""
     kinds = dict.fromkeys(name.split()[0] for name in rows[0].columns)
     return "\n".join(f"{kind:>8}  {LEGEND[kind]}" for kind in kinds)
 
 
 def table(rows: Sequence[Experts | Drift]) -> str:
-    """An aligned line for each layer, or the first, middle, last and mean of many."""
+    """An aligned line for each layer; with many layers, for the first, middle, last and mean."""
     if not rows:
         return "no sparse layers"
     many, names = len(rows) > MANY_LAYERS, list(rows[0].columns)
@@ -184,7 +185,7 @@ def _matrices(ffn: dict) -> dict:
 
 @jax.jit
 def _mean_of_pairs(w_EXY):
-    # The Gram matrix keeps every array as small as the experts.
+    # With the Gram matrix no array is larger than the experts.
     E = w_EXY.shape[0]
     w_EXY = w_EXY.astype(jnp.float32)
     gram_EE = jnp.einsum("exy,fxy->ef", w_EXY, w_EXY, precision="highest")
@@ -195,7 +196,7 @@ def _mean_of_pairs(w_EXY):
 
 @jax.jit
 def _to_parent(w_EXY, parent_XY):
-    """(cosine similarity, relative distance), means over the experts, one expert at a time."""
+    """(cosine similarity, relative distance), each a mean over experts, computed one by one."""
     parent_XY = parent_XY.astype(jnp.float32)
     parent_norm = jnp.maximum(jnp.linalg.norm(parent_XY), TINY)
 
@@ -218,7 +219,7 @@ def _intact(ffn: dict, parent: dict) -> float:
 
 
 def _neurons(ffn: dict) -> list[bytes]:
-    """A hash of each neuron's weights in all matrices, in float32: a wider type keeps bits."""
+    """A hash of each neuron's weights in all matrices, in float32 to compare different dtypes."""
     rows_FX = np.concatenate(
         [np.moveaxis(np.asarray(w, np.float32), NEURON_AXIS[name], 0) for name, w in ffn.items()],
         axis=1,

@@ -1,1 +1,1 @@
-"""Benchmarks: the time of each part beside bounds and peers measured in the same run."""
+"""Benchmarks: the time of each part, compared with bounds and peers measured in the same run."""

@@ -1,4 +1,4 @@
-"""Cases of the benchmarks: a benchmark is a function that yields its cases."""
+"""The benchmarks, each a function that yields its cases."""
 
 import dataclasses
 import functools
@@ -33,17 +33,17 @@ class Case:
     implementations: dict[str, Callable]
     bound: str
     bound_function: Callable
-    config: model.ModelConfig | None = None  # for a peer to build
+    config: model.ModelConfig | None = None  # the model that a peer should build
 
 
 def _case(name: str, implementations: dict, bound: str, bound_function: Callable, **more) -> Case:
-    """A case of one batch of the sizes for this backend."""
+    """A case with one batch of this backend's sizes."""
     tokens = sizes.here().B * sizes.here().T
     return Case(name, tokens, implementations, bound, bound_function, **more)
 
 
 def grouped_matmul_cases() -> Iterator[Case]:
-    """Value and both gradients; the bound is a batched product over equal groups."""
+    """Value and both gradients; the bound is a batched matrix product over equal groups."""
     implementations = [ops.pick(grouped_matmul.IMPLEMENTATIONS, ops.platform())]
     implementations += ["blocked"] if ops.platform() == "cpu" else []
     for name, (M, D, F, E) in sizes.here().groups.items():
@@ -67,7 +67,7 @@ def grouped_matmul_cases() -> Iterator[Case]:
 
 
 def attention_cases() -> Iterator[Case]:
-    """Value and gradients; the bound is the products of all pairs, without a softmax or a mask."""
+    """Value and gradients; the bound is the products of all pairs, without softmax and mask."""
     picked = ops.pick(attention.IMPLEMENTATIONS, ops.platform())
     for rows, length, heads, H in sizes.here().attention:
         shape = (rows, length, heads, H)
@@ -85,7 +85,7 @@ def attention_cases() -> Iterator[Case]:
 
 
 def cross_entropy_cases() -> Iterator[Case]:
-    """Value and both gradients; the bound is the three products of equal sizes alone."""
+    """Value and both gradients; the bound is three matrix products of the same sizes."""
     here = sizes.here()
     B, T, D = here.B, here.T, next(iter(here.models.values())).hidden_size
     targets_BT, weight_BT = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
@@ -107,7 +107,7 @@ def cross_entropy_cases() -> Iterator[Case]:
 
 
 def _dense(sparse: model.ModelConfig) -> model.ModelConfig:
-    """The dense model with as many active FLOPs, F' = A·F."""
+    """The dense model with the same active FLOPs, F' = A·F."""
     return dataclasses.replace(
         sparse,
         intermediate_size=sparse.num_experts_per_tok * sparse.expert_size,
@@ -138,8 +138,8 @@ def moe_layer_cases() -> Iterator[Case]:
 
 
 def block_stack_cases() -> Iterator[Case]:
-    """Value and gradients of a model's blocks; the bound does their FLOPs in one large product
-    after the other, so that 1 / ratio is the MFU by what the device reaches."""
+    """Value and gradients of a model's blocks; the bound executes the same FLOPs as a sequence of
+    large matrix products, so 1 / ratio is the MFU relative to the device's attainable rate."""
     B, T = sizes.here().B, sizes.here().T
     for name, sparse in sizes.here().models.items():
         params = jax.jit(functools.partial(model.init, sparse))(jax.random.key(0))
@@ -159,14 +159,14 @@ def block_stack_cases() -> Iterator[Case]:
 
 
 def train_step_cases() -> Iterator[Case]:
-    """A whole training step; the bound is that of the dense model with F' = A·F."""
+    """A whole training step; the bound is the step of the dense model with F' = A·F."""
     for name, sparse in sizes.here().models.items():
         dense = _train_step(_dense(sparse))
         yield _case(name, {"moe": _train_step(sparse)}, "dense_step", dense, config=sparse)
 
 
 def forced_balance_cases() -> Iterator[Case]:
-    """The train step with tokens sent to experts in turn: the cost of uneven routing."""
+    """The train step with tokens assigned to experts in turn: shows the cost of uneven routing."""
     for name, sparse in sizes.here().models.items():
         balanced = _train_step(dataclasses.replace(sparse, router="forced_balance"))
         learned = _train_step(sparse)
@@ -174,7 +174,7 @@ def forced_balance_cases() -> Iterator[Case]:
 
 
 def remat_cases() -> Iterator[Case]:
-    """The train step under each policy; the bound is that without any."""
+    """The train step under each remat policy; the bound is the step without remat."""
     name, sparse = next(iter(sizes.here().models.items()))
     sparse = dataclasses.replace(sparse, num_hidden_layers=8)
     steps = {name: _train_step(dataclasses.replace(sparse, remat=name)) for name in remat.SAVED}
@@ -182,7 +182,8 @@ def remat_cases() -> Iterator[Case]:
 
 
 def window_cases() -> Iterator[Case]:
-    """A step of 4 microbatches, its balance loss over the exact window; the bound: averaged."""
+    """A step of 4 microbatches with the balance loss over the exact accumulation window; the bound
+    averages it over microbatches."""
     name, sparse = next(iter(sizes.here().models.items()))
     window, average = (
         _train_step(
@@ -194,7 +195,7 @@ def window_cases() -> Iterator[Case]:
 
 
 def decode_cases() -> Iterator[Case]:
-    """Continuations of 8 prompts; the bound is each new token's own products alone."""
+    """Continuations of 8 prompts; the bound computes only the new tokens, without a cache."""
     rows, length, num_tokens = 8, 32, 32
     for name, config in sizes.here().models.items():
         params = jax.jit(functools.partial(model.init, config))(jax.random.key(0))
@@ -219,9 +220,9 @@ def decode_cases() -> Iterator[Case]:
 
 
 def upcycle_cases() -> Iterator[Case]:
-    """From folder to folder, 8 experts, float16; "tokens" are the numbers in the new folder.
+    """Upcycles a folder to a folder with 8 experts in float16; "tokens" counts the new parameters.
 
-    The bounds are a copy of the file of the new folder, and a draw of as many normal numbers.
+    The bounds are copying the new folder's file, and drawing as many normal numbers.
     """
     config = dataclasses.replace(model.PRESETS["drop-upcycling-1.5b"], num_hidden_layers=1)
     moe_config = config.to_moe(num_experts=8, num_experts_per_tok=2)
@@ -281,12 +282,12 @@ def _normal(*shapes: tuple[int, ...]) -> list[jax.Array]:
 
 
 def _large_products(number_of_flops: float) -> Callable:
-    """A chain of large products with this number of FLOPs, to half a percent."""
+    """A chain of large matrix products with this number of FLOPs, accurate to half a percent."""
     width = sizes.here().ceiling
     number = max(1, round(number_of_flops / (2 * width**3)))
     rows = 64 * max(1, round(number_of_flops / (2 * width**2 * number) / 64))
     y, w = _normal((rows, width), (width, width))
-    w = w * width**-0.5  # keeps the size of the numbers
+    w = w * width**-0.5  # keeps the scale of the activations
 
     @jax.jit
     def products(y, w):
@@ -296,13 +297,13 @@ def _large_products(number_of_flops: float) -> Callable:
 
 
 def _each(function: Callable, names: Sequence[str], arrays: Sequence, cotangent: jax.Array) -> dict:
-    """`_with_gradients` of a function by the names of its implementations."""
+    """Name of an implementation -> `_with_gradients` of `function` with it."""
     calls = {name: functools.partial(function, implementation=name) for name in names}
     return {name: _with_gradients(call, arrays, cotangent) for name, call in calls.items()}
 
 
 def _with_gradients(function: Callable, arrays: Sequence, cotangent: jax.Array) -> Callable:
-    """Calls `function` and its transpose: value and the gradients of all arrays."""
+    """A function that computes the value and the gradients for all arrays."""
 
     @jax.jit
     def value_and_gradients(arrays, cotangent):

@@ -1,4 +1,4 @@
-"""The same work in other libraries, for benchmarks to compare with."""
+"""The same work in other libraries, for comparison in benchmarks."""
 
 import importlib.util
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from moe_jax.ops import implementations
 
 
 def hugging_face_train_step(config: model.ModelConfig) -> Callable:
-    """A step of Mixtral in Transformers and PyTorch: losses, gradients, clipping, AdamW."""
+    """A train step of Mixtral in Transformers and PyTorch: losses, gradients, clipping, AdamW."""
     import torch
     import transformers
 
@@ -23,7 +23,7 @@ def hugging_face_train_step(config: model.ModelConfig) -> Callable:
             num_key_value_heads=config.num_kv_heads,
             num_local_experts=config.num_experts,
             num_experts_per_tok=config.num_experts_per_tok,
-            output_router_logits=True,  # adds the balance loss
+            output_router_logits=True,  # adds the load-balancing loss
             use_cache=False,
             sliding_window=None,
         )
@@ -42,13 +42,13 @@ def hugging_face_train_step(config: model.ModelConfig) -> Callable:
     return step
 
 
-# The functions that a peer offers, by peer and benchmark; each takes a model's config.
+# Peer -> benchmark -> a function that takes a model's config.
 PEERS: dict[str, dict[str, Callable]] = {"hf": {"train_step": hugging_face_train_step}}
 NEEDS = {"hf": ("torch", "transformers")}
 
 
 def check(peer: str, benchmark: str) -> None:
-    """Raises: ValueError for a benchmark, machine or environment that this peer is not for."""
+    """Raises: ValueError for a benchmark, machine or environment that the peer does not support."""
     if benchmark not in PEERS[peer]:
         can = ", ".join(PEERS[peer])
         raise ValueError(f"--peer={peer} does not do {benchmark}; it does {can}")

@@ -1,7 +1,7 @@
-"""Rows of a benchmark: the time of a part beside a bound measured in the same run.
+"""Rows of a benchmark: the time of a part, compared with a bound measured in the same run.
 
-The functions of a case (`cases.py`) are timed in turn, so that a machine that slows down slows all
-of them.
+The functions of a case (`cases.py`) are timed in turn, so that a slowdown of the machine affects
+all of them.
 """
 
 import dataclasses
@@ -34,8 +34,9 @@ class Row:
 def run(name: str, repeats: int, peer: str = "") -> Iterator[Row]:
     """The rows of a benchmark at the sizes of the default backend (`sizes.py`).
 
-    With `peer`, a key of `peers.PEERS`, there is one more row for each case that it knows.
-    Raises: ValueError for a peer that cannot do this benchmark or is not installed.
+    With `peer`, a key of `peers.PEERS`, there is another row for each case that it supports.
+
+    Raises: ValueError for a peer that does not support this benchmark or is not installed.
     """
     if peer:
         peers.check(peer, name)
@@ -61,11 +62,11 @@ def _rows(name: str, repeats: int, peer: str) -> Iterator[Row]:
                 bound_seconds=seconds[case.bound],
                 ratio_to_bound=seconds[implementation] / seconds[case.bound],
             )
-        del case, functions  # a device may not hold their arrays beside those of the next
+        del case, functions  # the device may not have room for the next case's arrays as well
 
 
 def medians(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Seconds of each function, called in turn after one call that compiles it."""
+    """Median seconds of each function; they are called in turn, after one call that compiles."""
     for function in functions.values():
         jax.block_until_ready(function())
     seconds: dict[str, list[float]] = {name: [] for name in functions}

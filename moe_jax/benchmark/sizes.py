@@ -1,4 +1,4 @@
-"""Sizes of the benchmarks: small float32 models on a CPU, layers of published ones elsewhere."""
+"""Sizes of the benchmarks: small float32 models on a CPU, layers of published models elsewhere."""
 
 import dataclasses
 
@@ -8,16 +8,16 @@ from moe_jax.ops import implementations
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """B rows of T tokens, and MoE models of a few layers."""
+    """B rows of T tokens, and MoE models with a few layers."""
 
     dtype: str
     B: int
     T: int
     models: dict[str, model.ModelConfig]
-    groups: dict[str, tuple[int, int, int, int]]  # rows, widths and number of the matrices
-    attention: tuple[tuple[int, int, int, int], ...]  # rows, positions, heads and their width
+    groups: dict[str, tuple[int, int, int, int]]  # rows, both widths and number of the matrices
+    attention: tuple[tuple[int, int, int, int], ...]  # rows, positions, heads and head size
     vocabularies: tuple[int, ...]
-    ceiling: int  # the width of a square product that is as fast as any
+    ceiling: int  # the width of a square product that reaches the device's highest rate
 
 
 def _cpu_model(num_experts: int, per_token: int, width: int) -> model.ModelConfig:

@@ -1,5 +1,5 @@
-"""One file per command: arguments in, one call, words out.
+"""One file per command: it parses arguments, makes one call and prints the result.
 
-Here, and only here, a `main()` may import after it has read its arguments and config: the imports
-of a run take seconds, and a mistake should be answered at once.
+Here, and only here, a `main()` may import modules after it has read its arguments and config: the
+imports of a run take seconds, and a mistake should be reported at once.
 """

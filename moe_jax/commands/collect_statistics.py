@@ -83,7 +83,7 @@ def run(arguments) -> None:
 
 
 def batches_of(arguments, tokenizer) -> list[np.ndarray]:
-    """Batches of tokens [B, T] from the beginning of the text."""
+    """Batches of tokens, each [B, T], from the beginning of the text."""
     shape = (arguments.num_batches, arguments.batch_size, arguments.sequence_length)
     for name in ("num_batches", "batch_size", "sequence_length", "num_experts"):
         if (number := getattr(arguments, name)) < 1:

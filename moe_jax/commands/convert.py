@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def run(arguments) -> None:
-    """Writes the model in the other format, and a page that says what it is."""
+    """Writes the model in the other format, with a model card."""
     folder = stores.find(arguments.source)
     config = _converted(folder, arguments)
     command = [*command_line.command("convert"), *sys.argv[1:]]

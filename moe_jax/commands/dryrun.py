@@ -68,7 +68,7 @@ def main() -> None:
             )
         config = configs.parse([f"--config={arguments.config}", *overrides])
         if config.model.dtype == configs.AUTO and chips.topology(arguments.topology).facts:
-            config.model.dtype = "bfloat16"  # all chips of the table have units for it
+            config.model.dtype = "bfloat16"  # all chips in the table support it
         report = run(configs.resolve(config), arguments)
     from moe_jax.dryrun import report as dryrun
     from moe_jax.dryrun import search
@@ -82,13 +82,13 @@ def main() -> None:
 
 
 def run(settings, arguments: argparse.Namespace):
-    """The `dryrun.report.Report` to print: of the run, or with --search of the best found."""
+    """The `dryrun.report.Report` to print: the run's, or with --search the best one found."""
     import jax
 
     from moe_jax.dryrun import report as dryrun
     from moe_jax.dryrun import search, topologies
 
-    jax.config.update("jax_platforms", "cpu")  # jax need not look for the chips of the topology
+    jax.config.update("jax_platforms", "cpu")  # jax need not look for the topology's chips here
     topology = chips.topology(arguments.topology)
     limit = None if arguments.hbm_limit is None else int(arguments.hbm_limit * 1e9)
     devices = topologies.devices(topology)

@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """The report: losses, intervals and counts, of all labels together and of each.
+    """The report: losses, intervals and counts, for all labels together and for each.
 
     Raises: ValueError, in one line, for options that do not fit the model.
     """
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> dict:
         out_shardings=jax.NamedSharding(mesh, jax.P()),
     )
     sums = perplexity.evaluate(meshes.under(mesh, step), params, rows, corpus.bytes_per_token)
-    # The documents of the first batches of a text are not counted.
+    # The number of documents in only the first batches is not known.
     numbers = corpus.documents_per_label if not arguments.max_batches else ()
     documents = dict(zip(corpus.labels, numbers, strict=False))
     parts = {label: sums.of_label(label) for label in corpus.labels}
@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> dict:
 def _data(
     arguments: argparse.Namespace, folder: pathlib.Path, config: model.ModelConfig
 ) -> configs.Data:
-    """The text to evaluate on and its rows: those of a run, with what the options say instead."""
+    """The text to evaluate on and its row length: a run's own, unless options override them."""
     for name, least in (("sequence_length", 1), ("batch_size", 1), ("max_batches", 0)):
         if (number := getattr(arguments, name)) is not None and number < least:
             raise ValueError(f"--{name}={number} must be at least {least}")
@@ -155,12 +155,12 @@ def _data(
 
 
 def _mesh(config: model.ModelConfig) -> jax.sharding.Mesh:
-    """All devices, with the parameters cut into as many parts as their sizes allow."""
+    """A mesh of all devices, with the parameters in as many shards as their sizes allow."""
     shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
     for parts in range(jax.device_count(), 1, -1):
         if jax.device_count() % parts == 0:
             mesh = meshes.make({"fsdp": parts, "data": -1})
-            with contextlib.suppress(ValueError):  # an axis that so many do not divide
+            with contextlib.suppress(ValueError):  # an axis is not divisible by this number
                 sharding.abstract(shapes, mesh)
                 return mesh
     return meshes.make({"data": -1})

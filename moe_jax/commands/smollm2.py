@@ -36,7 +36,7 @@ def main() -> None:
     )
     workdir = parser.parse_args().workdir
     try:
-        import accelerate  # noqa: F401 - Transformers reads the package's file with these two
+        import accelerate  # noqa: F401 - Transformers needs these two to read the GGUF file
         import gguf  # noqa: F401
         import torch
         import transformers
@@ -62,7 +62,7 @@ def main() -> None:
     ):
         difference = np.abs(other - ours_moe).max() / np.abs(other).max()
         print(f"{name}: largest difference of logits {difference:.1e} of the largest")
-        if difference > 2e-5:  # float32, sums of up to 1536 terms in another order
+        if difference > 2e-5:  # rounding: float32 sums of up to 1536 terms in different orders
             raise SystemExit("they differ")
 
 
@@ -79,7 +79,7 @@ def unpack(transformers, workdir: pathlib.Path, dense: pathlib.Path) -> None:
             for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM)
         )
         tokenizer.save_pretrained(unfinished)
-        # The weights are plain numbers by now, but Transformers saves no model of quantised origin.
+        # The weights are dequantised, but Transformers refuses to save a model loaded as quantised.
         network.hf_quantizer = None
         network.config.__dict__.pop("quantization_config", None)
         network.save_pretrained(unfinished)

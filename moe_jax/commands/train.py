@@ -28,7 +28,7 @@ from moe_jax import command_line, stopping
 
 
 class ListKeys(argparse.Action):
-    """Prints the keys of a config and ends, as --help does."""
+    """Prints the keys of a config and exits, like --help."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         from moe_jax.config import listing

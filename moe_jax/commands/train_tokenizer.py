@@ -45,7 +45,8 @@ def main() -> None:
 
 
 def train(source: str, vocab_size: int, output: pathlib.Path) -> float:
-    """Writes the model; returns the bytes of held-out text per predicted token, nan without any.
+    """Writes the tokenizer's model; returns the bytes per predicted token on held-out text, or nan
+    if there is no such text.
 
     Raises: ValueError, OSError.
     """
@@ -54,11 +55,11 @@ def train(source: str, vocab_size: int, output: pathlib.Path) -> float:
     if output.is_dir():
         raise ValueError(f"--output={output} is a folder; give a file, for example FILE.model")
     sources.check(source)
-    # A mistake in the text shows here, before the long part.
+    # Reading this first reports a mistake in the text before the long training.
     held_out = list(_texts(source, VALIDATION))
     tokenizers.train_bpe(_texts(source, TRAIN), vocab_size, output)
     tokenizer = tokenizers.load(str(output))
-    # The end of each text is predicted too.
+    # The end token of each text is predicted too.
     num_tokens = sum(len(tokenizer.encode(text)) + 1 for text in held_out)
     num_bytes = sum(len(text.encode()) for text in held_out)
     return num_bytes / num_tokens if num_tokens else float("nan")

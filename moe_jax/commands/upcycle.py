@@ -35,7 +35,7 @@ from moe_jax.parallel import mesh
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import recipes, router_init, step_zero, transform
 
-# The fields that --model cannot set, by the kind of the new model, with advice.
+# Kind of the new model -> the fields that --model cannot set, each with advice.
 DECIDED = {
     recipes.MIXTURE: {name: f"use --{name}" for name in ("num_experts", "num_experts_per_tok")},
     recipes.DENSE: dict.fromkeys(
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
-    """Makes the new model; returns the similarity of its experts in some of the layers."""
+    """Writes the new model; returns the similarity of its experts in some of its layers."""
     key = tree.fold_in(jax.random.key(arguments.seed), "upcycle")
     paths, statistics = sources_of(arguments), arguments.statistics
     source_config = configs.model_of(paths[0])
@@ -115,7 +115,7 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
         parameters=parameters,
     )
     if arguments.to == "hf":
-        hf_configs.write(plan.config)  # refuses what no folder can hold before any work
+        hf_configs.write(plan.config)  # refuses early a model that no folder can hold
     print(f"step 0: {step_zero.in_words(plan)}", flush=True)
     if plan.config.weight_is_constant:
         print(
@@ -142,9 +142,9 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
 
 
 def recipe_parameters(recipe: str, arguments: list[str]) -> dict:
-    """The parameters in command-line arguments "--recipe.NAME=VALUE", by their defaults' types.
+    """The parameters from command-line arguments "--recipe.NAME=VALUE", typed like their defaults.
 
-    Raises: ValueError for one that the recipe does not take, or not with that value.
+    Raises: ValueError for a parameter or value that the recipe does not accept.
     """
     texts = command_line.options("recipe", arguments)
     recipes.check(recipe, dict.fromkeys(texts))
@@ -158,7 +158,7 @@ def recipe_parameters(recipe: str, arguments: list[str]) -> dict:
 
 
 def sources_of(arguments) -> list[pathlib.Path]:
-    """The folders of the parents. Raises: ValueError for none, or an output inside one."""
+    """The parents' folders; raises ValueError if there are none, or the output is inside one."""
     paths = [stores.find(part.strip()) for part in arguments.source.split(",") if part.strip()]
     if not paths:
         raise ValueError(f"--source={arguments.source} names no parent; give its folder")
@@ -187,10 +187,10 @@ def of_folder(moe: folders.Folder, parents: list[folders.Folder]) -> list[simila
 
 
 def config_of(source, arguments, fields: dict):
-    """The config of the model that the command makes of parents of the config `source`.
+    """The config of the model that the command makes from parents with the config `source`.
 
-    Raises: ValueError for what no model can have, what is set by another option, or what nothing
-      reads.
+    Raises: ValueError for a field or value that no model can have, a field that another option
+      sets, or a field that nothing reads.
     """
     config = _config_of(source, arguments, fields)
     for line in without_effect(config, fields, "--model."):

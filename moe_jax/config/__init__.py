@@ -1,4 +1,4 @@
-"""A run's config: read from files and flags, resolved into dataclasses that check themselves."""
+"""A run's config: read from files and flags, then resolved into dataclasses with checks."""
 
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.reading import default, load, load_json, model_fields, parse, save_json

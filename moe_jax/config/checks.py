@@ -1,4 +1,4 @@
-"""Checks of a config's values, each of which refuses a wrong one in one line.
+"""Checks of a config's values; each refuses an invalid value with a one-line message.
 
 A check is a function of a key's full name and its value, kept in the metadata of the key's field in
 `sections.py`.
@@ -14,12 +14,12 @@ from moe_jax import spelling
 
 
 class ConfigError(ValueError):
-    """A mistake in a config or on the command line; its text is the one line to print."""
+    """A mistake in a config or on the command line; its message is the one line to print."""
 
 
 @contextlib.contextmanager
 def refusing(before: str = "", after: str = "") -> Iterator[None]:
-    """A ValueError or OSError of the block becomes a ConfigError: its text between these."""
+    """Turns a ValueError or OSError in the block into a ConfigError: before + message + after."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -55,7 +55,7 @@ def seed(name: str, value: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """One of `choices()`, called when a value is checked, for a table of choices may grow."""
+    """One of `choices()`, which is called at each check because a table of choices may grow."""
 
     choices: Callable[[], tuple[str, ...]]
 
@@ -69,7 +69,7 @@ def one_of(*choices: str) -> OneOf:
 
 
 def pattern(name: str, value: str) -> None:
-    """Refuses text that is no regular expression."""
+    """Refuses a string that is not a regular expression."""
     try:
         re.compile(value)
     except re.error as error:
@@ -86,7 +86,7 @@ def texts(name: str, value: tuple) -> None:
 
 
 def rules(name: str, value: tuple) -> None:
-    """Refuses all but pairs of a regular expression and a factor."""
+    """Refuses anything but pairs of a regular expression and a factor."""
     for rule in value:
         match rule:
             case (str(expression), int() | float() as factor) if 0 <= factor < math.inf:
@@ -97,7 +97,7 @@ def rules(name: str, value: tuple) -> None:
 
 
 def intervals(name: str, value: tuple) -> None:
-    """Refuses all but pairs of a name and a number of steps."""
+    """Refuses anything but pairs of a name and a number of steps."""
     for pair in value:
         match pair:
             case (str(), int() as every) if every >= 0 and not isinstance(every, bool):

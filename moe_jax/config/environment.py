@@ -1,4 +1,4 @@
-"""Checks of a run against this machine, and against the run that a workdir holds."""
+"""Checks a run against this machine, and against the run that is in its workdir."""
 
 import contextlib
 import dataclasses
@@ -24,9 +24,9 @@ from moe_jax.parallel import mesh, sharding
 
 
 def validate_environment(run: Run, num_devices: int, *, goes_on: bool = False) -> None:
-    """Refuses a run whose devices, data, tokenizer or parents this machine does not have.
+    """Refuses a run if this machine lacks its devices, data, tokenizer or parents.
 
-    A run that goes on from its own checkpoint needs no parents.
+    A run that resumes from its own checkpoint (`goes_on`) needs no parents.
 
     Raises: ConfigError, in one line that says what to change.
     """
@@ -62,12 +62,12 @@ def validate_environment(run: Run, num_devices: int, *, goes_on: bool = False) -
 
 
 def _validate_tokenizer(run: Run, tokenizer: tokenizers.Tokenizer) -> None:
-    """Refuses another tokenizer than a parent's: its embeddings are of the parent's ids."""
+    """Refuses a tokenizer other than a parent's, because the embeddings belong to its ids."""
     for source in () if run.data.other_tokenizer else run.init.parents:
         try:
             name = resolved.tokenizer_of(pathlib.Path(source))
             theirs = tokenizer if name == run.data.tokenizer else tokenizers.load(name)
-        except (ValueError, OSError):  # the parent's folder has none
+        except (ValueError, OSError):  # the parent's folder has no tokenizer
             continue
         if theirs.fingerprint != tokenizer.fingerprint:
             raise ConfigError(
@@ -109,9 +109,9 @@ def validate_mesh(run: Run, num_devices: int) -> None:
 
 
 def changes(before: dict, config: ConfigDict) -> list[str]:
-    """The changes from the config that a run began with to `config`, as "key: old -> new".
+    """The changes from the config that a run started with to `config`, as "key: old -> new".
 
-    Raises: ConfigError for a change of a key that must stay as it is in a run that goes on.
+    Raises: ConfigError if a key changed that must not change when a run is resumed.
     """
     changed = _changed(before, config)
     for key, (old, new) in changed.items():
@@ -132,7 +132,7 @@ def _changed(before: dict, config: ConfigDict) -> dict[str, tuple]:
 
 
 def check_step(step: int, run: Run) -> None:
-    """Raises: ConfigError for a checkpoint that is beyond the steps of the run."""
+    """Raises: ConfigError for a checkpoint beyond the run's last step."""
     if step > run.training.num_steps:
         raise ConfigError(
             f"config.training.num_steps={run.training.num_steps}, but the run in --workdir is at "
@@ -144,8 +144,8 @@ def check_step(step: int, run: Run) -> None:
 def naming_differences(
     workdir: pathlib.Path, run: Run, mismatch: type[Exception]
 ) -> Iterator[None]:
-    """A mismatch, for a checkpoint of other parameters or moments, becomes a ConfigError that names
-    the fields in which the run differs from that in the workdir."""
+    """Turns a `mismatch`, for a checkpoint with other parameters or moments, into a ConfigError
+    that names the fields in which the run differs from the one in the workdir."""
     try:
         yield
     except mismatch as error:
@@ -161,9 +161,9 @@ def naming_differences(
 
 
 def check_text(before: dict[str, str], now: dict[str, str], run: Run) -> None:
-    """Compares the hashes of the tokenized splits with those that a checkpoint was saved with.
+    """Compares the hashes of the tokenized splits with those saved in a checkpoint.
 
-    Raises: ConfigError for a text or tokenizer that changed in its place.
+    Raises: ConfigError if the text or the tokenizer has changed under the same path.
     """
     for split, digest in now.items():
         if before.get(split, digest) != digest:
@@ -175,9 +175,10 @@ def check_text(before: dict[str, str], now: dict[str, str], run: Run) -> None:
 
 
 def fixed_keys(kind: type[Section] = Run, around: bool = False) -> set[str]:
-    """The keys that decide which text a step sees, and whether routing is learned at all.
+    """The keys that may not change in a resumed run: they decide which text a step sees, or whether
+    routing is learned at all.
 
-    `around` is what the section around `kind` says of its keys.
+    `around` is the default for keys of `kind`, inherited from the enclosing section.
     """
     found, default = set(), around if kind.fixed is None else kind.fixed
     for field in dataclasses.fields(kind):

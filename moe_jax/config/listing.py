@@ -1,4 +1,4 @@
-"""All keys of a config with their defaults and explanations, and a resolved config as lines."""
+"""Lists all keys of a config with their defaults and explanations, and resolved configs."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from moe_jax.upcycle import recipes
 
 
 class Key(NamedTuple):
-    name: str  # with dots
+    name: str  # the dotted name, "optimizer.learning_rate"
     default: object
     explanation: str
 
 
 def keys(section: str = "") -> list[Key]:
-    """The keys of a section ("optimizer"), or of all.
+    """The keys of a section ("optimizer"), or of all sections.
 
     Raises: ConfigError for a section that does not exist.
     """
@@ -59,7 +59,7 @@ def _parameters_of_recipes() -> Iterator[Key]:
 
 
 def text(section: str = "") -> str:
-    """The keys as lines for a terminal."""
+    """The keys as lines of text for a terminal."""
     lines = (f"{k.name}={shown(k.default)}\n    {k.explanation}" for k in keys(section))
     return "\n".join(lines)
 
@@ -72,14 +72,14 @@ def page() -> str:
 
 
 def shown(value: object) -> str:
-    """A value as it stands in lines and tables."""
+    """A value as text for lines and tables."""
     if value is None:
         return "none"
     return repr(value) if isinstance(value, str | tuple) else str(value)
 
 
 def resolved(run: Run) -> dict[str, object]:
-    """The value of every key in a run, with the fields of its model."""
+    """The value of every key of a run, including the fields of its model."""
     values = dataclasses.asdict(dataclasses.replace(run, config=ConfigDict()))
     del values["config"]
     upcycle = values["init"]["upcycle"]

@@ -1,4 +1,4 @@
-"""What this machine has, found without starting jax."""
+"""Finds out about this machine without initialising JAX."""
 
 import glob
 import os
@@ -8,10 +8,10 @@ import subprocess
 
 
 def dtype_here() -> str:
-    """The dtype to compute in on this machine: bfloat16 where a chip has units for it.
+    """The dtype to compute in on this machine: bfloat16 if its chips have units for it.
 
-    It asks the machine and not jax, which may not be started before the processes of a run know of
-    each other. A T4 (compute capability 7.5) has no such units, and float32 is faster there.
+    It does not ask JAX, which must not be initialised before the processes of a run have joined.
+    A T4 (compute capability 7.5) has no such units, and float32 is faster there.
     """
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):  # "tpu,cpu" prefers the TPU
         return "float32"

@@ -1,4 +1,4 @@
-"""A config file is a Python program: it is found, executed, and one of its functions is called."""
+"""Executes a config file, which is a Python program, and calls one of its functions."""
 
 import os
 import pathlib
@@ -10,12 +10,12 @@ from moe_jax.config.checks import ConfigError
 
 
 def call(path: str, function: str) -> Any:
-    """The value of a function of FILE[:ARG], called with ARG if there is one.
+    """Calls a function of FILE[:ARG], with ARG if there is one, and returns its result.
 
-    Raises: ConfigError for a file or function that is not there, and whatever the file raises.
+    Raises: ConfigError for a missing file or function, and whatever the file raises.
     """
     file, arguments = _located(path)
-    # Python's dataclasses look their module up by its name.
+    # Python's dataclasses look up their module by name in sys.modules.
     module = types.ModuleType(f"config_file_{pathlib.Path(file).stem}")
     module.__file__ = file
     sys.modules[module.__name__] = module
@@ -26,7 +26,7 @@ def call(path: str, function: str) -> Any:
 
 
 def _located(path: str) -> tuple[str, list[str]]:
-    """The file and the argument; a file's own name may have colons too."""
+    """The file and its arguments; the file's name may contain colons too."""
     ends = [i for i, letter in enumerate(path) if letter == ":"]
     for end in (len(path), *ends):
         if os.path.isfile(path[:end]):

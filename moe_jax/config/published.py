@@ -1,8 +1,8 @@
-"""The constants of published systems, each beside its value in this repository's config.
+"""The constants of published systems, each next to its value in this repository's config.
 
 `docs/published_configs.csv` has a row for each constant: the config (a file under configs/ and its
-argument), the key, the published value and its source, and, where the config has another value,
-what it does instead.
+argument), the key, the published value and its source and, if the config has another value, what it
+does instead.
 """
 
 import csv
@@ -21,7 +21,7 @@ NOT_HERE = "none"
 
 
 def _of_a_layer(coefficient: str):
-    """The weight of one layer's loss in the loss."""
+    """A function of a run: the weight of one layer's term in the total loss."""
 
     def weight(run: Run) -> float:
         added = run.balance.over_layers == "sum"
@@ -32,7 +32,7 @@ def _of_a_layer(coefficient: str):
     return weight
 
 
-# Constants that are no key of a config.
+# Constants that are not keys of a config.
 DERIVED = {
     "weight of a layer's balancing loss": _of_a_layer("load_balancing_coefficient"),
     "weight of a layer's importance loss": _of_a_layer("importance_coefficient"),
@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """True if the value here is the published one."""
+        """True if our value equals the published one."""
         try:
             return math.isclose(float(self.published), float(str(self.here)), rel_tol=1e-9)
         except ValueError:

@@ -1,6 +1,6 @@
 """Configs: their defaults, and reading them from files, command lines and workdirs.
 
-A config file has `get_config()`, which starts from `default()` and changes what it needs:
+A config file defines `get_config()`, which starts from `default()` and changes what it needs:
 
     python scripts/train.py --config=configs/quickstart.py --config.training.num_steps=100
 """
@@ -25,7 +25,7 @@ from moe_jax.config.sections import Balance, key_names, section_of
 from moe_jax.model.config import ModelConfig
 from moe_jax.upcycle import recipes
 
-# Keys and sections of older configs, with their names of today.
+# Keys and sections of older configs -> their current names.
 MOVED = {
     **{f"training.{n}": f"balance.{n}" for n in key_names(Balance) if n != "over_layers"},
     "training.adaptive_balance": "balance.adaptive",
@@ -35,9 +35,9 @@ MOVED = {
 
 
 def default() -> ConfigDict:
-    """All sections with their defaults, locked: a key that it does not have cannot be set.
+    """All sections with their defaults; it is locked, so unknown keys cannot be set.
 
-    A field of the model or a parameter of a recipe is None, "not set", and knows its type.
+    Fields of the model and parameters of a recipe are None, meaning "not set", but have types.
     """
     hints = typing.get_type_hints(ModelConfig)
     config: dict[str, typing.Any] = {}
@@ -57,25 +57,25 @@ def default() -> ConfigDict:
 
 
 def plain_type(hint: typing.Any) -> type:
-    """The type of a field's values: `int | None` is int, `tuple[str, ...]` is tuple."""
+    """The type of a field's values: int for `int | None`, tuple for `tuple[str, ...]`."""
     if isinstance(hint, types.UnionType):
         hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
     return typing.get_origin(hint) or hint
 
 
 def load(path: str, overrides: dict | None = None) -> ConfigDict:
-    """The config that FILE[:arg] makes, with dotted keys overridden. Runs the file's Python code.
+    """The config from FILE[:arg], with overrides by dotted key. Runs the file's Python code.
 
-    Raises: ConfigError for a file that cannot be used, an unknown key or a value of a wrong type.
+    Raises: ConfigError for a file that cannot be used, an unknown key or a value of the wrong type.
     """
     flag = [f"--config.{key}={value}" for key, value in (overrides or {}).items()]
     return parse([f"--config={path}", *flag])
 
 
 def parse(arguments: list[str]) -> ConfigDict:
-    """The config of the arguments --config=FILE[:arg] and --config.section.key=value.
+    """The config from the arguments --config=FILE[:arg] and --config.section.key=value.
 
-    Raises: as `load`.
+    Raises: ConfigError, like `load`.
     """
     path = next((a.removeprefix("--config=") for a in arguments if a.startswith("--config=")), "")
     if not path:
@@ -97,7 +97,7 @@ def parse(arguments: list[str]) -> ConfigDict:
         raise _unknown_key(error) from None
     except flags.Error as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    except Exception as error:  # whatever the file itself raises
+    except Exception as error:  # the file itself can raise any type
         text = f"--config={path}: {type(error).__name__}: {error}"
         raise ConfigError(" ".join(text.split())) from error
     if unused:
@@ -111,7 +111,7 @@ def parse(arguments: list[str]) -> ConfigDict:
 
 
 def _unsets(argument: str) -> bool:
-    """True for --config.KEY=None, for a key that need not be set."""
+    """True for --config.KEY=None if the key is unset by default."""
     option, _, text = argument.partition("=")
     return text == "None" and option.removeprefix("--config.") in _unset_by_default()
 
@@ -123,7 +123,7 @@ def _unset_by_default() -> frozenset[str]:
 
 
 def _unknown_key(error: Exception) -> ConfigError:
-    """The refusal of a key that a ConfigDict complained of, by its new name if it has one."""
+    """The error for a key that a ConfigDict does not have, with its new name if it was renamed."""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     named = re.search(r"""["'](\w+)["']""", " ".join(error.args[0].split()))
@@ -131,7 +131,7 @@ def _unknown_key(error: Exception) -> ConfigError:
 
 
 def _unknown(key: str) -> str:
-    """The line that refuses a key, or the last part of one: a config file's error has no more."""
+    """The line that refuses a key, or a key's last part if a config file's error has no more."""
     for old, new in MOVED.items():
         if f"{key}.".startswith(f"{old}.") or key == old.rpartition(".")[2]:
             return f"config.{old} is config.{new} now"
@@ -140,7 +140,7 @@ def _unknown(key: str) -> str:
 
 
 def _meant(key: str) -> str:
-    """The suggestion of the key that is nearest: in the section that was named, or in any."""
+    """A suggestion with the nearest key: in the same section if possible, otherwise in any."""
     section, _, name = key.rpartition(".")
     keys = sorted(kinds(), key=lambda known: known.rpartition(".")[0] != section)
     beside = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == section]
@@ -154,7 +154,7 @@ def _meant(key: str) -> str:
 
 
 def kinds() -> dict[str, type]:
-    """Every key of a config, with dots, and the type of its values."""
+    """Every dotted key of a config, and the type of its values."""
 
     def inside(config: ConfigDict, before: str) -> typing.Iterator[tuple[str, type]]:
         for name in config:
@@ -167,9 +167,9 @@ def kinds() -> dict[str, type]:
 
 
 def check_names(arguments: list[str]) -> None:
-    """Refuses options that are no key of a config, and whole numbers and numbers that are none.
+    """Refuses options that are not keys of a config, and values that should be numbers but are not.
 
-    Raises: ConfigError, which names the nearest right key.
+    Raises: ConfigError, which names the nearest valid key.
     """
     known = kinds()
     for argument in arguments:
@@ -188,7 +188,7 @@ def check_names(arguments: list[str]) -> None:
 
 
 def model_fields(arguments: list[str]) -> dict:
-    """The ModelConfig fields in command-line arguments "--model.NAME=VALUE".
+    """The ModelConfig fields from command-line arguments "--model.NAME=VALUE".
 
     Raises: ValueError for a field or value that ModelConfig does not have.
     """
@@ -208,9 +208,9 @@ def save_json(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def load_json(workdir: pathlib.Path) -> ConfigDict:
-    """The config of the run that lives in `workdir`.
+    """The config of the run in `workdir`.
 
-    Raises: ConfigError for one that this version cannot read.
+    Raises: ConfigError if this version cannot read it.
     """
     path = workdir / "config.json"
     try:
@@ -222,7 +222,7 @@ def load_json(workdir: pathlib.Path) -> ConfigDict:
 def stored(values: dict) -> ConfigDict:
     """The config whose `to_dict()` was stored in a workdir or a checkpoint.
 
-    Raises: ConfigError for a key or value that a config cannot have.
+    Raises: ConfigError for an unknown key or an invalid value.
     """
     config = default()
     try:

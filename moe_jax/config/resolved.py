@@ -1,7 +1,8 @@
-"""A config resolved, once for each command: its settings, with what it takes from a parent.
+"""Resolves a config, once per command, into settings that include those taken from a parent.
 
-A config leaves to the first model of `init.source` what it does not say itself: the model (no
-preset and no size), the tokenizer (`data.tokenizer=""`) and the rows (`data.sequence_length=0`).
+A config takes from the first model of `init.source` what it does not set itself: the model (without
+a preset or sizes), the tokenizer (`data.tokenizer=""`) and the row length
+(`data.sequence_length=0`).
 """
 
 import dataclasses
@@ -22,9 +23,9 @@ from moe_jax.model.config import ModelConfig
 from moe_jax.model.fields import no_effect, without_effect
 from moe_jax.model.presets import PRESETS
 
-TOKENIZER = "tokenizer"  # the folder of a workdir with the files beside its parent's weights
-LONGEST_ROW = 4096  # tokens, of models that can read more
-AUTO = "auto"  # model.dtype: bfloat16 where this machine's chips have it
+TOKENIZER = "tokenizer"  # the folder in a workdir for the files next to the parent's weights
+LONGEST_ROW = 4096  # default row length in tokens for models that can read longer rows
+AUTO = "auto"  # model.dtype: bfloat16 if this machine's chips support it
 
 Part = TypeVar("Part", bound=Section)
 
@@ -32,12 +33,13 @@ Part = TypeVar("Part", bound=Section)
 def resolve(
     config: ConfigDict, *, parent: ModelConfig | None = None, workdir: pathlib.Path | None = None
 ) -> Run:
-    """The settings that a config gives, with the ModelConfig of its model.
+    """The settings of a config, including the ModelConfig.
 
-    `parent` is the model of `init.source` where that is not trained yet, as in a sweep. A run that
-    goes on in `workdir` needs its parent no more: what came from it is there.
-    Raises: ConfigError, in one line that says what to change, for any mistake that the config
-      itself shows, a key that is set and that nothing reads among them.
+    `parent` is the model of `init.source` if that is not trained yet, as in a sweep. A run resumed
+    in `workdir` does not need its parent any more, because the workdir has what came from it.
+
+    Raises: ConfigError, in one line that says what to change, for any mistake visible in the config
+      alone, including a key that is set but never read.
     """
     if workdir is not None:
         config = _without_parent(config, workdir)
@@ -50,10 +52,10 @@ def resolve(
 
 
 def _without_effect(run: Run, section: Section) -> Iterator[str]:
-    """A line for each key of the section, and of those in it, that is set and not read."""
+    """A line for each key of the section and its subsections that is set but not read."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
-        # Where a number may not be negative, 0 asks for nothing.
+        # For a number that may not be negative, 0 turns the feature off and is always allowed.
         asks = value != field.default and (
             value or field.metadata.get("check") != checks.NOT_NEGATIVE
         )
@@ -65,7 +67,7 @@ def _without_effect(run: Run, section: Section) -> Iterator[str]:
 
 
 def of_stored(config: ConfigDict, *, parent: ModelConfig | None = None) -> Run:
-    """`resolve` for a config that a run has stored, which may have keys that nothing reads."""
+    """`resolve` for a config stored by a run, which may contain keys that nothing reads."""
     config = _filled(config, parent)
     values = _with_tuples(config.to_dict())
     upcycle = values["init"]["upcycle"]
@@ -88,7 +90,7 @@ def _section(kind: type[Part], values: dict[str, Any]) -> Part:
 
 
 def _with_tuples(value: Any) -> Any:
-    """`value` with tuples in the place of the lists that JSON has for them."""
+    """`value` with the lists that JSON stores turned back into tuples."""
     if isinstance(value, dict):
         return {name: _with_tuples(inner) for name, inner in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
@@ -112,7 +114,7 @@ def _model(section: dict[str, Any]) -> ModelConfig:
 
 
 def _filled(config: ConfigDict, parent: ModelConfig | None) -> ConfigDict:
-    """The config with what it leaves to the first model of `init.source`, and to this machine."""
+    """The config, completed from the first model of `init.source` and from this machine."""
     source = config.init.source.split(",")[0]
     config = config.copy_and_resolve_references()
     own, data = config.model, config.data
@@ -125,7 +127,7 @@ def _filled(config: ConfigDict, parent: ModelConfig | None) -> ConfigDict:
         with checks.refusing("config.model."):
             child = _child(parent, {n: v for n, v in given.items() if v is not None})
         own.update({n: v for n, v in dataclasses.asdict(child).items() if v is not None})
-    # A sweep's parent is not there before it is trained: the run itself finds it.
+    # A sweep's parent does not exist before it is trained: the run itself will find it.
     if not data.tokenizer and (not source or (pathlib.Path(source) / "config.json").exists()):
         with checks.refusing("config.data.tokenizer is not set, and "):
             data.tokenizer = tokenizer_of(pathlib.Path(source)) if source else "bytes"
@@ -135,7 +137,7 @@ def _filled(config: ConfigDict, parent: ModelConfig | None) -> ConfigDict:
 
 
 def _without_parent(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
-    """The config with what the run in the workdir took from a parent that is not there any more."""
+    """The config, completed with what the run in the workdir took from a parent that is missing."""
     parents = [pathlib.Path(source) for source in config.init.source.split(",") if source]
     if not (workdir / "config.json").exists() or all((p / "config.json").exists() for p in parents):
         return config
@@ -152,7 +154,7 @@ def _without_parent(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
 
 
 def _child(parent: ModelConfig, given: dict[str, Any]) -> ModelConfig:
-    """The model of a run that sets these fields and leaves the others to its parent."""
+    """The model of a run that sets these fields and takes the others from its parent."""
     num_experts = given.get("num_experts", parent.num_experts)
     if parent.num_experts and not num_experts:
         del given["num_experts"]
@@ -169,7 +171,8 @@ def _model_in(config: ConfigDict) -> ModelConfig:
 def model_of(folder: pathlib.Path) -> ModelConfig:
     """The config of the model in a Hugging Face folder or a run's workdir.
 
-    It does not ask whether the model could be trained, as `resolve` does.
+    Unlike `resolve`, it does not check whether the model can be trained.
+
     Raises: ValueError, in one line, for any other folder, or one that cannot be read.
     """
     if folders.is_folder(folder):
@@ -184,11 +187,11 @@ def model_of(folder: pathlib.Path) -> ModelConfig:
 
 
 def tokenizer_of(folder: pathlib.Path) -> str:
-    """The name by which `tokenizers.load` finds the tokenizer of a Hugging Face folder or a run.
+    """The name under which `tokenizers.load` finds the tokenizer of a Hugging Face folder or a run.
 
-    A run keeps all files of its tokenizer's folder, and its config says which of them it used.
+    A run keeps all files of its tokenizer's folder; its config says which of them it used.
 
-    Raises: ValueError for a folder without one.
+    Raises: ValueError for a folder without a tokenizer.
     """
     if folders.is_folder(folder):
         own = beside.tokenizer_in(folder)

@@ -1,4 +1,4 @@
-"""All settings of a run, which check themselves and each other."""
+"""All settings of a run, with checks of each and of their combinations."""
 
 import dataclasses
 import re
@@ -15,14 +15,14 @@ from moe_jax.upcycle import recipes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Section, path=""):
-    """All settings of a run. In a config `model` is a preset and the fields that differ from it,
-    or all fields that ModelConfig has no default for, or nothing where `init.source` has a model.
+    """All settings of a run. In a config, `model` is a preset with the fields that differ from it,
+    or all fields without a default in ModelConfig, or empty if `init.source` provides a model.
     """
 
     seed: int = key(
         0, "seed of the parameters and of the order of the text", checks.seed, fixed=True
     )
-    # The router decides whether routing is learned at all.
+    # The router must not change in a resumed run: it decides whether routing is learned at all.
     model: ModelConfig = dataclasses.field(metadata={"fixed": ("router",)})
     init: sections.Init = part(sections.Init)
     data: sections.Data = part(sections.Data)
@@ -33,7 +33,7 @@ class Run(Section, path=""):
     objective: sections.Objective = part(sections.Objective)
     evaluation: sections.Evaluation = part(sections.Evaluation)
     checkpoint: sections.Checkpoint = part(sections.Checkpoint)
-    # The settings come from this config, which is stored in the run's workdir and checkpoints.
+    # The config that the settings come from; it is stored in the run's workdir and checkpoints.
     config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
 
     def problems(self) -> Iterator[str]:

@@ -27,25 +27,25 @@ def key(
     """A field that is a key of the config; `check(name, value)` raises ConfigError.
 
     needs: conditions on the whole `Run` without which nothing reads the key.
-    fixed: the key decides which text a step sees: it may not change in a run that goes on. None is
-      what the section says of all its keys.
+    fixed: True if the key decides which text a step sees, so that it may not change in a resumed
+      run; None takes the section's value.
     """
     metadata = {"explanation": explanation, "check": check, "needs": needs, "fixed": fixed}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def key_names(section: "type[Section]") -> list[str]:
-    """The keys of a section, without those of the sections in it."""
+    """The keys of a section, without those of its subsections."""
     return [f.name for f in dataclasses.fields(section) if "explanation" in f.metadata]
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of a config, at the dotted `path`, which checks its values when it is made."""
+    """A part of a config at the dotted `path`; it checks its values when it is created."""
 
     path: ClassVar[str]
-    needs: ClassVar[tuple[Need, ...]]  # of all its keys
-    fixed: ClassVar[bool | None]  # of keys that say nothing else; None is as the section around
+    needs: ClassVar[tuple[Need, ...]]  # needs of all its keys
+    fixed: ClassVar[bool | None]  # default for its keys; None takes the enclosing section's value
 
     def __init_subclass__(cls, path: str, needs: tuple[Need, ...] = (), fixed: bool | None = None):
         cls.path, cls.needs, cls.fixed = path, needs, fixed
@@ -59,24 +59,24 @@ class Section:
             raise ConfigError(problem)
 
     def problems(self) -> Iterator[str]:
-        """Mistakes that several values make together, each as the line to print."""
+        """A line for each mistake that involves several values."""
         yield from ()
 
 
 def part(section: type[Section]) -> Any:
-    """A field that is a section within a section."""
+    """A field that is a subsection."""
     return dataclasses.field(default_factory=section)
 
 
 def section_of(field: dataclasses.Field) -> type[Section] | None:
-    """The class of a field that is a section itself; None for any other field."""
+    """The class of a field that is a subsection; None for any other field."""
     factory = field.default_factory
     return factory if isinstance(factory, type) and issubclass(factory, Section) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Upcycle(Section, path="init.upcycle"):
-    """Parameters of the recipe are keys of this section too; the recipe has their defaults."""
+    """The recipe's parameters are keys of this section too; the recipe defines their defaults."""
 
     recipe: str = key("", "recipe that makes the model of its parents; empty copies the parent")
     router: str = key(
@@ -94,7 +94,7 @@ class Upcycle(Section, path="init.upcycle"):
         "fresh starts Adam's moments at zero; copy upcycles those of the parent, which is a run",
         one_of("fresh", "copy"),
     )
-    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)  # those that are set
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)  # only those that are set
 
     def problems(self) -> Iterator[str]:
         if self.recipe:
@@ -120,7 +120,7 @@ class Init(Section, path="init"):
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """The sources of the parameters, one by one."""
+        """The sources of the parameters, as a tuple."""
         return tuple(source for source in self.source.split(",") if source)
 
     def problems(self) -> Iterator[str]:
@@ -167,7 +167,7 @@ class Data(Section, path="data", fixed=True):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh(Section, path="mesh"):
-    """Sizes of the axes of `parallel/mesh.py`; -1 fills one of them."""
+    """Sizes of the axes of `parallel/mesh.py`; one may be -1, which takes the remaining devices."""
 
     data: int = key(1, "number of copies of the parameters", checks.AXIS_SIZE)
     fsdp: int = key(-1, "number of parts of the parameters and the batch", checks.AXIS_SIZE)
@@ -197,7 +197,7 @@ class AdaptiveBalance(Section, path="balance.adaptive", needs=(SPARSE, ROUTED, A
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Balance(Section, path="balance", needs=(SPARSE, ROUTED)):
-    """Terms of the loss, and rules beside it, that keep all experts in use."""
+    """Auxiliary losses, and rules outside the loss, that keep all experts in use."""
 
     load_balancing_coefficient: float = key(
         0.01, "coefficient of the load-balancing loss", NOT_NEGATIVE
@@ -298,7 +298,7 @@ WEIGHT_DECAY = Need(lambda run: run.optimizer.weight_decay > 0, "config.optimize
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer(Section, path="optimizer"):
     """AdamW. A rule is (regular expression of parameter paths, factor): the first that matches
-    decides, and the factor is 1 where none does."""
+    decides, and the factor is 1 if none does."""
 
     learning_rate: float = key(3e-4, "largest learning rate", POSITIVE)
     schedule: str = key(

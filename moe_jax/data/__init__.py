@@ -1,1 +1,1 @@
-"""Text to batches: sources, tokenizers, token records, the row plan, arrays on devices."""
+"""From text to batches: sources, tokenizers, token records, the row plan, arrays on devices."""

@@ -1,7 +1,7 @@
-"""Rows become arrays on devices: batches by number.
+"""Turns rows into batches of arrays on devices, with random access by batch number.
 
 Batch N is a pure function of (corpus, seed, sizes, N), whatever the number of hosts and threads, so
-the whole state of the data is {"step": N}.
+the whole state of the data pipeline is {"step": N}.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Batch:
     segment_ids_BT: jax.Array  # 1, 2, … along a row, 0 for padding
     positions_BT: jax.Array  # from 0 in each segment
     weights_BT: jax.Array  # the loss weight of each target: 1, and 0 for padding
-    labels_BT: jax.Array  # an index into the corpus's labels
+    labels_BT: jax.Array  # indices into the corpus's labels
 
     @classmethod
     def of_shape(cls, shape: tuple[int, int], make: Callable = np.zeros) -> "Batch":
@@ -40,7 +40,7 @@ class Batch:
 
     @classmethod
     def of_rows(cls, rows_BX: jax.Array, segment_ids_BT: jax.Array | None = None) -> "Batch":
-        """Rows of T + 1 tokens, each of one document, padded where `segment_ids_BT` is 0."""
+        """From rows of T + 1 tokens, one document each, padded where `segment_ids_BT` is 0."""
         B, T = rows_BX.shape[0], rows_BX.shape[1] - 1
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones((B, T), jnp.int32)
@@ -56,7 +56,8 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _BatchSource:
-    """Random access to rows `mine` of batch N; rows of the plan from `num_rows` on are padding."""
+    """Random access to the rows `mine` of batch N; rows from `num_rows` of the plan on are
+    padding."""
 
     corpus: TokenizedCorpus
     plan: RowPlan
@@ -100,10 +101,11 @@ def batches(
     rows: Sequence[int] | None = None,
     num_threads: int = 2,
 ) -> Iterator[Batch]:
-    """The rows `rows` (None is all) of batch start_step, start_step + 1, … without end."""
+    """An endless iterator over batches start_step, start_step + 1, …, with only the rows `rows` of
+    each (None is all)."""
     plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=seed)
     mine = range(batch_size) if rows is None else rows
-    # A dataset has a length: this one is as good as endless.
+    # A dataset must have a length; this one is long enough to be endless.
     source = _BatchSource(corpus, plan, batch_size, mine, num_batches=2**40)
     dataset = grain.MapDataset.source(source)[start_step:]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
@@ -118,9 +120,9 @@ def evaluation_batches(
     max_batches: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """One pass over the corpus, always in the same shuffled order, the last batch padded.
+    """One pass over the corpus, always in the same shuffled order, with the last batch padded.
 
-    The first `max_batches` of it (0 is all) are a fair sample of its documents.
+    Because of the shuffle, its first `max_batches` (0 is all) are a fair sample of the documents.
     """
     plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=0)
     num_batches = -(-plan.rows_per_epoch // batch_size)
@@ -132,9 +134,9 @@ def evaluation_batches(
 def to_device(
     batch: Batch, sharding: jax.NamedSharding, rows: np.ndarray, batch_size: int
 ) -> Batch:
-    """Global arrays of `batch_size` rows, of which `batch` holds this process's.
+    """Global arrays of `batch_size` rows; `batch` holds the rows of this process.
 
-    `rows` are the indices of these, ascending (`parallel.distributed.rows_of`).
+    `rows` are the indices of these rows, ascending (`parallel.distributed.rows_of`).
     """
 
     def part_of(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
@@ -142,7 +144,7 @@ def to_device(
         start = np.searchsorted(rows, wanted.start)
         return array[start : start + len(wanted)]
 
-    with jax.transfer_guard_host_to_device("allow"):  # the one transfer that a step is to make
+    with jax.transfer_guard_host_to_device("allow"):  # the only transfer that a step should make
         return jax.tree.map(
             lambda array: jax.make_array_from_callback(
                 (batch_size, *array.shape[1:]), sharding, functools.partial(part_of, array)
@@ -159,7 +161,7 @@ def feed(
     batch_size: int,
     **how,
 ) -> Iterator[Batch]:
-    """Global arrays of `batches` or `evaluation_batches`, of which each process reads its rows."""
+    """Global arrays of `batches` or `evaluation_batches`; each process reads only its own rows."""
     rows = distributed.rows_of(sharding.addressable_devices, sharding, batch_size)
     parts = make(corpus, batch_size=batch_size, rows=rows, **how)
     return (to_device(batch, sharding, rows, batch_size) for batch in parts)

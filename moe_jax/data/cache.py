@@ -1,18 +1,18 @@
-"""The folder that keeps tokens, TFDS datasets and compiled steps, for all runs of a person."""
+"""The cache folder for tokens, TFDS datasets and compiled steps, shared by all of a user's runs."""
 
 import contextlib
 import os
 import pathlib
 from collections.abc import Iterator
 
-DATASETS = "tfds"  # the folder of the cache in which TFDS keeps its own
+DATASETS = "tfds"  # the folder in the cache for datasets that TFDS prepares
 ADVICE = "set config.data.cache_dir (or XDG_CACHE_HOME) to a folder with room"
 
 
 def cache_folder(cache_dir: str) -> pathlib.Path:
-    """`cache_dir`, or for "" $XDG_CACHE_HOME/moe_jax (~/.cache/moe_jax).
+    """`cache_dir`, or if it is "", $XDG_CACHE_HOME/moe_jax (by default ~/.cache/moe_jax).
 
-    Raises: ValueError for a person without a home.
+    Raises: ValueError for a user without a home folder.
     """
     if cache_dir:
         return pathlib.Path(cache_dir)
@@ -25,10 +25,10 @@ def cache_folder(cache_dir: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def writing(cache: pathlib.Path) -> Iterator[None]:
-    """A failure of the block to write into the cache becomes a ValueError that says what to set."""
+    """Turns a failure to write into the cache in the block into a ValueError that gives the fix."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # RuntimeError is array_record's
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
         named = getattr(error, "filename", None)
         if named is not None and not pathlib.Path(named).is_relative_to(cache):
             raise

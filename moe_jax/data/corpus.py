@@ -11,15 +11,15 @@ import grain
 import numpy as np
 
 ARRAYS = ("pairs.npy", "label_ids.npy")
-RECORDS = "tokens.array_record"  # whose format detects damage when a record is read
+RECORDS = "tokens.array_record"  # this format detects damage when a record is read
 
 
 class DamagedError(ValueError):
-    """The folder is not as it was written."""
+    """The folder's contents have changed since they were written."""
 
 
 def seal(folder: pathlib.Path, facts: dict) -> None:
-    """Writes the facts of a corpus, with hashes by which `TokenizedCorpus.load` finds damage."""
+    """Writes the facts of a corpus, with hashes by which `TokenizedCorpus.load` detects damage."""
     sealed = {"facts": facts, **_hashes(folder), "records": (folder / RECORDS).stat().st_size}
     meta = {**sealed, "sha256": _hash(json.dumps(sealed).encode())}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -34,7 +34,7 @@ def _hash(content: bytes) -> str:
 
 
 def _facts(folder: pathlib.Path) -> dict:
-    """The facts that `seal` wrote, of a folder that is as it was."""
+    """The facts that `seal` wrote, if the folder is unchanged since then."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if meta.pop("sha256") != _hash(json.dumps(meta).encode()):
         raise ValueError("meta.json")
@@ -48,23 +48,23 @@ def _facts(folder: pathlib.Path) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedCorpus:
-    """Token records with random access, and the facts that need no reading of them."""
+    """Token records with random access, and facts about them that are stored separately."""
 
     folder: pathlib.Path
     labels: tuple[str, ...]
-    pairs: np.ndarray  # the predicted tokens of each record
+    pairs: np.ndarray  # the number of predicted tokens of each record
     label_ids: np.ndarray  # each record's index into `labels`
     bytes_per_label: tuple[int, ...]  # bytes of text
     documents_per_label: tuple[int, ...]
     byte_counts: tuple[int, ...]  # occurrences of each of the 256 bytes
-    digest: str  # a hash of all tokens: equal rows have equal ones, whatever the files' names
+    digest: str  # a hash of all tokens: equal tokens have equal digests, whatever the file names
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "TokenizedCorpus":
-        """The corpus in a folder; raises DamagedError for one that is not as it was written."""
+        """The corpus in a folder; raises DamagedError if it has changed since it was written."""
         try:
             meta = _facts(folder)
-        except Exception as error:  # a damaged JSON text or array raises what it likes
+        except Exception as error:  # damaged JSON text or arrays can raise any type
             raise DamagedError(f"{folder} is damaged ({error!r})") from error
         return cls(
             folder=folder,
@@ -82,12 +82,12 @@ class TokenizedCorpus:
         return grain.sources.ArrayRecordDataSource(str(self.folder / RECORDS))
 
     def tokens(self, record: int) -> np.ndarray:
-        """The tokens of a record; raises ValueError for one that is damaged."""
+        """The tokens of a record; raises ValueError if it is damaged."""
         try:
             tokens = np.frombuffer(self._records[int(record)], np.uint32)
             if len(tokens) != self.pairs[record] + 1:
                 raise ValueError(f"record {record}")
-        except Exception as error:  # the reader has no class of its own for damage
+        except Exception as error:  # the reader has no exception class for damaged files
             raise DamagedError(f"{self.folder} is damaged ({error}); delete the folder") from error
         return tokens
 
@@ -104,6 +104,6 @@ class TokenizedCorpus:
 
     @property
     def byte_unigram_bits(self) -> float:
-        """Entropy of the bytes' frequencies: bits per byte of a model that knows these only."""
+        """Entropy of the byte frequencies: bits per byte of a model that knows only these."""
         share = np.array(self.byte_counts) / max(sum(self.byte_counts), 1)
         return float(-sum(p * math.log2(p) for p in share if p))

@@ -1,8 +1,8 @@
-"""The row plan: the pieces of records that make up row g, for any g, without state.
+"""The row plan: a stateless map from any row number g to the pieces of records in that row.
 
-A record of n tokens (begin, text, end) holds n - 1 (input, target) pairs. Rows of T pairs are cut
-from the concatenation of the pairs of documents in a seeded order, so every pair is seen exactly
-once an epoch and only the last row of a block is padded.
+A record of n tokens (begin, text, end) holds n - 1 (input, target) pairs. The pairs of all
+documents are concatenated in a seeded order and split into rows of T pairs, so every pair is seen
+exactly once per epoch and only the last row of a block is padded.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ class Piece:
 
 
 class RowPlan:
-    """Rows of an endless, seeded pass over records.
+    """The rows of an endless, seeded pass over records.
 
-    Memory is bounded whatever the corpus: records lie in blocks of `block_size` neighbours, a block
-    is permuted by (seed, epoch, block) when a row of it is asked for, and the rows of all blocks
-    are shuffled by a random-access permutation of (seed, epoch).
+    Memory is bounded for any corpus: records form blocks of `block_size` neighbours, a block is
+    permuted by (seed, epoch, block) only when one of its rows is needed, and the rows of all blocks
+    are shuffled by a random-access permutation seeded by (seed, epoch).
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class RowPlan:
         starts = np.arange(0, len(pairs), block_size)
         rows = -(-np.add.reduceat(pairs, starts, dtype=np.int64) // sequence_length)
         self._first_row = np.concatenate([[0], np.cumsum(rows)])
-        # Each plan has its own, small caches: rows of a batch lie in all blocks of the corpus.
+        # The caches belong to each plan and are small: a batch has rows from all over the corpus.
         self._block = functools.lru_cache(maxsize=64)(self._plan_block)
         self._order = functools.lru_cache(maxsize=2)(self._order_of_epoch)
 
@@ -47,7 +47,7 @@ class RowPlan:
         return int(self._first_row[-1])
 
     def row(self, g: int) -> list[Piece]:
-        """The pieces of row g; rows beyond the first epoch come in other orders."""
+        """The pieces of row g; later epochs have other orders."""
         epoch, index = divmod(g, self.rows_per_epoch)
         index = self._order(epoch)[index]
         block = int(np.searchsorted(self._first_row, index, side="right")) - 1
@@ -65,7 +65,7 @@ class RowPlan:
         return pieces
 
     def _plan_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The records of a block in their order, and the end of each one's pairs."""
+        """The records of a block in permuted order, and where the pairs of each end."""
         first = block * self._block_size
         size = min(self._block_size, len(self._pairs) - first)
         order = np.random.Generator(np.random.Philox([self._seed, epoch, block, 0]))
@@ -73,6 +73,6 @@ class RowPlan:
         return records, np.cumsum(self._pairs[records], dtype=np.int64)
 
     def _order_of_epoch(self, epoch: int) -> grain.MapDataset:
-        """Random access to a permutation of the epoch's rows, held as a key rather than a list."""
+        """Random access to a permutation of the epoch's rows, stored as a key instead of a list."""
         seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
         return grain.MapDataset.range(self.rows_per_epoch).seed(seed).shuffle()

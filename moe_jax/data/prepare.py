@@ -1,4 +1,4 @@
-"""Text becomes token records: each document is tokenized once and kept."""
+"""Turns text into token records: each document is tokenized once and cached."""
 
 import collections
 import hashlib
@@ -19,8 +19,8 @@ from moe_jax.data.document import Document
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.parallel import distributed
 
-FORMAT = 4  # the version of the cache, a part of its key
-RECORD_TOKENS = 65_536  # a longer document is cut into several records
+FORMAT = 4  # the version of the cache's format, a part of its key
+RECORD_TOKENS = 65_536  # a longer document is split into several records
 
 
 def open_corpus(
@@ -31,11 +31,11 @@ def open_corpus(
     validation_fraction: float,
     cache: pathlib.Path,
 ) -> TokenizedCorpus:
-    """The tokenized documents of a split, tokenized unless the folder `cache` has them.
+    """The tokenized documents of a split, from the folder `cache` if it has them.
 
-    The cache keeps them under a hash of text, tokenizer and options.
+    The cache stores them under a hash of text, tokenizer and options.
 
-    Raises: ValueError when the split is empty or the source cannot be used.
+    Raises: ValueError if the split is empty or the source cannot be used.
     """
     datasets = cache / DATASETS
     content = sources.fingerprint(source, datasets)
@@ -66,7 +66,7 @@ def _tokenize(
 ) -> int:
     """Writes tokens, lengths and counts; returns the number of records."""
     pairs, label_ids = [], []
-    # Label -> its numbers of documents and of bytes of text, in the order of `label_ids`.
+    # Label -> its number of documents and number of bytes of text, in the order of `label_ids`.
     counts = collections.defaultdict[str, np.ndarray](lambda: np.zeros(2, np.int64))
     byte_counts, digest = np.zeros(256, np.int64), hashlib.sha256()
     path = str(folder / "tokens.array_record")
@@ -74,7 +74,7 @@ def _tokenize(
     for document in tqdm.tqdm(documents, f"tokenizing {name}", unit=" documents", disable=None):
         try:
             ids = tokenizer.encode(document.text)
-        except Exception as error:  # the libraries raise many kinds
+        except Exception as error:  # the libraries raise many types
             beginning = f"{name}: {document.text[:40]!r} …"
             raise ValueError(f"{beginning} cannot be tokenized ({error!r})") from error
         ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.uint32)

@@ -1,8 +1,8 @@
-"""The tokenizer.model of a Hugging Face folder as a tokenizer of the tokenizers library.
+"""Converts the tokenizer.model of a Hugging Face folder to a tokenizer of the tokenizers library.
 
-Transformers 5.24 converts it (`TokenizersBackend._convert_from_sentencepiece`), and the added
-tokens of the folder are then those of any other tokenizer. The class LlamaTokenizer keeps the text
-as it is; the generic one normalises it as the model file says.
+It follows Transformers 5.24 (`TokenizersBackend._convert_from_sentencepiece`); the folder's added
+tokens are then handled as for any other tokenizer. The class LlamaTokenizer keeps the text as it
+is; the generic class normalises it as the model file specifies.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from moe_jax.data import tokenizer_files
 from moe_jax.data.tokenizer_files import LLAMA, Settings
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes it for a space
-_pb2: Any = sentencepiece_model_pb2  # its classes are made at run time
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's symbol for a space
+_pb2: Any = sentencepiece_model_pb2  # Any, because its classes are created at run time
 _Piece = _pb2.ModelProto.SentencePiece
 
 
 def read(path: pathlib.Path, found: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
-    """The tokenizer, and the folder's settings completed by what the model file says."""
+    """The tokenizer, and the folder's settings completed from the model file."""
     proto = _pb2.ModelProto()
     proto.ParseFromString(path.read_bytes())
     spec, llama = proto.trainer_spec, found.class_name == LLAMA
@@ -38,7 +38,7 @@ def read(path: pathlib.Path, found: Settings) -> tuple[tokenizers.Tokenizer, Set
         for piece in proto.pieces
         if piece.type in kinds
     ]
-    # Transformers forgets the special tokens of special_tokens_map.json here.
+    # Transformers drops the special tokens of special_tokens_map.json here, and so do we.
     found = dataclasses.replace(found, roles=own | found.roles, older_special=pieces)
     if not llama:
         return _generic(proto, found)
@@ -49,7 +49,7 @@ def read(path: pathlib.Path, found: Settings) -> tuple[tokenizers.Tokenizer, Set
 
 
 def settings_of(path: pathlib.Path) -> dict[str, Any]:
-    """The tokenizer_config.json with which a model that stands alone encodes prompts as it does."""
+    """The tokenizer_config.json with which Transformers encodes prompts like this model alone."""
     proto = _pb2.ModelProto()
     proto.ParseFromString(path.read_bytes())
     rules = proto.normalizer_spec
@@ -97,10 +97,10 @@ def _generic(proto, found: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
         steps.append(normalizers.Replace(" ", SPACE))
     parts: list[pre_tokenizers.PreTokenizer] = []
     if rules.add_dummy_prefix:
-        if legacy:  # SentencePiece adds a space before a space, Metaspace does not
+        if legacy:  # SentencePiece adds a space even before a space, but Metaspace does not
             steps.append(normalizers.Replace(tokenizers.Regex(rf"\A{SPACE}"), SPACE * 2))
         parts.append(pre_tokenizers.Metaspace(SPACE, "always" if legacy else "first", False))
-        # They are found in the text before it gets its space.
+        # Added tokens are matched in the text before the leading space is added.
         raw = {i: tokenizer_files.token(token, normalized=False) for i, token in added.items()}
         found = dataclasses.replace(found, added=raw)
     if whole := _user_defined(proto, names):
@@ -119,14 +119,14 @@ def _user_defined(proto, names: list[str]) -> list[str]:
 
 
 def _model(proto, names: list[str], unknown: str | None) -> models.Model:
-    """The pieces under these names; without `unknown`, what has no piece has no id."""
+    """A model of the pieces with these names; without `unknown`, text without a piece has no id."""
     spec, scores = proto.trainer_spec, [piece.score for piece in proto.pieces]
     if spec.model_type == _pb2.TrainerSpec.UNIGRAM:
         scored = list(zip(names, scores, strict=True))
         return models.Unigram(scored, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
     kinds = [piece.type for piece in proto.pieces]
     normal = {n: (-scores[i], i) for i, n in enumerate(names) if kinds[i] == _Piece.NORMAL}
-    # SentencePiece merges by score: a rank for each way to cut a piece into two known ones.
+    # SentencePiece merges by score, so each split of a piece into two known ones becomes a merge.
     merges = [
         (*rank, name[:cut], name[cut:])
         for name, rank in normal.items()

@@ -1,4 +1,4 @@
-"""The sources of text: one table, of which `data.source` chooses a row."""
+"""The table of text sources; `data.source` chooses a row."""
 
 import dataclasses
 import pathlib
@@ -10,10 +10,10 @@ from moe_jax.data.document import Document
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One kind of `data.source`; its functions do what those of this module say.
+    """One kind of `data.source`; its fields implement this module's functions of the same names.
 
-    Each gets the whole value of `data.source`, the *spec*; `matches` says whether the spec is of
-    this kind.
+    Each gets the whole value of `data.source`, the *spec*; `matches` is True if this kind can read
+    the spec.
     """
 
     matches: Callable[[str], bool]
@@ -27,7 +27,7 @@ _FILES, _TFDS = (
     (source.check, source.fingerprint, source.documents, source.describe)
     for source in (text_files, tfds_source)
 )
-# The last row that matches reads a spec: files, which match every spec, come first.
+# The last row that matches reads the spec, so files, which match every spec, come first.
 SOURCES = {
     "files": Source(lambda spec: True, *_FILES),
     "tfds": Source(lambda spec: spec.startswith(tfds_source.PREFIX), *_TFDS),
@@ -36,19 +36,19 @@ SOURCES = {
 
 
 def check(spec: str) -> None:
-    """Raises ValueError, in one line, for a source that cannot be read; it reads none of it."""
+    """Raises ValueError, in one line, for a source that cannot be read; it does not read text."""
     if not spec:
         raise ValueError("data.source is not set; give a file, folder or glob of your own text")
     _source(spec).check(spec)
 
 
 def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
-    """A hash of what the source holds: equal text has equal fingerprints, wherever it lies."""
+    """A hash of the source's contents: equal text has equal fingerprints, wherever it is stored."""
     return _source(spec).fingerprint(spec, data_dir)
 
 
 def describe(spec: str, data_dir: pathlib.Path) -> str:
-    """A line that says what the source matches, for a person to see before training."""
+    """A line that describes what the source matches, shown to the user before training."""
     return _source(spec).describe(spec, data_dir)
 
 
@@ -60,11 +60,11 @@ def documents(
     Args:
       spec: "embedded", "tfds:NAME" with NAME a builder of `data/corpora` or a dataset prepared as
         ArrayRecord under `data_dir`, or a file, folder or glob of .txt and .jsonl[.gz|.xz].
-      split: "train" or "validation"; a TFDS dataset must have splits of these names, and among the
-        files of a folder or glob those named validation or test are never trained on.
-      validation_fraction: the held-out share of a source that has no splits of its own.
+      split: "train" or "validation"; a TFDS dataset must have splits with these names. Files of a
+        folder or glob whose names say validation or test are never trained on.
+      validation_fraction: the fraction held out from a source without splits of its own.
 
-    Raises: ValueError that names the file and line of a record that cannot be used.
+    Raises: ValueError, with file and line, for a record that cannot be used.
     """
     return _source(spec).documents(
         spec, split, validation_fraction=validation_fraction, data_dir=data_dir

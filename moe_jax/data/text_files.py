@@ -1,4 +1,4 @@
-"""A person's own files as a source: .txt and .jsonl, the latter also compressed."""
+"""The user's own files as a source: .txt and .jsonl, the latter also compressed."""
 
 import codecs
 import collections
@@ -20,27 +20,27 @@ from typing import TextIO
 
 from moe_jax.data.document import TRAIN, VALIDATION, Document, is_held_out
 
-OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}  # `open` reads the others
+OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}  # others use `open`
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
 PART_CHARACTERS = 10_000
 BYTE_ORDER_MARK = "\ufeff"
-# The beginnings of files that are not UTF-8; that of UTF-32 begins with that of UTF-16.
+# Byte order marks of encodings other than UTF-8. UTF-32 comes first: its mark begins with UTF-16's.
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-# Control characters, of which text has few. They are the high bytes of alphabets: 0 is that of
-# Latin letters, 3 of Greek and 4 of Cyrillic ones. Tabs and line ends are left out.
+# Control characters, which are rare in UTF-8 text but are the high bytes of letters in UTF-16 and
+# UTF-32: 0 for Latin, 3 for Greek, 4 for Cyrillic. Tabs and line ends are excluded.
 CONTROL = bytes(set(range(32)) - set(b"\t\n\r"))
-# Text without a mark is known by which of every four bytes are mostly control characters ("0") and
-# which mostly are not ("."). The keys are regular expressions.
+# Text without a byte order mark is recognised by which of every four bytes are mostly control
+# characters ("0") and which mostly are not ("."). The keys are regular expressions.
 REGULAR = {r"00.\.": "UTF-32BE", r"\..00": "UTF-32LE", r"0\.0\.": "UTF-16BE", r"\.0\.0": "UTF-16LE"}
 SAMPLE_BYTES, MIN_SAMPLE_BYTES = 4096, 16
 
 TEST, DIVIDED = "test", "divided into train and validation"
-# The words of a name that say which split a file is, as Hugging Face's datasets takes them
+# The words in a file's name that decide its split: those of Hugging Face's datasets
 # (huggingface.co/docs/datasets/repository_structure), and a few more. The first match decides.
 WORDS = {
     TEST: "(dev)?test(ing)?|eval(uation)?",
@@ -57,8 +57,8 @@ NAMES = {
 @dataclasses.dataclass(frozen=True)
 class _File:
     path: pathlib.Path
-    name: str  # the path under the source, the same wherever the source lies
-    split: str  # TRAIN, VALIDATION, TEST or, for a file of which each document is one, DIVIDED
+    name: str  # the path relative to the source, so that it does not depend on the source's place
+    split: str  # TRAIN, VALIDATION, TEST, or DIVIDED if each document has its own split
 
 
 def check(spec: str) -> None:
@@ -66,7 +66,7 @@ def check(spec: str) -> None:
 
 
 def describe(spec: str, data_dir: pathlib.Path) -> str:
-    """The number of files and bytes, and by which names files are splits."""
+    """The number of files and bytes, and the names by which files belong to a split."""
     del data_dir
     files = _files(spec)
     num_bytes = sum(file.path.stat().st_size for file in files)
@@ -83,7 +83,7 @@ def _number(files: int) -> str:
 
 
 def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
-    del data_dir  # the files lie where the spec says
+    del data_dir  # not needed: the spec is the path of the files
     digest = hashlib.sha256()
     for file in _files(spec):
         digest.update(file.name.encode() + b"\0")
@@ -95,10 +95,10 @@ def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
 def documents(
     spec: str, split: str, *, validation_fraction: float, data_dir: pathlib.Path
 ) -> Iterator[Document]:
-    """The documents of a split, chosen by their files' names or else by the hashes of their keys.
+    """The documents of a split, chosen by file name or otherwise by a hash of the document's key.
 
-    The key of a JSON record is its `doc`, else `id`, else its text; that of a part of a .txt file
-    is the file's path under the source, and the number of the part.
+    The key of a JSON record is its `doc`, or else its `id`, or else its text. The key of a part of
+    a .txt file is the file's path relative to the source, with the number of the part.
     """
     del data_dir
     for file in _files(spec):
@@ -133,8 +133,8 @@ def _files(spec: str) -> list[_File]:
                 f"data.source={spec!r} matches no file; give a file, folder, glob or 'embedded'"
             )
     named = {path: _split_in(path.relative_to(root)) for path in sorted(found)}
-    # Files whose names say nothing are trained on; only where none is validation text are the
-    # documents divided.
+    # Files whose names do not name a split are trained on. Only if no file is validation text are
+    # documents divided between training and validation.
     rest = TRAIN if VALIDATION in named.values() else DIVIDED
     splits = {path: rest if split in (TRAIN, "") else split for path, split in named.items()}
     if rest not in splits.values():
@@ -150,7 +150,7 @@ def _is_hidden(path: pathlib.Path) -> bool:
 
 
 def _split_in(path: pathlib.Path) -> str:
-    """The split that a file's name says, or else the nearest folder's; "" if none does."""
+    """The split named by a file's name, or else by its nearest folder's; "" if none names one."""
     for part in reversed(path.parts):
         for split, name in NAMES.items():
             if name.search(part):
@@ -170,8 +170,8 @@ def _usable(path: pathlib.Path, root: pathlib.Path, split: str) -> _File:
 def _opened(path: pathlib.Path) -> Iterator[TextIO]:
     """The text of a file, which may be compressed.
 
-    Raises: ValueError that names the file, and the line where there is one, for what is no UTF-8
-      text or cannot be read.
+    Raises: ValueError, with the file and, if known, the line, for a file that is not UTF-8 text or
+      cannot be read.
     """
     try:
         with _open(path) as content:
@@ -190,9 +190,10 @@ def _opened(path: pathlib.Path) -> Iterator[TextIO]:
 
 
 def _encoding(sample: bytes) -> str:
-    """The encoding of a file that begins so, as iconv spells it.
+    """The encoding of a file that begins with `sample`, as iconv spells it.
 
-    It is UTF-8 unless a mark or regular control characters prove another, for UTF-8 may hold NULs.
+    It is UTF-8 unless a byte order mark or a regular pattern of control characters proves another
+    one; a NUL alone does not, because UTF-8 may contain it.
     """
     for mark, kind in MARKS.items():
         if sample.startswith(mark):
@@ -220,7 +221,7 @@ def _good_lines(path: pathlib.Path) -> int:
 
 
 def _txt_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
-    """Yields (key, document) for parts of about 10,000 characters, cut at line ends if possible."""
+    """Yields (key, document) for parts of about 10,000 characters, split at line ends if it can."""
     lines: list[str] = []
     size = part = 0
     for line in _lines(text):
@@ -234,10 +235,10 @@ def _txt_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
 
 
 def _lines(text: TextIO) -> Iterator[str]:
-    """The lines of a text; those longer than a part in pieces, cut behind spaces if there are any.
+    """The lines of a text; a line longer than a part comes in pieces, split after spaces if it can.
 
-    A byte order mark is left out where a line begins, for texts with marks may be joined, but not
-    where a piece does.
+    A byte order mark is removed at the beginning of a line, because files with marks may have been
+    concatenated, but not at the beginning of a later piece.
     """
     rest, begins = "", True
     while line := text.readline(PART_CHARACTERS - len(rest)):
@@ -257,7 +258,7 @@ def _jsonl_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]
             continue
         try:
             found = _record(line)
-        except Exception as error:  # also the RecursionError of a record that is nested too deeply
+        except Exception as error:  # includes RecursionError for a record nested too deeply
             other = f" cannot be read ({type(error).__name__}: {error})"
             problem = error if isinstance(error, ValueError) else other
             raise ValueError(f"{file.path}:{number}{problem}; mend the line") from None
@@ -276,6 +277,6 @@ def _record(line: str) -> tuple[str, Document]:
     key = str(next((record[k] for k in ("doc", "id") if record.get(k) not in (None, "")), text))
     try:
         f"{key}{label}{text}".encode()
-    except UnicodeEncodeError:  # JSON can escape what no text can hold
+    except UnicodeEncodeError:  # JSON escapes can express surrogates, which UTF-8 cannot encode
         raise ValueError(" has half a surrogate pair") from None
     return key, Document(text, label)

@@ -1,4 +1,4 @@
-"""TFDS datasets as a source: those that come with the package, and prepared ones."""
+"""TFDS datasets as a source: the package's own, and those that the user has prepared."""
 
 import contextlib
 import functools
@@ -46,7 +46,7 @@ def documents(
         try:
             record = records[number]
             document = Document(record["text"].decode(), record.get("language", b"all").decode())
-        except Exception as error:  # the reader has no class of its own for damage
+        except Exception as error:  # the reader has no exception class for damaged files
             raise ValueError(
                 f"data.source={spec!r}: record {number} of {split} is not one with text in UTF-8 "
                 f"({error!r}); mend the dataset"
@@ -55,7 +55,7 @@ def documents(
 
 
 def _builder(spec: str, data_dir: pathlib.Path):
-    # TFDS takes most of a second to import, and a person's own files need none of it.
+    # TFDS takes most of a second to import, and sources that are plain files do not need it.
     import tensorflow_datasets as tfds
 
     from moe_jax.data import corpora
@@ -64,8 +64,8 @@ def _builder(spec: str, data_dir: pathlib.Path):
     if name in corpora.BUILDERS:
         make = functools.partial(corpora.BUILDERS[name], file_format="array_record")
         if not pathlib.Path((builder := make(data_dir=data_dir)).data_dir).exists():
-            tfds.disable_progress_bar()  # it takes two seconds
-            # TFDS removes what another process prepares at the same time.
+            tfds.disable_progress_bar()  # preparing takes only two seconds
+            # Locked, because TFDS removes what another process is preparing at the same time.
             with writing(data_dir), files.alone(data_dir / f".{name}.lock"):
                 builder = make(data_dir=data_dir)
                 with contextlib.redirect_stdout(io.StringIO()):
@@ -73,7 +73,7 @@ def _builder(spec: str, data_dir: pathlib.Path):
         return builder
     try:
         return tfds.builder(name, data_dir=data_dir)
-    # The last two mean a name that cannot be one, and a version that does not exist.
+    # The last two are raised for an invalid name, and for a version that does not exist.
     except (tfds.core.DatasetNotFoundError, ModuleNotFoundError, ValueError, AssertionError) as e:
         raise ValueError(
             f"data.source={spec!r} is not a dataset prepared under {data_dir}; embedded ones are "

@@ -1,8 +1,8 @@
 """The files of a Hugging Face folder that name its tokens.
 
-The order in which files win is that of Transformers 5.24: `AutoTokenizer.from_pretrained` for the
-class, `PreTrainedTokenizerBase._from_pretrained` for the tokens, and
-`GenerationMixin.adjust_generation_fn` for those that end a text.
+Files take precedence over each other in the order of Transformers 5.24:
+`AutoTokenizer.from_pretrained` for the class, `PreTrainedTokenizerBase._from_pretrained` for the
+tokens, and `GenerationMixin.adjust_generation_fn` for the tokens that end a text.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ import tokenizers
 from tokenizers import AddedToken
 
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# The keys of config.json that belong to the tokenizer, whatever the model beside it.
+# The keys of config.json that describe the tokenizer and not the model.
 OF_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
 GENERIC, LLAMA, QWEN = "TokenizersBackend", "LlamaTokenizer", "Qwen2Tokenizer"
-# Family -> the class that is registered for it. A tokenizer_config.json that names another wins,
-# but not over the generic class, nor with the families of KEPT.
+# Family -> the class registered for it. A tokenizer_config.json that names another class overrides
+# it, unless that class is the generic one or the family is in KEPT.
 REGISTERED = {
     "gpt2": "GPT2Tokenizer",
     "olmoe": "GPTNeoXTokenizer",
@@ -26,7 +26,7 @@ REGISTERED = {
     **dict.fromkeys(("mistral", "mixtral", "nemotron"), GENERIC),
 }
 KEPT = ("qwen2", "nemotron")
-# Class -> the tokens that it has where no file names them.
+# Class -> its tokens if no file names them.
 _END = "<|endoftext|>"
 DEFAULTS = {
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END),
@@ -38,18 +38,18 @@ _PROPERTIES = ("content", "single_word", "lstrip", "rstrip", "normalized", "spec
 
 
 class DamagedError(ValueError):
-    """A file beside a tokenizer that cannot be used: one line that names the file."""
+    """An unusable file next to a tokenizer; the message is one line that names the file."""
 
 
 class Folder:
-    """The JSON files of a Hugging Face folder, each of which is read once."""
+    """The JSON files of a Hugging Face folder, each read only once."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
         self._values: dict[str, dict[str, Any]] = {}
 
     def read(self, name: str) -> dict[str, Any]:
-        """The object in a file, {} where there is no such file; raises DamagedError."""
+        """The object in a file, or {} if there is no such file; raises DamagedError."""
         if name not in self._values:
             self._values[name] = _read(self.path / name)
         return self._values[name]
@@ -59,7 +59,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a BOM
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
@@ -69,15 +69,16 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings that the files beside a tokenizer.json or a tokenizer.model give.
+    """The settings in the files that accompany a tokenizer.json or a tokenizer.model.
 
     Attributes:
-      values: tokenizer_config.json, with special_tokens_map.json over it where that is read.
-      class_name: the class that Transformers would take.
-      roles: the tokens with a role, such as "eos_token", named by a file or usual in the class.
+      values: tokenizer_config.json, overridden by special_tokens_map.json if that is read.
+      class_name: the class that Transformers would use.
+      roles: the tokens with a role, such as "eos_token", from a file or the class's defaults.
       added: the added tokens by id.
-      complete: `added` is all of them, whatever a tokenizer.json says.
-      special: other special tokens; `older_special` those of special_tokens_map.json.
+      complete: True if `added` is all of them, whatever a tokenizer.json says.
+      special: other special tokens.
+      older_special: other special tokens from special_tokens_map.json.
     """
 
     values: dict[str, Any]
@@ -90,7 +91,7 @@ class Settings:
 
 
 def settings(folder: Folder, *, byte_level: bool) -> Settings:
-    """The settings of a folder, whose tokenizer.json is of bytes or not.
+    """The settings of a folder; `byte_level` says that its tokenizer.json works on bytes.
 
     Raises: DamagedError.
     """
@@ -108,7 +109,7 @@ def settings(folder: Folder, *, byte_level: bool) -> Settings:
             folder.path / "tokenizer_config.json", values["added_tokens_decoder"]
         )
     else:
-        # A token that tokenizer_config.json writes as an object is no special one here.
+        # As in Transformers, a token that tokenizer_config.json writes as an object is not special.
         special = {str(value) for value in (*listed, *(roles.get(role) for role in ROLES))}
         numbers = folder.read("added_tokens.json")
         for text, number in numbers.items():
@@ -153,10 +154,10 @@ def _class_name(values: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def add_tokens(tokenizer: tokenizers.Tokenizer, found: Settings) -> int:
-    """Adds the tokens that the files list or name; returns the largest id that a file gives.
+    """Adds the tokens that the files list or name; returns the largest id given by a file.
 
-    The library gives a token without a piece the next free id, whatever id the file says, and
-    Transformers does the same.
+    Like Transformers, the library assigns the next free id to a token without a piece, whatever id
+    the file gives.
     """
     added = found.added if found.complete else found.added | tokenizer.get_added_tokens_decoder()
     special = {t.content for t in found.roles.values()}
@@ -176,7 +177,7 @@ def _is_token(value: object) -> bool:
 
 
 def token(value: Any, **flags: bool) -> AddedToken:
-    """A token made of its text, of an object in a file, or of another token, with these flags."""
+    """A token with these flags, made from its text, an object in a file, or another token."""
     if isinstance(value, str):
         return AddedToken(value, **{"special": True, **flags})
     if not isinstance(value, dict):
@@ -185,19 +186,20 @@ def token(value: Any, **flags: bool) -> AddedToken:
 
 
 def properties(token: AddedToken) -> dict[str, Any]:
-    """All that decides how a token is found in a text; two equal tokens have equal properties."""
+    """Everything that decides how a token is matched in text, for comparing two tokens."""
     return {name: getattr(token, name) for name in _PROPERTIES}
 
 
 def are_beside(folder: Folder) -> bool:
-    """True for the folder of a Hugging Face tokenizer; False where a tokenizer stands alone."""
+    """True if the folder has a Hugging Face tokenizer's files, False if its tokenizer is alone."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     of_model = "model_type" in folder.read("config.json")
     return of_model or any((folder.path / name).exists() for name in names)
 
 
 def ends(folder: Folder) -> tuple[int, ...]:
-    """The ids that end a text, of generation_config.json or else config.json; () if none does.
+    """The ids that end a text, from generation_config.json or else config.json; () if neither has
+    any.
 
     Raises: DamagedError for ids that are neither a number nor a list of numbers.
     """

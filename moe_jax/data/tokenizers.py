@@ -17,16 +17,16 @@ from moe_jax.data import sentencepiece_folder, tokenizer_files
 from moe_jax.data.sentencepiece_folder import SPACE
 from moe_jax.data.tokenizer_files import LLAMA, Settings
 
-# (begin, end) tokens to look for where no file names an end, or one says that there is none.
+# (begin, end) tokens to look for if no file names an end token, or a file says that there is none.
 USUAL = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<|endoftext|>",) * 2]
-# Words that clean_up_tokenization_spaces puts beside the word before, in Transformers' order.
+# Words that clean_up_tokenization_spaces joins to the word before, in Transformers' order.
 MARKS = " .| ?| !| ,| ' | n't| 'm| 's| 've| 're".split("|")
-LINE_CHARACTERS = 4096  # longer lines are trained on in pieces
+LINE_CHARACTERS = 4096  # the BPE trainer gets longer lines in pieces
 
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """Byte b has id b + 3, so that every text comes back exactly."""
+    """Byte b has id b + 3, so every text decodes exactly."""
 
     pad_id: int = 0
     bos_id: int = 1
@@ -39,7 +39,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3
 
     def prompt(self, text: str) -> np.ndarray:
-        """The ids that a model is given to continue."""
+        """The ids of a prompt, for a model to continue."""
         return np.array([self.bos_id, *self.encode(text)], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
@@ -62,7 +62,7 @@ class SentencePieceTokenizer:
         self.fingerprint = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        # SPACE itself is encoded as bytes, or it would be decoded to a space.
+        # SPACE itself is encoded as bytes; otherwise it would decode to a space.
         first, *others = map(self._processor.encode, text.split(SPACE))
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         return np.array(first + [i for ids in others for i in (*mark, *ids)], np.int32)
@@ -77,15 +77,15 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """The tokenizer.json or tokenizer.model of a Hugging Face folder, with the files beside it.
+    """The tokenizer.json or tokenizer.model of a Hugging Face folder, with the files next to it.
 
-    Its ids and texts are those of Transformers 5: tests/data/test_tokenizer_folders.py.
+    Ids and decoded text equal those of Transformers 5: tests/data/test_tokenizer_folders.py.
     """
 
     def __init__(self, path: str, folder: tokenizer_files.Folder):
         file = pathlib.Path(path)
         if path.endswith(".json"):
-            text = file.read_text(encoding="utf-8-sig")  # some editors write a mark
+            text = file.read_text(encoding="utf-8-sig")  # some editors write a BOM
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             steps = f"{self._tokenizer.pre_tokenizer} {self._tokenizer.decoder}"
             found = tokenizer_files.settings(folder, byte_level="ByteLevel" in steps)
@@ -100,15 +100,15 @@ class HuggingFaceTokenizer:
         if not path.endswith(".json"):
             self._tokenizer.post_processor = self._template(found)
         self._splits_special = found.values.get("split_special_tokens") is True
-        is_bpe = isinstance(self._tokenizer.model, models.BPE)  # its spaces are the text's own
+        is_bpe = isinstance(self._tokenizer.model, models.BPE)  # BPE keeps the text's spaces
         self._joins_marks = found.values.get("clean_up_tokenization_spaces") is True and not is_bpe
         ends = tokenizer_files.ends(folder)
         ids = self._ids(found, folder.read("config.json"), ends, largest)
         self.pad_id, self.eos_id = ids.get("pad_token", -1), ids.get("eos_token", -1)
-        # Where no token begins a text, the end token does (Qwen's); -1 if there is neither.
+        # Without a begin token, the end token begins a text (as in Qwen); -1 if there is neither.
         self.bos_id = ids.get("bos_token", self.eos_id)
         self.end_ids = ends or (self.eos_id,)
-        # A token that only has a name, such as a pad token, has an id that no text has.
+        # A token that a file only names, such as a pad token, never occurs in encoded text.
         self.vocab_size = max(largest, self.bos_id, self.eos_id) + 1
         in_order = sorted(self._tokenizer.get_added_tokens_decoder().items())
         added = [(i, tokenizer_files.properties(token)) for i, token in in_order]
@@ -117,7 +117,7 @@ class HuggingFaceTokenizer:
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def _template(self, found: Settings) -> processors.PostProcessor:
-        """The begin and end tokens around a text; a tokenizer.json has a template of its own."""
+        """Adds begin and end tokens for a tokenizer.model; a tokenizer.json has its own rule."""
 
         def around(role: str) -> list[str]:
             wanted = found.values.get(f"add_{role}") and role in found.roles
@@ -130,7 +130,7 @@ class HuggingFaceTokenizer:
     def _ids(
         self, found: Settings, config: dict[str, Any], ends: tuple[int, ...], largest: int
     ) -> dict[str, int]:
-        """The ids of tokens with a role, which a file names, config.json gives, or are usual."""
+        """The ids of tokens with a role: named by a file, given by config.json, or usual ones."""
 
         def id_of(name: str) -> int:
             found = self._tokenizer.token_to_id(name)
@@ -150,12 +150,12 @@ class HuggingFaceTokenizer:
         return ids
 
     def encode(self, text: str) -> np.ndarray:
-        # Special tokens that are spelled out in a text are ordinary letters.
+        # Special tokens that appear literally in training text are encoded as ordinary text.
         self._tokenizer.encode_special_tokens = True
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def prompt(self, text: str) -> np.ndarray:
-        """The ids, with the tokenizer's own prefix and the special tokens in the text."""
+        """The ids of a prompt, with the tokenizer's prefix, and with special tokens recognised."""
         self._tokenizer.encode_special_tokens = self._splits_special
         ids = self._tokenizer.encode(text).ids
         return np.array(ids or [self.bos_id], np.int32)
@@ -171,9 +171,10 @@ Tokenizer = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 
 
 def load(name: str) -> Tokenizer:
-    """The tokenizer "bytes", or that of a path: a SentencePiece model or a tokenizer.json.
+    """The tokenizer "bytes", or the SentencePiece model or tokenizer.json at a path.
 
-    The files of a Hugging Face folder that lie beside it are read with it.
+    If the path is in a Hugging Face folder, the folder's other tokenizer files are read too.
+
     Raises: ValueError for a path that is neither.
     """
     if name == "bytes":
@@ -193,7 +194,7 @@ def load(name: str) -> Tokenizer:
             tokenizer = SentencePieceTokenizer(name)
     except tokenizer_files.DamagedError:
         raise
-    except Exception as error:  # the libraries raise many kinds
+    except Exception as error:  # the libraries raise many types
         kind = "tokenizer.json of Hugging Face" if is_json else "SentencePiece model"
         kind += " that fits the files beside it" if of_folder else ""
         raise ValueError(f"data.tokenizer={name!r} is not a {kind}: {error}") from error
@@ -204,14 +205,14 @@ def load(name: str) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> None:
-    """Trains a SentencePiece BPE model whose decode(encode(text)) is text, for every text.
+    """Trains a SentencePiece BPE model for which decode(encode(text)) == text, for every text.
 
-    Raises: ValueError when the texts do not allow `vocab_size` pieces.
+    Raises: ValueError if the texts do not allow `vocab_size` pieces.
     """
     if vocab_size < 261:
         raise ValueError(f"vocab_size={vocab_size} is less than 261: bytes, special ones, a space")
-    # Pieces never span lines, whose ends are a piece of their own. This is a list, because the
-    # trainer hides what an iterator raises.
+    # Pieces never span lines, and line ends are pieces of their own. This is a list because the
+    # trainer hides exceptions raised by an iterator.
     lines = [
         line[start : start + LINE_CHARACTERS]
         for text in texts
@@ -236,11 +237,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> No
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
-                max_sentence_length=4 * LINE_CHARACTERS,  # in bytes; longer ones would be skipped
+                max_sentence_length=4 * LINE_CHARACTERS,  # bytes; longer lines would be skipped
                 minloglevel=2,
             )
     except RuntimeError as error:
-        # The trainer's text begins with a line of its source, and ends with an option of its own.
+        # The trainer's message begins with its source line and ends with advice on its own option.
         reason = str(error).splitlines()[-1].rpartition("] ")[2].partition(" or decrease ")[0]
         problem = f"cannot be trained on this text: {reason or 'it has no usable lines'}"
         raise ValueError(f"vocab_size={vocab_size} {problem}") from None

@@ -1,1 +1,1 @@
-"""A run's train step compiled for devices that are not here, and read."""
+"""Compiles a run's train step for devices that this machine lacks, and analyses the program."""

@@ -1,11 +1,11 @@
-"""The products and collectives that a compiled step executes, read from its HLO text.
+"""Counts the matrix products and collectives that a compiled step executes, from its HLO text.
 
 `cost_analysis()` counts the body of a loop once and most kernels not at all; here everything is
-multiplied by the trip counts of the loops around it. The most expensive branch of a conditional
-counts. The text may be that of CPU or of TPU. On TPU a product is a `convolution` (the batch of a
-batched product is a window, over an input dilated so far that nearly all positions fall between its
-elements), a Pallas kernel is a custom call, and a collective that overlaps with products stands in
-every fusion that it overlaps with.
+multiplied by the trip counts of the enclosing loops. For a conditional, the most expensive branch
+counts. The text may come from CPU or TPU. On TPU a matrix product is a `convolution` (the batch
+dimension of a batched product is a window over an input dilated so far that nearly all positions
+fall between its elements), a Pallas kernel is a custom call, and a collective that overlaps with
+products appears in every fusion that it overlaps with.
 """
 
 import collections
@@ -22,7 +22,7 @@ from moe_jax.dryrun import hlo_text
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _HOST_CALL = re.compile(r'custom_call_target="moe_jax_.*\bflops = (\d+)')  # ops/host_call.py
 _ESTIMATE = re.compile(r'"cost_estimate":\{[^}]*?"flops":"(\d+)"')
-_WITHOUT_PRODUCTS = ("ragged-dot-metadata",)  # XLA's own, for the rows of a ragged dot's groups
+_WITHOUT_PRODUCTS = ("ragged-dot-metadata",)  # XLA's own kernel, which prepares a ragged dot
 _COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "collective-permute"}
 _COLLECTIVES |= {"ragged-all-to-all", "reduce-scatter"}
 _BETWEEN_SLICES = 'handler_name="xla_megascale_runtime"'
@@ -41,16 +41,19 @@ def product_flops(
 ) -> int:
     """FLOPs of the matrix products that one device executes, 2 for each multiply-add.
 
-    A Pallas kernel on TPU counts with the estimate in its call, `2mkn` for megablox and for
-    `jax.lax.ragged_dot`, which leaves out the padding of incomplete tiles; so does a product that
-    the host computes (`ops/host_call.py`). A product with a vector is elementwise work on TPU and
-    does not count there.
+    For a Pallas kernel on TPU it takes the estimate in the call, which for megablox and
+    `jax.lax.ragged_dot` is `2mkn` and does not include the padding of incomplete tiles; likewise
+    for a product computed by the host (`ops/host_call.py`). A product with a vector is elementwise
+    work on TPU and does not count there.
 
-    Args: kernels: FLOPs of one call by a regular expression; the first that is found in a kernel's
-      name counts, instead of its estimate or where it has none (splash attention). filled: the
-      share of the rows of a kernel with an estimate that are in a group; others are not executed.
-    Raises: ValueError for a loop around products whose trip count cannot be known, and for a kernel
-      with neither an estimate nor an entry in `kernels`.
+    Args:
+      kernels: regular expression -> FLOPs of one call. The first one found in a kernel's name
+        counts, instead of the estimate or if there is none (splash attention).
+      filled: for kernels with an estimate, the fraction of rows that are in a group; other rows are
+        not processed.
+
+    Raises: ValueError for a loop around products whose trip count is unknown, and for a kernel with
+      neither an estimate nor an entry in `kernels`.
     """
     module = hlo_text.Module(text)
 
@@ -81,13 +84,13 @@ def _dot_flops(dot: hlo_text.Instruction, left: tuple[int, ...]) -> int:
 def _window_flops(
     convolution: hlo_text.Instruction, left: tuple[int, ...], right: tuple[int, ...]
 ) -> int:
-    """FLOPs on elements that exist, not on padding or on the zeros that dilation puts between."""
+    """FLOPs on actual elements, excluding padding and the zeros inserted by dilation."""
     labels = _search(r"dim_labels=([a-z\d]+)_([a-z\d]+)->([a-z\d]+)", convolution.rest)
     shapes = zip(labels.groups(), (left, right, convolution.shapes[0]), strict=True)
     image, kernel, result = (dict(zip(*pair, strict=True)) for pair in shapes)
     found = re.search(r"window=\{([^}]*)\}", convolution.rest)
     window = dict(field.split("=") for field in found[1].split()) if found else {}
-    # With groups, of features or of the batch, the kernel has the features of one group only.
+    # With feature groups or batch groups, the kernel has only the features of one group.
     flops = 2 * result["b"] * result["f"] * kernel["i"]
     for axis, key in enumerate(sorted(key for key in image if key.isdigit())):
         defaults = {"size": 1, "stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
@@ -101,7 +104,7 @@ def _window_flops(
 def _positions(
     image: int, result: int, size: int, stride: int, pad: int, spread: int, step: int
 ) -> int:
-    """Number of pairs of a window's and an image's element that meet, along one axis."""
+    """The number of pairs of a window element and an image element that meet along one axis."""
     total, first = 0, np.arange(result) * stride - pad
     for at in (first + k * step for k in range(size)):
         on = (at >= 0) & (at <= (image - 1) * spread) & (at % spread == 0)
@@ -110,8 +113,8 @@ def _positions(
 
 
 def _kernel_name(call: hlo_text.Instruction) -> str:
-    """The innermost scope around `pallas_call`. With jax 0.12 the instruction's own name is that of
-    an operand, gmm.1.rhs, where another kernel takes the result."""
+    """The innermost scope around `pallas_call`. It is preferred to the instruction's name: with jax
+    0.12 that is an operand's, such as gmm.1.rhs, if another kernel takes the result."""
     if scopes := re.search(r'op_name="([^"]+)"', call.rest):
         scope = scopes[1].removesuffix("/pallas_call").split("/")[-1]
         return [name for name in re.split(r"[()]", scope) if name][-1]
@@ -131,39 +134,39 @@ def _kernel_flops(call: hlo_text.Instruction, kernels: Mapping[str, int], filled
 
 
 def kernel_calls(text: str) -> dict[str, int]:
-    """Calls of each Pallas kernel in a step of TPU text, by the name given to `pallas_call`."""
+    """The number of calls of each Pallas kernel per step in TPU text, by its `pallas_call` name."""
     count = hlo_text.Module(text).total(
         lambda _, i: {_kernel_name(i): 1} if _KERNEL in i.rest else {}
     )
     return dict(sorted(count.items()))
 
 
-SLICES = ("slices",)  # the `axes` of collectives between slices of TPUs, over another network
+SLICES = ("slices",)  # `axes` of collectives between TPU slices, which use another network
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Collective:
-    """The collectives of one kind over one set of mesh axes, of one device in one step."""
+    """All collectives of one kind over one set of mesh axes, for one device and one step."""
 
     operation: str  # all-gather, all-reduce, all-to-all, collective-permute, …
-    axes: tuple[str, ...]  # in the mesh's order; ("?",) for groups that no axes make; or SLICES
+    axes: tuple[str, ...]  # in the mesh's order; ("?",) if no axes form the groups; or SLICES
     count: int
-    bytes: int  # of the results; of the operands of a reduce-scatter
+    bytes: int  # bytes of the results; for a reduce-scatter, of the operands
 
 
 def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
     """The collectives of one step, sorted by operation and axes.
 
-    `bytes` are those of the result on one device, without padding: the whole array of an all-gather
-    or all-reduce, all that a device holds after an exchange, the smaller buffer of a ragged
-    all-to-all (one of them has room for the worst case). A reduce-scatter counts its operand, which
-    is larger. A collective is over the axes along which the members of a group differ, so never
-    over an axis of size 1; source and target of a permutation are such members. The text of several
-    slices is that of one: a collective over all is one within each, and one between them whose axes
-    are SLICES.
+    `bytes` counts the result on one device, without padding: the whole array of an all-gather or
+    all-reduce, everything that a device holds after an all-to-all, and the smaller buffer of a
+    ragged all-to-all (one of its two buffers has room for the worst case). For a reduce-scatter it
+    counts the operand, which is larger. The axes of a collective are those along which the members
+    of a group differ, so never an axis of size 1; the source and target of a permutation are such
+    members. With several slices the text is the program of one slice: a collective over all devices
+    becomes one within each slice, and one between slices with SLICES as axes.
 
-    Args: axes: names and sizes of the mesh, of one slice's part, in its order; devices are numbered
-      row by row.
+    Args: axes: names and sizes of the mesh's axes within one slice, in its order; devices are
+      numbered row by row.
     """
     module = hlo_text.Module(text)
     sent = {
@@ -185,8 +188,8 @@ def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
         size, number = sum(i.sizes), len(i.operands)
         operands = [sum(module.named[computation][x].sizes) for x in i.operands]
         if i.operation in ("all-gather-start", "collective-permute-start"):
-            size = sum(i.sizes[number : 2 * number])  # after the operands, before the semaphores
-        if computation.startswith("all-reduce-scatter"):  # TPU: an all-reduce and a slice of it
+            size = sum(i.sizes[number : 2 * number])  # between the operands and the semaphores
+        if computation.startswith("all-reduce-scatter"):  # on TPU: an all-reduce and a slice
             operation = "reduce-scatter"
         elif operation == "reduce-scatter":
             size = max(size, sum(operands))
@@ -201,8 +204,9 @@ def collectives(text: str, axes: Mapping[str, int]) -> tuple[Collective, ...]:
 
 
 def _is_repeated(module: hlo_text.Module, computation: str, collective: str) -> bool:
-    """True in the fusions of TPU text that run beside a collective or end it, after the fusion that
-    starts it. Its channel does not tell them apart: several collectives may share one."""
+    """True for a collective repeated in TPU text: in the fusions that overlap with it or end it,
+    after the fusion that starts it. The channel does not identify it, because several collectives
+    may share one."""
     ends = [i for i in module.computations[computation] if '"AsyncCollective' in i.rest]
     if not ends and not computation.startswith("async_collective_fusion"):
         return False
@@ -237,8 +241,9 @@ def _groups(attributes: str, devices: int) -> list[list[int]]:
     mesh, dims, order, listed, grouped = found.groups()
     sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", mesh)}
     ids = _integers(listed) if listed else _iota(dims or str(devices), order).ravel().tolist()
-    # The devices of a group have the same coordinates in all but the axes it spans. It may span a
-    # part of an axis, a:(before)part: `part` devices after `before` others.
+    # The devices of a group have equal coordinates along all axes that the group does not span. It
+    # may span a sub-axis, written a:(before)part: axis a is split into before x part x rest, and
+    # the group spans `part`.
     rest = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
     for name, before, part in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", grouped):
         part = int(part or sizes[name])
@@ -261,6 +266,6 @@ def _integers(text: str) -> list[int]:
 
 
 def buffer_shapes(text: str) -> set[tuple[int, ...]]:
-    """Every shape that some instruction of the text produces."""
+    """All shapes that instructions of the text produce."""
     computations, _ = hlo_text.parse(text)
     return {shape for c in computations.values() for i in c for shape in i.shapes}

@@ -1,9 +1,9 @@
-"""HLO text as computations and instructions, and sums over all that they execute.
+"""Parses HLO text into computations and instructions, and sums over everything they execute.
 
-It reads the text of CPU and of TPU. CPU text has the trip counts of loops; on TPU they follow from
-the start, the step and the bound of the loop's counter, which the compiler moves in and out of
-loops, and which need not count by one: a ring's products may be unrolled. A loop whose trip count
-depends on data has the expected one in its name.
+It reads CPU and TPU text. CPU text states the trip counts of loops. On TPU they follow from the
+start, step and bound of the loop's counter. The compiler moves these in and out of loops, and the
+step need not be 1: a ring's products may be unrolled. A loop with a data-dependent trip count has
+the expected count in its name.
 """
 
 import collections
@@ -32,9 +32,9 @@ _SWAPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     name: str
-    shapes: tuple[tuple[int, ...], ...]  # of the result; several for a tuple
-    sizes: tuple[int, ...]  # the bytes of each, without padding
-    resident: tuple[int, ...]  # the bytes of each in main memory: 0 elsewhere, as in TPU's VMEM
+    shapes: tuple[tuple[int, ...], ...]  # the result's shape; several for a tuple
+    sizes: tuple[int, ...]  # the bytes of each result, without padding
+    resident: tuple[int, ...]  # the bytes of each in main memory; 0 if elsewhere, as in TPU's VMEM
     operation: str
     rest: str  # operands and attributes
     root: bool
@@ -49,7 +49,7 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> list[str]:
-        """The computations that it runs; an asynchronous one counts where it starts."""
+        """The computations that it runs; an asynchronous instruction counts where it starts."""
         if self.operation.endswith(("-done", "-update")):
             return []
         branches = ",".join(_BRANCHES.findall(self.rest))
@@ -65,7 +65,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """The computations of `compiled.as_text()`, and the name of the entry."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", list[Instruction]()
-    text = re.sub(r'\n(?="|\}[},])', "", text)  # a kernel's metadata stand on lines of their own
+    text = re.sub(r'\n(?="|\}[},])', "", text)  # joins a kernel's metadata, which has its own lines
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             current = computations.setdefault(head[2], [])
@@ -74,7 +74,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             root, name, result, operation, rest = found.groups()
             shapes, sizes, resident = list[tuple[int, ...]](), list[int](), list[int]()
             for element, dims, layout in _SHAPE.findall(result):
-                width = re.search(r"\d+", element)  # of bf16, s32, f8e4m3fn
+                width = re.search(r"\d+", element)  # the bits in bf16, s32, f8e4m3fn
                 bits = int(width[0]) if width else 8 * (element == "pred")
                 shapes.append(tuple(int(n) for n in dims.split(",") if n))
                 sizes.append(math.prod(shapes[-1]) * bits // 8)
@@ -85,7 +85,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 class Module:
-    """The computations of a compiled step, and who calls them."""
+    """The computations of a compiled step, and their callers."""
 
     def __init__(self, text: str):
         self.computations, self.entry = parse(text)
@@ -99,11 +99,11 @@ class Module:
                     self.callers[called].append((name, i))
 
     def total(self, own: Callable[[str, Instruction], Mapping]) -> collections.Counter:
-        """`own(computation, instruction)`, numbers by key, summed over all that is executed.
+        """Sums `own(computation, instruction)`, numbers by key, over all executed instructions.
 
-        The branch of a conditional with the largest number counts, for each key by itself.
+        For a conditional, the branch with the largest number counts, separately for each key.
 
-        Raises: ValueError for a loop around something whose trip count cannot be known.
+        Raises: ValueError if a loop around counted instructions has an unknown trip count.
         """
 
         @functools.cache
@@ -140,7 +140,7 @@ class Module:
             raise LookupError
         (slot, shift), (other, bound) = (self._affine(condition, x) for x in test.operands)
         direction = test.attribute("direction")
-        if slot is None:  # n > i
+        if slot is None:  # the counter is on the right: n > i
             slot, shift, other, bound = other, bound, slot, shift
             direction = _SWAPPED[direction]
         if slot is None or other is not None:
@@ -157,7 +157,7 @@ class Module:
         return len(range(start, bound, step))
 
     def _affine(self, computation: str, name: str) -> tuple[tuple[str, int] | None, int]:
-        """A scalar as a slot (loop, index) of a loop's state, or None, and what is added to it.
+        """A scalar as a sum: a slot (loop, index) of a loop's state, or None, plus a constant.
 
         Raises: LookupError if it is anything else.
         """
@@ -182,7 +182,7 @@ class Module:
         raise LookupError
 
     def _element(self, computation: str, name: str, index: int) -> tuple:
-        """`_affine` of an element of a tuple."""
+        """`_affine` for an element of a tuple."""
         i = self.named[computation][name]
         if i.operation == "tuple":
             return self._affine(computation, i.operands[index])
@@ -206,7 +206,7 @@ class Module:
         return outside, caller, caller.operands[int(parameter.rest.split(")")[0])]
 
     def _carried(self, loop: Instruction, index: int) -> bool:
-        """True where the body returns an element of the loop's state unchanged."""
+        """True if the body returns this element of the loop's state unchanged."""
         body = loop.attribute("body")
         if self.root[body].operation != "tuple":
             return False

@@ -1,4 +1,4 @@
-"""The bytes that a compiled step moves to and from a device's main memory."""
+"""Counts the bytes that a compiled step moves to and from a device's main memory."""
 
 import collections
 import functools
@@ -13,12 +13,12 @@ _SAME = ("bitcast", "reshape", "convert", "copy")
 
 
 def traffic(text: str) -> int:
-    """Bytes that one device reads from main memory and writes to it in one step.
+    """Bytes that one device reads from and writes to main memory in one step.
 
-    Each instruction reads its operands and writes its results once. A fusion reads only the slice
-    of an array that it slices and writes only the update of one that it updates in place. Arrays in
-    a chip's own memory (TPU's VMEM) are not moved. Kernels that read an operand several times count
-    it once, so that the sum is a bound from below.
+    Each instruction reads its operands and writes its results once. If a fusion slices an array, it
+    reads only the slice; if it updates one in place, it writes only the update. Arrays in a chip's
+    on-chip memory (TPU's VMEM) do not count. An operand that a kernel reads several times counts
+    once, so the sum is a lower bound.
     """
     reader = _Traffic(hlo_text.Module(text))
     return reader.module.total(lambda *which: {"bytes": reader.moved(*which)})["bytes"]
@@ -41,7 +41,7 @@ class _Traffic:
                     self._mark_inner(i)
 
     def _mark_inner(self, caller: hlo_text.Instruction) -> None:
-        """A fusion or a reduction computes inside without main memory."""
+        """Marks the computations inside a fusion or reduction, which do not use main memory."""
         for name in caller.called:
             if name in self.module.computations and name not in self.inner:
                 self.inner.add(name)
@@ -52,7 +52,7 @@ class _Traffic:
         free = i.operation in _FREE or i.operation.endswith(("-done", "-update"))
         if free or computation in self.inner:
             return 0
-        if i.operation.endswith("-start"):  # the results hold the operands too
+        if i.operation.endswith("-start"):  # the results include the operands
             return sum(i.resident)
         operands = [self.module.named[computation][x] for x in i.operands]
         if i.operation in _SLICES:
@@ -72,9 +72,9 @@ class _Traffic:
             for number, size in enumerate(i.resident)
         )
 
-    @functools.cache  # noqa: B019 - lives as long as one text is read
+    @functools.cache  # noqa: B019 - the object lives only while one text is read
     def read(self, computation: str, name: str) -> int:
-        """Bytes that a fusion reads of a value: those of its slices, if nothing else reads it."""
+        """Bytes that a fusion reads of a value: only the slices' if nothing else reads it."""
         total = 0
         for user, position in self.users[computation][name]:
             if user.operation in _SLICES and position == 0:
@@ -91,7 +91,7 @@ class _Traffic:
         return total
 
     def written(self, computation: str, name: str) -> list[int]:
-        """Bytes of each result that a fusion writes; an update in place counts as the update."""
+        """Bytes of each result that a fusion writes; an in-place update counts only the update."""
         i = self.module.named[computation][name]
         if i.operation == "tuple":
             return [size for x in i.operands for size in self.written(computation, x)]

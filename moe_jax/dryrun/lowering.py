@@ -1,6 +1,6 @@
-"""The train step of a config compiled from shapes alone, for any mesh.
+"""Lowers the train step of a config from shapes alone, for any mesh.
 
-The mesh may be one of a topology that this machine does not have: `dryrun/topologies.py`.
+The mesh may belong to a topology that this machine does not have: `dryrun/topologies.py`.
 """
 
 import collections
@@ -35,7 +35,7 @@ def abstract_state(settings: Run, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def state_bytes(state: TrainState) -> int:
-    """Bytes on one device of what `abstract_state` gives."""
+    """Bytes per device of a state from `abstract_state`."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(state)
@@ -43,9 +43,9 @@ def state_bytes(state: TrainState) -> int:
 
 
 def lower(settings: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """The train step that `train.run` would run on this mesh; it has no teacher.
+    """The train step that `train.run` would run on this mesh, without a teacher.
 
-    Raises: as `abstract_state`.
+    Raises: ValueError, like `abstract_state`.
     """
     state = abstract_state(settings, mesh)
     leaf = functools.partial(jax.ShapeDtypeStruct, sharding=jax.NamedSharding(mesh, sharding.BATCH))
@@ -59,9 +59,9 @@ def lower(settings: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
 
 
 def filled_rows(settings: Run, mesh: jax.sharding.Mesh) -> float:
-    """The share of rows of the experts' grouped products that are not padding.
+    """The fraction of rows in the experts' grouped matmuls that are not padding.
 
-    `hlo.product_flops` takes it as `filled`.
+    This is the argument `filled` of `hlo.product_flops`.
     """
     model_config = settings.model
     if not model_config.num_experts:
@@ -74,9 +74,10 @@ def filled_rows(settings: Run, mesh: jax.sharding.Mesh) -> float:
 
 
 def kernel_flops(settings: Run, mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """FLOPs of one call of splash attention on one device, as `hlo.product_flops` takes them.
+    """FLOPs of one call of splash attention on one device, for `hlo.product_flops`.
 
-    Layers of several windows call kernels of one name, for which it gives the mean over layers.
+    Layers with different windows call kernels with the same name; for these it returns the mean
+    over layers.
     """
     model_config, T = settings.model, settings.data.sequence_length
     if T % 128:  # splash attention refuses such rows

@@ -1,6 +1,6 @@
 """The dry run: memory, time and traffic of a train step on devices that this machine lacks.
 
-It compiles the step of a config for them, as `train.run` would, and reads the compiled program.
+It compiles a config's step for these devices, like `train.run`, and reads the compiled program.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from moe_jax.parallel import mesh as meshes
 from moe_jax.training import flops
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# The compiler's words for a program that does not fit; the total includes the arguments.
+# The compiler's messages for a program that does not fit; the total includes the arguments.
 _WANTED = (
     re.compile(r"total memory required for [\w ]+ \(([\d.]+)([KMGT])\) exceeds available HBM"),
     re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
@@ -30,10 +30,10 @@ _WANTED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """The numbers of one device and one step.
+    """Numbers for one device and one step.
 
-    Numbers of a compiled step are None where compilation ran out of memory or never began; numbers
-    that need a chip's figures are None for CPUs.
+    Those that need the compiled step are None if compilation ran out of memory or never began;
+    those that need a chip's specifications are None for CPUs.
     """
 
     config: str
@@ -55,13 +55,13 @@ class Report:
     roofline: rooflines.Seconds | None = None
     roofline_seconds: float | None = None
     mfu_bound: float | None = None
-    compile_seconds: float = 0.0  # with lowering; 0 where the state alone does not fit
-    tokens_per_second: float | None = None  # of all devices, at most: by the roofline
+    compile_seconds: float = 0.0  # includes lowering; 0 if the state alone does not fit
+    tokens_per_second: float | None = None  # of all devices; the roofline's upper bound
     tokens_per_second_per_device: float | None = None
     num_steps: int = 0
-    days: float | None = None  # of all steps, at least
+    days: float | None = None  # for all steps; a lower bound
     device_hours: float | None = None
-    estimate: bool = False  # compiled for CPU devices that stand for GPUs
+    estimate: bool = False  # compiled for CPU devices in place of GPUs
 
 
 def run(
@@ -72,10 +72,13 @@ def run(
     name: str = "",
     hbm_limit: int | None = None,
 ) -> Report:
-    """Compiles a run's step for the devices of a topology, and reads it.
+    """Compiles a run's step for the devices of a topology, and analyses it.
 
-    Args: name: the config's name in the report. hbm_limit: bytes, instead of what the chip has.
-    Raises: ConfigError for a config that is wrong or does not fit the devices, in one line.
+    Args:
+      name: the config's name in the report.
+      hbm_limit: bytes of memory to assume instead of the chip's.
+
+    Raises: ConfigError, in one line, for a config that is wrong or does not fit the devices.
     """
     environment.validate_mesh(settings, len(devices))
     if settings.objective.distillation.coefficient:
@@ -104,7 +107,7 @@ def run(
         "num_steps": settings.training.num_steps,
         "estimate": topology.compiles_here and chip is not None,
     }
-    if limit is not None and arguments > limit:  # before minutes of compiling
+    if limit is not None and arguments > limit:  # saves minutes of compiling
         return Report(**facts, fits=False, hbm_peak_bytes=arguments, argument_bytes=arguments)
     print(f"compiling for {topology.name} ...", file=sys.stderr, flush=True)
     began = time.perf_counter()
@@ -140,8 +143,8 @@ def _read(
     """The numbers of a compiled step: its memory, products, collectives and traffic."""
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
-    peak = memory.peak_memory_in_bytes  # on TPU with the arrays that it keeps in VMEM
-    if topology.compiles_here:  # the peak of a CPU leaves out the temporaries
+    peak = memory.peak_memory_in_bytes  # on TPU this includes arrays kept in VMEM
+    if topology.compiles_here:  # on CPU the peak does not include temporaries
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     within = dict(zip(mesh.axis_names, meshes.first_slice(mesh).shape, strict=True))
     return {
@@ -166,7 +169,7 @@ def _times(
     settings: configs.Run,
     tokens: float,
 ) -> dict:
-    """Args: tokens: those of one device in a step."""
+    """The report's times and rates; `tokens` is the number per device and step."""
     if (chip := topology.facts) is None:
         return {}
     seconds = rooflines.seconds(
@@ -189,9 +192,9 @@ def _times(
 
 
 def bytes_wanted(complaint: str) -> int:
-    """The bytes that a program needs which does not fit, as the compiler's complaint says.
+    """The bytes needed by a program that does not fit, from the compiler's error message.
 
-    Raises: ConfigError if it complains of something else.
+    Raises: ConfigError if the message is about something else.
     """
     for pattern in _WANTED:
         if found := pattern.search(complaint):
@@ -202,7 +205,7 @@ def bytes_wanted(complaint: str) -> int:
 def text(report: Report, price: float = 0.0) -> str:
     """The report as a short table of at most 100 columns, with the collectives if it compiled.
 
-    Args: price: of a device for an hour.
+    Args: price: the price of one device for one hour.
     """
     mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1)
     lines = [

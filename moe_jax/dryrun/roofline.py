@@ -1,6 +1,6 @@
-"""The least time that a step can take on chips: products, memory and networks, each by itself.
+"""Lower bounds for a step's time on chips: compute, memory and the two networks, each separately.
 
-Were they to overlap perfectly, the step would take as long as the slowest of the four.
+If they overlapped perfectly, the step would take as long as the slowest of the four.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from moe_jax.parallel import mesh as meshes
 
 
 def sent(row: hlo.Collective, n: int) -> float:
-    """Bytes that leave a device if all n devices of a group pass parts round a ring."""
+    """Bytes that each device sends if the n devices of a group use a ring algorithm."""
     if row.operation == "collective-permute":
         return row.bytes
     return (2 if row.operation == "all-reduce" else 1) * row.bytes * (n - 1) / n
@@ -36,10 +36,12 @@ class Seconds:
 def links(
     grid: np.ndarray, axes: tuple[int, ...], chip: chips.Chip, topology: chips.Topology
 ) -> int:
-    """Links of a device along the sides of the torus that a group along these axes spans; of a GPU
-    1 inside of a node, which NVLink joins, and 0 for a group of several nodes.
+    """The number of a device's links along the sides of the torus that a group along these axes
+    spans. For a GPU it is 1 within a node, which NVLink joins, and 0 for a group of several nodes.
 
-    Args: grid: the devices of a slice, as in the mesh; axes: numbers of the mesh's axes.
+    Args:
+      grid: the devices of a slice, arranged like the mesh.
+      axes: indices of the mesh's axes.
     """
     group = tuple(slice(None) if axis in axes else 0 for axis in range(grid.ndim))
     if chip.node:
@@ -50,7 +52,7 @@ def links(
 
 
 def members_of_node(grid: np.ndarray, axes: tuple[int, ...], chip: chips.Chip) -> int:
-    """The number of GPUs of one node in a group along these axes."""
+    """The number of GPUs that a group along these axes has in one node."""
     group = tuple(slice(None) if axis in axes else 0 for axis in range(grid.ndim))
     nodes = [device.id // chip.node for device in np.ravel(grid[group])]
     return nodes.count(nodes[0])
@@ -65,10 +67,12 @@ def seconds(
     chip: chips.Chip,
     topology: chips.Topology,
 ) -> Seconds:
-    """The time of one step by each of the four, with the numbers of one device.
+    """Each of the four lower bounds for one step; all arguments are per device.
 
-    Args: traffic: bytes to and from HBM. collectives: those of the step, which wait for each other
-      even along other axes.
+    Args:
+      traffic: bytes to and from HBM.
+      collectives: the step's collectives; they are assumed never to overlap, even along different
+        axes.
     """
     grid, ici, dcn = meshes.first_slice(mesh), 0.0, 0.0
     for row in collectives:
@@ -77,10 +81,10 @@ def seconds(
             continue
         names = mesh.axis_names if row.axes == ("?",) else row.axes
         axes = tuple(mesh.axis_names.index(name) for name in names)
-        if number := links(grid, axes, chip, topology):  # none between the cores of a chip
+        if number := links(grid, axes, chip, topology):  # 0 between the cores of one chip
             size = math.prod(grid.shape[axis] for axis in axes)
             ici += sent(row, size) / (number * chip.link_bandwidth)
-        elif chip.node:  # every GPU of a group has an adapter of its own out of the node
+        elif chip.node:  # each GPU of a group has its own network adapter to other nodes
             size = math.prod(grid.shape[axis] for axis in axes)
             adapters = members_of_node(grid, axes, chip)
             dcn += sent(row, size) / (adapters * chip.dcn_bandwidth)

@@ -1,8 +1,8 @@
-"""The remat policy, number of microbatches and mesh with which a config's step is fastest and fits.
+"""Searches for the remat policy, number of microbatches and mesh with the fastest step that fits.
 
 Every candidate is compiled, so the search is greedy: first policies on the config's own mesh, then
-meshes with the best policy, each with the fewest microbatches that fit. More of them need less
-memory, and no less time: weights are gathered once for each.
+meshes with the best policy, each with the fewest microbatches that fit. More microbatches need less
+memory but never less time, because the weights are all-gathered for each of them.
 """
 
 import dataclasses
@@ -13,17 +13,18 @@ from moe_jax.dryrun import report as dryrun
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 
-# These keep less from left to right. Policies that offload to the host are left out: the roofline
-# does not know the network to it.
+# From left to right, these keep less. Policies that offload to the host are left out, because the
+# roofline does not model the link to the host.
 POLICIES = ("none", "save_dots", "save_experts", "full")
 
 Trial = Callable[[Run], dryrun.Report]
 
 
 def search(settings: Run, num_devices: int, trial: Trial) -> Iterator[dryrun.Report]:
-    """The reports of all trials, one by one; `best` chooses among them.
+    """Yields the reports of all trials; `best` chooses among them.
 
-    Args: trial: `dryrun.run` of a config, on the devices that the search is for.
+    Args: trial: runs `dryrun.report.run` for a config on the target devices.
+
     Raises: ConfigError for a mesh or batch that does not fit the devices.
     """
     environment.validate_mesh(settings, num_devices)
@@ -43,7 +44,8 @@ def search(settings: Run, num_devices: int, trial: Trial) -> Iterator[dryrun.Rep
 
 
 def best(reports: Sequence[dryrun.Report]) -> dryrun.Report | None:
-    """The fastest that fits, by FLOPs without a chip's figures; of equals, that of least memory."""
+    """The fastest report that fits, or without a chip's specifications the one with the fewest
+    FLOPs; among equals, the one with the least memory."""
 
     def order(report):
         least = report.roofline_seconds or report.step_flops
@@ -53,9 +55,9 @@ def best(reports: Sequence[dryrun.Report]) -> dryrun.Report | None:
 
 
 def fewest_microbatches(trial: Trial, settings: Run) -> Iterator[dryrun.Report]:
-    """Bisects the numbers of microbatches that the batch can have; the reports of those tried."""
+    """Yields the reports of a binary search over the possible numbers of microbatches."""
     numbers = microbatch_numbers(settings)
-    low, high = 0, len(numbers)  # numbers before low do not fit, those from high on do
+    low, high = 0, len(numbers)  # numbers before low do not fit; numbers from high on do
     while low < high:
         middle = (low + high) // 2
         training = dataclasses.replace(settings.training, accumulation_steps=numbers[middle])
@@ -68,13 +70,13 @@ def fewest_microbatches(trial: Trial, settings: Run) -> Iterator[dryrun.Report]:
 
 
 def microbatch_numbers(settings: Run) -> list[int]:
-    """The numbers that give every batch shard the same number of whole rows, from 1 on."""
+    """The numbers, ascending, that give every batch shard the same number of whole rows."""
     rows = settings.training.batch_size // sharding.batch_shards(vars(settings.mesh))
     return [number for number in range(1, rows + 1) if rows % number == 0]
 
 
 def mesh_shapes(settings: Run, sizes: dict[str, int]) -> list[dict[str, int]]:
-    """Other sizes of expert and tensor, powers of 2, that divide experts and key-value heads."""
+    """Meshes with other powers of 2 for expert and tensor that divide experts and kv heads."""
     shapes = []
     for expert in _powers_of_2(settings.model.num_experts):
         for tensor in _powers_of_2(settings.model.num_kv_heads):
@@ -104,7 +106,7 @@ def line(report: dryrun.Report) -> str:
 
 
 def flags(report: dryrun.Report) -> str:
-    """The options that give a run these settings, to copy."""
+    """The command-line options that give a run these settings."""
     settings = {
         "model.remat": report.remat,
         "training.accumulation_steps": report.microbatches,

@@ -1,4 +1,4 @@
-"""Devices to compile for that this machine does not have."""
+"""Devices that this machine does not have, as targets for compilation."""
 
 import fnmatch
 import importlib.metadata
@@ -11,8 +11,8 @@ from jax.experimental import topologies
 
 from moe_jax.parallel import chips
 
-# libtpu reads these when it is loaded: it then asks no cloud's metadata server where this machine
-# is, does not warn, and lets other processes load it too, for no TPU is used.
+# libtpu reads these when it is loaded. With them it does not query a cloud's metadata server, does
+# not warn, and lets other processes load it too, because no TPU is used.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_MIN_LOG_LEVEL": "3",
@@ -24,12 +24,12 @@ LIBTPU = {
 
 
 def devices(topology: chips.Topology) -> list[jax.Device]:
-    """The devices of a topology of TPUs, which only compile, or fake CPU devices, which also run.
+    """The devices of a TPU topology, which can only compile, or fake CPU devices, which also run.
 
-    A first call for CPUs must come before anything else uses jax's devices.
+    The first call for CPUs must come before anything else uses jax's devices.
 
-    Raises: ValueError where libtpu is missing or not that of the installed jax, and for a shape
-      that the chip does not come in.
+    Raises: ValueError if libtpu is missing or is not the version of the installed jax, and for a
+      shape that the chip does not come in.
     """
     if topology.compiles_here or topology.facts is None:
         return _fake(topology.shape[0])
@@ -58,7 +58,7 @@ def devices(topology: chips.Topology) -> list[jax.Device]:
 def _fake(number: int) -> list[jax.Device]:
     try:
         jax.config.update("jax_num_cpu_devices", number)
-    except RuntimeError:  # jax has made its CPU devices already
+    except RuntimeError:  # jax has already created its CPU devices
         pass
     here = jax.devices("cpu")
     if len(here) < number:
@@ -70,7 +70,7 @@ def _fake(number: int) -> list[jax.Device]:
 
 
 def check_libtpu() -> None:
-    """Raises: ValueError for a libtpu that is not the installed jax's, which crashes or lies."""
+    """Raises: ValueError if libtpu is not the version that jax pins: others crash or mislead."""
     path = os.environ.get("TPU_LIBRARY_PATH")
     places = [str(pathlib.Path(path).parents[1])] if path else sys.path
     there = importlib.metadata.distributions(name="libtpu", path=places)
@@ -84,6 +84,6 @@ def check_libtpu() -> None:
 
 
 def own_libtpu() -> str:
-    """The version that the installed jax pins; it may end in ".*"."""
+    """The version of libtpu that the installed jax pins; it may end in ".*"."""
     pins = (pin.split(";")[0].strip() for pin in importlib.metadata.requires("jax") or [])
     return next(pin.removeprefix("libtpu==") for pin in pins if pin.startswith("libtpu=="))

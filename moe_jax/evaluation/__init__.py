@@ -1,1 +1,1 @@
-"""Evaluators of a trained model: loss on held-out text, continuations, experts."""
+"""Evaluators of a trained model: held-out loss, continuations, similarity of experts."""

@@ -1,4 +1,4 @@
-"""One table of evaluators: the measurements of a run beside its training loss."""
+"""One table of evaluators: a run's measurements besides its training loss."""
 
 import dataclasses
 import functools
@@ -24,17 +24,17 @@ class Context:
     mesh: jax.sharding.Mesh
     held_out: TokenizedCorpus
     tokenizer: tokenizers.Tokenizer
-    routers_at_start: Mapping[int, np.ndarray]  # by layer, for how far they have moved
+    routers_at_start: Mapping[int, np.ndarray]  # kernels by layer, to measure how far they move
 
     @functools.cached_property
     def model(self):
-        """The model as it is evaluated: it may choose another number of experts."""
+        """The model in evaluation, which may use another number of experts per token."""
         number = self.run.evaluation.num_experts_per_tok or self.run.model.num_experts_per_tok
         return dataclasses.replace(self.run.model, num_experts_per_tok=number)
 
     @functools.cached_property
     def eval_step(self) -> Callable:
-        """The compiled sums of a batch of held-out text."""
+        """The compiled function that computes the sums of a batch of held-out text."""
         eval_step = perplexity.make_eval_step(self.model, len(self.held_out.labels))
         replicated = jax.NamedSharding(self.mesh, jax.P())
         return meshes.under(self.mesh, jax.jit(eval_step, out_shardings=replicated))
@@ -42,7 +42,7 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """`row` goes into metrics.jsonl, `result` into result.json when the run ends."""
+    """`row` is written to metrics.jsonl, and `result` to result.json when the run ends."""
 
     row: Mapping[str, object]
     result: Mapping[str, object]
@@ -50,10 +50,10 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """`make` gives a function of parameters.
+    """`make` returns a function of parameters.
 
-    every: the interval in steps, from the config, unless `evaluation.intervals` names another; with
-      0 it runs at the end only.
+    every: the interval in steps, computed from the config; `evaluation.intervals` can override it.
+      With 0 it runs only at the end.
     logged_at_end: its row is written at the end even without an interval.
     """
 
@@ -63,15 +63,15 @@ class Evaluator:
 
 
 def held_out_loss(context: Context) -> Callable[[dict], Evaluation]:
-    """Loss by language and the health of the routers, on the sample of the run's curve."""
+    """Loss by language and router statistics, on the sample used for the run's loss curve."""
     return _held_out_loss(context, context.run.evaluation.max_batches)
 
 
 def final_loss(context: Context) -> Callable[[dict], Evaluation]:
-    """The same for the result of the run, on all held-out text unless the config limits it."""
+    """`held_out_loss` for the final result, on all held-out text unless the config limits it."""
     evaluation = context.run.evaluation
     if evaluation.final_max_batches == evaluation.max_batches:
-        return lambda params: Evaluation({}, {})  # `held_out_loss` has it
+        return lambda params: Evaluation({}, {})  # `held_out_loss` already reports it
     evaluate = _held_out_loss(context, evaluation.final_max_batches)
     return lambda params: dataclasses.replace(evaluate(params), row={})
 
@@ -131,7 +131,7 @@ def continuations(context: Context) -> Callable[[dict], Evaluation]:
 
 
 def expert_similarity(context: Context) -> Callable[[dict], Evaluation]:
-    """Similarity of the experts, and the routers' distance from their first values."""
+    """Similarity of the experts, and the routers' distance from their initial values."""
     config = context.run.model
 
     def evaluate(params: dict) -> Evaluation:
@@ -159,10 +159,10 @@ EVALUATORS: dict[str, Evaluator] = {
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """An evaluator of a run, which the loop calls every so many steps and at the end."""
+    """An evaluator of a run, which the loop calls every `every` steps and at the end."""
 
     evaluate: Callable[[dict], Evaluation]
-    every: int  # 0 is at the end only
+    every: int  # 0 means only at the end
     logged_at_end: bool
 
     def is_due(self, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""Continuations of prompts: a prefill, then a token at a time with the keys and values kept."""
+"""Continues prompts: a prefill, then one token at a time with a cache of keys and values."""
 
 import dataclasses
 import functools
@@ -24,19 +24,18 @@ def generate(
     top_p: float = 1.0,
     key: jax.Array | None = None,
 ) -> list[np.ndarray]:
-    """`num_tokens` ids after each prompt of ids.
+    """Generates `num_tokens` token ids after each prompt.
 
-    The model is dropless whatever the config says, because a token must not depend on its
-    neighbours. For the same reason a model whose experts choose their tokens is run with tokens
-    that choose their experts.
+    The model is dropless whatever the config says, because a token must not depend on other rows.
+    For the same reason an expert-choice router is replaced by a token-choice router.
 
     Args:
-      temperature: 0 takes the likeliest token, and needs no key.
-      top_p: draws among the fewest tokens that together have this probability (nucleus sampling,
-        Holtzman et al., arXiv 1904.09751).
-      key: a row's draws depend on it and on the row's place among the prompts only.
+      temperature: 0 takes the most probable token, and needs no key.
+      top_p: samples from the smallest set of tokens with at least this total probability (nucleus
+        sampling, Holtzman et al., arXiv 1904.09751).
+      key: a row's samples depend only on it and on the row's index among the prompts.
 
-    Raises: ValueError for no prompt or an empty one, ids beyond the vocabulary, settings out of
+    Raises: ValueError for no prompts or an empty one, ids beyond the vocabulary, settings out of
       range, or a text longer than the learned positions.
     """
     if not (0 <= temperature < math.inf and 0 < top_p <= 1):
@@ -73,7 +72,7 @@ def _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num
     B, T = tokens_BT.shape
 
     def logits_of(tokens_BT, positions_BT, last_B, cache):
-        """The logits after index `last_B` of these tokens, and the cache with them in it."""
+        """The logits at index `last_B` of these tokens, and the cache with these tokens added."""
         shared = transformer.Shared(positions_BT, jnp.ones_like(tokens_BT))
         x_BTD, _, cache = transformer.run_blocks(params, tokens_BT, shared, config, cache=cache)
         x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
@@ -85,7 +84,7 @@ def _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num
 
     def step(carry, i):
         token_B, cache = carry
-        # The padding of a shorter prompt in the cache is overwritten before any query sees it.
+        # A shorter prompt's padding in the cache is overwritten before any query attends to it.
         position_B1 = (lengths_B + i - 1)[:, None]
         zero_B = jnp.zeros_like(lengths_B)
         logits_BV, cache = logits_of(token_B[:, None], position_B1, zero_B, cache)
@@ -111,14 +110,15 @@ def _empty(config: model.ModelConfig, B: int, S: int) -> dict:
 
 
 def sample(logits_BV: jax.Array, key: jax.Array, temperature, top_p) -> jax.Array:
-    """A token of each row; the likeliest at temperature 0. The settings may be traced."""
+    """Samples a token for each row, [B]; the most probable at temperature 0. Settings may be
+    traced."""
     rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits_BV)))
-    below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)  # or it may overflow
+    below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)  # prevents overflow
     scaled_BV = below_BV / jnp.where(temperature > 0, jnp.maximum(temperature, 1e-30), 1)
     order_BV = jnp.argsort(-scaled_BV, axis=-1)
     sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
     before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
-    # The likeliest always stays, whatever top_p.
+    # The most probable token is always kept, whatever top_p is.
     kept_BV = (before_BV < top_p) | (jnp.arange(logits_BV.shape[-1]) == 0)
     drawn_B = jax.vmap(jax.random.categorical)(rows, jnp.where(kept_BV, sorted_BV, -jnp.inf))
     place_B = jnp.where(temperature > 0, drawn_B, 0)

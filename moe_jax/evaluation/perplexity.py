@@ -1,4 +1,4 @@
-"""Held-out loss: nats per token, bits per byte, language by language, and the experts' load."""
+"""Held-out loss in nats per token and bits per byte, by language, and the experts' load."""
 
 import dataclasses
 import functools
@@ -20,8 +20,8 @@ from moe_jax.ops import bins, cross_entropy
 class HeldOutLoss:
     """Losses in nats per predicted token.
 
-    held_out_tokens: the number of predicted tokens behind them.
-    router: the sums that measures of the routers are computed from; None for a dense model.
+    held_out_tokens: the number of predicted tokens that they average over.
+    router: the sums for the router measures; None for a dense model.
     """
 
     loss: float
@@ -38,9 +38,9 @@ class HeldOutLoss:
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """The sums of each row and label; rows of padding have no tokens.
+    """The sums for each row and label; padding rows have no tokens.
 
-    bytes_per_token: of each label: the mean bytes of text per predicted token.
+    bytes_per_token: the mean bytes of text per predicted token, for each label.
     """
 
     nats_RN: np.ndarray
@@ -67,14 +67,14 @@ class Sums:
     def intervals(self, *, seed: int = 0, draws: int = 1000) -> dict[str, list[float] | None]:
         """95 % bootstrap intervals of the loss and the bits per byte; None for a single row.
 
-        Rows are drawn with replacement: tokens of a row, often of one document, are not
-        independent (Efron, "Bootstrap methods", Annals of Statistics 7, 1979; percentiles).
+        Rows are drawn with replacement, because tokens of one row, often from one document, are not
+        independent (Efron, "Bootstrap methods", Annals of Statistics 7, 1979; percentile method).
         """
         sums_R3 = self._rows[self.tokens_RN.any(axis=1)]
         rng, R = np.random.default_rng(seed), len(sums_R3)
         if R < 2:
             return {"loss": None, "bits_per_byte": None}
-        # Draw by draw: all draws of a million rows at once are gigabytes.
+        # One draw at a time: all draws of a million rows would take gigabytes.
         drawn = [_losses(sums_R3[rng.integers(0, R, R)].sum(axis=0)) for _ in range(draws)]
         return {
             name: np.percentile([losses[name] for losses in drawn], [2.5, 97.5]).tolist()
@@ -98,11 +98,11 @@ def _losses(sums_3: np.ndarray) -> dict[str, float]:
 
 
 def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:
-    """(params, batch) to nats and tokens [B, labels], sums of each row, and the routers' sums.
+    """(params, batch) -> nats and tokens per row and label, [B, labels], and the routers' sums.
 
-    One float32 sum over a whole batch would lose 0.4 % of the nats of 4 million tokens. With
-    merged experts a row's first segment is left out: its experts are merged by its own tokens, so
-    that each of them sees the later ones (`model/merging.py`).
+    The sums are per row because one float32 sum over a whole batch would lose 0.4 % of the nats of
+    4 million tokens. With merged experts a row's first segment is left out: its experts are merged
+    by its own tokens, so each of these sees the later ones (`model/merging.py`).
     """
     looks_ahead = config.merge_segment_length if config.dispatch == "merge" else 0
 
@@ -112,7 +112,7 @@ def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:
         unembed_DV = transformer.unembedding(params)
         nats_BT = cross_entropy.token_losses(x_BTD, unembed_DV, batch.targets_BT)
         counted_BT = (batch.segment_ids_BT > 0) & (jnp.arange(nats_BT.shape[1]) >= looks_ahead)
-        label_BT = jnp.where(counted_BT, batch.labels_BT, num_labels)  # beyond the last bin
+        label_BT = jnp.where(counted_BT, batch.labels_BT, num_labels)  # uncounted: no bin
         by_label = jax.vmap(functools.partial(bins.sum_by_bin, num_bins=num_labels))
         nats, tokens = by_label(nats_BT, label_BT), by_label(jnp.ones_like(label_BT), label_BT)
         return nats, tokens, measures.router_sums(stats)
@@ -126,9 +126,9 @@ def evaluate(
     """The sums of `eval_step` over batches.
 
     Args:
-      bytes_per_token: for each label, in the order of the batches' label ids, the mean bytes of
-        text per predicted token. Over the whole held-out text, all of its tokens counted, bits per
-        byte are exact.
+      bytes_per_token: the mean bytes of text per predicted token for each label, in the order of
+        the batches' label ids. Bits per byte are exact if all tokens of the held-out text are
+        counted.
     """
     wide = {"i": np.int64, "f": np.float64}
     nats, tokens, routers = [], [], []

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out."""
+"""Reads and writes Hugging Face folders."""
 
 from moe_jax.hf.folders import load
 from moe_jax.hf.writing import save

@@ -1,4 +1,4 @@
-"""The files beside the weights: the tokenizer, its chat templates, and how the model generates."""
+"""The files next to the weights: tokenizer, chat templates and generation settings."""
 
 import json
 import pathlib
@@ -15,11 +15,11 @@ TEMPLATES = "additional_chat_templates"
 
 
 def tokenizer_in(folder: pathlib.Path, used: str = TOKENIZERS[0]) -> pathlib.Path | None:
-    """The tokenizer of a folder, or None; of two, the one of the name `used`.
+    """The tokenizer of a folder, or None; if it has two, the one named `used`.
 
-    Transformers uses tokenizer.json where tokenizer.model is beside it.
+    If both are there, Transformers uses tokenizer.json and not tokenizer.model.
 
-    Raises: FormatError where a file that is read with it is a link out of the folder.
+    Raises: FormatError if the tokenizer, or a file read with it, is a link out of the folder.
     """
     found = [name for name in (*VOCABULARIES, *SETTINGS) if (folder / name).exists()]
     for name in found:
@@ -28,11 +28,11 @@ def tokenizer_in(folder: pathlib.Path, used: str = TOKENIZERS[0]) -> pathlib.Pat
 
 
 def copy(source: pathlib.Path, target: pathlib.Path, tokenizer: pathlib.Path | None = None) -> None:
-    """Copies the files that `source` has into `target`, which need not exist.
+    """Copies those of these files that `source` has into `target`, which need not exist.
 
     Args:
-      tokenizer: a file of `source` under another name than is usual. It gets the usual one, and
-        the other tokenizers are not copied.
+      tokenizer: the tokenizer's file in `source`. If its name is not a usual one, the copy gets the
+        usual name, and other tokenizers are not copied.
     """
     own = tokenizer is not None and tokenizer.name not in VOCABULARIES
     templates = [(TEMPLATES, path.name) for path in (source / TEMPLATES).glob("*.jinja")]
@@ -52,16 +52,17 @@ def usual_name(tokenizer: pathlib.Path) -> str:
 
 
 def copy_config(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies the config.json of a Hugging Face folder, whose token ids belong to the tokenizer."""
+    """Copies the config.json of a Hugging Face folder, because its token ids belong to the
+    tokenizer."""
     if "model_type" in tokenizer_files.Folder(source).read("config.json"):
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(safetensors.resolve_inside(source, "config.json"), target / "config.json")
 
 
 def complete(folder: pathlib.Path) -> None:
-    """Writes the tokenizer_config.json of a tokenizer.model that stands alone.
+    """Writes a tokenizer_config.json for a tokenizer.model without other files.
 
-    A run puts the begin token before a prompt, and Transformers does so where that file says so.
+    A run puts the begin token before a prompt; Transformers does so only if that file says so.
     """
     model = folder / "tokenizer.model"
     is_alone = model.exists() and not (folder / "tokenizer.json").exists()

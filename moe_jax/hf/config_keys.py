@@ -1,4 +1,4 @@
-"""The keys of config.json, one table for each family: ours, theirs, and their defaults."""
+"""The keys of config.json for each family: our name, their name, and the class's default."""
 
 import dataclasses
 
@@ -20,13 +20,14 @@ REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """`fields`: ours -> (theirs, the class's default). `always`: fields that the family fixes."""
+    """`fields`: our name -> (their name, the class's default). `always`: values that the family
+    fixes."""
 
     fields: dict[str, tuple]
     always: dict
     parts: tuple[Part, ...] = ()
-    only: dict = dataclasses.field(default_factory=dict)  # theirs -> values that we understand
-    aliases: dict = dataclasses.field(default_factory=dict)  # theirs -> their other spelling
+    only: dict = dataclasses.field(default_factory=dict)  # their name -> values that we support
+    aliases: dict = dataclasses.field(default_factory=dict)  # their name -> its other spelling
 
 
 _BIAS = Part(
@@ -41,7 +42,7 @@ def _window(values: dict) -> int | None:
 
 
 def _windows_read(values: dict) -> dict:
-    """Qwen has keys for a width, a switch, and the first layer with a window."""
+    """The windows from Qwen's keys: a width, a switch, and the first layer with a window."""
     window, types = _window(values), values["layer_types"]
     if types is None:
         first = values["max_window_layers"]
@@ -102,7 +103,7 @@ def _qwen_read(values: dict) -> dict:
 
 def _qwen_write(config: ModelConfig) -> dict:
     return {
-        "num_experts": config.num_experts,  # Transformers 4 reads only this spelling, 5 reads both
+        "num_experts": config.num_experts,  # Transformers 4 reads only this spelling; 5 reads both
         "moe_intermediate_size": config.expert_size,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i, kind in enumerate(config.layer_kinds) if kind == DENSE],
@@ -171,12 +172,12 @@ _SKYWORK_EXPERTS = Part(
 
 
 def _same(**defaults) -> dict:
-    """Fields whose keys have the same names, with the class's defaults."""
+    """Fields that have the same name in config.json, with the class's defaults."""
     return {name: (name, default) for name, default in defaults.items()}
 
 
 def _llama(length: int, **defaults) -> dict:
-    """The fields of most families; `defaults` are what one has of its own."""
+    """The fields that most families share; `defaults` are a family's additional fields."""
     return _same(
         vocab_size=REQUIRED,
         hidden_size=REQUIRED,
@@ -284,7 +285,7 @@ KEYS = {
         ),
         {"qk_norm": "full"},
         (rope(), _BIAS),
-        only={"sliding_window": (None,)},  # some of Transformers' attention kernels would use it
+        only={"sliding_window": (None,)},  # only some of Transformers' attention kernels use it
         aliases={"num_experts": "num_local_experts"},
     ),
     "qwen3_moe": Keys(

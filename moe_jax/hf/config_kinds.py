@@ -1,4 +1,4 @@
-"""The kinds of values in config.json, each in words and as a test."""
+"""The kinds of values in config.json, each with a description and a test."""
 
 import dataclasses
 import reprlib
@@ -12,11 +12,11 @@ from moe_jax.model.config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig,
 
 
 class UnsupportedError(ValueError):
-    """A config.json that we cannot read, or a model that no family can hold, in one line."""
+    """A config.json that we cannot read, or a model that no family can hold; a one-line message."""
 
 
 class Kind(typing.NamedTuple):
-    """A kind of value: `words` follow "must be" in an error line."""
+    """A kind of value; `words` follow "must be" in an error message."""
 
     words: str
     fits: Callable[[Any], bool]  # its argument is a value that JSON can hold
@@ -27,10 +27,10 @@ class Kind(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Keys that mean something only together; `keys`: theirs -> (kind, the class's default)."""
+    """Keys that are read together; `keys`: their name -> (kind, the class's default)."""
 
     keys: dict[str, tuple]
-    read: Callable[[dict], dict]  # from the values of all the family's keys
+    read: Callable[[dict], dict]  # gets the values of all the family's keys
     write: Callable[[ModelConfig], dict]
 
 
@@ -57,7 +57,7 @@ def list_of(kind: Kind) -> Kind:
 
 
 COUNT, INDEX = _whole(1), _whole(0)
-DEPTH = _whole(1, 10_000)  # layers are listed one by one: no file may ask for a billion
+DEPTH = _whole(1, 10_000)  # bounded because layers are listed one by one
 NUMBER = Kind("a number more than 0", lambda value: _is_number(value) and value > 0)
 SPREAD = Kind("a number of at least 0", lambda value: _is_number(value) and value >= 0)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
@@ -75,7 +75,7 @@ KIND_OF_FIELD = {
 
 
 def kind_of(field: str) -> Kind:
-    """The kind of a field of ModelConfig, by its type."""
+    """The kind of a field of ModelConfig, according to its type."""
     plain, *null = typing.get_args(TYPES[field]) or (TYPES[field],)
     kind = KIND_OF_FIELD.get(field, KIND_OF_TYPE[plain])
     return kind.or_null() if null else kind

@@ -1,4 +1,4 @@
-"""Rotary positions in config.json, in the spellings of Transformers 4 and 5."""
+"""Rotary positions in config.json, as spelled by Transformers 4 and 5."""
 
 import functools
 
@@ -17,12 +17,12 @@ from moe_jax.hf.config_kinds import (
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.rope import ROPES, yarn_mscale
 
-_BESIDE = {  # keys that may stand beside the object of rotary positions, as well as in it
+_BESIDE = {  # keys that may be inside the object for rotary positions or next to it
     "rope_theta": NUMBER,
     "partial_rotary_factor": NUMBER,
     "original_max_position_embeddings": COUNT,
 }
-_PARAMETERS = {  # theirs -> ours
+_PARAMETERS = {  # their name -> our name
     "factor": "rope_scaling_factor",
     "original_max_position_embeddings": "rope_original_length",
     "low_freq_factor": "rope_low_freq_factor",
@@ -32,7 +32,7 @@ _PARAMETERS = {  # theirs -> ours
     "beta_slow": "rope_beta_slow",
     "truncate": "rope_truncate",
 }
-# YaRN's parameters that Transformers has a default for, which is that of our field.
+# YaRN's parameters that are optional in Transformers; our fields have the same defaults.
 _OPTIONAL = dict.fromkeys(("attention_factor", "beta_fast", "beta_slow"), NUMBER.or_null())
 _MSCALES = dict.fromkeys(("mscale", "mscale_all_dim"), SPREAD.or_null())
 _KINDS = {
@@ -48,7 +48,7 @@ _ADVICE = {
 
 
 def rope(theta: float = 10_000.0, share: float | None = None) -> Part:
-    """Rotary positions; `share` is the default of a family that can rotate a part of a head."""
+    """Rotary positions; `share` is the default rotated fraction, for families with that key."""
     keys = {name: (OBJECT.or_null(), None) for name in ("rope_parameters", "rope_scaling")}
     return Part(
         keys | {name: (kind, None) for name, kind in _BESIDE.items()},
@@ -76,7 +76,7 @@ def _rope_read(theta: float, share: float | None, values: dict) -> dict:
 
 
 def _rope_of(source: str, values: dict) -> dict:
-    """The keys of one of the two objects, and those that may stand beside it."""
+    """The keys inside one of the two objects, together with those that may be next to it."""
     rope = values[source] or {}
     for name, value in rope.items():
         check(f"{source}.{name}", value, _KINDS.get(name, _OTHER_KEY))
@@ -88,13 +88,13 @@ def _rope_of(source: str, values: dict) -> dict:
                 f"{name}={value} contradicts {source}.{name}={rope[name]}; make them agree"
             )
     kinds = sorted({rope.pop(name) for name in ("rope_type", "type") if name in rope})
-    if len(kinds) > 1:  # Transformers 4 takes the one, 5 the other
+    if len(kinds) > 1:  # Transformers 4 and 5 would each use a different one
         raise UnsupportedError(f"{source} has the types {kinds}; leave out type or rope_type")
     return beside | rope | {"rope_type": kinds[0] if kinds else "default"}
 
 
 def _rope_fields(rope: dict, length: int) -> dict:
-    """The fields of ModelConfig; `length` is of the texts where YaRN does not say which it was."""
+    """The fields of ModelConfig; `length` is YaRN's original length if `rope` does not give it."""
     rope = dict(rope)
     kind = rope.pop("rope_type")
     fields = {name: float(rope[name]) for name in ("rope_theta", "partial_rotary_factor")}

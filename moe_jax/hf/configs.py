@@ -1,8 +1,8 @@
-"""config.json to ModelConfig and back.
+"""Converts config.json to ModelConfig and back.
 
 The spellings of Transformers 4 (`rope_theta`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`) are
-both read and both written, because readers of 4 silently ignore those of 5. A key that would change
-the computation and is not understood is refused; nothing is guessed.
+both read and both written, because version 4 silently ignores the keys of version 5. A key that
+would change the computation and is not supported is refused; nothing is guessed.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ from moe_jax.model.config import DENSE, ModelConfig, choices
 
 MAX_CONFIG_BYTES = 10_000_000
 
-# Keys of any family that change the computation or the place of the weights, with the values that
-# do not: https://github.com/huggingface/transformers, masking_utils.py and modeling_utils.py.
+# Keys of any family that can change the computation or where weights are stored, each with the
+# values that do not: https://github.com/huggingface/transformers, masking_utils.py and
+# modeling_utils.py.
 EVERY: dict[str, tuple] = {
     "is_causal": (True,),
     "per_layer_config": (None, {}),
@@ -39,7 +40,7 @@ def load_json(folder: pathlib.Path) -> dict:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UnsupportedError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a BOM
     except (ValueError, RecursionError) as error:
         raise UnsupportedError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
@@ -111,9 +112,9 @@ def _found(keys: Keys, values: dict) -> dict:
 
 
 def write(config: ModelConfig) -> dict:
-    """The config.json of a model: of its own family, or of the first that can hold it.
+    """The config.json of a model, for its own family or else the first that can hold it.
 
-    Raises: UnsupportedError when no Hugging Face class can hold it.
+    Raises: UnsupportedError if no Hugging Face class can hold it.
     """
     problems = {}
     for model_type in (config.model_type, *KEYS):
@@ -137,8 +138,9 @@ def _cannot_hold(config: ModelConfig, model_type: str) -> list[str]:
         other = read(_values(config, model_type))
     except ValueError as error:
         return [str(error)] * 9
-    # A folder says how long texts may be, though rotary positions compute nothing with it; and
-    # which tokens a full expert drops no family says (`dispatch` is compared).
+    # max_position_embeddings is compared even with rotary positions, because a folder must state
+    # how long texts may be. Which tokens a full expert drops is not compared, because no family
+    # states it (`dispatch` is compared).
     ours = in_force(config) | {"max_position_embeddings": config.max_position_embeddings}
     theirs = in_force(other) | {"max_position_embeddings": other.max_position_embeddings}
     return [

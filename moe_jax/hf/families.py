@@ -1,8 +1,8 @@
-"""Name tables: which tensor of a Hugging Face file is which leaf of our parameter tree.
+"""Name tables that map the tensors of Hugging Face files to the leaves of our parameter tree.
 
-A line has a leaf's path, the tensor's name and the axes, the tensor's and then ours. Axes in
-brackets are fused into one. A digit is a number of equal parts, one of which is the leaf; its index
-ends the line: GPT-2's q, k and v lie side by side in "D (3 N H)".
+A line has a leaf's path, the tensor's name, and the axes, first the tensor's and then ours. Axes in
+brackets are fused into one. A digit among them is a number of equal parts, one of which is the
+leaf, and the line ends with the index of that part: GPT-2 fuses q, k and v in "D (3 N H)".
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The tensor of one leaf of one layer; `name` has {layer}, and {expert} if each has its own."""
+    """The tensor of a leaf; `name` contains {layer}, and {expert} if each expert has a tensor."""
 
     name: str
     axes: str
@@ -23,7 +23,7 @@ Table = dict[str, Entry]  # path of a leaf, without "blocks/<slot>/"
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The tensors of one `model_type`: the layout that is written, and others that are read."""
+    """The tensors of one `model_type`; `read_only` are layouts never written."""
 
     architecture: str
     table: Table
@@ -31,11 +31,11 @@ class Family:
 
     @property
     def prefix(self) -> str:
-        """The prefix of all names but the head's, "model." or "transformer."."""
+        """The prefix of all names except the head's: "model." or "transformer."."""
         return self.table["embed/tokens"].name.partition(".")[0] + "."
 
     def without_prefix(self) -> tuple[Table, ...]:
-        """The tables of a file that was saved without the head (GPT-2's of the hub, embedders')."""
+        """The tables for a file saved without the head, such as GPT-2's on the Hub."""
         return tuple(
             {
                 path: dataclasses.replace(entry, name=entry.name.removeprefix(self.prefix))
@@ -46,7 +46,8 @@ class Family:
 
 
 def _table(text: str) -> Table:
-    """Columns are two spaces or more apart; a name that begins with a dot lies in a layer."""
+    """Parses a table: columns are separated by two or more spaces, and a name that begins with a
+    dot belongs to a layer."""
     lines = (re.split("  +", line.strip()) for line in text.strip().splitlines())
     return {
         path: Entry(re.sub(r"^\.", "model.layers.{layer}.", name), axes, *map(int, part))
@@ -99,14 +100,14 @@ _NAMED_EXPERTS = _table("""
     moe/experts/up     .mlp.experts.{expert}.up_proj.weight    F D -> D F
     moe/experts/down   .mlp.experts.{expert}.down_proj.weight  D F -> F D
 """)
-# Transformers 5 holds them so in memory, and writes them so when told not to convert back.
+# Transformers 5 stacks the experts in memory, and in files if told not to convert back.
 _STACKED = _table("""
     moe/router/kernel  .mlp.gate.weight           E D -> D E
     moe/experts/gate   .mlp.experts.gate_up_proj  E (2 F) D -> E D F  0
     moe/experts/up     .mlp.experts.gate_up_proj  E (2 F) D -> E D F  1
     moe/experts/down   .mlp.experts.down_proj     E D F -> E F D
 """)
-# The layout of the Skywork group's own code for MoE models.
+# The layout of the Skywork group's own MoE code.
 _SKYWORK_REMOTE = _table("""
     moe/router/kernel  .mlp.moe.gate.wg.weight                             E D -> D E
     moe/experts/gate   .mlp.moe.experts.experts.{expert}.up_proj.weight    (2 F) D -> D F  0
@@ -117,7 +118,7 @@ _OLMOE = _LLAMA | _NORM_OF_ALL_HEADS | _NAMED_EXPERTS
 _QWEN3 = _LLAMA | _NORM_OF_HEAD
 _QWEN3_MOE = _QWEN3 | _NAMED_EXPERTS
 
-# Matrices are [in, out] here, but the router's of LOLA.
+# Matrices are [in, out] here, except LOLA's router.
 _GPT2 = _table("""
     embed/tokens          transformer.wte.weight                    V D -> V D
     embed/positions       transformer.wpe.weight                    T D -> T D
@@ -151,7 +152,7 @@ _LOLA = _GPT2 | _table("""
     moe/experts/down_bias  transformer.h.{layer}.moe.experts.{expert}.c_proj.bias    D -> D
 """)
 
-# Keys are `model_type`. A model that several can hold is saved as the first of them.
+# Keys are `model_type`. A model that several families can hold is saved as the first of them.
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _LLAMA),
     "mistral": Family("MistralForCausalLM", _LLAMA),
@@ -166,5 +167,5 @@ FAMILIES = {
     "skywork": Family("SkyworkForCausalLM", _MIXTRAL, (_MIXTRAL | _SKYWORK_REMOTE,)),
 }
 
-# Some files carry these constants along.
+# Constants that some files contain.
 IGNORED = r"(rotary_emb\.inv_freq|(^|\.)h\.\d+\.attn\.(bias|masked_bias))$"

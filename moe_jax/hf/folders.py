@@ -1,4 +1,4 @@
-"""An open Hugging Face folder: its config, and its parameters leaf by leaf or part by part."""
+"""An open Hugging Face folder: its config, and its parameters, read by leaf or by part."""
 
 import pathlib
 
@@ -22,13 +22,13 @@ def is_folder(path: str | pathlib.Path) -> bool:
 def load(
     folder: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[model.ModelConfig, dict]:
-    """(ModelConfig, parameters) of a folder of config.json and safetensors.
+    """(ModelConfig, parameters) of a folder with config.json and safetensors.
 
-    Parameters keep the dtype they are stored in. With a mesh they are placed by the rules of
+    Parameters keep the dtype they are stored in. With a mesh they are sharded by the rules of
     `parallel/sharding.py`, and each process reads only the parts that its devices hold; without
     one they are numpy arrays.
 
-    Raises: ValueError, where opening a `Folder` does.
+    Raises: ValueError, like opening a `Folder`.
     """
     source = Folder(folder)
     if mesh is None:
@@ -46,9 +46,9 @@ def load(
 
 
 class Folder:
-    """A model's folder; only the headers of its weights are read when it is opened.
+    """A model's folder; opening it reads only the headers of its weights.
 
-    Raises: ValueError, in one line, for a folder that is not a model we know, with the list of
+    Raises: ValueError, in one line, for a folder that is not a supported model; the message lists
       missing, extra and misshapen tensors.
     """
 
@@ -95,11 +95,11 @@ class Folder:
             )
 
     def dtypes(self) -> dict[str, np.dtype]:
-        """Path -> the widest dtype of its tensors."""
+        """Path of each leaf -> the widest dtype of its tensors."""
         return self._dtypes
 
     def leaf(self, path: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """`index` of a leaf of the parameters, its layers and experts read one by one."""
+        """The slices `index` of a leaf; its layers and experts are read one by one."""
         parts = self.parts[path]
         if parts[0].row == ():
             return np.ascontiguousarray(self._read(parts[0], index))
@@ -115,7 +115,7 @@ class Folder:
         return leaf
 
     def part(self, path: str, row: tuple[int, ...]) -> np.ndarray:
-        """The leaf at leading indices `row`, in the leaf's dtype."""
+        """The leaf at the leading indices `row`, in the leaf's dtype."""
         for own in self.parts[path]:
             if own.row == row[: len(own.row)]:
                 inner = row[len(own.row) :]

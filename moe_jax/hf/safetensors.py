@@ -1,9 +1,10 @@
-"""Safetensors files, read lazily by byte range, written tensor by tensor; nothing in them trusted.
+"""Reads safetensors files lazily by byte range and writes them tensor by tensor.
 
-This is not the safetensors package, for two reasons. A converter reads one part of one tensor at a
-time and must not keep the file mapped (mapped pages count as resident memory) nor hold in memory
-the file it writes. And the package accepts a tensor named twice, unknown keys in an entry, and a
-header that starts with a space. The format: https://github.com/huggingface/safetensors#format.
+Nothing in a file is trusted. There are two reasons not to use the safetensors package. A converter
+reads one part of one tensor at a time: it must neither keep the file mapped (mapped pages count as
+resident memory) nor hold the whole file that it writes in memory. And the package accepts a tensor
+named twice, unknown keys in an entry, and a header that starts with a space. The format:
+https://github.com/huggingface/safetensors#format.
 """
 
 import collections
@@ -36,23 +37,23 @@ _DTYPES |= {f"F{8 * n}": np.dtype(f"f{n}") for n in (2, 4, 8)}
 _DTYPES |= {f"{kind}{8 * n}": np.dtype(f"{kind.lower()}{n}") for kind in "IU" for n in (1, 2, 4, 8)}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_JSON_BYTES = 100_000_000  # the package's limit for a header
-_MAX_RANK = 64  # the limit of numpy
-# Copying 1 GB out of maps of 64 MB took 0.17 s, out of one map 0.49 s and twice the memory.
+_MAX_RANK = 64  # numpy's limit
+# Copying 1 GB took 0.17 s through maps of 64 MB, but 0.49 s and twice the memory through one map.
 _MAPPED_BYTES = 1 << 26
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-_repr = reprlib.Repr()  # text in a file may be long and have line ends
+_repr = reprlib.Repr()  # text from a file may be long and contain line ends
 _repr.maxstring = 200
 _show = _repr.repr
 
 
 class FormatError(ValueError):
-    """A file that breaks the format: one line that says which file and why."""
+    """A file that violates the format; the message is one line with the file and the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file, not yet read; `offset` is its first byte's, from the file's start."""
+    """A tensor in a file, not yet read; `offset` is the position of its first byte in the file."""
 
     file: pathlib.Path
     dtype: np.dtype
@@ -64,13 +65,13 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A fresh array of `tensor[index]`, of which only the pages that it lies on are read.
+        """A new array with `tensor[index]`; only the file's pages that contain it are read.
 
         Args:
-          index: one slice of step 1 for each leading axis; the axes beyond are read whole.
+          index: one slice with step 1 for each of the leading axes; other axes are read whole.
 
-        Raises: ValueError for another index; FormatError when the file has changed and is shorter,
-          or a bool is neither 0 nor 1.
+        Raises: ValueError for any other index; FormatError if the file has become shorter, or a
+          bool is neither 0 nor 1.
         """
         if not self.shape and not index:
             return dataclasses.replace(self, shape=(1,)).read().reshape(()).copy()
@@ -103,10 +104,10 @@ class Tensor:
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors, or of model.safetensors.index.json's shards.
 
-    Only headers are read. Pickles (pytorch_model.bin) never are.
+    Only headers are read, and pickles (pytorch_model.bin) never are.
 
-    Raises: FormatError when neither is there, both are with other tensors, an adapter is beside
-      them, or any file is not exactly what it should be.
+    Raises: FormatError if neither is there, if both are there with different tensors, if there is
+      an adapter too, or if any file violates the format.
     """
     names = sorted(path.name for path in folder.glob("*"))
     if ADAPTER in names:
@@ -132,12 +133,13 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def resolve_inside(folder: pathlib.Path, name: str, subfolder: str = "") -> pathlib.Path:
-    """The path of the regular file `name` of `folder` or a subfolder, with links followed.
+    """The path of the regular file `name` in `folder` or a subfolder, with links followed.
 
     A link may lead to another place in the folder, or from a snapshot in the Hugging Face cache
     (models--X--Y/snapshots/<revision>) to the blobs of the same model.
 
-    Raises: FormatError for a link out of there, a name with a path in it, no file, no regular file.
+    Raises: FormatError for a link to any other place, a name that contains a path, a missing file,
+      or one that is not a regular file.
     """
     if not isinstance(name, str) or not name.isprintable() or "/" in name or name in ("", ".."):
         raise FormatError(f"{folder}: {_show(name)} is not a plain file name")
@@ -146,7 +148,7 @@ def resolve_inside(folder: pathlib.Path, name: str, subfolder: str = "") -> path
         root = folder.resolve(strict=True)
         target = path.resolve(strict=True)
         is_file = stat.S_ISREG(target.stat().st_mode)
-    except (OSError, RuntimeError) as error:  # Python before 3.13: RuntimeError for links in a loop
+    except (OSError, RuntimeError) as error:  # before Python 3.13, link loops raise RuntimeError
         reason = getattr(error, "strerror", None) or "its links form a loop"
         raise FormatError(f"{path} cannot be opened: {reason}") from None
     model = root.parent.parent
@@ -159,19 +161,19 @@ def resolve_inside(folder: pathlib.Path, name: str, subfolder: str = "") -> path
 
 
 class Writer:
-    """Writes model.safetensors, or its shards and their index, in a folder that exists.
+    """Writes model.safetensors, or its shards and their index, in an existing folder.
 
         with Writer(folder, {"a": ((2, 3), np.dtype(np.float32))}) as writer:
             writer.write("a", a)
 
-    A failure leaves what was written so far: write in a temporary folder and rename that.
+    After a failure, incomplete files remain: write in a temporary folder and rename that.
 
     Args:
       tensors: shape and dtype by name, in the order in which they will be written.
-      max_shard_bytes: no shard has more bytes of tensors, unless it is a single one's.
+      max_shard_bytes: the most bytes of tensors in a shard, unless the shard is a single tensor.
 
-    Raises: ValueError for tensors that the format does not have, or at the end of the `with` for
-      one not written; FileExistsError when the folder has such files.
+    Raises: ValueError for tensors that the format does not support or, at the end of the `with`,
+      for one that was not written; FileExistsError if the folder already has such files.
     """
 
     def __init__(
@@ -188,7 +190,7 @@ class Writer:
         self._tensors = {name: t for shard in self._shards for name, t in shard.items()}
         self._headers = {next(iter(shard)): _header(shard) for shard in self._shards}
         self._pending = collections.deque(self._tensors)
-        self._stream: BinaryIO = io.BytesIO()  # the first shard's file replaces it
+        self._stream: BinaryIO = io.BytesIO()  # replaced by the first shard's file
 
     def __enter__(self):
         return self
@@ -207,7 +209,7 @@ class Writer:
             (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, array) -> None:
-        """Writes the next of `tensors`; ValueError for another name, shape or dtype."""
+        """Writes the next of `tensors`; raises ValueError for another name, shape or dtype."""
         if not self._pending or name != self._pending[0]:
             upcoming = repr(self._pending[0]) if self._pending else "none"
             raise ValueError(f"{name!r} is not the next tensor to write: that is {upcoming}")
@@ -220,7 +222,7 @@ class Writer:
             self._stream.close()
             self._stream = due.file.open("xb")
             self._stream.write(self._headers[name])
-        # It writes bytes, because the dtypes of ml_dtypes have no buffer protocol.
+        # Viewed as bytes, because the dtypes of ml_dtypes do not support the buffer protocol.
         self._stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._pending.popleft()
 
@@ -274,13 +276,13 @@ def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _parse(text: bytes) -> dict:
-    """A JSON object in which no key comes twice, at no level, and every number is finite."""
+    """A JSON object without duplicate keys at any level and with only finite numbers."""
     if len(text) > _MAX_JSON_BYTES:
         raise ValueError(f"it is longer than {_MAX_JSON_BYTES} bytes")
     if not text.startswith(b"{"):
         raise ValueError("its JSON does not start with {")
     return json.loads(
-        text.decode(),  # json.loads would guess the encoding of bytes
+        text.decode(),  # decoded here, because json.loads would guess the encoding
         object_pairs_hook=_unique,
         parse_float=_finite,
         parse_constant=_finite,
@@ -293,7 +295,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
         ((twice, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"{_show(twice)} comes twice in its JSON")
     for key in unique:
-        key.encode()  # raises for half of a surrogate pair
+        key.encode()  # raises for a lone surrogate
     return unique
 
 
@@ -319,7 +321,7 @@ def _tensor(path: pathlib.Path, name: str, entry, start: int) -> Tensor:
     if not isinstance(code, str) or code not in _DTYPES:
         raise ValueError(f"{shown} has dtype {_show(code)}, not one of {', '.join(_DTYPES)}")
     tensor = Tensor(path, _DTYPES[code], tuple(shape), start + begin)
-    # numpy cannot address more; a dimension of 0 does not excuse the others.
+    # numpy cannot address more, and it checks the other dimensions even if one is 0.
     if math.prod(max(n, 1) for n in shape) * tensor.dtype.itemsize > sys.maxsize:
         raise ValueError(f"{shown} has shape {_show(shape)}, more than can be addressed")
     if end - begin != tensor.nbytes:
@@ -328,7 +330,7 @@ def _tensor(path: pathlib.Path, name: str, entry, start: int) -> Tensor:
 
 
 def _check_layout(tensors: dict[str, Tensor], start: int, size: int) -> None:
-    """The tensors fill the file from `start` to its end: no overlap, no hole."""
+    """Checks that the tensors fill the file from `start` to its end without overlap or gap."""
     at = start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != at:
@@ -342,7 +344,7 @@ def _check_layout(tensors: dict[str, Tensor], start: int, size: int) -> None:
 
 
 def _plan(folder: pathlib.Path, tensors: Mapping, max_bytes: int) -> list[dict[str, Tensor]]:
-    """Tensors by shard, which ends before it would be too long; offsets without the header."""
+    """The tensors of each shard of at most `max_bytes`; offsets do not include the header."""
     shards: list[dict[str, Tensor]] = []
     at = 0
     for name, (shape, dtype) in tensors.items():
@@ -366,12 +368,12 @@ def _plan(folder: pathlib.Path, tensors: Mapping, max_bytes: int) -> list[dict[s
 
 
 def _header(shard: dict[str, Tensor]) -> bytes:
-    header: dict = {"__metadata__": {"format": "pt"}}  # transformers loads no file without a format
+    header: dict = {"__metadata__": {"format": "pt"}}  # Transformers requires a format
     for name, t in shard.items():
         offsets = (t.offset, t.offset + t.nbytes)
         header[name] = {"dtype": _CODES[t.dtype], "shape": t.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin aligned, as the package has it
+    text += b" " * (-len(text) % 8)  # aligns the tensors, like the package
     if len(text) > _MAX_JSON_BYTES:
         raise ValueError(f"a header of {len(text)} bytes is longer than {_MAX_JSON_BYTES}")
     return struct.pack("<Q", len(text)) + text

@@ -1,4 +1,4 @@
-"""Leaves of our parameter tree out of a folder's tensors and back, part by part."""
+"""Converts a folder's tensors to leaves of our parameter tree and back, part by part."""
 
 import dataclasses
 import functools
@@ -19,18 +19,18 @@ from moe_jax.model.layout import layer_groups
 
 
 class MismatchError(ValueError):
-    """A folder's tensors are not those of its config.json; the text lists what and where."""
+    """A folder's tensors do not match its config.json; the message lists the differences."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorPart:
-    """A tensor of a folder or a part of one: one leaf of one layer, or of one of its experts."""
+    """A tensor of a folder, or part of one: a leaf for one layer or one expert of a layer."""
 
     path: str  # in our tree, "blocks/0/moe/experts/up"
     row: tuple[int, ...]  # leading indices of the leaf: (), (layer) or (layer, expert)
     entry: Entry
-    name: str  # the tensor's
-    shape: tuple[int, ...]  # in our layout
+    name: str  # the tensor's name
+    shape: tuple[int, ...]  # the part's shape in our layout
 
     def tensor_shape(self) -> tuple[int, ...]:
         theirs, ours = _axes(self.entry.axes)
@@ -42,7 +42,7 @@ class TensorPart:
 
 @functools.cache
 def _axes(axes: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """ "(N H) D -> D N H" to (("N", "H"), ("D",)) and ("D", "N", "H")."""
+    """Parses "(N H) D -> D N H" into (("N", "H"), ("D",)) and ("D", "N", "H")."""
     theirs, ours = axes.split(" -> ")
     groups = re.findall(r"\(([^)]*)\)|(\S+)", theirs)
     return tuple(tuple((fused or one).split()) for fused, one in groups), tuple(ours.split())
@@ -55,7 +55,7 @@ def shapes(config: model.ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_parts(config: model.ModelConfig, table: Table) -> Iterator[TensorPart]:
-    """All parts of a model: those in no layer, then layer by layer, expert by expert."""
+    """All parts of a model: those outside the layers, then layer by layer, expert by expert."""
     layers_of = {
         slot: layers
         for group in layer_groups(config.block_kinds)
@@ -83,11 +83,11 @@ def match(
 ) -> list[TensorPart]:
     """The parts of the family's layout that fits the tensors.
 
-    Names without the family's prefix are read where Transformers 4 and 5 both read them: in a tied
-    model saved without its head.
+    Names without the family's prefix are accepted only where both Transformers 4 and 5 accept them:
+    in a tied model saved without its head.
 
     Raises: MismatchError with the missing, extra and misshapen tensors of the closest layout, or
-      with the part that most names have too much or too little.
+      with the part of the name that most tensors have in excess or lack.
     """
     found = {name for name in tensors if not re.search(IGNORED, name)}
     tables, tied = (family.table, *family.read_only), config.tie_word_embeddings
@@ -95,7 +95,7 @@ def match(
     if tied and bare[0]["embed/tokens"].name in found and "lm_head.weight" not in found:
         tables = bare
     if tied:
-        found.discard("lm_head.weight")  # the embedding once more; the caller compares them
+        found.discard("lm_head.weight")  # a copy of the embedding; the caller compares the two
 
     def problems(layout) -> list[list[str]]:
         wanted = {part.name: part.tensor_shape() for part in layout}
@@ -122,11 +122,11 @@ def match(
 
 
 def _renamed(found: set[str], wanted: set[str]) -> str:
-    """The part that most names have too much ("_orig_mod.") or lack ("model."); "" for none.
+    """A message if most names have an extra part ("_orig_mod.") or lack one ("model."); else "".
 
-    Compiled and wrapped modules save their state so, and Transformers does not find the tensors.
-    Only a few missing names are looked for, each among the strange names that are most like it, so
-    that the time is linear in the number of names.
+    Compiled and wrapped modules save such names, and Transformers does not find their tensors. Only
+    a few missing names are matched, each with the unknown names most similar to it, so the time is
+    linear in the number of names.
     """
     missing, strange = wanted - found, sorted(found - wanted)
     pairs = [(name, due) for due in sorted(missing)[:3] for name in _most_alike(due, strange)]
@@ -135,7 +135,8 @@ def _renamed(found: set[str], wanted: set[str]) -> str:
         first, other = (n.removesuffix(".".join(reversed(end))) for n in (name, due))
         new = {other + n.removeprefix(first) for n in strange if n.startswith(first)}
         wrapper = [s for s in name.split(".") if s not in due.split(".")]
-        if _without(wrapper, name) == due and len(missing & new) < len(missing):  # in each layer
+        # The extra part can also be inside each layer's names.
+        if _without(wrapper, name) == due and len(missing & new) < len(missing):
             first, other = f"{'.'.join(dict.fromkeys(wrapper))}.", ""
             new = {_without(wrapper, n) for n in strange}
         if 2 * len(missing & new) > len(missing):
@@ -150,7 +151,8 @@ def _renamed(found: set[str], wanted: set[str]) -> str:
 
 
 def _most_alike(due: str, names: list[str]) -> list[str]:
-    """The first name that holds `due` between other segments, and the first of the longest end."""
+    """The first name whose segments are those of `due` plus others, and the first name with the
+    longest common suffix."""
     segments = due.split(".")
 
     def length_of_end(name: str) -> int:
@@ -165,7 +167,7 @@ def _without(segments: list[str], name: str) -> str:
 
 
 def read(part: TensorPart, tensor: safetensors.Tensor, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """`index` of our array of this part; reads little more than the bytes that it needs."""
+    """The slices `index` of this part in our layout; reads little more than the bytes needed."""
     theirs, ours = _axes(part.entry.axes)
     size = dict(zip(ours, part.shape, strict=True))
     index = (*index, *(slice(None),) * (len(ours) - len(index)))
@@ -187,7 +189,7 @@ def read(part: TensorPart, tensor: safetensors.Tensor, index: tuple[slice, ...] 
 
 
 def assemble(parts: list[tuple[TensorPart, np.ndarray]]) -> np.ndarray:
-    """The tensor of these parts; most tensors have one."""
+    """Joins these parts into one tensor; most tensors have a single part."""
     theirs, ours = _axes(parts[0][0].entry.axes)
     order = [a for group in theirs for a in group]
     arrays = [array for _, array in sorted(parts, key=lambda part: part[0].entry.part)]
@@ -198,7 +200,7 @@ def assemble(parts: list[tuple[TensorPart, np.ndarray]]) -> np.ndarray:
 
 
 def converted(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
-    """The array in another dtype, and the number of its finite values that are beyond it."""
+    """The array in another dtype, and the number of finite values beyond that dtype's range."""
     if array.dtype == dtype:
         return array, 0
     with np.errstate(over="ignore"):
@@ -207,7 +209,7 @@ def converted(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
 
 
 def check_beyond(dtype: np.dtype, beyond: dict[str, int]) -> None:
-    """Raises ValueError where `beyond` counts values, by tensor, that are beyond `dtype`."""
+    """Raises ValueError if `beyond`, a count per tensor, has values beyond the range of `dtype`."""
     if lost := {name: number for name, number in beyond.items() if number}:
         named = ", ".join(f"{number} of {name}" for name, number in list(lost.items())[:8])
         more = f" and others of {len(lost) - 8} more tensors" if len(lost) > 8 else ""
@@ -218,7 +220,7 @@ def check_beyond(dtype: np.dtype, beyond: dict[str, int]) -> None:
 
 
 def cast(params: dict, dtype: str) -> dict:
-    """Parameters in another dtype; raises ValueError for finite values that it does not have."""
+    """Parameters in another dtype; raises ValueError for finite values beyond its range."""
     new = np.dtype(dtype)
     pairs = {path: converted(np.asarray(leaf), new) for path, leaf in tree.flatten(params).items()}
     check_beyond(new, {path: number for path, (_, number) in pairs.items()})

@@ -1,4 +1,4 @@
-"""A Hugging Face folder written tensor by tensor, that appears whole or not at all."""
+"""Writes a Hugging Face folder tensor by tensor and atomically."""
 
 import json
 import pathlib
@@ -13,8 +13,8 @@ from moe_jax.data.tokenizer_files import OF_CONFIG
 from moe_jax.hf import beside, configs, safetensors, tensors
 from moe_jax.hf.families import FAMILIES
 
-# Keys that go along to a model of the same family. Other keys may be of another model of it (its
-# depth, its quantisation), and those that decide what is computed are written from ModelConfig.
+# Keys that are copied to a model of the same family. Other keys may hold only for the source model
+# (its depth, its quantisation), and keys that affect the computation are written from ModelConfig.
 OF_FAMILY = """attention_dropout attn_pdrop embd_pdrop resid_pdrop use_cache pretraining_tp
     reorder_and_upcast_attn output_router_logits router_aux_loss_coef router_jitter_noise
     consider_aux_loss""".split()
@@ -28,15 +28,15 @@ def save(
     source: str | pathlib.Path | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Writes the parameters as the Hugging Face model that holds them.
+    """Writes the parameters as a Hugging Face model.
 
     Args:
-      folder: must not exist; appears when all is written.
-      source: a Hugging Face folder whose tokenizer, generation settings and token ids go along.
-      dtype: of all tensors; None keeps each leaf's own.
+      folder: must not exist; it appears only when everything is written.
+      source: a Hugging Face folder whose tokenizer, generation settings and token ids are copied.
+      dtype: the dtype of all tensors; None keeps each leaf's own.
 
-    Raises: ValueError, in one line, when no Hugging Face class can hold the model, `folder` exists,
-      or finite values are beyond `dtype`.
+    Raises: ValueError, in one line, if no Hugging Face class can hold the model, `folder` exists,
+      or finite values are beyond the range of `dtype`.
     """
     leaves = tree.flatten(params)
     dtypes = {path: np.dtype(dtype or leaf.dtype) for path, leaf in leaves.items()}
@@ -53,9 +53,9 @@ def write(
     max_shard_bytes: int = 4 * 10**9,
     progress: bool = False,
 ) -> None:
-    """`save` for arrays that `value` makes one after the other, layer by layer.
+    """`save` for arrays that `value` computes one after the other, layer by layer.
 
-    `dtypes` are those of the leaves in the file, by path.
+    `dtypes` gives the dtype in the file for each leaf's path.
     """
     values = configs.write(config)
     by_tensor: dict[str, list[tensors.TensorPart]] = {}
@@ -83,7 +83,7 @@ def write(
 
 
 def _carried(source: pathlib.Path, values: dict, unfinished: pathlib.Path) -> dict:
-    """Copies the source's other files; returns the keys of its config.json that go along."""
+    """Copies the source's other files; returns the keys of its config.json to copy."""
     beside.copy(source, unfinished)
     if not (source / "config.json").exists():
         return {}
@@ -95,14 +95,14 @@ def _carried(source: pathlib.Path, values: dict, unfinished: pathlib.Path) -> di
 
 
 def _carried_code(source: pathlib.Path, auto_map: object, unfinished: pathlib.Path) -> dict:
-    """Copies the Python files of a folder whose auto_map names classes in them; returns that key.
+    """Copies the Python files of a folder if its auto_map names classes in them; returns that key.
 
-    None are copied, and the key is left out, when a file that it names is not there. The files may
-    import each other, so that all are copied. They are not opened.
+    If a file that the key names is missing, nothing is copied and the key is left out. All files
+    are copied, because they may import each other. They are never executed.
     """
     if not isinstance(auto_map, dict):
         return {}
-    # "file.Class" is in the folder, "repository--file.Class" is not; a list is of tokenizers.
+    # "file.Class" is in the folder, "repository--file.Class" is not. Tokenizers come as a list.
     lists = (value if isinstance(value, list) else [value] for value in auto_map.values())
     names = [str(name) for classes in lists for name in classes if name is not None]
     modules = {f"{name.split('.')[0]}.py" for name in names if "--" not in name}

@@ -12,7 +12,7 @@ __all__ = ["PRESETS", "ModelConfig", "Output", "apply", "count_parameters", "ini
 
 
 def __getattr__(name: str):
-    # Flax and the kernels are imported with the forward pass, not for who only reads a config.
+    # Imported on first use: reading a config must not import Flax and the kernels.
     if name in __all__:
         from moe_jax.model import transformer
 

@@ -14,7 +14,7 @@ def shapes(config: ModelConfig) -> dict:
     """The shapes of the block's parameters, by name."""
     one, E = _shapes_of_one(config), config.num_attention_experts
     if E:
-        stacks = {  # in the same order, which Flax's initial values depend on
+        stacks = {  # in the same order, because Flax's initial values depend on it
             n: {m: (E, *s) for m, s in shape.items()} if isinstance(shape, dict) else (E, *shape)
             for n, shape in one.items()
         }
@@ -49,14 +49,14 @@ def attention(
 ) -> tuple[jax.Array, dict | None]:
     """Returns what the block adds to x, and the cache with the keys and values of these positions.
 
-    With attention experts the first is the sum of all their outputs, weighted by a softmax router;
+    With attention experts, the first is the sum of all their outputs, weighted by a softmax router;
     each expert has its own keys and values (Zhang et al., BAM, arXiv 2408.08274).
 
     Args:
-      window: the keys that a query sees, itself included; None is all before it.
-      cache: `k` and `v` [B, S, K, H] of the positions before these, with a leading axis of
-        attention experts if there are any; None in training. Several positions at once must be the
-        first ones of their rows.
+      window: the number of keys that a query attends to, its own included; None is all up to it.
+      cache: `k` and `v` [B, S, K, H] of the positions before these, with a leading axis for the
+        attention experts if there are any; None in training. A call with several positions must
+        start at the first position of each row.
     """
     x_BTD = layers.norm(x_BTD, params["norm"], config)
     rest = positions_BT, segment_ids_BT, config, window

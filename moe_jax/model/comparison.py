@@ -9,7 +9,7 @@ from moe_jax.model.fields import COMPUTATION, ORIGIN, ROPE
 from moe_jax.model.rope import ROPES
 from moe_jax.model.router import ROUTERS
 
-# Names of activations in Hugging Face's files, with another name of the same formula.
+# Activation names in Hugging Face's files, each mapped to another name for the same formula.
 SAME_ACTIVATION = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
     ("gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_new"
 )
@@ -18,7 +18,7 @@ SAME_ACTIVATION = {"swish": "silu", "gelu_python": "gelu"} | dict.fromkeys(
 def in_force(config: ModelConfig) -> dict[str, Any]:
     """The fields that decide what a model computes, each with the value in force.
 
-    Two models are alike, and can be parents of one mixture, if these are equal.
+    Two models are alike, and can be parents of one MoE, if these are equal.
     """
     fields = {
         **dataclasses.asdict(config),
@@ -40,9 +40,9 @@ def in_force(config: ModelConfig) -> dict[str, Any]:
     if config.num_experts and DENSE not in config.layer_kinds:
         unused |= {"intermediate_size"}
     if config.dispatch != "capacity":
-        unused |= {"capacity_factor"}  # which a report reads, and no layer
+        unused |= {"capacity_factor"}  # read by a report, but by no layer
     if config.position_embedding == "rotary":
-        unused |= {"max_position_embeddings"}  # no weights, and the recommended length of texts
+        unused |= {"max_position_embeddings"}  # only the recommended length; it sizes no weights
     return {name: value for name, value in fields.items() if name not in unused}
 
 

@@ -35,12 +35,12 @@ class BlockKind(NamedTuple):
     """The ways in which the layers of one model differ."""
 
     feed_forward: str  # DENSE or MOE
-    window: int | None  # the keys that a query sees, itself included; None is all before it
+    window: int | None  # number of keys a query attends to, its own included; None is all up to it
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer, by its Hugging Face names.
+    """A decoder-only transformer; the fields have their Hugging Face names.
 
     Hashable, so it can be a static argument of a jitted function. A field left at None takes its
     value from the others; the properties below give the value in force.
@@ -182,7 +182,7 @@ class ModelConfig:
         "dense or moe for each layer; none: all sparse with experts, else dense", None, EXPERTS
     )
 
-    # These say how the model is computed, not what it is.
+    # The following fields say how the model is computed, not which function it computes.
     dtype: str = field(
         "dtype of the computation; auto in a config is bfloat16 where the machine has units for it",
         "float32",
@@ -278,7 +278,7 @@ class ModelConfig:
 
     def _problems_of_routing(self):
         row = ROUTERS[self.router]
-        names = sorted(fields_of(ROUTER) - {"router_parameters"})  # which every router may have
+        names = sorted(fields_of(ROUTER) - {"router_parameters"})  # these are checked below
         yield from unread(self, "router", ROUTERS, names)
         for name, value in self.router_parameters:
             if name not in row.parameters:
@@ -316,7 +316,7 @@ class ModelConfig:
 
     @property
     def rotary_size(self) -> int:
-        """The number of a head's dimensions that are rotated."""
+        """The number of dimensions of a head that rotary positions rotate."""
         return int(self.head_size * self.partial_rotary_factor)
 
     @property
@@ -325,15 +325,15 @@ class ModelConfig:
 
     @property
     def active_experts(self) -> int:
-        """The number of experts by whose weights a token is multiplied; merged ones are one."""
+        """The number of experts that process each token; merged experts count as one."""
         return 1 if self.dispatch == "merge" else self.num_experts_per_tok
 
     @property
     def weight_is_constant(self) -> bool:
-        """True if a token has one expert and its weight is divided by itself.
+        """True if each token goes to one expert whose weight is divided by itself.
 
-        p / p is 1 whatever the logits, so that the router has no gradient of the text's loss: at
-        most the balance losses move it.
+        p / p is 1 whatever the logits, so the language-model loss gives the router no gradient: at
+        most the balance losses train it.
         """
         row = ROUTERS[self.router]
         chooses = self.num_experts > 1 and self.dispatch != "merge" and row.learned and row.causal
@@ -351,14 +351,14 @@ class ModelConfig:
 
     @property
     def implementations(self) -> dict[str, str]:
-        """The implementation of each op that a model of this kind calls, or that was named."""
+        """The implementation of each op that this model calls, or for which one was named."""
         ops = {"attention": self.attention, "cross_entropy": "auto"}
         if self.num_experts or self.grouped_matmul != "auto":
             ops["grouped_matmul"] = self.grouped_matmul
         return ops
 
     def check_rows(self, length: int, fix: str = "") -> None:
-        """Raises: ValueError for rows longer than the learned positions, with what to change."""
+        """Raises: ValueError, with the fix, for rows longer than the learned positions."""
         limit = self.max_position_embeddings
         if self.position_embedding == "learned" and length > limit:
             raise ValueError(
@@ -367,15 +367,15 @@ class ModelConfig:
             )
 
     def to_moe(self, *, num_experts: int, num_experts_per_tok: int, **fields) -> "ModelConfig":
-        """The config of this model upcycled: sparse in all layers, unless `layers` says which.
+        """The config of this model upcycled: all layers are sparse, unless `layers` lists kinds.
 
-        `fields` are other fields of its own: `layers`, `moe_intermediate_size`, `router`, …
+        `fields` are further fields that it sets: `layers`, `moe_intermediate_size`, `router`, …
         """
         fields |= {"num_experts": num_experts, "num_experts_per_tok": num_experts_per_tok}
         return dataclasses.replace(self, **{"layers": None, "model_type": None} | fields)
 
     def to_dense(self, **fields) -> "ModelConfig":
-        """The config of a dense model as wide as one of this mixture's experts."""
+        """The config of a dense model whose feed-forward has the width of one expert."""
         return dataclasses.replace(
             self,
             intermediate_size=self.expert_size,

@@ -1,15 +1,16 @@
-"""Expert parallelism: tokens reach experts that lie on other devices, in one of three modes.
+"""Expert parallelism: three modes in which tokens reach experts that lie on other devices.
 
 Each function works on one device inside `jax.shard_map` (or alone), on the M tokens of that device,
-with the experts cut along the mesh's expert axis of X devices. Where experts are spread along edp
-too, its devices have the same tokens; each computes its own experts' share, and these are summed.
+with the experts sharded along the mesh's expert axis of X devices. If experts are also sharded
+along edp, the devices along that axis hold the same tokens; each computes its own experts'
+contribution, and these are summed.
 
-  fsdp        The weights of all experts come to every device; tokens stay. 3DF values move for each
-              expert, whatever the number of tokens.
-  ring        The tokens of the X devices come to each of them, which computes its own experts'
-              share of all, and the sums go back where the tokens came from.
-  all_to_all  Each token goes to the devices of its experts and back: by a ragged exchange if
-              dropless, by one of fixed shapes with a capacity.
+  fsdp        Every device all-gathers the weights of all experts; tokens stay where they are. This
+              moves 3DF values per expert, whatever the number of tokens.
+  ring        Every device all-gathers the tokens of the X devices and computes its own experts'
+              contribution to each; a reduce-scatter returns the sums to the tokens' devices.
+  all_to_all  Each token goes to the devices that hold its experts, and the results return: by a
+              ragged all-to-all if dropless, by one of fixed shapes with a capacity.
 """
 
 import jax
@@ -22,7 +23,7 @@ from moe_jax.ops import implementations, permute
 from moe_jax.parallel import sharding
 
 AXIS = "expert"
-# The axes along which a device keeps its own part of the experts' weights.
+# The axes along which the experts' weights stay sharded while they are used.
 KEPT = {
     "fsdp": sharding.TENSOR,
     "ring": (*sharding.TENSOR, AXIS),
@@ -31,7 +32,7 @@ KEPT = {
 
 
 def fsdp(x_MD, routing, groups, experts, config):
-    """The experts are all here. Returns [M, D] and how many assignments were dropped."""
+    """All experts are on this device. Returns [M, D] and the number of dropped assignments."""
     index_MA = _own(routing.expert_index_MA, len(experts["up"]), config)
     plan, num_dropped = _plan(index_MA, groups, len(experts["up"]), config)
     x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
@@ -43,7 +44,7 @@ def fsdp(x_MD, routing, groups, experts, config):
 
 
 def ring(x_MD, routing, groups, experts, config):
-    """All-gather of tokens, own experts, reduce-scatter of their sums. Dropless."""
+    """All-gathers tokens, runs this device's experts, reduce-scatters the sums. Dropless."""
     del groups
     E = len(experts["up"])
     index_MA = _own(routing.expert_index_MA, E * jax.lax.axis_size(AXIS), config)
@@ -52,7 +53,7 @@ def ring(x_MD, routing, groups, experts, config):
             jax.lax.all_gather(x, AXIS, tiled=True) for x in (x_MD, index_MA, routing.weight_MA)
         )
         own_NA = index_NA - jax.lax.axis_index(AXIS) * E
-        own_NA = jnp.where((own_NA >= 0) & (own_NA < E), own_NA, E)  # E: another device's
+        own_NA = jnp.where((own_NA >= 0) & (own_NA < E), own_NA, E)  # E: on another device
         plan = remat.named("plan", permute.sort_by_expert(own_NA, E + 1))
         x_RD, weight_R = _dispatched(x_ND, weight_NA, plan)
     with jax.named_scope("experts"):
@@ -64,7 +65,7 @@ def ring(x_MD, routing, groups, experts, config):
 
 
 def all_to_all(x_MD, routing, groups, experts, config):
-    """Rows to the devices of their experts and back."""
+    """Sends rows to the devices that hold their experts, and the results back."""
     E = len(experts["up"]) * jax.lax.axis_size(AXIS)
     index_MA = _own(routing.expert_index_MA, E, config)
     plan, num_dropped = _plan(index_MA, groups, E, config)
@@ -78,7 +79,7 @@ MODES = {"fsdp": fsdp, "ring": ring, "all_to_all": all_to_all}
 
 
 def _own(expert_index_MA, E, config):
-    """The choices among the E experts at this device's position along edp; all others are E."""
+    """Indices into the E experts of this device's position along edp; E stands for all others."""
     if E == config.num_experts:
         return expert_index_MA
     own_MA = expert_index_MA - jax.lax.axis_index("edp") * E
@@ -105,7 +106,7 @@ def _dispatched(x_MD, weight_MA, plan):
 
 
 def _equal(x_RD, weight_R, experts, config, plan):
-    """An exchange of fixed shapes: each device sends C slots to each expert."""
+    """An all-to-all of fixed shapes: each device sends C slots to each expert."""
     E, X = len(experts["up"]), jax.lax.axis_size(AXIS)
 
     def to_experts(x):  # [X·E·C, …] by device and expert, to [E, X, C, …] by expert and source
@@ -124,19 +125,19 @@ def _equal(x_RD, weight_R, experts, config, plan):
 
 
 def _ragged(x_RD, weight_R, experts, config, plan):
-    """Sends each device as many rows as its experts were chosen here, and drops none.
+    """Sends each device exactly the rows that chose its experts, and drops none.
 
-    The buffers have room for the worst case, all rows of all devices.
+    The buffers have room for the worst case, in which one device receives all rows of all devices.
     """
     E, X, me = len(experts["up"]), jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     with jax.named_scope("exchange"):
-        # [source, destination, expert of it]
+        # [source, destination, expert of the destination]
         sizes_XYE = jax.lax.all_gather(plan.group_sizes_E, AXIS).reshape(X, X, E)
         sizes_XY = sizes_XYE.sum(axis=2)
         to = Exchange(sizes_XY, me)
         x_SD = to.rows(x_RD, X * len(x_RD))
         weight_S = to.rows(weight_R[:, None], X * len(x_RD))[:, 0]
-        # They came by source and then by expert; beyond them is room.
+        # The rows arrive sorted by source, then by expert; the rest of the buffer is padding.
         ends = jnp.cumsum(sizes_XYE[:, me].ravel())
         place_S = jnp.searchsorted(ends, jnp.arange(len(x_SD)), side="right")
         expert_S = jnp.where(place_S < X * E, place_S % E, E)
@@ -150,9 +151,10 @@ def _ragged(x_RD, weight_R, experts, config, plan):
 
 
 class Exchange:
-    """Rows that this device sends and gets: [Y] by partner, offsets into their buffers.
+    """The sizes and buffer offsets of the rows that devices X send to devices Y.
 
-    A device's rows lie in the order of their destinations, and arrive in that of their sources.
+    A device's rows lie in the order of their destinations, and arrive in the order of their
+    sources.
     """
 
     def __init__(self, sizes_XY: jax.Array, me: jax.Array):
@@ -162,7 +164,7 @@ class Exchange:
         self.output_offsets_XY = jnp.cumsum(sizes_XY, axis=0) - sizes_XY
 
     def rows(self, x_RD: jax.Array, room: int) -> jax.Array:
-        """[room, D]: the rows that came, zeros beyond them."""
+        """[room, D]: the rows received, followed by zeros."""
         if implementations.platform() == "cpu":
             return self._emulated(x_RD, room)
         return jax.lax.ragged_all_to_all(
@@ -176,7 +178,7 @@ class Exchange:
         )
 
     def _emulated(self, x_RD, room):
-        """Gathers everything and picks the rows that are meant: XLA:CPU has no ragged exchange."""
+        """All-gathers and picks this device's rows: XLA:CPU has no ragged all-to-all."""
         x_XRD = jax.lax.all_gather(x_RD, AXIS)
         begin_X = self.output_offsets_XY[:, self.me]
         size_X = self.sizes_XY[:, self.me]

@@ -1,4 +1,4 @@
-"""The mode of `exchange.py` that sends the least, by what each sends for one layer."""
+"""Chooses the mode of `exchange.py` that sends the fewest bytes for one layer."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,9 @@ from moe_jax.ops import implementations
 
 
 def choose(config: ModelConfig, num_tokens: int) -> str:
-    """`config.expert_parallel`, or for "auto" the mode that sends least, printed once on stderr.
+    """`config.expert_parallel`, or for "auto" the mode that sends the fewest bytes.
+
+    A choice made for "auto" is printed once on stderr.
 
     Args: num_tokens: the tokens of one device. A mesh must be set.
     """
@@ -34,12 +36,12 @@ def choose(config: ModelConfig, num_tokens: int) -> str:
 def bytes_sent(
     config: ModelConfig, mesh: Mapping[str, int], num_tokens: int, platform: str
 ) -> dict[str, float]:
-    """Bytes that pass a device's links along the expert axis in one layer's forward pass, by mode.
+    """Bytes that cross a device's links along the expert axis in a layer's forward pass, by mode.
 
-    The backward pass sends as much again in each, and a recomputed layer once more. The count
-    assumes that tokens go to all devices alike, that the TPUs of an axis form a ring, in which a
-    message passes X/4 links on the mean, and that elsewhere a switch connects all devices. The
-    weights counted are those gathered: a device's share along edp, cut along tensor.
+    In each mode the backward pass sends as much again, and a recomputed layer once more. The count
+    assumes that tokens are spread evenly over the devices, that the TPUs of an axis form a ring, in
+    which a message crosses X/4 links on average, and that elsewhere a switch connects all devices.
+    Only gathered weights are counted: a device's part along edp, sharded along tensor.
 
     Args: num_tokens: the tokens of one device.
     """
@@ -49,12 +51,12 @@ def bytes_sent(
     weights = sum(map(math.prod, layers.ffn_shapes(config, config.expert_size).values()))
     experts = config.num_experts / mesh["edp"] * weights / T * size
     tokens = num_tokens * config.hidden_size * size
-    chosen = tokens * A / mesh["edp"]  # of the experts along edp each device serves its own
+    chosen = tokens * A / mesh["edp"]  # each device along edp serves only its own experts
     hops = max(others, X / 4) if platform == "tpu" else others
     sent = {"fsdp": experts * others}
     if config.dispatch == "dropless":
         sent["ring"] = 2 * tokens * (X - 1)
-        # CPUs have no ragged exchange: everything goes everywhere.
+        # XLA:CPU has no ragged all-to-all: every row is sent to every device.
         sent["all_to_all"] = 2 * (tokens * A * (X - 1) if platform == "cpu" else chosen * hops)
     elif config.dispatch == "capacity":
         sent["all_to_all"] = 2 * chosen * config.capacity_factor * hops
@@ -62,9 +64,10 @@ def bytes_sent(
 
 
 def filled(mode: str, dispatch: str, mesh: Mapping[str, int]) -> float:
-    """The share of a grouped product's rows that are in a group, where all loads are even.
+    """The fraction of a grouped matmul's rows that belong to a group, if all loads are even.
 
-    Dropless buffers have room for all tokens of all devices that may send any.
+    The other rows are padding: a dropless buffer has room for all rows of all devices that may send
+    it some.
     """
     sources = 1 if mode == "fsdp" else mesh["expert"]
     return 1 / (sources * mesh["edp"]) if dispatch == "dropless" else 1.0

@@ -1,4 +1,4 @@
-"""Rows through the feed-forwards of their experts."""
+"""Applies to each row the feed-forward of its expert."""
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,13 @@ def experts_of_rows(
     group_sizes_E: jax.Array | None,
     config: ModelConfig,
 ) -> jax.Array:
-    """weight · expert(x) of each row; the rows of an expert follow each other.
+    """weight · expert(x) for each row [R, D]; the rows are sorted by expert.
 
     Rows beyond the sum of the groups give zeros; without sizes the groups are equal.
 
-    The weight multiplies the hidden neurons, before the down projection: the same sum, but its
-    gradient needs no expert output, so nothing of width D is kept or computed again for it.
+    The weight multiplies the hidden neurons, before the down projection. The result is the same,
+    but the weight's gradient does not need the expert's output, so nothing of width D is kept or
+    recomputed for it.
     """
     weight_R1 = weight_R[:, None].astype(x_RD.dtype)
 
@@ -53,7 +54,7 @@ def experts_of_rows(
 
 
 def _bias_of_rows(bias_EF, group_sizes_E, x_RD):
-    """The bias of each row's expert, by a product: a gather's gradient would be a scatter-add."""
+    """Each row's expert bias, as a matrix product: a gather's gradient would be a scatter-add."""
     R, E = x_RD.shape[0], bias_EF.shape[0]
     if group_sizes_E is not None:
         expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(R), side="right")

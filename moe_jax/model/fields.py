@@ -27,11 +27,11 @@ SLIDING = Need(
 ROTARY = Need(lambda config: config.position_embedding == "rotary", "position_embedding='rotary'")
 
 
-# Every field of ModelConfig belongs to one of these. The answer decides which fields of two models
-# are compared, and which ones a sparse model sets for itself.
+# Every field of ModelConfig belongs to one of these groups. The group decides whether the field is
+# compared between two models, and whether a sparse model sets it for itself.
 ARCHITECTURE, ROPE, ORIGIN, EXPERTS = "architecture", "rope", "origin", "experts"
 ROUTER, ATTENTION_EXPERTS, COMPUTATION = "router", "attention_experts", "computation"
-# Needs of all fields that belong to something.
+# The needs that all fields of a group share.
 NEEDS_OF = {ROPE: (ROTARY,), EXPERTS: (SPARSE,), ROUTER: (SPARSE, ROUTED)}
 
 
@@ -44,11 +44,11 @@ def field(
     positive: bool = False,
     choices: Collection[str] = (),
 ):
-    """A field of ModelConfig: what it is, what it belongs to, and which values it may have.
+    """A field of ModelConfig: what it is, the group it belongs to, and which values it may have.
 
-    needs: without these, and those of what it belongs to, the field is not read.
-    at_least: the smallest whole number. positive: a finite number more than 0. choices: a table of
-      them may grow.
+    needs: the conditions, besides those of its group, without which the field is not read.
+    at_least: the smallest integer allowed. positive: the value must be finite and above 0.
+    choices: the names allowed; a table passed here may grow later.
     """
     needs = (*NEEDS_OF.get(belongs, ()), *needs)
     of_value = {"at_least": at_least, "positive": positive, "choices": choices}
@@ -58,7 +58,8 @@ def field(
 
 
 def without_effect(config: Any, names: Iterable[str], prefix: str) -> Iterator[str]:
-    """A line for each of these fields of a ModelConfig that is not its default and is not read."""
+    """A line for each of these fields of a ModelConfig that differs from its default but is not
+    read."""
     for name in names:
         each, value = config.__dataclass_fields__[name], getattr(config, name)
         if value != each.default:
@@ -66,8 +67,8 @@ def without_effect(config: Any, names: Iterable[str], prefix: str) -> Iterator[s
 
 
 def unread(config: Any, key: str, table: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
-    """A line for each of these fields that is not its default and that the row of a table, which
-    the field `key` names, does not read."""
+    """A line for each of these fields that differs from its default but is not read by the row of
+    `table` that the field `key` chooses."""
     chosen = getattr(config, key)
     for name in names:
         value = getattr(config, name)
@@ -80,7 +81,7 @@ def unread(config: Any, key: str, table: Mapping[str, Any], names: Iterable[str]
 
 
 def no_effect(name: str, value: Any, needs: Iterable[Need], config: Any) -> Iterator[str]:
-    """The line that refuses a value that has no effect; none where all that it needs is there."""
+    """The line that refuses a value without effect; none if all its needs are met."""
     for need in needs:
         if not need.holds(config):
             without = f"has no effect without {need.setting}; set it, or leave this out"

@@ -1,4 +1,4 @@
-"""How the random weights of a new model are distributed: one table."""
+"""The table of distributions from which a new model's random weights are drawn."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,30 +13,30 @@ OUTPUTS = ("wo", "down")
 class Initializer:
     """One distribution of weights.
 
-    draw: (key, shape) -> numbers in units of the deviation, `ModelConfig.initializer_range`.
-    scaled_outputs: the deviation of `OUTPUTS` is divided by sqrt(2 L) in a model of L layers, so
-      that the residual stream does not grow with depth.
+    draw: (key, shape) -> samples in units of the deviation, `ModelConfig.initializer_range`.
+    scaled_outputs: in a model of L layers the standard deviation of `OUTPUTS` is divided by
+      sqrt(2 L), so that the residual stream does not grow with depth.
     """
 
     draw: Callable[[jax.Array, tuple[int, ...]], jax.Array] = jax.random.normal
     scaled_outputs: bool = False
 
     def deviation(self, name: str, initializer_range: float, num_layers: int) -> float:
-        """The deviation of the leaf of this name."""
+        """The standard deviation of the leaf with this name."""
         scaled = self.scaled_outputs and name in OUTPUTS
         return initializer_range / (2 * num_layers) ** 0.5 if scaled else initializer_range
 
 
 def _cut(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Normals that are drawn again where they are beyond 3."""
+    """Normal samples truncated at 3 standard deviations."""
     return jax.random.truncated_normal(key, -3, 3, shape)
 
 
 # The keys are the values of `ModelConfig.initializer`.
 INITIALIZERS = {
     "normal": Initializer(),
-    # Megatron-LM's (Shoeybi et al., arXiv 1909.08053; GPT-2's before it).
+    # Megatron-LM (Shoeybi et al., arXiv 1909.08053), and GPT-2 before it.
     "scaled_outputs": Initializer(scaled_outputs=True),
-    # OLMoE's (Muennighoff et al., arXiv 2409.02060): a deviation of 0.02 before it is cut.
+    # OLMoE (Muennighoff et al., arXiv 2409.02060): a deviation of 0.02 before truncation.
     "truncated_normal": Initializer(_cut),
 }

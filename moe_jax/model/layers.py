@@ -1,4 +1,4 @@
-"""The small pure functions every block uses: norms, rotary positions, feed-forward."""
+"""The small pure functions that every block uses: norms, matrix products, feed-forward."""
 
 import functools
 import math
@@ -43,10 +43,10 @@ def mlp_shapes(config: ModelConfig) -> dict:
 
 
 def product(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
-    """The last axes of x, `contracted` of them, times the first ones of w; in x's dtype.
+    """Contracts the last `contracted` axes of x with the first ones of w; the result has x's dtype.
 
-    It is one plain matrix product, for XLA:CPU takes twice as long for the gradient of w with
-    several axes of rows (a SwiGLU of 2048 rows, D=256, F=1024, with its gradients: 159 ms as
+    The rows are flattened into one axis because XLA:CPU takes twice as long for the gradient of w
+    with several axes of rows (a SwiGLU of 2048 rows, D=256, F=1024, with its gradients: 159 ms as
     [8, 256, D], 85 ms as [2048, D]).
     """
     rows, columns = x.shape[: x.ndim - contracted], w.shape[contracted:]
@@ -56,15 +56,16 @@ def product(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
 
 
 def add_bias(x: jax.Array, params: dict, name: str) -> jax.Array:
-    """x plus the bias of that name, where the model has one."""
+    """x plus the bias of this name, if the model has one."""
     return x + params[name].astype(x.dtype) if name in params else x
 
 
 def norm(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
-    """Normalises the last axes, as many as the scale has, in float32; the scale is in x's dtype.
+    """Normalises as many last axes as the scale has, in float32; the scale is cast to x's dtype.
 
     "rms" is the root mean square (Zhang & Sennrich, arXiv 1910.07467); "layer" subtracts the mean
-    and has a bias (Ba et al., arXiv 1607.06450); "layer_1p" is "layer" with its scale kept less 1.
+    and has a bias (Ba et al., arXiv 1607.06450); "layer_1p" is "layer" whose stored parameter is
+    the scale minus 1.
     """
     axes = tuple(range(-params["scale"].ndim, 0))
     x32, scale = x.astype(jnp.float32), params["scale"]
@@ -90,12 +91,12 @@ def feed_forward(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
 
 
 def activate(hidden: tuple[jax.Array, ...], config: ModelConfig) -> jax.Array:
-    """act(gate) * up of (gate, up), act(up) of (up,)."""
+    """act(gate) * up for (gate, up), or act(up) for (up,)."""
     first, *up = hidden
     y = ACTIVATIONS[config.hidden_act](first)
     return y * up[0] if up else y
 
 
 def mlp(x_BTD: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
-    """Norm, then feed-forward."""
+    """A dense layer's norm and feed-forward: [B, T, D], to be added to x."""
     return feed_forward(norm(x_BTD, params["norm"], config), params, config)

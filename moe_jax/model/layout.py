@@ -1,6 +1,7 @@
 """Layer groups: layers that repeat are stacked, so that they are traced and compiled once.
 
-This is also the one way to reach a layer of the parameters, whose block leaves are stacked.
+Because the leaves of blocks are stacked, this module is also the only way to reach the parameters
+of one layer.
 """
 
 import dataclasses
@@ -16,10 +17,10 @@ from moe_jax.model.config import MOE, BlockKind, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class LayerGroup:
-    """A pattern of layer kinds that repeats; its parameters are stacked and scanned.
+    """A repeating pattern of layer kinds; its parameters are stacked and scanned.
 
-    `layers[slot]` are the indices of the layers that stand at that slot of the pattern, one for
-    each repeat. Slots are keyed "0", "1", … through all layer groups of a model.
+    `layers[slot]` are the indices of the layers at that slot of the pattern, one for each repeat.
+    Slots are numbered "0", "1", … across all layer groups of a model.
     """
 
     kinds: dict[str, Any]
@@ -32,9 +33,10 @@ class LayerGroup:
 
 @functools.lru_cache
 def layer_groups(kinds: tuple[Hashable, ...]) -> tuple[LayerGroup, ...]:
-    """Cuts a model's layers into the layer groups that trace the fewest blocks.
+    """Splits a model's layers into the layer groups that trace the fewest blocks.
 
-    A leading dense layer becomes a layer group of its own, LOLA's alternation one of two slots.
+    A leading dense layer becomes a layer group of its own; LOLA's alternation of dense and sparse
+    layers becomes one group with two slots.
     """
     # best[i] = (blocks traced, layer groups used, cuts) for the layers from i on.
     best: dict[int, tuple[int, int, tuple]] = {len(kinds): (0, 0, ())}
@@ -57,7 +59,7 @@ def layer_groups(kinds: tuple[Hashable, ...]) -> tuple[LayerGroup, ...]:
 
 @functools.lru_cache
 def slots(kinds: tuple[Hashable, ...]) -> tuple[tuple[str, int], ...]:
-    """For each layer its slot, and its row in that slot's stack."""
+    """Each layer's slot, and its row in that slot's stack."""
     found = {
         layer: (slot, row)
         for group in layer_groups(kinds)
@@ -68,7 +70,7 @@ def slots(kinds: tuple[Hashable, ...]) -> tuple[tuple[str, int], ...]:
 
 
 def layer(params: dict, config: ModelConfig, index: int, *path: str) -> dict:
-    """The parameters of one layer, or what lies at a path of them ("moe", "experts")."""
+    """The parameters of one layer, or the subtree at a path in them ("moe", "experts")."""
     slot, row = slots(config.block_kinds)[index]
     stacks = functools.reduce(dict.__getitem__, path, params["blocks"][slot])
     return jax.tree.map(lambda stack: stack[row], stacks)

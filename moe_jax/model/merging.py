@@ -1,9 +1,9 @@
-"""Lory's soft merging: a segment of the text goes through one expert, the average of all.
+"""Lory's soft merging: each segment of a row goes through one expert, a weighted average of all.
 
-The weights of a segment come from the segment before it, so that no token sees a later one; the
-first takes its own, through which no gradient passes (Zhong et al., arXiv 2405.03133). So a token
-of the first segment does see the rest of it. The held-out loss leaves that segment out; the
-training loss counts it, as in the paper.
+The averaging weights come from the previous segment, so no token sees a later one. The first
+segment uses its own weights, without a gradient through them (Zhong et al., arXiv 2405.03133), so
+its tokens do see the rest of that segment. The held-out loss leaves that segment out; the training
+loss counts it, as in the paper.
 """
 
 import jax
@@ -15,9 +15,9 @@ from moe_jax.model.routing import Routing, router_logits
 
 
 def merged(x_BTD, params, groups, noise_key, config: ModelConfig):
-    """Returns the layer's output, a Routing and 0 dropped assignments, as `moe.routed` does.
+    """Returns the layer's output, a Routing and 0 dropped assignments, like `moe.routed`.
 
-    The routing sends each token to its segment's likeliest expert.
+    In the Routing each token goes to its segment's most probable expert.
 
     Raises: ValueError if segments do not divide a row.
     """
@@ -53,14 +53,14 @@ def segment_means(x_GSD: jax.Array, valid_GS: jax.Array) -> jax.Array:
 
 
 def shift(logits_BGE: jax.Array) -> jax.Array:
-    """Gives each segment's logits to the next one; the first keeps its own, without gradient."""
+    """Shifts the logits by one segment; the first segment keeps its own, without a gradient."""
     first_B1E = jax.lax.stop_gradient(logits_BGE[:, :1])
     return jnp.concatenate([first_B1E, logits_BGE[:, :-1]], axis=1)
 
 
 def merged_expert(x_SD: jax.Array, share_E: jax.Array, experts: dict, config: ModelConfig):
-    """The feed-forward whose weights are the experts' average in these shares."""
-    # The shares' gradient is a sum over the matrices: their order decides its last bits.
+    """The feed-forward whose weights are the average of the experts', weighted by `share_E`."""
+    # The gradient of share_E sums over the matrices, so their order decides its last bits.
     names = layers.ffn_shapes(config, config.expert_size)
     mean = {n: jnp.tensordot(share_E, experts[n].astype(x_SD.dtype), axes=1) for n in names}
     return layers.feed_forward(x_SD, mean, config)

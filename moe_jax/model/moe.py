@@ -1,8 +1,8 @@
-"""The sparse feed-forward layer: norm, route, experts (dispatched and combined), shared expert.
+"""The sparse feed-forward layer: norm, router, dispatch, experts, combine, shared expert.
 
-With a mesh the layer always runs inside `jax.shard_map`: under automatic partitioning the sort of
-the dispatch becomes a global one, with all-reduces of [assignments, D]. `model/exchange.py` brings
-tokens to experts on other devices. Without a mesh the same per-device function is called directly.
+With a mesh the layer always runs inside `jax.shard_map`: under automatic partitioning the dispatch
+would sort globally, with all-reduces of [assignments, D]. `model/exchange.py` brings tokens to
+experts on other devices. Without a mesh the same per-device function is called directly.
 """
 
 import dataclasses
@@ -46,9 +46,10 @@ def moe(
     """The layer's output (to be added to x) and its statistics, one row per batch shard.
 
     Args:
-      key: of what is random: a router's noise, in training only, and with `token_priority` "random"
-        which tokens a full expert drops; without it the earlier ones stay.
-      training: all tokens of a device compete for the experts' slots, else those of each row.
+      key: for the router's noise (in training only) and, with `token_priority` "random", for
+        choosing which tokens a full expert drops; without a key it keeps the earlier ones.
+      training: if True, all tokens of a device compete for the experts' slots; otherwise only the
+        tokens of one row compete with each other.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -69,7 +70,7 @@ def moe(
         y_BTD, stats = _of_device(x_BTD, params, valid_BT, key, config, training, return_routing)
         return jax.lax.psum(y_BTD, sharding.TENSOR), stats
 
-    # check_vma=False: the loops of the grouped product start from unvaried zeros.
+    # check_vma=False: the loops of the grouped matmul start from zeros that no axis varies.
     return jax.shard_map(
         gathered,
         in_specs=(sharding.BATCH, specs, sharding.BATCH, jax.P()),
@@ -79,16 +80,16 @@ def moe(
 
 
 def _rounded(params: dict, config: ModelConfig) -> dict:
-    """The feed-forwards' weights in the dtype they are multiplied in, before they are gathered.
+    """Casts the feed-forwards' weights to the computation's dtype before they are all-gathered.
 
-    The products would round them anyway, and half as many bytes are sent: of weights, and of a
+    The products would round them anyway, and this halves the bytes sent: of weights, and of a
     microbatch's gradients, which are summed over fsdp in that dtype.
     """
     if config.dtype != "bfloat16":
         return params
 
     def rounded(w):
-        # XLA moves a plain conversion behind the gather.
+        # XLA would move a plain cast behind the all-gather.
         return jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
     parts = {"experts", "shared"} & params.keys()
@@ -96,7 +97,8 @@ def _rounded(params: dict, config: ModelConfig) -> dict:
 
 
 def _bias_once(params: dict) -> dict:
-    """Keeps the down projection's bias on the first of the devices whose outputs are summed."""
+    """Zeroes the down projection's bias on all but the first of the devices whose outputs are
+    summed."""
     cut_along = {"experts": "tensor", "shared": sharding.TENSOR}
     for part in cut_along.keys() & params.keys():
         if "down_bias" in params[part]:
@@ -122,7 +124,7 @@ def _of_device(x_BTD, params, valid_BT, key, config, training, return_routing):
 
 
 def routed(x_BTD, params, groups, noise_key, config):
-    """Returns the chosen experts' output, the Routing, and how many assignments were dropped."""
+    """Returns the chosen experts' output, the Routing, and the number of dropped assignments."""
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     with jax.named_scope("router"):
         routing = _route(x_MD, params["router"], groups, noise_key, config)
@@ -132,8 +134,8 @@ def routed(x_BTD, params, groups, noise_key, config):
     if "shared" in params:
         with jax.named_scope("shared_expert"):
             shared_MD = layers.feed_forward(x_MD, params["shared"], config)
-            # Otherwise XLA fuses the sum into the last product, which then waits for the exchange
-            # instead of running beside it.
+            # Otherwise XLA fuses this sum into the shared expert's last product, which then waits
+            # for the exchange instead of overlapping with it.
             y_MD, shared_MD = jax.lax.optimization_barrier((y_MD, shared_MD))
             y_MD += shared_MD
     return y_MD.reshape(x_BTD.shape), routing, num_dropped

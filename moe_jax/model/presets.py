@@ -5,8 +5,8 @@ from typing import Any
 
 from moe_jax.model.config import DENSE, MOE, ModelConfig
 
-# The numbers of each are: vocabulary, hidden size, feed-forward width, layers, attention heads and,
-# where they are fewer, key-value heads.
+# The positional arguments are: vocabulary, hidden size, feed-forward width, layers, attention heads
+# and, where they are fewer, key-value heads.
 PRESETS = {
     # The quickstart's parent: small enough for two CPU cores.
     "quickstart": ModelConfig(
@@ -86,8 +86,8 @@ PRESETS = {
         moe_intermediate_size=960,
         model_type="qwen3_moe",
     ),
-    # LLM-jp v1 (model cards): GPT-2's architecture. Its vocabulary of 50,570 pieces and that of v2,
-    # 96,869, have rows up to a multiple of 128 and 256, as Megatron pads them.
+    # LLM-jp v1 (model cards): GPT-2's architecture. Its vocabulary of 50,570 pieces, and v2's of
+    # 96,869, are padded to a multiple of 128 and of 256 rows, as Megatron does.
     **{
         f"llm-jp-1-{size}": ModelConfig(
             *(50_688, width, 4 * width, layers, heads),
@@ -113,7 +113,7 @@ PRESETS = {
     ),
 }
 
-# Models of Llama's architecture: LLM-jp v2 and v3 (model cards of the LLM-jp project, arXiv
+# Models with Llama's architecture: LLM-jp v2 and v3 (model cards of the LLM-jp project, arXiv
 # 2407.03963), Drop-Upcycling's parents (Nakamura et al., arXiv 2502.19261), Skywork-13B (Wei et
 # al., arXiv 2310.19341) and Llama 2 (Touvron et al., arXiv 2307.09288).
 _LLAMAS = {
@@ -158,7 +158,7 @@ _UPCYCLED: dict[str, tuple[str, int, int, dict[str, Any]]] = {
         *("quickstart", 4, 1),
         {"norm_topk_prob": False, "num_attention_experts": 4},
     ),
-    # LLaMA-MoE v1 (Zhu et al., arXiv 2406.16554): Llama 2's feed-forwards cut into 16, top-4.
+    # LLaMA-MoE v1 (Zhu et al., arXiv 2406.16554): Llama 2's feed-forwards split into 16, top-4.
     "llama-moe-3.5b": (
         *("llama-2-7b", 16, 4),
         {"moe_intermediate_size": 688, "router": "noisy_topk_mlp"},
@@ -173,7 +173,7 @@ PRESETS |= {
     name: PRESETS[parent].to_moe(num_experts=experts, num_experts_per_tok=per_token, **other)
     for name, (parent, experts, per_token, other) in _UPCYCLED.items()
 }
-# The sigmoid router of LLM-jp-4's ablation scripts, which the release does not have.
+# LLM-jp-4 with the sigmoid router of its ablation scripts; the release does not use it.
 PRESETS["llm-jp-4-32b-a3.8b-sigmoid"] = dataclasses.replace(
     PRESETS["llm-jp-4-32b-a3.8b"],
     router="sigmoid_topk",

@@ -1,10 +1,10 @@
-"""Rematerialisation: what a backward pass keeps of its forward pass, and what it computes again.
+"""Rematerialisation: which values of the forward pass are kept for the backward pass.
 
-The table is of 8 layers of 8 experts, top-2. Time is that of a step on 2 CPU cores relative to the
-step without remat in the same run (D=256, F=512, 8 x 256 tokens, float32: `python
-scripts/benchmark.py remat`). Memory is that of one of four v5p chips as compiled ahead of time
-(D=512, F=1024, 4 x 1024 tokens each, bfloat16, 319 MiB of it the state), and what lies in the
-host's memory:
+The table was measured on 8 layers of 8 experts, top-2. Time is one step on 2 CPU cores, relative to
+the step without remat in the same run (D=256, F=512, 8 x 256 tokens, float32: `python
+scripts/benchmark.py remat`). Peak and host are memory of the device and of its host, for one of
+four v5p chips, from ahead-of-time compilation (D=512, F=1024, 4 x 1024 tokens each, bfloat16; the
+train state is 319 MiB of the peak):
 
 | policy | time | peak, MiB | host, MiB |
 |---|---|---|---|
@@ -15,8 +15,8 @@ host's memory:
 | offload_experts | 1.06 | 668 | 272 |
 | offload_dots | 0.94 | 784 | 466 |
 
-Keeping less can be faster: kept values are written and read, on a CPU in memory that is new in each
-step.
+Keeping less can be faster: kept values must be written and read again, and on a CPU their memory is
+newly allocated in each step.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.ops import attention_reference
 
-# Each policy keeps these beside a block's input, by the names that `named` gives.
+# Besides a block's input, each policy keeps the values with these names, given by `named`.
 EXPERTS = ("plan", "gate_up")
 DOTS = ("qkv", attention_reference.SAVED_NAME, "middle", "router_logits", *EXPERTS)
 SAVED = {
@@ -39,13 +39,13 @@ SAVED = {
 
 
 def named(name: str, tree):
-    """`tree`, whose arrays a policy may keep under `name`."""
+    """`tree`, with its arrays marked so that a policy can keep them under `name`."""
     assert name in DOTS, name
     return jax.tree.map(lambda x: checkpoint_name(x, name), tree)
 
 
 def checkpointed(block: Callable, policy: str) -> Callable:
-    """`block`, a scan's step, whose backward pass keeps what `policy` says."""
+    """`block`, the body of a scan, with its backward pass under `policy`."""
     if policy == "none":
         return block
     if policy.startswith("offload"):
@@ -62,9 +62,10 @@ def checkpointed(block: Callable, policy: str) -> Callable:
 
 
 def made_again(function: Callable) -> Callable:
-    """`function`, of which the backward pass keeps only the inputs under any policy.
+    """`function`, recomputed in the backward pass from its inputs under any policy.
 
-    It is for functions that are cheap beside a product, else each factor of an activation is kept.
-    Their last product is not computed again, for nothing needs its value.
+    For functions that are cheap compared with a matrix product: otherwise each factor of an
+    activation would be kept. Their last multiplication is not recomputed, because the backward pass
+    does not need its value.
     """
     return jax.checkpoint(function, prevent_cse=False)

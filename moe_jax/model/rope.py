@@ -1,4 +1,4 @@
-"""Rotary positions, and a table of the ways to stretch their waves over longer texts."""
+"""Rotary positions, and a table of the methods that stretch their wavelengths for longer texts."""
 
 import dataclasses
 import math
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: "ModelConfig") -> jax.Array:
-    """Rotary positions, pairing dimension i with i + R/2 (Su et al., arXiv 2104.09864).
+    """Applies rotary positions, pairing dimension i with i + R/2 (Su et al., arXiv 2104.09864).
 
-    R is `config.rotary_size`; the dimensions from there on pass through.
+    R is `config.rotary_size`; dimensions from R on are left unchanged.
     """
     x, y, rest = jnp.split(x_BTNH, (config.rotary_size // 2, config.rotary_size), axis=-1)
     angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies(config)
@@ -25,21 +25,21 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: "ModelConfig") ->
 
 
 def frequencies(config: "ModelConfig") -> jax.Array:
-    """[R/2], radians per position."""
+    """The frequencies [R/2], in radians per position."""
     half = config.rotary_size // 2
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     return ROPES[config.rope_type].stretch(frequency, config)
 
 
 def _linear(frequency: jax.Array, config: "ModelConfig") -> jax.Array:
-    """All waves are stretched by the factor (Chen et al., arXiv 2306.15595)."""
+    """Stretches all wavelengths by the factor (Chen et al., arXiv 2306.15595)."""
     return frequency / config.rope_scaling_factor
 
 
 def _llama3(frequency: jax.Array, config: "ModelConfig") -> jax.Array:
-    """Waves longer than the original length by `rope_low_freq_factor` are stretched by the factor,
-    those shorter by `rope_high_freq_factor` are kept, and between them the two are blended
-    (Grattafiori et al., arXiv 2407.21783)."""
+    """Wavelengths above the original length / `rope_low_freq_factor` are stretched by the factor,
+    those below the original length / `rope_high_freq_factor` are kept, and those in between are
+    blended (Grattafiori et al., arXiv 2407.21783)."""
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     waves = config.rope_original_length * frequency / (2 * math.pi)
     kept = jnp.clip((waves - low) / (high - low), 0, 1)
@@ -53,9 +53,9 @@ def _llama3_problems(config: "ModelConfig") -> Iterator[str]:
 
 
 def _yarn(frequency: jax.Array, config: "ModelConfig") -> jax.Array:
-    """Waves that turn at least `rope_beta_fast` times in the original length are kept, those that
-    turn at most `rope_beta_slow` times are stretched by the factor, and between them a ramp over
-    the dimensions blends the two (Peng et al., arXiv 2309.00071, §3.2)."""
+    """Waves with at least `rope_beta_fast` rotations in the original length are kept, waves with at
+    most `rope_beta_slow` rotations are stretched by the factor, and a ramp over the dimensions in
+    between blends the two (Peng et al., arXiv 2309.00071, §3.2)."""
 
     def dimension(turns: float) -> float:
         waves = config.rope_original_length / (2 * math.pi * turns)
@@ -71,14 +71,14 @@ def _yarn(frequency: jax.Array, config: "ModelConfig") -> jax.Array:
 
 
 def _yarn_length(config: "ModelConfig") -> float:
-    """The factor of q and of k, by which attention stays as sharp (Peng et al., §3.4)."""
+    """The factor on q and on k that keeps attention equally sharp (Peng et al., §3.4)."""
     if config.rope_attention_factor is not None:
         return config.rope_attention_factor
     return yarn_mscale(config.rope_scaling_factor)
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's factor of q and k for waves stretched by `factor`."""
+    """YaRN's factor on q and k for wavelengths stretched by `factor`."""
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
@@ -92,12 +92,12 @@ def _yarn_problems(config: "ModelConfig") -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """A way to stretch rotary waves.
+    """A method that stretches the wavelengths of rotary positions.
 
-    reads: the fields of ModelConfig that say how far.
-    stretch: from the plain frequencies to those in force.
-    length: the factor of the rotated part of q and k.
-    problems: values that the fields cannot have together, each as the line to print.
+    reads: the fields of ModelConfig that it reads.
+    stretch: (plain frequencies, config) -> the frequencies to use.
+    length: the factor on the rotated part of q and k.
+    problems: a line for each combination of values that the fields cannot have.
     """
 
     reads: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Routers choose a token's experts: a table in which a row holds all that is known of a router."""
+"""Routers choose each token's experts: one table, with everything about a router in its row."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -26,8 +26,9 @@ def softmax_topk(
 
     With `norm_topk_prob` the k weights are divided by their sum (Mixtral, Drop-Upcycling), which
     equals a softmax over the k logits; without it they are the plain probabilities (OLMoE, Switch).
-    With `gate_norm_std` a token's logits are first brought to that standard deviation (Wei et al.,
-    Skywork-MoE, arXiv 2406.06563, §3.1: their lambda; less the mean, which a softmax ignores).
+    With `gate_norm_std` a token's logits are first scaled to that standard deviation (Wei et al.,
+    Skywork-MoE, arXiv 2406.06563, §3.1, called lambda there; the paper also subtracts the mean,
+    which a softmax ignores).
     """
     logits_ME = logits_ME.astype(jnp.float32)
     if gate_norm_std is not None:
@@ -41,14 +42,14 @@ def softmax_topk(
 
 
 def top_k(score_ME: jax.Array, k: int) -> jax.Array:
-    """[M, k]: the indices of the largest, ties to the lower."""
+    """[M, k]: the indices of the largest scores; ties go to the lower index."""
     return jax.lax.top_k(jax.lax.stop_gradient(score_ME), k)[1]
 
 
 def normalise_logits(logits_ME: jax.Array, std: float) -> jax.Array:
-    """Each token's logits times what gives them the unbiased standard deviation `std`.
+    """Scales each token's logits to the unbiased standard deviation `std`.
 
-    Equal logits stay as they are: they have no direction to be stretched in.
+    Equal logits stay unchanged: their deviation is 0, and no factor changes that.
     """
     variance_M1 = jnp.var(logits_ME, axis=-1, ddof=1, keepdims=True)
     flat_M1 = variance_M1 == 0
@@ -56,7 +57,7 @@ def normalise_logits(logits_ME: jax.Array, std: float) -> jax.Array:
 
 
 def topk_softmax(logits_ME: jax.Array, *, num_experts_per_tok: int) -> Routing:
-    """The top k logits, then a softmax over them: `softmax_topk` renormalised, by another way."""
+    """A softmax over the top k logits, which equals `softmax_topk` with `norm_topk_prob`."""
     logits_ME = logits_ME.astype(jnp.float32)
     expert_index_MA = top_k(logits_ME, num_experts_per_tok)
     chosen_MA = bins.chosen(logits_ME, expert_index_MA)
@@ -74,11 +75,11 @@ def sigmoid_topk(
     num_groups_per_tok: int = 1,
     routed_scaling_factor: float = 1.0,
 ) -> Routing:
-    """DeepSeek-V3's (arXiv 2412.19437, eq. 12-16): sigmoid scores, chosen with a bias on them.
+    """DeepSeek-V3's router (arXiv 2412.19437, eq. 12-16): sigmoid scores and a selection bias.
 
-    The bias decides who is chosen, not with what weight. Experts lie in equal groups; only the
-    groups with the largest sum of their two best biased scores may be chosen from. The
-    probabilities, for a balance loss, are the scores divided by their sum.
+    The bias affects which experts are chosen, not their weights. Experts form equal groups; only
+    the groups whose two best biased scores have the largest sums are candidates. The probabilities,
+    for a balance loss, are the scores divided by their sum.
     """
     M, E = logits_ME.shape
     logits_ME = logits_ME.astype(jnp.float32)
@@ -101,11 +102,11 @@ def sigmoid_topk(
 def noisy_topk(
     logits_ME: jax.Array, noise_ME: jax.Array, key: jax.Array | None, *, num_experts_per_tok: int
 ) -> Routing:
-    """Noise on the logits, the top k, a softmax over them (Shazeer et al., arXiv 1701.06538, §2.1).
+    """A softmax over the top k of the noisy logits (Shazeer et al., arXiv 1701.06538, §2.1).
 
-    The deviation of the noise is softplus(noise_ME) + 0.01, as in LLaMA-MoE (Zhu et al., arXiv
-    2406.16554); without a key, in evaluation, there is none. `load_ME` is the probability, over an
-    expert's own noise, that it is among the k (arXiv 1701.06538, eq. 8-9).
+    The noise has a standard deviation of softplus(noise_ME) + 0.01, as in LLaMA-MoE (Zhu et al.,
+    arXiv 2406.16554); without a key, in evaluation, there is no noise. `load_ME` is the
+    probability, over an expert's own noise, that it is among the k (arXiv 1701.06538, eq. 8-9).
     """
     clean_ME = logits_ME.astype(jnp.float32)
     E, A = clean_ME.shape[-1], num_experts_per_tok
@@ -117,7 +118,7 @@ def noisy_topk(
     if A == E:
         return routing
     best_MA = jax.lax.top_k(noisy_ME, A + 1)[0]
-    # An expert that is left out has to pass the k-th best, a chosen one the best that is left out.
+    # An expert not chosen has to exceed the k-th best, a chosen one the best of those not chosen.
     chosen_ME = noisy_ME > best_MA[:, A:]
     threshold_ME = jnp.where(chosen_ME, best_MA[:, A:], best_MA[:, A - 1 : A])
     load_ME = jax.scipy.stats.norm.cdf((clean_ME - threshold_ME) / deviation_ME)
@@ -134,19 +135,20 @@ def expert_choice(
 ) -> Routing:
     """Each expert takes its best tokens (Zhou et al., arXiv 2202.09368): balanced by construction.
 
-    Not causal: whether a token is taken depends on the later ones of its batch, so a language model
-    trained so sees a little of its future, and decodes otherwise than it was trained. The A = E
-    slots of a token are the experts in order, E where it was not taken. With `norm_topk_prob` a
-    token's weights are divided by their sum (Komatsuzaki et al., arXiv 2212.05055, §3.1).
+    Not causal: whether a token is taken depends on later tokens of its batch, so a language model
+    trained this way sees a little of its future, and decoding differs from training. The A = E
+    slots of a token are the experts in order, with E for each expert that did not take it. With
+    `norm_topk_prob` a token's weights are divided by their sum (Komatsuzaki et al., arXiv
+    2212.05055, §3.1).
 
     Args:
-      limit: how many tokens an expert takes of these, at most `tokens_per_expert`.
+      limit: how many of these tokens each expert takes, at most `tokens_per_expert`.
     """
     M, E = logits_ME.shape
     logits_ME = logits_ME.astype(jnp.float32)
     probabilities_ME = jax.nn.softmax(logits_ME, axis=-1)
-    # A token that repeats the first one of its document has that one's score, but for rounding,
-    # which depends on the size of the batch: with 16 bits they tie, and the earlier token wins.
+    # A token that repeats the first token of its document has the same score up to rounding, which
+    # depends on the batch size. With 16 bits of precision they tie, and the earlier token wins.
     score_ME = jax.lax.reduce_precision(probabilities_ME, exponent_bits=8, mantissa_bits=15)
     score_EM = jnp.where(valid_M, score_ME.T, -1)
     score_EC, token_EC = jax.lax.top_k(score_EM, min(tokens_per_expert, M))
@@ -162,10 +164,10 @@ def expert_choice(
 def group_topk(
     logits_ME: jax.Array, *, num_experts_per_tok: int, norm_topk_prob: bool, num_expert_groups: int
 ) -> Routing:
-    """DivMoE's: the best expert of each group, then the k best of these.
+    """DivMoE's router: the best expert of each group, then the top k of these.
 
-    Expert e belongs to group e mod G: with G shards of a feed-forward laid out as virtual groups,
-    the group of a shard are that shard's copies, and a token gets no shard twice.
+    Expert e belongs to group e mod G. When G shards of a feed-forward are laid out as virtual
+    groups, each group holds the copies of one shard, so a token never gets the same shard twice.
     """
     M, E = logits_ME.shape
     logits_ME = logits_ME.astype(jnp.float32)
@@ -183,9 +185,9 @@ def group_topk(
 def forced_balance(
     logits_ME: jax.Array, num_groups: int, *, num_experts_per_tok: int, **parameters
 ) -> Routing:
-    """Experts in turn whatever the logits say, for benchmarks: the best case of any routing.
+    """Assigns experts in turn whatever the logits are: for benchmarks, the best case of any router.
 
-    Each group of tokens begins anew.
+    The turn starts again at expert 0 in each group of tokens.
     """
     M, E = logits_ME.shape
     A = num_experts_per_tok
@@ -240,7 +242,7 @@ def _route_noisy(logits_ME, inputs: Inputs, **values) -> Routing:
 
 
 def _route_noisy_mlp(hidden_ME, inputs: Inputs, **values) -> Routing:
-    """The gate of LLaMA-MoE's release ("mlp" in its code): linear, tanh, linear, without biases."""
+    """The router of LLaMA-MoE's release ("mlp" in its code): linear, tanh, linear, no biases."""
     logits_ME = router_logits(jnp.tanh(hidden_ME), inputs.leaves["output"])
     return _route_noisy(logits_ME, inputs, **values)
 

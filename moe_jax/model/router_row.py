@@ -1,4 +1,4 @@
-"""A row of the table of routers: all that the rest of the code must know of one."""
+"""A row of the table of routers: everything that the rest of the code must know about a router."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The arrays that a router may look at beside its logits."""
+    """The arrays that a router may read besides its logits."""
 
     x_MD: jax.Array
     groups: Groups
-    leaves: Mapping[str, jax.Array]  # the layer's, by the names in the router's row
+    leaves: Mapping[str, jax.Array]  # the layer's parameters, by their names in the router's row
     key: jax.Array | None = None  # None in evaluation
 
 
@@ -26,12 +26,12 @@ class Inputs:
 class Leaf:
     """One array of a router's parameters.
 
-    zero: it begins as zeros, else by the model's `initializer`.
-    upcycled: the initialiser (`upcycle/router_init.py`) that upcycling makes it by; "" is zeros. A
-      kernel is made by the recipe's.
+    zero: it starts as zeros; otherwise the model's `initializer` draws it.
+    upcycled: the initialiser (`upcycle/router_init.py`) that upcycling uses for it; "" is zeros.
+      For a kernel the recipe chooses the initialiser.
     """
 
-    shape: Callable[[int, int], tuple[int, ...]]  # of hidden_size and num_experts
+    shape: Callable[[int, int], tuple[int, ...]]  # (hidden_size, num_experts) -> shape
     zero: bool = True
     upcycled: str = ""
 
@@ -45,21 +45,21 @@ class Router:
 
     route: (logits_ME, inputs, **values) -> Routing; the values are the fields of ModelConfig that
       are named in `reads`, and the router's own `parameters`.
-    parameters: names and defaults of what `ModelConfig.router_parameters` may set for it.
+    parameters: the parameters that `ModelConfig.router_parameters` may set, and their defaults.
     problems: lines that refuse a ModelConfig with this router.
-    sum_is_fixed: whether a token's weights have the same sum whatever the logits.
-    even_weight: the sum of a token's weights where the logits of all experts are equal; None takes
-      1 where the sum is fixed, else num_experts_per_tok / num_experts.
-    copies_share: copies of an expert share its probability among them (as in a softmax), or know
-      nothing of each other (False); None where neither holds.
+    sum_is_fixed: True if a token's weights have the same sum whatever the logits.
+    even_weight: the sum of a token's weights when all its logits are equal; None stands for 1 if
+      the sum is fixed, else for num_experts_per_tok / num_experts.
+    copies_share: True if copies of an expert share its probability (as in a softmax), False if
+      copies do not affect each other's scores, None if neither holds.
     one_per_group: a token goes to at most one expert of each of `num_expert_groups`.
     causal: a token's experts do not depend on other tokens.
-    products: the number of products of [M, D] and [D, E] that it makes.
-    inner_products: the number of products of [M, E] and [E, E].
+    products: the number of matrix products [M, D] · [D, E] that it computes.
+    inner_products: the number of matrix products [M, E] · [E, E].
     copied: its leaves have a part for each expert, which can be copied with the expert.
-    learned: False for a router that ignores its logits, to time the best case.
-    same_as: fields of a model that computes the same in evaluation, by another router.
-    decodes_as: the router that takes its place where tokens are generated one by one.
+    learned: False for a router that ignores its logits, which is used to time the best case.
+    same_as: fields for a model with another router that computes the same function in evaluation.
+    decodes_as: the router that replaces it when tokens are generated one by one.
     """
 
     route: Callable[..., Routing]
@@ -80,7 +80,7 @@ class Router:
     decodes_as: str = ""
 
     def values(self, config: "ModelConfig") -> dict:
-        """The keyword arguments of `route` for a model."""
+        """The keyword arguments that `route` takes from a model's config."""
         own = {**self.parameters, **dict(config.router_parameters)}
         return {**{name: getattr(config, name) for name in self.reads}, **own}
 

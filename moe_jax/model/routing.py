@@ -13,10 +13,10 @@ from moe_jax.ops import bins
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """The decision for M tokens. `weight` is what an expert's output is multiplied by.
+    """The routing decision for M tokens. `weight` multiplies the output of the chosen expert.
 
-    An `expert_index` of E is a slot that goes to no expert. `load_ME`, where a router has it, is
-    the probability that an expert is chosen: a count that gradients pass through.
+    An `expert_index` of E marks an unused slot. `load_ME`, if a router has it, is the probability
+    that an expert is chosen: a differentiable estimate of its token count.
     """
 
     expert_index_MA: jax.Array
@@ -27,10 +27,10 @@ class Routing:
 
 
 def router_logits(x_MD: jax.Array, kernel_DE: jax.Array) -> jax.Array:
-    """x · kernel in float32 at highest precision, and so its gradients.
+    """x · kernel [M, E] in float32 at highest precision, which holds for its gradients too.
 
-    Otherwise a TPU multiplies in bfloat16, a GPU in TF32, and the rounding decides close calls
-    between experts.
+    Otherwise a TPU would multiply in bfloat16 and a GPU in TF32, and the rounding would decide
+    close calls between experts.
     """
     float32 = jnp.float32
     return jnp.matmul(x_MD.astype(float32), kernel_DE.astype(float32), precision="highest")
@@ -41,18 +41,18 @@ def router_logits(x_MD: jax.Array, kernel_DE: jax.Array) -> jax.Array:
 class RouterStats:
     """Sums over the tokens of a batch shard; padding is not counted.
 
-    In `model.Output` every field has two leading axes: sparse layers (in the order of the model)
-    and batch shards. They are not summed over shards, so that one step can compute a balance loss
-    over a device as well as over the global batch. `routing`, when asked for, has the leading axes
-    sparse layers, batch, time.
+    In `model.Output` every field has two leading axes: sparse layers (in the model's order) and
+    batch shards. The shards are kept apart so that a balance loss can be computed either per device
+    or over the global batch. `routing`, if requested, has the leading axes sparse layers, batch,
+    time.
     """
 
     tokens_per_expert_E: jax.Array  # assignments, all A slots together
     probability_sum_E: jax.Array
     weight_sum_E: jax.Array
-    load_sum_E: jax.Array  # of `Routing.load_ME`, else the assignments
-    z_sum: jax.Array  # of logsumexp(logits)^2
-    entropy_sum: jax.Array  # of the probabilities, nats
+    load_sum_E: jax.Array  # sum of `Routing.load_ME`; without one, the assignments
+    z_sum: jax.Array  # sum of logsumexp(logits)^2
+    entropy_sum: jax.Array  # summed entropy of the probabilities, in nats
     num_tokens: jax.Array
     num_dropped: jax.Array  # assignments beyond an expert's capacity; 0 when dropless
     routing: Routing | None = None
@@ -60,12 +60,12 @@ class RouterStats:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Groups of equally many tokens, one after the other, that compete for slots of the experts.
+    """Consecutive groups of equally many tokens; those of a group compete for the experts' slots.
 
-    In training the tokens of a device are one group, as in GShard (arXiv 2006.16668) and DeepSpeed.
-    In evaluation each row is one, so that no loss depends on the other rows of a batch.
+    In training all tokens of a device are one group, as in GShard (arXiv 2006.16668) and DeepSpeed.
+    In evaluation each row is a group, so that no loss depends on the other rows of a batch.
 
-    key: of the random order in which a full expert keeps tokens; None keeps the earlier ones.
+    key: for the random order in which a full expert keeps tokens; None keeps the earlier ones.
     """
 
     valid_M: jax.Array
@@ -73,9 +73,9 @@ class Groups:
     key: jax.Array | None = None
 
     def slots(self, per_token: int, *sizes) -> tuple[int, jax.Array]:
-        """An expert's slots for a group of valid tokens alone, and for each group as it is.
+        """An expert's number of slots for a group without padding, and for each actual group.
 
-        `sizes` are those of `capacity`.
+        `sizes` are the last three arguments of `capacity`.
         """
         valid_GM = self.valid_M.reshape(self.number, -1)
         tokens_G = jnp.sum(valid_GM, axis=1)
@@ -85,14 +85,14 @@ class Groups:
 
 
 def capacity(num_assignments, num_experts: int, factor: float, minimum: int):
-    """Slots of an expert: its even share of the assignments times the factor, rounded up, exactly.
+    """An expert's number of slots: its even share of the assignments times the factor, rounded up.
 
-    The factor is taken as the nearest fraction with a denominator of at most 1000: 1.1 is 11/10,
-    which no float is. The number of assignments may be an array.
+    The arithmetic is exact: the factor is replaced by the nearest fraction with a denominator of at
+    most 1000, because no float equals 11/10. The number of assignments may be an array.
     """
     p, q = fractions.Fraction(factor).limit_denominator(1000).as_integer_ratio()
-    # Quotients and rests one by one: beside the slots themselves no number is above
-    # (1000 + num_experts) · p, with p at most 1000 times the factor, which int32 holds.
+    # Dividing step by step keeps every intermediate value, except the slots themselves, at or below
+    # (1000 + num_experts) · p, with p at most 1000 times the factor, which fits in int32.
     even, over = divmod(num_assignments, num_experts)
     whole, part = divmod(even, q)
     slots = whole * p - (-(part * p - (-over * p // num_experts)) // q)
@@ -100,11 +100,11 @@ def capacity(num_assignments, num_experts: int, factor: float, minimum: int):
 
 
 def virtual_drop_rate(tokens_per_expert_E: jax.Array | np.ndarray, factor: float):
-    """The share of assignments that a capacity would have dropped in a run that drops none.
+    """The fraction of assignments that a capacity would have dropped in a run that drops none.
 
     It is sum_e max(0, load_e - C) / sum_e load_e with C = ceil(factor · sum_e load_e / E), and
     drives Skywork-MoE's balance coefficients (Wei et al., arXiv 2406.06563). Leading axes are kept;
-    arrays may be numpy's or jax's.
+    numpy and JAX arrays are accepted.
     """
     total = tokens_per_expert_E.sum(axis=-1, keepdims=True)
     C = capacity(total, tokens_per_expert_E.shape[-1], factor, 0)

@@ -1,4 +1,4 @@
-"""The transformer as a thin Linen shell: modules name and create parameters, functions compute."""
+"""The transformer: thin Linen modules name and create the parameters, pure functions compute."""
 
 import functools
 from collections.abc import Mapping
@@ -34,12 +34,12 @@ class Shared:
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array  # 0 is padding
-    key: jax.Array | None = None  # of what is random in training; None in evaluation
+    key: jax.Array | None = None  # for the random parts of training; None in evaluation
 
 
 @struct.dataclass
 class BlockOutput:
-    """A block's results beside x; a dense block has no statistics, and training no cache."""
+    """A block's results besides x; a dense block has no statistics, and training has no cache."""
 
     stats: RouterStats | None
     cache: dict | None
@@ -47,10 +47,10 @@ class BlockOutput:
 
 
 class Parameters(nn.Module):
-    """Creates the arrays of a nested table name -> shape: scales one, biases zero, else random.
+    """Creates the arrays of a nested table name -> shape: scales are 1, biases 0, others random.
 
-    Random values are in the order of the axes, so that a small stack of experts is the beginning of
-    a larger one.
+    Random values are drawn in the order of the axes, so a small stack of experts equals the first
+    rows of a larger one.
     """
 
     shapes: Mapping
@@ -74,7 +74,7 @@ class Parameters(nn.Module):
             return nn.initializers.zeros
         row, config = INITIALIZERS[self.config.initializer], self.config
         deviation = row.deviation(name, config.initializer_range, config.num_hidden_layers)
-        if is_router or name == "kernel":  # drawn expert by expert: columns do not depend on E
+        if is_router or name == "kernel":  # drawn expert by expert, so a column is independent of E
             return lambda key, shape: deviation * row.draw(key, shape[::-1]).T
         return lambda key, shape: deviation * row.draw(key, shape)
 
@@ -97,10 +97,10 @@ def block(
 
     Args:
       params: the parameters of one layer, as `layout.layer` gives them.
-      per_layer: the values scanned along with the parameters: the layer's `index`, and in decoding
+      per_layer: the values scanned along with the parameters: the layer's `index` and, in decoding,
         its `cache` of keys and values.
-      taps: names of values inside the block to return too: "feed_forward_input" is the input of the
-        feed-forward after its norm, [B, T, D].
+      taps: names of intermediate values to return as well: "feed_forward_input" is the normalised
+        input of the feed-forward, [B, T, D].
     """
     y_BTD, cache = attention.attention(
         *(x_BTD, params["attention"], shared.positions_BT, shared.segment_ids_BT, config),
@@ -115,7 +115,7 @@ def block(
     if kind.feed_forward == DENSE:
         y_BTD, stats = layers.mlp(x_BTD, params["mlp"], config), None
     else:
-        # In evaluation the tokens that an expert drops, if at random, are always the same.
+        # With a fixed key, evaluation always drops the same tokens, even if drawn at random.
         key = jax.random.key(0) if shared.key is None else shared.key
         y_BTD, stats = moe.moe(
             *(x_BTD, params["moe"], shared.segment_ids_BT > 0, config),
@@ -135,10 +135,10 @@ def shell_shapes(config: ModelConfig) -> dict:
 
 
 def init(config: ModelConfig, key: jax.Array) -> dict:
-    """Random float32 parameters: the tree of all families, block leaves stacked over their layers.
+    """Random float32 parameters in the tree that all families share, with block leaves stacked.
 
     Keys are folded in by name and layer index, so a layer's parameters depend neither on the mesh
-    nor on the other layers, and an expert's not on the number of experts.
+    nor on the other layers, and an expert's parameters do not depend on the number of experts.
     """
     key_shell, key_blocks = (tree.fold_in(key, name) for name in ("shell", "blocks"))
 
@@ -165,7 +165,7 @@ def init(config: ModelConfig, key: jax.Array) -> dict:
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """(total, active for one token), embeddings and the whole router included in both."""
+    """(total, active per token); both include the embeddings and the whole router."""
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     total, active, A = 0, 0, config.active_experts
     for name, leaf in tree.flatten(shapes).items():
@@ -183,7 +183,7 @@ def apply(
     segment_ids_BT: jax.Array | None = None,
     return_routing: bool = False,
 ) -> Output:
-    """Logits in float32 and the routers' statistics.
+    """The logits [B, T, V] in float32 and the routers' statistics.
 
     Without `segment_ids_BT` each row is one document; an id of 0 is padding. Positions default to
     0, 1, … along the row.
@@ -203,7 +203,7 @@ def apply(
 
 
 def unembedding(params: dict) -> jax.Array:
-    """[D, V]; the embedding transposed where it is tied."""
+    """The output matrix [D, V]; the transposed embedding if the two are tied."""
     return params["unembed"] if "unembed" in params else params["embed"]["tokens"].T
 
 
@@ -235,11 +235,11 @@ def embed(
 
 
 def embedded(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The tokens' rows of the table, [B, T, D].
+    """The rows of the table for the tokens, [B, T, D].
 
-    With a mesh each device looks up its own tokens in its own part of the vocabulary. Automatic
-    partitioning would send the whole batch's rows and their gradient to every device where the
-    table is cut along both its axes.
+    With a mesh each device looks up its own tokens in its own part of the vocabulary. If the table
+    is sharded along both axes, automatic partitioning would send the whole batch's rows and their
+    gradient to every device.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return table_VD[tokens_BT]
@@ -295,12 +295,13 @@ def run_blocks(
 
 
 def _layers_at_once(config: ModelConfig) -> int | bool:
-    """The number of layers in one step of a scan over them; True is all.
+    """The number of layers in one step of the scan over them; True is all.
 
-    A scan copies what it keeps for the backward pass into a stack and out again. So a step has four
-    layers on a CPU, where one core does that (4 layers of 8 experts take 0.95 of the time), and all
-    on a GPU. With remat it has one: nothing is copied, and XLA would see that an unrolled scan
-    computes the same values again, and keep them. Decoding, which reads few weights, has one too.
+    A scan copies the values kept for the backward pass into a stack and out again. A step therefore
+    has four layers on a CPU, where a single core does this copying (4 layers of 8 experts take 0.95
+    of the time), and all layers on a GPU. With remat a step has one layer: nothing is copied, and
+    in an unrolled scan XLA would merge the recomputation with the forward pass and so keep the
+    values. Decoding, which reads few weights, also has one.
     """
     if config.remat != "none":
         return 1

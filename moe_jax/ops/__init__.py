@@ -1,1 +1,1 @@
-"""Kernels: a slow, obvious reference beside each fast path, one signature for both."""
+"""Kernels: each fast path has a slow, obvious reference with the same signature."""

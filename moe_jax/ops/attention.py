@@ -1,8 +1,8 @@
-"""Grouped-query causal self-attention over packed rows: no query sees another document's keys.
+"""Grouped-query causal self-attention over packed rows: no query attends to another document.
 
-Query head n reads kv head n // (N/K) (Ainslie et al., arXiv 2305.13245). G = N/K is the number of
-query heads of a kv head. With a window a query sees only the last keys up to its own (Beltagy et
-al., arXiv 2004.05150, as in Mistral 7B, arXiv 2310.06825).
+Query head n reads kv head n // (N/K) (Ainslie et al., arXiv 2305.13245); G = N/K query heads share
+a kv head. With a window a query attends only to the last `window` keys, its own included (Beltagy
+et al., arXiv 2004.05150, as in Mistral 7B, arXiv 2310.06825).
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from moe_jax.parallel import sharding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention(Implementation):
-    """`function` takes q_BTNH, k_BSKH, v_BSKH, segment_ids_BT of one device and the window, and
+    """`function` takes one device's q_BTNH, k_BSKH, v_BSKH and segment_ids_BT, and the window, and
     returns y_BTNH."""
 
-    executed: Callable[[int, int | None], Executed]  # for rows of T positions, with a window
-    refuses: Callable[[int, int, jnp.dtype], str] = lambda T, H, dtype: ""  # the reason, or ""
+    executed: Callable[[int, int | None], Executed]  # (T positions, window) -> products executed
+    refuses: Callable[[int, int, jnp.dtype], str] = lambda T, H, dtype: ""  # why it cannot run
 
 
 # "auto" tries them in this order.
@@ -52,19 +52,20 @@ def attention(
     window: int | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """softmax(q · k / sqrt(H)) · v over the earlier positions of a query's own segment.
+    """softmax(q · k / sqrt(H)) · v over the query's own and earlier positions of its segment.
 
     Args:
       q_BTNH: N is a multiple of K.
-      segment_ids_BT: the document of each position. Padding is a segment like any other, 0 by
-        custom; its values are finite and mean nothing.
-      window: the most keys that a query sees, its own among them; None for no limit.
+      segment_ids_BT: the document of each position. Padding is a segment like any other, by
+        convention 0; its outputs are finite but meaningless.
+      window: the most keys that a query attends to, its own included; None for no limit.
       implementation: a key of IMPLEMENTATIONS, or "auto", the first of them that can run.
 
-    The softmax is computed in float32, or in the inputs' type where that is wider. With a mesh set
-    each device works on its own rows and heads: a Pallas kernel cannot be cut by the partitioner.
+    The softmax is computed in float32, or in the inputs' dtype if that is wider. With a mesh set,
+    each device works on its own rows and heads, because the partitioner cannot partition a Pallas
+    kernel.
 
-    Raises: ValueError if `implementation` cannot run here or not with these shapes, if the mesh's
+    Raises: ValueError if `implementation` cannot run here or with these shapes, if the mesh's
       tensor axis does not divide the kv heads, or for a window below 1.
     """
     _, T, _, H = q_BTNH.shape
@@ -80,7 +81,7 @@ def attention(
         attend,
         in_specs=(heads, heads, heads, sharding.BATCH),
         out_specs=heads,
-        check_vma=False,  # a Pallas kernel does not say along which axes its results vary
+        check_vma=False,  # a Pallas kernel does not state along which axes its results vary
     )(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
 
 
@@ -89,13 +90,13 @@ def executed_pairs(
 ) -> Executed:
     """The products that `attention` executes for rows of T positions on the mesh's platform.
 
-    Raises: ValueError where `attention` would.
+    Raises: ValueError under the same conditions as `attention`.
     """
     return _choose(implementation, T, H, jnp.dtype(dtype)).executed(T, _limit(window, T))
 
 
 def _limit(window: int | None, T: int) -> int | None:
-    """The window if it hides anything of a row of T positions, else None."""
+    """The window if it hides any key in a row of T positions, else None."""
     if window is not None and window < 1:
         raise ValueError(f"window={window} hides a query's own key too; use at least 1, or None")
     return window if window is not None and window < T else None

@@ -1,8 +1,8 @@
 """Attention block by block: memory linear in T, in plain XLA.
 
-A row is cut into J blocks of C positions. The pairs of a query block and a key block of which any
-query sees any key are visited one after the other. A block of queries has the R = G·C rows of all
-query heads that read the same kv head.
+A row is split into J blocks of C positions. Pairs of a query block and a key block are visited one
+after the other, except those in which no query attends to any key. A block of queries has R = G·C
+rows, from all query heads that share a kv head.
 """
 
 import functools
@@ -17,17 +17,17 @@ from moe_jax.ops.attention_reference import NEGATIVE, SAVED_NAME, Executed, bloc
 
 
 def block_size(T: int) -> int:
-    """C. Blocks are equal, so that fewer positions than there are blocks are padding.
+    """C, the block size. Blocks are equal, so there are fewer padded positions than blocks.
 
-    XLA:CPU, value and gradients, ms with blocks of 64 / 128 / 256: T=256 40 / 41 / 83, T=512
-    71 / 64, T=1024 173 / 152 / 185, T=4096 (other sizes) - / 815 / 722.
+    Times on XLA:CPU for value and gradients, in ms, with blocks of 64 / 128 / 256: T=256: 40 / 41 /
+    83, T=512: 71 / 64, T=1024: 173 / 152 / 185, T=4096 (with other sizes): - / 815 / 722.
     """
     largest = 64 if T < 512 else 128 if T < 4096 else 256
     return -(-T // -(-T // largest))
 
 
 def visited_pairs(T: int, window: int | None = None) -> int:
-    """(query, key) positions that each product multiplies, of one head and row."""
+    """The number of (query, key) position pairs that each product covers, per head and row."""
     return len(block_pairs(T, block_size(T), window)) * block_size(T) ** 2
 
 
@@ -39,11 +39,11 @@ def chunked_executed(T: int, window: int | None) -> Executed:
 
 
 def chunked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window: int | None = None):
-    """Memory linear in T: flash attention in plain XLA (Dao et al., arXiv 2205.14135).
+    """Flash attention in plain XLA, with memory linear in T (Dao et al., arXiv 2205.14135).
 
-    A visited pair of blocks takes two products, and five in the backward pass, for which y and the
-    logsumexp of the logits are kept and the logits are computed again. Rows of one block go to the
-    reference, which needs one product less where there is little to save.
+    A visited pair of blocks takes two products, and five in the backward pass, which keeps y and
+    the logsumexp of the logits and recomputes the logits. Rows that fit in one block use the
+    reference, which needs one product less; there is little memory to save.
     """
     T = q_BTNH.shape[1]
     attend = pairwise.reference if block_size(T) == T else _chunked
@@ -109,7 +109,7 @@ def _chunked_backward(window, residuals, grad_BTNH):
         dp_BKRC = _product("bkrh,bkch->bkrc", grad_BKRH, v_JBKCH[j])
         dlogits_BKRC = (p_BKRC * (dp_BKRC - inner_JBKR[i][..., None])).astype(q_BTNH.dtype)
         p_BKRC = p_BKRC.astype(q_BTNH.dtype)
-        # [H, C] and not [C, H]: XLA:CPU multiplies 128 x 128 blocks so in half the time.
+        # [H, C] and not [C, H]: this halves XLA:CPU's time for products of 128 x 128 blocks.
         dv_BKHC = _product("bkrh,bkrc->bkhc", grad_BKRH, p_BKRC)
         dk_BKHC = _product("bkrh,bkrc->bkhc", q_BKRH, dlogits_BKRC)
         dq_BKRH = _product("bkrc,bkch->bkrh", dlogits_BKRC, k_BKCH)
@@ -134,7 +134,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _pairs(T: int, window: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The visited pairs, a query's own block first: there it sees itself."""
+    """The visited pairs; a query's own block comes first, because there it attends to itself."""
     i, j = np.array(block_pairs(T, block_size(T), window), np.int32).T
     return i, j
 
@@ -143,7 +143,7 @@ def _logits(q_BKRH, k_BKCH, segment_JBC, i, j, window):
     B, K, R, _ = q_BKRH.shape
     C = k_BKCH.shape[2]
     position_C = jnp.arange(C)
-    # Positions of padding beyond the row come last, so no position of the row sees them.
+    # Padded positions come after the row, so no position of the row attends to them.
     seen_BCC = segment_JBC[i][:, :, None] == segment_JBC[j][:, None, :]
     seen_BCC &= pairwise.visible((i * C + position_C)[:, None], j * C + position_C, window)
     logits_BKGCC = _product("bkrh,bkch->bkrc", q_BKRH, k_BKCH).reshape(B, K, R // C, C, C)
@@ -159,7 +159,7 @@ def _set(stack_J, i, block):
 
 
 def _blocks(x_BTNH, K: int):
-    """[B, T, N, H] to [J, B, K, G·C, H], zeros beyond the row."""
+    """[B, T, N, H] to [J, B, K, G·C, H], padded with zeros after the row."""
     B, T, N, H = x_BTNH.shape
     C = block_size(T)
     x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, -T % C), (0, 0), (0, 0)))

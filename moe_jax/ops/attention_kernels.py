@@ -1,4 +1,4 @@
-"""Attention by the kernels of others: splash attention on TPU, cuDNN on GPU."""
+"""Attention by third-party kernels: splash attention on TPU, cuDNN on GPU."""
 
 import functools
 
@@ -20,8 +20,8 @@ def splash(
 ):
     """The Pallas TPU kernel that comes with jax, forward and backward.
 
-    It was compiled ahead of time for v5e, v5p and v6e, never timed on one: head sizes 8 to 256 need
-    no padding, and of the block sizes 1024 is the largest that fits all three.
+    It was compiled ahead of time for v5e, v5p and v6e, but never timed on a TPU. Head sizes from 8
+    to 256 need no padding, and 1024 is the largest block size that fits all three.
     """
     T, N, H = q_BTNH.shape[1:]
     kernel = make_splash(T, N, window, interpret=interpret)
@@ -35,7 +35,7 @@ def splash(
 
 
 def make_splash(T: int, N: int, window: int | None, *, interpret: bool = False):
-    """The kernel of one row; it skips blocks in which no query sees a key."""
+    """The kernel for one row; it skips blocks in which no query attends to a key."""
     mask: splash_attention.CausalMask | splash_attention.LocalMask
     mask = splash_attention.CausalMask((T, T))
     if window is not None:
@@ -67,16 +67,16 @@ def _splash_block(T: int) -> int:
 
 
 def _splash_fused(T: int) -> bool:
-    """True if the backward pass is one kernel, of 5 products, instead of two, of 7.
+    """True if the backward pass is one kernel with 5 products instead of two kernels with 7.
 
-    The one writes dq for each key block. That traffic is less than the two products at any T, yet
-    it takes that many times q's memory.
+    The single kernel writes a dq for each key block. At any T this traffic costs less than the two
+    products, but it takes as many times q's memory as there are key blocks.
     """
     return T // _splash_block(T) <= SPLASH_FUSED
 
 
 def splash_kernels(T: int, window: int | None = None) -> dict[str, int]:
-    """Positions times products of one head and row, by a part of the kernel's name."""
+    """Part of a kernel's name -> position pairs times products, for one head and row."""
     pairs = len(block_pairs(T, _splash_block(T), window)) * _splash_block(T) ** 2
     backward = {"_dkv_": 5} if _splash_fused(T) else {"_dkv_": 4, "_dq_": 3}
     return {name: number * pairs for name, number in {"_fwd_": 2, **backward}.items()}
@@ -96,24 +96,24 @@ def splash_refuses(T: int, H: int, dtype) -> str:
     return ""
 
 
-# The most documents of a row for cuDNN's packed layout. Each document that it is compiled for costs
-# a little even where a row has fewer.
+# The most documents per row for cuDNN's packed layout. Each one that it is compiled for costs a
+# little, even if a row has fewer.
 CUDNN_DOCUMENTS = 16
 
 
 def cudnn(
     q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window: int | None = None, *, library: str = "cudnn"
 ):
-    """cuDNN's flash attention, which skips what lies after the diagonal or before the window.
+    """cuDNN's flash attention, which skips blocks after the diagonal or before the window.
 
-    It gets documents by where they begin ("packed"), or else a mask [B, 1, T, T] that it adds to
-    the logits, in twice the time (H100). Packed needs Hopper, no window, and rows of at most
-    CUDNN_DOCUMENTS documents, each in one piece, which is checked at run time. A window beside a
-    mask needs cuDNN 9.10.2: cudnn-frontend refuses it with older ones.
+    It gets the documents by their offsets ("packed"), or else as a mask [B, 1, T, T] that is added
+    to the logits, which takes twice the time (H100). The packed layout needs Hopper, no window, and
+    rows of at most CUDNN_DOCUMENTS contiguous documents, which is checked at run time. A window
+    together with a mask needs cuDNN 9.10.2: cudnn-frontend refuses it with older versions.
     """
     masked = functools.partial(_cudnn_masked, window=window, library=library)
     B, T, N, H = q_BTNH.shape
-    if not _packs(window) or B * T * N * H >= 2**31:  # its offsets are int32
+    if not _packs(window) or B * T * N * H >= 2**31:  # the packed layout's offsets are int32
         return masked(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
     where = documents(segment_ids_BT, CUDNN_DOCUMENTS)
     return _either(masked, (q_BTNH, k_BSKH, v_BSKH), segment_ids_BT, where)
@@ -148,10 +148,10 @@ def _cudnn_packed(q_BTNH, k_BSKH, v_BSKH, start_BS, length_BS):
 
 
 def documents(segment_ids_BT, limit: int):
-    """(first positions [B, limit], lengths [B, limit], whether no row has more documents).
+    """(first positions [B, limit], lengths [B, limit], True if no row has more documents).
 
-    Unused entries hold -1. A row whose ids do not rise, zeros at its end aside, counts as one of
-    too many documents: one of them might be in two pieces.
+    Unused entries hold -1. A row whose ids do not increase, apart from zeros at its end, counts as
+    having too many documents, because one of them might be in two pieces.
     """
     T = segment_ids_BT.shape[1]
     id_BT = jnp.where(segment_ids_BT == 0, jnp.iinfo(jnp.int32).max, segment_ids_BT)
@@ -166,10 +166,10 @@ def documents(segment_ids_BT, limit: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _either(masked, qkv, segment_ids_BT, where):
-    """Packed if the documents, which `where` describes, allow it, else masked.
+    """Uses the packed layout if the documents, described by `where`, allow it, otherwise the mask.
 
-    The backward pass runs the forward one again, which costs less than what `lax.cond` would keep
-    for the branch that was not taken.
+    The backward pass recomputes the forward pass, which costs less than keeping the residuals that
+    `lax.cond` would allocate for the branch not taken.
     """
     return _either_forward(masked, qkv, segment_ids_BT, where)[0]
 
@@ -177,7 +177,8 @@ def _either(masked, qkv, segment_ids_BT, where):
 def _either_forward(masked, qkv, segment_ids_BT, where):
     start_BS, length_BS, fits = where
 
-    def packed(*qkv):  # as if for gradients: without, cuDNN 9 was wrong with 30 documents (H100)
+    # The vjp's forward: the plain one was wrong in cuDNN 9 with 30 documents (H100).
+    def packed(*qkv):
         return jax.vjp(lambda *qkv: _cudnn_packed(*qkv, start_BS, length_BS), *qkv)[0]
 
     y_BTNH = jax.lax.cond(fits, packed, lambda *qkv: masked(*qkv, segment_ids_BT), *qkv)
@@ -198,11 +199,11 @@ _either.defvjp(_either_forward, _either_backward)
 
 
 def cudnn_executed(T: int, window: int | None) -> Executed:
-    """The tiles are not documented; 128 is assumed, as in the paper's implementation."""
+    """Assumes tiles of 128, as in the paper's implementation: cuDNN does not document its own."""
     pairs = len(block_pairs(T, 128, window)) * 128**2
-    if _packs(window):  # its backward pass makes the products of the forward one again
+    if _packs(window):  # the backward pass recomputes the forward pass's products
         return Executed(2 * pairs, 7 * pairs)
-    return Executed(2 * pairs, 5 * pairs, from_saved=2 * pairs)  # what it keeps has no name
+    return Executed(2 * pairs, 5 * pairs, from_saved=2 * pairs)  # its residuals have no name
 
 
 def cudnn_refuses(T: int, H: int, dtype) -> str:

@@ -5,37 +5,38 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-NEGATIVE = -1e30  # finite, so that a row with nothing to see gives no NaN
+NEGATIVE = -1e30  # finite, so that a query without visible keys does not give NaN
 
-# A remat policy may keep y and the logsumexp under this name; with both no product is made again.
+# A remat policy may keep y and the logsumexp under this name; then no product is recomputed.
 SAVED_NAME = "attention"
 
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """(query, key) positions times products, of one head and row: times 2 H they are FLOPs."""
+    """Counts of (query, key) pairs times products, per head and row; times 2 H they are FLOPs."""
 
-    forward: int  # and once more where remat runs the forward pass again
+    forward: int  # executed a second time if remat recomputes the forward pass
     backward: int
-    from_saved: int = 0  # the part that runs again where remat keeps all named values
+    from_saved: int = 0  # the part that is recomputed even if remat keeps all named values
 
 
 def visible(t, s, window: int | None):
-    """True where a query at position t sees a key at position s of its segment."""
+    """True where a query at position t attends to a key at position s of its segment."""
     seen = t >= s
     return seen if window is None else seen & (t - s < window)
 
 
 def block_pairs(T: int, block: int, window: int | None) -> list[tuple[int, int]]:
-    """(query block, key block) wherever a query sees a key; a query's own block comes first."""
+    """(query block, key block) of all pairs in which a query attends to a key, in order of the
+    query block; a query's own block comes first."""
     blocks = -(-T // block)
-    # Blocks d apart have positions that are (d - 1) block + 1 apart, and none that are nearer.
+    # The nearest positions of blocks that are d blocks apart are (d - 1) · block + 1 apart.
     reach = blocks if window is None else -(-(window - 1) // block)
     return [(i, j) for i in range(blocks) for j in range(i, max(i - reach, 0) - 1, -1)]
 
 
 def reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window: int | None = None):
-    """All pairs of a row at once, [B, K, G, T, T] logits."""
+    """Attention with the logits of all pairs at once, [B, K, G, T, T]."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
@@ -50,7 +51,7 @@ def reference(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window: int | None = None)
 
 
 def reference_executed(T: int, window: int | None) -> Executed:
-    """All pairs, whatever the window."""
+    """All pairs are computed, whatever the window."""
     return Executed(2 * T**2, 4 * T**2, from_saved=T**2)  # the logits have no name
 
 

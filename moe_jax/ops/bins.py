@@ -1,11 +1,11 @@
-"""Sums by the index of a bin: the number of an expert's rows, or the gradient of its score.
+"""Sums by bin: the number of rows of each expert, or the gradient of its score.
 
-It is a scatter-add, except on a GPU: there atomic additions to few bins wait for each other (0.8 ms
-for the 131,072 assignments of a layer of OLMoE on an H100, the time of a product of its experts)
-and round in any order. Every value is compared with every bin instead, in one fused loop.
+This is a scatter-add, except on a GPU. There, atomic additions to few bins wait for each other (0.8
+ms for the 131,072 assignments of an OLMoE layer on an H100, as long as a product of its experts)
+and round in a random order. Instead, every value is compared with every bin in one fused loop.
 
-One float32 that many values are added to, one after the other, loses what is less than half of its
-last bit: 2e-5 of a sum of half a million, 0.4 % of one of four million. So blocks are added first.
+Adding many values to one float32 in sequence loses whatever is below half of its last bit: 2e-5 of
+a sum of half a million values, 0.4 % of a sum of four million. Blocks are therefore summed first.
 """
 
 import jax
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from moe_jax.ops import implementations
 
-BLOCK = 4096  # values
+BLOCK = 4096  # values per block
 
 
 def sum_by_bin(values: jax.Array, bin_index: jax.Array, num_bins: int) -> jax.Array:
-    """[num_bins]: the sum of the values in each bin; values beyond the last bin are left out."""
+    """[num_bins]: the sum of the values in each bin; values beyond the last bin are ignored."""
     if implementations.platform() != "gpu":
         if jnp.issubdtype(values.dtype, jnp.integer):
             return jnp.zeros(num_bins, values.dtype).at[bin_index].add(values, mode="drop")
@@ -30,13 +30,13 @@ def sum_by_bin(values: jax.Array, bin_index: jax.Array, num_bins: int) -> jax.Ar
 
 
 def count_by_bin(bin_index: jax.Array, num_bins: int) -> jax.Array:
-    """int32 [num_bins]."""
+    """The number of indices in each bin, int32 [num_bins]."""
     return sum_by_bin(jnp.ones(bin_index.shape, jnp.int32), bin_index, num_bins)
 
 
 @jax.custom_vjp
 def chosen(values_ME: jax.Array, index_MA: jax.Array) -> jax.Array:
-    """[M, A]: the values of each row at its indices, all different."""
+    """[M, A]: the values of each row at its indices, which must all be different."""
     return jnp.take_along_axis(values_ME, index_MA, axis=-1)
 
 

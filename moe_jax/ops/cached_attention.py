@@ -1,4 +1,4 @@
-"""Decoding's attention: new positions see keys and values that were kept."""
+"""Attention in decoding: new positions attend to cached keys and values."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ def attend(
     """softmax(q · k / sqrt(H)) · v over the cache's slots 0 … position of each query.
 
     Args:
-      k_BSKH: slot s holds the key of position s; what lies beyond a query's position is not seen.
-      window: the keys that a query sees, itself included; None is all before it.
+      k_BSKH: slot s holds the key of position s; slots after a query's position are ignored.
+      window: the number of keys that a query attends to, its own included; None is all up to it.
 
     Returns: [B, T, N, H] in q's dtype; the softmax is in float32.
     """

@@ -1,4 +1,4 @@
-"""The loss of a language model from its hidden states, without the logits of a whole batch."""
+"""The language-model loss from hidden states, without the logits of the whole batch at once."""
 
 import functools
 
@@ -9,14 +9,14 @@ from flax import struct
 from moe_jax.ops.implementations import Implementation, choose, platform
 from moe_jax.parallel import sharding
 
-# The logits of a chunk on a device, by platform: 16 MiB in float32 stay in a CPU's cache; elsewhere
-# 256 MiB, for each chunk reads and writes the vocabulary's matrix and its gradient once.
+# Logits per chunk and device, by platform. In float32, 16 MiB stay in a CPU's cache. Elsewhere they
+# take 256 MiB, because each chunk reads and writes the unembedding and its gradient once.
 CHUNK_LOGITS = {"cpu": 2**22, "gpu": 2**26, "tpu": 2**26}
 
 
 @struct.dataclass
 class LossSums:
-    """Sums over tokens, times their weight. Only `total` has a gradient."""
+    """Weighted sums over tokens. Only `total` has a gradient."""
 
     total: jax.Array  # nats + z_coefficient * z
     nats: jax.Array  # cross-entropy
@@ -37,10 +37,10 @@ def cross_entropy(
     Args:
       x_BTD: the final norm's output.
       weight_BT: 1 counts a token, 0 leaves it out.
-      z_coefficient: the weight of the penalty on the logits' size (PaLM has 1e-4).
-      implementation: "reference" (all logits at once), "chunked" (some positions at a time, the
-        gradient made on the way: three products, as in the reference, and no [B, T, V] buffer), or
-        "auto", which is "chunked".
+      z_coefficient: the weight of the z-loss, which penalises large logits (PaLM uses 1e-4).
+      implementation: "reference" (all logits at once), "chunked" (some positions at a time, with
+        the gradient computed in the same pass: three products like the reference, but no [B, T, V]
+        buffer), or "auto", which is "chunked".
 
     With a mesh set each device works on its own rows of the batch.
 
@@ -61,7 +61,7 @@ def cross_entropy(
         on_device,
         in_specs=(sharding.BATCH, spec, sharding.BATCH, sharding.BATCH),
         out_specs=sharding.BATCH,
-        check_vma=False,  # the tensor axis computes the same on all its devices
+        check_vma=False,  # all devices along the tensor axis compute the same
     )(*arrays)
     return jax.tree.map(jnp.sum, of_shards)
 
@@ -83,7 +83,7 @@ def chunked(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient) -> LossSums
 
 
 def token_losses(x_BTD: jax.Array, unembed_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Cross-entropy of each token in nats, some positions at a time; not to be differentiated."""
+    """Cross-entropy of each token in nats, [B, T], some positions at a time; without a gradient."""
 
     def losses(chunk):
         log_z_BC, target_BC, _ = _log_z_and_target(chunk[0], unembed_DV, chunk[1])
@@ -94,7 +94,7 @@ def token_losses(x_BTD: jax.Array, unembed_DV: jax.Array, targets_BT: jax.Array)
 
 
 def _log_z_and_target(x_BTD, unembed_DV, targets_BT):
-    """logsumexp of the logits, the target's logit, the logits; in float32."""
+    """(logsumexp of the logits, the target's logit, the logits), all in float32."""
     logits_BTV = jnp.einsum(
         "btd,dv->btv", x_BTD, unembed_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
     )
@@ -109,7 +109,7 @@ def _sums(log_z_BT, target_BT, weight_BT, z_coefficient) -> LossSums:
 
 
 def _chunks(x_BTD, V: int, *arrays_BT):
-    """[B, T, ...] to [T / C, B, C, ...]: cut along time, so that the batch may be sharded."""
+    """[B, T, ...] to [T / C, B, C, ...]: split along time, so that the batch may be sharded."""
     B, T = x_BTD.shape[:2]
     C = max(1, min(T, CHUNK_LOGITS[platform()] // (B * V)))
     while T % C:
@@ -120,7 +120,7 @@ def _chunks(x_BTD, V: int, *arrays_BT):
 
 
 def _chunked_forward(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient):
-    """Makes the gradient too, so that each chunk's logits are computed once."""
+    """Computes the gradient too, so that each chunk's logits are computed only once."""
     weight_DV = unembed_DV.astype(x_BTD.dtype)
 
     def add(carry, chunk):
@@ -134,7 +134,7 @@ def _chunked_forward(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient):
         grad_BCV = weight_BC[..., None] * (p_BCV * slope_BC[..., None] - hit_BCV)
         grad_BCV = grad_BCV.astype(x_BCD.dtype)
         grad_BCD = jnp.einsum("bcv,dv->bcd", grad_BCV, weight_DV)
-        # One axis of rows: with two XLA:CPU takes twice as long.
+        # Flattened to one axis of rows, because XLA:CPU takes twice as long with two.
         x_MD, grad_MV = (x.reshape(-1, x.shape[-1]) for x in (x_BCD, grad_BCV))
         grad_DV += jnp.einsum("md,mv->dv", x_MD, grad_MV, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, total, sums), grad_DV), grad_BCD

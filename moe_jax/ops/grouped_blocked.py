@@ -1,7 +1,7 @@
-"""The grouped product over blocks of rows: plain XLA, any backend.
+"""The grouped matmul over blocks of rows, in plain XLA for any backend.
 
-`jax.lax.ragged_dot` executes E times the due products on CPU. Here a group is padded to a multiple
-of at most 32 rows, and a block is a slice: nothing is gathered or scattered.
+On a CPU `jax.lax.ragged_dot` executes E times the necessary products. Here a group is padded to a
+multiple of at most 32 rows, and a block is a slice: nothing is gathered or scattered.
 """
 
 import dataclasses
@@ -12,18 +12,18 @@ import jax.numpy as jnp
 
 
 def expected_trips(number: int | str) -> str:
-    """The `jax.named_scope` of a loop whose data decide its trips, expected to be `number`.
+    """The `jax.named_scope` for a loop with a data-dependent trip count, expected to be `number`.
 
-    The dry run reads it in the compiled text, to count the loop's products.
+    The dry run reads it in the compiled text to count the loop's products.
     """
     return f"expected_trips_{number}"
 
 
 @jax.custom_vjp
 def products(x_MD, weights, group_sizes_E):
-    """One [M, F] for each [E, D, F] of `weights`, computed in float32 at least.
+    """One [M, F] for each [E, D, F] of `weights`, computed at least in float32.
 
-    Rows beyond the sum of the groups give zeros, and add nothing whatever they hold.
+    Rows beyond the sum of the groups give zeros, and their contents never affect gradients.
     """
     (M, _), E = x_MD.shape, len(group_sizes_E)
     ys = tuple(jnp.zeros((M, w.shape[2]), x_MD.dtype) for w in weights)
@@ -43,7 +43,7 @@ def products(x_MD, weights, group_sizes_E):
 
             return over_blocks(visit, ys, M, E, start, size)
 
-        # Most experts have no rows while decoding, and their matrices are not even cut out.
+        # Most experts have no rows while decoding; this avoids even slicing out their matrices.
         return jax.lax.cond(size > 0, filled, lambda: ys), None
 
     return jax.lax.scan(group, ys, (jnp.arange(E), *_places(group_sizes_E)))[0]
@@ -86,24 +86,24 @@ def _places(group_sizes_E):
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """`size` rows from `row` on; those before `end` count, or all if it is None."""
+    """`size` rows from `row` on; only rows before `end` are valid, or all if it is None."""
 
     row: jax.Array
     end: jax.Array | None
     size: int
 
     def of(self, x):
-        """Its rows of x, zeros where they do not count."""
+        """The block's rows of x, with zeros for rows that are not valid."""
         return _wide(self._only(*self._cut(x), 0))
 
     def written(self, x, rows):
-        """x with `rows` written to the block's rows."""
+        """x with `rows` written to the block's valid rows."""
         first, old = self._cut(x)
         new = self._only(first, rows.astype(x.dtype), old)
         return jax.lax.dynamic_update_slice_in_dim(x, new, first, 0)
 
     def _cut(self, x):
-        """The block's first row, moved so that the block ends inside of x, and its rows."""
+        """The block's first row, shifted so that the block ends inside x, and the rows there."""
         first = self.row if self.end is None else jnp.minimum(self.row, x.shape[0] - self.size)
         return first, jax.lax.dynamic_slice_in_dim(x, first, self.size)
 
@@ -116,10 +116,11 @@ class _Block:
 
 
 def block_sizes(M: int, E: int) -> list[int]:
-    """Rows of a block, largest first: from 512, where a CPU multiplies fastest, halved down to 32.
+    """Rows per block, largest first: from 512, where a CPU multiplies fastest, halved down to 32.
 
-    With fewer rows it spends more on packing an expert's matrix than on multiplying by it. Groups
-    of less than 8 rows, as in decoding, take only blocks of 8: there a loop costs more than rows.
+    With fewer rows a CPU spends more time on packing an expert's matrix than on multiplying by it.
+    Groups of fewer than 8 rows, as in decoding, use only blocks of 8, because there another loop
+    costs more than padded rows.
     """
     if M < 8 * E:
         return [min(M, 8)]
@@ -129,9 +130,9 @@ def block_sizes(M: int, E: int) -> list[int]:
 def over_blocks(visit: Callable, carry, M: int, E: int, start: jax.Array, size: jax.Array):
     """Folds carry = visit(carry, block) over a group's `size` rows from `start` on.
 
-    A group takes as many blocks of each size as it fills; only one of the last size may be padded.
-    Blocks are visited in loops, for XLA:CPU copies the arrays that more than one branch of a
-    condition writes. Routing decides the trips of a loop; its name says those for M / E rows.
+    A group takes as many blocks of each size as it fills; only its last block may be padded. Blocks
+    are visited in loops because XLA:CPU copies arrays that several branches of a conditional write.
+    Routing decides a loop's trip count; the loop's name gives the count for M / E rows.
     """
     end, balanced = start + size, M // E
     sizes = block_sizes(M, E)

@@ -1,10 +1,11 @@
-"""The grouped product on NVIDIA GPUs from Ampere on: Pallas kernels through Triton.
+"""The grouped matmul on NVIDIA GPUs from Ampere on: Pallas kernels through Triton.
 
-They were timed on an H100 with jax 0.11.2: 0.65 to 0.86 of the rate of a large product at the
-shapes of Drop-Upcycling 8x1.5B and OLMoE. For Ampere they are only compiled. float32 goes through
-TF32, as everywhere in jax by default. jax 0.12 announces that Pallas will give up Triton for Mosaic
-GPU some day; the Mosaic kernels that come with jax were timed beside these: no faster in the
-products of rows, 0.93 of the time in the gradient of the matrices, which they round to bfloat16.
+On an H100 with jax 0.11.2 they reach 0.65 to 0.86 of the rate of a large matrix product, at the
+shapes of Drop-Upcycling 8x1.5B and OLMoE. For Ampere they were only compiled. float32 goes through
+TF32, as everywhere in jax by default. jax 0.12 announces that Pallas will eventually replace Triton
+by Mosaic GPU. The Mosaic kernels that come with jax were timed in the same runs: they are no faster
+for the products of rows, and take 0.93 of the time for the gradient of the matrices, which they
+round to bfloat16.
 """
 
 import dataclasses
@@ -18,17 +19,18 @@ from jax.experimental.pallas import triton as plgpu
 from moe_jax.ops import implementations
 from moe_jax.ops.grouped_kernel import Kernel
 
-# An accumulator of 128 x 256 fits the registers of 8 warps. A stage is 128 bytes of each row of
-# both operands, 48 KiB: three fit what the warps of an A100 or H100 share, two any other Ampere.
-# On an H100 this beat tiles of 128 x 128 by 10 %, also where those made gate and up in one program
-# and so read the rows once; four warps, and half the bytes in four stages, were no faster.
+# An accumulator of 128 x 256 fits in the registers of 8 warps. A stage is 128 bytes of each row of
+# both operands, 48 KiB: three stages fit in the shared memory of an A100 or H100, two in that of
+# any other Ampere GPU. On an H100 this beat tiles of 128 x 128 by 10 %, even when those computed
+# gate and up in one program and so read the rows only once. Four warps were no faster, nor were
+# four stages of half the bytes.
 _ROWS, _COLUMNS = 128, 256
 _CONTRACTED_BYTES = 128
 _WARPS, _STAGES, _STAGES_OF_LITTLE_MEMORY = 8, 3, 2
-_LITTLE_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # compute capabilities: 100 KiB
+_LITTLE_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # compute capabilities with 100 KiB shared
 
-# The number of blocks of rows that use a matrix side by side: a matrix that is too large for the L2
-# cache is read once for all of them.
+# The number of row blocks that use a matrix concurrently, so that a matrix too large for the L2
+# cache is read only once for all of them.
 _ABREAST = 8
 
 
@@ -39,19 +41,19 @@ def _compiler_params():
 
 
 def _width(size: int, most: int) -> int:
-    return min(max(16, pl.next_power_of_2(size)), most)  # a product of Triton takes 16 or more
+    return min(max(16, pl.next_power_of_2(size)), most)  # Triton's products need at least 16
 
 
 def _block_rows(M: int, E: int) -> int:
-    """At most half a balanced group, so that padding is at most about a quarter of the rows."""
+    """Rows per block: at most half a balanced group, so at most about a quarter is padding."""
     return min(max(16, 2 ** ((M // (2 * E)).bit_length() - 1)), _ROWS)
 
 
 def _blocks(M: int, B: int, group_sizes_E: jax.Array) -> tuple[jax.Array, ...]:
     """(expert, first row, number of rows) of each block, at most B rows of one expert.
 
-    Rows beyond the sum belong to an expert E, so that each row is in a block. Blocks that these
-    groups do not need have no rows.
+    Rows beyond the sum of the groups belong to an extra expert E, so that every row is in a block.
+    Blocks that these groups do not need have no rows.
     """
     beyond = M - jnp.sum(group_sizes_E, keepdims=True)
     sizes_X = jnp.concatenate([group_sizes_E, beyond]).astype(jnp.int32)
@@ -69,7 +71,7 @@ def _blocks(M: int, B: int, group_sizes_E: jax.Array) -> tuple[jax.Array, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """`size` indices from `start`, and which of them count; None where all do."""
+    """`size` indices from `start`; `inside` is True for valid ones, or None if all are valid."""
 
     start: jax.Array
     size: int
@@ -101,7 +103,7 @@ def _dot(x, y, contract: tuple[int, int]):
 
 
 def _multiply_kernel(blocks, rows, weights, result, *, tiles, transpose: bool):
-    """Sums the products of the pairs of rows and weights, one after the other."""
+    """Accumulates the products of each pair in `rows` and `weights`, one after the other."""
     tm, tk, tn = tiles
     _, K, N = weights[0].shape
     K, N = (N, K) if transpose else (K, N)
@@ -124,7 +126,7 @@ def _multiply_kernel(blocks, rows, weights, result, *, tiles, transpose: bool):
 
 
 def _gradient_kernel(groups, x, gradient, result, *, tiles):
-    """An expert's tile of the gradient: its rows of x, transposed, times those of `gradient`."""
+    """A tile of an expert's gradient: its rows of x, transposed, times its rows of `gradient`."""
     tm, tk, tn = tiles
     expert = pl.program_id(2)
     start, size, steps = (ref[expert] for ref in groups)
@@ -142,7 +144,7 @@ def _gradient_kernel(groups, x, gradient, result, *, tiles):
 
 
 def triton(interpret: bool = False) -> Kernel:
-    """One kernel for the value and the gradient of the rows, one for that of the matrices."""
+    """One kernel for the value and the gradient of the rows, another for the matrices' gradient."""
 
     def multiply(rows, weights, group_sizes_E, *, transpose):
         (M, K), (E, *DF) = rows[0].shape, weights[0].shape
@@ -150,8 +152,8 @@ def triton(interpret: bool = False) -> Kernel:
         dtype = rows[0].dtype
         tiles = _block_rows(M, E), _CONTRACTED_BYTES // dtype.itemsize, _width(N, _COLUMNS)
         expert_P, row_P, count_P = _blocks(M, tiles[0], group_sizes_E)
-        # Rows beyond the sum stay zero. Not in the kernel: Pallas lowers a choice between two
-        # literal numbers to one between booleans (jax 0.10.2, 0.12.0.1).
+        # Rows beyond the sum stay zero. This is not in the kernel because Pallas lowers a select
+        # between two literal numbers to one between booleans (jax 0.10.2, 0.12.0.1).
         live_P = (expert_P < E) & (count_P > 0)
         steps_P = jnp.where(live_P, jnp.int32(pl.cdiv(K, tiles[1])), 0)
         return pl.pallas_call(

@@ -1,11 +1,11 @@
-"""The grouped product on a CPU by numpy's BLAS: a group is one product, whatever its size.
+"""The grouped matmul on a CPU with numpy's BLAS: a group is one product, whatever its size.
 
-XLA:CPU must know sizes beforehand, so that groups are padded or cut into blocks, and it computes
-products as small as those of fine experts on one core. Here as many threads as there are cores each
-take products of one expert, and read and write the program's own arrays. `python
-scripts/benchmark.py grouped_matmul` shows the gain; its bound is XLA's with equal groups.
+XLA:CPU must know sizes at compile time, so groups have to be padded or split into blocks, and it
+computes the small products of fine-grained experts on a single core. Here there is a thread per
+core; each takes products of one expert at a time, and reads and writes the program's own arrays.
+`python scripts/benchmark.py grouped_matmul` shows the gain; its bound is XLA with equal groups.
 
-From the first large call on, numpy's products elsewhere in the process take one thread each too.
+From the first large call on, all of numpy's products in the process use one thread each.
 """
 
 import collections
@@ -23,8 +23,8 @@ import threadpoolctl
 from moe_jax.ops import host_call
 from moe_jax.ops.grouped_kernel import Kernel
 
-_TASK_ROWS = 512  # at most, so that all cores share the rows of one expert
-_ALONE = 1e7  # multiplications, 0.2 ms of one core: waking others would take as long
+_TASK_ROWS = 512  # the most rows of a task, so that all cores can share the rows of one expert
+_ALONE = 1e7  # multiplications that take one core 0.2 ms, about as long as waking other threads
 
 
 def _product(inputs, outputs):
@@ -65,7 +65,7 @@ def _weight_gradient(inputs, outputs):
 
 
 def _for_all_rows(of_rows, sizes_E, weights, outputs):
-    """Calls of_rows(expert, slice of its rows) for all groups; rows beyond them get zeros."""
+    """Calls of_rows(expert, slice of its rows) for all groups; rows beyond the groups get zeros."""
     tasks, end = [], 0
     for expert, size in enumerate(sizes_E.tolist()):
         start, end = end, end + size
@@ -78,12 +78,12 @@ def _for_all_rows(of_rows, sizes_E, weights, outputs):
 
 
 def _multiplications(weights) -> int:
-    """The multiplications of a row by one matrix of each."""
+    """The number of multiplications per row, with one matrix from each of `weights`."""
     return sum(math.prod(w.shape[1:]) for w in weights)
 
 
 def _run(function, tasks, multiplications):
-    """Calls function(*task) for all tasks, in order, in this thread and one for each other core."""
+    """Calls function(*task) for all tasks, in order, in this thread and one per additional core."""
     left = collections.deque(tasks)
 
     def until_none_is_left():
@@ -96,7 +96,7 @@ def _run(function, tasks, multiplications):
 
     helpers = min(_num_cores(), len(tasks)) - 1 if multiplications >= _ALONE else 0
     helping = []
-    with contextlib.suppress(RuntimeError):  # when the interpreter is about to end
+    with contextlib.suppress(RuntimeError):  # raised when the interpreter is shutting down
         helping += (_threads().submit(until_none_is_left) for _ in range(helpers))
     try:
         until_none_is_left()
@@ -107,13 +107,13 @@ def _run(function, tasks, multiplications):
 
 @functools.cache
 def _threads() -> concurrent.futures.Executor:
-    """Each begins during a call and takes over its rounding mode: XLA takes denormals for zero."""
-    threadpoolctl.threadpool_limits(1, user_api="blas")  # each product is one thread's
+    """Threads start during a call and inherit its floating-point mode: XLA flushes denormals."""
+    threadpoolctl.threadpool_limits(1, user_api="blas")  # one thread per product
     return concurrent.futures.ThreadPoolExecutor(_num_cores(), "grouped_matmul")
 
 
 def _num_cores() -> int:
-    """The cores of this process, which a scheduler may have given less than all."""
+    """The number of cores of this process; a scheduler may not have given it all."""
     has_affinity = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
@@ -143,7 +143,8 @@ def weight_gradient(x_MD, gradients, group_sizes_E):
 
 
 def _call(name, shapes, matrices, *arrays):
-    """Calls the numpy function in float32 at least; a row meets one of each of `matrices`."""
+    """Calls the numpy function at least in float32; a row is multiplied by one matrix from each of
+    `matrices`."""
     *floats, group_sizes_E = arrays
     dtype = jnp.promote_types(floats[0].dtype, jnp.float32)
     return host_call.call(

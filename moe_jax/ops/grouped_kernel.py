@@ -1,4 +1,4 @@
-"""The parts of a grouped product's implementation, if it is not plain XLA."""
+"""The parts of an implementation of the grouped matmul that is not plain XLA."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Three functions over a tuple of matrices that share their rows.
+    """Three functions on a tuple of weights that are multiplied by the same rows.
 
     product(x_MD, weights, group_sizes_E) -> one [M, F] for each [E, D, F] of `weights`
     input_gradient(gradients, weights, group_sizes_E) -> [M, D], summed over the pairs
     weight_gradient(x_MD, gradients, group_sizes_E) -> one [E, D, F] for each gradient [M, F], in
       float32
 
-    Rows beyond the sum of the groups give zeros, and add nothing whatever they hold (even NaN).
+    Rows beyond the sum of the groups give zeros and contribute nothing, even if they hold NaN.
     """
 
     product: Callable

@@ -1,8 +1,8 @@
-"""Rows grouped by expert, each group times its own matrix: the product at the heart of an MoE.
+"""The grouped matmul at the heart of an MoE: each group of rows times its own expert's matrix.
 
 An implementation is three functions (`Kernel`) under one custom VJP: the value, the gradient of the
-rows, the gradient of the matrices. The last is never left to the transpose of the first. Plain XLA
-(`grouped_blocked`) has a custom VJP of its own, which makes both gradients in one loop.
+rows and the gradient of the matrices, which is never left to the transpose of the value. Plain XLA
+(`grouped_blocked`) has its own custom VJP, which computes both gradients in one loop.
 """
 
 import functools
@@ -18,7 +18,7 @@ from moe_jax.ops.implementations import Implementation, choose
 def grouped_matmul(
     x_MD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, implementation: str = "auto"
 ) -> jax.Array:
-    """Row i of x times the matrix of the expert whose group holds i.
+    """Multiplies row i of x by the matrix of the expert whose group contains i.
 
     Args:
       x_MD: rows sorted by expert.
@@ -45,7 +45,7 @@ def grouped_matmuls(
 
 
 def reference(x_MD, weights, group_sizes_E):
-    """Multiplies every row by every expert, masked: E times the work, and nothing to get wrong."""
+    """Multiplies every row by every expert and masks: E times the work, but obviously correct."""
     ends_E = jnp.cumsum(group_sizes_E)
     row_M = jnp.arange(x_MD.shape[0])
 

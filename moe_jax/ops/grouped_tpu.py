@@ -1,7 +1,7 @@
-"""The grouped product on TPUs: the megablox kernels of jax, and XLA's ragged_dot.
+"""The grouped matmul on TPUs: jax's megablox kernels, and XLA's ragged_dot.
 
-Both were compiled ahead of time for v5e, v5p, v6e and v7x and run in interpret mode; neither was
-measured on a TPU.
+Both were compiled ahead of time for v5e, v5p, v6e and v7x and run in interpret mode, but neither
+was timed on a TPU.
 """
 
 import functools
@@ -14,20 +14,22 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from moe_jax.ops.grouped_kernel import Kernel
 
-# The VMEM of a kernel that does not ask for more, as compiling found: 16 MiB on v4, v5e and v5p. A
-# sixth is left to what megablox holds beside its tiles (masks, float32 copies: up to 0.16 of them).
+# The VMEM of a kernel that does not request more, found by compiling: 16 MiB on v4, v5e and v5p. A
+# sixth is left for what megablox holds besides its tiles: masks and float32 copies, which take up
+# to 0.16 of the tiles' size.
 _VMEM = 16 * 2**20
 _LARGER_VMEM = {"TPU v6 lite": 32 * 2**20, "TPU7x": 32 * 2**20}
 
-# A step of the grid is assumed to cost as much as so many bytes from HBM, a few tenths of a
-# microsecond. Without it a little traffic saved would buy many times more, and smaller, steps.
+# The assumed overhead of a grid step, in bytes of HBM traffic: a few tenths of a microsecond.
+# Without it, a tiling with many more, smaller steps would win for a little less traffic.
 _STEP_BYTES = 2**19
 
 
 def visited_rows(M: int, E: int, tm: int) -> int:
-    """The most rows that megablox multiplies.
+    """An upper bound on the rows that megablox multiplies.
 
-    It runs whole tiles of tm rows; a tile with rows of several experts runs once for each of them.
+    It processes whole tiles of tm rows; a tile with rows of several experts is processed once for
+    each of them.
     """
     return (-(-M // tm) + E - 1) * tm
 
@@ -35,13 +37,13 @@ def visited_rows(M: int, E: int, tm: int) -> int:
 def tiling(
     M: int, K: int, N: int, E: int, itemsize: int, vmem: int = _VMEM
 ) -> tuple[int, int, int]:
-    """(tm, tk, tn) for [M, K] rows times [E, K, N]: the least traffic to and from HBM that fits.
+    """(tm, tk, tn) for rows [M, K] times [E, K, N]: the one with the least HBM traffic that fits.
 
-    With K in one tile a matrix is read once for all tiles of its expert's rows; else once for each
-    tile of rows, and only a large tm keeps the product from waiting for it.
+    If K is one tile, a matrix is read once for all row tiles of its expert. Otherwise it is read
+    once per row tile, and only a large tm prevents the product from waiting for it.
     """
 
-    def held(tm, tk, tn):  # tiles of both operands and the result, twice each, and an accumulator
+    def held(tm, tk, tn):  # bytes: double-buffered operand and result tiles, and an accumulator
         return 2 * itemsize * (tm * tk + tk * tn + tm * tn) + 4 * tm * tn
 
     def moved(tm, tk, tn):
@@ -57,7 +59,7 @@ def tiling(
 def gradient_tiling(
     M: int, K: int, N: int, E: int, itemsize: int, vmem: int = _VMEM
 ) -> tuple[int, int, int]:
-    """(tm, tk, tn) for the E products [K, rows] times [rows, N], in float32; as `tiling`."""
+    """(tm, tk, tn) for the E products [K, rows] times [rows, N] in float32, like `tiling`."""
 
     def held(tm, tk, tn):
         return 2 * itemsize * tm * (tk + tn) + 12 * tk * tn
@@ -76,18 +78,19 @@ def _least(moved: Callable, held: Callable, M, K, N, E, vmem) -> tuple[int, int,
 
 
 def _row_tiles(M: int, E: int) -> list[int]:
-    """512 and 256 rows, where the tiles visited twice add at most 1/16 to the products; else 128.
+    """512 and 256 rows, if the tiles visited twice add at most 1/16 to the products; else 128.
 
-    Not fewer: a matrix unit of 128 x 128 takes as long to load 128 rows of a matrix as to multiply
-    128 rows by them. So small groups cost more, 1.25 times the due products at 64 experts of 512
-    rows. (The units of v6e and v7x are 256 x 256; what is best there is to be measured.)
+    A smaller tile is no faster: a 128 x 128 matrix unit takes as long to load 128 rows of a matrix
+    as to multiply 128 rows by them. Small groups therefore cost more: 1.25 times the necessary
+    products for 64 experts with 512 rows each. (The units of v6e and v7x are 256 x 256; the best
+    sizes there have not been measured.)
     """
     tiles = [tm for tm in (512, 256) if tm <= M and 16 * (E - 1) * tm <= M]
-    return tiles or [min(128, _round_up(M, 16))]  # 16 rows: what a tile of bfloat16 is made of
+    return tiles or [min(128, _round_up(M, 16))]  # a native bfloat16 tile has 16 rows
 
 
 def _widths(size: int) -> list[int]:
-    """The whole, or even parts that are multiples of 128 with at most 1/16 too much."""
+    """Candidate tile widths: the whole size, or multiples of 128 that pad it by at most 1/16."""
     parts = range(2, size // 128 + 1)
     widths = (_round_up(-(-size // n), 128) for n in parts)
     fitting = {width for width in widths if 16 * -(-size // width) * width <= 17 * size}
@@ -106,12 +109,12 @@ def _vmem() -> int:
 
 
 def _only_grouped(rows: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Makes rows beyond the sum of the groups zero, whatever they hold."""
+    """Sets rows beyond the sum of the groups to zero, whatever they hold."""
     return jnp.where((jnp.arange(rows.shape[0]) < jnp.sum(group_sizes_E))[:, None], rows, 0)
 
 
 def _kernel(multiply: Callable, weight_gradient: Callable) -> Kernel:
-    """The kernel made of the product with one stack of matrices, or with its transpose."""
+    """Builds a `Kernel` from the product with one stack of matrices or with its transpose."""
 
     def product(x_MD, weights, group_sizes_E):
         return tuple(multiply(x_MD, w, group_sizes_E, transpose=False) for w in weights)
@@ -126,7 +129,7 @@ def _kernel(multiply: Callable, weight_gradient: Callable) -> Kernel:
 
 
 def megablox(interpret: bool = False) -> Kernel:
-    """`gmm` and `tgmm`, which multiply whole tiles of rows and no others (`visited_rows`)."""
+    """`gmm` and `tgmm`, which multiply only the tiles that contain rows (`visited_rows`)."""
 
     def padded(rows, tm):
         return jnp.pad(rows, ((0, -rows.shape[0] % tm), (0, 0)))
@@ -144,7 +147,7 @@ def megablox(interpret: bool = False) -> Kernel:
             transpose_rhs=transpose,
             interpret=interpret,
         )[:M]
-        return _only_grouped(y, group_sizes_E)  # the others are as the memory was
+        return _only_grouped(y, group_sizes_E)  # other rows of y are uninitialised memory
 
     def weight_gradient(x_MD, gradients, group_sizes_E):
         def one(grad_MF):
@@ -168,14 +171,14 @@ MEGABLOX = megablox()
 
 
 def ragged_dot_unavailable(platform: str) -> str:
-    # On v5p it made 8.01 times the due products at 8 experts and 64.05 times at 64 with jax 0.10.2
-    # and the libtpu it pins; 1.00 with 0.12.0.1.
+    # On v5p, with jax 0.10.2 and the libtpu that it pins, it executed 8.01 times the necessary
+    # products with 8 experts and 64.05 times with 64 experts; with jax 0.12.0.1, 1.00 times.
     reason = "multiplies by every expert for the gradient of the matrices on jax "
     return reason + jax.__version__ if jax.__version_info__ < (0, 12) else ""
 
 
 def _ragged_dot(left, right, group_sizes_E, contract: tuple[int, int], dtype):
-    """`right` is a matrix for each group, or rows that are contracted with those of `left`."""
+    """`right` is one matrix per group, or rows that are contracted with the rows of `left`."""
     dimensions = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),
         lhs_ragged_dimensions=[0],
@@ -192,7 +195,7 @@ def _ragged_multiply(rows, w, group_sizes_E, *, transpose: bool):
 
 
 def _ragged_weight_gradient(x_MD, gradients, group_sizes_E):
-    # XLA's documentation does not say that rows beyond the sum are left out.
+    # XLA's documentation does not state that rows beyond the sum are ignored.
     x_MD = _only_grouped(x_MD, group_sizes_E)
     gradients = (_only_grouped(grad_MF, group_sizes_E) for grad_MF in gradients)
     return tuple(

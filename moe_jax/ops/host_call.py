@@ -1,8 +1,8 @@
-"""A numpy function as a step of a program that XLA runs on a CPU, on the program's own memory.
+"""Calls a numpy function from a program that XLA runs on a CPU, without copying its arrays.
 
-`jax.pure_callback` puts its inputs on a device again and copies what the function returns. Here XLA
-calls through its foreign function interface (https://openxla.org/xla/custom_call) a C function that
-ctypes makes, and numpy looks at the buffers themselves.
+`jax.pure_callback` copies its inputs to a device again, and copies the results. Here XLA calls a C
+function made by ctypes through its foreign function interface
+(https://openxla.org/xla/custom_call), and numpy works on views of XLA's buffers.
 """
 
 import atexit
@@ -17,19 +17,19 @@ from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int64, c_si
 import jax
 import numpy as np
 
-_VERSION = (0, 3)  # of the interface as used here
-_EXECUTE = 3  # the stage of a call in which it computes
-_METADATA = 1  # the extension of a call by which XLA asks for the version
-_INTERNAL = 13  # the code of an error
+_VERSION = (0, 3)  # the interface's version that is used here
+_EXECUTE = 3  # the stage of a call that computes
+_METADATA = 1  # the extension by which XLA asks for the version
+_INTERNAL = 13  # the error code INTERNAL
 _DTYPES = {4: np.int32, 5: np.int64, 11: np.float32, 12: np.float64}
 
 
 def call(
     name: str, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array, flops: int
 ) -> Sequence[jax.Array]:
-    """Calls the function registered as `name` with arrays of a program.
+    """Calls the function registered as `name` with arrays of a traced program.
 
-    Args: flops: those of its products, which `dryrun/hlo.py` reads and cannot know otherwise.
+    Args: flops: the FLOPs of its products, which `dryrun/hlo.py` reads from the compiled program.
     """
     _wait_at_exit()
     function = jax.ffi.ffi_call(name, results, vmap_method="sequential")
@@ -38,10 +38,10 @@ def call(
 
 @functools.cache
 def _wait_at_exit() -> None:
-    """Lets calls end before the interpreter: one that begins later would wait for it for ever."""
+    """Waits for calls to end before the interpreter exits: a later call would wait forever."""
 
     def wait():
-        with contextlib.suppress(Exception):  # what failed has been said, or nobody asked
+        with contextlib.suppress(Exception):  # a failure has been reported, or nobody needs it
             jax.block_until_ready(jax.live_arrays())
 
     atexit.register(wait)
@@ -57,13 +57,13 @@ def register(name: str, function: Callable) -> None:
     @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Call))
     def entry(frame):
         frame = frame.contents
-        if frame.extension and frame.extension.contents.type == _METADATA:  # at registration
+        if frame.extension and frame.extension.contents.type == _METADATA:  # only at registration
             version = frame.extension.contents.metadata.contents.version
             version.major, version.minor = _VERSION
         elif frame.stage == _EXECUTE:
             try:
                 function(frame.inputs.arrays(), frame.outputs.arrays())
-            except Exception:  # nothing can be raised into XLA, which raises this text instead
+            except Exception:  # exceptions cannot cross into XLA, which raises this text instead
                 return frame.api.contents.error(traceback.format_exc())
         return None
 
@@ -73,14 +73,14 @@ def register(name: str, function: Callable) -> None:
     )
 
 
-_ALIVE: list[Callable] = []  # the C functions, of which XLA keeps only the addresses
+_ALIVE: list[Callable] = []  # keeps the C functions alive, because XLA stores only addresses
 
 
-# The structs below are those of xla/ffi/api/c_api.h, as far as they are read.
+# The structs below follow xla/ffi/api/c_api.h, up to the last field that is read.
 
 
 def _fields(**fields) -> list[tuple[str, type]]:
-    """The fields of a struct, which begins with its size and a list of extensions."""
+    """The fields of a struct, preceded by its size and a list of extensions."""
     start = {"size": c_size_t, "extension": c_void_p}
     return [*(start | fields).items()]
 

@@ -13,7 +13,7 @@ from moe_jax import spelling
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way of computing an op. `unavailable` gives the reason why it cannot run, or ""."""
+    """One way to compute an op; `unavailable` returns the reason why it cannot run, or ""."""
 
     function: Callable
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
@@ -24,7 +24,7 @@ Row = TypeVar("Row", bound=Implementation)
 
 
 def platform() -> str:
-    """The mesh's platform (a CPU may compile for a TPU), else that of the default backend."""
+    """The mesh's platform (a CPU may compile for a TPU), or else the default backend's."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     name = jax.default_backend() if device is None else device.platform
@@ -32,7 +32,7 @@ def platform() -> str:
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """The capability of this process's NVIDIA GPU, (9, 0) for an H100; None without one."""
+    """The compute capability of this process's NVIDIA GPU, (9, 0) for an H100; None without one."""
     device = jax.devices()[0]
     if not device.device_kind.startswith("NVIDIA"):
         return None
@@ -45,9 +45,9 @@ def choose(
 ) -> Row:
     """The table's row `name`; for "auto" the first row that can run, printed once on stderr.
 
-    Args: refuses: the reason why a row cannot work with the arrays at hand, or "".
+    Args: refuses: returns the reason why a row cannot work with the given arrays, or "".
 
-    Raises: ValueError for an unknown name, or one that cannot run here.
+    Raises: ValueError for an unknown name, or for one that cannot run here.
     """
     here = platform()
     if name == "auto":
@@ -66,7 +66,7 @@ def pick(table: Mapping[str, Implementation], here: str) -> str:
 
 
 def why_not(implementation: Implementation, here: str) -> str:
-    """The reason why it cannot run on platform `here`, or ""."""
+    """The reason why `implementation` cannot run on platform `here`, or ""."""
     if here not in implementation.platforms:
         return f"runs on {' and '.join(implementation.platforms)}, not on {here}"
     return implementation.unavailable(here)

@@ -1,8 +1,8 @@
-"""Dispatch and combine: tokens become rows grouped by expert, and return.
+"""Dispatch and combine: permutes tokens into rows grouped by expert, and back.
 
-Both directions are gathers, and so are their gradients: the transpose of a gather is a scatter-add,
-which runs row by row on a CPU and needs atomics on a GPU, while a permutation's transpose is the
-gather by its inverse.
+Both directions are gathers, and so are their gradients. The transpose of a general gather is a
+scatter-add, which runs row by row on a CPU and needs atomics on a GPU, but the transpose of a
+permutation is a gather by its inverse.
 """
 
 import jax
@@ -16,26 +16,26 @@ from moe_jax.ops.bins import count_by_bin
 class Permutation:
     """M tokens x A assignments (index: token * A + slot) in R rows grouped by expert.
 
-    If `complete` it is a bijection, R = M·A. Otherwise an empty row holds the assignment M·A, and
-    an assignment that was dropped lies in row R.
+    If `complete`, it is a bijection with R = M·A. Otherwise an empty row holds assignment M·A, and
+    a dropped assignment has row R.
     """
 
     assignment_R: jax.Array  # row -> assignment
     row_MA: jax.Array  # assignment -> row
-    group_sizes_E: jax.Array  # assignments kept
+    group_sizes_E: jax.Array  # number of assignments kept
     complete: bool = struct.field(pytree_node=False)
 
 
 def sort_by_expert(expert_index_MA: jax.Array, num_experts: int) -> Permutation:
-    """Dropless: an expert's tokens follow each other in their order.
+    """Dropless dispatch: sorts assignments by expert, in the order of the tokens.
 
-    Raises: ValueError where the index of an expert and assignment is beyond int32.
+    Raises: ValueError if the combined index of an expert and an assignment exceeds int32.
     """
     expert_index_R = expert_index_MA.ravel()
     R = expert_index_R.size
     if num_experts * R >= 2**31:
         raise ValueError(f"{R} assignments to {num_experts} experts at once; use more microbatches")
-    # Sorting one number takes a quarter of the time of an argsort on a CPU.
+    # Sorting a combined key takes a quarter of the time of an argsort on a CPU.
     assignment_R = jnp.sort(expert_index_R * R + jnp.arange(R)) % R
     return Permutation(
         assignment_R=assignment_R,
@@ -53,13 +53,13 @@ def fill_slots(
     limit_G: jax.Array,
     key: jax.Array | None = None,
 ) -> Permutation:
-    """E experts have slots for each of G groups of tokens; assignments that do not fit drop.
+    """Capacity dispatch: each expert has slots for each of G groups of tokens, and drops the rest.
 
-    The groups are equal and follow each other. Group g has `limit_G[g]` slots of expert e, at most
-    C, which begin at row (e·G + g)·C. First choices come before second ones (GShard, Lepikhin et
-    al., arXiv 2006.16668); among equals the earlier token does, or with a key a random one
-    (DeepSpeed-MoE's random token selection, Rajbhandari et al., arXiv 2201.05596), in the same
-    order of positions in all groups. Padding takes no slot.
+    The groups are consecutive and of equal size. Group g has `limit_G[g]` slots of expert e, at
+    most C, which begin at row (e·G + g)·C. First choices have priority over second ones (GShard,
+    Lepikhin et al., arXiv 2006.16668). Among equal choices the earlier token has priority or, with
+    a key, a random one (DeepSpeed-MoE's random token selection, Rajbhandari et al., arXiv
+    2201.05596), with the same random order of positions in all groups. Padding takes no slot.
     """
     (M, A), G = expert_index_MA.shape, len(limit_G)
     size = M // G
@@ -92,7 +92,7 @@ def _inverse(permutation_R):
 
 @jax.custom_vjp
 def dispatch(x_MD: jax.Array, permutation: Permutation) -> jax.Array:
-    """Copies each token to its rows: [M, D] to [R, D], rows grouped by expert, zeros if empty."""
+    """Copies each token to its rows: [M, D] to [R, D] grouped by expert; empty rows are zero."""
     A = permutation.row_MA.shape[1]
     return _take(x_MD, permutation.assignment_R // A, permutation)
 

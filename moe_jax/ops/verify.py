@@ -1,8 +1,8 @@
-"""Checks implementations of ops on a small case against the reference: value and gradients.
+"""Checks the values and gradients of ops' implementations against the reference on small cases.
 
-`moe_jax doctor` checks all of them, a training run those that it uses before its first step, for
-kernels have been silently wrong on one chip and one version (marin-community/marin#8339: a weight
-gradient, unless groups began at multiples of 64 rows).
+`moe_jax doctor` checks all implementations; a training run checks those that it uses before its
+first step. Kernels have been silently wrong on one chip with one version
+(marin-community/marin#8339: a weight gradient, unless groups began at multiples of 64 rows).
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import numpy as np
 
 from moe_jax.ops import attention, cross_entropy, grouped_matmul, implementations
 
-# Errors are relative to the largest value. bfloat16 keeps 8 bits, and a few roundings follow each
-# other; float32 keeps 24, and sums have some hundred terms.
+# Errors are relative to the largest value. bfloat16 has 8 significant bits and rounds a few times
+# in sequence; float32 has 24, and sums have a few hundred terms.
 TOLERANCE = {"bfloat16": 4e-2, "float32": 1e-4}
 
 
@@ -30,11 +30,11 @@ class Check:
     detail: str
 
 
-# A case takes an implementation and a function that makes normal arrays of given shapes.
+# A case takes an implementation and a function that draws normal arrays of given shapes.
 
 
 def _grouped_matmul(implementation: str, normal: Callable) -> list[jax.Array]:
-    """Ragged groups, one empty, none a multiple of a tile, and rows beyond their sum."""
+    """Ragged groups, one of them empty and none a multiple of a tile, and rows beyond their sum."""
     *arrays, grad_MF = normal((200, 128), (4, 128, 128), (4, 128, 128), (200, 128))
     sizes_E = jnp.array([70, 0, 101, 9])
 
@@ -48,7 +48,7 @@ def _grouped_matmul(implementation: str, normal: Callable) -> list[jax.Array]:
 
 
 def _attention(implementation: str, normal: Callable) -> list[jax.Array]:
-    """Grouped queries; a row of two documents and a row of one, then documents of two tokens."""
+    """Grouped queries: a row of two documents and a row of one, then documents of two tokens."""
     B, T, N, K, H = 2, 256, 4, 2, 128
     *arrays, grad_BTNH = normal((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
     few_BT = jnp.where(jnp.arange(T) < jnp.array([[100], [T]]), 1, 2)
@@ -99,7 +99,7 @@ def check(op: str, name: str) -> Check:
         return Check(op, name, "not here", reason)
     try:
         found = case(name, functools.partial(_normal, dtype, dtype))
-    except Exception as raised:  # whatever a compiler or a kernel raises
+    except Exception as raised:  # a compiler or a kernel can raise any type
         text = " ".join(f"{type(raised).__name__}: {raised}".split())
         return Check(op, name, "fails", text[:200])
     errors = [
@@ -126,7 +126,7 @@ def verify(op: str, name: str) -> None:
 
 @functools.cache
 def _expected(op: str, dtype: str) -> list[np.ndarray]:
-    """The reference's answer to inputs rounded to `dtype`, itself in float32."""
+    """The reference's results in float32 for inputs rounded to `dtype`."""
     with jax.default_matmul_precision("highest"):
         return jax.device_get(
             CASES[op][0]("reference", functools.partial(_normal, dtype, "float32"))

@@ -1,1 +1,1 @@
-"""The mesh, the sharding of every array, the processes of a run, and the chips' properties."""
+"""The mesh, the sharding of every array, a run's processes, and the properties of chips."""

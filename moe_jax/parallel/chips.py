@@ -1,13 +1,13 @@
-"""The figures of each kind of TPU and GPU, and the names of their slices.
+"""Specifications of each kind of TPU and GPU, and the names of their slices.
 
-A figure is that of one device as jax counts them: a chip, but half a chip of TPU7x. They come from
+All numbers are per device as jax counts devices: a chip, or half a chip of TPU7x. They come from
 the chips' pages at https://cloud.google.com/tpu/docs ("v4", "v5e", "v5p", "v6e", "tpu7x"): bfloat16
 peak, HBM bandwidth, both directions of all inter-chip links (ICI), and the data center network
 (DCN) between slices. The memory is what libtpu 0.0.42 leaves to a program.
 
-The figures of GPUs are those of NVIDIA's data sheets (SXM modules, dense bfloat16): a link is all
-of NVLink in one direction, and the data center network is one adapter for each GPU, of 200 Gbit/s
-for A100 and 400 Gbit/s for the others.
+The numbers of GPUs come from NVIDIA's data sheets (SXM modules, dense bfloat16). For a GPU, a link
+is all of NVLink in one direction, and the data center network is one adapter per GPU, with 200
+Gbit/s for A100 and 400 Gbit/s for the others.
 """
 
 import dataclasses
@@ -19,23 +19,23 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    device_kind: str  # how jax's name of it begins: look for "TPU v5 lite" before "TPU v5"
+    device_kind: str  # prefix of jax's device_kind; match "TPU v5 lite" before "TPU v5"
     hbm_bytes: int
-    flops: float  # bfloat16 products, FLOP/s
+    flops: float  # peak FLOP/s of bfloat16 matrix products
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s of one link to a neighbour, in one direction
     dcn_bandwidth: float  # bytes/s in one direction
-    dimensions: int  # of the torus
-    config_name: str = "default"  # libtpu's; "megacore": the two cores of a chip are one device
-    accelerator: str = ""  # how Google Cloud names slices by their size: "v5p-" of "v5p-16"
-    counted: int = 1  # the number that it counts for one chip: cores, or chips
-    node: int = 0  # GPUs that NVLink joins; 0 for a TPU
+    dimensions: int  # dimensions of the torus
+    config_name: str = "default"  # libtpu's name; "megacore": a chip's two cores are one device
+    accelerator: str = ""  # prefix of Google Cloud's accelerator types: "v5p-" for "v5p-16"
+    counted: int = 1  # what an accelerator type counts for each chip: 2 if it counts cores, else 1
+    node: int = 0  # number of GPUs joined by NVLink; 0 for a TPU
 
     def wraps(self, shape: tuple[int, ...], side: int) -> bool:
-        """True if a side of the slice is a ring, not a line.
+        """True if a side of the slice is a ring, False if it is a line.
 
-        In three dimensions all sides are rings from 4x4x4 on, if the cubes are whole; in two
-        dimensions a side of 16 is.
+        In three dimensions all sides are rings if the slice consists of whole 4x4x4 cubes; in two
+        dimensions a side of 16 is a ring.
         """
         if self.dimensions == 2:
             return shape[side] == 16
@@ -43,8 +43,8 @@ class Chip:
 
 
 CHIPS = {
-    # The page of v4 lacks ICI and DCN: 2400 Gbit/s in one direction (JAX's scaling book), and 200
-    # Gbit/s for the four chips of a host, as for v5p.
+    # The page of v4 does not state ICI and DCN: assumed are 2400 Gbit/s in one direction (JAX's
+    # scaling book), and 200 Gbit/s for the four chips of a host, as for v5p.
     "v4": Chip("TPU v4", int(30.75 * GiB), 275e12, 1200e9, 50e9, 6.25e9, 3, "megacore", "v4-", 2),
     "v5e": Chip(
         "TPU v5 lite", int(15.75 * GiB), 197e12, 819e9, 50e9, 3.125e9, 2, accelerator="v5litepod-"
@@ -63,7 +63,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`slices` slices of chips in a block of `shape`; of chip "cpu", fake devices in a row."""
+    """`slices` slices, each a block of chips of `shape`; for chip "cpu", fake devices in a row."""
 
     name: str
     chip: str
@@ -76,12 +76,12 @@ class Topology:
 
     @property
     def compiles_here(self) -> bool:
-        """True if fake CPU devices stand for it: CPUs themselves, and GPUs, as an estimate."""
+        """True if fake CPU devices replace it: for CPUs, and for GPUs as an estimate."""
         return self.facts is None or self.facts.node > 0
 
     @property
     def title(self) -> str:
-        """The name, with the accelerator type by which Google Cloud rents such a slice."""
+        """The name, with Google Cloud's accelerator type for such a slice."""
         if self.facts is None or not self.facts.accelerator:
             return self.name
         number = math.prod(self.shape) * self.facts.counted
@@ -93,7 +93,7 @@ def topology(name: str) -> Topology:
     """The topology named "v5p:2x2x4", "2*v5p:2x2x4" (two such slices), "h100:8" or "cpu:8" (fake
     CPUs), or by Google Cloud's accelerator type, such as "v5p-32" for "v5p:2x2x4".
 
-    Raises: ValueError for a name that is none.
+    Raises: ValueError for any other name.
     """
     name = _by_shape(name)
     found = re.fullmatch(r"(?:([1-9]\d*)\*)?(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
@@ -118,7 +118,7 @@ def topology(name: str) -> Topology:
 
 
 def _by_shape(name: str) -> str:
-    """The name with the shape that Google Cloud gives to an accelerator type by default."""
+    """Replaces an accelerator type by a name with its default shape on Google Cloud."""
     found = re.fullmatch(r"(\d+\*)?(\w+-)(\d+)", name)
     chips = [c for c, row in CHIPS.items() if found and found[2] in (row.accelerator, f"{c}-")]
     if not found or not chips or not CHIPS[chips[0]].accelerator:

@@ -1,11 +1,11 @@
-"""One run in several processes: they find, hear and leave each other.
+"""One run in several processes: how they join, exchange values and end together.
 
-Every process runs the same program on its own devices. Values from files or the environment of one
-process must become the same in all before they decide what is computed next: processes that
-disagree on the next collective wait for each other for ever.
+Every process runs the same program on its own devices. Values that a process takes from files or
+its environment must be made equal in all processes before they decide what is computed next:
+processes that disagree on the next collective wait for each other forever.
 
-Process 0 speaks through JAX's coordination service (a server in process 0), not through devices: it
-has no limit of time, so that one process can tokenize while others wait.
+Values are exchanged through JAX's coordination service (a server in process 0), not through
+devices. It has no timeout, so one process can tokenize while the others wait.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from jax.experimental import multihost_utils
 
 from moe_jax.parallel import clusters, jax_private, watchdog
 
-HEARTBEAT_SECONDS = 45  # JAX then ends the others, should the watchdog not have done it
+HEARTBEAT_SECONDS = 45  # after this, JAX ends the other processes if the watchdog has not
 JOINING_SECONDS, LEAVING_SECONDS = 20, 5
 FOREVER_MS = 2**31 - 1
-# An error of JAX with one of these says that another process is gone, not that ours is wrong.
+# A JAX error that contains one of these means that another process is lost, not that ours failed.
 SIGNS_OF_LOSS = ("Gloo", "gloo", "NCCL", "UNAVAILABLE", "Connection", "coordination service")
 
 _exchanges = itertools.count()
@@ -57,20 +57,20 @@ def check_flags(coordinator: str, num_processes: int | None, process_id: int | N
 def initialize(
     coordinator: str = "", num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the processes of a run; a process that is alone stays as it is.
+    """Joins the processes of a run; does nothing for a single process.
 
-    The flags say how, or else what `clusters.detect` finds; `num_processes=1` keeps a process alone
-    wherever it was started. Call it before anything that asks for devices.
+    It uses the flags, or otherwise the cluster that `clusters.detect` finds; with `num_processes=1`
+    a process stays alone wherever it was started. Call it before anything that asks for devices.
 
-    Raises: ValueError for flags or an environment that do not say all.
+    Raises: ValueError for incomplete flags, or an environment that is incomplete.
     """
     check_flags(coordinator, num_processes, process_id)
     cluster = "" if num_processes else clusters.detect(os.environ)
     if num_processes == 1 or not (coordinator or cluster):
         return
-    # The service would take SIGTERM for itself; `training.loop` stops all at the same step.
+    # The service would handle SIGTERM, but `training.loop` must stop all at the same step.
     jax.config.update("jax_enable_preemption_service", False)
-    # JAX waits for five minutes in silence, and then ends the process with a stack trace.
+    # JAX waits silently for five minutes, and then ends the process with a stack trace.
     line = f"still waiting for all processes ({cluster or coordinator})"
     waiting = threading.Timer(JOINING_SECONDS, watchdog.say, [line])
     waiting.daemon = True
@@ -100,18 +100,18 @@ process_count = jax_private.process_count
 
 
 def is_first() -> bool:
-    """True if this process is the one that writes and prints for all."""
+    """True if this is the process that writes and prints for all."""
     return jax_private.process_id() == 0
 
 
 def say(*texts: str) -> None:
-    """A line of stderr, once for all processes."""
+    """Prints a line on stderr, once for all processes."""
     if is_first():
         print(*texts, sep="; ", file=sys.stderr)
 
 
 def exchange(value) -> list:
-    """The values (JSON) of all processes, by process; it waits for all of them.
+    """The values (serialisable to JSON) of all processes, in their order; waits for all of them.
 
     All processes must make the same calls in the same order.
     """
@@ -125,15 +125,15 @@ def exchange(value) -> list:
 
 
 def of_first(value):
-    """Process 0's `value` (JSON)."""
+    """Process 0's `value`, which must be serialisable to JSON."""
     return exchange(value if is_first() else None)[0]
 
 
 @contextlib.contextmanager
 def together(error: type[Exception]) -> Iterator[None]:
-    """Raises in all processes, as `error`, what the block raised in any: none goes on alone.
+    """If the block raises in any process, raises in all others too, as `error`.
 
-    The block must not hold a collective, in which the others would wait.
+    The block must not contain a collective, in which the others would wait.
     """
     raised = None
     try:
@@ -149,9 +149,9 @@ def together(error: type[Exception]) -> Iterator[None]:
 
 
 def first_alone(make: Callable, error: type[Exception]):
-    """`make()` in process 0 before all others, which find its result in a shared cache.
+    """Calls `make()` first in process 0 and then in the others, which find its result in a cache.
 
-    Where the cache is not shared each makes its own. It raises as `together` does.
+    If the cache is not shared, each process makes its own. It raises like `together`.
     """
     for turn in (True, False):
         with together(error):
@@ -161,7 +161,7 @@ def first_alone(make: Callable, error: type[Exception]):
 
 
 def check_equal(name: str, text: str) -> None:
-    """Raises: ValueError in all processes when `text` is not the same in all."""
+    """Raises: ValueError in all processes if `text` is not the same in all."""
     digests = exchange(hashlib.sha256(text.encode()).hexdigest())
     others = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
     if others:
@@ -179,8 +179,8 @@ def rows_of(
 ) -> np.ndarray:
     """The rows of a batch that these devices hold, ascending.
 
-    The mesh alone decides which device holds row N, so that a batch is the same for any number of
-    processes. Processes whose devices share a row both feed it.
+    Only the mesh decides which device holds row N, so a batch is the same for any number of
+    processes. Processes whose devices hold the same row all feed it.
     """
     slices = sharding.devices_indices_map((batch_size,))
     return np.unique([row for d in devices for row in range(batch_size)[slices[d][0]]])
@@ -194,10 +194,11 @@ def whole(tree) -> Any:
 
 
 class Largest:
-    """The largest of all processes' numbers in the call before, so that no step waits for it.
+    """Each call returns the maximum over all processes of the previous call's number.
 
-    All processes see the same number after the same number of calls, and so can act on it at the
-    same step. A process that is alone sees its own number at once.
+    Because of this delay no step waits for it. After the same number of calls all processes get the
+    same result, so they can act on it at the same step. A single process gets its own number at
+    once.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
@@ -222,10 +223,11 @@ class Largest:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Ends the run in all processes if it fails in one: none may wait for one that gave up.
+    """Ends the run in all processes if it fails in one, so that none waits for a failed one.
 
-    JAX itself would wait at the exit of this process for others that wait for it. When the block
-    raises, this process ends at once, and if the others do not fail too, the watchdog ends them.
+    At exit JAX would make this process wait for others that are waiting for it. If the block
+    raises, this process therefore ends at once; if the others do not fail too, the watchdog ends
+    them.
     """
     if process_count() == 1:
         yield
@@ -246,15 +248,15 @@ def _leave(error: BaseException, client, process: int) -> NoReturn:
         stream.flush()
     try:
         client.wait_at_barrier("moe_jax/failed", LEAVING_SECONDS * 1000)
-        jax.distributed.shutdown()  # process 0, which has the service, waits for the others
-    except Exception:  # the others go on, or are lost
+        jax.distributed.shutdown()  # process 0, which runs the service, waits for the others
+    except Exception:  # the others are still running, or lost
         with contextlib.suppress(Exception):
             watchdog.announce(client, process, f"process {process} ended with status {status}")
     os._exit(status)
 
 
 def _report(error: BaseException) -> int:
-    """Prints what ended this process, unless the script did; returns the exit status."""
+    """Prints the error that ended this process, unless it was a SystemExit; returns the status."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     text = " ".join(str(error).split())

@@ -1,7 +1,7 @@
-"""Everything that moe_jax takes from the private modules of jax, which any release may change.
+"""Everything that moe_jax uses from the private modules of jax, which any release may change.
 
-Each row was compared with the releases of jax named below. A test compares it with the installed
-one, and finds a private import anywhere else.
+Each row was checked against the releases of jax named below. A test checks it against the installed
+release, and fails for a private import anywhere else.
 """
 
 import dataclasses
@@ -10,14 +10,14 @@ import inspect
 
 import jax
 
-RELEASES = ("0.10", "0.11", "0.12")  # of jax, in which all rows were seen
+RELEASES = ("0.10", "0.11", "0.12")  # the jax releases that have all rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Private:
     module: str
     attribute: str
-    uses: tuple[str, ...]  # attributes of it that are read, or parameters of it that are passed
+    uses: tuple[str, ...]  # its attributes that we read, or its parameters that we pass
     purpose: str
 
 
@@ -53,7 +53,7 @@ TABLE = {
 def load(name: str):
     """The private object of row `name`.
 
-    Raises: ImportError, in one line, where the installed jax lacks it or a part that is used.
+    Raises: ImportError, in one line, if the installed jax lacks it or a part that is used.
     """
     row = TABLE[name]
     lacks = f"{row.module}.{row.attribute}"
@@ -81,6 +81,6 @@ def process_count() -> int:
 
 
 def client():
-    """The client of the coordination service; None in a process that is alone."""
+    """The client of the coordination service; None in a single-process run."""
     load("client")
     return load("state").client

@@ -1,14 +1,15 @@
 """The device mesh: five axes, any of which may be 1.
 
-  data    copies parameters
-  fsdp    cuts them
-  expert  spreads experts over devices that have different tokens
-  tensor  cuts heads and neurons, those of experts too
-  edp     cuts heads and dense neurons, and spreads experts over these devices of the same tokens
+  data    replicates parameters
+  fsdp    shards parameters
+  expert  shards experts over devices with different tokens
+  tensor  shards heads and neurons, including those of experts
+  edp     shards heads and dense neurons, and shards experts over devices with the same tokens
 
-The batch is cut by the first three. Skywork-MoE (arXiv 2406.06563, §4) compares experts over the
-data-parallel devices (EP: expert=N), over the tensor-parallel ones (its expert data parallelism,
-EDP: edp=N) and cut by these (ETP: tensor=N).
+The first three shard the batch. Skywork-MoE (arXiv 2406.06563, §4) compares experts sharded over
+the data-parallel devices (EP: expert=N), experts sharded over the tensor-parallel devices (its
+expert data parallelism, EDP: edp=N), and the neurons of each expert sharded over the latter (ETP:
+tensor=N).
 """
 
 import functools
@@ -23,7 +24,7 @@ AXES = ("data", "fsdp", "expert", "tensor", "edp")
 
 
 def axis_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
-    """The sizes, 1 if absent, with a -1 filled so that their product is the number of devices.
+    """The sizes, 1 if absent, with a -1 replaced so that their product is the number of devices.
 
     Raises: ValueError for an unknown axis, for more than one -1, or for a product that cannot fit.
     """
@@ -49,10 +50,10 @@ def axis_sizes(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
 def make(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """A mesh over all devices, or over those given; `axis_sizes` describes `sizes`.
 
-    Several slices of TPUs, between which the network is slow, lie along one axis: `data`, or `fsdp`
-    where data is 1.
+    Several slices of TPUs, between which the network is slow, are placed along one axis: `data`, or
+    `fsdp` if data is 1.
 
-    Raises: ValueError where the sizes do not fit the devices, their slices or their torus.
+    Raises: ValueError if the sizes do not fit the devices, their slices or their torus.
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(sizes, len(devices))
@@ -80,19 +81,19 @@ def make(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> 
 
 
 def first_slice(mesh: jax.sharding.Mesh) -> np.ndarray:
-    """The devices of one slice of TPUs, in the mesh's order; all devices if there is one slice."""
+    """The devices of one TPU slice, in the mesh's order; all devices if there is only one slice."""
     slices = np.vectorize(lambda device: getattr(device, "slice_index", 0))(mesh.devices)
     places = np.nonzero(slices == slices.flat[0])
     return mesh.devices[np.ix_(*map(np.unique, places))]
 
 
 def one_device() -> jax.sharding.Mesh:
-    """The mesh of a command that works on one device."""
+    """The mesh for a command that uses one device."""
     return make({}, jax.devices()[:1])
 
 
 def under(mesh: jax.sharding.Mesh, function):
-    """`function`, with `mesh` set during its calls only: Orbax has bugs under a set mesh."""
+    """`function`, with `mesh` set only during its calls: Orbax has bugs under a set mesh."""
 
     @functools.wraps(function)
     def call(*arguments):

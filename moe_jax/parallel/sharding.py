@@ -11,15 +11,15 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax import tree
 
-# They cut the batch, and everything computed per token: experts are parallel where attention is
-# data-parallel.
+# These shard the batch, and everything computed per token: along `expert`, attention is
+# data-parallel and experts are expert-parallel.
 BATCH_AXES = ("data", "fsdp", "expert")
 BATCH = P(BATCH_AXES)
-TENSOR = ("tensor", "edp")  # these cut the work on a token
-EXPERT = ("edp", "expert")  # these spread experts
+TENSOR = ("tensor", "edp")  # these shard the work on a token
+EXPERT = ("edp", "expert")  # these shard the experts
 
-# The first rule that matches decides. Leaves of the optimizer state carry the path of their
-# parameter as a suffix. Block leaves have a leading axis of layers.
+# The first rule that matches decides. Paths in the optimizer state end in the path of their
+# parameter. Block leaves have a leading axis of layers.
 RULES = (
     (r"(^|/)(step|count|coefficients_L)$", P()),
     (r"(^|_|/)norm/(scale|bias)$", P()),
@@ -45,7 +45,7 @@ RULES = (
 
 
 def spec_of(path: str) -> P:
-    """Raises: ValueError for a leaf that no rule matches."""
+    """The PartitionSpec for the path of a leaf; raises ValueError if no rule matches."""
     for pattern, spec in RULES:
         if re.search(pattern, path):
             return spec
@@ -53,7 +53,7 @@ def spec_of(path: str) -> P:
 
 
 def names_of(entry) -> tuple[str, ...]:
-    """The mesh axes of an entry of a PartitionSpec."""
+    """The mesh axes in one entry of a PartitionSpec."""
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
@@ -65,7 +65,7 @@ def specs(leaves) -> Any:
 def shardings(leaves, mesh: jax.sharding.Mesh) -> object:
     """The tree of NamedShardings for arrays or their shapes.
 
-    Raises: ValueError naming the leaf when an axis of it is not divisible by the mesh's.
+    Raises: ValueError, naming the leaf, if one of its axes is not divisible by the mesh's.
     """
 
     def check(name, leaf):
@@ -78,7 +78,7 @@ def shardings(leaves, mesh: jax.sharding.Mesh) -> object:
 
 
 def check_divisible(what: str, size: int, mesh, axes: tuple[str, ...]) -> None:
-    """Raises: ValueError unless these axes of the mesh together divide `size`."""
+    """Raises: ValueError unless the product of these mesh axes divides `size`."""
     axes = tuple(axis for axis in axes if mesh.shape[axis] > 1)
     if size % (parts := math.prod(mesh.shape[axis] for axis in axes)):
         keys = " x ".join(f"config.mesh.{axis}" for axis in axes)
@@ -89,7 +89,7 @@ def check_divisible(what: str, size: int, mesh, axes: tuple[str, ...]) -> None:
 
 
 def abstract(leaves, mesh: jax.sharding.Mesh) -> Any:
-    """Shapes and dtypes with the shardings of the rules: what a checkpoint is restored into."""
+    """Shapes and dtypes with the rules' shardings, as the target for restoring a checkpoint."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
         leaves,
@@ -98,12 +98,12 @@ def abstract(leaves, mesh: jax.sharding.Mesh) -> Any:
 
 
 def layer_specs(params: dict, prefix: str) -> object:
-    """The specs of one layer's parameters (no leading axis of layers) below the path `prefix`."""
+    """The specs of one layer's parameters (without the axis of layers) below the path `prefix`."""
     return jax.tree.map(lambda spec: P(*spec[1:]), specs({prefix: params})[prefix])
 
 
 def all_gather(x: jax.Array, spec: P, *, keep: tuple[str, ...] = ()) -> jax.Array:
-    """Inside shard_map: gathers an array that `spec` cuts, along all axes but those in `keep`."""
+    """Inside shard_map: all-gathers an array sharded by `spec`, except along the axes in `keep`."""
     for axis, entry in enumerate(spec):
         if names := tuple(name for name in names_of(entry) if name not in keep):
             x = jax.lax.all_gather(x, names, axis=axis, tiled=True)
@@ -111,7 +111,7 @@ def all_gather(x: jax.Array, spec: P, *, keep: tuple[str, ...] = ()) -> jax.Arra
 
 
 def own_part(x: jax.Array, spec: P) -> jax.Array:
-    """Inside shard_map: this device's part of an array that is whole on every device."""
+    """Inside shard_map: this device's shard, by `spec`, of an array replicated on all devices."""
     for axis, entry in enumerate(spec):
         if names := names_of(entry):
             size = x.shape[axis] // jax.lax.axis_size(names)
@@ -121,12 +121,12 @@ def own_part(x: jax.Array, spec: P) -> jax.Array:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps an activation cut along the batch only; does nothing without a mesh."""
+    """Constrains an activation to be sharded only along the batch; does nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
 def batch_shards(sizes: Mapping[str, int]) -> int:
-    """The number of parts into which a mesh of these sizes, `mesh.shape`, cuts the batch."""
+    """The number of shards of the batch on a mesh with these sizes, `mesh.shape`."""
     return math.prod(sizes[axis] for axis in BATCH_AXES)

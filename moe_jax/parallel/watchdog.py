@@ -1,7 +1,8 @@
-"""A thread in each process of a run that ends it, with one line, when another process is lost.
+"""A thread in each process of a run that ends the process, with one line, if another one is lost.
 
 A collective with a process that died may never return. JAX's own heartbeats end the process too,
-later, with a stack trace; when process 0 dies they come first, for it holds the values read here.
+but later and with a stack trace. Only if process 0 dies do they come first, because it holds the
+values read here.
 """
 
 import contextlib
@@ -21,9 +22,9 @@ GO_ON = "run the same command in all processes again to go on from the last chec
 
 @contextlib.contextmanager
 def watching(client, process: int) -> Iterator[None]:
-    """Watches during the block; `client` is that of JAX's coordination service.
+    """Runs the watchdog during the block; `client` is the client of JAX's coordination service.
 
-    The thread ends with the block: one that is in a call of the client when Python exits aborts.
+    The thread ends with the block: if it were calling the client when Python exits, it would abort.
     """
     over = threading.Event()
     thread = threading.Thread(target=_watch, args=(client, process, over), daemon=True)
@@ -36,7 +37,7 @@ def watching(client, process: int) -> Iterator[None]:
 
 
 def announce(client, process: int, text: str) -> None:
-    """`process` tells the others that the run is over, and gives them the time to read it."""
+    """Tells the other processes that the run is over, and waits long enough for them to read it."""
     client.key_value_set(f"{LOST}{process}", text)
     time.sleep(2 * BEAT_SECONDS)
 
@@ -48,7 +49,7 @@ def _watch(client, process: int, over: threading.Event) -> None:
             if over.is_set():
                 return
             client.key_value_set(f"{ALIVE}{process}", str(beat), allow_overwrite=True)
-            if process == 0:  # alone, so that the work grows with the number of processes
+            if process == 0:  # only one checks, so the work is linear in the number of processes
                 silent = _silent(heard, client.key_value_dir_get(ALIVE), time.monotonic())
                 if silent:
                     others = ", ".join(name.removeprefix(ALIVE) for name in silent)
@@ -60,14 +61,15 @@ def _watch(client, process: int, over: threading.Event) -> None:
                     say(f"{text}; {GO_ON}")
                     os._exit(EXIT_LOST)
             over.wait(BEAT_SECONDS)
-    except Exception:  # the service is gone, and JAX ends this process
+    except Exception:  # the service is gone, so JAX will end this process
         return
 
 
 def _silent(
     heard: dict[str, tuple[str, float]], beats: list[tuple[str, str]], now: float
 ) -> list[str]:
-    """Who sent the same beat for too long; `heard` keeps the last beat of each and its time."""
+    """The processes whose beat has not changed for too long; `heard` keeps each one's last beat and
+    its time."""
     for name, beat in beats:
         if heard.get(name, ("", 0.0))[0] != beat:
             heard[name] = (beat, now)
@@ -75,5 +77,5 @@ def _silent(
 
 
 def say(text: str) -> None:
-    """A line of stderr at once, of any process."""
+    """Prints a line on stderr immediately, in any process."""
     print(text, file=sys.stderr, flush=True)

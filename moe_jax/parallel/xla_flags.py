@@ -1,11 +1,11 @@
 """Compiler flags per chip, each with its reason; `scripts/xla_flags.py` prints them for a shell.
 
 The list is short on purpose: no row repeats a compiler's default, and a TPU flag is here only if it
-changes what the compiler makes of a gather, an exchange and a scatter between products. Compiled
-programs showed that (libtpu 0.0.42); nothing was timed on the chips here, and the reasons say who
-timed what. These were left out: `xla_tpu_enable_async_collective_fusion` and its `fuse_…` flags (no
-change), SparseCore offload on v6e (16% more memory for unmeasured speed; tpu7x does so by default),
-`xla_tpu_enable_data_parallel_all_reduce_opt` (for several slices).
+changes how the compiler handles an all-gather, an exchange and a reduce-scatter between products.
+This was checked in compiled programs (libtpu 0.0.42). We timed nothing on these chips; the reasons
+say who timed what. These were left out: `xla_tpu_enable_async_collective_fusion` and its `fuse_…`
+flags (no change), SparseCore offload on v6e (16% more memory for unmeasured speed; the default on
+tpu7x), and `xla_tpu_enable_data_parallel_all_reduce_opt` (for several slices).
 
 Sources: openxla/xla docs/flags_guidance.md (defaults, meanings); MaxText
 benchmarks/xla_flags_library.py (limits of VMEM); NVIDIA JAX-Toolbox, "Tips for High-Performance
@@ -28,7 +28,7 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class FlagSet:
-    """`variable` is the environment variable that the chip's compiler reads, once, at its start."""
+    """`variable` is the environment variable that the chip's compiler reads once, at its start."""
 
     variable: str
     flags: tuple[Flag, ...]
@@ -43,7 +43,7 @@ ASYNC_ALL_TO_ALL = Flag(
     "expert parallelism's exchange of tokens becomes a start and a done with work between them; "
     "by default all wait for it",
 )
-# The default is 16 MiB. A limit beyond the chip's VMEM is not refused, so mind the chip.
+# The default is 16 MiB. XLA does not refuse a limit beyond the chip's VMEM.
 VMEM = Flag(
     "xla_tpu_scoped_vmem_limit_kib",
     "81920",
@@ -93,6 +93,6 @@ CHIPS = {
 
 
 def export(chip: str) -> str:
-    """A line of shell that sets a chip's flags; flags that were set already come last and win."""
+    """A shell line that sets a chip's flags; flags already set come last and take precedence."""
     variable = CHIPS[chip].variable
     return f'export {variable}={shlex.quote(str(CHIPS[chip]))}"${{{variable}:+ ${variable}}}"'

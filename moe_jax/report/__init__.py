@@ -1,1 +1,1 @@
-"""Pages and figures of what is in workdirs."""
+"""Pages and figures about the runs in workdirs."""

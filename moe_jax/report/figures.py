@@ -1,7 +1,8 @@
-"""The figures of a report, each a function of plain records to a matplotlib Figure.
+"""The figures of a report, each a function from plain records to a matplotlib Figure.
 
-Colours are those of Okabe & Ito, which people with colour blindness can tell apart; line styles and
-markers differ too, so that a figure also reads in grey. A figure of what the records lack is None.
+The colours are Okabe & Ito's, which people with colour blindness can tell apart; line styles and
+markers differ too, so figures are also readable in greyscale. A figure is None if the records lack
+its data.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.8,
     "savefig.dpi": 110,
 }
-LEVEL = {"color": "#555555", "linewidth": 1, "linestyle": (0, (1, 1))}  # a dotted line across
+LEVEL = {"color": "#555555", "linewidth": 1, "linestyle": (0, (1, 1))}  # a dotted horizontal line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +41,14 @@ class Record:
     """A finished run: its config, result.json and metrics.jsonl rows."""
 
     name: str
-    place: int  # its number among all runs, so that its colour stays when others finish
+    place: int  # its index among all runs, so that its colour does not change when others finish
     config: dict
     result: dict
     rows: list[dict]
 
     @property
     def look(self) -> dict[str, Any]:
-        """The colour, marker and dash of its curves, the same in all figures."""
+        """The colour, marker and dashes of its curves, which are the same in all figures."""
         looks = {"color": COLOURS, "marker": MARKERS, "linestyle": DASHES}
         return {key: values[self.place % len(values)] for key, values in looks.items()}
 
@@ -82,7 +83,7 @@ def _figure(columns: int, height: float = 4.2, width: float = 10.0):
 
 
 def loss(records: list[Record]) -> Figure:
-    """Training and held-out loss of each arm over its tokens, with its parents' level."""
+    """Training and held-out loss of each arm over tokens, with its parents' loss as a level."""
     figure, (left, right) = _figure(2)
     arms = _arms(records)
     for record in arms:
@@ -97,7 +98,7 @@ def loss(records: list[Record]) -> Figure:
         label = f"{parent.name} ({parent.result['tokens'] / 1e6:.2f} M tokens)"
         left.axhline(np.mean([row["loss"] for row in parent.training_rows[-20:]]), **LEVEL)
         right.axhline(parent.result["bits_per_byte"], label=label, **LEVEL)
-    # The bits of an untrained model would squeeze all others together.
+    # Including the untrained model's loss would compress all other values.
     trained = [row for r in arms for row in r.validation_rows if row["step"]]
     right.set_ylim(top=1.05 * max(row["validation"]["bits_per_byte"] for row in trained))
     xlabel = "million tokens" if arms == records else "million tokens after the parent"
@@ -126,7 +127,7 @@ def languages(records: list[Record]) -> Figure:
 
 
 def expert_load(records: list[Record]) -> Figure | None:
-    """Share of the assignments of each expert in each layer, on the held-out text."""
+    """Each expert's fraction of the assignments in each layer, on the held-out text."""
     arms = [record for record in records if record.is_sparse]
     if not arms:
         return None
@@ -150,7 +151,7 @@ def expert_load(records: list[Record]) -> Figure | None:
 
 
 def router_health(records: list[Record]) -> Figure | None:
-    """Evenness of the routers' use of experts over training: means and worst layers."""
+    """Load balance of the routers over training: the mean and the worst layer."""
     arms = [record for record in records if record.is_sparse]
     if not arms:
         return None
@@ -172,7 +173,7 @@ def router_health(records: list[Record]) -> Figure | None:
 
 
 def experts_by_layer(records: list[Record]) -> Figure | None:
-    """Experts in use, their similarity and the routers' drift in each layer at the end of a run."""
+    """Effective experts, their similarity, and router drift in each layer at the end of a run."""
     arms = [r for r in records if r.is_sparse and r.result.get("expert_similarity")]
     if not arms:
         return None
@@ -202,7 +203,7 @@ def experts_by_layer(records: list[Record]) -> Figure | None:
 
 
 def training_flops(records: list[Record]) -> Figure:
-    """The cost of each run, without and with that of its dense parent."""
+    """The training cost of each run, without and with its dense parent's."""
     figure, (axes,) = _figure(1, height=1.2 + 0.42 * len(records))
     own = np.array([record.result["training_flops"] for record in records]) / 1e12
     parent = np.array([record.result["parent_training_flops"] for record in records]) / 1e12
@@ -232,12 +233,12 @@ FIGURES = {
 
 
 def _arms(records: list[Record]) -> list[Record]:
-    """The sparse runs and those that go on from another, or all where there are none."""
+    """The sparse runs and those that start from another run, or all runs if there are none."""
     return [r for r in records if r.is_sparse or r.config["init"]["source"]] or records
 
 
 def _smooth(values: list[float]) -> np.ndarray:
-    """A centred running mean over at most a tenth of the points; None counts as missing."""
+    """A centred running mean over at most a tenth of the points; None is a missing value."""
     all_values = np.array(values, np.float64)
     half = max(1, len(values) // 20)
     windows = (all_values[max(0, i - half) : i + half + 1] for i in range(len(values)))

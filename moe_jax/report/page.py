@@ -52,7 +52,7 @@ pre {{ background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: .8
 
 
 def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
-    """The record of a finished run's workdir; its name tells a router that does not learn."""
+    """The record of a finished run's workdir; its name mentions a router that does not learn."""
     config = json.loads((folder / "config.json").read_text())
     row = ROUTERS.get(config["model"]["router"])
     if row and not row.learned:
@@ -67,7 +67,7 @@ def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
 
 
 def records_of(folders: dict[str, pathlib.Path | None]) -> list[Record]:
-    """The records of the finished runs, each with its place among all."""
+    """The records of the finished runs, each with its index among all runs."""
     every = enumerate(folders.items())
     return [read_record(name, place, folder) for place, (name, folder) in every if folder]
 
@@ -78,8 +78,8 @@ def write(
     """Writes <output>/report.html and <output>/figures/*.png; returns the page's path.
 
     Args:
-      folders: workdirs of the runs by name, in the order to show them; None for unfinished runs.
-      commands: the commands of the runs, to be shown.
+      folders: the runs' workdirs by name, in the order of display; None for unfinished runs.
+      commands: the runs' commands, to be shown.
     """
     records = records_of(folders)
     missing = [name for name, folder in folders.items() if not folder]
@@ -101,7 +101,7 @@ def write(
 
 
 def _table(head: list[str], rows: list[list[str]], best: int | None = None) -> str:
-    """An HTML table with escaped cells; `best` is the index of a row to stress."""
+    """An HTML table with escaped cells; `best` is the index of a row to highlight."""
     lines = ["<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
     for i, row in enumerate(rows):
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)

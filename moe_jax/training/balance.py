@@ -1,8 +1,8 @@
-"""Balance between experts: one table of rules, each a term of the loss, an update outside of the
-gradient, or both.
+"""Load balancing of experts: one table of rules, each of which is an auxiliary loss, an update
+outside the gradient, or both.
 
-The losses are functions of `RouterStats`, sums over tokens, so that one function gives them over a
-device, over a batch, or over all microbatches of a batch.
+The losses are functions of `RouterStats`, which are sums over tokens. One function therefore
+computes them over a device, a batch, or all microbatches of a batch.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ BIAS = re.compile(r"blocks/(\w+)/moe/router/bias")
 
 
 def initial(config: model.ModelConfig, balance: configs.Balance) -> RouterState:
-    """The state at the first step of a run of this model and `balance` section."""
+    """The state at the first step of a run with this model and `balance` section."""
     num_sparse = config.layer_kinds.count(MOE)
     if balance.load_balancing_schedule != "adaptive" or not num_sparse:
         return RouterState()
@@ -40,21 +40,21 @@ def router_losses(
     accumulation_steps: int = 1,
     coefficients_L: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The routers' part of the loss of a batch, and its terms before their coefficients.
+    """The auxiliary losses of a batch, summed, and each term before its coefficient.
 
-    A term is the mean over layers. The loss takes that mean, or the sum over layers, as
-    `balance.over_layers` says: megablocks (OLMoE) averages, Megatron, DeepSpeed, Skywork-MoE and
-    LLaMA-MoE add. Terms that are not a mean over tokens are taken over the tokens that
-    `balance.load_balancing_over` names: "device" takes them batch shard by batch shard and averages
-    over the shards that have tokens, "global" and "window" take them over all of `stats`.
-    Unless it is "window", `stats` may come from one of the `accumulation_steps` microbatches: the
-    results of all of them then add up to the average over microbatches, and a mean over tokens to
-    that of the batch.
+    A term is the mean over layers. The loss uses that mean or the sum over layers, depending on
+    `balance.over_layers`: megablocks (OLMoE) averages; Megatron, DeepSpeed, Skywork-MoE and
+    LLaMA-MoE sum. Terms that are not a mean over tokens are computed over the tokens that
+    `balance.load_balancing_over` names: "device" computes them for each batch shard and averages
+    over the shards that have tokens; "global" and "window" compute them over all of `stats`.
+    Unless it is "window", `stats` may come from one of the `accumulation_steps` microbatches. The
+    results of all microbatches then add up to their average over microbatches or, for a term that
+    is a mean over tokens, to the mean over the batch.
 
     Args:
-      stats: as `model.Output.router`, [L, batch shards, ...].
+      stats: [L, batch shards, ...], like `model.Output.router`.
       num_tokens: the number of tokens in the whole batch, at least 1.
-      coefficients_L: replace the config's coefficient of the load-balancing loss layer by layer.
+      coefficients_L: each layer's coefficient of the load-balancing loss, instead of the config's.
     """
     groups = stats if balance.load_balancing_over == "device" else pooled(stats)
     filled_LG = groups.num_tokens > 0
@@ -78,7 +78,7 @@ def router_losses(
 def updated(
     params: dict, state: RouterState, run: configs.Run, measures: Measures
 ) -> tuple[dict, RouterState]:
-    """Parameters and state after the updates of all rules, from the counts of this step."""
+    """Parameters and state after the updates of all rules, given the measures of this step."""
     for rule in RULES.values():
         if rule.update is not None:
             params, state = rule.update(params, state, run, measures)
@@ -86,10 +86,10 @@ def updated(
 
 
 def slope(function: Callable, stats: RouterStats) -> tuple[Any, dict[str, jax.Array]]:
-    """The value (loss, others) of `function` at `stats`, and the loss's gradient by each sum.
+    """The value (loss, others) of `function` at `stats`, and the loss's gradient for each sum.
 
-    The sums are linear in the microbatches. So a loss, whatever function of the sums it is, has by
-    the parameters exactly the gradient of the sum over microbatches of `along(slope, their sums)`.
+    The sums are linear in the microbatches. By the chain rule any function of the sums therefore
+    has exactly the parameter gradient of the sum over microbatches of `along(slope, their sums)`.
     """
     fields = {name: x for name, x in vars(stats).items() if x is not None}
     sums = {name: x for name, x in fields.items() if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -98,7 +98,7 @@ def slope(function: Callable, stats: RouterStats) -> tuple[Any, dict[str, jax.Ar
 
 
 def along(slope: dict[str, jax.Array], stats: RouterStats) -> jax.Array:
-    """The inner product of a slope, held constant, and statistics."""
+    """The inner product of a slope, treated as constant, with statistics."""
     products = (jnp.vdot(jax.lax.stop_gradient(x), getattr(stats, n)) for n, x in slope.items())
     return sum(products, jnp.zeros(()))
 
@@ -106,7 +106,7 @@ def along(slope: dict[str, jax.Array], stats: RouterStats) -> jax.Array:
 def load_balancing(
     stats: RouterStats, *, num_experts_per_tok: int, scope: str, divide_by_k: bool, form: str
 ) -> jax.Array:
-    """A measure of uneven use of experts, [L, groups], or [1, groups] of all layers together.
+    """A measure of load imbalance: [L, groups], or [1, groups] for all layers together.
 
     With f_e the assignments of expert e per token (so sum f = k) and P_e its mean probability:
 
@@ -115,11 +115,11 @@ def load_balancing(
     "squared": sum_e (1/E - P_e)^2 (Wei et al., Skywork-MoE, arXiv 2406.06563), 0 at uniform P.
 
     Args:
-      stats: sums of each layer and group of tokens.
-      scope: "layer" takes the loss layer by layer; "all_layers" averages f and P over the layers
-        first (Hugging Face's Mixtral, Drop-Upcycling), which a model with every layer collapsed
-        onto other experts also satisfies.
-      divide_by_k: True as in megablocks (OLMoE), False as in Hugging Face; for "switch" only.
+      stats: sums for each layer and group of tokens.
+      scope: "layer" computes the loss for each layer; "all_layers" first averages f and P over the
+        layers (Hugging Face's Mixtral, Drop-Upcycling), a loss that also has its balanced value if
+        every layer has collapsed, each onto other experts.
+      divide_by_k: True as in megablocks (OLMoE), False as in Hugging Face; only used by "switch".
     """
     tokens_LG1 = jnp.maximum(stats.num_tokens, 1)[..., None]
     f_LGE, P_LGE = (x / tokens_LG1 for x in (stats.tokens_per_expert_E, stats.probability_sum_E))
@@ -140,9 +140,9 @@ def router_z(stats: RouterStats, *_) -> jax.Array:
 def importance(stats: RouterStats, *_) -> jax.Array:
     """CV^2(importance) + CV^2(load) over experts (Shazeer et al., arXiv 1701.06538, §4 and A).
 
-    Importance is the sum of an expert's weights, load how often it is chosen, smoothly where the
-    router has noise. CV^2 = unbiased variance / (mean^2 + 1e-10), as in LLaMA-MoE (Zhu et al.,
-    arXiv 2406.16554); it is 0 for a single expert.
+    Importance is the sum of an expert's weights. Load is its number of assignments or, for a noisy
+    router, their differentiable estimate. CV^2 = unbiased variance / (mean^2 + 1e-10), as in
+    LLaMA-MoE (Zhu et al., arXiv 2406.16554); it is 0 for a single expert.
     """
     if stats.weight_sum_E.shape[-1] == 1:
         return jnp.zeros(stats.num_tokens.shape)
@@ -156,8 +156,9 @@ def _cv_squared(x_LGE):
 def mutual_information(stats: RouterStats, *_) -> jax.Array:
     """H(mean over tokens of p) - mean over tokens of H(p), in nats (Pan et al., arXiv 2404.05567).
 
-    The mutual information of token and expert is 0 where all tokens have the same probabilities,
-    and log E where each has one expert and all experts have as many. Training makes it large.
+    The mutual information between token and expert is 0 if all tokens have the same probabilities,
+    and log E if each token is certain of one expert and all experts have equally many. Training
+    maximises it.
     """
     tokens_LG = jnp.maximum(stats.num_tokens, 1)
     P_LGE = stats.probability_sum_E / tokens_LG[..., None]
@@ -166,7 +167,7 @@ def mutual_information(stats: RouterStats, *_) -> jax.Array:
 
 
 def pooled(stats: RouterStats) -> RouterStats:
-    """All batch shards as one group of tokens."""
+    """The statistics of all batch shards, summed into one group of tokens."""
     return jax.tree.map(lambda x: x.sum(axis=1, keepdims=True), stats)
 
 
@@ -175,8 +176,8 @@ def adapted(
 ) -> tuple[dict, RouterState]:
     """alpha <- beta alpha + (1 - beta) min(rate · d, maximum) for each layer's drop rate d.
 
-    Wei et al., Skywork-MoE, arXiv 2406.06563, whose rate (their xi) is 1/5, maximum 0.01 and beta
-    0.99. Where dispatch drops nothing d is the rate at which it would have.
+    Wei et al., Skywork-MoE, arXiv 2406.06563, use a rate (their xi) of 1/5, a maximum of 0.01 and a
+    beta of 0.99. With dropless dispatch, d is the rate that a capacity would have given.
     """
     if state.coefficients_L is None or measures.router is None:
         return params, state
@@ -195,9 +196,9 @@ def with_updated_biases(
 ) -> tuple[dict, RouterState]:
     """Parameters with bias += rate · sign(mean load - load) in every router that has one.
 
-    Wang et al., arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, §2.1.2. The biases
-    of a layer are then brought to a mean of zero, which changes no choice and keeps them from
-    drifting off. A bias whose path matches `optimizer.frozen` keeps its value.
+    Wang et al., arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv 2412.19437, §2.1.2. The mean of a
+    layer's biases is then subtracted, which changes no choice and keeps them from drifting. A bias
+    whose path matches `optimizer.frozen` keeps its value.
     """
     rate, frozen = run.balance.bias_update_rate, run.optimizer.frozen
     if not rate or measures.router is None:
@@ -222,18 +223,19 @@ def with_updated_biases(
 class Rule:
     """One way to balance experts.
 
-    coefficient: its key in `config.balance`; 0 turns the rule off.
-    loss: a function of (statistics [L, G, ...], config.balance, num_experts_per_tok) that gives
-      [L, G]; None where the rule is outside of the gradient.
-    update: changes parameters and RouterState after a step, as `updated` does; None for a loss.
+    coefficient: the key of its coefficient in `config.balance`; 0 turns the rule off.
+    loss: (statistics [L, G, ...], config.balance, num_experts_per_tok) -> [L, G]; None for a rule
+      outside the gradient.
+    update: changes parameters and RouterState after a step, like `updated`; None for a rule that
+      is only a loss.
     """
 
     coefficient: str
     loss: Callable[[RouterStats, configs.Balance, int], jax.Array] | None = None
     update: Callable[..., tuple[dict, RouterState]] | None = None
     sign: int = 1
-    per_token: bool = False  # a mean over tokens: groups count by their tokens, else alike
-    always: bool = False  # reported with a coefficient of 0 too
+    per_token: bool = False  # a mean over tokens, so groups are weighted by their tokens
+    always: bool = False  # reported even with a coefficient of 0
 
 
 # Rules by the names of their terms in metrics.jsonl.

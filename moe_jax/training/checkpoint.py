@@ -1,7 +1,8 @@
-"""Checkpoints that verify: Orbax files, and a digest of every leaf to compare them with.
+"""Checkpoints with verification: Orbax files, and a digest of every leaf to check them against.
 
-Orbax notices missing and truncated files, but not flipped bits, and takes any folder with a number
-for a checkpoint. Here the newest is the newest whose leaves have the digests they were saved with.
+Orbax notices missing and truncated files, but not flipped bits, and takes any folder named by a
+number for a checkpoint. Here a checkpoint counts only if its leaves match the digests saved with
+them.
 """
 
 import dataclasses
@@ -29,11 +30,11 @@ class Restored:
 
 
 class Mismatch(ValueError):
-    """The checkpoint is sound, but its state is not the one that is asked for."""
+    """The checkpoint is intact, but its state is not the one requested."""
 
 
 class NoneVerifies(ValueError):
-    """There are checkpoints, and none of them can be trusted."""
+    """There are checkpoints, but none of them verifies."""
 
 
 def save(
@@ -46,12 +47,12 @@ def save(
     keep: int,
     sound: frozenset[int] = frozenset(),
 ) -> frozenset[int]:
-    """Writes <directory>/<step> (a temporary folder, then renamed), then deletes older checkpoints.
+    """Writes <directory>/<step> atomically, then deletes older checkpoints.
 
-    Each of several processes writes its parts of the leaves into the same `directory`. `sound` are
-    the steps that are known to verify. The newest `keep` of these and the new one are returned;
-    when there are so many, older checkpoints are deleted. A folder that is not what its name says
-    is never deleted, and one in the place of the new checkpoint is renamed.
+    With several processes, each writes its parts of the leaves into the same `directory`. `sound`
+    are the steps known to verify. Returns the newest `keep` of these and the new step; once there
+    are that many, older checkpoints are deleted. A folder that is not a checkpoint of the step in
+    its name is never deleted; if one is in the new checkpoint's place, it is renamed.
     """
     leaves = tree.flatten(state)
     meta = {
@@ -64,7 +65,7 @@ def save(
     if distributed.is_first() and os.path.lexists(folder):
         aside = files.set_aside(folder, "unverified")
         distributed.say(f"{folder} was there and had not been read: it is renamed to {aside.name}")
-    distributed.of_first(None)  # the others wait for the place to be free
+    distributed.of_first(None)  # the others wait until the path is free
     ocp.save_checkpointables(folder, {"state": leaves, "meta": meta})
     kept = frozenset(sorted(sound | {step})[-keep:])
     if distributed.is_first() and len(kept) == keep:
@@ -75,29 +76,29 @@ def save(
 
 
 def steps(directory: pathlib.Path) -> list[int]:
-    """The steps that have a folder, oldest first, which need not verify."""
+    """The steps that have a folder, oldest first; their checkpoints may fail verification."""
     folders = (p for p in directory.glob("*") if p.is_dir() and not p.is_symlink())
     return sorted(int(p.name) for p in folders if re.fullmatch("0|[1-9][0-9]*", p.name, re.ASCII))
 
 
 def newest_data(directory: pathlib.Path) -> dict:
-    """The `data` of the newest checkpoint that is of its name, unverified; {} without one."""
+    """The `data` of the newest checkpoint whose step matches its name, unverified; {} if none."""
     found = (directory / str(step) for step in reversed(steps(directory)))
     return next((_meta(folder)["data"] for folder in found if _is_of_its_name(folder)), {})
 
 
 def remove_unfinished(directory: pathlib.Path) -> None:
-    """Removes the temporary folders that a run left which was killed while it saved."""
+    """Removes the temporary folders left by a run that was killed while saving."""
     for path in directory.glob("*.orbax-checkpoint-tmp*"):
         if re.fullmatch(r"[0-9]+\.orbax-checkpoint-tmp.*", path.name) and not path.is_symlink():
             shutil.rmtree(path)
 
 
 def _is_of_its_name(folder: pathlib.Path) -> bool:
-    """True for a checkpoint of the step that its folder is named after."""
+    """True if the folder is a checkpoint of the step in its name."""
     try:
         return _meta(folder)["data"]["step"] == int(folder.name)
-    except Exception:  # Orbax and TensorStore raise what they like on damage
+    except Exception:  # damaged files make Orbax and TensorStore raise any type
         return False
 
 
@@ -112,9 +113,9 @@ def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
 
     Args:
       abstract_state: `jax.ShapeDtypeStruct`s with the shardings to restore to, which may differ
-        from those that it was saved with.
+        from the shardings at saving.
 
-    Raises: Mismatch when it holds other leaves than `abstract_state`, NoneVerifies.
+    Raises: Mismatch if the checkpoint's leaves are not those of `abstract_state`; NoneVerifies.
     """
     abstract = tree.flatten(abstract_state)
     found = _newest(directory, abstract)
@@ -131,9 +132,9 @@ def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -
     """The parts in `abstract`, such as {"params": …}, of the newest checkpoint that verifies.
 
     Args:
-      own_dtypes: leaves may have, and keep, another dtype than in `abstract`.
+      own_dtypes: leaves may have, and keep, a dtype other than in `abstract`.
 
-    Raises: FileNotFoundError when there is none; ValueError when the model is another.
+    Raises: FileNotFoundError if there is no such checkpoint; ValueError if it is of another model.
     """
     found = _newest(directory, tree.flatten(abstract), own_dtypes)
     if found is None:
@@ -142,10 +143,10 @@ def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -
 
 
 def digests(leaves: dict[str, jax.Array]) -> dict[str, int]:
-    """A 32-bit hash of each leaf's bits, computed where the leaf lies.
+    """A 32-bit hash of each leaf's bits, computed on the devices that hold the leaf.
 
-    It sums a hash of value and position over the elements, so it is the same for any sharding, and
-    any one bit changes it. It is no defence against a forger.
+    It sums a hash of value and position over the elements, so it does not depend on the sharding,
+    and flipping any single bit changes it. It does not protect against deliberate tampering.
     """
     return {path: int(x) for path, x in jax.device_get(_digests(leaves)).items()}
 
@@ -155,7 +156,7 @@ def _digest(x: jax.Array) -> jax.Array:
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    # Axis by axis, for a flat position overflows 32 bits in a leaf of more than 4 G elements.
+    # Axis by axis, because a flat index overflows 32 bits in a leaf of more than 4 G elements.
     position = jnp.full(x.shape, name)
     for axis in range(x.ndim):
         position = _mix(position + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis))
@@ -166,7 +167,7 @@ _digests = jax.jit(lambda leaves: jax.tree.map(_digest, leaves))
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """MurmurHash3's finaliser: a bijection of 32 bits in which every bit moves every other."""
+    """MurmurHash3's finaliser: a bijection on 32 bits in which each bit affects all others."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
@@ -177,7 +178,7 @@ def _newest(
 ) -> tuple[int, dict, dict] | None:
     """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify.
 
-    All processes take the same one: if one of them cannot read a checkpoint, none takes it.
+    All processes restore the same one: if any of them cannot read a checkpoint, none uses it.
     """
     found, reason = distributed.of_first(steps(directory)), ""
     for step in reversed(found):
@@ -190,7 +191,7 @@ def _newest(
             return step, leaves, meta
         except Mismatch:
             raise
-        except Exception as error:  # Orbax and TensorStore raise what they like on damage
+        except Exception as error:  # damaged files make Orbax and TensorStore raise any type
             reason = " ".join(str(error).split())[:300]
             logging.warning("checkpoint %s does not verify: %s", directory / str(step), reason)
     if found:
@@ -234,7 +235,7 @@ def _check_links(folder: pathlib.Path) -> None:
 
 
 def _reading() -> ocp.Context:
-    """Each process reads its own parts alone, and waits for no other that fails."""
+    """A context in which each process reads its own parts and never waits for one that failed."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     if distributed.process_count() > 1:

@@ -1,4 +1,4 @@
-"""Learning from a teacher's logits."""
+"""Distillation from a teacher's logits."""
 
 import functools
 
@@ -18,11 +18,11 @@ def distillation_loss(
     *,
     temperature: float,
 ) -> jax.Array:
-    """T^2 · KL(teacher || student), logits divided by T, summed over tokens times their weight.
+    """T^2 · KL(teacher || student) with logits divided by T, as a weighted sum over tokens.
 
-    Hinton et al., arXiv 1503.02531. It takes the final norms' outputs, makes the logits of some
-    tokens at a time and makes them again for the gradient; as in `cross_entropy` each device has
-    its own rows.
+    Hinton et al., arXiv 1503.02531. The inputs are the outputs of the final norms: logits are
+    computed for some tokens at a time, and recomputed for the gradient. As in `cross_entropy`, each
+    device has its own rows.
     """
     local = functools.partial(_divergence, temperature=temperature)
     arrays = (x_BTD, unembed_DV, teacher_x_BTC, teacher_unembed_CV, weight_BT)
@@ -40,7 +40,7 @@ def distillation_loss(
         on_device,
         in_specs=(sharding.BATCH, spec, sharding.BATCH, spec, sharding.BATCH),
         out_specs=sharding.BATCH,
-        check_vma=False,  # the tensor axis computes the same on all its devices
+        check_vma=False,  # all devices along the tensor axis compute the same
     )(*arrays).sum()
 
 

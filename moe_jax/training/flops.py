@@ -1,7 +1,8 @@
 """Two counts of floating-point operations, never mixed.
 
-`model_flops`, the operations that the model needs, is the numerator of MFU. `analytic_flops`, those
-that the compiled step should execute, is compared with the products that it does execute.
+`model_flops` counts the operations that the model needs; it is the numerator of MFU.
+`analytic_flops` counts the operations that the compiled step should execute; it is compared with
+the matrix products that the step does execute.
 """
 
 import collections
@@ -15,12 +16,12 @@ from moe_jax.model.router import ROUTERS
 from moe_jax.ops import attention
 from moe_jax.parallel import chips
 
-# Dense bfloat16 matrix-product peak of one device, FLOP/s, from the vendors' data sheets.
+# Peak FLOP/s of one device for dense bfloat16 matrix products, from the vendors' data sheets.
 PEAK_FLOPS = {chip.device_kind: chip.flops for chip in chips.CHIPS.values()}
 
 
 def _products(config: ModelConfig) -> dict[str, float]:
-    """Multiply-adds of one token's forward pass, by kind, over all layers; without attention."""
+    """Multiply-adds of one token's forward pass by kind, over all layers, excluding attention."""
     D, H = config.hidden_size, config.head_size
     N, K = config.num_attention_heads, config.num_kv_heads
     sparse = config.layer_kinds.count(MOE)
@@ -29,7 +30,7 @@ def _products(config: ModelConfig) -> dict[str, float]:
     row, E = ROUTERS[config.router], config.num_experts
     routers = sparse * E * (D * row.products + E * row.inner_products)
     per_token: float = config.active_experts
-    if config.dispatch == "merge":  # the merging itself, shared by a segment's tokens
+    if config.dispatch == "merge":  # the cost of merging, divided among a segment's tokens
         per_token += config.num_experts / config.merge_segment_length
     shared = config.shared_expert_intermediate_size or 0
     neurons: float = dense * config.intermediate_size
@@ -44,12 +45,12 @@ def _products(config: ModelConfig) -> dict[str, float]:
 
 
 def _heads(config: ModelConfig) -> int:
-    """Multiply-adds of one product of queries and one position, in one layer."""
+    """Multiply-adds per layer for all heads' queries of one token times one position's keys."""
     return config.num_attention_heads * config.head_size * (config.num_attention_experts or 1)
 
 
 def _windows(config: ModelConfig) -> dict[int | None, int]:
-    """Layers by their attention's window."""
+    """The number of layers with each attention window."""
     return collections.Counter(kind.window for kind in config.block_kinds)
 
 
@@ -62,8 +63,8 @@ def model_flops(config: ModelConfig, sequence_length: int) -> float:
     return 6 * (sum(_products(config).values()) + 2 * _heads(config) * (pairs / T))
 
 
-# The products that each remat policy computes again, beside elementwise work; never the down
-# projection, whose result no gradient needs.
+# The matrix products that each remat policy recomputes, besides elementwise operations. The down
+# projection is never recomputed, because no gradient needs its result.
 AGAIN = {
     "none": (),
     "full": ("projections", "attention", "router", "gate_up"),
@@ -76,8 +77,8 @@ AGAIN |= {"offload_experts": AGAIN["save_experts"], "offload_dots": AGAIN["save_
 def analytic_flops(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs per trained token that the compiled step should execute in matrix products.
 
-    Attention counts the positions that its implementation on the mesh's platform visits, and the
-    products that it makes of them.
+    For attention it counts the positions that the implementation on the mesh's platform visits, and
+    the products that it computes with them.
     """
     products, T = _products(config), sequence_length
     forward = backward = saved = 0.0
@@ -95,7 +96,7 @@ def analytic_flops(config: ModelConfig, sequence_length: int) -> float:
 
 
 def peak_flops(device: jax.Device) -> float:
-    """The device's peak: from the table, else the speed of a matrix product here and now."""
+    """The device's peak FLOP/s: from the table, or else measured with a matrix product."""
     for kind, peak in PEAK_FLOPS.items():
         if device.device_kind.startswith(kind):
             return peak

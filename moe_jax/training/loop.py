@@ -21,18 +21,18 @@ from moe_jax.training.state import Measures, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The functions that the loop calls, behind which are files, meshes and the model, and the
-    constants of its rows."""
+    """The functions that the loop calls, which hide files, meshes and the model, and the constants
+    that it needs for its rows."""
 
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Measures]]
     evaluators: Mapping[str, Scheduled]
-    save: Callable[[int, TrainState, int], None]  # and the number of steps skipped so far
-    write: Callable[[dict], None]  # a row of metrics.jsonl
+    save: Callable[[int, TrainState, int], None]  # (step, state, number of steps skipped so far)
+    write: Callable[[dict], None]  # writes a row of metrics.jsonl
     tokens_per_step: int
     model_flops_per_token: float
     analytic_flops_per_token: float
     peak_flops: float  # of all devices together, in FLOP/s
-    largest: Callable[[int], int]  # over all processes: parallel.distributed.Largest
+    largest: Callable[[int], int]  # the maximum over all processes: parallel.distributed.Largest
 
 
 def run(
@@ -45,20 +45,20 @@ def run(
 ) -> tuple[TrainState, dict]:
     """Trains to `training.num_steps`; returns the evaluators' last results too.
 
-    The first `start` steps are done, `skipped` of them without an update.
+    The first `start` steps are already done; `skipped` of them made no update.
 
-    At one step the order is checkpoint, evaluators, train step: a run restored at that step goes on
-    with the evaluators and writes the same rows. A signal to one process stops all, at the same
-    step.
+    Within a step the order is checkpoint, evaluators, train step: a run restored at that step
+    continues with the evaluators and writes the same rows. A signal to one process stops all
+    processes at the same step.
 
-    Raises: SystemExit 75 after SIGTERM, SIGHUP or Ctrl-C (a checkpoint is saved first, and an
-      evaluation that runs is given up), 3 when too many steps in a row were not finite, or the
+    Raises: SystemExit 75 after SIGTERM, SIGHUP or Ctrl-C (a running evaluation is abandoned, and a
+      checkpoint is saved first), or 3 if too many consecutive steps were not finite or the
       parameters are not.
     """
     last = settings.training.num_steps
     log = _TrainingLog(settings, parts, start, skipped)
     results: dict = {}
-    silent = None if distributed.is_first() else True  # None is silent without a terminal
+    silent = None if distributed.is_first() else True  # None: silent only without a terminal
     progress = tqdm.tqdm(total=last, initial=start, unit="step", disable=silent, dynamic_ncols=True)
     stop = _Stop()
     with stopping.requests(stop), progress as bar:
@@ -85,7 +85,7 @@ def run(
                         parts.write({"step": step, "tokens": tokens, **found.row})
                     results |= found.result
             if step < last:
-                # An implicit transfer would make the host wait for the device, or the reverse.
+                # An implicit transfer would make the host wait for the device, or vice versa.
                 with jax.transfer_guard("disallow"):
                     state, step_measures = parts.train_step(state, next(batches))
                 log.flush()
@@ -96,9 +96,10 @@ def run(
 
 
 class _TrainingLog:
-    """Holds the metrics of the step that runs and writes those of the step before it.
+    """Holds the metrics of the running step and writes the metrics of the step before it.
 
-    To read a metric is to wait for its step; one step late, the device never waits for the reader.
+    Reading a metric waits for its step. Because it is read one step late, the device never waits
+    for the host.
     """
 
     def __init__(self, settings: configs.Run, parts: Parts, start: int, skipped: int):
@@ -178,11 +179,11 @@ class _TrainingLog:
 
 
 class _Stopped(BaseException):
-    """Ends an evaluation; no library takes it for an error of its own."""
+    """Abandons an evaluation; it is no Exception, so that no library catches it."""
 
 
 class _Stop:
-    """The request of a signal to stop, which the loop sees between steps."""
+    """A signal's request to stop, which the loop polls between steps."""
 
     number = 0  # of the signal
 
@@ -196,7 +197,7 @@ class _Stop:
 
     @contextlib.contextmanager
     def at_once(self):
-        """A signal in the block raises _Stopped, where no other process waits for the block."""
+        """A signal in the block raises _Stopped, unless other processes would wait for this one."""
         self._at_once = distributed.process_count() == 1
         try:
             if self.number and self._at_once:

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard."""
+"""Writes a run's metrics to metrics.jsonl and TensorBoard, and reads them back."""
 
 import contextlib
 import json
@@ -20,10 +20,10 @@ def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dic
     """A function that appends a row to <workdir>/metrics.jsonl and its scalars to TensorBoard.
 
     A row has `step`; its values are numbers, arrays, text, or dicts of these. Numbers that are not
-    finite become null, for JSON has no others. In processes beside the first the function does
-    nothing. At first the rows that the run will write again are removed: after a restart from a
-    checkpoint at `resume_step` those of later steps, and the evaluators' of that step itself. A
-    file with a line that is damaged is kept under another name, and its other lines go on.
+    finite become null, because JSON cannot express them. In all processes but the first the
+    function does nothing. Before it returns, rows that the run will write again are removed: those
+    of steps after the checkpoint at `resume_step`, and the evaluators' rows of that step itself. A
+    file with a damaged line is kept under another name, and its other lines are used.
     """
     if not distributed.is_first():
         yield lambda row: None
@@ -47,16 +47,16 @@ def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dic
                 for name, value in _scalars(values):
                     board.add_scalar(name, value, row["step"])
                 board.flush()
-            except OSError as error:  # metrics.jsonl has the same numbers: not worth a run
+            except OSError as error:  # not worth ending a run: metrics.jsonl has the same numbers
                 print(f"TensorBoard: {error}", file=sys.stderr)
 
         yield write
 
 
 def read(path: pathlib.Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a kill cut off is left out.
+    """The rows of a metrics.jsonl, without an incomplete last line from a killed run.
 
-    Raises: ValueError for a line that is damaged.
+    Raises: ValueError for a damaged line.
     """
     rows, damaged = _rows(path)
     if damaged:
@@ -65,11 +65,11 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def _rows(path: pathlib.Path) -> tuple[list[dict], list[str]]:
-    """The rows, and the complaints of lines that are none."""
+    """The rows, and a message for each line that is not a row."""
     if not path.exists():
         return [], []
     rows, damaged = [], []
-    # `splitlines` would also cut at the line ends of Unicode, which a JSON text may hold.
+    # `splitlines` would also split at Unicode line separators, which JSON text may contain.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             row = json.loads(line.decode())
@@ -90,7 +90,7 @@ def _line(row: dict) -> str:
 
 
 def plain(value):
-    """The value as JSON can hold it: numbers that are not finite become None."""
+    """The value in a form that JSON can hold: numbers that are not finite become None."""
     if isinstance(value, dict):
         return {name: plain(v) for name, v in value.items()}
     if isinstance(value, str):
@@ -99,7 +99,7 @@ def plain(value):
         return [plain(v) for v in value]
     value = np.asarray(value)
     if np.issubdtype(value.dtype, np.floating):
-        # The shortest text that reads back as the same float32 or float64.
+        # `str` gives the shortest text that reads back as the same float32 or float64.
         number = float(str(value))
         return number if math.isfinite(number) else None
     return value.item()

@@ -1,7 +1,8 @@
-"""One table of objectives, each a function of parameters and a microbatch to minimise.
+"""One table of training objectives.
 
-The step makes an objective anew for each batch, from a `Context`, and differentiates and sums the
-function that it returns, (params, microbatch, key) -> (loss, Measures).
+For each batch the step builds the objective's loss function from a `Context`:
+(params, microbatch, key) -> (loss, Measures). It differentiates this function and sums over the
+microbatches.
 """
 
 import dataclasses
@@ -26,9 +27,9 @@ Loss = Callable[[dict, Batch, jax.Array | None], tuple[jax.Array, Measures]]
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """All that a step knows before its first microbatch.
+    """Everything that a step knows before its first microbatch.
 
-    frozen: for each frozen model its config and parameters, which have no gradient.
+    frozen: the config and the parameters, which have no gradient, of each frozen model.
     over_microbatches: sums a function of (microbatch, key) over the microbatches of the batch.
     """
 
@@ -42,10 +43,10 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """`make` gives the loss of a batch's microbatches, which add up to the loss of the batch.
+    """`make` returns the loss of one microbatch; these losses add up to the loss of the batch.
 
-    `frozen_models` names the models that it needs beside the one that is trained, each with the
-    run's workdir or Hugging Face folder to load it from.
+    `frozen_models` names the models needed besides the trained one, each with the run's workdir or
+    Hugging Face folder to load it from.
     """
 
     make: Callable[[Context], Loss]
@@ -53,7 +54,7 @@ class Objective:
 
 
 def next_token(context: Context) -> Loss:
-    """Cross-entropy of the next token in nats, with router losses and a teacher's as terms."""
+    """Next-token cross-entropy in nats, plus the auxiliary losses and a distillation loss."""
     run, batch = context.run, context.batch
     num_tokens = jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1)
     router_losses: Callable = functools.partial(
@@ -64,7 +65,7 @@ def next_token(context: Context) -> Loss:
         accumulation_steps=run.training.accumulation_steps,
         coefficients_L=context.router_state.coefficients_L,
     )
-    # Nothing is chosen between experts that are merged, so nothing can be out of balance.
+    # Merged experts are not chosen between, so their load cannot be unbalanced.
     chosen = run.model.num_experts > 0 and run.model.dispatch != "merge"
     several = run.training.accumulation_steps > 1
     if several and run.balance.load_balancing_over == "window" and chosen:
@@ -124,9 +125,9 @@ def hidden_states(params: dict, batch: Batch, key: jax.Array | None, config: mod
 
 
 def _over_window(context: Context, router_losses: Callable) -> Callable:
-    """Router losses of one microbatch whose gradient is that of the whole accumulation window.
+    """Auxiliary losses per microbatch whose gradients add up to that of the accumulation window.
 
-    They cost another forward pass, which sums the statistics of all microbatches.
+    They cost a second forward pass, which sums the statistics of all microbatches.
     """
     run = context.run
     stats = context.over_microbatches(

@@ -1,4 +1,4 @@
-"""AdamW with the schedules of the papers, rules for each parameter's path, and OMoE, by optax."""
+"""AdamW in optax, with the papers' schedules, rules per parameter path, and OMoE."""
 
 import functools
 import re
@@ -13,12 +13,12 @@ from moe_jax.config.sections import Optimizer
 
 
 def schedule(optimizer: Optimizer, num_steps: int) -> optax.Schedule:
-    """Linear warmup, then "cosine" to the final rate, or "wsd": constant and a linear decay.
+    """Linear warmup, then "cosine" to the final rate, or "wsd": constant, then a linear decay.
 
-    It counts the updates of a run from its own beginning, so an upcycled model whose parent had
-    ended at a low rate is warmed up to the peak again. A step whose loss or gradient is not finite
-    is skipped: it makes no update and does not move the schedule, which therefore ends as many
-    updates short of its last rate.
+    It counts the updates of this run only, so an upcycled model whose parent ended at a low rate is
+    warmed up to the peak again. A step whose loss or gradient is not finite is skipped: it makes no
+    update and does not advance the schedule, which therefore ends short of its final rate by as
+    many updates.
     """
     peak = optimizer.learning_rate
     final = peak * optimizer.final_learning_rate_ratio
@@ -31,7 +31,7 @@ def schedule(optimizer: Optimizer, num_steps: int) -> optax.Schedule:
         shape = optax.join_schedules(
             [optax.constant_schedule(peak), decay], [after_warmup - optimizer.decay_steps]
         )
-    # By default the warmup starts from one step's worth of the peak: no step has a rate of zero.
+    # By default the warmup starts at peak / warmup_steps, so that no step has a rate of zero.
     first = peak * optimizer.initial_learning_rate_ratio or peak / max(optimizer.warmup_steps, 1)
     warmup = optax.linear_schedule(first, peak, max(optimizer.warmup_steps - 1, 1))
     return optax.join_schedules([warmup, shape], [optimizer.warmup_steps])
@@ -40,7 +40,7 @@ def schedule(optimizer: Optimizer, num_steps: int) -> optax.Schedule:
 def learning_rate(
     optimizer: Optimizer, num_steps: int, opt_state: optax.OptState
 ) -> jax.Array | float:
-    """The rate of the next update after those that made this state of `adamw`."""
+    """The learning rate of the next update, given the state of `adamw`."""
 
     def counts_updates(node) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
@@ -50,15 +50,16 @@ def learning_rate(
 
 
 def adamw(optimizer: Optimizer, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW, with the factors of the config's rules for each path.
+    """Clips by global norm, then AdamW, with the factors that the config's rules give each path.
 
     A rule is (regular expression of parameter paths, factor); the first that matches decides, and
-    the factor is 1 where none does. Gradients are multiplied before they are clipped (Artetxe et
-    al., arXiv 2112.10684, divide those of experts by the square root of the number of devices that
-    share them out), weight decay in AdamW, and the learning rate after it, weight decay included.
-    Paths of `no_weight_decay` do not decay. Nor does a router's bias on the choice of experts,
-    which no gradient reaches and `training/balance.py` updates. `frozen` paths are not updated,
-    have no moments and do not count in the norm (MoE-CT, arXiv 2407.00875, trains experts alone).
+    the factor is 1 if none does. Gradient factors apply before clipping (Artetxe et al., arXiv
+    2112.10684, divide the experts' gradients by the square root of the number of devices that the
+    experts are sharded over), weight-decay factors inside AdamW, and learning-rate factors after
+    it, weight decay included. Paths of `no_weight_decay` do not decay. Nor does a router's
+    selection bias, which gets no gradient and is updated by `training/balance.py`. `frozen` paths
+    are not updated, have no moments and do not count in the norm (MoE-CT, arXiv 2407.00875, trains
+    only the experts).
     """
     undecayed = ((optimizer.no_weight_decay or NOTHING, 0.0), (r"moe/router/bias$", 0.0))
     gradient = optax.chain(
@@ -90,7 +91,7 @@ Rules = Iterable[tuple[str, float]]
 
 
 def check_paths(optimizer: Optimizer, params: dict) -> None:
-    """Raises: ValueError for a pattern of the config that no path of `params` matches."""
+    """Raises: ValueError for a pattern of the config that matches no path of `params`."""
     names = list(tree.flatten(params))
     patterns = [(key, pattern) for key in FACTORS for pattern, _ in getattr(optimizer, key)]
     single = ((key, getattr(optimizer, key)) for key in ("frozen", "no_weight_decay"))
@@ -106,7 +107,7 @@ def check_paths(optimizer: Optimizer, params: dict) -> None:
 
 
 def without_gradient(params: dict, frozen: str) -> dict:
-    """The parameters, of which those with `frozen` paths are constants to the gradient."""
+    """The parameters, with those on `frozen` paths treated as constants by the gradient."""
     if not frozen:
         return params
     return tree.map_with_name(
@@ -128,7 +129,7 @@ def orthogonal_experts(every: int) -> optax.GradientTransformation:
     def part(name, update, weight):
         if "moe/experts/" not in name:
             return update
-        # Layer by layer: the differences of one are in float32, and twice as many as its experts.
+        # Layer by layer, to save memory: a layer's differences are 2E vectors in float32.
         return jax.lax.map(lambda layer: orthogonal_part(*layer), (update, weight))
 
     def project(updates, params):
@@ -149,11 +150,12 @@ def orthogonal_experts(every: int) -> optax.GradientTransformation:
 def orthogonal_part(update: jax.Array, weight: jax.Array) -> jax.Array:
     """Each expert's update less its projection onto the span of the other experts' weights.
 
-    Both are [E, ...]. The projection is V^T (V V^T)^+ V u with a basis V of that span: differences
-    of near experts, of length one. Upcycled experts are alike at first, all of them or the copies
-    of each parent or shard. A Gram matrix of the weights themselves would lose in its rounding the
-    small differences that training makes, the very directions to stay orthogonal to. The inverse is
-    a pseudo-inverse, for exact copies have no difference.
+    Both are [E, ...]. The projection is V^T (V V^T)^+ V u, where the rows of V span that space:
+    they are differences between similar experts, scaled to length one. After upcycling, experts
+    are nearly equal: all of them, or the copies of each parent or shard. A Gram matrix of the
+    weights themselves would lose to rounding the small differences that training makes, which are
+    the very directions to stay orthogonal to. It is a pseudo-inverse because exact copies have a
+    difference of zero.
     """
     E = weight.shape[0]
     u_EN, w_EN = (x.reshape(E, -1).astype(jnp.float32) for x in (update, weight))
@@ -166,7 +168,7 @@ def orthogonal_part(update: jax.Array, weight: jax.Array) -> jax.Array:
     gram_EEE *= is_other_EE[:, :, None] * is_other_EE[:, None]
     product_EE = jnp.take_along_axis(product_EV, row_EE, axis=1) * is_other_EE
     value_EE, vector_EEE = jnp.linalg.eigh(gram_EEE)
-    # A direction with a smaller eigenvalue is rounding of the Gram matrix.
+    # Directions with smaller eigenvalues are rounding errors of the Gram matrix.
     kept_EE = value_EE > E * jnp.finfo(jnp.float32).eps * value_EE[:, -1:]
     inverse_EE = kept_EE / jnp.where(kept_EE, value_EE, 1)
     along_EE = jnp.einsum("ekj,ek->ej", vector_EEE, product_EE, precision="highest")
@@ -176,11 +178,12 @@ def orthogonal_part(update: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _differences(w_EN: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Vectors [2E, N], and for each expert those [E, E] that have the span of the other experts.
+    """Vectors [2E, N], and for each expert the indices [E, E] of those that span the other experts.
 
-    An expert's vector is its difference from the nearest expert before it, which has no rounding
-    where the two are alike; its second vector, in the place of the first where the nearest is the
-    expert that is left out, is that from the second nearest. Where there is none it is the weights.
+    An expert's first vector is its difference from the nearest expert before it, which has no
+    rounding error if the two are similar. Its second vector is the difference from the second
+    nearest one before it, and replaces the first when the nearest is the expert left out. If there
+    is no such expert, the vector is the expert's weights.
     """
     E = len(w_EN)
     apart_EN = w_EN - jnp.mean(w_EN, axis=0)
@@ -201,11 +204,11 @@ def _differences(w_EN: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _clipped(most: float) -> optax.GradientTransformation:
-    """Scales all gradients together so that their norm is at most `most`.
+    """Scales all gradients so that their global norm is at most `most`.
 
-    It is `optax.clip_by_global_norm` with one factor that is multiplied where gradients are used.
-    The quotients of optax are arrays of their own: the update of 25 million parameters on a CPU
-    takes 112 ms with them, 72 without.
+    Unlike `optax.clip_by_global_norm` it computes one factor, whose product with the gradients XLA
+    fuses into their use. Optax's quotients are separate arrays: the update of 25 million parameters
+    on a CPU takes 112 ms with them, 72 ms without.
     """
 
     def clip(updates, _):

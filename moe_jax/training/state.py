@@ -8,9 +8,9 @@ from flax import struct
 
 @struct.dataclass
 class RouterState:
-    """The memory of balance rules from step to step; it has no leaves where they need none."""
+    """What the balance rules remember between steps; it has no leaves if they need none."""
 
-    coefficients_L: jax.Array | None = None  # of the load-balancing loss, for each sparse layer
+    coefficients_L: jax.Array | None = None  # load-balancing coefficients of the sparse layers
 
 
 @struct.dataclass
@@ -34,23 +34,23 @@ class TrainState:
 
 @struct.dataclass
 class Measures:
-    """Sums over the microbatches of a step; fields of the step as a whole come last.
+    """Sums over the microbatches of a step, followed by fields of the step as a whole.
 
-    `terms` are an objective's parts before their coefficients, each divided so that the
-    microbatches add up to the batch's. `router` holds the fields of `RouterStats` that rules and
-    measures ask for (`analysis.measures.router_sums`), [L, ...]; it is None for a dense model.
+    `terms` are an objective's parts before their coefficients, each scaled so that the microbatches
+    add up to the value of the batch. `router` holds the fields of `RouterStats`, [L, ...], that
+    rules and measures need (`analysis.measures.router_sums`); it is None for a dense model.
     """
 
-    loss: jax.Array  # of the objective without the terms: for text, nats per token
+    loss: jax.Array  # the objective without its terms: for text, nats per token
     terms: dict[str, jax.Array] = struct.field(default_factory=dict)
     router: dict[str, jax.Array] | None = None
     # None until all microbatches are summed.
     gradient_norm: jax.Array | None = None  # before clipping
-    learning_rate: jax.Array | None = None  # of this update; of the next one, if it is skipped
+    learning_rate: jax.Array | None = None  # this update's; the next one's if this one is skipped
     # True if loss or gradient were not finite, so that no update was made.
     skipped: jax.Array | None = None
-    diverged: jax.Array | None = None  # True if the update made parameters that are not finite
-    load_balancing_coefficients_L: jax.Array | None = None  # None where they do not adapt
+    diverged: jax.Array | None = None  # True if the update made parameters non-finite
+    load_balancing_coefficients_L: jax.Array | None = None  # None if they do not adapt
 
     @property
     def tokens_per_expert_LE(self) -> jax.Array | None:

@@ -1,4 +1,4 @@
-"""The pure train step: accumulation, update and guard around any objective."""
+"""The pure train step: accumulates gradients, updates, and skips steps that are not finite."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -20,9 +20,10 @@ Models = Mapping[str, model.ModelConfig]
 def make_train_step(
     run: configs.Run, tx: optax.GradientTransformation, frozen_models: Models | None = None
 ) -> Callable[..., tuple[TrainState, Measures]]:
-    """The step of a run: a function of (state, batch, parameters of the frozen models by name).
+    """The step of a run: (state, batch, parameters of the frozen models by name) -> the new state
+    and its measures.
 
-    Only an objective with frozen models, a teacher for example, needs the last argument.
+    Only an objective with frozen models, for example a teacher, needs the last argument.
     """
     make_loss, frozen_configs = objective.choose(run.objective.name).make, frozen_models or {}
 
@@ -55,8 +56,8 @@ def make_train_step(
             params, router_state = balance.updated(params, state.router_state, run, measures)
             return TrainState(state.step, params, opt_state, router_state), _all_finite(params)
 
-        # With a `where` on each array XLA:CPU computes the moments once for themselves and again
-        # for the parameters: 116 ms instead of 46 for 25 million of them.
+        # With a `where` on each array, XLA:CPU would compute the moments twice, once for themselves
+        # and once for the parameters: 116 ms instead of 46 ms for 25 million parameters.
         unchanged = jnp.bool(True)
         new, sound = jax.lax.cond(
             finite, updated, lambda state, _: (state, unchanged), state, grads
@@ -80,7 +81,7 @@ def _all_finite(params: dict) -> jax.Array:
 
 
 def over_microbatches(function: Callable, *, batch: Batch, key: jax.Array, number: int):
-    """The sum of function(microbatch, key) over microbatches, each spread over all batch shards."""
+    """Sums function(microbatch, key) over microbatches, each spread over all batch shards."""
     if number == 1:
         return function(batch, key)
     microbatches = jax.tree.map(
@@ -103,7 +104,7 @@ def jitted(
     mesh: jax.sharding.Mesh,
     frozen_models: Models | None = None,
 ) -> jax.stages.Wrapped:
-    """The step of a run, its state donated, compiled for a mesh when it is first called.
+    """The step of a run with its state donated, compiled for a mesh on its first call.
 
     The parameters of frozen models keep their shardings.
     """

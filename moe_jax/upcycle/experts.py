@@ -1,8 +1,9 @@
-"""Small transforms of one expert: a layer's feed-forward weights and a key to new weights.
+"""Small transforms that make one expert's weights from a layer's feed-forward weights and a key.
 
-An FFN here is a dict of one layer's matrices, `gate` DF (if any), `up` DF, `down` FD, and of its
-biases if any, `gate_bias` F, `up_bias` F, `down_bias` D. Every path shares these functions (in
-memory, sharded, streaming): run inside `jax.lax.map`, never `vmap`, they give the same bits in all.
+An FFN here is a dict of one layer's matrices, `gate` [D, F] (if any), `up` [D, F], `down` [F, D],
+and of its biases if any, `gate_bias` [F], `up_bias` [F], `down_bias` [D]. All paths (in memory,
+sharded, streaming) share these functions: run inside `jax.lax.map`, never `vmap`, they give
+bitwise the same result in each.
 """
 
 import math
@@ -25,9 +26,9 @@ def num_neurons(ffn: FFN) -> int:
 
 
 def take_neurons(ffn: FFN, index_F: jax.Array) -> FFN:
-    """Some of the neurons, in this order, and the same share of the output's bias.
+    """Selects neurons in this order, and scales the output's bias by the fraction selected.
 
-    The parts of a partition thus add up to the whole.
+    The parts of a partition therefore add up to the whole.
     """
     share = len(index_F) / num_neurons(ffn)
 
@@ -40,12 +41,12 @@ def take_neurons(ffn: FFN, index_F: jax.Array) -> FFN:
 
 
 def permute_neurons(ffn: FFN, key: jax.Array) -> FFN:
-    """The same function with its neurons in another order."""
+    """The same function, with its neurons in a random order."""
     return take_neurons(ffn, jax.random.permutation(tree.fold_in(key, "order"), num_neurons(ffn)))
 
 
 def shard(ffn: FFN, index: jax.Array, number: int) -> FFN:
-    """Part `index` of the neurons cut into `number` equal runs."""
+    """Part `index` of the neurons when they are split into `number` contiguous equal parts."""
     size = num_neurons(ffn) // number
     return take_neurons(ffn, index * size + jnp.arange(size))
 
@@ -53,9 +54,10 @@ def shard(ffn: FFN, index: jax.Array, number: int) -> FFN:
 def _disturbed(
     ffn: FFN, key: jax.Array, disturb: Callable, *, ratio: float, index_sharing: str
 ) -> FFN:
-    """`disturb(weights, normals)` for floor(ratio·F) of each matrix's neurons, chosen at random.
+    """Replaces floor(ratio·F) random neurons of each matrix by `disturb(weights, normals)`.
 
-    `index_sharing` "neuron": the matrices share one set; "per_matrix": each has its own.
+    With `index_sharing` "neuron" the matrices share one set of neurons; with "per_matrix" each has
+    its own.
     """
     F, disturbed = num_neurons(ffn), dict(ffn)
     if not (count := math.floor(ratio * F)):
@@ -73,10 +75,10 @@ def _disturbed(
 
 
 def redraw_neurons(ffn: FFN, key: jax.Array, *, ratio: float, index_sharing: str) -> FFN:
-    """Redraws a share of the neurons from normals with mean and deviation of what they replace.
+    """Redraws a fraction of the neurons from a normal with the mean and deviation of the old ones.
 
-    Mean and unbiased standard deviation are two scalars for each matrix, over all entries of its
-    selected slices (Nakamura et al., Drop-Upcycling, arXiv 2502.19261, §3). Biases are kept.
+    The mean and the unbiased standard deviation are two scalars per matrix, over all entries of its
+    selected neurons (Nakamura et al., Drop-Upcycling, arXiv 2502.19261, §3). Biases are kept.
     """
 
     def redraw(block, normals):
@@ -86,7 +88,7 @@ def redraw_neurons(ffn: FFN, key: jax.Array, *, ratio: float, index_sharing: str
 
 
 def add_noise(ffn: FFN, key: jax.Array, *, std: float, ratio: float, index_sharing: str) -> FFN:
-    """Adds N(0, std²) to a share of the neurons."""
+    """Adds N(0, std²) noise to the weights of a fraction of the neurons."""
 
     def add(block, normals):
         return block + std * normals
@@ -94,10 +96,10 @@ def add_noise(ffn: FFN, key: jax.Array, *, std: float, ratio: float, index_shari
     return _disturbed(ffn, key, add, ratio=ratio, index_sharing=index_sharing)
 
 
-# A factor of the output is spread over the matrices: the exponent of each, by the kind of FFN,
-# "gated", "squared" (ungated, squared ReLU) or "plain" (any other ungated). "paper" is He et al.'s
-# (arXiv 2410.07524), which treats act(gate) of a gated FFN as linear; "exact" multiplies the output
-# by the factor in all three.
+# A factor on the output is spread over the matrices. The table gives each matrix's exponent by the
+# kind of FFN: "gated", "squared" (ungated, squared ReLU) or "plain" (any other ungated). "paper"
+# follows He et al. (arXiv 2410.07524), who treat act(gate) of a gated FFN as linear; "exact"
+# multiplies the output by exactly the factor in all three.
 SCALINGS: dict[str, dict[str, dict[str, float]]] = {
     "none": dict.fromkeys(("gated", "squared", "plain"), {}),
     "down": dict.fromkeys(("gated", "squared", "plain"), {"down": 1}),
@@ -121,7 +123,7 @@ def shape_of_scaling(*, gated: bool, hidden_act: str) -> str:
 def scale(ffn: FFN, factor: float, *, scaling: str, hidden_act: str) -> FFN:
     """Multiplies the output by about `factor`, spread over the matrices as `scaling` says.
 
-    A bias before the activation goes with its matrix, that of the output with the whole factor.
+    A bias before the activation is scaled like its matrix, the output's bias by the whole factor.
     """
     exponents = SCALINGS[scaling][shape_of_scaling(gated="gate" in ffn, hidden_act=hidden_act)]
     if not exponents or factor == 1:
@@ -135,15 +137,15 @@ def scale(ffn: FFN, factor: float, *, scaling: str, hidden_act: str) -> FFN:
 
 
 def silence(ffn: FFN) -> FFN:
-    """An output of zero, with the inner weights kept to learn from."""
+    """Zeroes the output but keeps the inner weights, so that the expert can learn."""
     return {n: jnp.zeros_like(w) if n.startswith("down") else w for n, w in ffn.items()}
 
 
 def reflect_residual(ffn: FFN, key: jax.Array, *, rank_ratio: float) -> FFN:
-    """Keeps each matrix's leading singular directions, and flips a random half of the others.
+    """Keeps each matrix's leading singular directions and flips the others with probability 1/2.
 
-    Singular values and vectors are the parent's: only the signs of the smaller components differ
-    between experts.
+    Singular values and vectors are the parent's: experts differ only in the signs of the smaller
+    components.
     """
     reflected = dict(ffn)
     for name in MATRICES:

@@ -1,4 +1,4 @@
-"""The recipes in words: a table of all, and one with its parameters."""
+"""The recipes explained: a table of all, or one recipe with its parameters."""
 
 import inspect
 
@@ -22,7 +22,7 @@ def _parameters(recipe: recipes.Recipe) -> str:
 
 
 def _statistics(recipe: recipes.Recipe) -> str:
-    """The statistics of the parent that a recipe needs, or uses where they are given."""
+    """The parent's statistics that a recipe needs, or uses if they are given."""
     needed = [f"{name} (needed)" for name in recipe.statistics]
     of_values = [
         f"{statistic} (for {name}={value})"
@@ -34,7 +34,7 @@ def _statistics(recipe: recipes.Recipe) -> str:
 
 
 def explained(name: str) -> str:
-    """One recipe in some lines, for a terminal."""
+    """One recipe explained in a few lines, for a terminal."""
     recipe = recipes.RECIPES[name]
     described = inspect.getdoc(recipe.make) or ""
     lines = [

@@ -1,21 +1,22 @@
-"""New experts as averages of a mixture's own: duplicated, pruned, grouped and merged, made dense.
+"""Makes new experts as averages of an MoE's own: duplicates, prunes, merges groups or merges all.
 
-Which experts, and in what shares, is decided on the host from statistics of the model: a matrix
-[E, P] whose row e has the shares of the P old experts in the new expert e.
+The averages are decided on the host from statistics of the model, as a matrix [E, P] whose row e
+has the weights of the P old experts in the new expert e.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-MOST_COPIES = 3  # of an expert, before the next one is copied
+MOST_COPIES = 3  # copies of one expert before the next one is copied
 
 
 def duplicated(P: int, E: int, utility_P: np.ndarray | None = None) -> np.ndarray:
     """All old experts, then copies: three of the most useful, three of the next, and so on.
 
-    After three of each it begins again. Without a utility all are copied in turn. The rule is the
-    authors' (github.com/amazon-science/expert-upcycling, `max_duplicates_per_expert`).
+    After three copies of each, the order starts again. Without a utility, experts are copied once
+    each in turn. The rule is the authors' (github.com/amazon-science/expert-upcycling,
+    `max_duplicates_per_expert`).
     """
     if utility_P is None:
         copied = np.arange(P)
@@ -25,16 +26,16 @@ def duplicated(P: int, E: int, utility_P: np.ndarray | None = None) -> np.ndarra
 
 
 def pruned(P: int, E: int, load_P: np.ndarray) -> np.ndarray:
-    """The E most used experts, in their order."""
+    """The E experts with the highest load, in their old order."""
     kept = np.sort(np.argsort(-np.asarray(load_P), kind="stable")[:E])
     return np.eye(P)[kept]
 
 
 def grouped(E: int, similarity_PP: np.ndarray, load_P: np.ndarray | None = None) -> np.ndarray:
-    """E groups of similar experts, each merged, in the shares of their load.
+    """E groups of similar experts, each merged into one as an average weighted by load.
 
-    Agglomerative, by average linkage: the two groups whose members are most similar on average
-    become one, until E are left.
+    The clustering is agglomerative with average linkage: the two groups whose members are most
+    similar on average are joined, until E groups are left.
     """
     P = len(similarity_PP)
     groups = [[p] for p in range(P)]
@@ -49,7 +50,7 @@ def grouped(E: int, similarity_PP: np.ndarray, load_P: np.ndarray | None = None)
 
 
 def averaged(P: int, load_P: np.ndarray | None = None) -> np.ndarray:
-    """One expert of all, in the shares of their load."""
+    """One expert: the average of all, weighted by their load if it is given."""
     if load_P is None or not np.sum(load_P):
         load_P = np.ones(P)
     return (np.asarray(load_P, np.float64) / np.sum(load_P))[None]
@@ -58,7 +59,7 @@ def averaged(P: int, load_P: np.ndarray | None = None) -> np.ndarray:
 def mix(w_LPX: jax.Array, share_LEP: jax.Array, fetch=lambda w_P, p: w_P[p]) -> jax.Array:
     """Averages [L, E, …] of an array [L, P, …], summed in the order of the old experts.
 
-    One old expert is held at a time. `fetch` gets it from where it lies.
+    Only one old expert is held at a time; `fetch` gets it from wherever it is stored.
     """
 
     def of_layer(scanned):
@@ -68,7 +69,7 @@ def mix(w_LPX: jax.Array, share_LEP: jax.Array, fetch=lambda w_P, p: w_P[p]) -> 
             p, share_E = numbered
             w = fetch(w_P, p).astype(jnp.float32)
             share = share_E.reshape(-1, *(1,) * w.ndim)
-            # A share of 1 is a copy; a share of 0 leaves out even what is not finite.
+            # A share of 1 copies the bits; a share of 0 leaves out even infinities and NaNs.
             term = jnp.where(share == 1, w, jnp.where(share == 0, 0, share * w))
             return total + term, None
 
@@ -88,10 +89,10 @@ def mix_on_mesh(
     *,
     axis: str | tuple[str, ...],
 ) -> jax.Array:
-    """`mix` of an array whose experts lie along a mesh axis, where no device holds them all.
+    """`mix` for an array whose experts are sharded along a mesh axis, so no device holds them all.
 
-    `axis` is a name or several. Every device gets the old experts one after the other from their
-    owners and makes its own new ones: all of them where `out_spec` does not cut them.
+    `axis` is one name or several. Every device gets the old experts one after the other from their
+    owners and makes its own new ones; these are all of them if `out_spec` does not shard experts.
     """
 
     def on_device(w_LPX, share_LEP):

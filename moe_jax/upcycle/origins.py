@@ -7,7 +7,7 @@ import dataclasses
 class Origin:
     """`path` is a leaf of the parents in the same layer, without "blocks/SLOT/".
 
-    The new leaf is made of it, or in the case of a fresh router has its dtype.
+    The new leaf is made from it; a fresh router only takes its dtype.
     """
 
     path: str
@@ -15,35 +15,35 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class OfParents(Origin):
-    """A leaf made of the same leaf of some parents; `parents` are their numbers."""
+    """A leaf made from the same leaf of some parents; `parents` are the parents' indices."""
 
     parents: tuple[int, ...]
 
 
 class Kept(OfParents):
-    """The parents' leaf; the mean of it where there are several `parents`."""
+    """The parent's leaf, or its mean over several `parents`."""
 
 
 class Stacked(OfParents):
-    """One expert after the other: expert e is the leaf of parent `parents[e]`."""
+    """A stack of experts: expert e is the leaf of parent `parents[e]`."""
 
 
 class Expert(OfParents):
-    """One expert after the other: the recipe makes expert e of the FFN of parent `parents[e]`."""
+    """A stack of experts: the recipe makes expert e from the FFN of parent `parents[e]`."""
 
 
 class Mixture(Origin):
-    """Averages of a mixture's experts, in the shares that `Plan.shares` has for the layer."""
+    """Averages of an MoE's experts, weighted by `Plan.shares` for the layer."""
 
 
 class CopiedRouter(Origin):
-    """A mixture's router, in the shares of its experts, with noise on the copies."""
+    """The router of an MoE, averaged like its experts, with noise on the copies."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FreshRouter(Origin):
-    """A kernel by an initialiser, whose key is folded in by `name` and layer; else zeros."""
+    """A kernel drawn by an initialiser, with `name` and layer folded into the key; else zeros."""
 
     name: str
-    shape: tuple[int, ...]  # in one layer
+    shape: tuple[int, ...]  # for one layer
     initialiser: str = ""

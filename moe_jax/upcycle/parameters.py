@@ -1,4 +1,4 @@
-"""The parameters of recipes: a type each, annotated with the values that it may have."""
+"""The types of the recipes' parameters, each annotated with the values that it allows."""
 
 import dataclasses
 import math
@@ -13,11 +13,13 @@ from moe_jax.upcycle import experts
 class Parameter:
     """The values of a recipe's keyword argument of type `Annotated[type, Parameter(...)]`.
 
-    choices: the texts that it may be. share_of: a number from 0 to 1, the share of these.
-    deviation: a finite number of at least 0. statistics: the statistic that a choice needs.
+    choices: the strings that it may be.
+    share_of: if set, it is a number from 0 to 1, the fraction of the things named here.
+    deviation: if True, it is a finite number of at least 0.
+    statistics: choice -> the statistic that this choice needs.
     of_copied: the leaf of a copied router that it changes.
     for_moments: its value when the recipe transforms Adam's moments, which follow their weights
-      but are not redrawn, scaled or disturbed; None is the value that the weights have.
+      but are not redrawn, scaled or disturbed; None is the value used for the weights.
     """
 
     choices: tuple[str, ...] = ()
@@ -35,7 +37,7 @@ class Parameter:
         return "a finite number of at least 0" if self.deviation else ""
 
     def check(self, name: str, value) -> None:
-        """Raises: ValueError for a value that it may not have."""
+        """Raises: ValueError for a value that is not allowed."""
         if (of := self.share_of) and not 0 <= value <= 1:
             raise ValueError(f"{name}={value} is not a share of {of}; use a value from 0 to 1")
         if self.deviation and not 0 <= value < math.inf:
@@ -45,7 +47,7 @@ class Parameter:
 
 
 def limits(annotation) -> Parameter:
-    """The `Parameter` of an annotated type; any value is right for a type without one."""
+    """The `Parameter` of an annotated type; a type without one allows any value."""
     return next(iter(getattr(annotation, "__metadata__", ())), Parameter())
 
 

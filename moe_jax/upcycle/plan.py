@@ -1,7 +1,7 @@
 """The plan of an upcycling, made and checked before any weight is touched.
 
-It states for every leaf of the result where it comes from. `transform.py` (in memory and on a mesh)
-and `streaming.py` (from folder to folder) execute it.
+It states the origin of every leaf of the result. `transform.py` (in memory and on a mesh) and
+`streaming.py` (from folder to folder) execute it.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from moe_jax.model.layout import slots
 from moe_jax.model.router import ROUTERS
 from moe_jax.upcycle import origins, recipes, router_init
 
-# Statistics of a parent: from (its config, the result's) their shape after an axis of all layers.
+# A parent's statistics: (its config, the result's) -> the shape that follows the axis of layers.
 STATISTICS = {
-    # The neurons of each expert; clusters of the feed-forward's inputs.
+    # The neurons of each expert; centres of the clusters of the feed-forward's inputs.
     "neurons": lambda source, config: (config.num_experts, config.expert_size),
     "centroids": lambda source, config: (config.num_experts, config.hidden_size),
-    # An expert's squared gradients, summed; its assignments; how similar two experts' outputs are.
+    # Each expert's summed squared gradients; its assignments; the similarity of experts' outputs.
     "utility": lambda source, config: (source.num_experts,),
     "load": lambda source, config: (source.num_experts,),
     "similarity": lambda source, config: (source.num_experts,) * 2,
@@ -33,15 +33,15 @@ STATISTICS = {
 class Plan:
     """One upcycling. `statistics` are arrays [num_hidden_layers, …] by name."""
 
-    name: str  # of the recipe
+    name: str  # the recipe's name
     recipe: recipes.Recipe
     parameters: dict
     source: ModelConfig
-    config: ModelConfig  # of the result
+    config: ModelConfig  # the result's
     router: str
     num_parents: int
     statistics: dict[str, np.ndarray]
-    of_moments: bool = False  # of the parents' weights, rather than of the weights themselves
+    of_moments: bool = False  # the plan transforms the weights' Adam moments, not the weights
 
     @property
     def granularity(self) -> int:
@@ -49,20 +49,20 @@ class Plan:
         return self.source.intermediate_size // self.config.expert_size
 
     def noise_on(self, leaf: str) -> float:
-        """The deviation of noise on the copies' parts of this leaf of a copied router, relative."""
+        """The relative deviation of the noise on the copies in this leaf of a copied router."""
         limits = self.recipe.limits.items()
         return next((self.parameters[name] for name, p in limits if p.of_copied == leaf), 0.0)
 
     @property
     def noisy_on_copies(self) -> list[str]:
-        """The names of the parameters that ask for noise on copies in this model's router."""
+        """The names of the parameters that add noise to copies in this model's router."""
         leaves = ROUTERS[self.config.router].leaves
         limits = self.recipe.limits.items()
         return [name for name, p in limits if p.of_copied in leaves and self.parameters[name]]
 
     @property
     def of_parameters(self) -> dict[str, str]:
-        """The statistics that the parameters' values need, each with what needs it."""
+        """Each statistic that a parameter's value needs -> that parameter as "NAME=VALUE"."""
         return {
             limits.statistics[self.parameters[name]]: f"{name}={self.parameters[name]!r}"
             for name, limits in self.recipe.limits.items()
@@ -72,7 +72,7 @@ class Plan:
     def for_moments(self) -> "Plan":
         """The plan by which an optimizer's moments follow their weights to experts and neurons.
 
-        They are not redrawn, scaled or disturbed; those of routers are zero.
+        Moments are not redrawn, scaled or disturbed; a router's moments are zero.
         """
         limits = self.recipe.limits.items()
         own = {name: p.for_moments for name, p in limits if p.for_moments is not None}
@@ -86,7 +86,7 @@ class Plan:
         return {path: self._kept(path) for path in paths if not path.startswith("blocks/")}
 
     def layers(self, paths: Iterable[str]) -> list[dict[str, origins.Origin]]:
-        """For each layer of the result the origins of its leaves; `paths` are a parent's leaves."""
+        """The origins of the leaves of each layer of the result; `paths` are a parent's leaves."""
         leaves: dict[str, list[str]] = {}
         for path in paths:
             if path.startswith("blocks/"):
@@ -96,13 +96,13 @@ class Plan:
         return [self._layer(layer, leaves[slot]) for layer, (slot, _) in slots_of_source]
 
     def shares(self, layer: int) -> np.ndarray:
-        """[E, P]: the shares of a mixture's experts in those of the result, in this layer."""
+        """[E, P]: the weight of each of the parent's P experts in each new expert of this layer."""
         own = {name: x[layer] for name, x in self.statistics.items()}
         P, E = self.source.num_experts, self.config.num_experts
         return self.recipe.make(P, E, own, **self.parameters)
 
     def parents_of(self, num_experts: int) -> tuple[int, ...]:
-        """The parent of each expert: they are dealt out in order, each to as many experts."""
+        """The parent of each expert: equally many consecutive experts for each parent."""
         return tuple(e * self.num_parents // num_experts for e in range(num_experts))
 
     def _layer(self, layer: int, leaves: list[str]) -> dict[str, origins.Origin]:
@@ -158,7 +158,7 @@ class Plan:
         return {f"mlp/{name}" if dense else leaf: self._kept(leaf)}
 
     def _fresh_router(self, path: str) -> dict[str, origins.Origin]:
-        """The kernel by the plan's initialiser, the router's other leaves by their own."""
+        """The plan's initialiser makes the kernel; the router's other leaves have their own."""
         found: dict[str, origins.Origin] = {}
         for name, leaf in ROUTERS[self.config.router].leaves.items():
             shape = leaf.shape(self.config.hidden_size, self.config.num_experts)
@@ -234,7 +234,7 @@ def _problems_of_kinds(plan: Plan) -> Iterator[str]:
 
 
 def differences(source: ModelConfig, config: ModelConfig, own: frozenset[str]) -> Iterator[tuple]:
-    """Each field but `own` that two models differ in: its name, the config's and the source's."""
+    """(name, config's value, source's value) of each field, except `own`, in which they differ."""
     theirs, ours = (
         dataclasses.replace(c, num_key_value_heads=c.num_kv_heads, head_dim=c.head_size)
         for c in (source, config)
@@ -246,7 +246,7 @@ def differences(source: ModelConfig, config: ModelConfig, own: frozenset[str]) -
             yield name, getattr(ours, name), getattr(theirs, name)
 
 
-# The fields that an upcycled model and its parent may differ in.
+# The fields in which an upcycled model may differ from its parent.
 OWN = fields_of(ORIGIN, EXPERTS, ROUTER, COMPUTATION)
 OF_ATTENTION = fields_of(ATTENTION_EXPERTS)
 
@@ -316,7 +316,7 @@ def _problems_of_dense_sizes(plan: Plan) -> Iterator[str]:
 
 
 def _cut(source: ModelConfig, wanted: int) -> str:
-    """The advice to cut a feed-forward into the nearest number of equal parts."""
+    """The advice to split a feed-forward into the nearest possible number of equal parts."""
     sizes = range(2, source.intermediate_size + 1)
     parts = [n for n in sizes if source.intermediate_size % n == 0]
     near = min(parts, key=lambda n: abs(n - wanted))

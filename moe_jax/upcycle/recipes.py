@@ -1,9 +1,10 @@
-"""The published ways to make a mixture, as compositions of transforms, each with its promise.
+"""The published upcycling recipes, as compositions of transforms.
 
-A recipe for dense parents is a function (ffn, context, **parameters) -> ffn that makes one expert
-of the FFN of one layer; a recipe for mixtures returns the shares of the old experts in the new.
-Its keyword arguments are the parameters that `config.init.upcycle`, `upcycle.upcycle` and
-`--recipe.NAME=VALUE` accept for it. Adding a recipe is adding a row to `RECIPES`.
+Each row states how the new model relates to its parent at step 0. A recipe for dense parents is a
+function (ffn, context, **parameters) -> ffn that makes one expert from the FFN of one layer; a
+recipe for MoE parents returns the weights of the old experts in the new ones. Its keyword arguments
+are the parameters that `config.init.upcycle`, `upcycle.upcycle` and `--recipe.NAME=VALUE` accept
+for it. To add a recipe, add a row to `RECIPES`.
 """
 
 import dataclasses
@@ -24,14 +25,14 @@ ONE = "one pass over the weights"
 
 @dataclasses.dataclass(frozen=True)
 class ExpertContext:
-    """All that a recipe may use beside the weights when it makes an expert."""
+    """Everything besides the weights that a recipe may use to make an expert."""
 
-    expert: jax.Array  # its index
-    key: jax.Array  # its own
+    expert: jax.Array  # the expert's index
+    key: jax.Array  # the expert's own key
     layer_key: jax.Array  # the same for all experts of the layer
-    config: ModelConfig  # of the result
-    granularity: int  # experts to one feed-forward of the parent's width
-    neurons_F: jax.Array | None = None  # the statistic of that name
+    config: ModelConfig  # the result's
+    granularity: int  # the number of experts that together have the width of the parent's FFN
+    neurons_F: jax.Array | None = None  # the expert's row of the statistic "neurons"
 
 
 def naive(ffn: experts.FFN, context: ExpertContext) -> experts.FFN:
@@ -49,7 +50,7 @@ def noise(
     index_sharing: parameters.IndexSharing = "per_matrix",
     permute_neurons: bool = True,
 ) -> experts.FFN:
-    """Copies with noise N(0, std²) on a share `ratio` of the neurons."""
+    """Copies with noise N(0, std²) on a fraction `ratio` of the neurons."""
     ffn = experts.permute_neurons(ffn, context.key) if permute_neurons else ffn
     return experts.add_noise(ffn, context.key, std=std, ratio=ratio, index_sharing=index_sharing)
 
@@ -62,9 +63,9 @@ def drop(
     index_sharing: parameters.IndexSharing = "neuron",
     permute_neurons: bool = False,
 ) -> experts.FFN:
-    """Copies with a share `ratio` of the neurons redrawn.
+    """Copies with a fraction `ratio` of the neurons redrawn.
 
-    The released code differs from the paper: it has index_sharing="per_matrix" and
+    The released code differs from the paper: it uses index_sharing="per_matrix" and
     permute_neurons=True.
     """
     ffn = experts.permute_neurons(ffn, context.key) if permute_neurons else ffn
@@ -74,7 +75,7 @@ def drop(
 def virtual_group(
     ffn: experts.FFN, context: ExpertContext, *, scaling: parameters.Scaling = "paper"
 ) -> experts.FFN:
-    """Expert i is shard i mod G of the parent, scaled up for the weight it will get."""
+    """Expert i is shard i mod G of the parent, scaled up to offset the router's weights."""
     G = context.granularity
     return _scaled(experts.shard(ffn, context.expert % G, G), context, scaling)
 
@@ -87,7 +88,7 @@ def virtual_group_drop(
     index_sharing: parameters.IndexSharing = "neuron",
     scaling: parameters.Scaling = "paper",
 ) -> experts.FFN:
-    """Virtual groups whose shards are partly redrawn, each copy on its own."""
+    """Virtual groups with a part of each shard's neurons redrawn, independently for each copy."""
     G = context.granularity
     ffn = experts.shard(ffn, context.expert % G, G)
     ffn = experts.redraw_neurons(ffn, context.key, ratio=ratio, index_sharing=index_sharing)
@@ -97,7 +98,7 @@ def virtual_group_drop(
 def llama_moe(
     ffn: experts.FFN, context: ExpertContext, *, partition: parameters.Partition = "random"
 ) -> experts.FFN:
-    """The parent's neurons dealt out to the experts, outputs times N/k."""
+    """The parent's neurons are partitioned among the N experts, whose outputs are scaled by N/k."""
     if partition == "statistics":
         assert context.neurons_F is not None  # the plan refuses this partition without it
         ffn = experts.take_neurons(ffn, context.neurons_F)
@@ -117,7 +118,7 @@ def svd_residual(
 
 
 def moe_ct(ffn: experts.FFN, context: ExpertContext) -> experts.FFN:
-    """Experts that give nothing at first, beside the parent's feed-forward as a shared expert."""
+    """Experts whose output is zero at first, and the parent's feed-forward as a shared expert."""
     del context
     return experts.silence(ffn)
 
@@ -137,57 +138,57 @@ def expert_upcycling(
 ) -> np.ndarray:
     """The old experts and copies of the most useful ones (without that statistic, of all in turn).
 
-    Noise lets a copy become another expert: on its selection bias, where routers have them, of
-    `bias_noise` times the deviation of the layer's biases, which the authors recommend; and on its
-    router column, of `router_noise` times the column's deviation.
+    Noise lets a copy diverge from its original. On its selection bias, if the router has one, the
+    noise is `bias_noise` times the deviation of the layer's biases, as the authors recommend; on
+    its router column it is `router_noise` times the column's deviation.
     """
     del router_noise, bias_noise  # `transform.copied_router` uses them
     return mixing.duplicated(P, E, statistics.get("utility"))
 
 
 def prune(P: int, E: int, statistics: dict) -> np.ndarray:
-    """The most used experts alone."""
+    """Keeps only the experts with the highest load."""
     return mixing.pruned(P, E, statistics["load"])
 
 
 def diversify_merge(P: int, E: int, statistics: dict) -> np.ndarray:
-    """Groups of similar experts, each merged into one, in the shares of their load if it is given.
+    """Groups of similar experts, each merged into an average weighted by load.
 
-    Without that statistic all members of a group have equal shares.
+    Without the load all members of a group have equal weights.
     """
     del P
     return mixing.grouped(E, statistics["similarity"], statistics.get("load"))
 
 
 def merge_back(P: int, E: int, statistics: dict) -> np.ndarray:
-    """A dense model of the average of all experts, in the shares of their load if it is given."""
+    """A dense model with the average of all experts, weighted by their load if it is given."""
     del E
     return mixing.averaged(P, statistics.get("load"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A row: the function that makes experts, its needs, and its texts in the README's table."""
+    """A row: the function that makes experts, its needs, and its text in the table of recipes."""
 
     make: Callable
     source: str
-    kept: str  # of the parent
+    kept: str  # what it keeps of the parent
     start: step_zero.Start
     changed: str = "nothing"
     cost: str = ONE
     takes: str = DENSE
     gives: str = MIXTURE
-    several: bool = False  # dense parents, dealt out to the experts in their order
-    rest: str = "mean"  # of several parents' other parameters; or "last"
+    several: bool = False  # takes several dense parents, assigned to the experts in order
+    rest: str = "mean"  # the other parameters of several parents: their "mean", or the "last" one's
     cut: bool = False  # experts may be narrower than the parent's feed-forward
     shared: bool = False  # the parent's feed-forward is kept as a shared expert
-    attention: bool = False  # experts of attention too
+    attention: bool = False  # makes attention experts too
     partitions: bool = False  # each of the parent's neurons goes to exactly one expert
-    grows: bool = False  # a mixture to one of at least as many experts, rather than at most
-    moments: bool = True  # whether Adam's moments can follow their weights
-    router: str = "normal"  # its initialiser, unless another is asked for
-    statistics: tuple[str, ...] = ()  # that it cannot do without
-    optional: tuple[str, ...] = ()  # that it uses where they are given
+    grows: bool = False  # makes at least as many experts as the MoE parent has, not at most as many
+    moments: bool = True  # Adam's moments can follow their weights
+    router: str = "normal"  # the router's initialiser, unless the user names another
+    statistics: tuple[str, ...] = ()  # required statistics
+    optional: tuple[str, ...] = ()  # statistics that it uses if they are given
 
     @property
     def defaults(self) -> dict:
@@ -346,7 +347,7 @@ RECIPES = {
 
 
 def check(recipe: str, given: dict) -> None:
-    """Raises: ValueError for an unknown recipe, or a parameter or value it does not take."""
+    """Raises: ValueError for an unknown recipe, or a parameter or value that it does not accept."""
     if recipe not in RECIPES:
         raise ValueError(spelling.unknown("recipe", recipe, RECIPES))
     limits = RECIPES[recipe].limits

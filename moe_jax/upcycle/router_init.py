@@ -1,4 +1,4 @@
-"""First values of a router's [D, E] kernel."""
+"""Initial values of a router's kernel [D, E]."""
 
 import dataclasses
 
@@ -15,8 +15,8 @@ class RouterContext:
     key: jax.Array
     D: int
     E: int
-    granularity: int = 1  # experts that hold the shards of one feed-forward
-    centroids_ED: jax.Array | None = None  # of the router's inputs
+    granularity: int = 1  # the number of experts that hold the shards of one feed-forward
+    centroids_ED: jax.Array | None = None  # cluster centres of the router's inputs
 
 
 def normal(context: RouterContext) -> jax.Array:
@@ -45,15 +45,15 @@ def zero(context: RouterContext) -> jax.Array:
 
 
 def torch_linear(context: RouterContext) -> jax.Array:
-    """PyTorch's for a linear layer: uniform up to 1/sqrt(D), in LLaMA-MoE's two-layer gate."""
+    """PyTorch's default for a linear layer, uniform up to 1/sqrt(D), for LLaMA-MoE's MLP router."""
     uniform_ED = jax.random.uniform(context.key, (context.E, context.D), minval=-1)
     return uniform_ED.T / context.D**0.5
 
 
 def centroids(context: RouterContext) -> jax.Array:
-    """Centres of clusters of the layer's inputs, as long as a normal column would be.
+    """Cluster centres of the layer's inputs, with the expected norm of a normal column.
 
-    Their mean and all that lies along it are taken out: what all inputs share favours no expert.
+    Their mean and all components along it are removed: what all inputs share favours no expert.
     """
     assert context.centroids_ED is not None  # the plan refuses this initialiser without them
     centroids_ED = context.centroids_ED
@@ -70,4 +70,4 @@ ROUTER_INITIALISERS = {
     initialiser.__name__: initialiser
     for initialiser in (normal, centred_uniform, grouped, zero, torch_linear, centroids)
 }
-COPIED = "copied"  # the parent mixture's own columns, in the shares of its experts
+COPIED = "copied"  # the MoE parent's own columns, averaged like its experts

@@ -1,4 +1,4 @@
-"""The relation of a new model to its parent before any training, which each recipe states."""
+"""Each recipe's statement of how the new model relates to its parent before any training."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The promise of a recipe.
+    """A recipe's statement about step 0.
 
-    `factor` gives, for the plan of a dropless model, the output of each layer's feed-forward in
-    units of its parent's; None where it is never a multiple of it. `unless` gives a line for each
-    condition of it that fails, with the setting that repairs it as NAME=VALUE where one does.
+    `factor` gives, for the plan of a dropless model, the ratio of each layer's feed-forward output
+    to its parent's; it is None for a recipe whose output is never a multiple of the parent's.
+    `unless` yields a line for each condition of `factor` that fails, with the setting NAME=VALUE
+    that repairs it, if there is one.
     """
 
     text: str
@@ -27,9 +28,9 @@ class Start:
 
 
 def factor(plan: "Plan") -> float | None:
-    """The output of a layer's feed-forward in units of the parent's, before any training.
+    """The ratio of a layer's feed-forward output to the parent's, before any training.
 
-    None where it is no multiple of it, or there are several parents.
+    None if the output is not a multiple of the parent's, or there are several parents.
     """
     start = plan.recipe.start
     one_multiple = plan.num_parents == 1 and not differences(plan)
@@ -61,23 +62,24 @@ def in_words(plan: "Plan") -> str:
 
 
 def _copies_stay(plan: "Plan") -> bool:
-    """No noise, of the recipe or the router's own, tells copies from their originals."""
+    """True if no noise, from the recipe or the router itself, makes copies diverge."""
     row, more = ROUTERS[plan.config.router], plan.config.num_experts > plan.source.num_experts
     copied = more and plan.router == router_init.COPIED
     return copied and row.learned and not ("noise" in row.leaves or plan.noisy_on_copies)
 
 
 def needed_scale(config: ModelConfig, granularity: int) -> float:
-    """The factor that makes the chosen shards, weighted at the start, the whole feed-forward.
+    """The factor on each shard's output with which the chosen shards add up to the whole FFN.
 
-    He et al., arXiv 2410.07524: N G / T for softmax then top-k, whose weights are about 1 / N
-    each (E G² / T in their letters); G where the T weights sum to one.
+    The weights are those at the start of training. He et al., arXiv 2410.07524: N G / T for
+    softmax then top-k, whose weights are about 1 / N each (E G² / T in their notation); G if the T
+    weights sum to one.
     """
     return granularity / even_weight(config)
 
 
 def even_weight(config: ModelConfig) -> float:
-    """The sum of a token's weights where the logits of all experts are equal."""
+    """The sum of a token's weights when the logits of all experts are equal."""
     if config.dispatch == "merge":
         return 1.0
     return ROUTERS[config.router].weight_at_even_logits(config)
@@ -92,7 +94,7 @@ def _weight(plan: "Plan") -> float:
 
 
 def _weight_varies(plan: "Plan") -> Iterator[str]:
-    """The sum of a token's weights depends on the token."""
+    """A line if the sum of a token's weights depends on the token."""
     config, row = plan.config, ROUTERS[plan.config.router]
     if not row.causal:
         yield f"with router={config.router!r} experts choose tokens, some of them none"
@@ -168,7 +170,7 @@ def _of_duplicates(plan: "Plan") -> float:
 
 
 def _duplicates_differ(plan: "Plan") -> Iterator[str]:
-    """Copies share a softmax's probability among them; sigmoids know nothing of each other."""
+    """A line for each reason why duplicated experts compute another function than the parent."""
     source, config, row = plan.source, plan.config, ROUTERS[plan.config.router]
     times = config.num_experts_per_tok / source.num_experts_per_tok
     if plan.router != router_init.COPIED:
@@ -188,7 +190,7 @@ def _duplicates_differ(plan: "Plan") -> Iterator[str]:
 
 
 def _rule(config: ModelConfig) -> tuple:
-    """All that makes weights of a router's logits, but the number of experts."""
+    """Everything but the number of experts that determines a token's weights from its logits."""
     values = {**ROUTERS[config.router].values(config), "num_experts_per_tok": None}
     return config.router, values, config.dispatch, config.merge_segment_length
 

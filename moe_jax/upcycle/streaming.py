@@ -1,4 +1,4 @@
-"""Executes the plan of an upcycling part by part: no more than a layer is in memory."""
+"""Executes the plan of an upcycling part by part: at most one layer is in memory."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from moe_jax.upcycle import plan as plans
 
 
 class Reader(Protocol):
-    """A parent whose parameters are read part by part, as `hf.folders.Folder` reads them."""
+    """A parent whose parameters are read part by part, like `hf.folders.Folder`."""
 
     config: ModelConfig
 
@@ -24,14 +24,14 @@ class Reader(Protocol):
         """Path -> dtype of every leaf."""
 
     def part(self, path: str, row: tuple[int, ...]) -> np.ndarray:
-        """The leaf at the leading indices `row`: layer of its stack, expert."""
+        """The leaf at the leading indices `row`: (), (row in the stack) or (row, expert)."""
 
 
 class Stream:
-    """The model that `transform.execute` makes, bit for bit, each part computed when asked for.
+    """The model that `transform.execute` makes, bit for bit, with each part computed on demand.
 
-    A caller that asks layer by layer, and expert by expert, has each expert made once, of one
-    reading of the feed-forward that it is made of.
+    If the caller asks layer by layer and expert by expert, each expert is made once and each
+    feed-forward read once.
     """
 
     def __init__(self, plan: plans.Plan, parents: Sequence[Reader], key: jax.Array):
@@ -58,11 +58,11 @@ class Stream:
         self._handed_through = functools.cache(functools.partial(_handed_through, plan))
 
     def dtypes(self) -> dict[str, np.dtype]:
-        """Path -> the widest dtype of the parents' leaves that a leaf of the result comes from."""
+        """Path of each leaf of the result -> the widest dtype of the parents' leaves it uses."""
         return self._dtypes
 
     def part(self, path: str, row: tuple[int, ...]) -> np.ndarray:
-        """The leaf of the result at the leading indices `row`, as `Reader.part`."""
+        """The leaf of the result at the leading indices `row`, like `Reader.part`."""
         return self._made(path, row).astype(self._dtypes[path], copy=False)
 
     def _made(self, path, row):
@@ -112,7 +112,7 @@ class Stream:
             return ffn[name]
         made = self._expert(layer, expert, parents[expert])
         if parents[expert + 1 : expert + 2] == parents[expert : expert + 1]:
-            # The device computes it while this one is written.
+            # The device computes the next expert while this one is written.
             self._expert(layer, expert + 1, parents[expert])
         return np.asarray(made[name])[0, 0]
 
@@ -140,7 +140,7 @@ class Stream:
 
 
 def _handed_through(plan, shapes) -> set[str]:
-    """The matrices that the recipe leaves alone: their bytes are copied as they are."""
+    """The matrices that the recipe leaves unchanged: their bytes are copied as they are."""
     same = set()
 
     def trace(ffn, key):

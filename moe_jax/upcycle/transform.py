@@ -26,21 +26,21 @@ def upcycle(
     statistics: dict[str, np.ndarray] | None = None,
     **parameters,
 ) -> dict:
-    """MoE parameters from those of a dense model, of several, or of a mixture.
+    """Makes MoE parameters from one or several dense models, or from another MoE.
 
     Attention, norms, embeddings and head are the parent's; each layer that is sparse in
-    `moe_config` gets `num_experts` experts made of its FFN by `recipe`, and a fresh router.
+    `moe_config` gets `num_experts` experts, made from its FFN by `recipe`, and a fresh router.
 
     Args:
       params: the tree of a model whose config is `config`, or a sequence of such trees for recipes
         that take several parents.
       moe_config: the config of the result, usually `config.to_moe(...)`.
-      recipe: a name in `recipes.RECIPES`; `parameters` are its own.
-      key: folded in by layer and expert, so that an expert depends neither on the mesh nor on how
-        many others there are.
-      router: a name in `router_init.ROUTER_INITIALISERS`, or "copied" from a mixture; "" is the
+      recipe: a name in `recipes.RECIPES`; `parameters` are the recipe's.
+      key: layer and expert are folded into it, so an expert depends neither on the mesh nor on the
+        number of experts.
+      router: a name in `router_init.ROUTER_INITIALISERS`, or "copied" for an MoE parent; "" is the
         recipe's own.
-      statistics: of the parent, for recipes that need some; `plan.STATISTICS` names them.
+      statistics: the parent's, for recipes that need some; `plan.STATISTICS` names them.
 
     With a mesh set (`jax.set_mesh`) and `params` sharded by the rules of `parallel/sharding.py`
     the result is sharded by them too; only one dense layer at a time is whole on a device. The
@@ -62,13 +62,13 @@ def upcycle(
 
 
 def execute(plan: plans.Plan, parents: Sequence[dict], key: jax.Array) -> dict:
-    """The parameters that the plan makes of its parents' parameters."""
+    """Makes the plan's parameters from those of its parents."""
     leaves = [tree.flatten(parent) for parent in parents]
     made = {path: _kept(leaves, origin) for path, origin in plan.shell(leaves[0]).items()}
     origins_L = plan.layers(leaves[0])
     for group in layer_groups(plan.config.block_kinds):
         for slot, layers in group.layers.items():
-            # Layers of one slot may have unlike origins: dense ones of dense and of sparse layers.
+            # Layers of one slot may differ in origin: a dense one may come from a sparse layer.
             alike: dict[tuple, list[int]] = {}
             for layer in layers:
                 alike.setdefault(tuple(origins_L[layer].items()), []).append(layer)
@@ -84,7 +84,7 @@ def execute(plan: plans.Plan, parents: Sequence[dict], key: jax.Array) -> dict:
 
 
 def _of_layers(leaves: dict, config: ModelConfig, layers: Sequence[int]) -> dict[str, jax.Array]:
-    """The leaves of the blocks of some layers, which are alike, stacked in this order."""
+    """The block leaves of these layers, which have the same kind, stacked in this order."""
     slot_rows = [slots(config.block_kinds)[layer] for layer in layers]
     first = f"blocks/{slot_rows[0][0]}/"
     stack = {path.removeprefix(first): w for path, w in leaves.items() if path.startswith(first)}
@@ -100,7 +100,7 @@ def _of_layers(leaves: dict, config: ModelConfig, layers: Sequence[int]) -> dict
 
 
 def _restacked(blocks: dict[tuple[int, ...], dict], layers: tuple[int, ...]) -> dict:
-    """One stack of the blocks of these layers, which are several stacks of some of them."""
+    """Joins several stacks, each with some of these layers, into one stack in layer order."""
     if len(blocks) == 1:
         return blocks[layers]
     at = {layer: (own, row) for own in blocks for row, layer in enumerate(own)}
@@ -162,9 +162,9 @@ def make_experts(
     whole: Callable = lambda ffn: ffn,
     part: Callable = lambda ffn: ffn,
 ) -> experts.FFN:
-    """These experts of these layers, [L, E, …], one at a time, of parents' FFNs [L, P, …].
+    """Makes these experts of these layers, [L, E, …], one at a time, from FFNs [L, P, …].
 
-    `whole` gathers a layer's FFN, `part` cuts this device's share.
+    `whole` all-gathers a layer's FFN, `part` takes this device's shard of the result.
     """
     key = tree.fold_in(key, "experts")
     E, P = plan.config.num_experts, ffn_P["up"].shape[1]
@@ -237,7 +237,7 @@ def _mixed(name: str, w_LPX: jax.Array, share_LEP: jax.Array, plan: plans.Plan) 
 def fresh_router(
     layers_L: jax.Array, origin: origins.FreshRouter, dtype, *, plan: plans.Plan, key: jax.Array
 ) -> jax.Array:
-    """This leaf of the routers of these layers, [L, …]."""
+    """Draws one leaf of the routers of these layers, [L, …]."""
     if not origin.initialiser:
         return jnp.zeros((len(layers_L), *origin.shape), dtype)
     D, E = origin.shape
@@ -265,9 +265,9 @@ def copied_router(
     plan: plans.Plan,
     key: jax.Array,
 ) -> jax.Array:
-    """The old experts' columns or biases, shared out as the experts are, and noise on copies.
+    """The old experts' columns or biases, averaged like the experts, with noise on copies.
 
-    The noise is in units of the deviation of the parent's column, or of its biases.
+    The noise is in units of the standard deviation of the parent's column, or of its biases.
     """
     std = plan.noise_on(name)
     by_column = (lambda w: jnp.swapaxes(w, 1, 2)) if w_LX.ndim == 3 else lambda w: w

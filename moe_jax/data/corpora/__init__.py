@@ -1,4 +1,4 @@
-"""The text that comes with the package, as TFDS builders that need no TensorFlow."""
+"""The text that comes with the package, as TFDS builders that do not need TensorFlow."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from moe_jax.data.document import is_held_out
 
 FOLDER = pathlib.Path(__file__).parent
-HELD_OUT = 1 / 16  # the share of pages that are validation text
+HELD_OUT = 1 / 16  # the fraction of pages used as validation text
 
 
 def records(name: str) -> Iterator[dict]:
