@@ -69,7 +69,7 @@ def run(
                 log.flush()
                 parts.save(step, state, log.skipped)
             if stop.number:
-                stop.end(step)
+                stop.end(step, saved=step > start)
             for evaluator in parts.evaluators.values():
                 if step == last or evaluator.is_due(step):
                     log.flush()
@@ -79,7 +79,7 @@ def run(
                     except _Stopped:
                         if step > start and not due:
                             parts.save(step, state, log.skipped)
-                        stop.end(step)
+                        stop.end(step, saved=step > start)
                     if found.row and (evaluator.is_due(step) or evaluator.logged_at_end):
                         tokens = step * parts.tokens_per_step
                         parts.write({"step": step, "tokens": tokens, **found.row})
@@ -206,7 +206,7 @@ class _Stop:
         finally:
             self._at_once = False
 
-    def end(self, step: int) -> NoReturn:
-        name = signal.Signals(self.number).name
-        distributed.say(f"stopped by {name} at step {step}; saved, run again to go on")
+    def end(self, step: int, *, saved: bool) -> NoReturn:
+        name, then = signal.Signals(self.number).name, "saved, run again to go on"
+        distributed.say(f"stopped by {name} at step {step}; {then if saved else 'run again'}")
         raise SystemExit(stopping.EXIT_PREEMPTED)
