@@ -54,15 +54,16 @@ def test_byte_unigram_bits_agree_with_entropies_by_hand(texts, bits, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 100, 2**16, 0.5, -1])
-def test_a_truncated_cache_is_called_damaged(keep, tmp_path):
-    folder = open_corpus(write(tmp_path / "a.jsonl"), tmp_path).folder
-    path = folder / "tokens.array_record"
+def test_a_cache_that_is_truncated_after_it_was_opened_is_called_damaged(keep, tmp_path):
+    """Before that it is made anew: test_prepare.py."""
+    corpus = open_corpus(write(tmp_path / "a.jsonl"), tmp_path)
+    path = corpus.folder / "tokens.array_record"
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if keep == 0.5 else keep])
     with pytest.raises(
-        ValueError, match=rf"{re.escape(str(folder))} is damaged .*; delete the"
+        ValueError, match=rf"{re.escape(str(corpus.folder))} is damaged .*; delete the"
     ) as error:
-        batches(open_corpus(write(tmp_path / "a.jsonl"), tmp_path), 1)
+        batches(corpus, 1)
     assert "\n" not in str(error.value)
 
 
