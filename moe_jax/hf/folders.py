@@ -135,4 +135,10 @@ class Folder:
         return tree.unflatten({path: self.leaf(path) for path in self.parts})
 
     def _read(self, part: tensors.TensorPart, index: tuple[slice, ...]) -> np.ndarray:
-        return tensors.read(part, self.tensors[part.name], index)
+        array = tensors.read(part, self.tensors[part.name], index)
+        if number := tensors.count_not_finite(array):
+            raise ValueError(
+                f"{self.path}: {number} values of {part.name} are not finite; the model computes "
+                "nothing, mend it elsewhere"
+            )
+        return array

@@ -208,6 +208,19 @@ def converted(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
     return new, int(np.count_nonzero(np.isfinite(array) & ~np.isfinite(new)))
 
 
+# The bits of the exponent, all set in an infinity and in no number.
+EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000}
+
+
+def count_not_finite(array: np.ndarray) -> int:
+    """The number of NaNs and infinities; for bfloat16, numpy itself would take much longer."""
+    if (exponent := EXPONENTS.get(str(array.dtype))) is None:
+        return int(np.count_nonzero(~np.isfinite(array.astype(np.float64))))
+    bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+    exponent = bits.dtype.type(exponent)
+    return int(np.count_nonzero((bits & exponent) == exponent))
+
+
 def check_beyond(dtype: np.dtype, beyond: dict[str, int]) -> None:
     """Raises ValueError if `beyond`, a count per tensor, has values beyond the range of `dtype`."""
     if lost := {name: number for name, number in beyond.items() if number}:

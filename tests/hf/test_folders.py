@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import safetensors.numpy as oracle
 
-from moe_jax import hf, tree
+from moe_jax import hf, stores, tree
 from moe_jax.hf import folders, tensors, writing
+from moe_jax.upcycle import plan
 from tests.hf.test_golden import GOLDEN, loaded
 
 
@@ -181,3 +182,23 @@ def test_values_beyond_a_dtype_are_held_to_the_dtype_of_their_own_tensor(tmp_pat
     message = r"1 values are beyond the largest of float16, 65504: 1 of model\.norm\.weight"
     with pytest.raises(ValueError, match=message):
         writing.write(tmp_path / "out", config, dtypes, lambda part: leaves[part.path][part.row])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_named_with_their_tensor_and_number(dtype, value, tmp_path):
+    source = folders.Folder(GOLDEN / "llama")
+    params = tensors.cast(source.params(), dtype)
+    params["blocks"]["0"]["mlp"]["up"][1, 2, 3:5] = value
+    hf.save(tmp_path / "model", source.config, params)
+    message = r"2 values of model.layers.1.mlp.up_proj.weight are not finite"
+    folder = folders.Folder(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        folder.params()
+    with pytest.raises(ValueError, match=message):
+        hf.load(tmp_path / "model")
+    config = source.config.to_moe(num_experts=2, num_experts_per_tok=2)
+    made_of = plan.make(source.config, config, recipe="naive", num_parents=1, parameters={})
+    with pytest.raises(ValueError, match=message):
+        stores.upcycle_folders(made_of, [folder], tmp_path / "moe", jax.random.key(0))
+    assert not (tmp_path / "moe").exists()
