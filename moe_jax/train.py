@@ -184,11 +184,11 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
 def _facts(settings: configs.Run, flops_per_token: float) -> dict:
     """The facts of a run that its config and this machine decide."""
     training = settings.training
-    tokens = training.num_steps * training.batch_size * settings.data.sequence_length
+    tokens = training.last_step * training.batch_size * settings.data.sequence_length
     total, active = model.count_parameters(settings.model)
     versions = {"jax": jax.__version__, "moe_jax": moe_jax.__version__}
     return {
-        "steps": training.num_steps,
+        "steps": training.last_step,
         "tokens": tokens,
         "training_flops": tokens * flops_per_token,
         "router": settings.model.router if settings.model.num_experts else "",

@@ -1,11 +1,13 @@
 """Whole runs: broken off and gone on with, compiled once, and refused in one line."""
 
+import functools
 import json
 import logging
 import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +132,29 @@ def test_a_run_killed_and_stopped_at_random_steps_ends_bitwise_like_the_unbroken
         np.testing.assert_array_equal,
         *(state_in(folder, config_file) for folder in (workdir, whole)),
     )
+
+
+def test_a_run_that_stops_at_a_step_is_the_unbroken_one_there_and_goes_on(
+    unbroken, config_file, tmp_path
+):
+    workdir = tmp_path / "run"
+    load = functools.partial(configs.load, config_file)
+    result = train.run(configs.resolve(load({"training.stop_step": 49})), workdir)
+    assert (result["steps"], result["tokens"]) == (49, 49 * 8 * 32)
+    kept = pathlib.Path(shutil.copytree(unbroken[0], tmp_path / "unbroken"))
+    shutil.rmtree(kept / "checkpoints" / "56")
+    states = (state_in(folder, config_file) for folder in (workdir, kept))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    train.run(configs.resolve(load()), workdir)
+    assert [row for row in without_clock(workdir) if row["step"] != 49] == without_clock(
+        unbroken[0]
+    )
+    states = (state_in(folder, config_file) for folder in (workdir, unbroken[0]))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    with pytest.raises(configs.ConfigError, match="stop_step=49, but .* is at step 56 already"):
+        train.run(configs.resolve(load({"training.stop_step": 49})), workdir)
+    with pytest.raises(configs.ConfigError, match="stop_step=57 is beyond num_steps=56"):
+        configs.resolve(load({"training.stop_step": 57}))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from moe_jax.config import reading, resolved
 from moe_jax.config.checks import ConfigError, refusing
 from moe_jax.config.run import Run
-from moe_jax.config.sections import Section, section_of
+from moe_jax.config.section import Section, section_of
 from moe_jax.data import sources, tokenizers
 from moe_jax.hf import folders
 from moe_jax.model import comparison
@@ -133,9 +133,10 @@ def _changed(before: dict, config: ConfigDict) -> dict[str, tuple]:
 
 def check_step(step: int, run: Run) -> None:
     """Raises: ConfigError for a checkpoint beyond the run's last step."""
-    if step > run.training.num_steps:
+    if step > (last := run.training.last_step):
+        key = "stop_step" if run.training.stop_step else "num_steps"
         raise ConfigError(
-            f"config.training.num_steps={run.training.num_steps}, but the run in --workdir is at "
+            f"config.training.{key}={last}, but the run in --workdir is at "
             f"step {step} already; set it to {step} or more, or give another --workdir"
         )
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from moe_jax import spelling
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
-from moe_jax.config.sections import section_of
+from moe_jax.config.section import section_of
 from moe_jax.model.config import ModelConfig
 from moe_jax.upcycle import recipes
 

@@ -21,7 +21,8 @@ from moe_jax import command_line, spelling
 from moe_jax.config import checks, program
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
-from moe_jax.config.sections import Balance, key_names, section_of
+from moe_jax.config.section import key_names, section_of
+from moe_jax.config.sections import Balance
 from moe_jax.model.config import ModelConfig
 from moe_jax.upcycle import recipes
 

@@ -16,7 +16,7 @@ from moe_jax import spelling
 from moe_jax.config import checks, machine, reading, sections
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
-from moe_jax.config.sections import Section, section_of
+from moe_jax.config.section import Section, key_names, section_of
 from moe_jax.hf import beside, folders
 from moe_jax.hf import configs as hf_configs
 from moe_jax.model.config import ModelConfig
@@ -71,7 +71,7 @@ def of_stored(config: ConfigDict, *, parent: ModelConfig | None = None) -> Run:
     config = _filled(config, parent)
     values = _with_tuples(config.to_dict())
     upcycle = values["init"]["upcycle"]
-    own = sections.key_names(sections.Upcycle)
+    own = key_names(sections.Upcycle)
     values["init"]["upcycle"] = {
         **{name: value for name, value in upcycle.items() if name in own},
         "parameters": {n: v for n, v in upcycle.items() if n not in own and v is not None},

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from moe_jax.config import checks, sections
-from moe_jax.config.sections import Section, key, part
+from moe_jax.config.section import Section, key, part
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.router import ROUTERS
 from moe_jax.upcycle import recipes

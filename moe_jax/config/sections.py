@@ -5,73 +5,17 @@ ConfigError. `run.Run` holds one of each.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 from moe_jax.config import checks
-from moe_jax.config.checks import DECAY_RATE, NOT_NEGATIVE, POSITIVE, SHARE, ConfigError, one_of
+from moe_jax.config.checks import DECAY_RATE, NOT_NEGATIVE, POSITIVE, SHARE, one_of
+from moe_jax.config.section import Section, key, part
 from moe_jax.model.fields import Need
 from moe_jax.upcycle import recipes, router_init
 
 SPARSE = Need(lambda run: run.model.num_experts > 0, "config.model.num_experts")
 ROUTED = Need(lambda run: run.model.dispatch != "merge", "config.model.dispatch='dropless'")
-
-
-def key(
-    default: Any,
-    explanation: str,
-    check: Callable | None = None,
-    *needs: Need,
-    fixed: bool | None = None,
-) -> Any:
-    """A field that is a key of the config; `check(name, value)` raises ConfigError.
-
-    needs: conditions on the whole `Run` without which nothing reads the key.
-    fixed: True if the key decides which text a step sees, so that it may not change in a resumed
-      run; None takes the section's value.
-    """
-    metadata = {"explanation": explanation, "check": check, "needs": needs, "fixed": fixed}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def key_names(section: "type[Section]") -> list[str]:
-    """The keys of a section, without those of its subsections."""
-    return [f.name for f in dataclasses.fields(section) if "explanation" in f.metadata]
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A part of a config at the dotted `path`; it checks its values when it is created."""
-
-    path: ClassVar[str]
-    needs: ClassVar[tuple[Need, ...]]  # needs of all its keys
-    fixed: ClassVar[bool | None]  # default for its keys; None takes the enclosing section's value
-
-    def __init_subclass__(cls, path: str, needs: tuple[Need, ...] = (), fixed: bool | None = None):
-        cls.path, cls.needs, cls.fixed = path, needs, fixed
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if check := field.metadata.get("check"):
-                name = f"{self.path}.{field.name}".removeprefix(".")
-                check(f"config.{name}", getattr(self, field.name))
-        for problem in self.problems():
-            raise ConfigError(problem)
-
-    def problems(self) -> Iterator[str]:
-        """A line for each mistake that involves several values."""
-        yield from ()
-
-
-def part(section: type[Section]) -> Any:
-    """A field that is a subsection."""
-    return dataclasses.field(default_factory=section)
-
-
-def section_of(field: dataclasses.Field) -> type[Section] | None:
-    """The class of a field that is a subsection; None for any other field."""
-    factory = field.default_factory
-    return factory if isinstance(factory, type) and issubclass(factory, Section) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -340,6 +284,9 @@ class Optimizer(Section, path="optimizer"):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(Section, path="training"):
     num_steps: int = key(1000, "number of updates of the parameters", POSITIVE)
+    stop_step: int = key(
+        0, "step to stop at, with the schedule of num_steps; 0 is num_steps", NOT_NEGATIVE
+    )
     batch_size: int = key(16, "sequences in a step, over all devices", POSITIVE, fixed=True)
     accumulation_steps: int = key(1, "number of microbatches in a batch", POSITIVE)
     log_every: int = key(10, "steps between the rows of metrics.jsonl", POSITIVE)
@@ -353,6 +300,15 @@ class Training(Section, path="training"):
                 f"config.training.batch_size={self.batch_size} is not divisible by "
                 f"accumulation_steps={self.accumulation_steps}; use a multiple of it"
             )
+        if self.stop_step > self.num_steps:
+            yield (
+                f"config.training.stop_step={self.stop_step} is beyond num_steps={self.num_steps}; "
+                "lower it, or raise num_steps"
+            )
+
+    @property
+    def last_step(self) -> int:
+        return self.stop_step or self.num_steps
 
 
 PROMPTS = Need(lambda run: bool(run.evaluation.prompts), "config.evaluation.prompts")

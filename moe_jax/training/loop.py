@@ -43,7 +43,7 @@ def run(
     parts: Parts,
     skipped: int = 0,
 ) -> tuple[TrainState, dict]:
-    """Trains to `training.num_steps`; returns the evaluators' last results too.
+    """Trains to `training.last_step`; returns the evaluators' last results too.
 
     The first `start` steps are already done; `skipped` of them made no update.
 
@@ -55,7 +55,7 @@ def run(
       checkpoint is saved first), or 3 if too many consecutive steps were not finite or the
       parameters are not.
     """
-    last = settings.training.num_steps
+    last = settings.training.last_step
     log = _TrainingLog(settings, parts, start, skipped)
     results: dict = {}
     silent = None if distributed.is_first() else True  # None: silent only without a terminal
@@ -123,7 +123,7 @@ class _TrainingLog:
                 f"step {step}: loss or gradient not finite, no update was made "
                 f"({self.skipped} in this run)"
             )
-        if step % training.log_every == 0 or step == training.num_steps:
+        if step % training.log_every == 0 or step == training.last_step:
             row = self._row(step, jax.device_get(step_measures))
             self._parts.write(row)
             self.shown = {

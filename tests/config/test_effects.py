@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax.config import sections
+from moe_jax.config.section import Section
 from moe_jax.model.config import ModelConfig, fields_of
 from moe_jax.model.fields import EXPERTS, ROUTER
 
@@ -178,7 +179,7 @@ def test_every_need_is_a_condition_on_what_it_is_asked_of():
     run = configs.resolve(config_of({}))
     for field in dataclasses.fields(ModelConfig):
         assert all(need.holds(run.model) in (True, False) for need in field.metadata["needs"])
-    for section in sections.Section.__subclasses__():
+    for section in Section.__subclasses__():
         for field in dataclasses.fields(section):
             needs = (*section.needs, *field.metadata.get("needs", ()))
             if section is not sections.Upcycle:  # whose recipe is empty here

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from moe_jax import config as configs
-from moe_jax.config import environment, sections
+from moe_jax.config import environment, section, sections
 from moe_jax.model.presets import PRESETS
 
 RUN = configs.Run(model=PRESETS["quickstart"], data=configs.Data(tokenizer="bytes"))
@@ -35,14 +35,14 @@ def test_the_fixed_keys_are_these():
 
 def test_a_key_of_the_data_is_fixed_unless_it_says_otherwise():
     @dataclasses.dataclass(frozen=True)
-    class Filter(sections.Section, path="data.filter"):
-        pattern: str = sections.key("", "documents to leave out")
+    class Filter(section.Section, path="data.filter"):
+        pattern: str = section.key("", "documents to leave out")
 
     @dataclasses.dataclass(frozen=True)
     class Data(sections.Data, path="data", fixed=sections.Data.fixed):
-        mask: str = sections.key("document", "tokens that a token sees")
-        workers: int = sections.key(1, "threads that read", fixed=False)
-        filter: Filter = sections.part(Filter)
+        mask: str = section.key("document", "tokens that a token sees")
+        workers: int = section.key(1, "threads that read", fixed=False)
+        filter: Filter = section.part(Filter)
 
     new = environment.fixed_keys(Data) - environment.fixed_keys(sections.Data)
     assert new == {"data.mask", "data.filter.pattern"}

@@ -9,6 +9,7 @@ import pytest
 from moe_jax import config as configs
 from moe_jax import hf
 from moe_jax.config import sections
+from moe_jax.config.section import Section
 from moe_jax.model.presets import PRESETS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -32,7 +33,7 @@ def test_the_defaults_survive_being_resolved():
         if name == "model":
             continue
         value = getattr(run, name)
-        left = dataclasses.asdict(value) if isinstance(value, sections.Section) else value
+        left = dataclasses.asdict(value) if isinstance(value, Section) else value
         if name == "init":
             assert left["upcycle"].pop("parameters") == {}
             section["upcycle"] = {k: v for k, v in section["upcycle"].items() if v is not None}

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from moe_jax.config import checks, sections
+from moe_jax.config import checks, section, sections
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
 from moe_jax.model.presets import PRESETS
@@ -30,7 +30,7 @@ WRONG = {
         ("a",),
     ),
 }
-SECTIONS = (*sections.Section.__subclasses__(),)
+SECTIONS = (*section.Section.__subclasses__(),)
 KEYS = [
     pytest.param(section, field, id=f"{section.path}.{field.name}")
     for section in SECTIONS
