@@ -84,7 +84,7 @@ def steps(directory: pathlib.Path) -> list[int]:
 def newest_data(directory: pathlib.Path) -> dict:
     """The `data` of the newest checkpoint whose step matches its name, unverified; {} if none."""
     found = (directory / str(step) for step in reversed(steps(directory)))
-    return next((_meta(folder)["data"] for folder in found if _is_of_its_name(folder)), {})
+    return next((described(folder)["data"] for folder in found if _is_of_its_name(folder)), {})
 
 
 def remove_unfinished(directory: pathlib.Path) -> None:
@@ -97,12 +97,13 @@ def remove_unfinished(directory: pathlib.Path) -> None:
 def _is_of_its_name(folder: pathlib.Path) -> bool:
     """True if the folder is a checkpoint of the step in its name."""
     try:
-        return _meta(folder)["data"]["step"] == int(folder.name)
+        return described(folder)["data"]["step"] == int(folder.name)
     except Exception:  # damaged files make Orbax and TensorStore raise any type
         return False
 
 
-def _meta(folder: pathlib.Path) -> dict:
+def described(folder: pathlib.Path) -> dict:
+    """The description of a checkpoint: leaves, digests, data and config, without values."""
     _check_links(folder)
     with _reading():
         return ocp.load_checkpointables(folder.absolute(), {"meta": None})["meta"]
@@ -140,6 +141,24 @@ def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -
     if found is None:
         raise FileNotFoundError(f"{directory} holds no checkpoint that verifies")
     return jax.tree.unflatten(jax.tree.structure(abstract), found[1].values())
+
+
+def verified(folder: pathlib.Path) -> dict[str, jax.Array]:
+    """All leaves of one checkpoint; raises an error of some type if it does not verify."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaves = {
+        path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=here)
+        for path, (shape, dtype) in described(folder)["leaves"].items()
+    }
+    loaded, meta = _load(folder.absolute(), leaves, own_dtypes=False)
+    _check_digests(loaded, meta)
+    return loaded
+
+
+def _check_digests(leaves: dict[str, jax.Array], meta: dict) -> None:
+    for path, digest in digests(leaves).items():
+        if digest != meta["digests"][path]:
+            raise ValueError(f"{path} has another digest than it was saved with")
 
 
 def digests(leaves: dict[str, jax.Array]) -> dict[str, int]:
@@ -183,11 +202,10 @@ def _newest(
     found, reason = distributed.of_first(steps(directory)), ""
     for step in reversed(found):
         try:
+            folder = (directory / str(step)).absolute()
             with distributed.together(ValueError):
-                leaves, meta = _load((directory / str(step)).absolute(), abstract, own_dtypes)
-            for path, digest in digests(leaves).items():
-                if digest != meta["digests"][path]:
-                    raise ValueError(f"{path} has another digest than it was saved with")
+                leaves, meta = _load(folder, abstract, own_dtypes)
+            _check_digests(leaves, meta)
             return step, leaves, meta
         except Mismatch:
             raise
@@ -203,7 +221,7 @@ def _newest(
 
 
 def _load(folder: pathlib.Path, abstract: dict, own_dtypes: bool) -> tuple[dict, dict]:
-    meta = _meta(folder)
+    meta = described(folder)
     if (step := meta["data"].get("step")) != int(folder.name):
         raise ValueError(
             f"it is a checkpoint of step {step}, not of the step that it is named after"

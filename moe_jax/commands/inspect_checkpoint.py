@@ -1,0 +1,118 @@
+"""Shows what a run's checkpoint holds: its leaves, its config, and whether it verifies.
+
+Examples:
+  python scripts/inspect_checkpoint.py runs/quickstart/dense
+  python scripts/inspect_checkpoint.py runs/quickstart/dense --verify
+  python scripts/inspect_checkpoint.py runs/quickstart/naive --diff=runs/quickstart/drop_0.5
+  python scripts/inspect_checkpoint.py runs/quickstart/dense --step=240 --json
+
+Without --verify nothing but the description of a checkpoint is read, so that it takes a second for
+a checkpoint of any size. --verify reads every checkpoint of the run, compares each leaf with the
+digest that it was saved with, and shows norms. --diff compares two runs leaf by leaf by their
+digests. Exit status: 0, or 1 if a checkpoint does not verify or two runs differ.
+"""
+
+import json
+import math
+import pathlib
+import sys
+
+import numpy as np
+
+from moe_jax import command_line, stores
+from moe_jax.training import checkpoint
+
+
+def main() -> None:
+    parser = command_line.Parser(__doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run's workdir")
+    add("--step", type=int, help="step of the checkpoint (default: the newest)")
+    add("--verify", action="store_true", help="read all leaves and compare them with their digests")
+    add("--diff", metavar="RUN", help="another run, to compare leaf by leaf")
+    add("--json", action="store_true", help="print an object, no table")
+    arguments = parser.parse_args()
+    with parser.refusing():
+        folder = _folder(arguments.run, arguments.step)
+        report = _described(folder)
+        if arguments.diff:
+            report["differences"] = _differences(folder, _folder(arguments.diff, arguments.step))
+        if arguments.verify:
+            report["verified"] = {
+                str(step): _verified(folder.with_name(str(step)), report)
+                for step in checkpoint.steps(folder.parent)
+            }
+    print(json.dumps(report, indent=1) if arguments.json else _table(report))
+    failed = any(complaint for complaint in report.get("verified", {}).values())
+    sys.exit(int(failed or bool(report.get("differences"))))
+
+
+def _folder(run: str, step: int | None) -> pathlib.Path:
+    """The folder of a run's checkpoint. Raises: ValueError if there is none."""
+    directory = stores.find(run) / "checkpoints"
+    steps = checkpoint.steps(directory)
+    if not steps or step not in (None, *steps):
+        has = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+        raise ValueError(f"{run} has no checkpoint{f' of step {step}' if steps else ''}; {has}")
+    return directory / str(steps[-1] if step is None else step)
+
+
+def _described(folder: pathlib.Path) -> dict:
+    """The description of a checkpoint, without its values."""
+    meta = checkpoint.described(folder)
+    leaves = {
+        path: {"shape": shape, "dtype": dtype, "digest": f"{meta['digests'][path]:08x}"}
+        for path, (shape, dtype) in meta["leaves"].items()
+    }
+    return {"checkpoint": str(folder), **meta["data"], "leaves": leaves, "config": meta["config"]}
+
+
+def _verified(folder: pathlib.Path, report: dict) -> str:
+    """The complaint about a checkpoint, "" for a sound one, whose norms go into the report."""
+    try:
+        leaves = checkpoint.verified(folder)
+    except Exception as error:  # damaged files make Orbax and TensorStore raise any type
+        return " ".join(str(error).split())[:300]
+    if str(folder) == report["checkpoint"]:
+        for path, leaf in leaves.items():
+            values = np.asarray(leaf, np.float64)
+            report["leaves"][path]["norm"] = float(np.linalg.norm(values))
+            report["leaves"][path]["not_finite"] = int(np.count_nonzero(~np.isfinite(values)))
+    return ""
+
+
+def _differences(folder: pathlib.Path, other: pathlib.Path) -> dict[str, str]:
+    """Path of each leaf that differs -> the difference, in words."""
+    ours, theirs = (_described(one)["leaves"] for one in (folder, other))
+    found = {}
+    for path in sorted(ours | theirs):
+        if path not in theirs or path not in ours:
+            found[path] = f"only in {folder if path in ours else other}"
+        elif ours[path] != theirs[path]:
+            forms = [f"{leaf['dtype']}{leaf['shape']}" for leaf in (ours[path], theirs[path])]
+            found[path] = " and ".join(forms) if forms[0] != forms[1] else "other values"
+    return found
+
+
+def _table(report: dict) -> str:
+    leaves = report["leaves"]
+    width = max(map(len, leaves))
+    lines = [f"{report['checkpoint']}: step {report['step']}"]
+    for path, leaf in leaves.items():
+        form = f"{leaf['dtype']}{leaf['shape']}"
+        norm = f"  norm {leaf['norm']:.6g}" if "norm" in leaf else ""
+        norm += f"  NOT FINITE: {leaf['not_finite']}" if leaf.get("not_finite") else ""
+        lines.append(f"  {path:{width}}  {form:28}  {leaf['digest']}{norm}")
+    number = sum(math.prod(leaf["shape"]) for path, leaf in leaves.items() if _is_param(path))
+    lines.append(f"{number:,} parameters in {sum(map(_is_param, leaves))} of {len(leaves)} leaves")
+    for step, complaint in report.get("verified", {}).items():
+        lines.append(f"step {step} {f'does not verify: {complaint}' if complaint else 'verifies'}")
+    for path, difference in report.get("differences", {}).items():
+        lines.append(f"differs: {path}: {difference}")
+    if report.get("differences") == {}:
+        lines.append("no leaf differs")
+    return "\n".join(lines)
+
+
+def _is_param(path: str) -> bool:
+    return "params" in path.split("/")[0]
