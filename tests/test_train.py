@@ -19,6 +19,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import train
+from moe_jax.commands import train as train_command
 from moe_jax.training import checkpoint, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -318,3 +319,19 @@ def test_a_workdir_in_use_and_one_of_another_model_are_refused(unbroken, config_
     with pytest.raises(configs.ConfigError, match="num_steps=40, but .* is at step 56 already"):
         train.run(shorter, workdir)
     assert json.loads((workdir / "config.json").read_text())["model"]["intermediate_size"] == 32
+
+
+def test_too_little_memory_is_answered_with_the_settings_that_need_less(
+    config_file, tmp_path, monkeypatch, capsys
+):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(train, "run", exhausted)
+    monkeypatch.setattr(sys, "argv", command(config_file, tmp_path / "run")[1:])
+    with pytest.raises(SystemExit) as ended:
+        train_command.main()
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)" in line
+    assert "accumulation_steps=2" in line and "remat=full" in line and "mesh.fsdp" in line

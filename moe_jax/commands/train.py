@@ -20,8 +20,10 @@ Exit status: 0 done, 1 lost another process (run all again to go on), 2 a mistak
 """
 
 import argparse
+import contextlib
 import math
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 from moe_jax import command_line, stopping
@@ -88,7 +90,8 @@ def _main() -> None:
 
         distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
     with distributed.ending_together(), parser.refusing((config.ConfigError,)):
-        result = train.run(settings, arguments.workdir)
+        with _advising_on_memory(settings):
+            result = train.run(settings, arguments.workdir)
     if distributed.is_first():
         print(
             f"done: {result['steps']} steps, held-out loss {result['loss']:.4f} nats/token, "
@@ -97,3 +100,24 @@ def _main() -> None:
         )
     if not math.isfinite(result["loss"]):
         sys.exit(command_line.EXIT_NONFINITE)
+
+
+@contextlib.contextmanager
+def _advising_on_memory(settings) -> Iterator[None]:
+    """Ends with the settings that need less memory if compiling or running needs too much."""
+    import jax
+
+    from moe_jax import config
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        training, reason = settings.training, " ".join(str(error).split())[:160]
+        raise config.ConfigError(
+            f"out of memory ({reason}); try "
+            f"--config.training.accumulation_steps={2 * training.accumulation_steps}, "
+            "--config.model.remat=full, or more devices for --config.mesh.fsdp; "
+            "scripts/dryrun.py --search finds settings that fit"
+        ) from error
