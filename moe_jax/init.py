@@ -127,8 +127,8 @@ def optimizer_state(
     shapes = jax.eval_shape(lambda: tx.init(model.init(plan.source, jax.random.key(0))))
     abstract = sharding.abstract({"opt_state": shapes}, mesh)
     try:
-        loaded = checkpoint.load(workdir / "checkpoints", abstract)["opt_state"]
-        [adam] = filter(_is_adam, jax.tree.leaves(loaded, is_leaf=_is_adam))
+        loaded, _ = checkpoint.load(workdir / "checkpoints", abstract)
+        [adam] = filter(_is_adam, jax.tree.leaves(loaded["opt_state"], is_leaf=_is_adam))
     except (ValueError, FileNotFoundError) as error:
         raise configs.ConfigError(
             f"config.init.source={workdir}: {error}; set init.upcycle.optimizer_state='fresh'"

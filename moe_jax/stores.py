@@ -73,7 +73,12 @@ def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelCon
     model_config = configs.model_of(workdir)
     shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
     abstract = sharding.abstract(shapes, mesh)
-    loaded = checkpoint.load(workdir / "checkpoints", {"params": abstract}, own_dtypes=True)
+    loaded, saved = checkpoint.load(workdir / "checkpoints", {"params": abstract}, own_dtypes=True)
+    if differing := comparison.differences(model_config, resolved.model_in(saved)):
+        raise ValueError(
+            f"{workdir / 'config.json'} is of another model than the checkpoint: "
+            f"{'; '.join(differing)}; set these as they were"
+        )
     return model_config, loaded["params"]
 
 

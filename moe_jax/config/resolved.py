@@ -168,6 +168,11 @@ def _model_in(config: ConfigDict) -> ModelConfig:
     return _model(_with_tuples(config.model.to_dict()))
 
 
+def model_in(values: dict[str, Any]) -> ModelConfig:
+    """The model of a run's config that was stored in a checkpoint."""
+    return _model_in(reading.stored(values))
+
+
 def model_of(folder: pathlib.Path) -> ModelConfig:
     """The config of the model in a Hugging Face folder or a run's workdir.
 

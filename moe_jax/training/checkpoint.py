@@ -129,8 +129,9 @@ def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
     return Restored(step, state, meta["data"], meta["config"])
 
 
-def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -> dict:
-    """The parts in `abstract`, such as {"params": …}, of the newest checkpoint that verifies.
+def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -> tuple[dict, dict]:
+    """The parts in `abstract`, such as {"params": …}, of the newest checkpoint that verifies, and
+    the config that was saved with it.
 
     Args:
       own_dtypes: leaves may have, and keep, a dtype other than in `abstract`.
@@ -140,7 +141,8 @@ def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -
     found = _newest(directory, tree.flatten(abstract), own_dtypes)
     if found is None:
         raise FileNotFoundError(f"{directory} holds no checkpoint that verifies")
-    return jax.tree.unflatten(jax.tree.structure(abstract), found[1].values())
+    _, leaves, meta = found
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves.values()), meta["config"]
 
 
 def verified(folder: pathlib.Path) -> dict[str, jax.Array]:

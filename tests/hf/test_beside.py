@@ -14,6 +14,7 @@ from moe_jax import config as configs
 from moe_jax.commands import convert, generate, upcycle
 from moe_jax.data import tokenizers
 from moe_jax.hf import beside
+from moe_jax.parallel import mesh
 from tests.data import tokenizer_folders
 
 MARK = "<|im_end|>"
@@ -200,3 +201,13 @@ def test_a_link_out_of_a_folder_is_no_file_beside_its_weights(folder, tmp_path):
     with pytest.raises(ValueError, match="chat_template.json is a link out of its folder"):
         converted(folder, tmp_path / "run", "orbax")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_is_not_that_of_the_checkpoint_is_refused_with_its_fields(folder, tmp_path):
+    run = converted(folder, tmp_path / "run", "orbax")
+    path = run / "config.json"
+    values = json.loads(path.read_text())
+    values["model"]["rope_theta"] = 5e5
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="is of another model .*rope_theta is 500000.0"):
+        stores.load(run, mesh.one_device())
