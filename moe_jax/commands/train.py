@@ -89,7 +89,7 @@ def _main() -> None:
         from moe_jax.parallel import distributed
 
         distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    with distributed.ending_together(), parser.refusing((config.ConfigError,)):
+    with distributed.ending_together(), parser.refusing((config.ConfigError, OSError)):
         with _advising_on_memory(settings):
             result = train.run(settings, arguments.workdir)
     if distributed.is_first():

@@ -4,15 +4,14 @@ import contextlib
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-import tensorboardX
 
 from moe_jax import files
 from moe_jax.parallel import distributed
+from moe_jax.training import board
 
 
 @contextlib.contextmanager
@@ -35,22 +34,19 @@ def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dic
         distributed.say(f"{damaged[0]}: the file is kept as {aside.name}, the other lines go on")
     kept = [row for row in rows if _is_before(row, resume_step)] if resume_step else []
     files.write_text(path, "".join(_line(row) for row in kept))
-    folder = str(workdir / "tensorboard")
-    board = tensorboardX.SummaryWriter(folder, purge_step=resume_step or None)
-    with open(path, "a", encoding="utf-8") as jsonl, board:
+    shown = board.Board(workdir / "tensorboard", resume_step or None)
+    try:
+        with open(path, "a", encoding="utf-8") as jsonl:
 
-        def write(row: dict) -> None:
-            values = plain(row)
-            jsonl.write(_line(values))
-            jsonl.flush()
-            try:
-                for name, value in _scalars(values):
-                    board.add_scalar(name, value, row["step"])
-                board.flush()
-            except OSError as error:  # not worth ending a run: metrics.jsonl has the same numbers
-                print(f"TensorBoard: {error}", file=sys.stderr)
+            def write(row: dict) -> None:
+                values = plain(row)
+                jsonl.write(_line(values))
+                jsonl.flush()
+                shown.add(row["step"], dict(_scalars(values)))
 
-        yield write
+            yield write
+    finally:
+        shown.close()
 
 
 def read(path: pathlib.Path) -> list[dict]:
