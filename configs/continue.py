@@ -1,15 +1,15 @@
-"""Trains a model on: that of a Hugging Face folder or of a run, on text of your own.
+"""Continues training a model, from a Hugging Face folder or a run, on your own text.
 
     python scripts/train.py --config=configs/continue.py --workdir=runs/more \\
         --config.init.source=path/to/model --config.data.source=path/to/text
 
-The model, its tokenizer and the length of its rows (at most 4096 tokens) come from init.source.
-It computes in bfloat16 where the machine has a TPU, or a GPU with units for it, else in float32.
-The learning rate of 2e-5 is that of fine-tuning in the OLMoE paper (arXiv 2409.02060, table 7), a
+The model, its tokenizer and the sequence length (at most 4096 tokens) come from init.source.
+It computes in bfloat16 on a TPU or a GPU with units for it, else in float32.
+The learning rate of 2e-5 is the fine-tuning rate of the OLMoE paper (arXiv 2409.02060, table 7), a
 tenth of a usual pre-training rate or less: the text is new to the model, but its weights are not.
-Hardware and time: what the model needs; `python scripts/dryrun.py --config=configs/continue.py
---config.init.source=… --topology=…` says it. Expect the held-out loss to fall from the first
-evaluation on; if it rises, lower the rate.
+Hardware and time depend on the model; `python scripts/dryrun.py --config=configs/continue.py
+--config.init.source=… --topology=…` reports both. Expect the held-out loss to fall from the first
+evaluation on; if it rises, lower the learning rate.
 """
 
 from moe_jax import config as configs

@@ -1,14 +1,14 @@
-"""The main job: dense -> Drop-Upcycling -> MoE on the embedded 19-language text, in minutes.
+"""The main example: dense -> Drop-Upcycling -> MoE on the embedded 19-language text, in minutes.
 
     bash scripts/quickstart.sh
     python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-A dense parent (0.66 M parameters) becomes a mixture of 8 experts, top-2 (3.4 M, 1.05 M active), in
-three ways. Two arms are controls: a mixture from scratch, and the parent trained on over the arms'
-tokens. All arms see the same text in the same order. An arm that starts at the parent's loss first
-gets worse: its learning rate rises again, and Adam's moments begin at zero.
-Hardware and time: 2 CPU cores, 7 minutes without installation. Expect, in bits per byte of held-out
-text: dense 3.45, dense_continued 3.34, scratch 3.91, naive 3.32, drop_0.5 3.32, drop_1.0 3.39.
+A dense parent (0.66 M parameters) becomes an MoE with 8 experts, top-2 (3.4 M, 1.05 M active), in
+three ways. Two runs are controls: an MoE from scratch, and the parent trained further on as many
+tokens. All of them see the same text in the same order. A run that starts at the parent's loss
+first gets worse: its learning rate warms up again, and Adam's moments start at zero. Hardware and
+time: 2 CPU cores, 7 minutes without installation. Expect, in bits per byte on held-out text: dense
+3.45, dense_continued 3.34, scratch 3.91, naive 3.32, drop_0.5 3.32, drop_1.0 3.39.
 """
 
 from moe_jax import config as configs

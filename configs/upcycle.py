@@ -1,18 +1,18 @@
-"""Makes a mixture of a model of your own and trains it, on text of your own.
+"""Upcycles your own dense model to an MoE and trains it, on your own text.
 
     python scripts/train.py --config=configs/upcycle.py --workdir=runs/moe \\
         --config.init.source=path/to/dense --config.data.source=path/to/text
 
-The dense model, its tokenizer and the length of its rows (at most 4096 tokens) come from
+The dense model, its tokenizer and the sequence length (at most 4096 tokens) come from
 init.source. The recipe is naive upcycling; --config.init.upcycle.recipe=drop redraws half of each
 expert's neurons (`python scripts/recipes.py` lists all recipes).
-The learning rate of 2e-4 with a decay to a tenth is that of Drop-Upcycling's mixtures (arXiv
-2502.19261), 2/3 of their parents' largest rate: NVIDIA too begins again at the rate of pre-training
-(arXiv 2410.07524). It is for many thousands of steps. For a short run, or one that must not get
-worse than its parent, set --config.optimizer.learning_rate=2e-5 as configs/continue.py does.
-Hardware and time: a token uses 2 of 8 experts, so that a step takes up to twice as long as that of
-the dense model; but memory holds all 8, and their gradients and moments. `python scripts/dryrun.py
---config=configs/upcycle.py --config.init.source=… --topology=…` says both.
+The learning rate of 2e-4 with a decay to a tenth is that of Drop-Upcycling's MoEs (arXiv
+2502.19261), 2/3 of their parents' peak rate: NVIDIA also restarts at the pre-training rate
+(arXiv 2410.07524). It is meant for many thousands of steps. For a short run, or one that must not
+get worse than its parent, set --config.optimizer.learning_rate=2e-5 as configs/continue.py does.
+Hardware and time: a token uses 2 of 8 experts, so a step takes up to twice as long as the dense
+model's; but memory holds all 8, with their gradients and moments. `python scripts/dryrun.py
+--config=configs/upcycle.py --config.init.source=… --topology=…` reports both.
 Expect the held-out loss to rise at first and to fall below the parent's later.
 """
 

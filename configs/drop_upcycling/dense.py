@@ -1,17 +1,18 @@
-"""The dense parents of Drop-Upcycling, and the 13B it is compared to (Nakamura et al., 2025).
+"""The dense parents of Drop-Upcycling, and the 13B model it is compared to (Nakamura et al., 2025).
 
     python scripts/train.py --config=configs/drop_upcycling/dense.py:1.5b \\
         --workdir=runs/drop-upcycling-1.5b \\
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
-arXiv 2502.19261. Hardware: TSUBAME4's H100s. Only 1.5b was trained to its schedule's end (1 T
-tokens). 152m and 3.7b gave their parent at 1 T of 2.07 T, the rate not decayed: stop those at
-step 477,000 and 239,000. 13b was compared at 805 B tokens. Text (Japanese, English and code, 2 T or
-1 T tokens) and tokenizers (LLM-jp 3.0; 2.2 for 1.5b) are not part of this repository.
+arXiv 2502.19261. Hardware: TSUBAME4's H100s. Only 1.5b was trained to the end of its schedule (1 T
+tokens). 152m and 3.7b became parents after 1 T of 2.07 T tokens, before their rate had decayed:
+stop those at step 477,000 and 239,000. 13b was compared at 805 B tokens. The text (Japanese,
+English and code, 2 T or 1 T tokens) and the tokenizers (LLM-jp 3.0; 2.2 for 1.5b) are not in this
+repository.
 
-Rates, batches, the z-loss of 1e-4 and AdamW's constants are those of the authors' Megatron-LM
-scripts; the initial weights are Megatron-LM's. Differs from the paper: a document's attention sees
-that document only, where Megatron-LM lets it see the row's earlier ones by default.
+Learning rates, batches, the z-loss of 1e-4 and AdamW's constants are from the authors' Megatron-LM
+scripts; the initialisation is Megatron-LM's. Differs from the paper: attention does not cross
+documents; by default, Megatron-LM lets a document see earlier ones in its sequence.
 """
 
 from moe_jax import config as configs

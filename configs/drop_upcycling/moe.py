@@ -4,20 +4,20 @@
         --workdir=runs/drop-upcycling-8x1.5b \\
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
-arXiv 2502.19261: 500 B tokens for every method, at one rate. Naive upcycling is
-`--config.init.upcycle.ratio=0`; from scratch is this file without its `init` lines. Needs the
-parent, trained with configs/drop_upcycling/dense.py. Published hardware: 8 nodes of 4 H100 for
-8x1.5b, 16 for 8x3.7b. The released code redraws as `index_sharing=per_matrix`,
-`permute_neurons=True`; the paper's text, which is what runs here, by neuron. The text is not part
-of this repository.
+arXiv 2502.19261: 500 B tokens for every method, at the same learning rate. For naive upcycling, set
+`--config.init.upcycle.ratio=0`; for training from scratch, remove the `init` lines from this file.
+Needs the parent, trained with configs/drop_upcycling/dense.py. Published hardware: 8 nodes of 4
+H100 for 8x1.5b, 16 for 8x3.7b. The released code redraws with `index_sharing=per_matrix` and
+`permute_neurons=True`; the paper, followed here, redraws by neuron. The text is not part of this
+repository.
 
-Rates, steps and the warmup from 2e-5 are those of the authors' moe-recipes scripts, in which all
-parameters decay; the balancing loss is that of Transformers' Mixtral, of all layers together and of
-a device's microbatch. Differs from the paper: attention does not cross documents; a device's
-microbatch has as many sequences as the mesh gives it.
+Rates, steps and the warmup from 2e-5 are from the authors' moe-recipes scripts, in which weight
+decay applies to all parameters; the balancing loss is that of Transformers' Mixtral, over all
+layers together and one device's microbatch. Differs from the paper: attention does not cross
+documents; a device's microbatch has as many sequences as the mesh gives it.
 
-The smallest v5p slice that trains 8x3.7b, as compiled ahead of time with jax 0.10.2 (2x2x1 lacks
-2.3 GB even with one sequence a device):
+The smallest v5p slice that can train 8x3.7b, compiled ahead of time with jax 0.10.2 (2x2x1 is
+2.3 GB short even with one sequence per device):
 
     python scripts/dryrun.py --config=configs/drop_upcycling/moe.py:8x3.7b --topology=v5p:2x2x2 \\
         --config.training.accumulation_steps=32

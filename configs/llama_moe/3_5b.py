@@ -1,18 +1,19 @@
-"""LLaMA-MoE v1: Llama 2 7B's feed-forwards cut into 16 experts, top-4 (Zhu et al., 2024).
+"""LLaMA-MoE v1: Llama 2 7B's feed-forwards split into 16 experts, top-4 (Zhu et al., 2024).
 
     python scripts/train.py --config=configs/llama_moe/3_5b.py --workdir=runs/llama-moe-3.5b \\
         --config.init.source=path/to/llama-2-7b --config.data.source="corpus/*.jsonl" \\
         --config.data.tokenizer=path/to/llama-2-7b/tokenizer.json
 
-arXiv 2406.16554: 200 B tokens in batches of 14.7 M, here 3,584 rows of 4,096. Random partition,
-outputs times N/k, balanced by the variation of importance and load, added over layers; the gate of
-the released code (gate_network="mlp"): two layers with a tanh between, PyTorch's initial values,
-noise that begins at its smallest. Rate, warmup and weight decay are those of the authors' scripts.
-Average of its benchmarks there: 57.7, Sheared-LLaMA-2.7B's 56.4. Not known here: hardware and time.
-The text (SlimPajama with Sheared-LLaMA's weights) is not part of this repository.
+arXiv 2406.16554: 200 B tokens in batches of 14.7 M, here 3,584 sequences of 4,096. The partition is
+random; outputs are scaled by N/k; the balancing losses are the variation of importance and load,
+summed over layers. The gate is that of the released code (gate_network="mlp"): two layers with tanh
+in between, PyTorch's initialisation, and noise that starts at its minimum. Rate, warmup and weight
+decay are from the authors' scripts. Benchmark average in the paper: 57.7; Sheared-LLaMA-2.7B: 56.4.
+Not known here: hardware and time. The text (SlimPajama with Sheared-LLaMA's sampling weights) is
+not part of this repository.
 
-Differs from the paper: the sampling weights of its sources are what the files of `data.source`
-hold, and do not change while training; attention does not cross documents.
+Differs from the paper: the sampling weights of its sources are those of the files of `data.source`,
+and do not change during training; attention does not cross documents.
 """
 
 from moe_jax import config as configs

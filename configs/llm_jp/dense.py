@@ -1,16 +1,16 @@
-"""LLM-jp-3: dense Japanese-English models of eight sizes (LLM-jp, arXiv 2407.03963).
+"""LLM-jp-3: dense Japanese-English models in eight sizes (LLM-jp, arXiv 2407.03963).
 
     python scripts/train.py --config=configs/llm_jp/dense.py:1.8b --workdir=runs/llm-jp-3-1.8b \\
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
-Rates, batches and tokens are those of the project's training scripts and model cards. Text (2.07 T
-tokens of the LLM-jp corpus v3) and tokenizer (LLM-jp's 3.0, a SentencePiece model) are not part of
-this repository; their mixture is what the files of `data.source` hold. The sizes differ in shape,
-rate and batch only. Not known here: hardware and time. On few devices, raise
+Learning rates, batches and tokens are from the project's training scripts and model cards. The text
+(2.07 T tokens of the LLM-jp corpus v3) and the tokenizer (LLM-jp's 3.0, a SentencePiece model) are
+not part of this repository; the files of `data.source` determine the data mixture. The sizes differ
+only in shape, learning rate and batch. Not known here: hardware and time. On few devices, raise
 training.accumulation_steps.
 
-Initial weights are Megatron-LM's. Differs from the paper: a document's attention sees that document
-only, where Megatron-LM lets it see the row's earlier ones by default.
+The initialisation is Megatron-LM's. Differs from the paper: attention does not cross documents; by
+default, Megatron-LM lets a document see earlier ones in its sequence.
 """
 
 from moe_jax import config as configs

@@ -3,14 +3,14 @@
     python scripts/train.py --config=configs/llm_jp/moe.py:8x1.8b --workdir=runs/llm-jp-3-8x1.8b \\
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
-Needs the parent, trained with configs/llm_jp/dense.py in the workdir that init.source names. Rate,
-batch and the balancing loss are those of 8x1.8b's Megatron script, tokens (2.1 T) those of the
-model cards. Not known here: 8x13b's rate (its parent's is set), whether the z-loss on the logits
-was kept (it is), hardware and time. The text is not part of this repository.
+Needs the parent, trained with configs/llm_jp/dense.py in the workdir that init.source names.
+Learning rate, batch and balancing loss are from 8x1.8b's Megatron script, the tokens (2.1 T) from
+the model cards. Not known here: 8x13b's learning rate (set to its parent's), whether the z-loss on
+the logits was kept (it is here), hardware and time. The text is not part of this repository.
 
-Differs from the paper: the model cards name no way of redrawing, so it is the paper's (by neuron);
-a device's microbatch, over which the balancing loss is taken as in Megatron-LM, has as many
-sequences as the mesh gives it; attention does not cross documents.
+Differs from the paper: the model cards do not say how neurons are redrawn, so the paper's way is
+used (by neuron); a device's microbatch, over which the balancing loss is computed as in
+Megatron-LM, has as many sequences as the mesh gives it; attention does not cross documents.
 """
 
 from moe_jax import config as configs

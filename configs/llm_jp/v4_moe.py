@@ -4,14 +4,14 @@
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
 The model is the LLM-jp project's release (`32b-a3.8b`, the argument's default): float32 softmax,
-weights that sum to one. Rate, batch and losses are those of its ablation scripts (Megatron): 4e-4
-to 4e-5, 1024 sequences, balancing loss 1e-2, z-loss 1e-3. `32b-a3.8b-sigmoid` is the scripts' other
-router: biases move by 1e-3 a step, weights times 2.5, a sequence-wise loss of 1e-4. Not known here:
-warmup, tokens (those set are placeholders), hardware and time. The text is not part of this
-repository.
+weights that sum to one. Learning rate, batch and losses are from its ablation scripts (Megatron):
+4e-4 to 4e-5, 1024 sequences, balancing loss 1e-2, z-loss 1e-3. `32b-a3.8b-sigmoid` has the scripts'
+other router: biases that move by 1e-3 per step, weights times 2.5, a sequence-wise loss of 1e-4.
+Not known here: warmup and tokens (the values set are placeholders), hardware and time. The text is
+not part of this repository.
 
-Differs from the paper: the sigmoid variant's load balancing loss is taken over a device's
-microbatch, there sequence by sequence.
+Differs from the paper: the sigmoid variant's load balancing loss is computed over a device's
+microbatch, not per sequence.
 """
 
 from moe_jax import config as configs

@@ -3,19 +3,20 @@
     python scripts/train.py --config=configs/lola/lola.py --workdir=runs/lola \\
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
-arXiv 2409.11272. Published hardware and time: 96 A100 of 40 GB, 19 days to step 296,000 (465 B
-tokens), where the authors stopped; the schedule is for more: warmup over 10 % and decay over 80 %
-of 1 T tokens. Rate, batch, capacity and losses are those of the authors' scripts (DeepSpeed, which
-adds the balancing loss over layers); initial weights are Megatron's. The sampling of languages is
-not known; the files of `data.source` decide it. CulturaX is not part of this repository.
+arXiv 2409.11272. Published hardware and time: 96 A100 with 40 GB, 19 days to step 296,000 (465 B
+tokens), where the authors stopped; the schedule is longer: warmup over 10 % and decay over 80 % of
+1 T tokens. Learning rate, batch, capacity and losses are from the authors' scripts (DeepSpeed,
+which sums the balancing loss over layers); the initialisation is Megatron's. The sampling of
+languages is not known; the files of `data.source` determine it. CulturaX is not part of this
+repository.
 
-Differs from the paper: there is no dropout (0.1 there); the dtype is bfloat16, there float16;
-attention does not cross documents; the tokenizer is the file that data.tokenizer names (there a
-byte-level BPE, whose tokenizer.json fits); a device's microbatch has as many sequences as the mesh
-gives it. In evaluation tokens compete for an expert's slots within their row, there within the
-device's batch, and the random ones that are dropped are the same in each evaluation.
+Differs from the paper: there is no dropout (the paper: 0.1); the dtype is bfloat16 (the paper:
+float16); attention does not cross documents; the tokenizer is the file that data.tokenizer names
+(the paper's is a byte-level BPE, whose tokenizer.json works); a device's microbatch has as many
+sequences as the mesh gives it. In evaluation, tokens compete for an expert's slots within their
+sequence, not the device's batch, and the tokens dropped at random are the same each time.
 
-The smallest v5p slice there is trains it, as compiled ahead of time with jax 0.10.2:
+The smallest v5p slice that exists can train it, compiled ahead of time with jax 0.10.2:
 
     python scripts/dryrun.py --config=configs/lola/lola.py --topology=v5p:2x2x1 \\
         --config.training.accumulation_steps=24

@@ -2,15 +2,15 @@
 
     python scripts/train.py --config=configs/mixtral/8x7b.py:64 --workdir=runs/mixtral-8x7b
 
-The argument is the number of chips. Parameters are cut over all of them (fsdp), each takes 2
-sequences of 4096; weights and moments are float32, computation is bfloat16, every layer is
-recomputed. The paper (arXiv 2401.04088) publishes no training recipe: rate and steps are defaults,
-the balancing loss is that of the released checkpoint's config. The text is the embedded one, by
-bytes; for real text set data.source and data.tokenizer. Differs from the paper: in all but the
-model, for its training is not published.
+The argument is the number of chips. Parameters are sharded over all of them (fsdp), and each takes
+2 sequences of 4096; weights and moments are float32, computation is bfloat16, and every layer is
+rematerialised. The paper (arXiv 2401.04088) publishes no training recipe: rate and steps are
+defaults, and the balancing loss is from the released checkpoint's config. The text is the embedded
+one, as bytes; for real text, set data.source and data.tokenizer. Differs from the paper: everything
+but the model, because its training is not published.
 
-The smallest v5p slice that trains it, as compiled ahead of time with jax 0.10.2 (2x2x2 lacks 32.2
-GB even with one sequence a device):
+The smallest v5p slice that can train it, compiled ahead of time with jax 0.10.2 (2x2x2 is 32.2 GB
+short even with one sequence per device):
 
     python scripts/dryrun.py --config=configs/mixtral/8x7b.py --topology=v5p:2x2x4
 

@@ -3,13 +3,12 @@
     python scripts/train.py --config=configs/nvidia/nemotron_15b.py --workdir=runs/nemotron-15b \\
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
-Published: 8 T tokens of 4096-token sequences on 384 nodes of 8 H100, the batch raised from 384 to
-1152 sequences. Not known: the rate (4.5e-4 to 4.5e-5 is what the upcycling paper's text suggests),
-warmup. Initial weights are Megatron-LM's, of the deviation in the release's config. The text is not
-part of this repository.
+Published: 8 T tokens in sequences of 4096 on 384 nodes of 8 H100, with the batch raised from 384 to
+1152 sequences. Not known: the learning rate (the upcycling paper's text suggests 4.5e-4 to 4.5e-5)
+and the warmup. The initialisation is Megatron-LM's, with the standard deviation of the released
+config. The text is not part of this repository.
 
-Differs from the paper: the batch size is 1152 throughout; a document's attention sees that document
-only.
+Differs from the paper: the batch size is 1152 throughout; attention does not cross documents.
 """
 
 from moe_jax import config as configs

@@ -4,14 +4,15 @@
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
 arXiv 2410.07524: 1 T tokens in batches of 4 M. Validation loss there: 1.306 (e8g1t2), 1.320
-(e8g8t8), 1.377 for the dense model trained on. Needs the parent, trained with
+(e8g8t8), 1.377 for the dense model trained further. Needs the parent, trained with
 configs/nvidia/nemotron_15b.py; experts are virtual groups with the paper's weight scaling. Not
-known: warmup (none is set); the final rate (1/100 of the parent's, which the text gives unclearly
-and which is taken as 4.5e-5), hardware and time. The text is not part of this repository.
+known: the warmup (none is set), the final rate (1/100 of the parent's, which the text leaves
+unclear and which is taken to be 4.5e-5), hardware and time. The text is not part of this
+repository.
 
-The balancing loss of 0.01 is added over layers and taken over a device's microbatch, as Megatron-LM
-does. Differs from the paper: that microbatch has as many sequences as the mesh gives it; attention
-does not cross documents.
+The balancing loss of 0.01 is summed over layers and computed over a device's microbatch, as in
+Megatron-LM. Differs from the paper: that microbatch has as many sequences as the mesh gives it;
+attention does not cross documents.
 """
 
 from moe_jax import config as configs

@@ -4,16 +4,16 @@
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
 arXiv 2409.02060. Published hardware and time: 256 H100, about 10 days. The paper ends with 100 B
-tokens of linear decay to 0 (schedule "wsd", 23,842 steps from 4e-5): a second run whose init.source
-is this one, with fresh optimizer moments where the paper keeps them. The losses are megablocks':
-averaged over layers, taken over a device's microbatch. The text (OLMoE-mix) is not part of this
-repository.
+tokens of linear decay to 0 (schedule "wsd", 23,842 steps from 4e-5): here a second run whose
+init.source is this one, with fresh optimizer moments, which the paper keeps. The losses are those
+of megablocks: averaged over layers, computed over a device's microbatch. The text (OLMoE-mix) is
+not part of this repository.
 
-Differs from the paper: there is no filter of documents with repeated n-grams; attention does not
-cross documents; the tokenizer is the file that data.tokenizer names (there a BPE, whose
-tokenizer.json fits); a device's microbatch has as many sequences as the mesh gives it.
+Differs from the paper: documents with repeated n-grams are not filtered out; attention does not
+cross documents; the tokenizer is the file that data.tokenizer names (the paper's is a BPE, whose
+tokenizer.json works); a device's microbatch has as many sequences as the mesh gives it.
 
-The smallest v5p slice there is trains it, as compiled ahead of time with jax 0.10.2:
+The smallest v5p slice that exists can train it, compiled ahead of time with jax 0.10.2:
 
     python scripts/dryrun.py --config=configs/olmoe/1b_7b.py --topology=v5p:2x2x1 \\
         --config.training.accumulation_steps=32

@@ -3,13 +3,13 @@
     python scripts/train.py --config=configs/qwen3/30b_a3b.py --workdir=runs/qwen3-30b-a3b \\
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
-Published: 36 T tokens in three stages, the first with sequences of 4096, a balancing loss over the
-global batch, its coefficient (0.001) in the released checkpoint's config. Not published: rate,
-warmup, batch, hardware and time; those set are placeholders for one stage of 1 T tokens. The text
-is not part of this repository.
+Published: 36 T tokens in three stages, the first with sequences of 4096; a balancing loss over the
+global batch, with its coefficient (0.001) in the released checkpoint's config. Not published: rate,
+warmup, batch, hardware and time; the values set are placeholders for one stage of 1 T tokens. The
+text is not part of this repository.
 
-Differs from the paper: one stage of three; the tokenizer is the file that data.tokenizer names
-(there a BPE, whose tokenizer.json fits).
+Differs from the paper: only one of three stages; the tokenizer is the file that data.tokenizer
+names (the paper's is a BPE, whose tokenizer.json works).
 """
 
 from moe_jax import config as configs

@@ -3,12 +3,12 @@
     python scripts/train.py --config=configs/skywork/13b.py --workdir=runs/skywork-13b \\
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
-Published: 3.2 T tokens of English, Chinese and code, a thin and deep Llama. Rate (6e-4), batch
-(16 M tokens) and the length of the first schedule (2 T tokens, set here) were not checked against
-the report's text; warmup, hardware and time are not known here. The later stages, at the final rate
-and with other text, are further runs whose init.source is this one. Initial weights are Megatron's.
-The text is not part of this repository. Differs from the paper: one stage of several; a document's
-attention sees that document only.
+Published: 3.2 T tokens of English, Chinese and code; a thin and deep Llama. The learning rate
+(6e-4), batch (16 M tokens) and length of the first schedule (2 T tokens, set here) were not checked
+against the report's text; warmup, hardware and time are not known here. The later stages, at the
+final rate and on other text, are further runs whose init.source is this one. The initialisation is
+Megatron's. The text is not part of this repository. Differs from the paper: only one of several
+stages; attention does not cross documents.
 """
 
 from moe_jax import config as configs

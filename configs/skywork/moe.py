@@ -4,13 +4,14 @@
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
 arXiv 2406.06563. Needs the parent, trained with configs/skywork/13b.py. Published hardware: 1536
-A800, 690 tokens a second each. As there, the balancing coefficient of each layer follows its drop
-rate, up to 0.01. Not known here: the capacity, rate, warmup, batch, tokens; those set are
-placeholders. The text (English, Chinese and code as 7 : 2 : 1) is not part of this repository.
-Differs from the paper: the dispatch is dropless, and the drop rate that of a capacity of 1.25.
+A800, each at 690 tokens per second. As in the paper, the balancing coefficient of each layer
+follows its drop rate, up to 0.01. Not known here: capacity, rate, warmup, batch and tokens; the
+values set are placeholders. The text (English, Chinese and code at 7 : 2 : 1) is not part of this
+repository. Differs from the paper: the dispatch is dropless, and the drop rate is that of a
+capacity of 1.25.
 
-The smallest v5p slice that trains it, as compiled ahead of time with jax 0.10.2 (2x4x4 lacks 11.2
-GB even with one sequence a device):
+The smallest v5p slice that can train it, compiled ahead of time with jax 0.10.2 (2x4x4 is 11.2 GB
+short even with one sequence per device):
 
     python scripts/dryrun.py --config=configs/skywork/moe.py --topology=v5p:4x4x4 \\
         --config.training.accumulation_steps=32
@@ -20,9 +21,10 @@ GB even with one sequence a device):
       FLOPs    5.007e+16 = 1.000 x analytic, 1.307 x model
       seconds  109 at least (compute 109, hbm 70.4, ici 92.9, dcn 0): MFU at most 76 %
 
-The layouts that the paper compares are arguments, moe.py:ep, :edp and :etp: experts over devices of
-other tokens, over the tensor-parallel ones, or cut by these, each with capacities of 1.25 times the
-even load (whence the FLOPs) and four devices along the axis. The same command says:
+The layouts that the paper compares are arguments, moe.py:ep, :edp and :etp: experts are spread over
+devices with different tokens, spread over tensor-parallel devices, or sharded by these; each has a
+capacity of 1.25 times the even load (hence the FLOPs) and four devices along the axis. The same
+command prints:
 
     ep   fsdp=16 expert=4   62.55 GB  1.170 x analytic  128 s (hbm 26.5, ici 24.9)  MFU <= 65 %
     edp  fsdp=16 edp=4      72.38 GB  1.198 x analytic  131 s (hbm 58.8, ici 39.8)  MFU <= 64 %

@@ -3,11 +3,11 @@
     python scripts/train.py --config=configs/smollm2/135m.py --workdir=runs/smollm2-135m \\
         --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
 
-Published: 2 T tokens on 64 H100, a constant rate with a linear decay over the last 20 %. Rate,
-batch (1 M tokens), warmup, weight decay and the deviation of initial weights are those of
+Published: 2 T tokens on 64 H100, a constant learning rate with linear decay over the last 20 %. The
+rate, batch (1 M tokens), warmup, weight decay and standard deviation of initial weights are from
 SmolLM1-135M's published training file; the paper's text was not checked. The text is not part of
-this repository. Differs from the paper: the tokenizer is the file that data.tokenizer names (there
-a BPE, whose tokenizer.json fits).
+this repository. Differs from the paper: the tokenizer is the file that data.tokenizer names (the
+paper's is a BPE, whose tokenizer.json works).
 """
 
 from moe_jax import config as configs

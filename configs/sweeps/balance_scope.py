@@ -1,15 +1,15 @@
-"""Does naive upcycling collapse when load balance is taken over all layers together?
+"""Does naive upcycling collapse if the load-balancing loss is computed over all layers together?
 
     python scripts/sweep.py --config=configs/sweeps/balance_scope.py --workdir=runs/balance_scope
 
-The released routers of Drop-Upcycling (Nakamura et al., arXiv 2502.19261), all trained with the
-balance loss of all layers pooled, use 2.5 of 8 experts a layer for the naive arm and 6.3 for drop.
-Here: {naive, drop} x {layer, all_layers} at the quickstart's size, with that paper's coefficient in
-its own form (0.02, not divided by k). The report draws the effective experts of every layer,
-exp(entropy of the load), 8 when balanced; result.json has them as `effective_experts`.
-Hardware and time: 2 CPU cores shared with other work, 28 minutes. Expect, mean effective experts:
-layer 7.9 (naive) and 8.0 (drop); all_layers 5.6 and 6.0. So at this size and in 400 steps the
-pooled loss leaves layers uneven for both, but no layer collapses to two experts.
+The released routers of Drop-Upcycling (Nakamura et al., arXiv 2502.19261), all trained with a
+balance loss pooled over all layers, use 2.5 of 8 experts per layer with naive and 6.3 with drop.
+This sweep runs {naive, drop} x {layer, all_layers} at the quickstart's size, with the paper's
+coefficient in the paper's form (0.02, not divided by k). The report plots the effective experts of
+every layer, exp(entropy of the load), 8 when balanced; result.json has them as `effective_experts`.
+Hardware and time: 2 CPU cores shared with other work, 28 minutes. Expect, as mean effective
+experts: layer 7.9 (naive) and 8.0 (drop); all_layers 5.6 and 6.0. So at this size and in 400 steps,
+the pooled loss leaves layers uneven for both, but no layer collapses to two experts.
 """
 
 from moe_jax import config as configs

@@ -1,12 +1,12 @@
-"""The relatives of upcycling side by side, at the quickstart's size.
+"""Upcycling and its relatives side by side, at the quickstart's size.
 
     python scripts/sweep.py --config=configs/sweeps/relatives.py --workdir=runs/relatives
 
-One run for each system, all from the same dense parent (several from it and a second one that was
-trained on with another order of the text) and for as many tokens: what each needs beside is its
-entry in `SYSTEMS`. Most have no config at full size, for their sizes are not public.
-Hardware and time: 2 CPU cores, about 30 minutes. A model of this size says nothing about which is
-best; the report shows loss, experts in use and how alike they are.
+There is one run for each system, all from the same dense parent (some from it and a second one that
+was trained further with the text in a different order) and for the same number of tokens. What each
+system needs besides is its entry in `SYSTEMS`. Most have no config at full size, because their
+sizes are not public. Hardware and time: 2 CPU cores, about 30 minutes. Models of this size say
+nothing about which system is best; the report shows loss, experts in use and how similar they are.
 """
 
 from moe_jax import config as configs

@@ -1,5 +1,5 @@
 """One file per command: it parses arguments, makes one call and prints the result.
 
 Here, and only here, a `main()` may import modules after it has read its arguments and config: the
-imports of a run take seconds, and a mistake should be reported at once.
+imports that a run needs take seconds, and a mistake should be reported at once.
 """

@@ -1,4 +1,4 @@
-"""Upcycle or train from scratch: the cost of each, and the advice of published rules.
+"""Compares upcycling with training from scratch: the costs, and what published rules advise.
 
 Examples:
   python scripts/advise.py --config=configs/drop_upcycling/moe.py:8x3.7b \\
@@ -7,8 +7,8 @@ Examples:
       --dense_tokens=8e12 --moe_tokens=1e12 --json
 
 It trains nothing. FLOPs are model FLOPs: active parameters and causal attention, forward and
-backward. The dense parent is the config's model with one feed-forward, --granularity times as wide
-as an expert.
+backward. The dense parent is the config's model with a single feed-forward per layer, --granularity
+times as wide as an expert.
 """
 
 import json
@@ -19,9 +19,7 @@ from moe_jax import config as configs
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="config of the mixture"
-    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config of the MoE")
     parser.add_argument(
         "--dense_tokens",
         required=True,
@@ -34,13 +32,13 @@ def main() -> None:
         required=True,
         type=float,
         metavar="N",
-        help="tokens that the mixture is to be trained on",
+        help="tokens that the MoE will be trained on",
     )
     parent = parser.add_mutually_exclusive_group()
     parent.add_argument("--dense_config", metavar="FILE[:ARG]", help="config of the dense parent")
-    width = "width of the parent's feed-forward in widths of an expert (default: 1)"
+    width = "width of the parent's feed-forward, in expert widths (default: 1)"
     parent.add_argument("--granularity", type=int, default=1, metavar="N", help=width)
-    parser.add_argument("--json", action="store_true", help="print an object, no tables")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of tables")
     arguments = parser.parse_args()
     with parser.refusing():
         run = parent_run = configs.resolve(configs.load(arguments.config))

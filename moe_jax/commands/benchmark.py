@@ -1,4 +1,4 @@
-"""Times a part of the project beside a bound that is measured in the same run.
+"""Times one part of the project next to a bound measured in the same run.
 
 Examples:
   python scripts/benchmark.py train_step
@@ -6,8 +6,8 @@ Examples:
   python scripts/benchmark.py train_step --peer=hf       (needs transformers and torch)
 
 It times small float32 models on a CPU, and four layers of Drop-Upcycling 8x1.5B and of OLMoE-1B-7B
-in bfloat16 on a GPU or TPU. Times are medians; a ratio to the bound of 1.20 is 20 % slower than the
-bound. Leave the machine alone while it runs.
+in bfloat16 on a GPU or TPU. Times are medians; a ratio of 1.20 means 20 % slower than the bound.
+Leave the machine idle otherwise while it runs.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.add_argument("name", choices=cases.BENCHMARKS, metavar="NAME", help="one of %(choices)s")
     parser.add_argument("--repeats", type=int, default=11, help="number of timed calls")
-    library = "also time this library doing the same: %(choices)s"
+    library = "also time this library on the same work: %(choices)s"
     parser.add_argument("--peer", choices=peers.PEERS, default="", help=library)
-    parser.add_argument("--json", action="store_true", help="print a list of rows, no table")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON instead of a table")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats={arguments.repeats} must be at least 1")

@@ -1,4 +1,4 @@
-"""Measures on a text the statistics that some upcycling recipes need of their parent.
+"""Measures, on a text, the statistics of the parent that some upcycling recipes need.
 
 Examples:
   python scripts/collect_statistics.py --source=runs/quickstart/dense --text=corpus.txt \\
@@ -7,14 +7,15 @@ Examples:
   python scripts/upcycle.py --source=path/to/moe --recipe=prune --num_experts=4 \\
       --statistics=moe.npz --output=path/to/pruned
 
-A dense model is pruned to its most important neurons by --num_experts=1 --neurons=gradient
---num_neurons=N, then scripts/upcycle.py with --recipe=llama_moe --recipe.partition=statistics
+To prune a dense model to its most important neurons, use --num_experts=1 --neurons=gradient
+--num_neurons=N here, then scripts/upcycle.py with --recipe=llama_moe --recipe.partition=statistics
 --num_experts=1 --num_experts_per_tok=1 --model.moe_intermediate_size=N, then --recipe=merge_back.
 
-A dense model gives `centroids` of each layer's inputs (for --router=centroids) and the `neurons`
-of each of --num_experts experts (for --recipe=llama_moe --recipe.partition=statistics). A mixture
-gives `load`, `similarity` and `utility` of its experts (for prune, diversify_merge,
-expert_upcycling). The source, a Hugging Face folder or a run's workdir, is held in memory whole.
+For a dense model it measures the `centroids` of each layer's inputs (for --router=centroids) and
+the `neurons` of each of --num_experts experts (for --recipe=llama_moe
+--recipe.partition=statistics). For an MoE it measures the `load`, `similarity` and `utility` of its
+experts (for prune, diversify_merge, expert_upcycling). The whole source, a Hugging Face folder or a
+run's workdir, is held in memory.
 """
 
 from typing import Any
@@ -35,26 +36,28 @@ def main() -> None:
     parser.add_argument(
         "--source", required=True, metavar="DIR", help="a run's workdir or a Hugging Face folder"
     )
-    parser.add_argument("--text", required=True, help="a text, named as by config.data.source")
+    parser.add_argument("--text", required=True, help="the text, given as for config.data.source")
     parser.add_argument(
         "--output",
         required=True,
         type=command_line.folder,
         metavar="FILE.npz",
-        help="a file to be written",
+        help="the file to write",
     )
     parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
-    parser.add_argument("--num_batches", type=int, default=8, help="batches to read")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows of a batch")
-    parser.add_argument("--sequence_length", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--num_experts", type=int, default=8, help="experts of a dense model")
+    parser.add_argument("--num_batches", type=int, default=8, help="number of batches to read")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch")
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument(
+        "--num_experts", type=int, default=8, help="number of experts to make from a dense model"
+    )
     kinds, why = (
         ("weights", "activations", "gradient"),
-        "the statistic by which neurons are shared out to experts",
+        "the statistic that assigns neurons to experts",
     )
     parser.add_argument("--neurons", default=kinds[0], choices=kinds, help=why)
     parser.add_argument(
-        "--num_neurons", type=int, help="neurons of an expert, for --neurons=gradient"
+        "--num_neurons", type=int, help="neurons per expert, for --neurons=gradient"
     )
     arguments = parser.parse_args()
     with parser.refusing():

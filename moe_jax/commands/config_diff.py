@@ -4,8 +4,8 @@ Examples:
   python scripts/config_diff.py runs/quickstart/naive runs/quickstart/drop_0.5
   python scripts/config_diff.py configs/mixtral/8x7b.py configs/olmoe/1b_7b.py
 
-A run is its workdir, or a config file (FILE or FILE:ARG). Values are those of the resolved config:
-the fields of a model count, whether they come from a preset or are set one by one.
+A run is given as a workdir or a config file (FILE or FILE:ARG). Values are those of the resolved
+config: all fields of a model are compared, whether a preset or a single key sets them.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Converts a model between Hugging Face folders and runs' checkpoints.
+"""Converts models between Hugging Face folders and checkpoints of runs.
 
 Examples:
   python scripts/convert.py --source=runs/quickstart/drop_0.5 --output=path/to/folder --to=hf
@@ -6,9 +6,9 @@ Examples:
   python scripts/convert.py --source=path/to/folder --output=runs/imported --to=orbax
   python scripts/convert.py --source=runs/lola --output=path/to/lola --to=hf --dropless
 
-The source is a Hugging Face folder or a run's workdir. From folder to folder tensors are read and
-written one at a time; a checkpoint is verified before it is used, and so held in memory whole. The
-output appears when it is whole.
+The source is a Hugging Face folder or a run's workdir. From folder to folder, tensors are read and
+written one at a time. A checkpoint is verified before use, and therefore held in memory as a whole.
+The output is written atomically: it appears when it is complete.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ def main() -> None:
         required=True,
         type=command_line.folder,
         metavar="DIR",
-        help="a folder that does not exist yet",
+        help="the folder to write, which must not exist yet",
     )
     parser.add_argument("--to", required=True, choices=("hf", "orbax"), help="format of the output")
-    dropless = "write a model trained with a capacity as one that drops no token"
+    dropless = "write a model trained with a capacity as one that drops no tokens"
     parser.add_argument("--dropless", action="store_true", help=dropless)
     parser.add_argument(
         "--dtype", choices=DTYPES, help="dtype of the output (default: the source's)"

@@ -4,8 +4,8 @@ Examples:
   python scripts/doctor.py
   python scripts/doctor.py --json
 
-It compares value and gradients on a small, ragged case. "auto" marks the choice of a training run.
-Exit status: 0 if all that can run here are right, 1 otherwise.
+It compares values and gradients on a small, ragged case. "auto" marks what a training run uses.
+Exit status: 0 if every implementation that can run here is correct, 1 otherwise.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from moe_jax.ops import verify
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--json", action="store_true", help="print a list of rows, no table")
+    parser.add_argument("--json", action="store_true", help="print rows as JSON instead of a table")
     arguments = parser.parse_args()
     found = []
     if not arguments.json:

@@ -1,4 +1,4 @@
-"""Compiles a config's train step for devices that this machine does not have, and reads it.
+"""Compiles a config's training step for devices that this machine lacks, and reports on it.
 
 Examples:
   python scripts/dryrun.py --config=configs/mixtral/8x7b.py --topology=v5p:2x2x4
@@ -8,21 +8,23 @@ Examples:
   python scripts/dryrun.py --config=configs/olmoe/1b_7b.py --topology=h100:8
   python scripts/dryrun.py --config=configs/quickstart.py --topology=cpu:8
 
-It prints, for one device and one step: memory beside the chip's, and whether it fits; FLOPs of the
-executed products beside the two counts; bytes and number of the collectives by axes of the mesh
-("slices": between slices); the least time by products, memory (HBM) and networks (ICI, DCN).
-roofline_seconds is the slowest of these four, as if they overlapped perfectly; it bounds the MFU,
-the tokens per second, and the days and device hours of the whole run. --price adds the cost.
+It prints, for one device and one step: memory use against the chip's memory, and whether it fits;
+FLOPs of the executed matrix products against the two analytic counts; bytes and number of
+collectives by mesh axis ("slices": between slices); and the minimum time for the products, memory
+(HBM) and networks (ICI, DCN). roofline_seconds is the slowest of these four, as if they overlapped
+perfectly; it bounds the MFU, the tokens per second, and the days and device hours of the whole run.
+--price adds the cost.
 
-Chips are v4, v5e, v5p, v6e and tpu7x, with the sides or the accelerator type of Google Cloud:
-v5p:2x2x2 is v5p-16. It needs no TPU but its compiler, libtpu: pip install 'jax[tpu]==' and the
+TPUs are v4, v5e, v5p, v6e and tpu7x, with the topology or Google Cloud's accelerator type:
+v5p:2x2x2 is v5p-16. No TPU is needed, only its compiler, libtpu: pip install 'jax[tpu]==' and the
 version of jax that is installed. GPUs are a100, h100, h200 and b200; h100:16 is two nodes of 8.
-Their step is compiled for CPU devices, and the report says that it is an estimate. Fake CPU
-devices, cpu:8, have memory and collectives only. It reads no data, and only the config of a parent.
+Their step is compiled for CPU devices, and the report says that it is an estimate. For fake CPU
+devices, cpu:8, there are only memory and collectives. No data is read, and of a parent only the
+config.
 
 --search compiles many times: it tries remat policies on the config's mesh, then other meshes, each
-with the fewest microbatches that fit. It prints its trials on stderr, then the fastest that fits
-and its options to copy.
+with the fewest microbatches that fit. It prints its trials on stderr, then the fastest one that
+fits and the options to copy.
 """
 
 import argparse
@@ -56,9 +58,9 @@ def main() -> None:
         metavar="USD",
         type=float,
         default=0.0,
-        help="price of a device for an hour, for the cost of the run",
+        help="price of one device per hour, to print the cost of the run",
     )
-    add("--json", action="store_true", help="print an object, no tables")
+    add("--json", action="store_true", help="print a JSON object instead of tables")
     add("--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key")
     arguments, overrides = parser.parse_known_args()
     with parser.refusing():

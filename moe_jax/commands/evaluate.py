@@ -1,16 +1,17 @@
-"""The loss of a model on a text, without training: nats per token and bits per byte, by label.
+"""Measures a model's loss on a text: nats per token and bits per byte, by label.
 
 Examples:
   python scripts/evaluate.py --checkpoint=runs/mine
   python scripts/evaluate.py --checkpoint=path/to/moe --source=path/to/text
   python scripts/evaluate.py --checkpoint=path/to/moe --source=path/to/text --json
 
-The checkpoint is a run's workdir (or the only one that begins so) or a Hugging Face folder. Without
---source it is a run's own held-out text. All documents of another --source count, unless files of
-it are named as splits (validation.jsonl): then those of the validation split.
+The checkpoint is a run's workdir (or the start of its name, if it is unique) or a Hugging Face
+folder. Without --source, the text is the run's own held-out text. With --source, all of its
+documents count, unless its files are named as splits (validation.jsonl): then those of the
+validation split.
 
-Each loss has its 95 % interval, by a bootstrap over rows of the text: it says how far another
-sample of such text would move the loss, and a text of one row has none. Compare models of different
+Each loss has a 95 % interval, from a bootstrap over the sequences: it says how far another sample
+of such text would move the loss, and a text of one sequence has none. Compare models with different
 tokenizers by bits per byte.
 """
 
@@ -48,19 +49,19 @@ def main() -> None:
     add(
         "--source",
         metavar="TEXT",
-        help="a text, named as by config.data.source (default: the run's held-out text)",
+        help="the text, given as for config.data.source (default: the run's held-out text)",
     )
     add("--tokenizer", help="a tokenizer to use instead of the model's own")
     rows = (
-        f"tokens of a row (default: the run's, else the model's positions, at most {LONGEST_ROW})"
+        f"tokens per sequence (default: the run's, else the model's limit, at most {LONGEST_ROW})"
     )
     add("--sequence_length", type=int, help=rows)
-    add("--batch_size", type=int, default=8, help="rows of a batch")
-    add("--max_batches", type=int, default=0, help="batches to read; 0 is all")
-    fewer = "experts of a token in this evaluation (default: as many as in training)"
+    add("--batch_size", type=int, default=8, help="sequences per batch")
+    add("--max_batches", type=int, default=0, help="number of batches to read; 0 reads all")
+    fewer = "experts per token in this evaluation (default: as in training)"
     add("--num_experts_per_tok", type=int, help=fewer)
-    add("--seed", type=command_line.seed, default=0, help="seed of the intervals")
-    add("--json", action="store_true", help="print an object, no table")
+    add("--seed", type=command_line.seed, default=0, help="seed of the bootstrap for the intervals")
+    add("--json", action="store_true", help="print a JSON object instead of a table")
     arguments = parser.parse_args()
     with parser.refusing():
         report = run(arguments)

@@ -6,8 +6,8 @@ Examples:
       --prompt="Water boils at" --num_tokens=32 --temperature=0.7 --top_p=0.9
 
 The checkpoint is a Hugging Face folder (with its tokenizer.json or tokenizer.model) or a run's
-workdir. Temperature 0, the default, takes the likeliest token each time. A text ends at an id that
-generation_config.json names, or else config.json, or else at the tokenizer's end token.
+workdir. Temperature 0, the default, takes the most likely token each time. A text ends at an
+end token of generation_config.json, or else of config.json, or else of the tokenizer.
 """
 
 import math
@@ -30,20 +30,20 @@ def main() -> None:
         metavar="DIR",
         help="a run's workdir or a Hugging Face folder",
     )
-    text = "a text to continue; may be given several times"
+    text = "a text to continue; can be given several times"
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help=text)
-    parser.add_argument("--num_tokens", type=int, default=64, help="tokens to add")
+    parser.add_argument("--num_tokens", type=int, default=64, help="number of tokens to generate")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token"
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token"
     )
     parser.add_argument(
         "--top_p",
         type=float,
         default=1.0,
         metavar="P",
-        help="probability mass of the tokens to draw from",
+        help="sample from the most likely tokens with this total probability",
     )
-    parser.add_argument("--seed", type=command_line.seed, default=0, help="seed of the draws")
+    parser.add_argument("--seed", type=command_line.seed, default=0, help="seed for sampling")
     parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
     arguments = parser.parse_args()
     in_range = 0 <= arguments.temperature < math.inf and 0 < arguments.top_p <= 1

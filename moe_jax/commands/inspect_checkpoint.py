@@ -1,4 +1,4 @@
-"""Shows what a run's checkpoint holds: its leaves, its config, and whether it verifies.
+"""Shows what a run's checkpoint holds: its leaves, its config, and whether it is intact.
 
 Examples:
   python scripts/inspect_checkpoint.py runs/quickstart/dense
@@ -6,10 +6,10 @@ Examples:
   python scripts/inspect_checkpoint.py runs/quickstart/naive --diff=runs/quickstart/drop_0.5
   python scripts/inspect_checkpoint.py runs/quickstart/dense --step=240 --json
 
-Without --verify nothing but the description of a checkpoint is read, so that it takes a second for
-a checkpoint of any size. --verify reads every checkpoint of the run, compares each leaf with the
-digest that it was saved with, and shows norms. --diff compares two runs leaf by leaf by their
-digests. Exit status: 0, or 1 if a checkpoint does not verify or two runs differ.
+Without --verify, only the description of a checkpoint is read, which takes a second for a
+checkpoint of any size. --verify reads every checkpoint of the run, compares each leaf with the
+digest that it was saved with, and shows norms. --diff compares the digests of two runs leaf by
+leaf. Exit status: 0, or 1 if a checkpoint fails verification or two runs differ.
 """
 
 import json
@@ -30,7 +30,7 @@ def main() -> None:
     add("--step", type=int, help="step of the checkpoint (default: the newest)")
     add("--verify", action="store_true", help="read all leaves and compare them with their digests")
     add("--diff", metavar="RUN", help="another run, to compare leaf by leaf")
-    add("--json", action="store_true", help="print an object, no table")
+    add("--json", action="store_true", help="print a JSON object instead of a table")
     arguments = parser.parse_args()
     with parser.refusing():
         folder = _folder(arguments.run, arguments.step)

@@ -1,4 +1,4 @@
-"""The upcycling recipes: what each keeps, what it changes, its step 0 and its parameters.
+"""Explains the upcycling recipes: what each keeps and changes, its step 0 and its parameters.
 
 Examples:
   python scripts/recipes.py           all recipes as a table

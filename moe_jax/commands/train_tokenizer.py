@@ -4,8 +4,8 @@ Examples:
   python scripts/train_tokenizer.py --output=embedded.model
   python scripts/train_tokenizer.py --source=path/to/folder --vocab_size=8192 --output=mine.model
 
-The tokenizer is not trained on the held-out documents (of a path, the default share of
-config.data.validation_fraction), which give the bytes per token. Every text can be decoded exactly.
+Held-out documents (for a path, the default share of config.data.validation_fraction) are not
+trained on; they give the reported bytes per token. Every text can be decoded exactly.
 
 Exit status: 0 done, 2 a mistake on the command line or in the text.
 """
@@ -32,7 +32,7 @@ def main() -> None:
         required=True,
         type=command_line.folder,
         metavar="FILE.model",
-        help="a file to be written",
+        help="the file to write",
     )
     arguments = parser.parse_args()
     with parser.refusing():

@@ -1,4 +1,4 @@
-"""Makes a Mixture-of-Experts model of a trained dense one, or of several, or of another mixture.
+"""Makes a Mixture-of-Experts model from one or several trained dense models, or another MoE.
 
 Examples:
   python scripts/upcycle.py --source=path/to/dense --output=path/to/moe --recipe=drop \\
@@ -9,9 +9,9 @@ Examples:
       --recipe=virtual_group --granularity=4 --num_experts=16 --num_experts_per_tok=4
   python scripts/upcycle.py --source=path/to/moe --output=path/to/dense --recipe=merge_back
 
-A source is a Hugging Face folder (config.json and safetensors; read and written an expert at a
-time, so that it need not fit into memory) or a run's workdir. The output is a Hugging Face folder,
-with the source's tokenizer, or with --to=orbax a run's workdir; it appears when it is whole.
+A source is a Hugging Face folder (config.json and safetensors; read and written one expert at a
+time, so it need not fit into memory) or a run's workdir. The output is a Hugging Face folder with
+the source's tokenizer or, with --to=orbax, a run's workdir; it appears when it is complete.
 --model.NAME=VALUE sets another field of the new model's config, such as
 --model.norm_topk_prob=false. python scripts/recipes.py NAME explains a recipe,
 its parameters (--recipe.NAME=VALUE) and the parts that it keeps.
@@ -56,7 +56,7 @@ def main() -> None:
         required=True,
         type=command_line.folder,
         metavar="DIR",
-        help="a folder that does not exist yet",
+        help="the folder to write, which must not exist yet",
     )
     add("--to", default="hf", choices=("hf", "orbax"), help="format of the output")
     add(
@@ -66,19 +66,19 @@ def main() -> None:
         metavar="NAME",
         help="one of %(choices)s",
     )
-    add("--num_experts", type=int, default=8, help="experts of a sparse layer")
-    add("--num_experts_per_tok", type=int, default=2, help="experts that a token uses")
+    add("--num_experts", type=int, default=8, help="experts per sparse layer")
+    add("--num_experts_per_tok", type=int, default=2, help="experts per token")
     add(
         "--granularity",
         type=int,
         default=1,
-        help="number of experts that hold one feed-forward of the parent",
+        help="number of experts that a feed-forward of the parent is split into",
     )
     initialisers = (*router_init.ROUTER_INITIALISERS, router_init.COPIED)
-    router = "initialiser of the routers, one of %(choices)s (default: that of the recipe)"
+    router = "initialiser of the routers, one of %(choices)s (default: the recipe's)"
     add("--router", default="", choices=initialisers, metavar="NAME", help=router)
-    add("--statistics", metavar="FILE.npz", help="a file of the command collect_statistics")
-    add("--seed", type=command_line.seed, default=0, help="seed of all random values")
+    add("--statistics", metavar="FILE.npz", help="a file written by the command collect_statistics")
+    add("--seed", type=command_line.seed, default=0, help="seed for all random values")
     add("--recipe.NAME", metavar="VALUE", help="a parameter of the recipe")
     add("--model.NAME", metavar="VALUE", help="a field of the new model's config")
     arguments, others = parser.parse_known_args()

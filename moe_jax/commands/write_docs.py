@@ -1,11 +1,11 @@
-"""Writes the parts of docs/ that come from the code: tables of recipes, keys, published constants.
+"""Writes the generated parts of docs/: tables of recipes, config keys and published constants.
 
 Examples:
   python scripts/write_docs.py
   python scripts/write_docs.py --check
 
-A generated part stands between two markers. --check writes nothing, and ends with status 1 if a
-page is not what the code gives.
+A generated part stands between two markers. --check writes nothing, and exits with status 1 if a
+page differs from what the code generates.
 """
 
 import pathlib
@@ -25,7 +25,9 @@ GENERATED = {
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--check", action="store_true", help="compare the pages, write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="only compare the pages, write nothing"
+    )
     arguments = parser.parse_args()
     with parser.refusing():
         if not DOCS.is_dir():

@@ -39,7 +39,9 @@ def _keys_of(kind: type, before: str) -> Iterator[Key]:
         if section := section_of(field):
             yield from _keys_of(section, f"{name}.")
         elif name == "model":
-            yield Key("model.preset", "", "published model whose fields are the defaults of these")
+            yield Key(
+                "model.preset", "", "published model that sets the defaults of model's fields"
+            )
             yield from _keys_of(ModelConfig, "model.")
         elif "explanation" in field.metadata:
             default = None if field.default is dataclasses.MISSING else field.default

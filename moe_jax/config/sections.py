@@ -22,20 +22,20 @@ ROUTED = Need(lambda run: run.model.dispatch != "merge", "config.model.dispatch=
 class Upcycle(Section, path="init.upcycle"):
     """The recipe's parameters are keys of this section too; the recipe defines their defaults."""
 
-    recipe: str = key("", "recipe that makes the model of its parents; empty copies the parent")
+    recipe: str = key("", "recipe that makes the model from its parents; empty copies the parent")
     router: str = key(
         "",
-        "initialiser of the routers; empty takes the recipe's own",
+        "initialiser of the routers; empty uses the recipe's own",
         checks.OneOf(lambda: ("", *router_init.ROUTER_INITIALISERS, router_init.COPIED)),
         Need(
             lambda run: recipes.RECIPES[run.init.upcycle.recipe].gives == recipes.MIXTURE,
             "an init.upcycle.recipe that makes a mixture",
         ),
     )
-    statistics: str = key("", "file that the command collect_statistics wrote")
+    statistics: str = key("", "file written by the command collect_statistics")
     optimizer_state: str = key(
         "fresh",
-        "fresh starts Adam's moments at zero; copy upcycles those of the parent, which is a run",
+        "fresh: Adam's moments start at zero; copy: upcycles those of the parent, a run",
         one_of("fresh", "copy"),
     )
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)  # only those that are set
@@ -57,8 +57,8 @@ class Init(Section, path="init"):
     source: str = key(
         "",
         "source of the parameters: empty for random ones, a run's workdir, a Hugging Face folder, "
-        "or several, 'A,B,C', for a recipe of several parents; a model without preset and sizes "
-        "is that of the first source",
+        "or several, 'A,B,C', for a recipe with several parents; if model has neither preset nor "
+        "sizes, it is the model of the first source",
     )
     upcycle: Upcycle = part(Upcycle)
 
@@ -89,23 +89,23 @@ class Data(Section, path="data", fixed=True):
     source: str = key("embedded", "embedded, tfds:NAME, or a path or glob of .txt and .jsonl files")
     tokenizer: str = key(
         "",
-        "bytes, or the path of a tokenizer.json or SentencePiece model; empty is that of "
-        "init.source, or bytes without one",
+        "bytes, or the path of a tokenizer.json or SentencePiece model; empty uses that of "
+        "init.source, or bytes if there is none",
         fixed=False,  # a moved file is the same tokenizer; the tokens themselves are compared
     )
     other_tokenizer: bool = key(
         False,
-        "trains with another tokenizer than that of init.source, whose embeddings the model has",
+        "allows a tokenizer other than that of init.source, which the embeddings belong to",
         fixed=False,
     )
     sequence_length: int = key(
-        256, "number of tokens in a row; 0 is what the model can read, at most 4096", NOT_NEGATIVE
+        256, "tokens per sequence; 0 uses the model's limit, at most 4096", NOT_NEGATIVE
     )
     validation_fraction: float = key(
-        0.05, "share of documents to hold out where no file or split is named validation", SHARE
+        0.05, "share of documents to hold out if no file or split is named validation", SHARE
     )
     cache_dir: str = key(
-        "", "folder for tokens and compiled steps; empty is the user's cache folder", fixed=False
+        "", "folder for tokens and compiled steps; empty uses the user's cache folder", fixed=False
     )
 
 
@@ -113,11 +113,11 @@ class Data(Section, path="data", fixed=True):
 class Mesh(Section, path="mesh"):
     """Sizes of the axes of `parallel/mesh.py`; one may be -1, which takes the remaining devices."""
 
-    data: int = key(1, "number of copies of the parameters", checks.AXIS_SIZE)
-    fsdp: int = key(-1, "number of parts of the parameters and the batch", checks.AXIS_SIZE)
-    expert: int = key(1, "devices of other tokens to spread experts over", checks.AXIS_SIZE)
-    tensor: int = key(1, "number of parts of the heads and neurons", checks.AXIS_SIZE)
-    edp: int = key(1, "devices of the same tokens to spread experts over", checks.AXIS_SIZE)
+    data: int = key(1, "number of replicas of the parameters", checks.AXIS_SIZE)
+    fsdp: int = key(-1, "number of shards of the parameters and the batch", checks.AXIS_SIZE)
+    expert: int = key(1, "devices with different tokens to spread experts over", checks.AXIS_SIZE)
+    tensor: int = key(1, "number of shards of heads and neurons", checks.AXIS_SIZE)
+    edp: int = key(1, "devices with the same tokens to spread experts over", checks.AXIS_SIZE)
 
 
 ADAPTIVE = Need(
@@ -136,7 +136,7 @@ class AdaptiveBalance(Section, path="balance.adaptive", needs=(SPARSE, ROUTED, A
 
     rate: float = key(0.2, "adaptive coefficient at a drop rate of 1", NOT_NEGATIVE)
     maximum: float = key(0.01, "largest adaptive coefficient", NOT_NEGATIVE)
-    beta: float = key(0.99, "share of an adaptive coefficient that a step keeps", DECAY_RATE)
+    beta: float = key(0.99, "share of an adaptive coefficient that each step keeps", DECAY_RATE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,13 +148,13 @@ class Balance(Section, path="balance", needs=(SPARSE, ROUTED)):
     )
     load_balancing_scope: str = key(
         "layer",
-        "layer takes the load-balancing loss layer by layer, all_layers over all together",
+        "layer computes the load-balancing loss per layer, all_layers over all layers together",
         one_of("layer", "all_layers"),
     )
     over_layers: str = key(
         "mean",
-        "mean or sum of the layers' router losses in the loss: a coefficient is for one of them "
-        "(a loss over all_layers together is one)",
+        "mean or sum of the router losses over layers; a coefficient applies to one layer's loss "
+        "(a loss over all_layers counts as one layer's)",
         one_of("mean", "sum"),
     )
     load_balancing_divide_by_k: bool = key(
@@ -165,27 +165,27 @@ class Balance(Section, path="balance", needs=(SPARSE, ROUTED)):
     )
     load_balancing_form: str = key(
         "switch",
-        "load-balancing loss of Switch or, for squared, of Skywork-MoE",
+        "form of the load-balancing loss: Switch's or, for squared, Skywork-MoE's",
         one_of("switch", "squared"),
     )
     load_balancing_over: str = key(
         "global",
-        "tokens that a router loss is taken over: a device's, those of all devices' microbatch "
-        "(global), or the whole batch's (window: one more forward pass if it has microbatches)",
+        "tokens that a router loss is computed over: one device's, those of the microbatch of all "
+        "devices (global), or the whole batch's (window: one more forward pass if accumulating)",
         one_of("device", "global", "window"),
     )
     load_balancing_schedule: str = key(
         "constant",
-        "constant, or adaptive: a coefficient per layer, at first load_balancing_coefficient",
+        "constant, or adaptive: a coefficient per layer, first load_balancing_coefficient",
         one_of("constant", "adaptive"),
     )
     adaptive: AdaptiveBalance = part(AdaptiveBalance)
     bias_update_rate: float = key(
-        0.0, "change of a router's selection bias in a step; 0 turns it off", NOT_NEGATIVE
+        0.0, "change of a router's selection bias per step; 0 turns it off", NOT_NEGATIVE
     )
     importance_coefficient: float = key(0.0, "coefficient of the importance loss", NOT_NEGATIVE)
     mutual_information_coefficient: float = key(
-        0.0, "coefficient of the mutual information of tokens and experts", NOT_NEGATIVE
+        0.0, "coefficient of the mutual information between tokens and experts", NOT_NEGATIVE
     )
     router_z_coefficient: float = key(0.0, "coefficient of the router z-loss", NOT_NEGATIVE)
 
@@ -204,9 +204,9 @@ TEACHER = Need(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation(Section, path="objective.distillation", needs=(TEACHER,)):
-    source: str = key("", "teacher of the same vocabulary: a run or a Hugging Face folder")
+    source: str = key("", "teacher with the same vocabulary: a run or a Hugging Face folder")
     coefficient: float = key(0.0, "coefficient of the divergence from the teacher", NOT_NEGATIVE)
-    temperature: float = key(1.0, "divisor of the logits of model and teacher", POSITIVE)
+    temperature: float = key(1.0, "divisor of the logits of both model and teacher", POSITIVE)
 
     def problems(self) -> Iterator[str]:
         if self.source and not self.coefficient:
@@ -225,7 +225,7 @@ class Distillation(Section, path="objective.distillation", needs=(TEACHER,)):
 class Objective(Section, path="objective"):
     name: str = key("next_token", "name of the loss that is minimised")
     logit_z_coefficient: float = key(
-        0.0, "coefficient of the z-loss of the output's logits", NOT_NEGATIVE
+        0.0, "coefficient of the z-loss on the output logits", NOT_NEGATIVE
     )
     distillation: Distillation = part(Distillation)
 
@@ -244,40 +244,42 @@ class Optimizer(Section, path="optimizer"):
     """AdamW. A rule is (regular expression of parameter paths, factor): the first that matches
     decides, and the factor is 1 if none does."""
 
-    learning_rate: float = key(3e-4, "largest learning rate", POSITIVE)
+    learning_rate: float = key(3e-4, "peak learning rate", POSITIVE)
     schedule: str = key(
         "cosine",
-        "cosine decay, or wsd: constant, then linear over the last decay_steps",
+        "cosine decay, or wsd: constant, then linear decay over the last decay_steps",
         one_of("cosine", "wsd"),
     )
-    warmup_steps: int = key(0, "steps in which the learning rate grows linearly", NOT_NEGATIVE)
+    warmup_steps: int = key(0, "steps of linear learning-rate warmup", NOT_NEGATIVE)
     initial_learning_rate_ratio: float = key(
-        *(0.0, "first learning rate of the warmup over the largest; 0 is 1 / warmup_steps", SHARE),
+        *(0.0, "first learning rate relative to the peak; 0 means 1 / warmup_steps", SHARE),
         WARMUP,
     )
-    decay_steps: int = key(0, "steps of the linear decay of wsd", NOT_NEGATIVE, WSD)
-    final_learning_rate_ratio: float = key(0.1, "last learning rate over the largest", SHARE, DECAY)
+    decay_steps: int = key(0, "steps of the linear decay with wsd", NOT_NEGATIVE, WSD)
+    final_learning_rate_ratio: float = key(
+        0.1, "last learning rate relative to the peak", SHARE, DECAY
+    )
     beta1: float = key(0.9, "decay of Adam's first moments", DECAY_RATE)
     beta2: float = key(0.95, "decay of Adam's second moments", DECAY_RATE)
-    epsilon: float = key(1e-8, "number that Adam adds to the root of second moments", POSITIVE)
+    epsilon: float = key(1e-8, "Adam's epsilon, added to the root of the second moments", POSITIVE)
     weight_decay: float = key(0.1, "weight decay, decoupled as in AdamW", NOT_NEGATIVE)
     no_weight_decay: str = key(
         r"norm/scale$|bias$|/b[qkvo]$",
-        "regular expression of the paths of parameters that do not decay",
+        "regular expression for the paths of parameters without weight decay",
         checks.pattern,
         WEIGHT_DECAY,
     )
-    gradient_clip_norm: float = key(1.0, "largest norm of all gradients together", POSITIVE)
-    gradient_factors: tuple = key((), "rules for gradients before they are clipped", checks.rules)
+    gradient_clip_norm: float = key(1.0, "largest global norm of the gradients", POSITIVE)
+    gradient_factors: tuple = key((), "rules for gradients, before clipping", checks.rules)
     weight_decay_factors: tuple = key((), "rules for the weight decay", checks.rules, WEIGHT_DECAY)
     learning_rate_factors: tuple = key(
-        (), "rules for the learning rate, weight decay included", checks.rules
+        (), "rules for the learning rate, which also scale the weight decay", checks.rules
     )
     frozen: str = key(
-        "", "regular expression of the paths of parameters that are not trained", checks.pattern
+        "", "regular expression for the paths of parameters that are not trained", checks.pattern
     )
     orthogonal_every: int = key(
-        0, "steps in a phase of OMoE's alternation; 0 turns it off", NOT_NEGATIVE, SPARSE
+        0, "steps per phase of OMoE's alternation; 0 turns it off", NOT_NEGATIVE, SPARSE
     )
 
 
@@ -285,13 +287,15 @@ class Optimizer(Section, path="optimizer"):
 class Training(Section, path="training"):
     num_steps: int = key(1000, "number of updates of the parameters", POSITIVE)
     stop_step: int = key(
-        0, "step to stop at, with the schedule of num_steps; 0 is num_steps", NOT_NEGATIVE
+        0, "step to stop at, on the schedule of num_steps; 0 means num_steps", NOT_NEGATIVE
     )
-    batch_size: int = key(16, "sequences in a step, over all devices", POSITIVE, fixed=True)
-    accumulation_steps: int = key(1, "number of microbatches in a batch", POSITIVE)
-    log_every: int = key(10, "steps between the rows of metrics.jsonl", POSITIVE)
+    batch_size: int = key(16, "sequences per step, over all devices", POSITIVE, fixed=True)
+    accumulation_steps: int = key(1, "number of microbatches per batch", POSITIVE)
+    log_every: int = key(10, "steps between rows of metrics.jsonl", POSITIVE)
     max_nonfinite_steps: int = key(
-        3, "steps in a row without a finite loss or gradient before the run stops", POSITIVE
+        3,
+        "consecutive steps with a non-finite loss or gradient after which the run stops",
+        POSITIVE,
     )
 
     def problems(self) -> Iterator[str]:
@@ -317,22 +321,24 @@ PROMPTS = Need(lambda run: bool(run.evaluation.prompts), "config.evaluation.prom
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(Section, path="evaluation"):
     every_steps: int = key(
-        0, "steps between losses of held-out text; 0 for one at the end", NOT_NEGATIVE
+        0, "steps between evaluations on held-out text; 0 for one at the end only", NOT_NEGATIVE
     )
     intervals: tuple = key(
         (),
-        "pairs of another evaluator's name and the steps between its runs; 0 for one at the end",
+        "(name of another evaluator, steps between its runs) pairs; 0 for one at the end only",
         checks.intervals,
     )
-    batch_size: int = key(32, "sequences in a batch of held-out text, over all devices", POSITIVE)
+    batch_size: int = key(32, "sequences per batch of held-out text, over all devices", POSITIVE)
     max_batches: int = key(
-        0, "batches of held-out text in an evaluation between steps; 0 for all", NOT_NEGATIVE
+        0, "batches of held-out text in each evaluation during training; 0 for all", NOT_NEGATIVE
     )
     final_max_batches: int = key(
-        0, "batches of held-out text for the result of the run; 0 for all", NOT_NEGATIVE
+        0, "batches of held-out text in the final evaluation; 0 for all", NOT_NEGATIVE
     )
-    prompts: tuple = key((), "texts that the trained model continues", checks.texts)
-    continuation_tokens: int = key(96, "tokens that continue a prompt", POSITIVE, PROMPTS)
+    prompts: tuple = key((), "texts for the trained model to continue", checks.texts)
+    continuation_tokens: int = key(
+        96, "number of tokens to continue a prompt with", POSITIVE, PROMPTS
+    )
     num_experts_per_tok: int = key(
         0, "experts per token in evaluation; 0 for the model's own number", NOT_NEGATIVE, ROUTED
     )
@@ -341,6 +347,6 @@ class Evaluation(Section, path="evaluation"):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint(Section, path="checkpoint"):
     every_steps: int = key(
-        1000, "steps between checkpoints; one more is saved at the end", POSITIVE
+        1000, "steps between checkpoints; another one is saved at the end", POSITIVE
     )
-    keep: int = key(2, "number of checkpoints that are kept, the newest ones", POSITIVE)
+    keep: int = key(2, "number of newest checkpoints to keep", POSITIVE)

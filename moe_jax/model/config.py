@@ -54,100 +54,100 @@ class ModelConfig:
     num_hidden_layers: int = field("number of layers", at_least=1)
     num_attention_heads: int = field("number of query heads", at_least=1)
     num_key_value_heads: int | None = field(
-        "number of key and value heads; none is num_attention_heads", None, at_least=1
+        "number of key and value heads; none means num_attention_heads", None, at_least=1
     )
     head_dim: int | None = field(
-        "size of a head; none is hidden_size / num_attention_heads", None, at_least=1
+        "size of a head; none means hidden_size / num_attention_heads", None, at_least=1
     )
-    max_position_embeddings: int = field("learned positions end there", 4096, at_least=1)
-    tie_word_embeddings: bool = field("the output is the embedding, transposed", False)
-    initializer_range: float = field("deviation of random weights", 0.02, ORIGIN)
+    max_position_embeddings: int = field("length limit of learned positions", 4096, at_least=1)
+    tie_word_embeddings: bool = field("output matrix is the transposed embedding", False)
+    initializer_range: float = field("standard deviation of initial weights", 0.02, ORIGIN)
     initializer: str = field(
-        "distribution of random weights", "normal", ORIGIN, choices=INITIALIZERS
+        "distribution of initial weights", "normal", ORIGIN, choices=INITIALIZERS
     )
     model_type: str | None = field(
-        "Hugging Face family to save as; none is any that can hold the model", None, ORIGIN
+        "Hugging Face family to save as; none means any that can hold the model", None, ORIGIN
     )
 
     norm: str = field(
-        "layer_1p is LayerNorm whose scale is kept less 1 (Nemotron)",
+        "kind of norm; layer_1p is a LayerNorm that stores its scale minus 1 (Nemotron)",
         "rms",
         choices=("rms", "layer", "layer_1p"),
     )
-    rms_norm_eps: float = field("epsilon of whichever norm", 1e-5, positive=True)
+    rms_norm_eps: float = field("epsilon of the norm, of any kind", 1e-5, positive=True)
     hidden_act: str = field(
         "activation of feed-forwards",
         "silu",
         choices=("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu2"),
     )
-    gated_mlp: bool = field("down(act(gate x) * up x), else down(act(up x))", True)
+    gated_mlp: bool = field("feed-forwards are down(act(gate x) * up x), not down(act(up x))", True)
     mlp_bias: bool = field("feed-forwards have biases", False)
 
     attention_bias: str = field(
-        "qkv as in Qwen2; all: the output projection too", "none", choices=("none", "qkv", "all")
+        "biases; qkv: as in Qwen2; all: output projection too",
+        "none",
+        choices=("none", "qkv", "all"),
     )
     qk_norm: str = field(
-        "norm of queries and keys, by head (Qwen3) or of all heads at once (full, OLMoE)",
+        "norm of queries and keys: per head (Qwen3) or over all heads (full, OLMoE)",
         "none",
         choices=("none", "head", "full"),
     )
-    clip_qkv: float | None = field("largest size of queries, keys, values", None, positive=True)
+    clip_qkv: float | None = field("limit to clip queries, keys, values to", None, positive=True)
     sliding_window: int | None = field(
-        "keys that a query sees, itself included", None, ARCHITECTURE, SLIDING, at_least=1
+        "keys that a query sees, its own included", None, ARCHITECTURE, SLIDING, at_least=1
     )
     layer_types: tuple[str, ...] | None = field(
-        "full_attention or sliding_attention for each layer; none: all slide, if there is a window",
+        "full_attention or sliding_attention per layer; none: all slide if sliding_window is set",
         None,
     )
 
     position_embedding: str = field(
-        "learned positions are GPT-2's", "rotary", choices=("rotary", "learned")
+        "kind of positions; learned ones as in GPT-2", "rotary", choices=("rotary", "learned")
     )
     rope_theta: float = field(
         "base of the rotary frequencies", 10_000.0, ARCHITECTURE, ROTARY, positive=True
     )
     partial_rotary_factor: float = field(
-        "share of a head that is rotated", 1.0, ARCHITECTURE, ROTARY, positive=True
+        "share of each head that is rotated", 1.0, ARCHITECTURE, ROTARY, positive=True
     )
     rope_type: str = field(
-        "how waves are stretched for longer texts", "default", ARCHITECTURE, ROTARY, choices=ROPES
+        "RoPE scaling method for longer sequences", "default", ARCHITECTURE, ROTARY, choices=ROPES
     )
-    rope_scaling_factor: float = field("factor of the stretching", 1.0, ROPE, positive=True)
-    rope_original_length: int = field(
-        "longest text before the waves were stretched", 8192, ROPE, at_least=1
-    )
-    rope_low_freq_factor: float = field("llama3's, of long waves", 1.0, ROPE, positive=True)
-    rope_high_freq_factor: float = field("llama3's, of short waves", 4.0, ROPE, positive=True)
+    rope_scaling_factor: float = field("RoPE scaling factor", 1.0, ROPE, positive=True)
+    rope_original_length: int = field("sequence length before RoPE scaling", 8192, ROPE, at_least=1)
+    rope_low_freq_factor: float = field("llama3: for low frequencies", 1.0, ROPE, positive=True)
+    rope_high_freq_factor: float = field("llama3: for high frequencies", 4.0, ROPE, positive=True)
     rope_attention_factor: float | None = field(
-        "factor of queries and keys; none is YaRN's formula", None, ROPE, positive=True
+        "factor on queries and keys; none means YaRN's formula", None, ROPE, positive=True
     )
-    rope_beta_fast: float = field("YaRN's, of short waves", 32.0, ROPE, positive=True)
-    rope_beta_slow: float = field("YaRN's, of long waves", 1.0, ROPE, positive=True)
-    rope_truncate: bool = field("whole dimensions at the ends of YaRN's ramp", True, ROPE)
+    rope_beta_fast: float = field("YaRN: for high frequencies", 32.0, ROPE, positive=True)
+    rope_beta_slow: float = field("YaRN: for low frequencies", 1.0, ROPE, positive=True)
+    rope_truncate: bool = field("YaRN: rounds the ends of the ramp to whole dimensions", True, ROPE)
 
-    num_experts: int = field("experts of a sparse layer; 0 is dense", 0, EXPERTS, at_least=0)
-    num_experts_per_tok: int = field("experts of a token", 2, EXPERTS, ROUTED, at_least=1)
+    num_experts: int = field("experts per sparse layer; 0 is a dense model", 0, EXPERTS, at_least=0)
+    num_experts_per_tok: int = field("experts per token", 2, EXPERTS, ROUTED, at_least=1)
     moe_intermediate_size: int | None = field(
-        "width of an expert; none is intermediate_size", None, EXPERTS, at_least=1
+        "width of an expert; none means intermediate_size", None, EXPERTS, at_least=1
     )
     shared_expert_intermediate_size: int | None = field(
-        "width of an expert that every token goes to", None, EXPERTS, at_least=1
+        "width of a shared expert, which every token uses", None, EXPERTS, at_least=1
     )
     router: str = field("how experts are chosen", "softmax_topk", EXPERTS, choices=ROUTERS)
     norm_topk_prob: bool = field("divides a token's weights by their sum", True, ROUTER)
     gate_norm_std: float | None = field(
-        "deviation that router logits are brought to (Skywork-MoE)", None, ROUTER, positive=True
+        "deviation that router logits are scaled to (Skywork-MoE)", None, ROUTER, positive=True
     )
-    num_expert_groups: int = field("groups of experts", 1, ROUTER, at_least=1)
+    num_expert_groups: int = field("number of groups of experts", 1, ROUTER, at_least=1)
     num_groups_per_tok: int = field(
-        "groups that a token may choose from", 1, ROUTER, GROUPS, at_least=1
+        "number of groups that a token chooses experts from", 1, ROUTER, GROUPS, at_least=1
     )
-    routed_scaling_factor: float = field("factor of the weights", 1.0, ROUTER, positive=True)
+    routed_scaling_factor: float = field("factor on the weights", 1.0, ROUTER, positive=True)
     router_parameters: tuple[tuple[str, float | int | str | bool], ...] = field(
-        "pairs of a name and a value, which only the chosen router knows", (), ROUTER
+        "(name, value) pairs of parameters that only the chosen router has", (), ROUTER
     )
     dispatch: str = field(
-        "capacity: an expert drops what does not fit; merge: Lory's merged expert",
+        "capacity: experts drop tokens that do not fit; merge: Lory's merged expert",
         "dropless",
         EXPERTS,
         choices=("dropless", "capacity", "merge"),
@@ -156,7 +156,7 @@ class ModelConfig:
         "tokens that share one merged expert", 256, EXPERTS, MERGED, at_least=1
     )
     capacity_factor: float = field(
-        "capacity over an even load; dropless: of the virtual drop rate that is reported",
+        "capacity relative to an even load; dropless: used for the reported virtual drop rate",
         1.25,
         EXPERTS,
         ROUTED,
@@ -166,43 +166,43 @@ class ModelConfig:
         "smallest capacity of an expert, in tokens", 4, EXPERTS, CAPACITY, at_least=1
     )
     token_priority: str = field(
-        "order in which a full expert keeps tokens",
+        "order in which an expert accepts tokens until it is full",
         "position",
         EXPERTS,
         CAPACITY,
         choices=("position", "random"),
     )
     num_attention_experts: int = field(
-        "attentions whose outputs are mixed (BAM); 0 is plain attention",
+        "number of attention experts (BAM); 0 is plain attention",
         0,
         ATTENTION_EXPERTS,
         at_least=0,
     )
     layers: tuple[str, ...] | None = field(
-        "dense or moe for each layer; none: all sparse with experts, else dense", None, EXPERTS
+        "dense or moe per layer; none: all moe if there are experts, else all dense", None, EXPERTS
     )
 
     # The following fields say how the model is computed, not which function it computes.
     dtype: str = field(
-        "dtype of the computation; auto in a config is bfloat16 where the machine has units for it",
+        "dtype of the computation; auto in a config: bfloat16 if the hardware has units for it",
         "float32",
         COMPUTATION,
         choices=("float32", "bfloat16"),
     )
     remat: str = field(
-        "what is kept for the backward pass: a row of model/remat.py",
+        "what is kept for the backward pass; see model/remat.py",
         "full",
         COMPUTATION,
         choices=("none", "full", "save_experts", "save_dots", "offload_experts", "offload_dots"),
     )
     expert_parallel: str = field(
-        "how tokens meet experts of other devices: model/exchange.py",
+        "how tokens reach experts on other devices; see model/exchange.py",
         "auto",
         COMPUTATION,
         SPARSE,
         choices=("auto", "fsdp", "ring", "all_to_all"),
     )
-    grouped_matmul: str = field("implementation of experts' products", "auto", COMPUTATION, SPARSE)
+    grouped_matmul: str = field("implementation of experts' matmuls", "auto", COMPUTATION, SPARSE)
     attention: str = field("implementation of attention", "auto", COMPUTATION)
 
     def __post_init__(self):

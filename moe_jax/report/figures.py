@@ -121,7 +121,7 @@ def languages(records: list[Record]) -> Figure:
         look = {**record.look, "linestyle": "none"}
         axes.plot(bits, range(len(labels)), label=record.name, markersize=7, alpha=0.9, **look)
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_xlabel("bits per byte of held-out text (less is better)")
+    axes.set_xlabel("bits per byte on held-out text (lower is better)")
     axes.legend(ncols=len(records), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 

@@ -13,19 +13,19 @@ from moe_jax.report.figures import Record
 from moe_jax.training import metrics
 
 CAPTIONS = {
-    "loss": "Loss against the tokens after the parent; an untrained model's is beyond the top. "
-    "Dotted: the dense parent's loss in its last training rows, and its final held-out loss. A run "
-    "that starts at its parent's loss first gets worse: its learning rate rises again, and Adam's "
-    "moments begin at zero.",
+    "loss": "Loss against the tokens seen after the parent; an untrained model's is off the scale. "
+    "Dotted: the dense parent's loss in its last training steps, and its final held-out loss. A "
+    "run that starts at its parent's loss first gets worse: its learning rate warms up again, and "
+    "Adam's moments start at zero.",
     "languages": "Final held-out bits per byte by language. Bytes are not comparable between "
-    "scripts (a Cyrillic letter has two, a CJK character three): compare runs within a line.",
+    "scripts (a Cyrillic letter has two, a CJK character three): compare runs within one line.",
     "expert_load": "Where the routers send held-out tokens: each row of a panel sums to 100 %.",
     "router_health": "Evenness of the load on held-out text during training.",
-    "experts_by_layer": "At the end. Left: the number of experts in use in a layer (dotted: all, "
-    "evenly). Middle: the similarity of their weights, entry by entry: 1 for copies, 0 for random "
-    "ones and for copies with their neurons in another order. Right: the distance of the routers' "
-    "weights from their first values.",
-    "training_flops": "The cost of each run alone, and with that of its dense parent.",
+    "experts_by_layer": "At the end of training. Left: the effective number of experts in each "
+    "layer (dotted: all, evenly). Middle: the similarity of their weights, entry by entry: 1 for "
+    "copies, 0 for random ones and for copies with their neurons in a different order. Right: the "
+    "distance of the routers' weights from their initial values.",
+    "training_flops": "The cost of each run, without and with that of its dense parent.",
 }
 REGISTERS = {"embedded": "LibreOffice help in 19 languages: a technical register only"}
 
@@ -130,7 +130,7 @@ def _summary(records: list[Record], missing: list[str]) -> str:
     texts = dict.fromkeys(record.config["data"]["source"] for record in records)
     notes = [f"Text: {REGISTERS.get(source, source)}." for source in texts]
     unigram = records[0].result["byte_unigram_bits"]
-    notes.append(f"A model of byte frequencies alone needs {unigram:.3f} bits/byte.")
+    notes.append(f"A model that knows only byte frequencies needs {unigram:.3f} bits/byte.")
     if missing:
         notes.append(f"Not finished, and not shown here: {', '.join(missing)} (see results.csv).")
     note = html.escape(" ".join(notes))

@@ -11,8 +11,8 @@ def table() -> str:
         (f"`{name}`", r.takes, r.kept, r.changed, r.start.text, _parameters(r), r.cost, r.source)
         for name, r in recipes.RECIPES.items()
     ]
-    first = ("recipe", "made of", "kept", "changed")
-    head = (*first, "step 0 is the parent's", "parameters", "cost", "source")
+    first = ("recipe", "made from", "kept", "changed")
+    head = (*first, "step 0, against the parent", "parameters", "cost", "source")
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -39,7 +39,7 @@ def explained(name: str) -> str:
     described = inspect.getdoc(recipe.make) or ""
     lines = [
         f"{name}: {' '.join(described.split())}",
-        f"  made of   {'several dense models' if recipe.several else f'a {recipe.takes} model'}",
+        f"  made from {'several dense models' if recipe.several else f'a {recipe.takes} model'}",
         f"  kept      {recipe.kept}",
         f"  changed   {recipe.changed}",
         f"  step 0    {recipe.start.text}",

@@ -88,7 +88,7 @@ def virtual_group_drop(
     index_sharing: parameters.IndexSharing = "neuron",
     scaling: parameters.Scaling = "paper",
 ) -> experts.FFN:
-    """Virtual groups with a part of each shard's neurons redrawn, independently for each copy."""
+    """Virtual groups; a part of each shard's neurons is redrawn, independently for each copy."""
     G = context.granularity
     ffn = experts.shard(ffn, context.expert % G, G)
     ffn = experts.redraw_neurons(ffn, context.key, ratio=ratio, index_sharing=index_sharing)
@@ -98,7 +98,7 @@ def virtual_group_drop(
 def llama_moe(
     ffn: experts.FFN, context: ExpertContext, *, partition: parameters.Partition = "random"
 ) -> experts.FFN:
-    """The parent's neurons are partitioned among the N experts, whose outputs are scaled by N/k."""
+    """Partitions the parent's neurons among N experts, and scales their outputs by N/k."""
     if partition == "statistics":
         assert context.neurons_F is not None  # the plan refuses this partition without it
         ffn = experts.take_neurons(ffn, context.neurons_F)
@@ -136,11 +136,11 @@ def expert_upcycling(
     router_noise: parameters.RouterNoise = 0.0,
     bias_noise: parameters.BiasNoise = 0.01,
 ) -> np.ndarray:
-    """The old experts and copies of the most useful ones (without that statistic, of all in turn).
+    """The old experts and copies of the most useful ones (or of all in turn, without "utility").
 
-    Noise lets a copy diverge from its original. On its selection bias, if the router has one, the
-    noise is `bias_noise` times the deviation of the layer's biases, as the authors recommend; on
-    its router column it is `router_noise` times the column's deviation.
+    Noise lets a copy diverge from its original. The noise on its selection bias, if the router has
+    one, is `bias_noise` times the deviation of the layer's biases, as the authors recommend; the
+    noise on its router column is `router_noise` times the column's deviation.
     """
     del router_noise, bias_noise  # `transform.copied_router` uses them
     return mixing.duplicated(P, E, statistics.get("utility"))
@@ -206,9 +206,9 @@ class Recipe:
         return [argument for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
 
 
-NORMALS = f"{ONE}, as many normals as new weights"
+NORMALS = f"{ONE}, one normal number for each new weight"
 OF_SEVERAL = functools.partial(
-    Recipe, several=True, cost="the training of each parent, one pass over the weights of all"
+    Recipe, several=True, cost="training each parent, one pass over the weights of all"
 )
 OF_MIXTURE = functools.partial(Recipe, takes=MIXTURE, router="copied")
 RECIPES = {
@@ -219,14 +219,14 @@ RECIPES = {
         noise,
         source="Nakamura et al., arXiv 2502.19261 (baseline RNU)",
         kept="all",
-        changed="noise N(0, std²) on `ratio` of each matrix's neurons",
+        changed="noise N(0, std²) added to `ratio` of each matrix's neurons",
         start=step_zero.COPIES_BUT,
     ),
     "drop": Recipe(
         drop,
         source="Nakamura et al., arXiv 2502.19261",
         kept="1 − `ratio` of the neurons",
-        changed="`ratio` of the neurons, from their own mean and deviation",
+        changed="`ratio` of the neurons, redrawn with their mean and deviation",
         cost=NORMALS,
         start=step_zero.COPIES_BUT,
     ),
@@ -241,7 +241,7 @@ RECIPES = {
     ),
     "virtual_group+drop": Recipe(
         virtual_group_drop,
-        source="both of the above",
+        source="He et al. and Nakamura et al., as above",
         kept="1 − `ratio` of each shard",
         changed="`ratio` of each shard, and scale",
         cost=NORMALS,
@@ -259,20 +259,20 @@ RECIPES = {
         naive,
         source="Zhang et al., arXiv 2408.08274",
         kept="each parent's FFNs and attention; the mean of the rest",
-        cost="as branch_train_mix",
+        cost="as for branch_train_mix",
         start=step_zero.COPIES_OF_EACH,
         attention=True,
     ),
     "skywork": OF_SEVERAL(
         naive,
         source="Wei et al., arXiv 2406.06563",
-        kept="the FFNs of each checkpoint or specialist; the rest of the last",
+        kept="the FFNs of each checkpoint or specialist; the rest from the last",
         start=step_zero.COPIES_OF_EACH,
         rest="last",
     ),
     "divmoe": OF_SEVERAL(
         virtual_group,
-        source="DivMoE (n specialists, virtual groups, best of each group)",
+        source="DivMoE (n specialists, virtual groups, best expert of each group)",
         kept="each parent's FFNs, in G shards; the mean of the rest",
         changed="scale",
         start=step_zero.SHARDS_OF_EACH,
@@ -294,7 +294,7 @@ RECIPES = {
         moe_ct,
         source="MoE-CT, arXiv 2407.00875",
         kept="all, as a shared expert to be frozen (`optimizer.frozen`)",
-        changed="experts added, silent at first",
+        changed="experts are added, whose output is zero at first",
         start=step_zero.EQUAL,
         shared=True,
     ),
@@ -302,7 +302,7 @@ RECIPES = {
         svd_residual,
         source="our reading of SPRI, arXiv 2606.16456",
         kept="`rank_ratio` of the singular directions",
-        changed="the signs of half of the others",
+        changed="the signs of half of the other directions",
         cost="a singular value decomposition for each expert",
         start=step_zero.NEAR_FULL_RANK,
         moments=False,
@@ -311,8 +311,8 @@ RECIPES = {
         expert_upcycling,
         source="Dwivedi et al., arXiv 2604.19835",
         kept="all experts, and copies of the most useful",
-        changed="the copies' selection biases, or router columns (noise)",
-        cost=f"gradients for the utility, {ONE}",
+        changed="the copies' selection biases or router columns, by noise",
+        cost=f"gradients to measure utility, {ONE}",
         start=step_zero.DUPLICATES,
         grows=True,
         optional=("utility",),
@@ -321,7 +321,7 @@ RECIPES = {
         prune,
         source="Lu et al., arXiv 2402.14800, by load",
         kept="the most used experts",
-        cost=f"a forward pass for the load, {ONE}",
+        cost=f"a forward pass to measure load, {ONE}",
         start=step_zero.OTHER,
         statistics=("load",),
     ),
@@ -329,14 +329,14 @@ RECIPES = {
         diversify_merge,
         source="Zhang et al., arXiv 2407.09590",
         kept="averages of similar experts",
-        cost=f"a forward pass of every expert for the similarity, {ONE}",
+        cost=f"a forward pass of every expert to measure similarity, {ONE}",
         start=step_zero.OTHER,
         statistics=("similarity",),
         optional=("load",),
     ),
     "merge_back": OF_MIXTURE(
         merge_back,
-        source="dense from a mixture, by averaging",
+        source="an MoE made dense by averaging",
         kept="the average of all experts",
         start=step_zero.EQUAL_IF_EXPERTS_ARE,
         gives=DENSE,

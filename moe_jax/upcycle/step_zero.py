@@ -43,7 +43,7 @@ def differences(plan: "Plan") -> list[str]:
 
 
 def in_words(plan: "Plan") -> str:
-    """The relation of the new model to its parent before any training."""
+    """How the new model relates to its parent before any training."""
     multiple = factor(plan)
     if multiple is None:
         own = differences(plan) if plan.num_parents == 1 else []
@@ -97,7 +97,7 @@ def _weight_varies(plan: "Plan") -> Iterator[str]:
     """A line if the sum of a token's weights depends on the token."""
     config, row = plan.config, ROUTERS[plan.config.router]
     if not row.causal:
-        yield f"with router={config.router!r} experts choose tokens, some of them none"
+        yield f"with router={config.router!r} experts choose tokens, and some tokens get no expert"
     elif config.dispatch != "merge" and not row.sum_is_fixed(config) and plan.router != "zero":
         yield "the weights of a token's experts have no fixed sum; set norm_topk_prob=True"
 
@@ -111,7 +111,7 @@ def _copies_differ(plan: "Plan") -> Iterator[str]:
     yield from _neurons_change(plan)
     if plan.config.dispatch == "merge" and plan.parameters.get("permute_neurons"):
         yield (
-            "dispatch='merge' averages neurons, which are in another order in each expert; "
+            "dispatch='merge' averages neurons, but their order differs between experts; "
             "set permute_neurons=False"
         )
     yield from _weight_varies(plan)
@@ -131,7 +131,7 @@ def _shards_differ(plan: "Plan") -> Iterator[str]:
         yield "dispatch='merge' averages the weights of different shards; set dispatch='dropless'"
     elif ROUTERS[config.router].one_per_group and T != G or T % G:
         yield (
-            f"the {T} experts of a token are not whole feed-forwards of {G} shards; "
+            f"the {T} experts of a token do not make whole feed-forwards of {G} shards; "
             f"set num_experts_per_tok={G}"
         )
     elif plan.router not in ("grouped", "zero"):
@@ -143,7 +143,7 @@ def _shards_differ(plan: "Plan") -> Iterator[str]:
         and shape != "squared"
         and needed_scale(config, G) != 1
     ):
-        yield "this activation is not that of the paper's scaling; set scaling='exact'"
+        yield "the paper's scaling is for another activation; set scaling='exact'"
 
 
 def _of_parts(plan: "Plan") -> float:
@@ -155,11 +155,11 @@ def _parts_differ(plan: "Plan") -> Iterator[str]:
     if config.dispatch == "merge":
         yield "dispatch='merge' averages the weights of different parts; set dispatch='dropless'"
     if config.num_experts_per_tok != (E := config.num_experts):
-        yield f"a token has {config.num_experts_per_tok} of {E} parts; set num_experts_per_tok={E}"
+        yield f"a token uses {config.num_experts_per_tok} of {E} parts; set num_experts_per_tok={E}"
     if plan.router != "zero":
         yield f"the parts have different weights; {_initialiser('zero')}"
     if plan.parameters["partition"] == "statistics":
-        yield "each part has the most important neurons too; set partition='random'"
+        yield "every part also has the most important neurons; set partition='random'"
 
 
 def _of_duplicates(plan: "Plan") -> float:
@@ -170,21 +170,21 @@ def _of_duplicates(plan: "Plan") -> float:
 
 
 def _duplicates_differ(plan: "Plan") -> Iterator[str]:
-    """A line for each reason why duplicated experts compute another function than the parent."""
+    """A line for each reason why duplicated experts do not compute the parent's function."""
     source, config, row = plan.source, plan.config, ROUTERS[plan.config.router]
     times = config.num_experts_per_tok / source.num_experts_per_tok
     if plan.router != router_init.COPIED:
         yield f"the router is not the parent's; {_initialiser(router_init.COPIED)}"
     if _rule(config) != _rule(source):
-        yield "the weights of experts follow another rule than the parent's"
+        yield "the weights of experts follow a different rule from the parent's"
     if row.copies_share is None or config.num_expert_groups > 1 or config.gate_norm_std is not None:
         yield "this router's weights depend on the number of experts or on their groups"
     for parameter in plan.noisy_on_copies:
-        yield f"noise tells copies from their originals; set {parameter}=0.0"
+        yield f"noise makes copies differ from their originals; set {parameter}=0.0"
     copies = [plan.shares(i).sum(axis=0) for i in range(config.num_hidden_layers)]
     if any((of_layer != times).any() for of_layer in copies):
         yield (
-            f"not every expert has as many copies as a token has times the parent's experts; set "
+            f"not every expert has {times:g} copies, as num_experts_per_tok needs; set "
             f"num_experts_per_tok to {source.num_experts_per_tok} times the copies of each"
         )
 
@@ -195,31 +195,35 @@ def _rule(config: ModelConfig) -> tuple:
     return config.router, values, config.dispatch, config.merge_segment_length
 
 
-COPIES = Start("equal, where the weights of the chosen experts sum to one", _weight, _copies_differ)
-COPIES_BUT = Start("close, equal with ratio=0 and weights that sum to one", _weight, _copies_differ)
+COPIES = Start("equal if the weights of the chosen experts sum to one", _weight, _copies_differ)
+COPIES_BUT = Start("close; equal if ratio=0 and the weights sum to one", _weight, _copies_differ)
 COPIES_OF_EACH = Start(
-    "another model, equal if the parents are and weights sum to one", _weight, _copies_differ
+    "another function; equal if the parents are and the weights sum to one", _weight, _copies_differ
 )
 SHARDS = Start(
-    "equal, for T a multiple of G, a router grouped or zero, weights that sum to one and scaling "
-    "exact or down (with scaling none: 1/G of it); otherwise another model",
+    "equal if T is a multiple of G, the router is grouped or zero, the weights sum to one and "
+    "scaling is exact or down (1/G of it with scaling none); otherwise another function",
     _of_shards,
     _shards_differ,
 )
-SHARDS_BUT = Start("another model, with ratio=0 as virtual_group", _of_shards, _shards_differ)
+SHARDS_BUT = Start(
+    "another function; with ratio=0, as for virtual_group", _of_shards, _shards_differ
+)
 SHARDS_OF_EACH = Start(
-    "another model, as virtual_group if the parents are equal", _of_shards, _shards_differ
+    "another function; as for virtual_group if the parents are equal", _of_shards, _shards_differ
 )
 PARTS = Start(
-    "another model (with k of N parts); all parts together: 1/N of it", _of_parts, _parts_differ
+    "another function with k of N parts; 1/N of it with all parts", _of_parts, _parts_differ
 )
 DUPLICATES = Start(
-    "close; equal with all copied m times, k times m, no noise, and weights by softmax over all "
-    "experts or that sum to one",
+    "close; equal if every expert has m copies, k grows m-fold, there is no noise, and the weights "
+    "sum to one or are a softmax over all experts",
     _of_duplicates,
     _duplicates_differ,
 )
 EQUAL = Start("equal", lambda plan: 1.0)
-EQUAL_IF_EXPERTS_ARE = Start("another model, equal if the experts are and their weights sum to one")
-NEAR_FULL_RANK = Start("another model, close with rank_ratio near 1")
-OTHER = Start("another model")
+EQUAL_IF_EXPERTS_ARE = Start(
+    "another function; equal if the experts are and their weights sum to one"
+)
+NEAR_FULL_RANK = Start("another function; close with rank_ratio near 1")
+OTHER = Start("another function")
