@@ -14,7 +14,7 @@ import numpy as np
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import files, init, model, stores
+from moe_jax import files, init, model, stores, strict_json
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
 from moe_jax.data import batches, prepare, sources, tokenizers
@@ -175,7 +175,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     result["parent_tokens"] = kept["lineage"]["tokens"]
     result["parent_training_flops"] = kept["lineage"]["training_flops"]
     if lock:
-        shown = json.dumps(metrics.plain(result), indent=1, ensure_ascii=False)
+        shown = strict_json.text(result, indent=1)
         files.write_text(workdir / "result.json", shown + "\n")
         lock.close()
     return result

@@ -11,9 +11,7 @@ backward. The dense parent is the config's model with a single feed-forward per 
 times as wide as an expert.
 """
 
-import json
-
-from moe_jax import adviser, command_line
+from moe_jax import adviser, command_line, strict_json
 from moe_jax import config as configs
 
 
@@ -56,6 +54,6 @@ def main() -> None:
             dense_sequence_length=parent_run.data.sequence_length,
         )
     if arguments.json:
-        print(json.dumps(adviser.as_json(budgets), indent=1))
+        print(strict_json.text(adviser.as_json(budgets), indent=1))
     else:
         print(adviser.report(budgets))

@@ -11,9 +11,8 @@ Leave the machine idle otherwise while it runs.
 """
 
 import dataclasses
-import json
 
-from moe_jax import command_line
+from moe_jax import command_line, strict_json
 from moe_jax.benchmark import cases, peers
 from moe_jax.benchmark import rows as benchmark
 
@@ -34,7 +33,7 @@ def main() -> None:
     with parser.refusing():
         rows = benchmark.run(arguments.name, arguments.repeats, arguments.peer)
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        print(strict_json.text([dataclasses.asdict(row) for row in rows], indent=1))
     else:
         print(HEAD.format("case", "impl.", "ms", "tokens/s", "bound", "its ms", "ratio"))
         for row in rows:

@@ -9,13 +9,12 @@ Exit status: 0 if every implementation that can run here is correct, 1 otherwise
 """
 
 import dataclasses
-import json
 import platform
 import sys
 
 import jax
 
-from moe_jax import command_line
+from moe_jax import command_line, strict_json
 from moe_jax.ops import verify
 
 
@@ -33,5 +32,5 @@ def main() -> None:
             state = f"{check.status:9} {check.detail}"
             print(f"{check.op:15} {check.implementation:12} {state}", flush=True)
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(check) for check in found], indent=1))
+        print(strict_json.text([dataclasses.asdict(check) for check in found], indent=1))
     sys.exit(any(check.status in ("wrong", "fails") for check in found))

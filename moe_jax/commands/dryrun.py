@@ -30,11 +30,10 @@ fits and the options to copy.
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import sys
 
-from moe_jax import command_line
+from moe_jax import command_line, strict_json
 from moe_jax import config as configs
 from moe_jax.parallel import chips
 
@@ -76,7 +75,7 @@ def main() -> None:
     from moe_jax.dryrun import search
 
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(report), indent=1))
+        print(strict_json.text(dataclasses.asdict(report), indent=1))
         return
     print(dryrun.text(report, arguments.price))
     if arguments.search:

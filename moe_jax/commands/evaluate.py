@@ -19,12 +19,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 
 import jax
 
-from moe_jax import command_line, model, stores
+from moe_jax import command_line, model, stores, strict_json
 from moe_jax import config as configs
 from moe_jax.config.resolved import LONGEST_ROW
 from moe_jax.data import batches, prepare, sources, tokenizers
@@ -65,7 +64,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with parser.refusing():
         report = run(arguments)
-    print(json.dumps(report, indent=1, ensure_ascii=False) if arguments.json else text(report))
+    print(strict_json.text(report, indent=1) if arguments.json else text(report))
 
 
 def run(arguments: argparse.Namespace) -> dict:

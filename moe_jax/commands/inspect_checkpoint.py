@@ -12,14 +12,13 @@ digest that it was saved with, and shows norms. --diff compares the digests of t
 leaf. Exit status: 0, or 1 if a checkpoint fails verification or two runs differ.
 """
 
-import json
 import math
 import pathlib
 import sys
 
 import numpy as np
 
-from moe_jax import command_line, stores
+from moe_jax import command_line, stores, strict_json
 from moe_jax.training import checkpoint
 
 
@@ -42,7 +41,7 @@ def main() -> None:
                 str(step): _verified(folder.with_name(str(step)), report)
                 for step in checkpoint.steps(folder.parent)
             }
-    print(json.dumps(report, indent=1) if arguments.json else _table(report))
+    print(strict_json.text(report, indent=1) if arguments.json else _table(report))
     failed = any(complaint for complaint in report.get("verified", {}).values())
     sys.exit(int(failed or bool(report.get("differences"))))
 

@@ -93,8 +93,12 @@ class Sums:
 
 
 def _losses(sums_3: np.ndarray) -> dict[str, float]:
+    """Means of nats, tokens and bytes; NaN where there are none, as for empty documents."""
     nats, tokens, num_bytes = map(float, sums_3)
-    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / num_bytes}
+    return {
+        "loss": nats / tokens if tokens else math.nan,
+        "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes else math.nan,
+    }
 
 
 def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:

@@ -2,14 +2,10 @@
 
 import contextlib
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterator
 
-import jax
-import numpy as np
-
-from moe_jax import files
+from moe_jax import files, strict_json
 from moe_jax.parallel import distributed
 from moe_jax.training import board
 
@@ -39,7 +35,7 @@ def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dic
         with open(path, "a", encoding="utf-8") as jsonl:
 
             def write(row: dict) -> None:
-                values = plain(row)
+                values = strict_json.plain(row)
                 jsonl.write(_line(values))
                 jsonl.flush()
                 shown.add(row["step"], dict(_scalars(values)))
@@ -82,23 +78,7 @@ def _is_before(row: dict, step: int) -> bool:
 
 
 def _line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def plain(value):
-    """The value in a form that JSON can hold: numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {name: plain(v) for name, v in value.items()}
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple | np.ndarray | jax.Array) and np.ndim(value):
-        return [plain(v) for v in value]
-    value = np.asarray(value)
-    if np.issubdtype(value.dtype, np.floating):
-        # `str` gives the shortest text that reads back as the same float32 or float64.
-        number = float(str(value))
-        return number if math.isfinite(number) else None
-    return value.item()
+    return strict_json.text(row) + "\n"
 
 
 def _scalars(row: dict, prefix: str = ""):

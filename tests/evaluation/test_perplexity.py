@@ -171,3 +171,13 @@ def test_greedy_continuation_is_the_likeliest_token_again_and_again(params):
             logits_BTV = jax.jit(model.apply, static_argnums=2)(params, padded, CONFIG).logits_BTV
             assert token == np.argmax(logits_BTV[0, len(ids) - 1])
             ids.append(int(token))
+
+
+def test_a_label_of_empty_documents_has_a_loss_and_no_bits_per_byte():
+    """Its only tokens are ends."""
+    nats_RN, tokens_RN = np.array([[8.0, 3.0]]), np.array([[4, 2]])
+    sums = perplexity.Sums(nats_RN, tokens_RN, {"en": 2.0, "und": 0.0}, None)
+    found = sums.loss()
+    assert found.bits_per_byte == pytest.approx(11 / np.log(2) / 8)
+    assert found.per_language["und"]["loss"] == 1.5
+    assert np.isnan(found.per_language["und"]["bits_per_byte"])
