@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import jax  # noqa: E402 - after the flags are set
 import pytest  # noqa: E402 - so too
 from jax.experimental import topologies  # noqa: E402 - so too
+
+from moe_jax import stopping  # noqa: E402 - so too
 
 
 def pytest_addoption(parser):
@@ -76,3 +79,12 @@ def libtpu():
         yield functools.cache(
             lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices
         )
+
+
+@pytest.fixture
+def heard():
+    """Signals that stop a program are not ignored, as they are in a shell's background."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in stopping.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -20,13 +20,13 @@ with stopping.requests(seen.append):
 """
 
 
-def test_the_second_signal_ends_the_process_at_once():
+def test_the_second_signal_ends_the_process_at_once(heard):
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "SIGTERM\n")
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-def test_without_a_signal_the_handlers_are_as_before(number):
+def test_without_a_signal_the_handlers_are_as_before(number, heard):
     def mine(*_):
         pass
 
@@ -64,7 +64,7 @@ with stopping.requests(lambda number: stopping.end(75)):
 """
 
 
-def test_an_end_that_a_callback_swallows_comes_again():
+def test_an_end_that_a_callback_swallows_comes_again(heard):
     done = subprocess.run(
         [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=20
     )

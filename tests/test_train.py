@@ -162,7 +162,7 @@ def test_a_run_that_stops_at_a_step_is_the_unbroken_one_there_and_goes_on(
     "trial", [0, 1, *(pytest.param(n, marks=pytest.mark.long) for n in range(2, 30))]
 )
 def test_a_signal_at_any_moment_ends_with_a_line_and_the_run_goes_on(
-    trial, unbroken, config_file, tmp_path
+    trial, unbroken, config_file, tmp_path, heard
 ):
     """From the start of the program through imports, tokens, compilation and steps to the end."""
     rng, workdir = random.Random(time.time_ns() + trial), tmp_path / "stopped"
@@ -182,7 +182,7 @@ def test_a_signal_at_any_moment_ends_with_a_line_and_the_run_goes_on(
     assert without_clock(workdir) == without_clock(unbroken[0])
 
 
-def test_a_second_signal_ends_at_once(config_file, tmp_path):
+def test_a_second_signal_ends_at_once(config_file, tmp_path, heard):
     """While the first steps compile, of which the first signal waits for the end."""
     process = subprocess.Popen(
         command(config_file, tmp_path / "run"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL

@@ -74,7 +74,7 @@ def test_parameters_that_are_not_finite_end_the_run_and_are_not_saved(capsys):
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-def test_a_signal_in_an_evaluation_saves_and_ends_it(number, capsys):
+def test_a_signal_in_an_evaluation_saves_and_ends_it(number, capsys, heard):
     saved, evaluated = [], []
 
     def evaluate(params):
@@ -86,11 +86,8 @@ def test_a_signal_in_an_evaluation_saves_and_ends_it(number, capsys):
         parts_of(step_with(iter([""] * 4)), saved),
         evaluators={"slow": Scheduled(evaluate, every=3, logged_at_end=False)},
     )
-    before = {other: signal.getsignal(other) for other in stopping.SIGNALS}
     state = types.SimpleNamespace(params=None)
     with pytest.raises(SystemExit) as ended:
         loop.run(state, 1, iter([None] * 4), settings_of(4), parts)
-    for other, handler in before.items():
-        signal.signal(other, handler)
     assert (ended.value.code, saved, evaluated) == (75, [(3, 0)], ["begun"])
     assert f"stopped by {number.name} at step 3; saved" in capsys.readouterr().err
