@@ -38,12 +38,15 @@ def of_upcycling(
 
 
 def of_conversion(config: ModelConfig, source: pathlib.Path, command: list[str]) -> str:
-    """The card of a model converted to another format, followed by the source's own card."""
-    rows = [] if folders.is_folder(source) else list(_of_run(source))
+    """The page of a model that was converted, followed by those of its source and its parents."""
+    is_folder = folders.is_folder(source)
+    rows = [] if is_folder else list(_of_run(source))
+    parents = [] if is_folder else configs.load_json(source).init.source.split(",")
     page = _page(config, f"converted from `{source.name}`", rows, command)
-    own = source / NAME
-    if own.exists() and f"tags: [{TAG}" in (text := own.read_text(encoding="utf-8")):
-        page += f"\n## `{source.name}`\n\n{text.split('---', 2)[2].lstrip()}"
+    for folder in (source, *map(pathlib.Path, filter(None, parents))):
+        own = folder / NAME
+        if own.exists() and f"tags: [{TAG}" in (text := own.read_text(encoding="utf-8")):
+            page += f"\n## `{folder.name}`\n\n{text.split('---', 2)[2].lstrip()}"
     return page
 
 

@@ -117,6 +117,7 @@ def test_a_run_that_was_trained_from_a_folder_goes_back_with_its_files(folder, t
     config.optimizer.learning_rate = 1e-9
     train.run(configs.resolve(config), run)
     expected = contents(folder)
+    (folder / cards.NAME).write_text("---\ntags: [moe_jax]\n---\n\nMade of moonlight.\n")
     (folder / "tokenizer.json").unlink()
     again = converted(run, tmp_path / "again", "hf")
     assert contents(again) == expected
@@ -125,6 +126,7 @@ def test_a_run_that_was_trained_from_a_folder_goes_back_with_its_files(folder, t
     page, result = (again / cards.NAME).read_text(), json.loads((run / "result.json").read_text())
     assert f"| parent | `{folder.name}` |" in page and "| training | 1 steps, 64 tokens |" in page
     assert f"{result['bits_per_byte']:.4f} bits/byte" in page
+    assert page.endswith("## `folder`\n\nMade of moonlight.\n")
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
