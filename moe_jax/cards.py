@@ -38,7 +38,7 @@ def of_upcycling(
 
 
 def of_conversion(config: ModelConfig, source: pathlib.Path, command: list[str]) -> str:
-    """The page of a model that was converted, followed by those of its source and its parents."""
+    """The card of a converted model, followed by those of its source and of its parents."""
     is_folder = folders.is_folder(source)
     rows = [] if is_folder else list(_of_run(source))
     parents = [] if is_folder else configs.load_json(source).init.source.split(",")
