@@ -182,6 +182,18 @@ def test_a_signal_at_any_moment_ends_with_a_line_and_the_run_goes_on(
     assert without_clock(workdir) == without_clock(unbroken[0])
 
 
+def test_a_run_ends_when_its_time_is_over(config_file, tmp_path):
+    flags = ("--config.training.num_steps=1000000", "--max_hours=0.003")
+    done = subprocess.run(
+        command(config_file, tmp_path / "run", *flags), capture_output=True, text=True
+    )
+    assert done.returncode == 75, done.stderr
+    assert "stopped by SIGTERM" in done.stderr.splitlines()[-1]
+    refused = command(config_file, tmp_path / "run", "--max_hours=0")
+    refused = subprocess.run(refused, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--max_hours=0 must be more than 0" in refused.stderr
+
+
 def test_a_second_signal_ends_at_once(config_file, tmp_path, heard):
     """While the first steps compile, of which the first signal waits for the end."""
     process = subprocess.Popen(

@@ -22,7 +22,10 @@ Exit status: 0 done, 1 lost another process (run all again to resume), 2 a mista
 import argparse
 import contextlib
 import math
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -71,6 +74,8 @@ def _main() -> None:
     add("--print_config", action="store_true", help=shown)
     listed = "print all keys, or those of one section, with their defaults and explanations"
     add("--list_keys", nargs="?", metavar="SECTION", action=ListKeys, help=listed)
+    limit = "stop after so many hours as SIGTERM does: save, and end with status 75"
+    add("--max_hours", type=float, metavar="H", help=limit)
     add = parser.add_argument_group("several processes").add_argument
     add("--coordinator", metavar="HOST:PORT", default="", help="address of process 0")
     add("--num_processes", type=int, help="number of processes in the whole run")
@@ -85,6 +90,8 @@ def _main() -> None:
             return
         if arguments.workdir is None:
             raise ValueError("--workdir=DIR is missing: the folder for metrics and checkpoints")
+        if arguments.max_hours is not None:
+            _stop_in(3600 * arguments.max_hours)
         from moe_jax import train
         from moe_jax.parallel import distributed
 
@@ -100,6 +107,15 @@ def _main() -> None:
         )
     if not math.isfinite(result["loss"]):
         sys.exit(command_line.EXIT_NONFINITE)
+
+
+def _stop_in(seconds: float) -> None:
+    """Sends SIGTERM to this process later. Raises: ValueError for no time at all."""
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise ValueError(f"--max_hours={seconds / 3600:g} must be more than 0, and no century")
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
 
 
 @contextlib.contextmanager
