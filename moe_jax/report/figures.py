@@ -97,7 +97,9 @@ def loss(records: list[Record]) -> Figure:
     for parent in [record for record in records if record not in arms]:
         label = f"{parent.name} ({parent.result['tokens'] / 1e6:.2f} M tokens)"
         left.axhline(np.mean([row["loss"] for row in parent.training_rows[-20:]]), **LEVEL)
-        right.axhline(parent.result["bits_per_byte"], label=label, **LEVEL)
+        # On the same sample of the held-out text as the curves; the result is on all of it.
+        level = parent.validation_rows[-1]["validation"]["bits_per_byte"]
+        right.axhline(level, label=label, **LEVEL)
     # Including the untrained model's loss would compress all other values.
     trained = [row for r in arms for row in r.validation_rows if row["step"]]
     right.set_ylim(top=1.05 * max(row["validation"]["bits_per_byte"] for row in trained))
@@ -110,7 +112,14 @@ def loss(records: list[Record]) -> Figure:
 
 def languages(records: list[Record]) -> Figure:
     """Final bits per byte, one line per language and one marker per run."""
-    values = {r.name: r.result["per_language"] for r in records}
+    values = {
+        record.name: {
+            label: losses
+            for label, losses in record.result["per_language"].items()
+            if losses["bits_per_byte"] is not None  # null if its documents are empty
+        }
+        for record in records
+    }
     labels = sorted(
         set.intersection(*(set(v) for v in values.values())),
         key=lambda label: np.mean([v[label]["bits_per_byte"] for v in values.values()]),

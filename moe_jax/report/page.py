@@ -14,7 +14,8 @@ from moe_jax.training import metrics
 
 CAPTIONS = {
     "loss": "Loss against the tokens seen after the parent; an untrained model's is off the scale. "
-    "Dotted: the dense parent's loss in its last training steps, and its final held-out loss. A "
+    "Dotted: the dense parent's loss in its last training steps, and its last held-out loss, on "
+    "the same sample of the held-out text; the table's losses are on all of it. A "
     "run that starts at its parent's loss first gets worse: its learning rate warms up again, and "
     "Adam's moments start at zero.",
     "languages": "Final held-out bits per byte by language. Bytes are not comparable between "

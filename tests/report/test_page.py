@@ -134,3 +134,16 @@ def test_a_dense_run_that_goes_on_is_an_arm_and_its_parent_a_level(tmp_path):
     assert [line.get_label() for line in left.get_lines() if len(line.get_xdata()) > 2] == [
         "control"
     ]
+
+
+def test_a_parents_level_is_of_the_sample_of_the_curves_and_empty_labels_are_left_out(folders):
+    records = page.records_of(folders)
+    parent = records[0]
+    parent.result["bits_per_byte"] = 3.0  # on all text
+    figure = figures.loss(records)
+    [level] = [line for line in figure.axes[1].lines if line.get_label().startswith("dense")]
+    assert set(level.get_ydata()) == {3.5}
+    for record in records:
+        record.result["per_language"]["und"] = {"loss": 1.0, "bits_per_byte": None}
+    [axes] = figures.languages(records).axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["el", "en"]
