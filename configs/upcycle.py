@@ -10,7 +10,7 @@ The learning rate of 2e-4 with a decay to a tenth is that of Drop-Upcycling's Mo
 2502.19261), 2/3 of their parents' peak rate: NVIDIA also restarts at the pre-training rate
 (arXiv 2410.07524). It is meant for many thousands of steps. For a short run, or one that must not
 get worse than its parent, set --config.optimizer.learning_rate=2e-5 as configs/continue.py does.
-Hardware and time: a token uses 2 of 8 experts, so a step takes up to twice as long as the dense
+Hardware and time: a token uses 2 of 8 experts, so a step takes about twice as long as the dense
 model's; but memory holds all 8, with their gradients and moments. `python scripts/dryrun.py
 --config=configs/upcycle.py --config.init.source=… --topology=…` reports both.
 Expect the held-out loss to rise at first and to fall below the parent's later.

@@ -6,12 +6,15 @@ import shlex
 from collections.abc import Iterator
 
 import jax
+from ml_collections import ConfigDict
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import model
+from moe_jax import files, model
+from moe_jax.config.sections import parents_in
 from moe_jax.hf import folders
 from moe_jax.model.config import ModelConfig
+from moe_jax.training import checkpoint
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import recipes, step_zero
 
@@ -20,7 +23,8 @@ TAG = "moe_jax"  # the tag in the header of cards written by this module
 
 
 def write(folder: pathlib.Path, page: str) -> None:
-    (folder / NAME).write_text(page, encoding="utf-8")
+    """Writes the card into a folder that is complete but for it."""
+    files.write_text(folder / NAME, page)
 
 
 def of_upcycling(
@@ -39,33 +43,43 @@ def of_upcycling(
 
 def of_conversion(config: ModelConfig, source: pathlib.Path, command: list[str]) -> str:
     """The card of a converted model, followed by those of its source and of its parents."""
-    is_folder = folders.is_folder(source)
-    rows = [] if is_folder else list(_of_run(source))
-    parents = [] if is_folder else configs.load_json(source).init.source.split(",")
+    run = None if folders.is_folder(source) else configs.load_json(source)
+    parents = [] if run is None else [pathlib.Path(p) for p in parents_in(run.init.source)]
+    rows = [] if run is None else [*_of_run(run, parents), *_of_training(run, source)]
     page = _page(config, f"converted from `{source.name}`", rows, command)
-    for folder in (source, *map(pathlib.Path, filter(None, parents))):
+    for folder in (source, *parents):
         own = folder / NAME
         if own.exists() and f"tags: [{TAG}" in (text := own.read_text(encoding="utf-8")):
             page += f"\n## `{folder.name}`\n\n{text.split('---', 2)[2].lstrip()}"
     return page
 
 
-def _of_run(workdir: pathlib.Path) -> Iterator[tuple[str, str]]:
-    run, result = configs.load_json(workdir), workdir / "result.json"
-    if parents := run.init.source:
-        yield from _of_parents([pathlib.Path(parent).name for parent in parents.split(",")])
+def _of_run(run: ConfigDict, parents: list[pathlib.Path]) -> Iterator[tuple[str, str]]:
+    if parents:
+        yield from _of_parents([parent.name for parent in parents])
     if recipe := run.init.upcycle.recipe:
         given = {name: run.init.upcycle[name] for name in recipes.RECIPES[recipe].limits}
         yield from _of_recipe(f"`{recipe}`", {n: v for n, v in given.items() if v is not None})
-    if result.exists():
-        found = json.loads(result.read_text(encoding="utf-8"))
-        yield "seed", str(run.seed)
-        yield "training", f"{found['steps']:,} steps, {found['tokens']:,} tokens"
-        yield "text", f"`{run.data.source}`"
+
+
+def _of_training(run: ConfigDict, workdir: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """The training of a run; without its losses if they are not those of the newest checkpoint."""
+    step = checkpoint.newest_data(workdir / "checkpoints").get("step")
+    if not step:
+        return  # an imported model
+    tokens = step * run.training.batch_size * run.data.sequence_length
+    yield "seed", str(run.seed)
+    yield "training", f"{step:,} steps, {tokens:,} tokens"
+    yield "text", f"`{run.data.source}`"
+    path = workdir / "result.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    losses = found.get("bits_per_byte"), found.get("loss")
+    if found.get("steps") == step and None not in losses:
         yield (
             "held-out text",
-            f"{found['bits_per_byte']:.4f} bits/byte, {found['loss']:.4f} nats/token over "
-            f"{found['held_out_tokens']:,} tokens",
+            "{:.4f} bits/byte, {:.4f} nats/token over {:,} tokens".format(
+                *losses, found["held_out_tokens"]
+            ),
         )
 
 

@@ -57,6 +57,13 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def remove_folder(folder: pathlib.Path) -> None:
+    """Removes a folder that other processes may be removing or making at the same time."""
+    gone = folder.with_name(f".{folder.name}.removed-{uuid.uuid4().hex[:12]}")
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder.rename(gone))
+
+
 @contextlib.contextmanager
 def alone(lock: pathlib.Path) -> Iterator[None]:
     """Waits until no other process on this machine is in such a block with the same lock file."""

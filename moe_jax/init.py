@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -145,21 +145,24 @@ def _is_adam(node) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
 
-def lineage(source: str) -> dict[str, float]:
-    """The tokens and FLOPs of training behind a workdir's newest checkpoint; of "A,B", the sum.
+NO_LINEAGE = {"tokens": 0, "training_flops": 0.0}
 
-    They are 0 for source "" and for a Hugging Face folder, which does not record them. A run keeps
-    its parents' numbers in its own checkpoints, so it needs the parents only for its first step.
+
+def lineage(parents: Sequence[str]) -> dict[str, float]:
+    """The tokens and FLOPs of training behind the newest checkpoints of these, added up.
+
+    They are 0 for a Hugging Face folder, which does not record them. A run keeps its parents'
+    numbers in its own checkpoints, so it needs the parents only for its first step.
     """
-    total = {"tokens": 0, "training_flops": 0.0}
-    for folder in (pathlib.Path(name) for name in source.split(",") if name):
+    total = dict(NO_LINEAGE)
+    for folder in map(pathlib.Path, parents):
         if folders.is_folder(folder):
             continue
         run, data = configs.load_json(folder), checkpoint.newest_data(folder / "checkpoints")
         length = run.data.sequence_length
         tokens = data.get("step", 0) * run.training.batch_size * length
         per_token = flops.model_flops(configs.model_of(folder), length)
-        earlier = data.get("lineage", {"tokens": 0, "training_flops": 0.0})  # 0 if imported
+        earlier = data.get("lineage", NO_LINEAGE)  # an imported model has none
         total["tokens"] += earlier["tokens"] + tokens
         total["training_flops"] += earlier["training_flops"] + tokens * per_token
     return total

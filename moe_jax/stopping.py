@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def end(status: int) -> NoReturn:
-    """Raises SystemExit, again each second: a callback of a library may have swallowed it."""
+    """Raises SystemExit, again each second until `quiet`: a library's callback may swallow it."""
 
     def again(*_):
         raise SystemExit(status)
@@ -23,12 +23,24 @@ def end(status: int) -> NoReturn:
     raise SystemExit(status)
 
 
+def quiet() -> None:
+    """Stops the repetitions of `end`, where the program ends in an orderly way."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def leave(status: int) -> NoReturn:
     """Ends the process as it is: threads of libraries, in the middle of their work, can crash an
     orderly end."""
+    quiet()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)
+
+
+def ask() -> None:
+    """Sends SIGTERM to this process, unless a signal has asked it to stop already."""
+    if signal.getsignal(signal.SIGTERM) is not _end_at_once:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -37,23 +49,27 @@ def requests(take: Callable[[signal.Signals], None]) -> Iterator[None]:
 
     Signals that the program was told to ignore, as nohup does, are ignored.
     """
-    asked = False
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
     def handle(number, _):
-        nonlocal asked
-        asked = True
-        for other in before:
-            signal.signal(other, lambda *_: os._exit(EXIT_INTERRUPTED))
+        for other in heard:
+            signal.signal(other, _end_at_once)
         sys.unraisablehook = _unraisable
         take(signal.Signals(number))
 
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handle) for number in heard}
+    before, hook = {number: signal.getsignal(number) for number in heard}, sys.unraisablehook
+    for number in heard:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        for number, handler in before.items() if not asked else ():
+        for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
+
+
+def _end_at_once(*_) -> NoReturn:
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _unraisable(swallowed) -> None:

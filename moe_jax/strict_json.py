@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -25,3 +26,14 @@ def plain(value: Any) -> Any:
 
 def text(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a file. Raises: ValueError, with the path, for a file of anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a BOM
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return values

@@ -90,7 +90,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         restored = checkpoint.restore_latest(workdir / "checkpoints", abstract)
     if restored is None:
         start, plan = 0, init.plan_of(settings)
-        kept: dict[str, Any] = {"lineage": init.lineage(settings.init.source), "skipped_steps": 0}
+        kept: dict[str, Any] = {"lineage": init.lineage(settings.init.parents), "skipped_steps": 0}
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
             init.parameters(settings, mesh, plan)
         )
@@ -98,7 +98,8 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
             opt_state = init.optimizer_state(settings, mesh, state.opt_state, plan)
             state = state.replace(opt_state=opt_state)
     else:
-        start, state, kept = restored.step, restored.state, restored.data
+        start, state = restored.step, restored.state
+        kept = {"lineage": init.NO_LINEAGE, "skipped_steps": 0} | restored.data
         with together():
             environment.check_step(start, settings)
             changed = environment.changes(restored.config, settings.config)

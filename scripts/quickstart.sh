@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The main job on the embedded text: a dense model, upcycled three ways, beside one from scratch.
+# The main example on the embedded text: a dense model, upcycled three ways, and two controls.
 #
-#   bash scripts/quickstart.sh     about 8 minutes on 2 CPU cores -> runs/quickstart/report.html
+#   bash scripts/quickstart.sh     about 7 minutes on 2 CPU cores -> runs/quickstart/report.html
 #
 # Run it again to go on where it stopped. PYTHON=python3.13 chooses the interpreter.
 set -euo pipefail

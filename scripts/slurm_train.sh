@@ -15,7 +15,7 @@
 #
 # Slurm sends SIGTERM 120 seconds before the end of the time (sbatch --signal=B:TERM@300 for a model
 # that saves longer); train.py saves and exits with 75, and the job is requeued. Any other exit
-# status is the job's: 0 done, 2 a mistake in the config, 3 losses not finite.
+# status is the job's: 0 done, 1 lost another process, 2 a mistake in the config, 3 losses not finite.
 
 #SBATCH --job-name=moe_jax
 #SBATCH --ntasks-per-node=1

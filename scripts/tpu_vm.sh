@@ -34,8 +34,8 @@
 # one in the queue, sets up and runs. It says so and changes nothing where training runs, is done, or
 # ended in a way that running again does not mend; `run` would.
 # Each worker runs one train.py, detached, and keeps runs/tpu/train.log and its pid; train.py finds
-# the other workers by itself. Exit status of train.py in `status`: 0 done, 75 stopped after saving
-# (resume), 2 a mistake in the config, 3 losses not finite.
+# the other workers by itself. Exit status of train.py in `status`: 0 done, 1 lost another process
+# (resume), 75 stopped after saving (resume), 2 a mistake in the config, 3 losses not finite.
 
 set -euo pipefail
 

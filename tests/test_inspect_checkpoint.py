@@ -37,14 +37,14 @@ def inspected(capsys, monkeypatch, *arguments):
 
 
 def test_shapes_digests_data_and_config_are_shown_without_reading_values(runs, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_load", None)
+    monkeypatch.setattr(checkpoint, "_read", None)
     code, out, _ = inspected(capsys, monkeypatch, runs / "one", "--json")
     found = json.loads(out)
     assert code == 0 and (found["step"], found["config"]) == (10, {"seed": 3})
     assert found["leaves"]["params/a"]["shape"] == [4, 8]
     assert set(found["leaves"]) == {"params/a", "params/b", "count"}
     code, out, _ = inspected(capsys, monkeypatch, runs / "one", "--step=5")
-    assert code == 0 and "step 5" in out and "35 parameters in 2 of 3 leaves" in out
+    assert code == 0 and "checkpoints/5" in out and "35 parameters in 2 of 3 leaves" in out
 
 
 def test_verifying_shows_norms_and_finds_damage(runs, tmp_path, capsys, monkeypatch):
@@ -52,6 +52,13 @@ def test_verifying_shows_norms_and_finds_damage(runs, tmp_path, capsys, monkeypa
     assert code == 0 and "step 5 verifies" in out and "step 10 verifies" in out
     assert "norm 1.73205" in out  # three ones
     copy = shutil.copytree(runs / "two", tmp_path / "two")
+    for path in (copy / "checkpoints/10").rglob("manifest.ocdbt"):  # of the newest
+        path.unlink()
+    code, _, err = inspected(capsys, monkeypatch, copy)
+    assert code == 2 and "checkpoints/10 cannot be read: " in err
+    code, out, _ = inspected(capsys, monkeypatch, copy, "--verify")
+    assert code == 1 and "step 10 does not verify: " in out and "step 5 verifies" in out
+    copy = shutil.copytree(runs / "two", tmp_path / "other")
     (copy / "checkpoints/5/state/manifest.ocdbt").unlink()
     code, out, _ = inspected(capsys, monkeypatch, copy, "--verify")
     assert code == 1 and "step 5 does not verify: " in out and "step 10 verifies" in out

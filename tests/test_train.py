@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import train
+from moe_jax import stopping, train
 from moe_jax.commands import train as train_command
 from moe_jax.training import checkpoint, metrics
 
@@ -165,12 +165,14 @@ def test_a_signal_at_any_moment_ends_with_a_line_and_the_run_goes_on(
     trial, unbroken, config_file, tmp_path, heard
 ):
     """From the start of the program through imports, tokens, compilation and steps to the end."""
-    rng, workdir = random.Random(time.time_ns() + trial), tmp_path / "stopped"
+    rng, workdir = random.Random(trial), tmp_path / "stopped"
     number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     process = subprocess.Popen(
         command(config_file, workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    moment = rng.uniform(0.5, 12)
+    while not hears(process, signal.SIGHUP) and process.poll() is None:
+        time.sleep(0.005)
+    moment = rng.uniform(0, 12)
     time.sleep(moment)
     process.send_signal(number)
     said = process.communicate()[1]
@@ -182,29 +184,44 @@ def test_a_signal_at_any_moment_ends_with_a_line_and_the_run_goes_on(
     assert without_clock(workdir) == without_clock(unbroken[0])
 
 
-def test_a_run_ends_when_its_time_is_over(config_file, tmp_path):
-    flags = ("--config.training.num_steps=1000000", "--max_hours=0.003")
-    done = subprocess.run(
-        command(config_file, tmp_path / "run", *flags), capture_output=True, text=True
-    )
-    assert done.returncode == 75, done.stderr
-    assert "stopped by SIGTERM" in done.stderr.splitlines()[-1]
+def hears(process, number):
+    """The program has a handler for the signal."""
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    [caught] = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+    return int(caught, 16) >> (number - 1) & 1
+
+
+def test_a_run_asks_itself_to_stop_when_its_time_is_over(config_file, tmp_path, heard):
+    asked = []
+    with stopping.requests(asked.append):
+        train_command._stop_in(0.01)
+        time.sleep(0.2)
+        assert asked == [signal.SIGTERM]
+        train_command._stop_in(0.01)  # and not twice, which would end this process
+        time.sleep(0.2)
     refused = command(config_file, tmp_path / "run", "--max_hours=0")
     refused = subprocess.run(refused, capture_output=True, text=True)
-    assert refused.returncode == 2 and "--max_hours=0 must be more than 0" in refused.stderr
+    assert refused.returncode == 2 and "--max_hours=0 must be a finite number" in refused.stderr
 
 
 def test_a_second_signal_ends_at_once(config_file, tmp_path, heard):
-    """While the first steps compile, of which the first signal waits for the end."""
+    """In a step, after which the first would save and end the run with 75."""
+    flags = ("--config.training.num_steps=1000000", "--config.evaluation.every_steps=0")
+    process = started(config_file, tmp_path / "run", *flags)
+    process.send_signal(signal.SIGSTOP)  # both are there when it goes on
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        process.send_signal(number)
+    assert process.wait() == 130
+
+
+def started(config_file, workdir, *flags):
+    """A run that has logged a step."""
     process = subprocess.Popen(
-        command(config_file, tmp_path / "run"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        command(config_file, workdir, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    time.sleep(2)
-    while process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.001)
-    process.communicate()
-    assert process.returncode in (75, 130)
+    while not metrics.read(workdir / "metrics.jsonl") and process.poll() is None:
+        time.sleep(0.005)
+    return process
 
 
 def interrupt(config_file, workdir, step, signal_number):

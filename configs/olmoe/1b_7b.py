@@ -5,9 +5,9 @@
 
 arXiv 2409.02060. Published hardware and time: 256 H100, about 10 days. The paper ends with 100 B
 tokens of linear decay to 0 (schedule "wsd", 23,842 steps from 4e-5): here a second run whose
-init.source is this one, with fresh optimizer moments, which the paper keeps. The losses are those
-of megablocks: averaged over layers, computed over a device's microbatch. The text (OLMoE-mix) is
-not part of this repository.
+init.source is this one, with fresh optimizer moments (the paper keeps the old ones). The losses are
+those of megablocks: averaged over layers, computed over a device's microbatch. The text (OLMoE-mix)
+is not part of this repository.
 
 Differs from the paper: documents with repeated n-grams are not filtered out; attention does not
 cross documents; the tokenizer is the file that data.tokenizer names (the paper's is a BPE, whose

@@ -1,4 +1,4 @@
-"""One table of measures: each row says how it is computed from sums and how it is shown.
+"""One table of measures: each row says its unit, how it comes from sums and how it is shown.
 
 All outputs read this table: the training loop and the evaluators write the measures to
 metrics.jsonl, train.py to result.json, a sweep to results.csv, and a report plots them.
@@ -92,7 +92,7 @@ def dead_experts(sums: Sums) -> list:
 
 
 def virtual_drop_rate(sums: Sums) -> list:
-    """The fraction of assignments that a capacity would have dropped, the batch as one group."""
+    """The fraction of assignments that `capacity_factor` would drop, the batch as one group."""
     return routing.virtual_drop_rate(sums.load_LE, sums.capacity_factor).round(5).tolist()
 
 

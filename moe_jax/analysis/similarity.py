@@ -73,7 +73,7 @@ def experts(
 
     `parent` has the parameters and the config of a dense model with the same number of layers and
     hidden size. If its feed-forwards are wider than the experts, which are then parts of them, only
-    the fraction of intact neurons is computed.
+    the fraction of intact neurons is compared with it.
 
     Raises: ValueError for any other parent.
     """
@@ -219,7 +219,8 @@ def _intact(ffn: dict, parent: dict) -> float:
 
 
 def _neurons(ffn: dict) -> list[bytes]:
-    """A hash of each neuron's weights in all matrices, in float32 to compare different dtypes."""
+    """A hash of each neuron's weights in all matrices, in float32: widening keeps the values, so
+    that neurons of different dtypes can be compared."""
     rows_FX = np.concatenate(
         [np.moveaxis(np.asarray(w, np.float32), NEURON_AXIS[name], 0) for name, w in ffn.items()],
         axis=1,

@@ -19,8 +19,8 @@ TPUs are v4, v5e, v5p, v6e and tpu7x, with the topology or Google Cloud's accele
 v5p:2x2x2 is v5p-16. No TPU is needed, only its compiler, libtpu: pip install 'jax[tpu]==' and the
 version of jax that is installed. GPUs are a100, h100, h200 and b200; h100:16 is two nodes of 8.
 Their step is compiled for CPU devices, and the report says that it is an estimate. For fake CPU
-devices, cpu:8, there are only memory and collectives. No data is read, and of a parent only the
-config.
+devices, cpu:8, there are only memory, FLOPs and collectives. No data is read, and of a parent only
+the config.
 
 --search compiles many times: it tries remat policies on the config's mesh, then other meshes, each
 with the fewest microbatches that fit. It prints its trials on stderr, then the fastest one that

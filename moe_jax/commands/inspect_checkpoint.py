@@ -4,7 +4,7 @@ Examples:
   python scripts/inspect_checkpoint.py runs/quickstart/dense
   python scripts/inspect_checkpoint.py runs/quickstart/dense --verify
   python scripts/inspect_checkpoint.py runs/quickstart/naive --diff=runs/quickstart/drop_0.5
-  python scripts/inspect_checkpoint.py runs/quickstart/dense --step=240 --json
+  python scripts/inspect_checkpoint.py runs/quickstart/naive --step=240 --json
 
 Without --verify, only the description of a checkpoint is read, which takes a second for a
 checkpoint of any size. --verify reads every checkpoint of the run, compares each leaf with the
@@ -33,16 +33,22 @@ def main() -> None:
     arguments = parser.parse_args()
     with parser.refusing():
         folder = _folder(arguments.run, arguments.step)
-        report = _described(folder)
+        try:
+            report = _described(folder)
+        except ValueError:
+            if not arguments.verify:
+                raise
+            report = {"checkpoint": str(folder), "leaves": {}}
         if arguments.diff:
-            report["differences"] = _differences(folder, _folder(arguments.diff, arguments.step))
+            other = _described(_folder(arguments.diff, arguments.step))
+            report["differences"] = _differences(report, other)
         if arguments.verify:
             report["verified"] = {
-                str(step): _verified(folder.with_name(str(step)), report)
+                step: _verified(folder.with_name(str(step)), report)
                 for step in checkpoint.steps(folder.parent)
             }
     print(strict_json.text(report, indent=1) if arguments.json else _table(report))
-    failed = any(complaint for complaint in report.get("verified", {}).values())
+    failed = any(report.get("verified", {}).values())
     sys.exit(int(failed or bool(report.get("differences"))))
 
 
@@ -57,8 +63,11 @@ def _folder(run: str, step: int | None) -> pathlib.Path:
 
 
 def _described(folder: pathlib.Path) -> dict:
-    """The description of a checkpoint, without its values."""
-    meta = checkpoint.described(folder)
+    """The description of a checkpoint, without its values. Raises: ValueError if it is damaged."""
+    try:
+        meta = checkpoint.described(folder)
+    except Exception as error:  # damaged files make Orbax and TensorStore raise any type
+        raise ValueError(f"{folder} cannot be read: {_short(error)}; try --verify") from error
     leaves = {
         path: {"shape": shape, "dtype": dtype, "digest": f"{meta['digests'][path]:08x}"}
         for path, (shape, dtype) in meta["leaves"].items()
@@ -67,26 +76,28 @@ def _described(folder: pathlib.Path) -> dict:
 
 
 def _verified(folder: pathlib.Path, report: dict) -> str:
-    """The complaint about a checkpoint, "" for a sound one, whose norms go into the report."""
+    """The complaint about a checkpoint, "" for a sound one; norms go into the report on it."""
     try:
-        leaves = checkpoint.verified(folder)
-    except Exception as error:  # damaged files make Orbax and TensorStore raise any type
-        return " ".join(str(error).split())[:300]
-    if str(folder) == report["checkpoint"]:
-        for path, leaf in leaves.items():
-            values = np.asarray(leaf, np.float64)
-            report["leaves"][path]["norm"] = float(np.linalg.norm(values))
-            report["leaves"][path]["not_finite"] = int(np.count_nonzero(~np.isfinite(values)))
+        for path, leaf in checkpoint.verified(folder):
+            if str(folder) == report["checkpoint"]:
+                values = np.asarray(leaf, np.float64)
+                report["leaves"][path]["norm"] = float(np.linalg.norm(values))
+                report["leaves"][path]["not_finite"] = int(np.count_nonzero(~np.isfinite(values)))
+    except Exception as error:  # as above
+        return _short(error)
     return ""
 
 
-def _differences(folder: pathlib.Path, other: pathlib.Path) -> dict[str, str]:
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _differences(report: dict, other: dict) -> dict[str, str]:
     """Path of each leaf that differs -> the difference, in words."""
-    ours, theirs = (_described(one)["leaves"] for one in (folder, other))
-    found = {}
+    ours, theirs, found = report["leaves"], other["leaves"], {}
     for path in sorted(ours | theirs):
         if path not in theirs or path not in ours:
-            found[path] = f"only in {folder if path in ours else other}"
+            found[path] = f"only in {(report if path in ours else other)['checkpoint']}"
         elif ours[path] != theirs[path]:
             forms = [f"{leaf['dtype']}{leaf['shape']}" for leaf in (ours[path], theirs[path])]
             found[path] = " and ".join(forms) if forms[0] != forms[1] else "other values"
@@ -95,8 +106,8 @@ def _differences(folder: pathlib.Path, other: pathlib.Path) -> dict[str, str]:
 
 def _table(report: dict) -> str:
     leaves = report["leaves"]
-    width = max(map(len, leaves))
-    lines = [f"{report['checkpoint']}: step {report['step']}"]
+    width = max(map(len, leaves), default=0)
+    lines = [report["checkpoint"]]
     for path, leaf in leaves.items():
         form = f"{leaf['dtype']}{leaf['shape']}"
         norm = f"  norm {leaf['norm']:.6g}" if "norm" in leaf else ""
@@ -114,4 +125,4 @@ def _table(report: dict) -> str:
 
 
 def _is_param(path: str) -> bool:
-    return "params" in path.split("/")[0]
+    return path.startswith("params/")

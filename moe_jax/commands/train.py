@@ -16,14 +16,13 @@ Slurm's srun, Open MPI, Cloud TPU slices and Kubernetes (GKE) the processes find
 elsewhere, give the three flags. --num_processes=1 makes a process run alone under any of these.
 
 Exit status: 0 done, 1 lost another process (run all again to resume), 2 a mistake in the config,
-3 losses not finite, 75 stopped by SIGTERM or Ctrl-C after saving (run again to resume).
+3 losses not finite, 75 stopped by SIGTERM, SIGHUP or Ctrl-C (run again to resume), 130 ended at
+once by a second one.
 """
 
 import argparse
 import contextlib
 import math
-import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -44,13 +43,13 @@ class ListKeys(argparse.Action):
 
 
 def main() -> None:
-    try:
-        with stopping.requests(_nothing_to_save):
+    with stopping.requests(_nothing_to_save):
+        try:
             _main()
-    except SystemExit as ended:
-        if ended.code == stopping.EXIT_PREEMPTED:
-            stopping.leave(stopping.EXIT_PREEMPTED)
-        raise
+        except SystemExit as ended:
+            if ended.code == stopping.EXIT_PREEMPTED:
+                stopping.leave(stopping.EXIT_PREEMPTED)
+            raise
 
 
 def _nothing_to_save(number) -> NoReturn:
@@ -110,10 +109,10 @@ def _main() -> None:
 
 
 def _stop_in(seconds: float) -> None:
-    """Sends SIGTERM to this process later. Raises: ValueError for no time at all."""
+    """Sends SIGTERM to this process later. Raises: ValueError for no time, or no finite one."""
     if not 0 < seconds < threading.TIMEOUT_MAX:
-        raise ValueError(f"--max_hours={seconds / 3600:g} must be more than 0, and no century")
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+        raise ValueError(f"--max_hours={seconds / 3600:g} must be a finite number more than 0")
+    timer = threading.Timer(seconds, stopping.ask)
     timer.daemon = True
     timer.start()
 

@@ -150,10 +150,10 @@ def naming_differences(
     try:
         yield
     except mismatch as error:
-        before = reading.load_json(workdir)
-        changed = _changed(before.to_dict(), run.config)
-        named = comparison.differences(run.model, resolved.of_stored(before).model) or [
-            f"{key} is {new!r}, not {old!r}" for key, (old, new) in changed.items()
+        before = reading.load_json(workdir).to_dict()
+        named = comparison.differences(run.model, resolved.model_in(before)) or [
+            f"{key} is {new!r}, not {old!r}"
+            for key, (old, new) in _changed(before, run.config).items()
         ]
         raise ConfigError(
             f"the run in --workdir={workdir} has another model or optimizer: "
@@ -164,7 +164,7 @@ def naming_differences(
 def check_text(before: dict[str, str], now: dict[str, str], run: Run) -> None:
     """Compares the hashes of the tokenized splits with those saved in a checkpoint.
 
-    Raises: ConfigError if the text or the tokenizer has changed under the same path.
+    Raises: ConfigError if the tokens are not those that the checkpoint was trained on.
     """
     for split, digest in now.items():
         if before.get(split, digest) != digest:

@@ -17,7 +17,7 @@ import typing
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from moe_jax import command_line, spelling
+from moe_jax import command_line, files, spelling
 from moe_jax.config import checks, program
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
@@ -205,7 +205,7 @@ def model_fields(arguments: list[str]) -> dict:
 
 def save_json(config: ConfigDict, workdir: pathlib.Path) -> None:
     text = json.dumps(config.to_dict(), indent=1, ensure_ascii=False)
-    (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
+    files.write_text(workdir / "config.json", text + "\n")
 
 
 def load_json(workdir: pathlib.Path) -> ConfigDict:
@@ -216,7 +216,7 @@ def load_json(workdir: pathlib.Path) -> ConfigDict:
     path = workdir / "config.json"
     try:
         return stored(json.loads(path.read_text(encoding="utf-8")))
-    except ConfigError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
 

@@ -55,7 +55,7 @@ def _without_effect(run: Run, section: Section) -> Iterator[str]:
     """A line for each key of the section and its subsections that is set but not read."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
-        # For a number that may not be negative, 0 turns the feature off and is always allowed.
+        # For a number that may not be negative, 0 asks for nothing and is always allowed.
         asks = value != field.default and (
             value or field.metadata.get("check") != checks.NOT_NEGATIVE
         )
@@ -115,7 +115,7 @@ def _model(section: dict[str, Any]) -> ModelConfig:
 
 def _filled(config: ConfigDict, parent: ModelConfig | None) -> ConfigDict:
     """The config, completed from the first model of `init.source` and from this machine."""
-    source = config.init.source.split(",")[0]
+    source = next(iter(sections.parents_in(config.init.source)), "")
     config = config.copy_and_resolve_references()
     own, data = config.model, config.data
     if own.dtype == AUTO:
@@ -138,7 +138,7 @@ def _filled(config: ConfigDict, parent: ModelConfig | None) -> ConfigDict:
 
 def _without_parent(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     """The config, completed with what the run in the workdir took from a parent that is missing."""
-    parents = [pathlib.Path(source) for source in config.init.source.split(",") if source]
+    parents = [pathlib.Path(source) for source in sections.parents_in(config.init.source)]
     if not (workdir / "config.json").exists() or all((p / "config.json").exists() for p in parents):
         return config
     stored = reading.load_json(workdir)
@@ -147,8 +147,8 @@ def _without_parent(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     config = config.copy_and_resolve_references()
     if not config.model.preset and config.model.vocab_size is None:
         config.model.update({n: v for n, v in stored.model.items() if v is not None})
-    if not config.data.tokenizer or not pathlib.Path(config.data.tokenizer).exists():
-        config.data.tokenizer = tokenizer_of(workdir)
+    if config.data.tokenizer in ("", stored.data.tokenizer):
+        config.data.tokenizer = tokenizer_of(workdir)  # its own copy
     config.data.sequence_length = config.data.sequence_length or stored.data.sequence_length
     return config
 
@@ -188,7 +188,7 @@ def model_of(folder: pathlib.Path) -> ModelConfig:
             f"run's workdir; a model of the hub comes into a folder by: hf download {folder} "
             "--local-dir path/to/folder"
         )
-    return _model_in(_filled(reading.load_json(folder), None))
+    return _model_in(reading.load_json(folder))
 
 
 def tokenizer_of(folder: pathlib.Path) -> str:

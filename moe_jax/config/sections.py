@@ -52,6 +52,11 @@ class Upcycle(Section, path="init.upcycle"):
             yield f"config.init.upcycle sets {given} without a recipe; set recipe too"
 
 
+def parents_in(source: str) -> tuple[str, ...]:
+    """The folders that `init.source` names."""
+    return tuple(folder for folder in source.split(",") if folder)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Init(Section, path="init"):
     source: str = key(
@@ -65,7 +70,7 @@ class Init(Section, path="init"):
     @property
     def parents(self) -> tuple[str, ...]:
         """The sources of the parameters, as a tuple."""
-        return tuple(source for source in self.source.split(",") if source)
+        return parents_in(self.source)
 
     def problems(self) -> Iterator[str]:
         recipe, several = self.upcycle.recipe, len(self.parents) > 1

@@ -65,6 +65,9 @@ class TokenizedCorpus:
         try:
             meta = _facts(folder)
         except Exception as error:  # damaged JSON text or arrays can raise any type
+            passing = isinstance(error, OSError | MemoryError)
+            if passing and not isinstance(error, FileNotFoundError | EOFError):
+                raise  # the files may be sound
             raise DamagedError(f"{folder} is damaged ({error!r})") from error
         return cls(
             folder=folder,

@@ -4,7 +4,6 @@ import collections
 import hashlib
 import json
 import pathlib
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -46,7 +45,7 @@ def open_corpus(
             return TokenizedCorpus.load(folder)
         except DamagedError as error:
             distributed.say(f"{error}; it is made anew")
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove_folder(folder)
     documents = sources.documents(
         source, split, validation_fraction=validation_fraction, data_dir=datasets
     )
@@ -69,7 +68,7 @@ def _tokenize(
     # Label -> its number of documents and number of bytes of text, in the order of `label_ids`.
     counts = collections.defaultdict[str, np.ndarray](lambda: np.zeros(2, np.int64))
     byte_counts, digest = np.zeros(256, np.int64), hashlib.sha256()
-    path = str(folder / "tokens.array_record")
+    path = str(folder / corpus.RECORDS)
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
     for document in tqdm.tqdm(documents, f"tokenizing {name}", unit=" documents", disable=None):
         try:

@@ -22,10 +22,10 @@ _pb2: Any = sentencepiece_model_pb2  # Any, because its classes are created at r
 _Piece = _pb2.ModelProto.SentencePiece
 
 
-def read(path: pathlib.Path, found: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
+def read(model_file: bytes, found: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
     """The tokenizer, and the folder's settings completed from the model file."""
     proto = _pb2.ModelProto()
-    proto.ParseFromString(path.read_bytes())
+    proto.ParseFromString(model_file)
     spec, llama = proto.trainer_spec, found.class_name == LLAMA
     own = {
         f"{role}_token": AddedToken(getattr(spec, f"{role}_piece"), special=True)

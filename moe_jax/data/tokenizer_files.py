@@ -6,12 +6,13 @@ tokens, and `GenerationMixin.adjust_generation_fn` for the tokens that end a tex
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
+
+from moe_jax import strict_json
 
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # The keys of config.json that describe the tokenizer and not the model.
@@ -59,12 +60,9 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a BOM
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise DamagedError(f"{path} is not a JSON object")
-    return values
+        return strict_json.read_object(path)
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
 
 
 @dataclasses.dataclass(frozen=True)

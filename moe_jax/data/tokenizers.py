@@ -83,9 +83,9 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, path: str, folder: tokenizer_files.Folder):
-        file = pathlib.Path(path)
+        content = pathlib.Path(path).read_bytes()
         if path.endswith(".json"):
-            text = file.read_text(encoding="utf-8-sig")  # some editors write a BOM
+            text = content.decode("utf-8-sig")  # some editors write a BOM
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             steps = f"{self._tokenizer.pre_tokenizer} {self._tokenizer.decoder}"
             found = tokenizer_files.settings(folder, byte_level="ByteLevel" in steps)
@@ -93,7 +93,7 @@ class HuggingFaceTokenizer:
                 sentencepiece_folder.make_llama(self._tokenizer, found)
         else:
             found = tokenizer_files.settings(folder, byte_level=False)
-            self._tokenizer, found = sentencepiece_folder.read(file, found)
+            self._tokenizer, found = sentencepiece_folder.read(content, found)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         largest = tokenizer_files.add_tokens(self._tokenizer, found)
@@ -113,8 +113,8 @@ class HuggingFaceTokenizer:
         in_order = sorted(self._tokenizer.get_added_tokens_decoder().items())
         added = [(i, tokenizer_files.properties(token)) for i, token in in_order]
         steps = f"{self._tokenizer.normalizer} {self._tokenizer.pre_tokenizer}"
-        content = file.read_bytes() + str((sorted(ids.items()), added, steps)).encode()
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        named = str((sorted(ids.items()), added, steps)).encode()
+        self.fingerprint = hashlib.sha256(content + named).hexdigest()
 
     def _template(self, found: Settings) -> processors.PostProcessor:
         """Adds begin and end tokens for a tokenizer.model; a tokenizer.json has its own rule."""

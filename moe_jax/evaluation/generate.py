@@ -26,8 +26,9 @@ def generate(
 ) -> list[np.ndarray]:
     """Generates `num_tokens` token ids after each prompt.
 
-    The model is dropless whatever the config says, because a token must not depend on other rows.
-    For the same reason an expert-choice router is replaced by a token-choice router.
+    The model is dropless whatever the config says, because a token must not depend on the
+    tokens computed with it. For the same reason an expert-choice router is replaced by a
+    token-choice router.
 
     Args:
       temperature: 0 takes the most probable token, and needs no key.

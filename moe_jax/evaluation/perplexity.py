@@ -93,7 +93,7 @@ class Sums:
 
 
 def _losses(sums_3: np.ndarray) -> dict[str, float]:
-    """Means of nats, tokens and bytes; NaN where there are none, as for empty documents."""
+    """Means from the sums of nats, tokens and bytes; NaN over none, as for empty documents."""
     nats, tokens, num_bytes = map(float, sums_3)
     return {
         "loss": nats / tokens if tokens else math.nan,
@@ -135,16 +135,14 @@ def evaluate(
         counted.
     """
     wide = {"i": np.int64, "f": np.float64}
-    nats, tokens, routers = [], [], []
+    nats, tokens, router = [], [], None
     for batch in batches:
-        *of_rows, router = jax.device_get(eval_step(params, batch))
-        nats_BN, tokens_BN, router = jax.tree.map(
-            lambda x: x.astype(wide[x.dtype.kind]), (*of_rows, router)
+        nats_BN, tokens_BN, own = jax.tree.map(
+            lambda x: x.astype(wide[x.dtype.kind]), jax.device_get(eval_step(params, batch))
         )
         nats.append(nats_BN)
         tokens.append(tokens_BN)
-        routers.append(router)
-    router = functools.reduce(lambda *two: jax.tree.map(np.add, *two), routers)
+        router = own if router is None else jax.tree.map(np.add, router, own)
     nats_RN, tokens_RN = np.concatenate(nats), np.concatenate(tokens)
     filled_R = tokens_RN.any(axis=1)
     return Sums(nats_RN[filled_R], tokens_RN[filled_R], bytes_per_token, router)

@@ -6,10 +6,10 @@ would change the computation and is not supported is refused; nothing is guessed
 """
 
 import dataclasses
-import json
 import pathlib
 import reprlib
 
+from moe_jax import strict_json
 from moe_jax.hf import safetensors
 from moe_jax.hf.config_keys import KEYS, REQUIRED, Keys, layer_types
 from moe_jax.hf.config_kinds import LAYER_TYPES, UnsupportedError, check, kind_of
@@ -40,12 +40,9 @@ def load_json(folder: pathlib.Path) -> dict:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UnsupportedError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a BOM
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UnsupportedError(f"{path} is not a JSON object")
-    return values
+        return strict_json.read_object(path)
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from None
 
 
 def of_folder(folder: pathlib.Path) -> ModelConfig:

@@ -216,7 +216,7 @@ def count_not_finite(array: np.ndarray) -> int:
     """The number of NaNs and infinities; for bfloat16, numpy itself would take much longer."""
     if (exponent := EXPONENTS.get(str(array.dtype))) is None:
         return int(np.count_nonzero(~np.isfinite(array.astype(np.float64))))
-    bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+    bits = array.view(f"u{array.dtype.itemsize}")
     exponent = bits.dtype.type(exponent)
     return int(np.count_nonzero((bits & exponent) == exponent))
 

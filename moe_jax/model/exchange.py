@@ -5,8 +5,8 @@ with the experts sharded along the mesh's expert axis of X devices. If experts a
 along edp, the devices along that axis hold the same tokens; each computes its own experts'
 contribution, and these are summed.
 
-  fsdp        Every device all-gathers the weights of all experts; tokens stay where they are. This
-              moves 3DF values per expert, whatever the number of tokens.
+  fsdp        Every device all-gathers the weights of all experts of its position along edp; tokens
+              stay where they are. This moves 3DF values per expert, whatever the number of tokens.
   ring        Every device all-gathers the tokens of the X devices and computes its own experts'
               contribution to each; a reduce-scatter returns the sums to the tokens' devices.
   all_to_all  Each token goes to the devices that hold its experts, and the results return: by a
@@ -32,7 +32,10 @@ KEPT = {
 
 
 def fsdp(x_MD, routing, groups, experts, config):
-    """All experts are on this device. Returns [M, D] and the number of dropped assignments."""
+    """All experts of this position along edp are on this device.
+
+    Returns [M, D] and the number of dropped assignments.
+    """
     index_MA = _own(routing.expert_index_MA, len(experts["up"]), config)
     plan, num_dropped = _plan(index_MA, groups, len(experts["up"]), config)
     x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)

@@ -41,7 +41,8 @@ def bytes_sent(
     In each mode the backward pass sends as much again, and a recomputed layer once more. The count
     assumes that tokens are spread evenly over the devices, that the TPUs of an axis form a ring, in
     which a message crosses X/4 links on average, and that elsewhere a switch connects all devices.
-    Only gathered weights are counted: a device's part along edp, sharded along tensor.
+    Of the weights, those that are gathered are counted: a device's part along edp, sharded along
+    tensor.
 
     Args: num_tokens: the tokens of one device.
     """
@@ -66,8 +67,8 @@ def bytes_sent(
 def filled(mode: str, dispatch: str, mesh: Mapping[str, int]) -> float:
     """The fraction of a grouped matmul's rows that belong to a group, if all loads are even.
 
-    The other rows are padding: a dropless buffer has room for all rows of all devices that may send
-    it some.
+    A dropless buffer has room for all rows of all devices that may send any; rows of other devices'
+    experts and padding belong to no group.
     """
     sources = 1 if mode == "fsdp" else mesh["expert"]
     return 1 / (sources * mesh["edp"]) if dispatch == "dropless" else 1.0

@@ -64,8 +64,8 @@ def checkpointed(block: Callable, policy: str) -> Callable:
 def made_again(function: Callable) -> Callable:
     """`function`, recomputed in the backward pass from its inputs under any policy.
 
-    For functions that are cheap compared with a matrix product: otherwise each factor of an
-    activation would be kept. Their last multiplication is not recomputed, because the backward pass
-    does not need its value.
+    For functions that are cheap apart from the matrix product that they end in: otherwise each
+    factor of an activation would be kept. That last product is not recomputed, because the backward
+    pass does not need its value.
     """
     return jax.checkpoint(function, prevent_cse=False)

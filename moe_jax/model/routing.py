@@ -91,8 +91,8 @@ def capacity(num_assignments, num_experts: int, factor: float, minimum: int):
     most 1000, because no float equals 11/10. The number of assignments may be an array.
     """
     p, q = fractions.Fraction(factor).limit_denominator(1000).as_integer_ratio()
-    # Dividing step by step keeps every intermediate value, except the slots themselves, at or below
-    # (1000 + num_experts) · p, with p at most 1000 times the factor, which fits in int32.
+    # Dividing step by step keeps every product, except the one in the slots themselves, at or below
+    # max(1000, num_experts) · p, with p about 1000 times the factor at most, which fits in int32.
     even, over = divmod(num_assignments, num_experts)
     whole, part = divmod(even, q)
     slots = whole * p - (-(part * p - (-over * p // num_experts)) // q)

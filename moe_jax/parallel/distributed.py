@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moe_jax import stopping
 from moe_jax.parallel import clusters, jax_private, watchdog
 
 HEARTBEAT_SECONDS = 45  # after this, JAX ends the other processes if the watchdog has not
@@ -243,6 +244,7 @@ def ending_together() -> Iterator[None]:
 
 
 def _leave(error: BaseException, client, process: int) -> NoReturn:
+    stopping.quiet()
     status = _report(error)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -118,7 +118,8 @@ def load_balancing(
       stats: sums for each layer and group of tokens.
       scope: "layer" computes the loss for each layer; "all_layers" first averages f and P over the
         layers (Hugging Face's Mixtral, Drop-Upcycling), a loss that also has its balanced value if
-        every layer has collapsed, each onto other experts.
+        every layer has collapsed, each onto other experts, as long as all layers together use all
+        experts evenly.
       divide_by_k: True as in megablocks (OLMoE), False as in Hugging Face; only used by "switch".
     """
     tokens_LG1 = jnp.maximum(stats.num_tokens, 1)[..., None]
@@ -234,7 +235,7 @@ class Rule:
     loss: Callable[[RouterStats, configs.Balance, int], jax.Array] | None = None
     update: Callable[..., tuple[dict, RouterState]] | None = None
     sign: int = 1
-    per_token: bool = False  # a mean over tokens, so groups are weighted by their tokens
+    per_token: bool = False  # a mean over tokens: groups count by their tokens, otherwise equally
     always: bool = False  # reported even with a coefficient of 0
 
 

@@ -11,6 +11,7 @@ import pathlib
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def save(
     With several processes, each writes its parts of the leaves into the same `directory`. `sound`
     are the steps known to verify. Returns the newest `keep` of these and the new step; once there
     are that many, older checkpoints are deleted. A folder that is not a checkpoint of the step in
-    its name is never deleted; if one is in the new checkpoint's place, it is renamed.
+    its name is never deleted. Whatever is in the new checkpoint's place is renamed.
     """
     leaves = tree.flatten(state)
     meta = {
@@ -70,7 +71,7 @@ def save(
     kept = frozenset(sorted(sound | {step})[-keep:])
     if distributed.is_first() and len(kept) == keep:
         for old in steps(directory):
-            if old < min(kept) and _is_of_its_name(directory / str(old)):
+            if old < min(kept) and _own(directory / str(old)) is not None:
                 shutil.rmtree(directory / str(old))
     return kept
 
@@ -78,13 +79,13 @@ def save(
 def steps(directory: pathlib.Path) -> list[int]:
     """The steps that have a folder, oldest first; their checkpoints may fail verification."""
     folders = (p for p in directory.glob("*") if p.is_dir() and not p.is_symlink())
-    return sorted(int(p.name) for p in folders if re.fullmatch("0|[1-9][0-9]*", p.name, re.ASCII))
+    return sorted(int(p.name) for p in folders if re.fullmatch("0|[1-9][0-9]*", p.name))
 
 
 def newest_data(directory: pathlib.Path) -> dict:
     """The `data` of the newest checkpoint whose step matches its name, unverified; {} if none."""
-    found = (directory / str(step) for step in reversed(steps(directory)))
-    return next((described(folder)["data"] for folder in found if _is_of_its_name(folder)), {})
+    found = (_own(directory / str(step)) for step in reversed(steps(directory)))
+    return next((meta["data"] for meta in found if meta is not None), {})
 
 
 def remove_unfinished(directory: pathlib.Path) -> None:
@@ -94,23 +95,31 @@ def remove_unfinished(directory: pathlib.Path) -> None:
             shutil.rmtree(path)
 
 
-def _is_of_its_name(folder: pathlib.Path) -> bool:
-    """True if the folder is a checkpoint of the step in its name."""
+def _own(folder: pathlib.Path) -> dict | None:
+    """The description of a checkpoint; None for a folder that is not what its name says."""
     try:
-        return described(folder)["data"]["step"] == int(folder.name)
+        return described(folder)
     except Exception:  # damaged files make Orbax and TensorStore raise any type
-        return False
+        return None
 
 
 def described(folder: pathlib.Path) -> dict:
-    """The description of a checkpoint: leaves, digests, data and config, without values."""
+    """The description of a checkpoint: leaves, digests, data and config, without values.
+
+    Raises: ValueError if it is not of the step in its name; an error of any type if it is damaged.
+    """
     _check_links(folder)
     with _reading():
-        return ocp.load_checkpointables(folder.absolute(), {"meta": None})["meta"]
+        meta = ocp.load_checkpointables(folder.absolute(), {"meta": None})["meta"]
+    if (step := meta["data"].get("step")) != int(folder.name):
+        raise ValueError(
+            f"it is a checkpoint of step {step}, not of the step that it is named after"
+        )
+    return meta
 
 
 def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
-    """The newest checkpoint that verifies; None when there is none.
+    """The newest checkpoint that verifies; None if there are no checkpoints.
 
     Args:
       abstract_state: `jax.ShapeDtypeStruct`s with the shardings to restore to, which may differ
@@ -136,25 +145,28 @@ def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -
     Args:
       own_dtypes: leaves may have, and keep, a dtype other than in `abstract`.
 
-    Raises: FileNotFoundError if there is no such checkpoint; ValueError if it is of another model.
+    Raises: FileNotFoundError if there is no checkpoint; NoneVerifies if none of them verifies;
+      Mismatch if it is of another model.
     """
     found = _newest(directory, tree.flatten(abstract), own_dtypes)
     if found is None:
-        raise FileNotFoundError(f"{directory} holds no checkpoint that verifies")
+        raise FileNotFoundError(f"{directory} holds no checkpoint")
     _, leaves, meta = found
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves.values()), meta["config"]
 
 
-def verified(folder: pathlib.Path) -> dict[str, jax.Array]:
-    """All leaves of one checkpoint; raises an error of some type if it does not verify."""
+def verified(folder: pathlib.Path) -> Iterator[tuple[str, jax.Array]]:
+    """The leaves of one checkpoint, one in memory at a time, each compared with its digest.
+
+    Raises: an error of any type if the checkpoint does not verify.
+    """
+    meta = described(folder)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    leaves = {
-        path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=here)
-        for path, (shape, dtype) in described(folder)["leaves"].items()
-    }
-    loaded, meta = _load(folder.absolute(), leaves, own_dtypes=False)
-    _check_digests(loaded, meta)
-    return loaded
+    for path, (shape, dtype) in meta["leaves"].items():
+        form = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=here)
+        leaves = _read(folder, {path: form})
+        _check_digests(leaves, meta)
+        yield path, leaves[path]
 
 
 def _check_digests(leaves: dict[str, jax.Array], meta: dict) -> None:
@@ -204,9 +216,8 @@ def _newest(
     found, reason = distributed.of_first(steps(directory)), ""
     for step in reversed(found):
         try:
-            folder = (directory / str(step)).absolute()
             with distributed.together(ValueError):
-                leaves, meta = _load(folder, abstract, own_dtypes)
+                leaves, meta = _load(directory / str(step), abstract, own_dtypes)
             _check_digests(leaves, meta)
             return step, leaves, meta
         except Mismatch:
@@ -224,10 +235,6 @@ def _newest(
 
 def _load(folder: pathlib.Path, abstract: dict, own_dtypes: bool) -> tuple[dict, dict]:
     meta = described(folder)
-    if (step := meta["data"].get("step")) != int(folder.name):
-        raise ValueError(
-            f"it is a checkpoint of step {step}, not of the step that it is named after"
-        )
     if own_dtypes:
         abstract = {
             path: leaf.update(dtype=jnp.dtype(meta["leaves"].get(path, [None, leaf.dtype])[1]))
@@ -243,9 +250,13 @@ def _load(folder: pathlib.Path, abstract: dict, own_dtypes: bool) -> tuple[dict,
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise Mismatch(f"{folder} is of another model: {'; '.join(problems[:5])}{more}")
+    return _read(folder, abstract), meta
+
+
+def _read(folder: pathlib.Path, abstract: dict) -> dict[str, jax.Array]:
     with _reading():
-        leaves = ocp.load_checkpointables(folder, {"state": abstract})["state"]
-    return {path: leaves[path] for path in abstract}, meta
+        leaves = ocp.load_checkpointables(folder.absolute(), {"state": abstract})["state"]
+    return {path: leaves[path] for path in abstract}
 
 
 def _check_links(folder: pathlib.Path) -> None:

@@ -51,9 +51,9 @@ def run(
     continues with the evaluators and writes the same rows. A signal to one process stops all
     processes at the same step.
 
-    Raises: SystemExit 75 after SIGTERM, SIGHUP or Ctrl-C (a running evaluation is abandoned, and a
-      checkpoint is saved first), or 3 if too many consecutive steps were not finite or the
-      parameters are not.
+    Raises: SystemExit 75 after SIGTERM, SIGHUP or Ctrl-C (a checkpoint is saved first, if any step
+      was made; one process alone abandons a running evaluation), or 3 if too many consecutive steps
+      were not finite or the parameters are not.
     """
     last = settings.training.last_step
     log = _TrainingLog(settings, parts, start, skipped)
@@ -63,13 +63,13 @@ def run(
     stop = _Stop()
     with stopping.requests(stop), progress as bar:
         for step in range(start, last + 1):
-            stop.number = parts.largest(stop.number)
-            due = step % settings.checkpoint.every_steps == 0 or step == last or stop.number
+            stopped_by = parts.largest(stop.number)
+            due = step % settings.checkpoint.every_steps == 0 or step == last or stopped_by
             if step > start and due:
                 log.flush()
                 parts.save(step, state, log.skipped)
-            if stop.number:
-                stop.end(step, saved=step > start)
+            if stopped_by:
+                _end(stopped_by, step, saved=step > start)
             for evaluator in parts.evaluators.values():
                 if step == last or evaluator.is_due(step):
                     log.flush()
@@ -79,7 +79,7 @@ def run(
                     except _Stopped:
                         if step > start and not due:
                             parts.save(step, state, log.skipped)
-                        stop.end(step, saved=step > start)
+                        _end(stop.number, step, saved=step > start)
                     if found.row and (evaluator.is_due(step) or evaluator.logged_at_end):
                         tokens = step * parts.tokens_per_step
                         parts.write({"step": step, "tokens": tokens, **found.row})
@@ -206,7 +206,8 @@ class _Stop:
         finally:
             self._at_once = False
 
-    def end(self, step: int, *, saved: bool) -> NoReturn:
-        name, then = signal.Signals(self.number).name, "saved, run again to go on"
-        distributed.say(f"stopped by {name} at step {step}; {then if saved else 'run again'}")
-        raise SystemExit(stopping.EXIT_PREEMPTED)
+
+def _end(number: int, step: int, *, saved: bool) -> NoReturn:
+    name, then = signal.Signals(number).name, "saved, run again to go on"
+    distributed.say(f"stopped by {name} at step {step}; {then if saved else 'run again'}")
+    raise SystemExit(stopping.EXIT_PREEMPTED)

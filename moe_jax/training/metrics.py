@@ -16,9 +16,9 @@ def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dic
 
     A row has `step`; its values are numbers, arrays, text, or dicts of these. Numbers that are not
     finite become null, because JSON cannot express them. In all processes but the first the
-    function does nothing. Before it returns, rows that the run will write again are removed: those
-    of steps after the checkpoint at `resume_step`, and the evaluators' rows of that step itself. A
-    file with a damaged line is kept under another name, and its other lines are used.
+    function does nothing. Before the function is handed out, rows that the run will write again are
+    removed: those of steps after the checkpoint at `resume_step`, and the evaluators' rows of that
+    step itself. A file with a damaged line is kept under another name; its other lines are used.
     """
     if not distributed.is_first():
         yield lambda row: None
@@ -78,7 +78,7 @@ def _is_before(row: dict, step: int) -> bool:
 
 
 def _line(row: dict) -> str:
-    return strict_json.text(row) + "\n"
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _scalars(row: dict, prefix: str = ""):

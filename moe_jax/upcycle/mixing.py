@@ -69,7 +69,7 @@ def mix(w_LPX: jax.Array, share_LEP: jax.Array, fetch=lambda w_P, p: w_P[p]) -> 
             p, share_E = numbered
             w = fetch(w_P, p).astype(jnp.float32)
             share = share_E.reshape(-1, *(1,) * w.ndim)
-            # A share of 1 copies the bits; a share of 0 leaves out even infinities and NaNs.
+            # A share of 1 is a copy; a share of 0 leaves out even infinities and NaNs.
             term = jnp.where(share == 1, w, jnp.where(share == 0, 0, share * w))
             return total + term, None
 

@@ -2,9 +2,9 @@
 
 Each row states how the new model relates to its parent at step 0. A recipe for dense parents is a
 function (ffn, context, **parameters) -> ffn that makes one expert from the FFN of one layer; a
-recipe for MoE parents returns the weights of the old experts in the new ones. Its keyword arguments
-are the parameters that `config.init.upcycle`, `upcycle.upcycle` and `--recipe.NAME=VALUE` accept
-for it. To add a recipe, add a row to `RECIPES`.
+recipe for MoE parents returns the averaging weights [E, P] of the old experts in the new ones. Its
+keyword arguments are the parameters that `config.init.upcycle`, `upcycle.upcycle` and
+`--recipe.NAME=VALUE` accept for it. To add a recipe, add a row to `RECIPES`.
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ def virtual_group_drop(
 def llama_moe(
     ffn: experts.FFN, context: ExpertContext, *, partition: parameters.Partition = "random"
 ) -> experts.FFN:
-    """Partitions the parent's neurons among N experts, and scales their outputs by N/k."""
+    """Distributes the parent's neurons among N experts, and scales their outputs by N/k."""
     if partition == "statistics":
         assert context.neurons_F is not None  # the plan refuses this partition without it
         ffn = experts.take_neurons(ffn, context.neurons_F)

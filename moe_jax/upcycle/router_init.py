@@ -51,7 +51,7 @@ def torch_linear(context: RouterContext) -> jax.Array:
 
 
 def centroids(context: RouterContext) -> jax.Array:
-    """Cluster centres of the layer's inputs, with the expected norm of a normal column.
+    """Cluster centres of the layer's inputs, with the root-mean-square norm of a normal column.
 
     Their mean and all components along it are removed: what all inputs share favours no expert.
     """

@@ -17,7 +17,8 @@ class Start:
     """A recipe's statement about step 0.
 
     `factor` gives, for the plan of a dropless model, the ratio of each layer's feed-forward output
-    to its parent's; it is None for a recipe whose output is never a multiple of the parent's.
+    to its parent's; it is None for a recipe whose output is in general no multiple of the
+    parent's.
     `unless` yields a line for each condition of `factor` that fails, with the setting NAME=VALUE
     that repairs it, if there is one.
     """
@@ -38,7 +39,7 @@ def factor(plan: "Plan") -> float | None:
 
 
 def differences(plan: "Plan") -> list[str]:
-    """The conditions of `factor` that fail, each with the setting that repairs it."""
+    """The conditions of `factor` that fail, each with the setting that repairs it, if any."""
     return list(plan.recipe.start.unless(plan))
 
 
@@ -159,10 +160,11 @@ def _parts_differ(plan: "Plan") -> Iterator[str]:
     if plan.router != "zero":
         yield f"the parts have different weights; {_initialiser('zero')}"
     if plan.parameters["partition"] == "statistics":
-        yield "every part also has the most important neurons; set partition='random'"
+        yield "the statistic may give a neuron to several parts or to none; set partition='random'"
 
 
 def _of_duplicates(plan: "Plan") -> float:
+    """Copies share a softmax's probability; sigmoids ignore each other, so that copies add up."""
     config, source = plan.config, plan.source
     times = config.num_experts_per_tok / source.num_experts_per_tok
     share = ROUTERS[config.router].copies_share
@@ -184,8 +186,9 @@ def _duplicates_differ(plan: "Plan") -> Iterator[str]:
     copies = [plan.shares(i).sum(axis=0) for i in range(config.num_hidden_layers)]
     if any((of_layer != times).any() for of_layer in copies):
         yield (
-            f"not every expert has {times:g} copies, as num_experts_per_tok needs; set "
-            f"num_experts_per_tok to {source.num_experts_per_tok} times the copies of each"
+            f"not every expert is there {times:g} times, its original included, as "
+            "num_experts_per_tok needs; set num_experts_per_tok to "
+            f"{source.num_experts_per_tok} times the number of each"
         )
 
 
@@ -201,8 +204,9 @@ COPIES_OF_EACH = Start(
     "another function; equal if the parents are and the weights sum to one", _weight, _copies_differ
 )
 SHARDS = Start(
-    "equal if T is a multiple of G, the router is grouped or zero, the weights sum to one and "
-    "scaling is exact or down (1/G of it with scaling none); otherwise another function",
+    "equal if T is a multiple of G, the router is grouped or zero, the weights have a fixed sum "
+    "(any sum with router zero), and scaling is exact, down, or paper with an ungated squared ReLU "
+    "(with scaling none: the sum / G of it); otherwise another function",
     _of_shards,
     _shards_differ,
 )
@@ -213,11 +217,14 @@ SHARDS_OF_EACH = Start(
     "another function; as for virtual_group if the parents are equal", _of_shards, _shards_differ
 )
 PARTS = Start(
-    "another function with k of N parts; 1/N of it with all parts", _of_parts, _parts_differ
+    "another function with k of N parts; 1/N of it with all parts, router zero and weights that "
+    "sum to one",
+    _of_parts,
+    _parts_differ,
 )
 DUPLICATES = Start(
-    "close; equal if every expert has m copies, k grows m-fold, there is no noise, and the weights "
-    "sum to one or are a softmax over all experts",
+    "close; equal if every expert is there m times, k grows m-fold, there is no noise, and the "
+    "weights sum to one or are a softmax over all experts",
     _of_duplicates,
     _duplicates_differ,
 )

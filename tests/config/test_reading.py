@@ -145,6 +145,13 @@ def test_a_stored_value_of_another_type_is_refused(tmp_path):
         configs.load_json(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", '{"seed": ', "[" * 9999, "\xff"])
+def test_a_damaged_config_of_a_run_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(configs.ConfigError, match=f"{tmp_path}/config.json: "):
+        configs.load_json(tmp_path)
+
+
 def test_fields_of_a_model_are_read_with_their_types():
     arguments = ["--model.num_experts=8", "--model.norm_topk_prob=false", "--model.layers=moe,moe"]
     fields = configs.model_fields(arguments)

@@ -93,12 +93,13 @@ def test_a_byte_order_mark_before_any_file_changes_nothing(seed, tmp_path):
 def test_every_file_is_read_once(kind, tmp_path, monkeypatch):
     drawn = tokenizer_folders.draw(0) | {"kind": kind, "files": {"config.json": {"model_type": ""}}}
     path = tokenizer_folders.build(tmp_path, drawn)
-    counts, read_text = collections.Counter(), pathlib.Path.read_text
+    counts = collections.Counter()
+    for read in (pathlib.Path.read_text, pathlib.Path.read_bytes):
 
-    def counted(self, **how):
-        counts[self.name] += 1
-        return read_text(self, **how)
+        def counted(self, read=read, **how):
+            counts[self.name] += 1
+            return read(self, **how)
 
-    monkeypatch.setattr(pathlib.Path, "read_text", counted)
+        monkeypatch.setattr(pathlib.Path, read.__name__, counted)
     tokenizers.load(str(path))
-    assert counts["config.json"] == 1 and set(counts.values()) == {1}
+    assert counts["config.json"] == counts[path.name] == 1 and set(counts.values()) == {1}

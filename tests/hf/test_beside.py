@@ -127,6 +127,10 @@ def test_a_run_that_was_trained_from_a_folder_goes_back_with_its_files(folder, t
     assert f"| parent | `{folder.name}` |" in page and "| training | 1 steps, 64 tokens |" in page
     assert f"{result['bits_per_byte']:.4f} bits/byte" in page
     assert page.endswith("## `folder`\n\nMade of moonlight.\n")
+    for other in ({"steps": 2}, {"bits_per_byte": None}):  # of another step, or not finite
+        (run / "result.json").write_text(json.dumps(result | other))
+        model_config = configs.model_of(run)
+        assert "held-out text" not in cards.of_conversion(model_config, run, ["convert"])
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])

@@ -35,6 +35,19 @@ class HangsAtTheEnd(Fails):
         threading.Event().wait()
 
 
+class FailsAtTheEnd(HangsAtTheEnd):
+    def close(self):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_fault_at_the_end_is_not_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(board.tensorboardX, "SummaryWriter", FailsAtTheEnd)
+    began = time.monotonic()
+    board.Board(tmp_path, None).close()
+    assert time.monotonic() - began < board.SECONDS / 2
+    assert "No space left" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("writer", "said"),
     [(Fails, "No space left"), (Hangs, "it hangs"), (HangsAtTheEnd, "it hangs")],

@@ -42,6 +42,21 @@ def parts_of(train_step, saved=None):
     )
 
 
+def test_a_signal_between_the_request_and_its_exchange_is_not_lost(heard):
+    sent, saved = [], []
+
+    def largest(number):  # of all processes, before the signal
+        if not sent:
+            sent.append(signal.raise_signal(signal.SIGTERM))
+        return number
+
+    step = step_with(iter([""] * 4))
+    parts = dataclasses.replace(parts_of(step, saved), largest=largest)
+    with pytest.raises(SystemExit) as ended:
+        loop.run(jnp.zeros(3), 0, iter([None] * 4), settings_of(4), parts)
+    assert ended.value.code == 75 and saved == [(1, 0)]
+
+
 def step_with(outcomes):
     """A step that is skipped or diverges as the outcome says."""
     zero, flag = jnp.zeros(()), {True: jnp.bool(True), False: jnp.bool(False)}
