@@ -169,7 +169,6 @@ def save(
             {"params": params},
             data={},
             config=config.to_dict(),
-            keep=1,
         )
 
 

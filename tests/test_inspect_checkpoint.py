@@ -23,7 +23,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name, value in (("one", 1.0), ("two", 2.0)):
         for step in (5, 10):
-            how = {"data": {"skipped_steps": 0}, "config": {"seed": 3}, "keep": 9}
+            how = {"data": {"skipped_steps": 0}, "config": {"seed": 3}}
             checkpoint.save(folder / name / "checkpoints", step, state(value), **how)
     return folder
 

@@ -109,6 +109,13 @@ class Data(Section, path="data", fixed=True):
     validation_fraction: float = key(
         0.05, "share of documents to hold out if no file or split is named validation", SHARE
     )
+    skip_batches: tuple = key(
+        (),
+        "(first, last) pairs of numbers of batches that are left out; without any, step N trains "
+        "on batch N - 1",
+        checks.ranges,
+        fixed=False,
+    )
     cache_dir: str = key(
         "", "folder for tokens and compiled steps; empty uses the user's cache folder", fixed=False
     )
@@ -318,40 +325,3 @@ class Training(Section, path="training"):
     @property
     def last_step(self) -> int:
         return self.stop_step or self.num_steps
-
-
-PROMPTS = Need(lambda run: bool(run.evaluation.prompts), "config.evaluation.prompts")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation(Section, path="evaluation"):
-    every_steps: int = key(
-        0, "steps between evaluations on held-out text; 0 for one at the end only", NOT_NEGATIVE
-    )
-    intervals: tuple = key(
-        (),
-        "(name of another evaluator, steps between its runs) pairs; 0 for one at the end only",
-        checks.intervals,
-    )
-    batch_size: int = key(32, "sequences per batch of held-out text, over all devices", POSITIVE)
-    max_batches: int = key(
-        0, "batches of held-out text in each evaluation during training; 0 for all", NOT_NEGATIVE
-    )
-    final_max_batches: int = key(
-        0, "batches of held-out text in the final evaluation; 0 for all", NOT_NEGATIVE
-    )
-    prompts: tuple = key((), "texts for the trained model to continue", checks.texts)
-    continuation_tokens: int = key(
-        96, "number of tokens to continue a prompt with", POSITIVE, PROMPTS
-    )
-    num_experts_per_tok: int = key(
-        0, "experts per token in evaluation; 0 for the model's own number", NOT_NEGATIVE, ROUTED
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpoint(Section, path="checkpoint"):
-    every_steps: int = key(
-        1000, "steps between checkpoints; another one is saved at the end", POSITIVE
-    )
-    keep: int = key(2, "number of newest checkpoints to keep", POSITIVE)

@@ -12,6 +12,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from moe_jax.parallel import distributed
 @dataclasses.dataclass(frozen=True)
 class Restored:
     step: int
-    state: object
+    state: Any
     data: dict
     config: dict
 
@@ -38,22 +39,18 @@ class NoneVerifies(ValueError):
     """There are checkpoints, but none of them verifies."""
 
 
-def save(
-    directory: pathlib.Path,
-    step: int,
-    state,
-    *,
-    data: dict,
-    config: dict,
-    keep: int,
-    sound: frozenset[int] = frozenset(),
-) -> frozenset[int]:
-    """Writes <directory>/<step> atomically, then deletes older checkpoints.
+class SaveError(OSError):
+    """A checkpoint could not be saved."""
 
-    With several processes, each writes its parts of the leaves into the same `directory`. `sound`
-    are the steps known to verify. Returns the newest `keep` of these and the new step; once there
-    are that many, older checkpoints are deleted. A folder that is not a checkpoint of the step in
-    its name is never deleted. Whatever is in the new checkpoint's place is renamed.
+
+def start(
+    directory: pathlib.Path, step: int, state, *, data: dict, config: dict
+) -> ocp.AsyncResponse[None]:
+    """Copies the state to the host and starts to write <directory>/<step>, which appears whole.
+
+    The arrays may be donated or deleted as soon as this returns; `result()` waits for the files.
+    With several processes, each writes its parts of the leaves into the same `directory`. Whatever
+    is in the new checkpoint's place is renamed.
     """
     leaves = tree.flatten(state)
     meta = {
@@ -67,13 +64,16 @@ def save(
         aside = files.set_aside(folder, "unverified")
         distributed.say(f"{folder} was there and had not been read: it is renamed to {aside.name}")
     distributed.of_first(None)  # the others wait until the path is free
-    ocp.save_checkpointables(folder, {"state": leaves, "meta": meta})
-    kept = frozenset(sorted(sound | {step})[-keep:])
-    if distributed.is_first() and len(kept) == keep:
-        for old in steps(directory):
-            if old < min(kept) and _own(directory / str(old)) is not None:
-                shutil.rmtree(directory / str(old))
-    return kept
+    context = ocp.Context()
+    # Otherwise a save into a directory that cannot be written waits for 300 s before it fails.
+    context.asynchronous.create_directories_asynchronously = False
+    with context:
+        return ocp.save_checkpointables_async(folder, {"state": leaves, "meta": meta})
+
+
+def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict) -> None:
+    """`start`, and waits for the files."""
+    start(directory, step, state, data=data, config=config).result()
 
 
 def steps(directory: pathlib.Path) -> list[int]:
@@ -86,6 +86,20 @@ def newest_data(directory: pathlib.Path) -> dict:
     """The `data` of the newest checkpoint whose step matches its name, unverified; {} if none."""
     found = (_own(directory / str(step)) for step in reversed(steps(directory)))
     return next((meta["data"] for meta in found if meta is not None), {})
+
+
+def remove(directory: pathlib.Path, step: int) -> None:
+    """Removes a checkpoint; a folder that is not a checkpoint of the step in its name stays."""
+    if _own(directory / str(step)) is not None:
+        shutil.rmtree(directory / str(step))
+
+
+def set_aside_after(directory: pathlib.Path, step: int) -> None:
+    """Renames the checkpoints of later steps, so that no run goes on from them."""
+    for later in steps(directory):
+        if later > step:
+            aside = files.set_aside(directory / str(later), "left")
+            distributed.say(f"the checkpoint of step {later} is renamed to {aside.name}")
 
 
 def remove_unfinished(directory: pathlib.Path) -> None:
@@ -118,23 +132,30 @@ def described(folder: pathlib.Path) -> dict:
     return meta
 
 
-def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
+def restore_latest(
+    directory: pathlib.Path, abstract_state, *, at: int = 0, optional: str = "-"
+) -> Restored | None:
     """The newest checkpoint that verifies; None if there are no checkpoints.
 
     Args:
       abstract_state: `jax.ShapeDtypeStruct`s with the shardings to restore to, which may differ
         from the shardings at saving.
+      at: the step of the only checkpoint to look at; 0 for all.
+      optional: the beginning of paths. Such leaves of `abstract_state` become None if the
+        checkpoint lacks them or has others; such leaves of the checkpoint may be left over.
 
     Raises: Mismatch if the checkpoint's leaves are not those of `abstract_state`; NoneVerifies.
     """
     abstract = tree.flatten(abstract_state)
-    found = _newest(directory, abstract)
+    found = _newest(directory, abstract, at=at, optional=optional)
     if found is None:
         return None
     step, leaves, meta = found
-    if surplus := sorted(set(meta["leaves"]) - set(abstract)):
+    surplus = sorted(set(meta["leaves"]) - set(abstract))
+    if surplus := [path for path in surplus if not path.startswith(optional)]:
         raise Mismatch(f"{directory / str(step)} also holds {', '.join(surplus)}: another model?")
-    state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
+    values = (leaves.get(path) for path in abstract)
+    state = jax.tree.unflatten(jax.tree.structure(abstract_state), values)
     return Restored(step, state, meta["data"], meta["config"])
 
 
@@ -207,17 +228,24 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def _newest(
-    directory: pathlib.Path, abstract: dict, own_dtypes: bool = False
+    directory: pathlib.Path,
+    abstract: dict,
+    own_dtypes: bool = False,
+    at: int = 0,
+    optional: str = "-",
 ) -> tuple[int, dict, dict] | None:
     """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify.
 
     All processes restore the same one: if any of them cannot read a checkpoint, none uses it.
     """
-    found, reason = distributed.of_first(steps(directory)), ""
+    there, reason = distributed.of_first(steps(directory)), ""
+    if at and at not in there:
+        raise NoneVerifies(f"{directory} has no checkpoint of step {at}; it has {there or 'none'}")
+    found = [at] if at else there
     for step in reversed(found):
         try:
             with distributed.together(ValueError):
-                leaves, meta = _load(directory / str(step), abstract, own_dtypes)
+                leaves, meta = _load(directory / str(step), abstract, own_dtypes, optional)
             _check_digests(leaves, meta)
             return step, leaves, meta
         except Mismatch:
@@ -233,24 +261,27 @@ def _newest(
     return None
 
 
-def _load(folder: pathlib.Path, abstract: dict, own_dtypes: bool) -> tuple[dict, dict]:
+def _load(
+    folder: pathlib.Path, abstract: dict, own_dtypes: bool, optional: str
+) -> tuple[dict, dict]:
     meta = described(folder)
     if own_dtypes:
         abstract = {
             path: leaf.update(dtype=jnp.dtype(meta["leaves"].get(path, [None, leaf.dtype])[1]))
             for path, leaf in abstract.items()
         }
-    problems = []
+    problems = {}
     for path, leaf in abstract.items():
         saved = meta["leaves"].get(path)
         if saved is None:
-            problems.append(f"{path} is missing")
+            problems[path] = "is missing"
         elif saved != [list(leaf.shape), str(leaf.dtype)]:
-            problems.append(f"{path} is {saved[1]}{saved[0]}, not {leaf.dtype}{list(leaf.shape)}")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise Mismatch(f"{folder} is of another model: {'; '.join(problems[:5])}{more}")
-    return _read(folder, abstract), meta
+            problems[path] = f"is {saved[1]}{saved[0]}, not {leaf.dtype}{list(leaf.shape)}"
+    named = [f"{path} {problem}" for path, problem in problems.items()]
+    if named := [problem for problem in named if not problem.startswith(optional)]:
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+        raise Mismatch(f"{folder} is of another model: {'; '.join(named[:5])}{more}")
+    return _read(folder, {path: x for path, x in abstract.items() if path not in problems}), meta
 
 
 def _read(folder: pathlib.Path, abstract: dict) -> dict[str, jax.Array]:

@@ -159,7 +159,6 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
         *(tmp_path / "parent" / "checkpoints", 1, state),
         data={"step": 1},
         config=of_parent.to_dict(),
-        keep=1,
     )
     changes = {
         "init.source": str(tmp_path / "parent"),
