@@ -2,14 +2,13 @@
 
 Orbax notices missing and truncated files, but not flipped bits, and takes any folder named by a
 number for a checkpoint. Here a checkpoint counts only if its leaves match the digests saved with
-them.
+them. `directory` may be in a bucket: an `epath.Path` of gs://bucket/folder.
 """
 
 import dataclasses
 import os
 import pathlib
 import re
-import shutil
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
+from etils import epath
 
 from moe_jax import files, tree
 from moe_jax.parallel import distributed
@@ -59,14 +59,16 @@ def start(
         "leaves": {path: [list(x.shape), str(x.dtype)] for path, x in leaves.items()},
         "digests": digests(leaves),
     }
-    folder = (directory / str(step)).absolute()
-    if distributed.is_first() and os.path.lexists(folder):
+    folder = _absolute(directory / str(step))
+    if distributed.is_first() and files.is_there(folder):
         aside = files.set_aside(folder, "unverified")
         distributed.say(f"{folder} was there and had not been read: it is renamed to {aside.name}")
     distributed.of_first(None)  # the others wait until the path is free
     context = ocp.Context()
     # Otherwise a save into a directory that cannot be written waits for 300 s before it fails.
     context.asynchronous.create_directories_asynchronously = False
+    if files.is_remote(folder):  # a bucket renames file by file; a last file shows completeness
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     with context:
         return ocp.save_checkpointables_async(folder, {"state": leaves, "meta": meta})
 
@@ -78,8 +80,17 @@ def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict)
 
 def steps(directory: pathlib.Path) -> list[int]:
     """The steps that have a folder, oldest first; their checkpoints may fail verification."""
-    folders = (p for p in directory.glob("*") if p.is_dir() and not p.is_symlink())
-    return sorted(int(p.name) for p in folders if re.fullmatch("0|[1-9][0-9]*", p.name))
+    named = (p for p in _inside(directory) if re.fullmatch("0|[1-9][0-9]*", p.name))
+    return sorted(int(p.name) for p in named if p.is_dir() and not os.path.islink(p))
+
+
+def _absolute(path: pathlib.Path) -> epath.Path:
+    return epath.Path(path if files.is_remote(path) else path.absolute())
+
+
+def _inside(directory: pathlib.Path) -> list[Any]:
+    directory = epath.Path(directory)
+    return list(directory.iterdir()) if directory.is_dir() else []
 
 
 def newest_data(directory: pathlib.Path) -> dict:
@@ -91,7 +102,7 @@ def newest_data(directory: pathlib.Path) -> dict:
 def remove(directory: pathlib.Path, step: int) -> None:
     """Removes a checkpoint; a folder that is not a checkpoint of the step in its name stays."""
     if _own(directory / str(step)) is not None:
-        shutil.rmtree(directory / str(step))
+        epath.Path(directory / str(step)).rmtree()
 
 
 def set_aside_after(directory: pathlib.Path, step: int) -> None:
@@ -104,9 +115,10 @@ def set_aside_after(directory: pathlib.Path, step: int) -> None:
 
 def remove_unfinished(directory: pathlib.Path) -> None:
     """Removes the temporary folders left by a run that was killed while saving."""
-    for path in directory.glob("*.orbax-checkpoint-tmp*"):
-        if re.fullmatch(r"[0-9]+\.orbax-checkpoint-tmp.*", path.name) and not path.is_symlink():
-            shutil.rmtree(path)
+    for path in _inside(directory):
+        unfinished = re.fullmatch(r"[0-9]+\.orbax-checkpoint-tmp.*", path.name)
+        if unfinished and not os.path.islink(path):
+            path.rmtree()
 
 
 def _own(folder: pathlib.Path) -> dict | None:
@@ -124,7 +136,7 @@ def described(folder: pathlib.Path) -> dict:
     """
     _check_links(folder)
     with _reading():
-        meta = ocp.load_checkpointables(folder.absolute(), {"meta": None})["meta"]
+        meta = ocp.load_checkpointables(_absolute(folder), {"meta": None})["meta"]
     if (step := meta["data"].get("step")) != int(folder.name):
         raise ValueError(
             f"it is a checkpoint of step {step}, not of the step that it is named after"
@@ -286,12 +298,14 @@ def _load(
 
 def _read(folder: pathlib.Path, abstract: dict) -> dict[str, jax.Array]:
     with _reading():
-        leaves = ocp.load_checkpointables(folder.absolute(), {"state": abstract})["state"]
+        leaves = ocp.load_checkpointables(_absolute(folder), {"state": abstract})["state"]
     return {path: leaves[path] for path in abstract}
 
 
 def _check_links(folder: pathlib.Path) -> None:
-    for path in folder.rglob("*"):
+    if files.is_remote(folder):
+        return
+    for path in pathlib.Path(folder).rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} is a link out of the checkpoint")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from moe_jax import config as configs
+from moe_jax import files
 from moe_jax.parallel import distributed
 from moe_jax.training import checkpoint
 
@@ -131,7 +132,10 @@ def num_bytes(state) -> int:
 
 
 def check_room(directory: pathlib.Path, needed: int) -> None:
-    """Raises: OSError if the file system has fewer than `needed` bytes, or no file, left."""
+    """Raises: OSError if the file system has fewer than `needed` bytes, or no file, left. A bucket
+    has no end."""
+    if files.is_remote(directory):
+        return
     there = next(p for p in (directory, *directory.absolute().parents) if p.exists())
     left = os.statvfs(there)
     if (free := left.f_bavail * left.f_frsize) < needed:
