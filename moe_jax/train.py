@@ -26,14 +26,25 @@ from moe_jax.model.router import ROUTERS
 from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
-from moe_jax.training import balance, checkpoint, flops, loop, metrics, objective, optimizer, step
+from moe_jax.training import (
+    backends,
+    balance,
+    checkpoint,
+    flops,
+    loop,
+    metrics,
+    objective,
+    optimizer,
+    step,
+)
 from moe_jax.training.state import TrainState
 
 
 def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     """Trains with these settings, or resumes the run in `workdir`; returns the run's result.
 
-    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, result.json.
+    Writes config.json, metrics.jsonl, the files of `training.log_to`, checkpoints/ and, at the end,
+    result.json.
     Several processes (`parallel.distributed`) execute this function together, each on its devices
     and its rows of a batch, and process 0 writes; all of them use the same workdir.
 
@@ -48,6 +59,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     with together():
         goes_on = bool(checkpoint.steps(workdir / "checkpoints"))
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
+        backends.check(settings.training.log_to)
     evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
     training, length = settings.training, settings.data.sequence_length
     # Runs of a sweep that differ only in the values of their parameters share one compilation.
@@ -156,11 +168,16 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     flops_per_token += sum(flops.model_flops(config, length) / 3 for config in frozen.values())
     if not ROUTERS[settings.model.router].learned:
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
-    with metrics.writer(workdir, resume_step=start) as write_row:
+    with metrics.writer(workdir, resume_step=start, log_to=training.log_to) as write_row:
+
+        def save_and_check(at: int, state: TrainState, skipped: int) -> None:
+            save(at, state, skipped)
+            write_row.check()
+
         parts = loop.Parts(
             train_step=on_mesh(train_step),
             evaluators=evaluators.schedule(context),
-            save=save,
+            save=save_and_check,
             write=write_row,
             tokens_per_step=tokens_per_step,
             model_flops_per_token=flops_per_token,

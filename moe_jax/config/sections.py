@@ -297,6 +297,11 @@ class Training(Section, path="training"):
     batch_size: int = key(16, "sequences per step, over all devices", POSITIVE, fixed=True)
     accumulation_steps: int = key(1, "number of microbatches per batch", POSITIVE)
     log_every: int = key(10, "steps between rows of metrics.jsonl", POSITIVE)
+    log_to: tuple = key(
+        ("tensorboard",),
+        "names of back ends that get the numbers of metrics.jsonl too: tensorboard, wandb, trackio",
+        checks.texts,
+    )
     max_nonfinite_steps: int = key(
         3,
         "consecutive steps with a non-finite loss or gradient after which the run stops",
