@@ -43,8 +43,7 @@ from moe_jax.training.state import TrainState
 def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     """Trains with these settings, or resumes the run in `workdir`; returns the run's result.
 
-    Writes config.json, metrics.jsonl, the files of `training.log_to`, checkpoints/ and, at the end,
-    result.json.
+    Writes config.json, metrics.jsonl, the files of training.log_to, checkpoints/ and result.json.
     Several processes (`parallel.distributed`) execute this function together, each on its devices
     and its rows of a batch, and process 0 writes; all of them use the same workdir.
 
@@ -102,7 +101,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         restored = checkpoint.restore_latest(workdir / "checkpoints", abstract)
     if restored is None:
         start, plan = 0, init.plan_of(settings)
-        kept: dict[str, Any] = {"lineage": init.lineage(settings.init.parents), "skipped_steps": 0}
+        kept: dict[str, Any] = {"lineage": init.lineage(settings.init.sources), "skipped_steps": 0}
         state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
             init.parameters(settings, mesh, plan)
         )
@@ -169,15 +168,10 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     if not ROUTERS[settings.model.router].learned:
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with metrics.writer(workdir, resume_step=start, log_to=training.log_to) as write_row:
-
-        def save_and_check(at: int, state: TrainState, skipped: int) -> None:
-            save(at, state, skipped)
-            write_row.check()
-
         parts = loop.Parts(
             train_step=on_mesh(train_step),
             evaluators=evaluators.schedule(context),
-            save=save_and_check,
+            save=write_row.checked_after(save),
             write=write_row,
             tokens_per_step=tokens_per_step,
             model_flops_per_token=flops_per_token,
@@ -189,9 +183,8 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
 
     # result ---------------------------------------------------------------------------------
     seconds = round(time.monotonic() - began, 1)
-    result = _facts(settings, flops_per_token) | results | {"seconds": seconds}
-    result["parent_tokens"] = kept["lineage"]["tokens"]
-    result["parent_training_flops"] = kept["lineage"]["training_flops"]
+    facts = _facts(settings, flops_per_token, kept["lineage"])
+    result = facts | results | {"seconds": seconds}
     if lock:
         shown = strict_json.text(result, indent=1)
         files.write_text(workdir / "result.json", shown + "\n")
@@ -199,8 +192,8 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     return result
 
 
-def _facts(settings: configs.Run, flops_per_token: float) -> dict:
-    """The facts of a run that its config and this machine decide."""
+def _facts(settings: configs.Run, flops_per_token: float, lineage: dict) -> dict:
+    """The facts of a run that its config, its parents and this machine decide."""
     training = settings.training
     tokens = training.last_step * training.batch_size * settings.data.sequence_length
     total, active = model.count_parameters(settings.model)
@@ -214,6 +207,9 @@ def _facts(settings: configs.Run, flops_per_token: float) -> dict:
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "parameters": total,
         "active_parameters": active,
+        "parents": lineage.get("parents", []),
+        "parent_tokens": lineage["tokens"],
+        "parent_training_flops": lineage["training_flops"],
     }
 
 
@@ -235,7 +231,9 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
     frozen, params = {}, {}
     for name, source in sources.items():
         with checks.refusing(f"config.objective, {name}: "):
-            frozen[name], params[name] = stores.load(pathlib.Path(source), mesh)
+            frozen[name], params[name] = stores.load(
+                configs.source_of(source), mesh, allow_nonfinite=settings.init.allow_nonfinite
+            )
             frozen[name].check_rows(settings.data.sequence_length)
         vocab_size = frozen[name].vocab_size
         if vocab_size != settings.model.vocab_size:

@@ -82,9 +82,13 @@ def steps(directory: pathlib.Path) -> list[int]:
     return sorted(int(p.name) for p in folders if re.fullmatch("0|[1-9][0-9]*", p.name))
 
 
-def newest_data(directory: pathlib.Path) -> dict:
-    """The `data` of the newest checkpoint whose step matches its name, unverified; {} if none."""
-    found = (_own(directory / str(step)) for step in reversed(steps(directory)))
+def newest_data(directory: pathlib.Path, step: int | None = None) -> dict:
+    """The `data` of the newest checkpoint whose step matches its name, unverified; {} if none.
+
+    With `step`, only the checkpoint of that step counts.
+    """
+    named = steps(directory) if step is None else [step]
+    found = (_own(directory / str(step)) for step in reversed(named))
     return next((meta["data"] for meta in found if meta is not None), {})
 
 
@@ -138,17 +142,20 @@ def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
     return Restored(step, state, meta["data"], meta["config"])
 
 
-def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -> tuple[dict, dict]:
+def load(
+    directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False, step: int | None = None
+) -> tuple[dict, dict]:
     """The parts in `abstract`, such as {"params": …}, of the newest checkpoint that verifies, and
     the config that was saved with it.
 
     Args:
+      step: only the checkpoint of this step counts, and must verify.
       own_dtypes: leaves may have, and keep, a dtype other than in `abstract`.
 
     Raises: FileNotFoundError if there is no checkpoint; NoneVerifies if none of them verifies;
       Mismatch if it is of another model.
     """
-    found = _newest(directory, tree.flatten(abstract), own_dtypes)
+    found = _newest(directory, tree.flatten(abstract), own_dtypes, step)
     if found is None:
         raise FileNotFoundError(f"{directory} holds no checkpoint")
     _, leaves, meta = found
@@ -207,14 +214,14 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def _newest(
-    directory: pathlib.Path, abstract: dict, own_dtypes: bool = False
+    directory: pathlib.Path, abstract: dict, own_dtypes: bool = False, only: int | None = None
 ) -> tuple[int, dict, dict] | None:
     """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify.
 
     All processes restore the same one: if any of them cannot read a checkpoint, none uses it.
     """
     found, reason = distributed.of_first(steps(directory)), ""
-    for step in reversed(found):
+    for step in reversed(found) if only is None else [only]:
         try:
             with distributed.together(ValueError):
                 leaves, meta = _load(directory / str(step), abstract, own_dtypes)
@@ -225,6 +232,11 @@ def _newest(
         except Exception as error:  # damaged files make Orbax and TensorStore raise any type
             reason = " ".join(str(error).split())[:300]
             logging.warning("checkpoint %s does not verify: %s", directory / str(step), reason)
+    if only is not None:
+        raise NoneVerifies(
+            f"{directory / str(only)} does not verify: {reason}; give another of the steps "
+            f"{', '.join(map(str, found))}"
+        )
     if found:
         raise NoneVerifies(
             f"none of the {len(found)} checkpoints in {directory} verifies (the oldest: {reason}); "

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from moe_jax import files, strict_json
 from moe_jax.parallel import distributed
@@ -33,8 +33,17 @@ class Writer:
         for writer in self._shown:
             writer.add(row["step"], dict(_scalars(values)))
 
+    def checked_after(self, save: Callable[..., None]) -> Callable[..., None]:
+        """`save`, which saves a checkpoint, followed by `check`."""
+
+        def save_and_check(*arguments) -> None:
+            save(*arguments)
+            self.check()
+
+        return save_and_check
+
     def check(self) -> None:
-        """Raises: OSError if rows still cannot be written; called after each checkpoint."""
+        """Raises: OSError if rows still cannot be written."""
         self._write()
         if self._waiting:
             raise OSError(
