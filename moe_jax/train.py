@@ -28,6 +28,7 @@ from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import (
+    backends,
     balance,
     checkpoint,
     flops,
@@ -51,12 +52,11 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
     After `guards.Rewind`, `leave_out_to` is the last batch to leave out from the checkpoint on.
 
-    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, result.json.
+    Writes config.json, metrics.jsonl, the files of training.log_to, checkpoints/ and result.json.
     Several processes (`parallel.distributed`) execute this function together, each on its devices
     and its rows of a batch, and process 0 writes; all of them use the same workdir.
 
-    Raises: ConfigError before anything is written; checkpoint.SaveError; SystemExit and Rewind like
-      `training.loop.run`.
+    Raises: ConfigError before anything is written; SaveError; and what `training.loop.run` raises.
     """
     began, directory = time.monotonic(), workdir / "checkpoints"
     with checks.refusing():
@@ -67,6 +67,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     with together():
         goes_on = bool(checkpoint.steps(directory))
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
+        backends.check(settings.training.log_to)
     evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
     training, length = settings.training, settings.data.sequence_length
     # Runs of a sweep that differ only in the values of their parameters share one compilation.
@@ -112,11 +113,11 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     with checks.refusing(), named:
         newest = distributed.of_first(checkpoint.newest_data(directory))
         at = environment.resume_step(settings, newest)
-        restored = checkpoint.restore_latest(directory, abstract, at=at, optional="history/")
+        restored = checkpoint.restore_latest(directory, abstract, step=at, optional="history/")
     kept: dict[str, Any] = {**NOTHING_KEPT, **(restored.data if restored else {})}
     if restored is None:
         start, plan = 0, init.plan_of(settings)
-        kept["lineage"] = init.lineage(settings.init.parents)
+        kept["lineage"] = init.lineage(settings.init.sources)
         create = on_mesh(jax.jit(create_state, out_shardings=state_shardings))
         state = create(init.parameters(settings, mesh, plan))
         if plan and settings.init.upcycle.optimizer_state == "copy":
@@ -133,7 +134,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
         lock = _lock(workdir, saving.num_bytes(abstract)) if distributed.is_first() else None
     if lock:
-        if at:
+        if at is not None:
             checkpoint.set_aside_after(directory, at)
         configs.save_json(settings.config, workdir)
         stores.keep_tokenizer(workdir, settings.data.tokenizer)
@@ -162,6 +163,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
     def save(at: int, state: TrainState, skipped: int) -> None:
         saver.save(at, state, {**kept, "skipped_steps": skipped})
+        write_row.check()
 
     def write(row: dict) -> None:
         write_row(row)
@@ -173,7 +175,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with (
         contextlib.closing(lock) if lock else contextlib.nullcontext(),
-        metrics.writer(workdir, resume_step=start) as write_row,
+        metrics.writer(workdir, resume_step=start, log_to=training.log_to) as write_row,
         saving.finishing(saver),
     ):
         parts = loop.Parts(
@@ -207,6 +209,7 @@ def _facts(settings: configs.Run, costs: flops.Costs, lineage: dict) -> dict:
         "steps": steps,
         "tokens": tokens,
         "training_flops": tokens * costs.model_flops_per_token,
+        "parents": lineage.get("parents", []),
         "parent_tokens": lineage["tokens"],
         "parent_training_flops": lineage["training_flops"],
         "router": settings.model.router if settings.model.num_experts else "",
@@ -221,7 +224,9 @@ def _open_corpora(
     settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
 ) -> list[TokenizedCorpus]:
     """The corpora for training and for evaluation."""
-    if settings.data.source == "embedded" and any(map(folders.is_folder, settings.init.parents)):
+    if settings.data.source == "embedded" and any(
+        folders.is_folder(source.folder) for source in settings.init.sources
+    ):
         distributed.say("config.data.source='embedded' is software help; set it to your own text")
     data = settings.data
     with checks.refusing():
@@ -242,7 +247,9 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
     frozen, params = {}, {}
     for name, source in sources.items():
         with checks.refusing(f"config.objective, {name}: "):
-            frozen[name], params[name] = stores.load(pathlib.Path(source), mesh)
+            frozen[name], params[name] = stores.load(
+                configs.source_of(source), mesh, allow_nonfinite=settings.init.allow_nonfinite
+            )
             frozen[name].check_rows(settings.data.sequence_length)
         vocab_size = frozen[name].vocab_size
         if vocab_size != settings.model.vocab_size:

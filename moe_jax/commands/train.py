@@ -47,9 +47,11 @@ def main() -> None:
         try:
             _main()
         except SystemExit as ended:
-            if ended.code == stopping.EXIT_PREEMPTED:
-                stopping.leave(stopping.EXIT_PREEMPTED)
+            if ended.code == stopping.EXIT_PREEMPTED or stopping.hangs():
+                stopping.leave(int(ended.code or 0))
             raise
+        if stopping.hangs():
+            stopping.leave(0)
 
 
 def _nothing_to_save(number) -> NoReturn:

@@ -11,6 +11,7 @@ from typing import Any
 from moe_jax.config import checks
 from moe_jax.config.checks import DECAY_RATE, NOT_NEGATIVE, POSITIVE, SHARE, one_of
 from moe_jax.config.section import Section, key, part
+from moe_jax.config.source import Source, source_of
 from moe_jax.model.fields import Need
 from moe_jax.upcycle import recipes, router_init
 
@@ -52,24 +53,45 @@ class Upcycle(Section, path="init.upcycle"):
             yield f"config.init.upcycle sets {given} without a recipe; set recipe too"
 
 
-def parents_in(source: str) -> tuple[str, ...]:
-    """The folders that `init.source` names."""
-    return tuple(folder for folder in source.split(",") if folder)
+def sources_in(text: str) -> tuple[Source, ...]:
+    """The models that `init.source` names."""
+    return tuple(source_of(name) for name in text.split(",") if name)
+
+
+def parents_in(text: str) -> tuple[str, ...]:
+    """The folders of the models that `init.source` names."""
+    return tuple(str(source.folder) for source in sources_in(text))
+
+
+GIVEN = Need(
+    lambda run: bool(run.init.source or run.objective.distillation.source), "config.init.source"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Init(Section, path="init"):
     source: str = key(
         "",
-        "source of the parameters: empty for random ones, a run's workdir, a Hugging Face folder, "
-        "or several, 'A,B,C', for a recipe with several parents; if model has neither preset nor "
-        "sizes, it is the model of the first source",
+        "source of the parameters: empty for random ones, a run's workdir (RUN@STEP for its "
+        "checkpoint of a step), a Hugging Face folder, or several, 'A,B,C', for a recipe with "
+        "several parents; if model has neither preset nor sizes, it is the model of the first",
+    )
+    allow_nonfinite: bool = key(
+        False,
+        "only warns of NaN and infinite values in a parent or teacher, which are refused otherwise",
+        None,
+        GIVEN,
     )
     upcycle: Upcycle = part(Upcycle)
 
     @property
-    def parents(self) -> tuple[str, ...]:
+    def sources(self) -> tuple[Source, ...]:
         """The sources of the parameters, as a tuple."""
+        return sources_in(self.source)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The folders of the sources."""
         return parents_in(self.source)
 
     def problems(self) -> Iterator[str]:
@@ -216,7 +238,9 @@ TEACHER = Need(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation(Section, path="objective.distillation", needs=(TEACHER,)):
-    source: str = key("", "teacher with the same vocabulary: a run or a Hugging Face folder")
+    source: str = key(
+        "", "teacher with the same vocabulary: a run, RUN@STEP or a Hugging Face folder"
+    )
     coefficient: float = key(0.0, "coefficient of the divergence from the teacher", NOT_NEGATIVE)
     temperature: float = key(1.0, "divisor of the logits of both model and teacher", POSITIVE)
 
@@ -304,6 +328,11 @@ class Training(Section, path="training"):
     batch_size: int = key(16, "sequences per step, over all devices", POSITIVE, fixed=True)
     accumulation_steps: int = key(1, "number of microbatches per batch", POSITIVE)
     log_every: int = key(10, "steps between rows of metrics.jsonl", POSITIVE)
+    log_to: tuple = key(
+        ("tensorboard",),
+        "names of back ends that get the numbers of metrics.jsonl too: tensorboard, wandb, trackio",
+        checks.texts,
+    )
     max_nonfinite_steps: int = key(
         3,
         "consecutive steps with a non-finite loss or gradient after which the run stops",

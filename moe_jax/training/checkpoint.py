@@ -93,9 +93,13 @@ def _inside(directory: pathlib.Path) -> list[Any]:
     return list(directory.iterdir()) if directory.is_dir() else []
 
 
-def newest_data(directory: pathlib.Path) -> dict:
-    """The `data` of the newest checkpoint whose step matches its name, unverified; {} if none."""
-    found = (_own(directory / str(step)) for step in reversed(steps(directory)))
+def newest_data(directory: pathlib.Path, step: int | None = None) -> dict:
+    """The `data` of the newest checkpoint whose step matches its name, unverified; {} if none.
+
+    With `step`, only the checkpoint of that step counts.
+    """
+    named = steps(directory) if step is None else [step]
+    found = (_own(directory / str(step)) for step in reversed(named))
     return next((meta["data"] for meta in found if meta is not None), {})
 
 
@@ -145,43 +149,46 @@ def described(folder: pathlib.Path) -> dict:
 
 
 def restore_latest(
-    directory: pathlib.Path, abstract_state, *, at: int = 0, optional: str = "-"
+    directory: pathlib.Path, abstract_state, *, step: int | None = None, optional: str = "-"
 ) -> Restored | None:
     """The newest checkpoint that verifies; None if there are no checkpoints.
 
     Args:
       abstract_state: `jax.ShapeDtypeStruct`s with the shardings to restore to, which may differ
         from the shardings at saving.
-      at: the step of the only checkpoint to look at; 0 for all.
+      step: only the checkpoint of this step counts, and must verify.
       optional: the beginning of paths. Such leaves of `abstract_state` become None if the
         checkpoint lacks them or has others; such leaves of the checkpoint may be left over.
 
     Raises: Mismatch if the checkpoint's leaves are not those of `abstract_state`; NoneVerifies.
     """
     abstract = tree.flatten(abstract_state)
-    found = _newest(directory, abstract, at=at, optional=optional)
+    found = _newest(directory, abstract, only=step, optional=optional)
     if found is None:
         return None
-    step, leaves, meta = found
+    newest, leaves, meta = found
     surplus = sorted(set(meta["leaves"]) - set(abstract))
     if surplus := [path for path in surplus if not path.startswith(optional)]:
-        raise Mismatch(f"{directory / str(step)} also holds {', '.join(surplus)}: another model?")
+        raise Mismatch(f"{directory / str(newest)} also holds {', '.join(surplus)}: another model?")
     values = (leaves.get(path) for path in abstract)
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), values)
-    return Restored(step, state, meta["data"], meta["config"])
+    return Restored(newest, state, meta["data"], meta["config"])
 
 
-def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -> tuple[dict, dict]:
+def load(
+    directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False, step: int | None = None
+) -> tuple[dict, dict]:
     """The parts in `abstract`, such as {"params": …}, of the newest checkpoint that verifies, and
     the config that was saved with it.
 
     Args:
+      step: only the checkpoint of this step counts, and must verify.
       own_dtypes: leaves may have, and keep, a dtype other than in `abstract`.
 
     Raises: FileNotFoundError if there is no checkpoint; NoneVerifies if none of them verifies;
       Mismatch if it is of another model.
     """
-    found = _newest(directory, tree.flatten(abstract), own_dtypes)
+    found = _newest(directory, tree.flatten(abstract), own_dtypes, step)
     if found is None:
         raise FileNotFoundError(f"{directory} holds no checkpoint")
     _, leaves, meta = found
@@ -243,7 +250,7 @@ def _newest(
     directory: pathlib.Path,
     abstract: dict,
     own_dtypes: bool = False,
-    at: int = 0,
+    only: int | None = None,
     optional: str = "-",
 ) -> tuple[int, dict, dict] | None:
     """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify.
@@ -251,9 +258,10 @@ def _newest(
     All processes restore the same one: if any of them cannot read a checkpoint, none uses it.
     """
     there, reason = distributed.of_first(steps(directory)), ""
-    if at and at not in there:
-        raise NoneVerifies(f"{directory} has no checkpoint of step {at}; it has {there or 'none'}")
-    found = [at] if at else there
+    if only is not None and only not in there:
+        has = ", ".join(map(str, there)) or "none"
+        raise NoneVerifies(f"{directory} has no checkpoint of step {only}; it has {has}")
+    found = there if only is None else [only]
     for step in reversed(found):
         try:
             with distributed.together(ValueError):
@@ -265,6 +273,11 @@ def _newest(
         except Exception as error:  # damaged files make Orbax and TensorStore raise any type
             reason = " ".join(str(error).split())[:300]
             logging.warning("checkpoint %s does not verify: %s", directory / str(step), reason)
+    if only is not None:
+        raise NoneVerifies(
+            f"{directory / str(only)} does not verify: {reason}; give another of the steps "
+            f"{', '.join(map(str, there))}"
+        )
     if found:
         raise NoneVerifies(
             f"none of the {len(found)} checkpoints in {directory} verifies (the oldest: {reason}); "
