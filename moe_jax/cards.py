@@ -66,7 +66,7 @@ def _of_run(run: ConfigDict) -> Iterator[tuple[str, str]]:
 def _of_training(run: ConfigDict, converted: configs.Source) -> Iterator[tuple[str, str]]:
     """The training of a run; without its losses if they are not those of the checkpoint."""
     workdir = converted.folder
-    step = checkpoint.newest_data(workdir / "checkpoints", converted.step).get("step")
+    step = checkpoint.newest_data(converted.checkpoints, converted.step).get("step")
     if not step:
         return  # an imported model
     tokens = step * run.training.batch_size * run.data.sequence_length

@@ -131,7 +131,7 @@ def optimizer_state(
     shapes = jax.eval_shape(lambda: tx.init(model.init(plan.source, jax.random.key(0))))
     abstract = sharding.abstract({"opt_state": shapes}, mesh)
     try:
-        loaded, _ = checkpoint.load(workdir / "checkpoints", abstract, step=source.step)
+        loaded, _ = checkpoint.load(source.checkpoints, abstract, step=source.step)
         stores.check_finite(source, loaded, allow=settings.init.allow_nonfinite)
         [adam] = filter(_is_adam, jax.tree.leaves(loaded["opt_state"], is_leaf=_is_adam))
     except (ValueError, FileNotFoundError) as error:
@@ -166,7 +166,7 @@ def lineage(parents: Sequence[configs.Source]) -> dict[str, Any]:
         if folders.is_folder(folder):
             continue
         run = configs.load_json(folder)
-        data = checkpoint.newest_data(folder / "checkpoints", parent.step)
+        data = checkpoint.newest_data(parent.checkpoints, parent.step)
         total["parents"][number] = str(configs.Source(folder, data.get("step", parent.step)))
         length = run.data.sequence_length
         tokens = data.get("step", 0) * run.training.batch_size * length

@@ -95,7 +95,7 @@ def load(
     shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
     abstract = sharding.abstract(shapes, mesh)
     loaded, saved = checkpoint.load(
-        *(workdir / "checkpoints", {"params": abstract}), own_dtypes=True, step=source.step
+        *(source.checkpoints, {"params": abstract}), own_dtypes=True, step=source.step
     )
     if differing := comparison.differences(model_config, resolved.model_in(saved)):
         raise ValueError(

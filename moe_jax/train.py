@@ -58,11 +58,12 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
     Raises: ConfigError before anything is written; SaveError; and what `training.loop.run` raises.
     """
-    began, directory = time.monotonic(), workdir / "checkpoints"
+    began = time.monotonic()
     with checks.refusing():
         cache = cache_folder(settings.data.cache_dir)
         stored = settings.config.to_json(sort_keys=True)
         distributed.check_equal("the config", stored + str(workdir))
+        directory = configs.checkpoints_of(workdir, settings.checkpoint.directory)
     together = functools.partial(distributed.together, configs.ConfigError)
     with together():
         goes_on = bool(checkpoint.steps(directory))
@@ -170,7 +171,6 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         if "validation" in row:
             saver.evaluated(row["step"], float(row["validation"]["loss"]))
 
-    costs = flops.costs(settings, frozen.values())
     if not ROUTERS[settings.model.router].learned:
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with (
@@ -184,7 +184,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
             save=save,
             saved=lambda wait: saver.wait() if wait else saver.check(),
             write=write,
-            costs=costs,
+            costs=flops.costs(settings, frozen.values()),
             batch_of=lambda at: batches.number(at - 1, kept["left_out"]),
             largest=distributed.Largest(mesh),
             pulse=pulse.Pulse(settings.guards, workdir),
@@ -192,7 +192,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         state, results = loop.run(state, start, text, settings, parts, kept["skipped_steps"])
 
         # result -----------------------------------------------------------------------------
-        result = _facts(settings, costs, kept["lineage"]) | results
+        result = _facts(settings, parts.costs, kept["lineage"]) | results
         result["seconds"] = round(time.monotonic() - began, 1)
         if lock:
             files.write_text(workdir / "result.json", strict_json.text(result, indent=1) + "\n")

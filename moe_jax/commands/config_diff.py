@@ -35,5 +35,5 @@ def _settings(run: str) -> config.Run:
     source = stores.find(run)
     if source.step is None:
         return config.of_stored(config.load_json(source.folder))
-    stored = checkpoint.described(source.folder / "checkpoints" / str(source.step))["config"]
+    stored = checkpoint.described(source.checkpoints / str(source.step))["config"]
     return config.of_stored(reading.stored(stored))

@@ -54,7 +54,7 @@ def main() -> None:
 def _folder(run: str) -> pathlib.Path:
     """The folder of a run's checkpoint. Raises: ValueError if there is none."""
     source = stores.find(run)
-    directory = source.folder / "checkpoints"
+    directory = source.checkpoints
     steps = checkpoint.steps(directory)
     if not steps:
         raise ValueError(f"{run} has no checkpoint")

@@ -6,9 +6,10 @@ from moe_jax.config.reading import default, load, load_json, model_fields, parse
 from moe_jax.config.resolved import AUTO, model_of, of_stored, resolve, tokenizer_of
 from moe_jax.config.run import Run
 from moe_jax.config.sections import Balance, Data, Objective, Optimizer, Training
-from moe_jax.config.source import Source, source_of
+from moe_jax.config.source import Source, checkpoints_of, source_of
 
-__all__ = ["AUTO", "ConfigError", "Run", "default", "load", "load_json", "model_fields", "parse"]
+__all__ = ["AUTO", "ConfigError", "Run", "checkpoints_of", "default", "load", "load_json"]
+__all__ += ["model_fields", "parse"]
 __all__ += ["model_of", "of_stored", "resolve", "save_json", "source_of", "tokenizer_of"]
 __all__ += ["Balance", "Checkpoint", "Data", "Evaluation", "Guards", "Objective", "Optimizer"]
 __all__ += ["Source", "Training"]

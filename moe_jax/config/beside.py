@@ -49,6 +49,11 @@ class Checkpoint(Section, path="checkpoint"):
     every_steps: int = key(
         1000, "steps between checkpoints; another one is saved at the end", POSITIVE
     )
+    directory: str = key(
+        "",
+        "folder, or gs://BUCKET/FOLDER, that gets a folder of checkpoints named as the workdir; "
+        "empty keeps them in the workdir",
+    )
     keep: int = key(2, "number of newest checkpoints to keep", POSITIVE)
     keep_every: int = key(
         0, "also keeps the checkpoints of steps that are multiples of it; 0 for none", NOT_NEGATIVE

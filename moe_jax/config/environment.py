@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import glob
 import json
 import os
 import pathlib
@@ -39,8 +38,7 @@ def validate_environment(run: Run, num_devices: int, *, goes_on: bool = False) -
         with refusing(f"config.{key}={str(model)!r}: "):
             model.check()
         source = str(model.folder)
-        checkpoints = os.path.join(glob.escape(source), "checkpoints", "*")
-        if not folders.is_folder(source) and not glob.glob(checkpoints):
+        if not folders.is_folder(source) and not model.steps():
             hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not os.path.exists(source)
             fetch = f" (from the hub: hf download {source} --local-dir path/to/folder)"
             raise ConfigError(

@@ -1,10 +1,15 @@
 """How a model is named: by its folder or, for one checkpoint of a run, as RUN@STEP."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import re
 
+from etils import epath
+
+from moe_jax import strict_json
 from moe_jax.config.checks import ConfigError
 from moe_jax.hf import folders
 
@@ -30,6 +35,21 @@ class Source:
     def _at(self) -> str:
         return "" if self.step is None else f"@{self.step}"
 
+    @property
+    def checkpoints(self) -> epath.Path:
+        """The folder of a run's checkpoints, by its stored config."""
+        elsewhere = ""
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+            stored = strict_json.read_object(self.folder / "config.json")
+            elsewhere = str(stored["checkpoint"]["directory"])
+        return checkpoints_of(self.folder, elsewhere)
+
+    def steps(self) -> list[int]:
+        """The steps that have a folder among the checkpoints, which may be damaged."""
+        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        names = [path.name for path in found if path.is_dir()]
+        return sorted(int(name) for name in names if re.fullmatch(STEP, name))
+
     def check(self) -> None:
         """Raises: ConfigError, with the steps that there are, for a step that the run has not."""
         if self.step is None:
@@ -39,11 +59,31 @@ class Source:
                 f"{self.folder} is a Hugging Face folder, which has no steps: leave "
                 f"{self._at()} out"
             )
-        names = [path.name for path in (self.folder / "checkpoints").glob("*") if path.is_dir()]
-        steps = sorted(int(name) for name in names if re.fullmatch(STEP, name))
+        steps = self.steps()
         if self.step not in steps:
             has = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise ConfigError(f"{self.folder} has no checkpoint of step {self.step}; {has}")
+
+
+def checkpoints_of(workdir: pathlib.Path, directory: str) -> epath.Path:
+    """The folder of a run's checkpoints; `directory` is its `checkpoint.directory`.
+
+    Raises: ConfigError for a bucket that this machine cannot reach.
+    """
+    if not directory:
+        return epath.Path(workdir) / "checkpoints"
+    scheme = directory.partition("://")[0] if "://" in directory else ""
+    if scheme not in ("", "gs"):
+        raise ConfigError(
+            f"config.checkpoint.directory={directory}: Orbax writes to folders and to gs:// only; "
+            f"mount the {scheme} bucket and give that folder"
+        )
+    if scheme and importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError(
+            f"config.checkpoint.directory={directory} needs a package that is not installed; "
+            "pip install gcsfs"
+        )
+    return epath.Path(directory) / workdir.absolute().name
 
 
 def source_of(name: str) -> Source:
