@@ -39,7 +39,8 @@ class Source:
                 f"{self.folder} is a Hugging Face folder, which has no steps: leave "
                 f"{self._at()} out"
             )
-        names = [path.name for path in (self.folder / "checkpoints").glob("*") if path.is_dir()]
+        paths = (self.folder / "checkpoints").glob("*")
+        names = [path.name for path in paths if path.is_dir() and not path.is_symlink()]
         steps = sorted(int(name) for name in names if re.fullmatch(STEP, name))
         if self.step not in steps:
             has = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
