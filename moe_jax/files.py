@@ -8,9 +8,12 @@ import fcntl
 import itertools
 import os
 import pathlib
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
+
+NUMBER = "0|[1-9][0-9]*"  # as str(int) writes it
 
 
 @contextlib.contextmanager
@@ -37,6 +40,13 @@ def is_remote(path: pathlib.Path) -> bool:
 def is_there(path: pathlib.Path) -> bool:
     """True for a file, a folder or a link, even one that leads nowhere."""
     return path.exists() or os.path.islink(path)
+
+
+def numbered(directory: pathlib.Path) -> list[int]:
+    """The folders inside that have a number for a name, ascending; links are no folders."""
+    inside = directory.iterdir() if directory.is_dir() else ()
+    named = (path for path in inside if re.fullmatch(NUMBER, path.name))
+    return sorted(int(path.name) for path in named if path.is_dir() and not os.path.islink(path))
 
 
 def set_aside(path: pathlib.Path, why: str) -> pathlib.Path:

@@ -91,6 +91,17 @@ def test_a_step_that_does_not_verify_is_refused_with_those_that_there_are(damage
     assert added(stores.find(str(run))) == 4
 
 
+@pytest.mark.parametrize("name", ["3", "0003", "³"])
+def test_a_link_or_an_oddly_named_folder_is_no_step(name, root, tmp_path):
+    run = shutil.copytree(root / "run", tmp_path / "run")
+    if name == "3":
+        (run / "checkpoints" / name).symlink_to("4")
+    else:
+        shutil.copytree(run / "checkpoints" / "4", run / "checkpoints" / name)
+    with pytest.raises(ValueError, match="no checkpoint of step 3; it has 0, 2, 4|it is not there"):
+        stores.find(f"{run}@{name}")
+
+
 # The arguments of each command that reads a model, without the model itself.
 COMMANDS = {
     generate: ("--checkpoint={}", "--prompt=a", "--num_tokens=1", "--tokenizer=bytes"),

@@ -9,11 +9,9 @@ import re
 
 from etils import epath
 
-from moe_jax import strict_json
+from moe_jax import files, strict_json
 from moe_jax.config.checks import ConfigError
 from moe_jax.hf import folders
-
-STEP = "0|[1-9][0-9]*"  # how a step is written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +44,7 @@ class Source:
 
     def steps(self) -> list[int]:
         """The steps that have a folder among the checkpoints, which may be damaged."""
-        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        names = [path.name for path in found if path.is_dir()]
-        return sorted(int(name) for name in names if re.fullmatch(STEP, name))
+        return files.numbered(self.checkpoints)
 
     def check(self) -> None:
         """Raises: ConfigError, with the steps that there are, for a step that the run has not."""
@@ -89,6 +85,6 @@ def checkpoints_of(workdir: pathlib.Path, directory: str) -> epath.Path:
 def source_of(name: str) -> Source:
     """The source named FOLDER or RUN@STEP; a folder that has such a name itself is meant itself."""
     folder, _, step = name.rpartition("@")
-    if not folder or os.path.exists(name) or not re.fullmatch(STEP, step):
+    if not folder or os.path.exists(name) or not re.fullmatch(files.NUMBER, step):
         return Source(pathlib.Path(name))
     return Source(pathlib.Path(folder), int(step))

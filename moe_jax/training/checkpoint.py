@@ -80,17 +80,11 @@ def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict)
 
 def steps(directory: pathlib.Path) -> list[int]:
     """The steps that have a folder, oldest first; their checkpoints may fail verification."""
-    named = (p for p in _inside(directory) if re.fullmatch("0|[1-9][0-9]*", p.name))
-    return sorted(int(p.name) for p in named if p.is_dir() and not os.path.islink(p))
+    return files.numbered(epath.Path(directory))
 
 
 def _absolute(path: pathlib.Path) -> epath.Path:
     return epath.Path(path if files.is_remote(path) else path.absolute())
-
-
-def _inside(directory: pathlib.Path) -> list[Any]:
-    directory = epath.Path(directory)
-    return list(directory.iterdir()) if directory.is_dir() else []
 
 
 def newest_data(directory: pathlib.Path, step: int | None = None) -> dict:
@@ -119,7 +113,7 @@ def set_aside_after(directory: pathlib.Path, step: int) -> None:
 
 def remove_unfinished(directory: pathlib.Path) -> None:
     """Removes the temporary folders left by a run that was killed while saving."""
-    for path in _inside(directory):
+    for path in epath.Path(directory).glob("*.orbax-checkpoint-tmp*"):
         unfinished = re.fullmatch(r"[0-9]+\.orbax-checkpoint-tmp.*", path.name)
         if unfinished and not os.path.islink(path):
             path.rmtree()
