@@ -23,6 +23,9 @@ from moe_jax import files, tree
 from moe_jax.parallel import distributed
 
 
+COMMITTED = "commit_success.txt"  # Orbax's last file of a checkpoint in a bucket
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     step: int
@@ -80,7 +83,10 @@ def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict)
 
 def steps(directory: pathlib.Path) -> list[int]:
     """The steps that have a folder, oldest first; their checkpoints may fail verification."""
-    return files.numbered(epath.Path(directory))
+    found = files.numbered(epath.Path(directory))
+    if files.is_remote(directory):  # a save that was killed has its folder, but not its last file
+        return [step for step in found if (directory / str(step) / COMMITTED).exists()]
+    return found
 
 
 def _absolute(path: pathlib.Path) -> epath.Path:
