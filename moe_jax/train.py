@@ -6,7 +6,6 @@ import json
 import pathlib
 import platform
 import time
-import zipfile
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import files, init, model, stores, strict_json
+from moe_jax import files, init, model, stores, strict_json, untrusted
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
 from moe_jax.data import batches, prepare, sources, tokenizers
@@ -232,10 +231,11 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
 def _lock(workdir: pathlib.Path):
     """Creates the workdir, and locks it against a second run until the file is closed."""
     try:
+        untrusted.check_folder(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")
-    except OSError as error:
-        raise configs.ConfigError(f"--workdir={workdir} cannot be made: {error}") from None
+        lock = open(workdir / untrusted.LOCK, "a")  # a hard link keeps its content
+    except (OSError, ValueError) as error:
+        raise configs.ConfigError(f"--workdir={workdir} cannot be used: {error}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -250,13 +250,17 @@ def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_con
     path = workdir / "routers_at_start.npz"
     if not model_config.num_experts:
         return {}
+    kernels = similarity.routers(params, model_config)
+    shapes = {layer: kernel.shape for layer, kernel in kernels.items()}
     try:
         if start > 0:
-            with np.load(path, allow_pickle=False) as kernels:
-                return {int(layer): kernel for layer, kernel in kernels.items()}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+            with np.load(path, allow_pickle=False) as arrays:
+                kept = {int(layer): kernel for layer, kernel in arrays.items()}
+            if {layer: kernel.shape for layer, kernel in kept.items()} == shapes:
+                return kept
+            raise ValueError("its kernels are of another model")
+    except Exception:  # zip archives and arrays that are damaged raise many types
         distributed.say(f"{path} is missing or damaged: router_drift counts from this step on")
-    kernels = similarity.routers(params, model_config)
     if distributed.is_first():
         np.savez(path, **dict[str, Any]({str(layer): x for layer, x in kernels.items()}))
     return kernels

@@ -18,7 +18,7 @@ import sys
 
 import numpy as np
 
-from moe_jax import command_line, stores, strict_json
+from moe_jax import command_line, stores, strict_json, untrusted
 from moe_jax.training import checkpoint
 
 
@@ -54,7 +54,9 @@ def main() -> None:
 
 def _folder(run: str, step: int | None) -> pathlib.Path:
     """The folder of a run's checkpoint. Raises: ValueError if there is none."""
-    directory = stores.find(run) / "checkpoints"
+    workdir = stores.find(run)
+    untrusted.check_folder(workdir)
+    directory = workdir / "checkpoints"
     steps = checkpoint.steps(directory)
     if not steps or step not in (None, *steps):
         has = f"it has {', '.join(map(str, steps))}" if steps else "it has none"

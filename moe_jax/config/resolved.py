@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from moe_jax import spelling
+from moe_jax import spelling, untrusted
 from moe_jax.config import checks, machine, reading, sections
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
@@ -42,6 +42,8 @@ def resolve(
       alone, including a key that is set but never read.
     """
     if workdir is not None:
+        with checks.refusing("--workdir: "):
+            untrusted.check_folder(workdir)
         config = _without_parent(config, workdir)
     run = of_stored(config, parent=parent)
     given = [n for n, v in config.model.items() if n != "preset" and v is not None]

@@ -2,10 +2,9 @@
 
 import base64
 import html
-import json
 import pathlib
 
-from moe_jax import files
+from moe_jax import files, strict_json, untrusted
 from moe_jax.analysis import measures
 from moe_jax.model.router import ROUTERS
 from moe_jax.report import figures
@@ -54,7 +53,8 @@ pre {{ background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: .8
 
 def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
     """The record of a finished run's workdir; its name mentions a router that does not learn."""
-    config = json.loads((folder / "config.json").read_text())
+    untrusted.check_folder(folder)
+    config = strict_json.read_object(folder / "config.json")
     row = ROUTERS.get(config["model"]["router"])
     if row and not row.learned:
         name += f" ({config['model']['router'].replace('_', ' ')})"
@@ -62,7 +62,7 @@ def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
         name=name,
         place=place,
         config=config,
-        result=json.loads((folder / "result.json").read_text()),
+        result=strict_json.read_object(folder / "result.json"),
         rows=metrics.read(folder / "metrics.jsonl"),
     )
 

@@ -148,7 +148,7 @@ def test_a_stored_value_of_another_type_is_refused(tmp_path):
 @pytest.mark.parametrize("content", ["", '{"seed": ', "[" * 9999, "\xff"])
 def test_a_damaged_config_of_a_run_is_named(content, tmp_path):
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
-    with pytest.raises(configs.ConfigError, match=f"{tmp_path}/config.json: "):
+    with pytest.raises(configs.ConfigError, match=f"^{tmp_path}/config.json is not JSON: "):
         configs.load_json(tmp_path)
 
 
