@@ -108,7 +108,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         lock = _lock(workdir) if distributed.is_first() else None
     if distributed.is_first():
         configs.save_json(settings.config, workdir)
-        stores.keep_tokenizer(workdir, settings.data.tokenizer)
+        init.keep_from_parents(settings, workdir)
         checkpoint.remove_unfinished(workdir / "checkpoints")
     if settings.data.source == "embedded" and any(map(folders.is_folder, settings.init.parents)):
         distributed.say("config.data.source='embedded' is software help; set it to your own text")

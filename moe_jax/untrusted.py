@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 # The folders of a workdir in which every file belongs to the run. `checkpoints` is not among them:
 # a link in it is no checkpoint, and each checkpoint is examined before it is read.
-OWN_FOLDERS = ("tokenizer", "tensorboard", "figures")
+OWN_FOLDERS = ("tokenizer", "tensorboard", "figures", "parents")
 LOCK = ".lock"
-LONGEST_LABEL = 60
+LONGEST_LABEL = 100
 
 
 def check_folder(workdir: pathlib.Path) -> None:

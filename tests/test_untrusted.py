@@ -69,7 +69,7 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_written_through(tmp_path
         ("日本語", "日本語"),
         ("a\nb\x1b[31m\x00", "a�b�[31m�"),
         ("right\u202eto left", "right�to left"),
-        ("x" * 61, "x" * 59 + "…"),
+        ("x" * 101, "x" * 99 + "…"),
     ],
 )
 def test_a_label_is_short_and_printable(text, shown):
