@@ -28,9 +28,8 @@ def workdir(tmp_path, monkeypatch):
     )
     params = jax.jit(lambda: model.init(CONFIG, jax.random.key(0)))()
     stores.save(tmp_path / "run", CONFIG, params)
-    config = checkpoint.described(tmp_path / "run" / "checkpoints" / "0")["config"]
-    how = {"data": {"text": {"validation": held_out.digest}}, "config": config, "keep": 1}
-    checkpoint.save(tmp_path / "run" / "checkpoints", 1, {"params": params}, **how)
+    data = {"step": 1, "text": {"validation": held_out.digest}}  # as a training run saves it
+    monkeypatch.setattr(checkpoint, "newest_data", lambda directory: data)
     forge(tmp_path / "run", source=str(tmp_path / "text.jsonl"), validation_fraction=0.5)
     return tmp_path / "run"
 
