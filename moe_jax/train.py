@@ -204,7 +204,10 @@ def _open_corpora(
 ) -> list[TokenizedCorpus]:
     """The corpora for training and for evaluation."""
     open_split = functools.partial(
-        prepare.open_corpus, validation_fraction=data.validation_fraction, cache=cache
+        prepare.open_corpus,
+        validation_fraction=data.validation_fraction,
+        cache=cache,
+        max_line=data.max_line,
     )
     with checks.refusing():
         distributed.say(sources.describe(data.source, cache / DATASETS))

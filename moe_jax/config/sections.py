@@ -109,6 +109,13 @@ class Data(Section, path="data", fixed=True):
     validation_fraction: float = key(
         0.05, "share of documents to hold out if no file or split is named validation", SHARE
     )
+    max_line: int = key(
+        30_000_000,
+        "most characters of a line of .jsonl; a longer one is refused, for it has to fit into "
+        "memory several times",
+        POSITIVE,
+        fixed=False,
+    )
     cache_dir: str = key(
         "", "folder for tokens and compiled steps; empty uses the user's cache folder", fixed=False
     )

@@ -31,6 +31,7 @@ def open_corpus(
     *,
     validation_fraction: float,
     cache: pathlib.Path,
+    max_line: int = text_files.MAX_LINE,
 ) -> TokenizedCorpus:
     """The tokenized documents of a split, from the folder `cache` if it has them.
 
@@ -49,7 +50,11 @@ def open_corpus(
             distributed.say(f"{error}; it is made anew")
             files.remove_folder(folder)
     documents = sources.documents(
-        source, split, validation_fraction=validation_fraction, data_dir=datasets
+        source,
+        split,
+        validation_fraction=validation_fraction,
+        data_dir=datasets,
+        max_line=max_line,
     )
     with writing(cache), files.whole_folder(folder, shared=True) as unfinished:
         num_records = _tokenize(documents, tokenizer, unfinished, f"{source} {split}")
