@@ -7,6 +7,7 @@ import tracemalloc
 
 import pytest
 
+from moe_jax import config as configs
 from moe_jax.data import sources, text_files
 
 
@@ -25,6 +26,7 @@ def test_a_record_may_be_as_long_as_the_key_says(tmp_path):
     assert len(read(path, max_line=100)) == 3
     with pytest.raises(ValueError, match=r"a.jsonl:2 is longer than the 99 characters of data.ma"):
         read(path, max_line=99)
+    assert configs.default().data.max_line == text_files.MAX_LINE
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
