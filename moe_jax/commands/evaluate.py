@@ -25,7 +25,7 @@ import shlex
 
 import jax
 
-from moe_jax import command_line, model, stores, strict_json
+from moe_jax import command_line, model, stores, strict_json, untrusted
 from moe_jax import config as configs
 from moe_jax.config.resolved import LONGEST_ROW
 from moe_jax.data import batches, prepare, sources, tokenizers
@@ -226,5 +226,5 @@ def text(report: dict) -> str:
             interval = row[f"{name}_interval"]
             shown = "one row" if interval is None else "{:.4f} – {:.4f}".format(*interval)
             cells += [f"{row[name]:.4f}", shown]
-        lines.append(ROW.format(label, *counts, *cells))
+        lines.append(ROW.format(untrusted.label(label), *counts, *cells))
     return "\n".join(lines)

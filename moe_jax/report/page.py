@@ -59,7 +59,7 @@ def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
     if row and not row.learned:
         name += f" ({config['model']['router'].replace('_', ' ')})"
     return Record(
-        name=name,
+        name=untrusted.label(name),
         place=place,
         config=config,
         result=strict_json.read_object(folder / "result.json"),
@@ -81,14 +81,32 @@ def write(
     Args:
       folders: the runs' workdirs by name, in the order of display; None for unfinished runs.
       commands: the runs' commands, to be shown.
+
+    Raises: ValueError for a run whose files are damaged.
     """
+    try:
+        return _write(output, folders, commands)
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"{output / 'report.html'} is not written: config.json, result.json or metrics.jsonl "
+            f"of one of its runs is not as a run writes it ({error!r})"[:400]
+        ) from error
+
+
+def _write(
+    output: pathlib.Path, folders: dict[str, pathlib.Path | None], commands: list[str]
+) -> pathlib.Path:
     records = records_of(folders)
     missing = [name for name, folder in folders.items() if not folder]
     (output / "figures").mkdir(parents=True, exist_ok=True)
+    if (output / "figures").is_symlink():
+        raise ValueError(f"{output / 'figures'} is a link; remove it")
+    untrusted.check_folder(output / "figures")
     title = f"moe_jax: {output.name}"
     sections = [f"<h1>{html.escape(title)}</h1>", _summary(records, missing)]
     for name, png in figures.draw(records).items():
-        (output / "figures" / f"{name}.png").write_bytes(png)
+        with files.whole_file(output / "figures" / f"{name}.png") as unfinished:
+            unfinished.write_bytes(png)
         encoded = base64.b64encode(png).decode()
         sections.append(
             f"<h2>{name.replace('_', ' ').capitalize()}</h2>"
