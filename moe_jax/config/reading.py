@@ -233,4 +233,7 @@ def stored(values: dict) -> ConfigDict:
         raise _unknown_key(error) from None
     except TypeError as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    for key in kinds():
+        if operator.attrgetter(key)(config) is None and key not in _unset_by_default():
+            raise ConfigError(f"config.{key} is null; it must have a value")
     return config

@@ -126,9 +126,9 @@ def _check_template(step: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def without_panics(path: str) -> Iterator[None]:
-    """Turns a panic of the library's Rust code, which is no Exception, into a ValueError that names
-    the tokenizer at `path`.
+def without_panics(before: str = "") -> Iterator[None]:
+    """Turns a panic of the library's Rust code, which is no Exception, and its bare Exceptions into
+    a ValueError whose message begins with `before`.
 
     A panic prints lines on file descriptor 2, which is kept back meanwhile; without a panic, what
     was printed follows at the end.
@@ -144,7 +144,7 @@ def without_panics(path: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error).__name__ not in ("PanicException", "Exception"):
             raise
         panic = " ".join(str(error).split())[:200]
     finally:
@@ -156,7 +156,7 @@ def without_panics(path: str) -> Iterator[None]:
             os.ftruncate(said.fileno(), 0)
             os.lseek(said.fileno(), 0, os.SEEK_SET)
     if panic is not None:
-        raise ValueError(f"data.tokenizer={path!r} made its library panic: {panic}")
+        raise ValueError(f"{before}its library fails: {panic}")
 
 
 @functools.cache

@@ -83,7 +83,7 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, path: str, folder: tokenizer_files.Folder):
-        self._path = path
+        self._named = f"data.tokenizer={path!r}: "
         content = pathlib.Path(path).read_bytes()
         if path.endswith(".json"):
             text = content.decode("utf-8-sig")  # some editors write a BOM
@@ -157,19 +157,19 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> np.ndarray:
         # Special tokens that appear literally in training text are encoded as ordinary text.
         self._tokenizer.encode_special_tokens = True
-        with tokenizer_limits.without_panics(self._path):
+        with tokenizer_limits.without_panics(self._named):
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return np.array(ids, np.int32)
 
     def prompt(self, text: str) -> np.ndarray:
         """The ids of a prompt, with the tokenizer's prefix, and with special tokens recognised."""
         self._tokenizer.encode_special_tokens = self._splits_special
-        with tokenizer_limits.without_panics(self._path):
+        with tokenizer_limits.without_panics(self._named):
             ids = self._tokenizer.encode(text).ids
         return np.array(ids or [self.bos_id], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        with tokenizer_limits.without_panics(self._path):
+        with tokenizer_limits.without_panics(self._named):
             text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         for mark in MARKS if self._joins_marks else ():
             text = text.replace(mark, mark.strip())
@@ -201,7 +201,7 @@ def load(name: str) -> Tokenizer:
         )
     try:
         tokenizer: Tokenizer
-        with tokenizer_limits.without_panics(name):
+        with tokenizer_limits.without_panics():
             if of_folder:
                 tokenizer = HuggingFaceTokenizer(name, folder)
             else:

@@ -117,16 +117,16 @@ def test_a_usable_tokenizer_is_read(changes, write):
 def test_a_panic_is_one_line_and_prints_no_stack(of, write, capfd):
     """The pattern goes back and forth until the library gives up, by a panic."""
     tokenizer = tokenizers.load(write(split("(a+)+$")))
-    with pytest.raises(ValueError, match="made its library panic: .*retry-limit") as refused:
+    with pytest.raises(ValueError, match="': its library fails: .*retry-limit") as refused:
         getattr(tokenizer, of)("a" * 40 + "b")
     assert "\n" not in str(refused.value)
     assert capfd.readouterr().err == ""
 
 
 def test_what_is_printed_without_a_panic_is_not_lost(capfd):
-    with tokenizer_limits.without_panics("x"):
+    with tokenizer_limits.without_panics():
         os.write(2, b"a warning\n")
-    with pytest.raises(KeyError), tokenizer_limits.without_panics("x"):
+    with pytest.raises(KeyError), tokenizer_limits.without_panics():
         os.write(2, b"another\n")
         raise KeyError
     assert capfd.readouterr().err == "a warning\nanother\n"
