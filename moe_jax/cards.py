@@ -1,6 +1,5 @@
 """The model card (README.md) of a model's folder: its parents, its recipe, and the command."""
 
-import json
 import pathlib
 import shlex
 from collections.abc import Iterator, Sequence
@@ -10,8 +9,8 @@ from ml_collections import ConfigDict
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import files, model
-from moe_jax.config.sections import parents_in, sources_in
+from moe_jax import files, model, strict_json, untrusted
+from moe_jax.config.sections import sources_in
 from moe_jax.hf import folders
 from moe_jax.model.config import ModelConfig
 from moe_jax.training import checkpoint
@@ -19,6 +18,8 @@ from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import recipes, step_zero
 
 NAME = "README.md"
+PARENTS = "parents"  # the folder of a workdir with the cards of the run's parents
+MAX_BYTES = 1_000_000  # of a card that is read
 TAG = "moe_jax"  # the tag in the header of cards written by this module
 
 
@@ -45,20 +46,38 @@ def of_conversion(config: ModelConfig, converted: configs.Source, command: list[
     """The card of a converted model, followed by those of its source and of its parents."""
     source = converted.folder
     run = None if folders.is_folder(source) else configs.load_json(source)
-    parents = [] if run is None else [pathlib.Path(p) for p in parents_in(run.init.source)]
-    rows = [] if run is None else [*_of_run(run), *_of_training(run, converted)]
+    parents = [] if run is None else sources_in(run.init.source)
+    rows = [] if run is None else [*_of_run(run, parents), *_of_training(run, converted)]
     page = _page(config, f"converted from `{converted.name}`", rows, command)
-    for folder in (source, *parents):
-        own = folder / NAME
-        if own.exists() and f"tags: [{TAG}" in (text := own.read_text(encoding="utf-8")):
-            page += f"\n## `{folder.name}`\n\n{text.split('---', 2)[2].lstrip()}"
+    kept = {p.folder.name: source / PARENTS / f"{p.folder.name}.md" for p in parents}
+    for name, path in {source.name: source / NAME, **kept}.items():
+        if text := _read(path, source):
+            page += f"\n## `{name}`\n\n{text.split('---', 2)[2].lstrip()}"
     return page
 
 
-def _of_run(run: ConfigDict) -> Iterator[tuple[str, str]]:
-    if parents := sources_in(run.init.source):
+def keep(workdir: pathlib.Path, parents: Sequence[pathlib.Path]) -> None:
+    """Copies the cards of a run's parents into its workdir, because the paths in a stored config
+    are not followed."""
+    for parent in parents:
+        if text := _read(parent / NAME, parent):
+            (workdir / PARENTS).mkdir(exist_ok=True)
+            files.write_text(workdir / PARENTS / f"{parent.name}.md", text)
+
+
+def _read(path: pathlib.Path, folder: pathlib.Path) -> str:
+    """The text of a card of this module in the folder; "" if there is none."""
+    inside = path.is_file() and path.resolve().is_relative_to(folder.resolve())
+    if not inside or path.stat().st_size > MAX_BYTES:
+        return ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text if f"tags: [{TAG}" in text and text.count("---") > 1 else ""
+
+
+def _of_run(run: ConfigDict, parents: Sequence[configs.Source]) -> Iterator[tuple[str, str]]:
+    if parents:
         yield from _of_parents([parent.name for parent in parents])
-    if recipe := run.init.upcycle.recipe:
+    if (recipe := run.init.upcycle.recipe) in recipes.RECIPES:
         given = {name: run.init.upcycle[name] for name in recipes.RECIPES[recipe].limits}
         yield from _of_recipe(f"`{recipe}`", {n: v for n, v in given.items() if v is not None})
 
@@ -72,21 +91,20 @@ def _of_training(run: ConfigDict, converted: configs.Source) -> Iterator[tuple[s
     tokens = step * run.training.batch_size * run.data.sequence_length
     yield "seed", str(run.seed)
     yield "training", f"{step:,} steps, {tokens:,} tokens"
-    yield "text", f"`{run.data.source}`"
-    path = workdir / "result.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    losses = found.get("bits_per_byte"), found.get("loss")
-    if found.get("steps") == step and None not in losses:
-        yield (
-            "held-out text",
-            "{:.4f} bits/byte, {:.4f} nats/token over {:,} tokens".format(
-                *losses, found["held_out_tokens"]
-            ),
-        )
+    yield "text", f"`{untrusted.label(run.data.source)}`"
+    try:
+        found = strict_json.read_object(workdir / "result.json")
+    except (ValueError, OSError):  # it is missing or damaged
+        return
+    numbers = [found.get(name) for name in ("bits_per_byte", "loss", "held_out_tokens")]
+    if found.get("steps") == step and all(isinstance(number, int | float) for number in numbers):
+        words = "{:.4f} bits/byte, {:.4f} nats/token over {:,} tokens"
+        yield "held-out text", words.format(*numbers)
 
 
 def _of_parents(names: list[str]) -> Iterator[tuple[str, str]]:
-    yield "parents" if len(names) > 1 else "parent", ", ".join(f"`{name}`" for name in names)
+    shown = ", ".join(f"`{untrusted.label(name)}`" for name in names)
+    yield "parents" if len(names) > 1 else "parent", shown
 
 
 def _of_recipe(recipe: str, parameters: dict) -> Iterator[tuple[str, str]]:

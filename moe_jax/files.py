@@ -20,6 +20,7 @@ NUMBER = "0|[1-9][0-9]*"  # as str(int) writes it
 def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary path that becomes `path` at the end, and is deleted if anything is raised."""
     unfinished = path.with_name(path.name + ".tmp")
+    unfinished.unlink(missing_ok=True)  # it may be a link, which would be written through
     try:
         yield unfinished
         unfinished.replace(path)

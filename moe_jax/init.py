@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax import cards, model, stores, tree
 from moe_jax import config as configs
-from moe_jax import model, stores, tree
 from moe_jax.analysis import parent_statistics
 from moe_jax.data import tokenizers
 from moe_jax.hf import folders
@@ -79,6 +79,13 @@ def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan 
     return params
 
 
+def keep_from_parents(settings: configs.Run, workdir: pathlib.Path) -> None:
+    """Copies the tokenizer and the parents' cards into a run's workdir, where they are found when
+    it is read: the paths in a stored config are not followed."""
+    stores.keep_tokenizer(workdir, settings.data.tokenizer)
+    cards.keep(workdir, [source.folder for source in settings.init.sources])
+
+
 def _saw_these_rows(source: str, settings: configs.Run) -> bool:
     """True if a parent's run was trained on the rows that this run will see, in the same order."""
     if folders.is_folder(source):
@@ -87,8 +94,11 @@ def _saw_these_rows(source: str, settings: configs.Run) -> bool:
     theirs = parent.seed, parent.data.source, parent.data.sequence_length
     if theirs != (settings.seed, own.source, own.sequence_length):
         return False
-    names = configs.tokenizer_of(pathlib.Path(source)), own.tokenizer
-    first, second = (tokenizers.load(name).fingerprint for name in names)
+    try:
+        names = configs.tokenizer_of(pathlib.Path(source)), own.tokenizer
+        first, second = (tokenizers.load(name).fingerprint for name in names)
+    except ValueError:  # the parent keeps no tokenizer
+        return False
     return first == second
 
 

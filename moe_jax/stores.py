@@ -16,7 +16,7 @@ from moe_jax import config as configs
 from moe_jax import files, hf, model, spelling, tree
 from moe_jax.config import resolved
 from moe_jax.data import tokenizer_files, tokenizers
-from moe_jax.hf import beside, folders, tensors, writing
+from moe_jax.hf import beside, folders, safetensors, tensors, writing
 from moe_jax.model import comparison
 from moe_jax.parallel import distributed, sharding
 from moe_jax.training import checkpoint
@@ -160,19 +160,16 @@ def save_as(
 
 def _beside(source: pathlib.Path) -> tuple[str, pathlib.Path | None]:
     """A model's tokenizer, or "bytes", and the folder with the files that belong to it."""
+    is_folder, tokenizer = folders.is_folder(source), "bytes"
     try:
         tokenizer = configs.tokenizer_of(source)
-    except ValueError:
-        tokenizer = "bytes"
-    if folders.is_folder(source):
-        return tokenizer, source
-    if (source / resolved.TOKENIZER).exists():
-        return tokenizer, source / resolved.TOKENIZER
-    if os.path.isfile(tokenizer):
-        return tokenizer, pathlib.Path(tokenizer).parent
-    if tokenizer != "bytes":
-        distributed.say(f"{tokenizer}, the tokenizer of {source}, is not there: it is left out")
-    return "bytes", None
+    except safetensors.FormatError:
+        raise
+    except ValueError as error:
+        if not is_folder:
+            distributed.say(f"{error}; it is left out")
+    kept = source if is_folder else source / resolved.TOKENIZER
+    return tokenizer, kept if kept.exists() else None
 
 
 def save(

@@ -1,11 +1,16 @@
 """JSON as its standard defines it: numbers that are not finite become null."""
 
+import collections
 import json
 import math
 import pathlib
+import reprlib
+import stat
 from typing import Any
 
 import numpy as np
+
+MAX_BYTES = 100_000_000  # a tokenizer.json of a million pieces has 60 MB
 
 
 def plain(value: Any) -> Any:
@@ -29,11 +34,35 @@ def text(value: Any, *, indent: int | None = None) -> str:
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a file. Raises: ValueError, with the path, for a file of anything else."""
+    """The object in a file.
+
+    Raises: ValueError, with the path, for a file of anything else, one that is no regular file or
+      too large, or an object that has a key twice.
+    """
+    if not stat.S_ISREG((found := path.stat()).st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    if found.st_size > MAX_BYTES:
+        raise ValueError(f"{path} has {found.st_size:,} bytes; JSON is read up to {MAX_BYTES:,}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a BOM
-    except (ValueError, RecursionError) as error:
+        values = parse(path.read_text(encoding="utf-8-sig"))  # some editors write a BOM
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object")
     return values
+
+
+def parse(text: str) -> Any:
+    """The value of a JSON text. Raises: ValueError, also for one nested too deeply."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        ((twice, _),) = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{reprlib.repr(twice)} is in an object twice")
+    return unique

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 from moe_jax import config as configs
-from moe_jax import files, spelling, stopping
+from moe_jax import files, spelling, stopping, strict_json, untrusted
 from moe_jax.analysis import measures
 from moe_jax.config import checks, program
 from moe_jax.model.config import ModelConfig
@@ -50,9 +50,11 @@ class Run:
 
     @property
     def result(self) -> dict | None:
-        """The run's result.json; None if it is not finished."""
-        path = self.workdir / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """The run's result.json; None if it is not finished, or the file is damaged."""
+        try:
+            return strict_json.read_object(self.workdir / "result.json")
+        except (ValueError, FileNotFoundError):
+            return None
 
 
 def read(path: str, workdir: pathlib.Path) -> list[Run]:
@@ -102,6 +104,8 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
             sources=sources,
             after=entries[name]["after"],
         )
+        with checks.refusing():
+            untrusted.check_folder(runs[name].workdir)
     return list(runs.values())
 
 

@@ -7,7 +7,6 @@ import json
 import pathlib
 import platform
 import time
-import zipfile
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 
 import moe_jax
 from moe_jax import config as configs
-from moe_jax import files, init, model, stores, strict_json
+from moe_jax import files, init, model, stores, strict_json, untrusted
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
 from moe_jax.data import batches, prepare, sources, tokenizers
@@ -138,7 +137,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         if at is not None:
             checkpoint.set_aside_after(directory, at)
         configs.save_json(settings.config, workdir)
-        stores.keep_tokenizer(workdir, settings.data.tokenizer)
+        init.keep_from_parents(settings, workdir)
         checkpoint.remove_unfinished(directory)
     text = batches.feed(
         *(batches.batches, train_text, jax.NamedSharding(mesh, sharding.BATCH)),
@@ -224,9 +223,8 @@ def _open_corpora(
     settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
 ) -> list[TokenizedCorpus]:
     """The corpora for training and for evaluation."""
-    if settings.data.source == "embedded" and any(
-        folders.is_folder(source.folder) for source in settings.init.sources
-    ):
+    of_folder = any(folders.is_folder(source.folder) for source in settings.init.sources)
+    if settings.data.source == "embedded" and of_folder:
         distributed.say("config.data.source='embedded' is software help; set it to your own text")
     data = settings.data
     with checks.refusing():
@@ -236,6 +234,7 @@ def _open_corpora(
                 *(data.source, split, tokenizer),
                 validation_fraction=data.validation_fraction,
                 cache=cache,
+                max_line=data.max_line,
             )
             for split in ("train", "validation")
         ]
@@ -271,10 +270,11 @@ def _lock(workdir: pathlib.Path, needed: int):
     """Creates the workdir with room for `needed` bytes, and locks it against a second run until the
     file is closed."""
     try:
+        untrusted.check_folder(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")
-    except OSError as error:
-        raise configs.ConfigError(f"--workdir={workdir} cannot be made: {error}") from None
+        lock = open(workdir / untrusted.LOCK, "a")  # a hard link keeps its content
+    except (OSError, ValueError) as error:
+        raise configs.ConfigError(f"--workdir={workdir} cannot be used: {error}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -290,13 +290,17 @@ def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_con
     path = workdir / "routers_at_start.npz"
     if not model_config.num_experts:
         return {}
+    kernels = similarity.routers(params, model_config)
+    shapes = {layer: kernel.shape for layer, kernel in kernels.items()}
     try:
         if start > 0:
-            with np.load(path, allow_pickle=False) as kernels:
-                return {int(layer): kernel for layer, kernel in kernels.items()}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+            with np.load(path, allow_pickle=False) as arrays:
+                kept = {int(layer): kernel for layer, kernel in arrays.items()}
+            if {layer: kernel.shape for layer, kernel in kept.items()} == shapes:
+                return kept
+            raise ValueError("its kernels are of another model")
+    except Exception:  # zip archives and arrays that are damaged raise many types
         distributed.say(f"{path} is missing or damaged: router_drift counts from this step on")
-    kernels = similarity.routers(params, model_config)
     if distributed.is_first():
         np.savez(path, **dict[str, Any]({str(layer): x for layer, x in kernels.items()}))
     return kernels

@@ -29,7 +29,7 @@ ROOMS = (
     ("model",),
     ("ops",),
     ("parallel",),
-    ("tree", "strict_json", "files", "spelling", "command_line", ""),
+    ("tree", "strict_json", "files", "untrusted", "spelling", "command_line", ""),
     ("stopping",),
 )
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 80

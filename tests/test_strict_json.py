@@ -1,6 +1,7 @@
 """Text that any JSON reader reads, whatever the numbers."""
 
 import json
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,3 +26,32 @@ from moe_jax import strict_json
 def test_values_are_read_back_and_numbers_that_are_not_finite_are_null(value, read):
     text = strict_json.text(value)
     assert json.loads(text, parse_constant=pytest.fail) == read
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"a": 1, "a": 2}', "'a' is in an object twice"),
+        ('[{"b": {"a": 1, "a": 1}}]', "'a' is in an object twice"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ("[]", "is not a JSON object"),
+        ("", "is not JSON"),
+    ],
+)
+def test_what_is_no_object_is_refused_with_its_path(content, complaint, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"^{path} .*{complaint}"):
+        strict_json.read_object(path)
+
+
+def test_a_pipe_and_a_file_that_is_too_large_are_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        strict_json.read_object(tmp_path / "pipe.json")
+    with open(tmp_path / "large.json", "wb") as file:
+        file.truncate(strict_json.MAX_BYTES + 1)
+    monkeypatch.setattr(strict_json, "parse", None)
+    with pytest.raises(ValueError, match="100,000,001 bytes; JSON is read up to 100,000,000"):
+        strict_json.read_object(tmp_path / "large.json")

@@ -6,9 +6,10 @@ Examples:
   python scripts/evaluate.py --checkpoint=path/to/moe --source=path/to/text --json
 
 The checkpoint is a run's workdir (or the start of its name, if it is unique) or a Hugging Face
-folder. Without --source, the text is the run's own held-out text. With --source, all of its
-documents count, unless its files are named as splits (validation.jsonl): then those of the
-validation split.
+folder. Without --source, the text is the run's own held-out text, found in your cache by the hash
+of its tokens: the paths in a run's config are not followed, because a stranger may have written
+them. With --source, all of its documents count, unless its files are named as splits
+(validation.jsonl): then those of the validation split.
 
 Each loss has a 95 % interval, from a bootstrap over the sequences: it says how far another sample
 of such text would move the loss, and a text of one sequence has none. Compare models with different
@@ -20,20 +21,25 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import shlex
 
 import jax
 
-from moe_jax import command_line, model, stores, strict_json
+from moe_jax import command_line, model, stores, strict_json, untrusted
 from moe_jax import config as configs
 from moe_jax.config.resolved import LONGEST_ROW
 from moe_jax.data import batches, prepare, sources, tokenizers
 from moe_jax.data.cache import cache_folder
+from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import VALIDATION
 from moe_jax.evaluation import perplexity
 from moe_jax.hf import folders
 from moe_jax.model.fields import without_effect
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
+from moe_jax.training import checkpoint
+
+LONGEST_STORED = 32_768  # tokens; a run's own row length above it is used only if it is given
 
 
 def main() -> None:
@@ -87,13 +93,7 @@ def run(arguments: argparse.Namespace) -> dict:
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; "
             "is this the tokenizer that it was trained with?"
         )
-    corpus = prepare.open_corpus(
-        data.source,
-        VALIDATION,
-        tokenizer,
-        validation_fraction=data.validation_fraction,
-        cache=cache_folder(data.cache_dir),
-    )
+    corpus = _corpus(arguments, folder, data, tokenizer)
     mesh = _mesh(config)
     _, params = stores.load(found, mesh, allow_nonfinite=arguments.allow_nonfinite)
     shards = sharding.batch_shards(mesh.shape)
@@ -140,7 +140,13 @@ def _data(
     source = arguments.source or own.source
     if not source:
         raise ValueError(f"{folder} has no text of its own; give --source=TEXT")
-    sources.check(source)
+    if arguments.source:
+        sources.check(source)
+    if not (arguments.sequence_length or 0 < own.sequence_length <= LONGEST_STORED):
+        raise ValueError(
+            f"the config of {folder} has rows of {own.sequence_length} tokens, not of 1 to "
+            f"{LONGEST_STORED}; give --sequence_length=N"
+        )
     data = dataclasses.replace(
         own,
         source=source,
@@ -154,6 +160,30 @@ def _data(
             f"not counted; use a multiple of {config.merge_segment_length}"
         )
     return data
+
+
+def _corpus(
+    arguments: argparse.Namespace,
+    folder: pathlib.Path,
+    data: configs.Data,
+    tokenizer: tokenizers.Tokenizer,
+) -> TokenizedCorpus:
+    """The text given by the person, or else the run's own, which is looked up by its hash."""
+    cache = cache_folder("")
+    if arguments.source or data.source == "embedded":
+        fraction = data.validation_fraction
+        return prepare.open_corpus(
+            data.source, VALIDATION, tokenizer, validation_fraction=fraction, cache=cache
+        )
+    hashes = checkpoint.newest_data(folder / "checkpoints").get("text")
+    digest = hashes.get(VALIDATION) if isinstance(hashes, dict) else None
+    found = prepare.of_digest(digest, cache) if isinstance(digest, str) else None
+    if found is None:
+        raise ValueError(
+            f"the held-out text of {folder} is not in the cache {cache}, and {data.source}, which "
+            f"its config names, is not read for it; give --source={shlex.quote(data.source)}"
+        )
+    return found
 
 
 def _mesh(config: model.ModelConfig) -> jax.sharding.Mesh:
@@ -198,5 +228,5 @@ def text(report: dict) -> str:
             interval = row[f"{name}_interval"]
             shown = "one row" if interval is None else "{:.4f} – {:.4f}".format(*interval)
             cells += [f"{row[name]:.4f}", shown]
-        lines.append(ROW.format(label, *counts, *cells))
+        lines.append(ROW.format(untrusted.label(label), *counts, *cells))
     return "\n".join(lines)

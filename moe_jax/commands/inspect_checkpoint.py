@@ -18,7 +18,7 @@ import sys
 
 import numpy as np
 
-from moe_jax import command_line, stores, strict_json
+from moe_jax import command_line, stores, strict_json, untrusted
 from moe_jax.training import checkpoint
 
 
@@ -54,6 +54,7 @@ def main() -> None:
 def _folder(run: str) -> pathlib.Path:
     """The folder of a run's checkpoint. Raises: ValueError if there is none."""
     source = stores.find(run)
+    untrusted.check_folder(source.folder)
     directory = source.checkpoints
     steps = checkpoint.steps(directory)
     if not steps:

@@ -47,6 +47,8 @@ def main() -> None:
         commands = [[*command_line.command("sweep"), *sys.argv[1:]]]
         commands += [run.command(train) for run in runs]
         folders = {run.name: run.workdir if run in finished else None for run in runs}
-        written = page.write(arguments.workdir, folders, [shlex.join(words) for words in commands])
+        with parser.refusing():
+            shown = [shlex.join(words) for words in commands]
+            written = page.write(arguments.workdir, folders, shown)
         print(f"report: {written}")
     raise SystemExit(0 if len(finished) == len(runs) else 1)

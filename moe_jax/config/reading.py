@@ -17,7 +17,7 @@ import typing
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from moe_jax import command_line, files, spelling
+from moe_jax import command_line, files, spelling, strict_json, untrusted
 from moe_jax.config import checks, program
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
@@ -214,10 +214,11 @@ def load_json(workdir: pathlib.Path) -> ConfigDict:
     Raises: ConfigError if this version cannot read it.
     """
     path = workdir / "config.json"
-    try:
-        return stored(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    with checks.refusing():
+        untrusted.check_folder(workdir)
+        values = strict_json.read_object(path)
+    with checks.refusing(f"{path}: "):
+        return stored(values)
 
 
 def stored(values: dict) -> ConfigDict:
@@ -232,4 +233,7 @@ def stored(values: dict) -> ConfigDict:
         raise _unknown_key(error) from None
     except TypeError as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    for key in kinds():
+        if operator.attrgetter(key)(config) is None and key not in _unset_by_default():
+            raise ConfigError(f"config.{key} is null; it must have a value")
     return config

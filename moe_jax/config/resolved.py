@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from moe_jax import spelling
+from moe_jax import spelling, untrusted
 from moe_jax.config import checks, machine, reading, sections
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
@@ -42,8 +42,10 @@ def resolve(
       alone, including a key that is set but never read.
     """
     if workdir is not None:
+        with checks.refusing("--workdir: "):
+            untrusted.check_folder(workdir)
         config = _without_parent(config, workdir)
-    run = of_stored(config, parent=parent)
+    run = _run(_filled(config, parent))
     given = [n for n, v in config.model.items() if n != "preset" and v is not None]
     of_model = without_effect(run.model, given, "config.model.")
     for line in (*of_model, *_without_effect(run, run)):
@@ -66,9 +68,15 @@ def _without_effect(run: Run, section: Section) -> Iterator[str]:
             yield from no_effect(f"config.{section.path}.{field.name}", value, needs, run)
 
 
-def of_stored(config: ConfigDict, *, parent: ModelConfig | None = None) -> Run:
-    """`resolve` for a config stored by a run, which may contain keys that nothing reads."""
-    config = _filled(config, parent)
+def of_stored(config: ConfigDict) -> Run:
+    """`resolve` for a config stored by a run, which may contain keys that nothing reads.
+
+    A run stores what it took from its parent, so the paths in the config are not followed.
+    """
+    return _run(config.copy_and_resolve_references())
+
+
+def _run(config: ConfigDict) -> Run:
     values = _with_tuples(config.to_dict())
     upcycle = values["init"]["upcycle"]
     own = key_names(sections.Upcycle)
@@ -194,7 +202,8 @@ def model_of(folder: pathlib.Path) -> ModelConfig:
 def tokenizer_of(folder: pathlib.Path) -> str:
     """The name under which `tokenizers.load` finds the tokenizer of a Hugging Face folder or a run.
 
-    A run keeps all files of its tokenizer's folder; its config says which of them it used.
+    A run keeps all files of its tokenizer's folder; its config says which of them it used. The path
+    in its config is not followed: a stranger may have written it.
 
     Raises: ValueError for a folder without a tokenizer.
     """
@@ -205,4 +214,9 @@ def tokenizer_of(folder: pathlib.Path) -> str:
         return str(own)
     named = reading.load_json(folder).data.tokenizer
     own = beside.tokenizer_in(folder / TOKENIZER, beside.usual_name(pathlib.Path(named)))
+    if own is None and named != "bytes":
+        raise ValueError(
+            f"{folder} keeps no tokenizer, and {named}, which its config names, is not read for "
+            "it; give it yourself, by --tokenizer or config.data.tokenizer"
+        )
     return named if own is None else str(own)

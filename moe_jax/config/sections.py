@@ -138,6 +138,13 @@ class Data(Section, path="data", fixed=True):
         checks.ranges,
         fixed=False,
     )
+    max_line: int = key(
+        30_000_000,
+        "most characters of a line of .jsonl; a longer one is refused, for it has to fit into "
+        "memory several times",
+        POSITIVE,
+        fixed=False,
+    )
     cache_dir: str = key(
         "", "folder for tokens and compiled steps; empty uses the user's cache folder", fixed=False
     )

@@ -10,6 +10,8 @@ import pathlib
 import grain
 import numpy as np
 
+from moe_jax import strict_json
+
 ARRAYS = ("pairs.npy", "label_ids.npy")
 RECORDS = "tokens.array_record"  # this format detects damage when a record is read
 
@@ -35,7 +37,7 @@ def _hash(content: bytes) -> str:
 
 def _facts(folder: pathlib.Path) -> dict:
     """The facts that `seal` wrote, if the folder is unchanged since then."""
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = strict_json.read_object(folder / "meta.json")
     if meta.pop("sha256") != _hash(json.dumps(meta).encode()):
         raise ValueError("meta.json")
     for name, digest in _hashes(folder).items():

@@ -1,9 +1,11 @@
 """Turns text into token records: each document is tokenized once and cached."""
 
 import collections
+import contextlib
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,6 +31,7 @@ def open_corpus(
     *,
     validation_fraction: float,
     cache: pathlib.Path,
+    max_line: int = text_files.MAX_LINE,
 ) -> TokenizedCorpus:
     """The tokenized documents of a split, from the folder `cache` if it has them.
 
@@ -47,7 +50,11 @@ def open_corpus(
             distributed.say(f"{error}; it is made anew")
             files.remove_folder(folder)
     documents = sources.documents(
-        source, split, validation_fraction=validation_fraction, data_dir=datasets
+        source,
+        split,
+        validation_fraction=validation_fraction,
+        data_dir=datasets,
+        max_line=max_line,
     )
     with writing(cache), files.whole_folder(folder, shared=True) as unfinished:
         num_records = _tokenize(documents, tokenizer, unfinished, f"{source} {split}")
@@ -58,6 +65,19 @@ def open_corpus(
                 f"and {text_files.PART_CHARACTERS:,} characters of .txt are one document"
             )
     return TokenizedCorpus.load(folder)
+
+
+def of_digest(digest: str, cache: pathlib.Path) -> TokenizedCorpus | None:
+    """The corpus of the folder `cache` with this hash of its tokens; None if there is none."""
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        return None
+    for path in sorted((cache / "tokens").glob("*/meta.json")):
+        with contextlib.suppress(DamagedError, OSError, UnicodeDecodeError):
+            if digest in path.read_text(encoding="utf-8"):
+                found = TokenizedCorpus.load(path.parent)
+                if found.digest == digest:
+                    return found
+    return None
 
 
 def _tokenize(

@@ -14,7 +14,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from moe_jax.data import tokenizer_files
+from moe_jax.data import tokenizer_files, tokenizer_limits
 from moe_jax.data.tokenizer_files import LLAMA, Settings
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's symbol for a space
@@ -22,10 +22,19 @@ _pb2: Any = sentencepiece_model_pb2  # Any, because its classes are created at r
 _Piece = _pb2.ModelProto.SentencePiece
 
 
-def read(model_file: bytes, found: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
-    """The tokenizer, and the folder's settings completed from the model file."""
+def parsed(model_file: bytes) -> Any:
+    """The content of a model file. Raises: ValueError if it would take too much memory or time;
+    an error of protobuf if it is damaged."""
     proto = _pb2.ModelProto()
     proto.ParseFromString(model_file)
+    names = [piece.piece for piece in proto.pieces]
+    tokenizer_limits.check_pieces(names, proto.normalizer_spec.precompiled_charsmap)
+    return proto
+
+
+def read(model_file: bytes, found: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
+    """The tokenizer, and the folder's settings completed from the model file."""
+    proto = parsed(model_file)
     spec, llama = proto.trainer_spec, found.class_name == LLAMA
     own = {
         f"{role}_token": AddedToken(getattr(spec, f"{role}_piece"), special=True)
@@ -50,8 +59,7 @@ def read(model_file: bytes, found: Settings) -> tuple[tokenizers.Tokenizer, Sett
 
 def settings_of(path: pathlib.Path) -> dict[str, Any]:
     """The tokenizer_config.json with which Transformers encodes prompts like this model alone."""
-    proto = _pb2.ModelProto()
-    proto.ParseFromString(path.read_bytes())
+    proto = parsed(path.read_bytes())
     rules = proto.normalizer_spec
     as_is = not (rules.precompiled_charsmap or rules.remove_extra_whitespaces)
     return {

@@ -21,6 +21,7 @@ class Source:
     fingerprint: Callable[[str, pathlib.Path], str]
     documents: Callable[..., Iterator[Document]]
     describe: Callable[[str, pathlib.Path], str] = lambda spec, data_dir: f"data.source={spec!r}"
+    has_lines: bool = False  # `documents` takes `max_line`
 
 
 _FILES, _TFDS = (
@@ -29,7 +30,7 @@ _FILES, _TFDS = (
 )
 # The last row that matches reads the spec, so files, which match every spec, come first.
 SOURCES = {
-    "files": Source(lambda spec: True, *_FILES),
+    "files": Source(lambda spec: True, *_FILES, has_lines=True),
     "tfds": Source(lambda spec: spec.startswith(tfds_source.PREFIX), *_TFDS),
     "embedded": Source(lambda spec: spec == "embedded", *_TFDS),
 }
@@ -53,7 +54,12 @@ def describe(spec: str, data_dir: pathlib.Path) -> str:
 
 
 def documents(
-    spec: str, split: str, *, validation_fraction: float, data_dir: pathlib.Path
+    spec: str,
+    split: str,
+    *,
+    validation_fraction: float,
+    data_dir: pathlib.Path,
+    max_line: int = text_files.MAX_LINE,
 ) -> Iterator[Document]:
     """The documents of a split.
 
@@ -63,11 +69,14 @@ def documents(
       split: "train" or "validation"; a TFDS dataset must have splits with these names. Files of a
         folder or glob whose names say validation or test are never trained on.
       validation_fraction: the fraction held out from a source without splits of its own.
+      max_line: the most characters of a line of .jsonl.
 
     Raises: ValueError, with file and line, for a record that cannot be used.
     """
-    return _source(spec).documents(
-        spec, split, validation_fraction=validation_fraction, data_dir=data_dir
+    source = _source(spec)
+    lines = {"max_line": max_line} if source.has_lines else {}
+    return source.documents(
+        spec, split, validation_fraction=validation_fraction, data_dir=data_dir, **lines
     )
 
 

@@ -4,6 +4,7 @@ import codecs
 import collections
 import contextlib
 import dataclasses
+import functools
 import glob
 import gzip
 import hashlib
@@ -23,6 +24,7 @@ from moe_jax.data.document import TRAIN, VALIDATION, Document, is_held_out
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}  # others use `open`
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
 PART_CHARACTERS = 10_000
+MAX_LINE = 30_000_000  # the default of config.data.max_line
 BYTE_ORDER_MARK = "\ufeff"
 # Byte order marks of encodings other than UTF-8. UTF-32 comes first: its mark begins with UTF-16's.
 MARKS = {
@@ -37,7 +39,7 @@ CONTROL = bytes(set(range(32)) - set(b"\t\n\r"))
 # Text without a byte order mark is recognised by which of every four bytes are mostly control
 # characters ("0") and which mostly are not ("."). The keys are regular expressions.
 REGULAR = {r"00.\.": "UTF-32BE", r"\..00": "UTF-32LE", r"0\.0\.": "UTF-16BE", r"\.0\.0": "UTF-16LE"}
-SAMPLE_BYTES, MIN_SAMPLE_BYTES = 4096, 16
+SAMPLE_BYTES, MIN_SAMPLE_BYTES, BUFFER_BYTES = 4096, 16, 65_536
 
 TEST, DIVIDED = "test", "divided into train and validation"
 # The words in a file's name that decide its split: those of Hugging Face's datasets
@@ -93,18 +95,25 @@ def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
 
 
 def documents(
-    spec: str, split: str, *, validation_fraction: float, data_dir: pathlib.Path
+    spec: str,
+    split: str,
+    *,
+    validation_fraction: float,
+    data_dir: pathlib.Path,
+    max_line: int = MAX_LINE,
 ) -> Iterator[Document]:
     """The documents of a split, chosen by file name or otherwise by a hash of the document's key.
 
     The key of a JSON record is its `doc`, or else its `id`, or else its text. The key of a part of
-    a .txt file is the file's path relative to the source, with the number of the part.
+    a .txt file is the file's path relative to the source, with the number of the part. A record of
+    more than `max_line` characters is refused: a small compressed file may hold an endless line.
     """
     del data_dir
     for file in _files(spec):
         if file.split not in (split, DIVIDED):
             continue
-        read = _txt_documents if file.path.name.endswith(".txt") else _jsonl_documents
+        jsonl = functools.partial(_jsonl_documents, max_line=max_line)
+        read = _txt_documents if file.path.name.endswith(".txt") else jsonl
         try:
             with _opened(file.path) as text:
                 for key, document in read(file, text):
@@ -212,11 +221,16 @@ def _open(path: pathlib.Path):
 
 def _good_lines(path: pathlib.Path) -> int:
     """The number of lines before the one that cannot be read."""
-    number = 0
+    number, decoder = 0, codecs.getincrementaldecoder("utf-8")()
     with contextlib.suppress(Exception), _open(path) as content:
-        for line in content:
-            line.decode()
-            number += 1
+        while chunk := content.read1(BUFFER_BYTES):  # all that can be read of a damaged archive
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                # `error` counts from the bytes that the decoder kept of the chunk before.
+                begins = len(error.object) - len(chunk)
+                return number + chunk[: max(0, error.start - begins)].count(b"\n")
+            number += chunk.count(b"\n")
     return number
 
 
@@ -250,9 +264,14 @@ def _lines(text: TextIO) -> Iterator[str]:
     yield rest
 
 
-def _jsonl_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
+def _jsonl_documents(file: _File, text: TextIO, max_line: int) -> Iterator[tuple[str, Document]]:
     """Yields (key, document) for each line that is not empty."""
-    for number, line in enumerate(text, start=1):
+    for number, line in enumerate(iter(lambda: text.readline(max_line + 1), ""), start=1):
+        if len(line.rstrip("\n")) > max_line:
+            raise ValueError(
+                f"{file.path}:{number} is longer than the {max_line:,} characters of data.max_line;"
+                " raise it, or make several records of it"
+            )
         line = line.strip().lstrip(BYTE_ORDER_MARK)
         if not line:
             continue

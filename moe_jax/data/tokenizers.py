@@ -12,8 +12,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, processors
 
-from moe_jax import files
-from moe_jax.data import sentencepiece_folder, tokenizer_files
+from moe_jax import files, strict_json
+from moe_jax.data import sentencepiece_folder, tokenizer_files, tokenizer_limits
 from moe_jax.data.sentencepiece_folder import SPACE
 from moe_jax.data.tokenizer_files import LLAMA, Settings
 
@@ -83,9 +83,13 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, path: str, folder: tokenizer_files.Folder):
+        self._named = f"data.tokenizer={path!r}: "
         content = pathlib.Path(path).read_bytes()
         if path.endswith(".json"):
             text = content.decode("utf-8-sig")  # some editors write a BOM
+            values = strict_json.parse(text)
+            if isinstance(values, dict):
+                tokenizer_limits.check_json(values)
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             steps = f"{self._tokenizer.pre_tokenizer} {self._tokenizer.decoder}"
             found = tokenizer_files.settings(folder, byte_level="ByteLevel" in steps)
@@ -110,6 +114,7 @@ class HuggingFaceTokenizer:
         self.end_ids = ends or (self.eos_id,)
         # A token that a file only names, such as a pad token, never occurs in encoded text.
         self.vocab_size = max(largest, self.bos_id, self.eos_id) + 1
+        tokenizer_limits.check_ids([self.vocab_size - 1])
         in_order = sorted(self._tokenizer.get_added_tokens_decoder().items())
         added = [(i, tokenizer_files.properties(token)) for i, token in in_order]
         steps = f"{self._tokenizer.normalizer} {self._tokenizer.pre_tokenizer}"
@@ -152,16 +157,20 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> np.ndarray:
         # Special tokens that appear literally in training text are encoded as ordinary text.
         self._tokenizer.encode_special_tokens = True
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        with tokenizer_limits.without_panics(self._named):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, np.int32)
 
     def prompt(self, text: str) -> np.ndarray:
         """The ids of a prompt, with the tokenizer's prefix, and with special tokens recognised."""
         self._tokenizer.encode_special_tokens = self._splits_special
-        ids = self._tokenizer.encode(text).ids
+        with tokenizer_limits.without_panics(self._named):
+            ids = self._tokenizer.encode(text).ids
         return np.array(ids or [self.bos_id], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        with tokenizer_limits.without_panics(self._named):
+            text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         for mark in MARKS if self._joins_marks else ():
             text = text.replace(mark, mark.strip())
         return text
@@ -186,12 +195,18 @@ def load(name: str) -> Tokenizer:
         )
     is_json, folder = name.endswith(".json"), tokenizer_files.Folder(pathlib.Path(name).parent)
     of_folder = is_json or tokenizer_files.are_beside(folder)
+    if (size := os.path.getsize(name)) > strict_json.MAX_BYTES:
+        raise ValueError(
+            f"data.tokenizer={name!r} has {size:,} bytes, more than {strict_json.MAX_BYTES:,}"
+        )
     try:
         tokenizer: Tokenizer
-        if of_folder:
-            tokenizer = HuggingFaceTokenizer(name, folder)
-        else:
-            tokenizer = SentencePieceTokenizer(name)
+        with tokenizer_limits.without_panics():
+            if of_folder:
+                tokenizer = HuggingFaceTokenizer(name, folder)
+            else:
+                sentencepiece_folder.parsed(pathlib.Path(name).read_bytes())
+                tokenizer = SentencePieceTokenizer(name)
     except tokenizer_files.DamagedError:
         raise
     except Exception as error:  # the libraries raise many types

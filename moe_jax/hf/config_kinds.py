@@ -57,7 +57,7 @@ def list_of(kind: Kind) -> Kind:
 
 
 COUNT, INDEX = _whole(1), _whole(0)
-DEPTH = _whole(1, 10_000)  # bounded because layers are listed one by one
+DEPTH = _whole(1, 256)  # as in ModelConfig
 NUMBER = Kind("a number more than 0", lambda value: _is_number(value) and value > 0)
 SPREAD = Kind("a number of at least 0", lambda value: _is_number(value) and value >= 0)
 FLAG = Kind("true or false", lambda value: type(value) is bool)

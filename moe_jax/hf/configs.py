@@ -6,10 +6,11 @@ would change the computation and is not supported is refused; nothing is guessed
 """
 
 import dataclasses
+import difflib
 import pathlib
 import reprlib
 
-from moe_jax import strict_json
+from moe_jax import spelling, strict_json
 from moe_jax.hf import safetensors
 from moe_jax.hf.config_keys import KEYS, REQUIRED, Keys, layer_types
 from moe_jax.hf.config_kinds import LAYER_TYPES, UnsupportedError, check, kind_of
@@ -24,11 +25,35 @@ MAX_CONFIG_BYTES = 10_000_000
 # modeling_utils.py.
 EVERY: dict[str, tuple] = {
     "is_causal": (True,),
+    "is_encoder_decoder": (False,),
     "per_layer_config": (None, {}),
     "pruned_heads": (None, {}),
     "quantization_config": (None, {}),
     "transformers_weights": (None,),
 }
+# Keys of any family that do not change what the model computes from given weights: settings of
+# training, generation and tokenizers, names, and what other programs leave in the file. The first
+# three lines are of Transformers 5.24, the next seven of earlier versions.
+HARMLESS = frozenset(
+    """
+    architectures attention_dropout attn_pdrop auto_map bos_token_id chunk_size_feed_forward dtype
+    embd_pdrop eos_token_id id2label label2id output_attentions output_hidden_states
+    output_router_logits pad_token_id problem_type resid_pdrop return_dict router_aux_loss_coef
+    router_jitter_noise tokenizer_class torch_dtype transformers_version use_cache
+    attn_implementation bad_words_ids base_model_tp_plan base_model_pp_plan begin_suppress_tokens
+    decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    is_decoder length_penalty max_length max_sequence_length min_length no_repeat_ngram_size
+    num_beam_groups num_beams num_labels num_return_sequences output_scores predict_special_tokens
+    prefix pretraining_tp remove_invalid_values reorder_and_upcast_attn repetition_penalty
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder top_k top_p torchscript typical_p use_bfloat16
+    consider_aux_loss gradient_checkpointing is_llama_config max_window_layers
+    moe_feature_no_mul_topk moe_use_mixtral_gating n_ctx n_special output_past router_z_loss_coef
+    transformers.js_config unsloth_fixed unsloth_version use_flash_attention use_flash_attn
+    """.split()
+)
+HARMLESS_PREFIXES = ("_", "summary_")
 OF_FULL_EXPERTS = {"capacity_factor", "min_capacity", "token_priority"}
 
 
@@ -64,6 +89,7 @@ def read(values: dict) -> ModelConfig:
             f"model_type={reprlib.repr(model_type)} is not supported; known are {', '.join(KEYS)}"
         )
     keys = KEYS[model_type]
+    _check_names(keys, values)
     for name, accepted in {**EVERY, **keys.only}.items():
         if values.get(name, accepted[0]) not in accepted:
             raise UnsupportedError(
@@ -88,6 +114,26 @@ def read(values: dict) -> ModelConfig:
     return config
 
 
+def _check_names(keys: Keys, values: dict) -> None:
+    """Refuses a key that this family is not known to have: it may be a misspelt one, whose default
+    would be used in silence, or one that changes what the model computes.
+
+    A key without a value asks for nothing, unless it is nearly one that the family has.
+    """
+    known = {"model_type", "layer_types", *EVERY, *keys.only, *keys.aliases, *keys.aliases.values()}
+    known |= {theirs for theirs, _ in keys.fields.values()}
+    known |= {name for part in keys.parts for name in part.keys}
+    for name, value in values.items():
+        if name in known or name in HARMLESS or name.startswith(HARMLESS_PREFIXES):
+            continue
+        if value or difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            meant = spelling.did_you_mean(name, sorted(known))
+            raise UnsupportedError(
+                f"{reprlib.repr(name)} is no key that a {values['model_type']} is known to have"
+                f"{meant}; correct it, or remove it if the model computes the same without it"
+            )
+
+
 def _found(keys: Keys, values: dict) -> dict:
     """The value of each key of a family in a config.json, or the family's default."""
     table = {"layer_types": (LAYER_TYPES.or_null(), None)}
@@ -97,8 +143,8 @@ def _found(keys: Keys, values: dict) -> dict:
     found = {}
     for name, (kind, default) in table.items():
         given = {n: values[n] for n in (name, keys.aliases.get(name, name)) if n in values}
-        for spelling, value in given.items():
-            check(spelling, value, kind)
+        for given_name, value in given.items():
+            check(given_name, value, kind)
         if len(given) > 1 and len(set(given.values())) > 1:
             both = " and ".join(f"{n}={value!r}" for n, value in given.items())
             raise UnsupportedError(f"{both} are the same key; make them agree or leave one out")

@@ -18,6 +18,8 @@ from moe_jax.hf.families import IGNORED, Entry, Family, Table
 from moe_jax.model.layout import layer_groups
 from moe_jax.parallel import distributed
 
+MOST_PARTS = 200_000  # listed for a folder of fewer tensors, which may have its experts stacked
+
 
 class MismatchError(ValueError):
     """A folder's tensors do not match its config.json; the message lists the differences."""
@@ -79,6 +81,15 @@ def tensor_parts(config: model.ModelConfig, table: Table) -> Iterator[TensorPart
     yield from (part for _, part in sorted(in_layers, key=lambda item: item[0]))
 
 
+def count_parts(config: model.ModelConfig, table: Table) -> int:
+    """The length of `tensor_parts`, without a list of them."""
+    number = 0
+    for path, shape in shapes(config).items():
+        apart = path.startswith("blocks/") and "{expert}" in table[path.split("/", 2)[2]].name
+        number += math.prod(shape[: 1 + apart]) if path.startswith("blocks/") else 1
+    return number
+
+
 def match(
     config: model.ModelConfig, family: Family, tensors: dict[str, safetensors.Tensor]
 ) -> list[TensorPart]:
@@ -110,6 +121,12 @@ def match(
             ],
         ]
 
+    for table in tables:
+        if (number := count_parts(config, table)) > max(MOST_PARTS, 4 * len(found)):
+            raise MismatchError(
+                f"num_hidden_layers={config.num_hidden_layers} and num_experts="
+                f"{config.num_experts} make {number:,} tensors, but the files hold {len(found):,}"
+            )
     layouts = [list(tensor_parts(config, table)) for table in tables]
     wrong = [problems(layout) for layout in layouts]
     number, best = min((sum(map(len, kinds)), i) for i, kinds in enumerate(wrong))

@@ -1,10 +1,8 @@
 """The description of a model: one frozen dataclass."""
 
 import dataclasses
-import math
 from typing import NamedTuple
 
-from moe_jax import spelling
 from moe_jax.model.fields import (
     ARCHITECTURE,
     ATTENTION_EXPERTS,
@@ -21,6 +19,7 @@ from moe_jax.model.fields import (
     SLIDING,
     SPARSE,
     field,
+    out_of_range,
     unread,
 )
 from moe_jax.model.initialisation import INITIALIZERS
@@ -51,7 +50,8 @@ class ModelConfig:
     vocab_size: int = field("number of token ids", at_least=1)
     hidden_size: int = field("width of the residual stream", at_least=1)
     intermediate_size: int = field("width of a dense feed-forward", at_least=1)
-    num_hidden_layers: int = field("number of layers", at_least=1)
+    # Bounded, because layers are listed one by one and grouped by comparing them.
+    num_hidden_layers: int = field("number of layers", at_least=1, at_most=256)
     num_attention_heads: int = field("number of query heads", at_least=1)
     num_key_value_heads: int | None = field(
         "number of key and value heads; none means num_attention_heads", None, at_least=1
@@ -218,16 +218,7 @@ class ModelConfig:
         if self.dtype == "float16":
             unscaled = "would need a loss scale, which training does not have"
             yield f"dtype='float16' {unscaled}; use bfloat16, or float32 on a T4 or V100 GPU"
-        for each in dataclasses.fields(self):
-            name, value, allowed = each.name, getattr(self, each.name), each.metadata
-            if value is None:
-                continue
-            if allowed["at_least"] is not None and value < allowed["at_least"]:
-                yield f"{name}={value} must be at least {allowed['at_least']}"
-            if allowed["positive"] and not 0 < value < math.inf:
-                yield f"{name}={value} must be a finite number more than 0"
-            if allowed["choices"] and value not in allowed["choices"]:
-                yield spelling.unknown(name, value, allowed["choices"])
+        yield from out_of_range(self)
         yield from self._problems_of_sizes()
         yield from unread(self, "rope_type", ROPES, sorted(fields_of(ROPE)))
         yield from ROPES[self.rope_type].problems(self)

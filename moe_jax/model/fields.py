@@ -4,8 +4,11 @@ A need is a condition without which a field, or a key of a config, is not read a
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+from moe_jax import spelling
 
 
 class Need(NamedTuple):
@@ -41,20 +44,38 @@ def field(
     belongs: str = ARCHITECTURE,
     *needs: Need,
     at_least: int | None = None,
+    at_most: float = math.inf,
     positive: bool = False,
     choices: Collection[str] = (),
 ):
     """A field of ModelConfig: what it is, the group it belongs to, and which values it may have.
 
     needs: the conditions, besides those of its group, without which the field is not read.
-    at_least: the smallest integer allowed. positive: the value must be finite and above 0.
+    at_least, at_most: the smallest and the largest integer allowed. positive: the value must be
+      finite and above 0.
     choices: the names allowed; a table passed here may grow later.
     """
     needs = (*NEEDS_OF.get(belongs, ()), *needs)
-    of_value = {"at_least": at_least, "positive": positive, "choices": choices}
+    of_value = {"at_least": at_least, "at_most": at_most, "positive": positive, "choices": choices}
     choice = f" (one of {', '.join(choices)})" if choices else ""
     metadata = {"belongs": belongs, "needs": needs, "explanation": about + choice, **of_value}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def out_of_range(config: Any) -> Iterator[str]:
+    """A line for each field of a ModelConfig with a value that it may not have."""
+    for each in dataclasses.fields(config):
+        name, value, allowed = each.name, getattr(config, each.name), each.metadata
+        if value is None:
+            continue
+        if allowed["at_least"] is not None and value < allowed["at_least"]:
+            yield f"{name}={value} must be at least {allowed['at_least']}"
+        if allowed["at_most"] < math.inf and value > allowed["at_most"]:
+            yield f"{name}={value} must be at most {allowed['at_most']}"
+        if allowed["positive"] and not 0 < value < math.inf:
+            yield f"{name}={value} must be a finite number more than 0"
+        if allowed["choices"] and value not in allowed["choices"]:
+            yield spelling.unknown(name, value, allowed["choices"])
 
 
 def without_effect(config: Any, names: Iterable[str], prefix: str) -> Iterator[str]:

@@ -41,13 +41,16 @@ def layer_groups(kinds: tuple[Hashable, ...]) -> tuple[LayerGroup, ...]:
     # best[i] = (blocks traced, layer groups used, cuts) for the layers from i on.
     best: dict[int, tuple[int, int, tuple]] = {len(kinds): (0, 0, ())}
     for i in reversed(range(len(kinds))):
-        options = []
+        options: list[tuple[int, int, tuple]] = []
+        fewest = len(set(kinds[i:])), 1  # blocks and groups, of any way to split the rest
         for period in range(1, len(kinds) - i + 1):
             pattern, end = kinds[i : i + period], i
             while kinds[end : end + period] == pattern:
                 end += period
                 blocks, used, cuts = best[end]
                 options.append((blocks + period, used + 1, ((i, period, end), *cuts)))
+            if min(options)[:2] == fewest:
+                break
         best[i] = min(options)
     groups, names = [], map(str, itertools.count())
     for start, period, end in best[0][2]:

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moe_jax import untrusted
 from moe_jax.analysis import measures
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -32,7 +33,9 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "savefig.dpi": 110,
+    "text.parse_math": False,  # a "$" in the label of a text or in the name of a run is a "$"
 }
+MOST_LABELS = 100  # lines of a figure; the hardest texts are shown
 LEVEL = {"color": "#555555", "linewidth": 1, "linestyle": (0, (1, 1))}  # a dotted horizontal line
 
 
@@ -123,13 +126,13 @@ def languages(records: list[Record]) -> Figure:
     labels = sorted(
         set.intersection(*(set(v) for v in values.values())),
         key=lambda label: np.mean([v[label]["bits_per_byte"] for v in values.values()]),
-    )
+    )[-MOST_LABELS:]
     figure, (axes,) = _figure(1, height=1.4 + 0.28 * len(labels))
     for record in records:
         bits = [values[record.name][label]["bits_per_byte"] for label in labels]
         look = {**record.look, "linestyle": "none"}
         axes.plot(bits, range(len(labels)), label=record.name, markersize=7, alpha=0.9, **look)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), map(untrusted.label, labels))
     axes.set_xlabel("bits per byte on held-out text (lower is better)")
     axes.legend(ncols=len(records), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure

@@ -2,10 +2,9 @@
 
 import base64
 import html
-import json
 import pathlib
 
-from moe_jax import files
+from moe_jax import files, strict_json, untrusted
 from moe_jax.analysis import measures
 from moe_jax.model.router import ROUTERS
 from moe_jax.report import figures
@@ -54,15 +53,16 @@ pre {{ background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: .8
 
 def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
     """The record of a finished run's workdir; its name mentions a router that does not learn."""
-    config = json.loads((folder / "config.json").read_text())
+    untrusted.check_folder(folder)
+    config = strict_json.read_object(folder / "config.json")
     row = ROUTERS.get(config["model"]["router"])
     if row and not row.learned:
         name += f" ({config['model']['router'].replace('_', ' ')})"
     return Record(
-        name=name,
+        name=untrusted.label(name),
         place=place,
         config=config,
-        result=json.loads((folder / "result.json").read_text()),
+        result=strict_json.read_object(folder / "result.json"),
         rows=metrics.read(folder / "metrics.jsonl"),
     )
 
@@ -81,14 +81,32 @@ def write(
     Args:
       folders: the runs' workdirs by name, in the order of display; None for unfinished runs.
       commands: the runs' commands, to be shown.
+
+    Raises: ValueError for a run whose files are damaged.
     """
+    try:
+        return _write(output, folders, commands)
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"{output / 'report.html'} is not written: config.json, result.json or metrics.jsonl "
+            f"of one of its runs is not as a run writes it ({error!r})"[:400]
+        ) from error
+
+
+def _write(
+    output: pathlib.Path, folders: dict[str, pathlib.Path | None], commands: list[str]
+) -> pathlib.Path:
     records = records_of(folders)
     missing = [name for name, folder in folders.items() if not folder]
     (output / "figures").mkdir(parents=True, exist_ok=True)
+    if (output / "figures").is_symlink():
+        raise ValueError(f"{output / 'figures'} is a link; remove it")
+    untrusted.check_folder(output / "figures")
     title = f"moe_jax: {output.name}"
     sections = [f"<h1>{html.escape(title)}</h1>", _summary(records, missing)]
     for name, png in figures.draw(records).items():
-        (output / "figures" / f"{name}.png").write_bytes(png)
+        with files.whole_file(output / "figures" / f"{name}.png") as unfinished:
+            unfinished.write_bytes(png)
         encoded = base64.b64encode(png).decode()
         sections.append(
             f"<h2>{name.replace('_', ' ').capitalize()}</h2>"

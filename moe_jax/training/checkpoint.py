@@ -21,7 +21,7 @@ from etils import epath
 
 from moe_jax import files, tree
 from moe_jax.parallel import distributed
-
+from moe_jax.training import bounds
 
 COMMITTED = "commit_success.txt"  # Orbax's last file of a checkpoint in a bucket
 
@@ -141,6 +141,9 @@ def described(folder: pathlib.Path) -> dict:
     _check_links(folder)
     with _reading():
         meta = ocp.load_checkpointables(_absolute(folder), {"meta": None})["meta"]
+    bounds.check_form(meta)
+    if not files.is_remote(folder):
+        bounds.check_size(folder, meta["leaves"].values())
     if (step := meta["data"].get("step")) != int(folder.name):
         raise ValueError(
             f"it is a checkpoint of step {step}, not of the step that it is named after"
@@ -321,6 +324,8 @@ def _check_links(folder: pathlib.Path) -> None:
     for path in pathlib.Path(folder).rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} is a link out of the checkpoint")
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is neither a file nor a folder")
 
 
 def _reading() -> ocp.Context:

@@ -108,11 +108,11 @@ def _rows(path: pathlib.Path) -> tuple[list[dict], list[str]]:
     # `splitlines` would also split at Unicode line separators, which JSON text may contain.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            row = json.loads(line.decode())
+            row = strict_json.parse(line.decode())
             if type(row["step"]) is not int:
                 raise ValueError("its step is no whole number")
             rows.append(row)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             damaged.append(f"{path}, line {number}, is damaged ({error!r})"[:300])
     return rows, damaged
 

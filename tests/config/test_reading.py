@@ -145,10 +145,21 @@ def test_a_stored_value_of_another_type_is_refused(tmp_path):
         configs.load_json(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["seed", "data.tokenizer", "balance.adaptive.beta"])
+def test_a_stored_value_that_is_null_is_refused(key):
+    *sections, name = key.split(".")
+    values = {name: None}
+    for section in reversed(sections):
+        values = {section: values}
+    with pytest.raises(configs.ConfigError, match=f"config.{key} is null"):
+        configs.reading.stored(values)
+    assert configs.reading.stored({"model": {"num_experts": None}}).model.num_experts is None
+
+
 @pytest.mark.parametrize("content", ["", '{"seed": ', "[" * 9999, "\xff"])
 def test_a_damaged_config_of_a_run_is_named(content, tmp_path):
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
-    with pytest.raises(configs.ConfigError, match=f"{tmp_path}/config.json: "):
+    with pytest.raises(configs.ConfigError, match=f"^{tmp_path}/config.json is not JSON: "):
         configs.load_json(tmp_path)
 
 

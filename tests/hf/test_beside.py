@@ -116,9 +116,10 @@ def test_a_run_that_was_trained_from_a_folder_goes_back_with_its_files(folder, t
     config.training.update(num_steps=1, batch_size=8)
     config.evaluation.update(batch_size=8, max_batches=1, final_max_batches=1, prompts=())
     config.optimizer.learning_rate = 1e-9
+    (folder / cards.NAME).write_text("---\ntags: [moe_jax]\n---\n\nMade of moonlight.\n")
     train.run(configs.resolve(config), run)
     expected = contents(folder)
-    (folder / cards.NAME).write_text("---\ntags: [moe_jax]\n---\n\nMade of moonlight.\n")
+    (folder / cards.NAME).write_text("---\ntags: [moe_jax]\n---\n\nNot of this model.\n")
     (folder / "tokenizer.json").unlink()
     again = converted(run, tmp_path / "again", "hf")
     assert contents(again) == expected
@@ -201,7 +202,23 @@ def test_a_run_keeps_both_files_of_a_tokenizer_and_goes_on_with_the_one_it_used(
 def test_a_run_whose_tokenizer_is_gone_says_so(tmp_path, capsys):
     stores.save(tmp_path / "run", *following([4, 5], 280), tokenizer="gone/own.model")
     converted(tmp_path / "run", tmp_path / "folder", "hf")
-    assert "gone/own.model, the tokenizer of" in capsys.readouterr().err
+    assert "keeps no tokenizer, and gone/own.model, which" in capsys.readouterr().err
+
+
+def test_a_path_in_the_config_of_a_run_leads_to_no_file(tmp_path, capsys):
+    """The person who wrote the config may not be the one whose files these are."""
+    (tmp_path / "secret.model").write_text("secret")
+    stores.save(tmp_path / "run", *following([4, 5], 280))
+    path = tmp_path / "run" / "config.json"
+    values = json.loads(path.read_text())
+    values["data"]["tokenizer"] = str(tmp_path / "secret.model")
+    path.write_text(json.dumps(values))
+    for to in ("hf", "orbax"):
+        made = converted(tmp_path / "run", tmp_path / to, to)
+        assert "secret" not in {file.read_text(errors="replace") for file in made.rglob("*.model")}
+        assert not list(made.rglob("tokenizer*"))
+    with pytest.raises(ValueError, match="give it yourself, by --tokenizer"):
+        generated(tmp_path / "run")
 
 
 def test_a_link_out_of_a_folder_is_no_file_beside_its_weights(folder, tmp_path):

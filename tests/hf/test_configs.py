@@ -294,7 +294,7 @@ WRONG = [
     ("qwen2", {"layer_types": [FULL, SLIDING, FULL]}, "use_sliding_window=False"),
     ("qwen3_moe", {"layer_types": [FULL, SLIDING, FULL]}, "is not what a qwen3_moe"),
     ("mistral", {"layer_types": [FULL, SLIDING, FULL]}, "is not what a mistral"),
-    ("llama", {"layer_types": [SLIDING] * 3, "sliding_window": 8}, "is not what a llama"),
+    ("llama", {"layer_types": [SLIDING] * 3}, "is not what a llama"),
     ("gpt2", {"layer_types": [SLIDING] * 3}, "is not what a gpt2"),
 ]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy as oracle
 
-from moe_jax import hf, stores, tree
+from moe_jax import command_line, hf, stores, tree
 from moe_jax.hf import folders, tensors, writing
 from moe_jax.upcycle import plan
 from tests.hf.test_golden import GOLDEN, loaded
@@ -202,3 +202,18 @@ def test_values_that_are_not_finite_are_named_with_their_tensor_and_number(dtype
     with pytest.raises(ValueError, match=message):
         stores.upcycle_folders(made_of, [folder], tmp_path / "moe", jax.random.key(0))
     assert not (tmp_path / "moe").exists()
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_local_experts", "head_dim")
+
+
+@pytest.mark.parametrize("keys", [(name,) for name in SIZES] + [SIZES])
+def test_sizes_that_the_files_do_not_hold_are_refused_before_memory_is_taken(keys, tmp_path):
+    largest = {name: 2**31 - 2 for name in keys}
+    folder = changed("mixtral", tmp_path, **largest)
+    before = command_line.peak_memory()
+    assert re.search(r" is \[.*\], not \[|make [\d,]+ tensors, but", refusal(folder))
+    assert float(command_line.peak_memory()[:-3]) < float(before[:-3]) + 0.5
+    folder = changed("llama", tmp_path, num_hidden_layers=257)
+    with pytest.raises(ValueError, match="num_hidden_layers=257 must be a whole number"):
+        hf.load(folder)

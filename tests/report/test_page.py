@@ -147,3 +147,65 @@ def test_a_parents_level_is_of_the_sample_of_the_curves_and_empty_labels_are_lef
         record.result["per_language"]["und"] = {"loss": 1.0, "bits_per_byte": None}
     [axes] = figures.languages(records).axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["el", "en"]
+
+
+def test_labels_are_shown_as_they_are_and_do_no_harm(tmp_path):
+    """Not as formulas, of which a broken one ends the program, nor as markup, nor as line ends."""
+    names = [
+        "$\\frac{1}$",
+        "$x^$",
+        "<script>",
+        "a\nb\x1b[31m",
+        "\u202ea",
+        "x" * 5000,
+        *map(str, range(500)),
+    ]
+    folder = make_run(tmp_path / "run", num_experts=0, bits=2.0)
+    result = json.loads((folder / "result.json").read_text())
+    bits = (dict.fromkeys(("loss", "bits_per_byte"), 5.0 + n) for n in range(len(names), 0, -1))
+    result["per_language"] = dict(zip(names, bits, strict=True))
+    (folder / "result.json").write_text(json.dumps(result))
+    run = "$\\nothing{<q>"
+    record = page.read_record(run, 0, folder)
+    with matplotlib.rc_context(figures.STYLE):
+        figure = figures.languages([record])
+        ticks = [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+        assert len(ticks) == figures.MOST_LABELS
+        assert ticks[:-7:-1] == [*names[:3], "a�b�[31m", "�a", "x" * 99 + "…"]
+        assert figure.get_figheight() < 40
+    assert set(figures.draw([record])) >= {"loss", "languages"}
+    text = page.write(tmp_path, {run: folder}, []).read_text()
+    assert "<q>" not in text and "$\\nothing{&lt;q&gt;" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": "x"},
+        {"versions": 3},
+        {"samples": None},
+        {"per_language": []},
+        {"tokens_per_expert": {}},
+    ],
+)
+def test_a_result_of_another_form_is_one_line(change, tmp_path):
+    folder = make_run(tmp_path / "run", num_experts=4, bits=2.0)
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | change))
+    with pytest.raises(ValueError) as refused:
+        page.write(tmp_path, {"run": folder}, [])
+    assert "\n" not in str(refused.value)
+
+
+def test_figures_are_not_written_through_links(tmp_path):
+    folder = make_run(tmp_path / "run", num_experts=0, bits=2.0)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "loss.png").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match="loss.png is a link out of its folder"):
+        page.write(tmp_path, {"run": folder}, [])
+    (tmp_path / "figures").rename(tmp_path / "theirs")
+    (tmp_path / "figures").symlink_to("theirs")
+    with pytest.raises(ValueError, match="figures is a link"):
+        page.write(tmp_path, {"run": folder}, [])
+    assert (tmp_path / "mine").read_text() == "mine"

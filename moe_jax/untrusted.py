@@ -1,0 +1,54 @@
+"""Reading a folder that somebody else may have made: nothing in it leads out of it."""
+
+import os
+import pathlib
+import stat
+from collections.abc import Iterator
+
+# The folders of a workdir in which every file belongs to the run. `checkpoints` is not among them:
+# a link in it is no checkpoint, and each checkpoint is examined before it is read.
+OWN_FOLDERS = ("tokenizer", "tensorboard", "figures", "parents")
+LOCK = ".lock"
+LONGEST_LABEL = 100
+
+
+def check_folder(workdir: pathlib.Path) -> None:
+    """Refuses a workdir in which a link, or a pipe or device, stands in for a file of the run.
+
+    Hidden entries other than the lock are not examined, because a run neither reads nor writes
+    them. The workdir itself may be a link, and a link may lead to another place in the workdir.
+
+    Raises: ValueError, with the path.
+    """
+    root = workdir.resolve()
+    for path in _entries(workdir):
+        try:
+            mode = path.stat().st_mode
+            inside = path.resolve().is_relative_to(root)
+        except (OSError, RuntimeError):  # before Python 3.13, a loop of links is a RuntimeError
+            raise ValueError(f"{path} is a link to nothing; remove it") from None
+        if not inside:
+            raise ValueError(
+                f"{path} is a link out of its folder, which is not followed: put the file or "
+                "folder itself there, or remove the link"
+            )
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ValueError(f"{path} is neither a file nor a folder; remove it")
+
+
+def _entries(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+    if not workdir.is_dir():
+        return
+    for path in sorted(workdir.iterdir()):
+        if path.name == LOCK or not path.name.startswith("."):
+            yield path
+    for name in OWN_FOLDERS:
+        for folder, folders, files in os.walk(workdir / name):  # which does not follow links
+            yield from (pathlib.Path(folder, inner) for inner in (*folders, *files))
+
+
+def label(text: str) -> str:
+    """A text of a workdir, for a figure, a page or a terminal: short, and without characters that
+    do not print, such as line ends, escape sequences and marks of the writing direction."""
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return plain if len(plain) <= LONGEST_LABEL else plain[: LONGEST_LABEL - 1] + "…"
