@@ -3,7 +3,7 @@
 import json
 import pathlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 import moe_jax
 from moe_jax import config as configs
 from moe_jax import files, model
-from moe_jax.config.sections import parents_in
+from moe_jax.config.sections import parents_in, sources_in
 from moe_jax.hf import folders
 from moe_jax.model.config import ModelConfig
 from moe_jax.training import checkpoint
@@ -28,7 +28,7 @@ def write(folder: pathlib.Path, page: str) -> None:
 
 
 def of_upcycling(
-    plan: plans.Plan, parents: list[pathlib.Path], seed: int, command: list[str]
+    plan: plans.Plan, parents: Sequence[configs.Source], seed: int, command: list[str]
 ) -> str:
     """The card of a model that was just upcycled from its parents and is not trained yet."""
     rows = [
@@ -41,12 +41,13 @@ def of_upcycling(
     return _page(plan.config, "made by upcycling and not trained since", rows, command)
 
 
-def of_conversion(config: ModelConfig, source: pathlib.Path, command: list[str]) -> str:
+def of_conversion(config: ModelConfig, converted: configs.Source, command: list[str]) -> str:
     """The card of a converted model, followed by those of its source and of its parents."""
+    source = converted.folder
     run = None if folders.is_folder(source) else configs.load_json(source)
     parents = [] if run is None else [pathlib.Path(p) for p in parents_in(run.init.source)]
-    rows = [] if run is None else [*_of_run(run, parents), *_of_training(run, source)]
-    page = _page(config, f"converted from `{source.name}`", rows, command)
+    rows = [] if run is None else [*_of_run(run), *_of_training(run, converted)]
+    page = _page(config, f"converted from `{converted.name}`", rows, command)
     for folder in (source, *parents):
         own = folder / NAME
         if own.exists() and f"tags: [{TAG}" in (text := own.read_text(encoding="utf-8")):
@@ -54,17 +55,18 @@ def of_conversion(config: ModelConfig, source: pathlib.Path, command: list[str])
     return page
 
 
-def _of_run(run: ConfigDict, parents: list[pathlib.Path]) -> Iterator[tuple[str, str]]:
-    if parents:
+def _of_run(run: ConfigDict) -> Iterator[tuple[str, str]]:
+    if parents := sources_in(run.init.source):
         yield from _of_parents([parent.name for parent in parents])
     if recipe := run.init.upcycle.recipe:
         given = {name: run.init.upcycle[name] for name in recipes.RECIPES[recipe].limits}
         yield from _of_recipe(f"`{recipe}`", {n: v for n, v in given.items() if v is not None})
 
 
-def _of_training(run: ConfigDict, workdir: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """The training of a run; without its losses if they are not those of the newest checkpoint."""
-    step = checkpoint.newest_data(workdir / "checkpoints").get("step")
+def _of_training(run: ConfigDict, converted: configs.Source) -> Iterator[tuple[str, str]]:
+    """The training of a run; without its losses if they are not those of the checkpoint."""
+    workdir = converted.folder
+    step = checkpoint.newest_data(workdir / "checkpoints", converted.step).get("step")
     if not step:
         return  # an imported model
     tokens = step * run.training.batch_size * run.data.sequence_length

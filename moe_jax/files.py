@@ -1,4 +1,7 @@
-"""Atomic writes: a file or folder is written under a temporary name next to it, then renamed."""
+"""Atomic writes: a file or folder is written under a temporary name next to it, then renamed.
+
+A path in a bucket is an `etils.epath.Path`, which has the methods of a pathlib.Path used here.
+"""
 
 import contextlib
 import fcntl
@@ -26,10 +29,20 @@ def write_text(path: pathlib.Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def is_remote(path: pathlib.Path) -> bool:
+    """True for a path in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def is_there(path: pathlib.Path) -> bool:
+    """True for a file, a folder or a link, even one that leads nowhere."""
+    return path.exists() or os.path.islink(path)
+
+
 def set_aside(path: pathlib.Path, why: str) -> pathlib.Path:
     """Renames a file or folder by adding ".WHY-1", or the first number that is free."""
     names = (path.with_name(f"{path.name}.{why}-{n}") for n in itertools.count(1))
-    return path.rename(next(name for name in names if not os.path.lexists(name)))
+    return path.rename(next(name for name in names if not is_there(name)))
 
 
 @contextlib.contextmanager

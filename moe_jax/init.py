@@ -4,6 +4,7 @@ import contextlib
 import functools
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,9 @@ def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan 
             f"{settings.seed} too; set config.seed to another for another order"
         )
     with _about_source(settings):
-        _, parents = stores.load_alike([pathlib.Path(s) for s in sources], mesh)
+        _, parents = stores.load_alike(
+            settings.init.sources, mesh, allow_nonfinite=settings.init.allow_nonfinite
+        )
         parents = [_float32(params) for params in parents]
         if plan is not None:
             return _executed(plan, parents, settings, mesh)
@@ -111,7 +114,8 @@ def optimizer_state(
 
     Raises: ConfigError if the parent has no optimizer state.
     """
-    workdir = pathlib.Path(settings.init.source)
+    [source] = settings.init.sources
+    workdir = source.folder
     if folders.is_folder(workdir):
         raise configs.ConfigError(
             "config.init.upcycle.optimizer_state='copy' needs the workdir of a run as "
@@ -127,11 +131,12 @@ def optimizer_state(
     shapes = jax.eval_shape(lambda: tx.init(model.init(plan.source, jax.random.key(0))))
     abstract = sharding.abstract({"opt_state": shapes}, mesh)
     try:
-        loaded, _ = checkpoint.load(workdir / "checkpoints", abstract)
+        loaded, _ = checkpoint.load(workdir / "checkpoints", abstract, step=source.step)
+        stores.check_finite(source, loaded, allow=settings.init.allow_nonfinite)
         [adam] = filter(_is_adam, jax.tree.leaves(loaded["opt_state"], is_leaf=_is_adam))
     except (ValueError, FileNotFoundError) as error:
         raise configs.ConfigError(
-            f"config.init.source={workdir}: {error}; set init.upcycle.optimizer_state='fresh'"
+            f"config.init.source={source}: {error}; set init.upcycle.optimizer_state='fresh'"
         ) from error
     mu, nu = (_executed(plan.for_moments(), [m], settings, mesh) for m in (adam.mu, adam.nu))
     return jax.tree.map(
@@ -145,20 +150,24 @@ def _is_adam(node) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
 
-NO_LINEAGE = {"tokens": 0, "training_flops": 0.0}
+NO_LINEAGE: dict[str, Any] = {"tokens": 0, "training_flops": 0.0, "parents": []}
 
 
-def lineage(parents: Sequence[str]) -> dict[str, float]:
-    """The tokens and FLOPs of training behind the newest checkpoints of these, added up.
+def lineage(parents: Sequence[configs.Source]) -> dict[str, Any]:
+    """The tokens and FLOPs of training behind these models, added up, and the models' names.
 
-    They are 0 for a Hugging Face folder, which does not record them. A run keeps its parents'
-    numbers in its own checkpoints, so it needs the parents only for its first step.
+    Of a run without a step, the newest checkpoint counts; its step is in the name. The numbers are
+    0 for a Hugging Face folder, which does not record them. A run keeps its parents' numbers in its
+    own checkpoints, so it needs the parents only for its first step.
     """
-    total = dict(NO_LINEAGE)
-    for folder in map(pathlib.Path, parents):
+    total = {**NO_LINEAGE, "parents": [str(parent) for parent in parents]}
+    for number, parent in enumerate(parents):
+        folder = parent.folder
         if folders.is_folder(folder):
             continue
-        run, data = configs.load_json(folder), checkpoint.newest_data(folder / "checkpoints")
+        run = configs.load_json(folder)
+        data = checkpoint.newest_data(folder / "checkpoints", parent.step)
+        total["parents"][number] = str(configs.Source(folder, data.get("step", parent.step)))
         length = run.data.sequence_length
         tokens = data.get("step", 0) * run.training.batch_size * length
         per_token = flops.model_flops(configs.model_of(folder), length)

@@ -4,12 +4,15 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 EXIT_PREEMPTED, EXIT_INTERRUPTED = 75, 130
 # A cloud's or a scheduler's notice, Ctrl-C, and a terminal that was closed.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+NOT_WAITED_FOR = "not waited for: "  # begins the name of a thread that may hang
 
 
 def end(status: int) -> NoReturn:
@@ -35,6 +38,11 @@ def leave(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)
+
+
+def hangs() -> bool:
+    """True if a thread is at work that nothing waits for: its library might, at an orderly end."""
+    return any(thread.name.startswith(NOT_WAITED_FOR) for thread in threading.enumerate())
 
 
 def ask() -> None:

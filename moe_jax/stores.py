@@ -6,12 +6,14 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax import config as configs
-from moe_jax import files, hf, model, spelling
+from moe_jax import files, hf, model, spelling, tree
 from moe_jax.config import resolved
 from moe_jax.data import tokenizer_files, tokenizers
 from moe_jax.hf import beside, folders, tensors, writing
@@ -21,14 +23,27 @@ from moe_jax.training import checkpoint
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import streaming
 
+# The option of commands that read a model.
+ALLOW_NONFINITE = {
+    "action": "store_true",
+    "help": "only warn of NaN and infinite values in a model, which are refused otherwise",
+}
 
-def find(name: str) -> pathlib.Path:
-    """A model's folder, found by its name, by the name of a sweep's run without its id, or by a
-    unique prefix.
 
-    Raises: ValueError for a name that matches no folder, or several.
+def find(name: str) -> configs.Source:
+    """A model: a folder found by its name, by the name of a sweep's run without its id, or by a
+    unique prefix, each followed by @STEP for a run's checkpoint of that step.
+
+    Raises: ValueError for a name that matches no folder, or several, and for a step that the run
+      does not have.
     """
-    path = pathlib.Path(name)
+    source = configs.source_of(name)
+    found = dataclasses.replace(source, folder=_folder(source.folder))
+    found.check()
+    return found
+
+
+def _folder(path: pathlib.Path) -> pathlib.Path:
     if path.exists():
         return path
     names = sorted(p.name for p in path.parent.glob("*") if p.is_dir())
@@ -38,19 +53,19 @@ def find(name: str) -> pathlib.Path:
         if len(only) == 1:
             return path.parent / only[0]
     near = f"; it may be {' or '.join(found)}" if found else spelling.did_you_mean(path.name, names)
-    raise ValueError(f"{name} is neither a Hugging Face folder nor a run: it is not there{near}")
+    raise ValueError(f"{path} is neither a Hugging Face folder nor a run: it is not there{near}")
 
 
 def load_alike(
-    sources: list[pathlib.Path], mesh: jax.sharding.Mesh
+    sources: Sequence[configs.Source], mesh: jax.sharding.Mesh, *, allow_nonfinite: bool = False
 ) -> tuple[model.ModelConfig, list[dict]]:
     """The common config and the parameters of models; raises ValueError if they are not alike."""
-    check_alike({source: configs.model_of(source) for source in sources})
-    loaded = [load(source, mesh) for source in sources]
+    check_alike({source: configs.model_of(source.folder) for source in sources})
+    loaded = [load(source, mesh, allow_nonfinite=allow_nonfinite) for source in sources]
     return loaded[0][0], [params for _, params in loaded]
 
 
-def check_alike(models: dict[pathlib.Path, model.ModelConfig]) -> None:
+def check_alike(models: Mapping[Any, model.ModelConfig]) -> None:
     """Raises ValueError, naming the fields that differ, for models that compute differently."""
     (first, ours), *others = models.items()
     for path, theirs in others:
@@ -61,25 +76,47 @@ def check_alike(models: dict[pathlib.Path, model.ModelConfig]) -> None:
             )
 
 
-def load(workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[model.ModelConfig, dict]:
+def load(
+    source: configs.Source | pathlib.Path, mesh: jax.sharding.Mesh, *, allow_nonfinite: bool = False
+) -> tuple[model.ModelConfig, dict]:
     """The model config and the sharded parameters of a Hugging Face folder or a run's workdir.
 
-    For a run it loads the newest checkpoint that verifies.
+    For a run without a step it loads the newest checkpoint that verifies.
 
-    Raises: ValueError for a folder that is neither, or is damaged.
+    Raises: ValueError for a folder that is neither, or is damaged, for a step that the run does not
+      have, and for values that are not finite unless they are allowed.
     """
+    source = configs.Source(source) if isinstance(source, pathlib.Path) else source
+    source.check()
+    workdir = source.folder
     if folders.is_folder(workdir):
-        return hf.load(workdir, mesh=mesh)
+        return hf.load(workdir, mesh=mesh, allow_nonfinite=allow_nonfinite)
     model_config = configs.model_of(workdir)
     shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
     abstract = sharding.abstract(shapes, mesh)
-    loaded, saved = checkpoint.load(workdir / "checkpoints", {"params": abstract}, own_dtypes=True)
+    loaded, saved = checkpoint.load(
+        *(workdir / "checkpoints", {"params": abstract}), own_dtypes=True, step=source.step
+    )
     if differing := comparison.differences(model_config, resolved.model_in(saved)):
         raise ValueError(
             f"{workdir / 'config.json'} is of another model than the checkpoint: "
             f"{'; '.join(differing)}; set these as they were"
         )
+    check_finite(source, loaded["params"], allow=allow_nonfinite)
     return model_config, loaded["params"]
+
+
+def check_finite(source: configs.Source, leaves: dict, *, allow: bool) -> None:
+    """Raises: ValueError with the leaves that have NaN or infinite values; `allow` prints it."""
+    counts = jax.device_get(_count_not_finite(tree.flatten(leaves)))
+    if found := {path: int(number) for path, number in counts.items() if number}:
+        tensors.refuse_not_finite(source, found, allow=allow)
+
+
+@jax.jit
+def _count_not_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    # In float32, because a leaf may have 2**32 elements: int32 would count them as 0.
+    return {p: jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32) for p, leaf in leaves.items()}
 
 
 def end_ids(workdir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
@@ -169,7 +206,6 @@ def save(
             {"params": params},
             data={},
             config=config.to_dict(),
-            keep=1,
         )
 
 

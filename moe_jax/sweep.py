@@ -59,8 +59,8 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
     """The runs of the sweep file FILE[:arg], ordered so that each follows those it waits for.
 
     An entry of get_sweep() is {"name", "overrides": {dotted key: value}, "after": [names]}. The
-    value "@NAME" of init.source stands for that run's workdir, "@A,@B" for several. A run's workdir
-    is <workdir>/<name>-<id>.
+    value "@NAME" of init.source stands for that run's workdir, "@NAME@STEP" for its checkpoint of a
+    step, "@A,@B" for several. A run's workdir is <workdir>/<name>-<id>.
 
     Raises: ConfigError for a mistake in any run, before anything is started.
     """
@@ -82,13 +82,14 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
     models: dict[str, ModelConfig] = {}
     for name in _in_order(path, entries):
         overrides = dict(entries[name]["overrides"])
-        sources = _sources(overrides)
+        starts = _sources(overrides)
+        sources = tuple(name for name, _ in starts)
         with checks.refusing(f"run {name!r}: "):
             config = configs.load(path, overrides)
             models[name] = configs.resolve(config, parent=models.get(next(iter(sources), ""))).model
         if sources:
-            config.init.source = ",".join(f"@{runs[source].run_id}" for source in sources)
-            overrides["init.source"] = ",".join(str(runs[source].workdir) for source in sources)
+            config.init.source = ",".join(f"@{runs[s].run_id}{at}" for s, at in starts)
+            overrides["init.source"] = ",".join(f"{runs[s].workdir}{at}" for s, at in starts)
         resolved = json.dumps(config.to_dict(), sort_keys=True)
         run_id = hashlib.sha256(resolved.encode()).hexdigest()[:10]
         same = next((run for run in runs.values() if run.run_id == run_id), None)
@@ -130,7 +131,7 @@ def _get_sweep(path: str) -> list[dict]:
 def _in_order(path: str, entries: dict[str, dict]) -> list[str]:
     needs = {}
     for name, entry in entries.items():
-        needs[name] = [*entry["after"], *_sources(entry["overrides"])]
+        needs[name] = [*entry["after"], *(name for name, _ in _sources(entry["overrides"]))]
         for other in needs[name]:
             if other not in entries:
                 known = ", ".join(entries)
@@ -144,12 +145,13 @@ def _in_order(path: str, entries: dict[str, dict]) -> list[str]:
         raise configs.ConfigError(f"{path}: runs wait for each other: {circle}") from None
 
 
-def _sources(overrides: dict) -> tuple[str, ...]:
-    """The runs that init.source names: "@NAME", or several, "@NAME,@NAME"."""
+def _sources(overrides: dict) -> list[tuple[str, str]]:
+    """(NAME, "" or "@STEP") of the runs that init.source names: "@NAME", "@A,@B@240"."""
     source = str(overrides.get("init.source", ""))
     if not source.startswith("@"):
-        return ()
-    return tuple(name.removeprefix("@") for name in source.split(","))
+        return []
+    found = [configs.source_of(part.removeprefix("@")) for part in source.split(",")]
+    return [(str(one.folder), str(one).removeprefix(str(one.folder))) for one in found]
 
 
 def execute(

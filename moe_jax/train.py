@@ -1,5 +1,6 @@
 """One training run, from config to result: read this page top to bottom."""
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -26,28 +27,47 @@ from moe_jax.model.router import ROUTERS
 from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
-from moe_jax.training import balance, checkpoint, flops, loop, metrics, objective, optimizer, step
+from moe_jax.training import (
+    backends,
+    balance,
+    checkpoint,
+    flops,
+    guards,
+    loop,
+    metrics,
+    objective,
+    optimizer,
+    pulse,
+    saving,
+    step,
+)
 from moe_jax.training.state import TrainState
 
+# What a checkpoint keeps besides the state: the values before the first step.
+NOTHING_KEPT = {"lineage": init.NO_LINEAGE, "skipped_steps": 0, "left_out": [], "losses": {}}
 
-def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
+
+def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1) -> dict:
     """Trains with these settings, or resumes the run in `workdir`; returns the run's result.
 
-    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, result.json.
+    After `guards.Rewind`, `leave_out_to` is the last batch to leave out from the checkpoint on.
+
+    Writes config.json, metrics.jsonl, the files of training.log_to, checkpoints/ and result.json.
     Several processes (`parallel.distributed`) execute this function together, each on its devices
     and its rows of a batch, and process 0 writes; all of them use the same workdir.
 
-    Raises: ConfigError before anything is written; SystemExit like `training.loop.run`.
+    Raises: ConfigError before anything is written; SaveError; and what `training.loop.run` raises.
     """
-    began = time.monotonic()
+    began, directory = time.monotonic(), workdir / "checkpoints"
     with checks.refusing():
         cache = cache_folder(settings.data.cache_dir)
         stored = settings.config.to_json(sort_keys=True)
         distributed.check_equal("the config", stored + str(workdir))
     together = functools.partial(distributed.together, configs.ConfigError)
     with together():
-        goes_on = bool(checkpoint.steps(workdir / "checkpoints"))
+        goes_on = bool(checkpoint.steps(directory))
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
+        backends.check(settings.training.log_to)
     evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
     training, length = settings.training, settings.data.sequence_length
     # Runs of a sweep that differ only in the values of their parameters share one compilation.
@@ -57,8 +77,12 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     mesh = meshes.make(vars(settings.mesh))
     on_mesh = functools.partial(meshes.under, mesh)
     tx = optimizer.adamw(settings.optimizer, training.num_steps)
-    fresh = balance.initial(settings.model, settings.balance)
-    create_state = functools.partial(TrainState.create, optimizer=tx, router_state=fresh)
+    create_state = functools.partial(
+        TrainState.create,
+        optimizer=tx,
+        router_state=balance.initial(settings.model, settings.balance),
+        history=guards.history(settings.guards),
+    )
     shapes = jax.eval_shape(
         lambda: create_state(model.init(settings.model, jax.random.key(settings.seed)))
     )
@@ -78,7 +102,7 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
 
     # data -----------------------------------------------------------------------------------
     tokenizer = tokenizers.load(settings.data.tokenizer)
-    open_corpora = functools.partial(_open_corpora, settings.data, tokenizer, cache)
+    open_corpora = functools.partial(_open_corpora, settings, tokenizer, cache)
     train_text, held_out = distributed.first_alone(open_corpora, configs.ConfigError)
     digests = {"train": train_text.digest, "validation": held_out.digest}
     with checks.refusing():
@@ -87,40 +111,41 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
     # state ----------------------------------------------------------------------------------
     named = environment.naming_differences(workdir, settings, checkpoint.Mismatch)
     with checks.refusing(), named:
-        restored = checkpoint.restore_latest(workdir / "checkpoints", abstract)
+        newest = distributed.of_first(checkpoint.newest_data(directory))
+        at = environment.resume_step(settings, newest)
+        restored = checkpoint.restore_latest(directory, abstract, step=at, optional="history/")
+    kept: dict[str, Any] = {**NOTHING_KEPT, **(restored.data if restored else {})}
     if restored is None:
         start, plan = 0, init.plan_of(settings)
-        kept: dict[str, Any] = {"lineage": init.lineage(settings.init.parents), "skipped_steps": 0}
-        state = on_mesh(jax.jit(create_state, out_shardings=state_shardings))(
-            init.parameters(settings, mesh, plan)
-        )
+        kept["lineage"] = init.lineage(settings.init.sources)
+        create = on_mesh(jax.jit(create_state, out_shardings=state_shardings))
+        state = create(init.parameters(settings, mesh, plan))
         if plan and settings.init.upcycle.optimizer_state == "copy":
             opt_state = init.optimizer_state(settings, mesh, state.opt_state, plan)
             state = state.replace(opt_state=opt_state)
     else:
-        start, state = restored.step, restored.state
-        kept = {"lineage": init.NO_LINEAGE, "skipped_steps": 0} | restored.data
+        start, state = restored.step, _with_history(restored.state, settings, state_shardings)
         with together():
             environment.check_step(start, settings)
             changed = environment.changes(restored.config, settings.config)
             environment.check_text(restored.data.get("text", {}), digests, settings)
         distributed.say(f"going on from step {start}", *changed)
     with together():
-        lock = _lock(workdir) if distributed.is_first() else None
-    if distributed.is_first():
+        kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
+        lock = _lock(workdir, saving.num_bytes(abstract)) if distributed.is_first() else None
+    if lock:
+        if at is not None:
+            checkpoint.set_aside_after(directory, at)
         configs.save_json(settings.config, workdir)
         stores.keep_tokenizer(workdir, settings.data.tokenizer)
-        checkpoint.remove_unfinished(workdir / "checkpoints")
-    if settings.data.source == "embedded" and any(map(folders.is_folder, settings.init.parents)):
-        distributed.say("config.data.source='embedded' is software help; set it to your own text")
+        checkpoint.remove_unfinished(directory)
     text = batches.feed(
-        batches.batches,
-        train_text,
-        jax.NamedSharding(mesh, sharding.BATCH),
+        *(batches.batches, train_text, jax.NamedSharding(mesh, sharding.BATCH)),
         batch_size=training.batch_size,
         sequence_length=length,
         seed=settings.seed,
         start_step=start,
+        left_out=kept["left_out"],
     )
 
     # step -----------------------------------------------------------------------------------
@@ -130,68 +155,63 @@ def run(settings: configs.Run, workdir: pathlib.Path) -> dict:
         return compiled(state, batch, *([frozen_params] if frozen else []))
 
     # loop -----------------------------------------------------------------------------------
-    context = evaluators.Context(
-        run=settings,
-        mesh=mesh,
-        held_out=held_out,
-        tokenizer=tokenizer,
-        routers_at_start=_routers_at_start(workdir, start, state.params, settings.model),
-    )
-
+    routers = _routers_at_start(workdir, start, state.params, settings.model)
+    context = evaluators.Context(settings, mesh, held_out, tokenizer, routers)
     sound = frozenset({start} if restored else ())
+    saver = saving.Saver(directory, settings, sound=sound, losses=kept["losses"])
+    kept |= {"text": digests, "resumed_from": settings.checkpoint.resume_from}
 
     def save(at: int, state: TrainState, skipped: int) -> None:
-        nonlocal sound
-        sound = checkpoint.save(
-            *(workdir / "checkpoints", at, state),
-            data={**kept, "text": digests, "skipped_steps": skipped},
-            config=settings.config.to_dict(),
-            keep=settings.checkpoint.keep,
-            sound=sound,
-        )
+        saver.save(at, state, {**kept, "skipped_steps": skipped})
+        write_row.check()
 
-    tokens_per_step = training.batch_size * length
-    flops_per_token = flops.model_flops(settings.model, length)
-    # A frozen model has only a forward pass, a third of the FLOPs.
-    flops_per_token += sum(flops.model_flops(config, length) / 3 for config in frozen.values())
+    def write(row: dict) -> None:
+        write_row(row)
+        if "validation" in row:
+            saver.evaluated(row["step"], float(row["validation"]["loss"]))
+
+    costs = flops.costs(settings, frozen.values())
     if not ROUTERS[settings.model.router].learned:
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
-    with metrics.writer(workdir, resume_step=start) as write_row:
+    with (
+        contextlib.closing(lock) if lock else contextlib.nullcontext(),
+        metrics.writer(workdir, resume_step=start, log_to=training.log_to) as write_row,
+        saving.finishing(saver),
+    ):
         parts = loop.Parts(
             train_step=on_mesh(train_step),
             evaluators=evaluators.schedule(context),
             save=save,
-            write=write_row,
-            tokens_per_step=tokens_per_step,
-            model_flops_per_token=flops_per_token,
-            analytic_flops_per_token=flops.analytic_flops(settings.model, length),
-            peak_flops=flops.peak_flops(jax.devices()[0]) * jax.device_count(),
+            saved=lambda wait: saver.wait() if wait else saver.check(),
+            write=write,
+            costs=costs,
+            batch_of=lambda at: batches.number(at - 1, kept["left_out"]),
             largest=distributed.Largest(mesh),
+            pulse=pulse.Pulse(settings.guards, workdir),
         )
         state, results = loop.run(state, start, text, settings, parts, kept["skipped_steps"])
 
-    # result ---------------------------------------------------------------------------------
-    seconds = round(time.monotonic() - began, 1)
-    result = _facts(settings, flops_per_token) | results | {"seconds": seconds}
-    result["parent_tokens"] = kept["lineage"]["tokens"]
-    result["parent_training_flops"] = kept["lineage"]["training_flops"]
-    if lock:
-        shown = strict_json.text(result, indent=1)
-        files.write_text(workdir / "result.json", shown + "\n")
-        lock.close()
+        # result -----------------------------------------------------------------------------
+        result = _facts(settings, costs, kept["lineage"]) | results
+        result["seconds"] = round(time.monotonic() - began, 1)
+        if lock:
+            files.write_text(workdir / "result.json", strict_json.text(result, indent=1) + "\n")
     return result
 
 
-def _facts(settings: configs.Run, flops_per_token: float) -> dict:
-    """The facts of a run that its config and this machine decide."""
-    training = settings.training
-    tokens = training.last_step * training.batch_size * settings.data.sequence_length
+def _facts(settings: configs.Run, costs: flops.Costs, lineage: dict) -> dict:
+    """The facts of a run that its config, its parents and this machine decide."""
+    steps = settings.training.last_step
+    tokens = steps * costs.tokens_per_step
     total, active = model.count_parameters(settings.model)
     versions = {"jax": jax.__version__, "moe_jax": moe_jax.__version__}
     return {
-        "steps": training.last_step,
+        "steps": steps,
         "tokens": tokens,
-        "training_flops": tokens * flops_per_token,
+        "training_flops": tokens * costs.model_flops_per_token,
+        "parents": lineage.get("parents", []),
+        "parent_tokens": lineage["tokens"],
+        "parent_training_flops": lineage["training_flops"],
         "router": settings.model.router if settings.model.num_experts else "",
         "versions": {"python": platform.python_version(), **versions},
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
@@ -201,15 +221,24 @@ def _facts(settings: configs.Run, flops_per_token: float) -> dict:
 
 
 def _open_corpora(
-    data: configs.Data, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
+    settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
 ) -> list[TokenizedCorpus]:
     """The corpora for training and for evaluation."""
-    open_split = functools.partial(
-        prepare.open_corpus, validation_fraction=data.validation_fraction, cache=cache
-    )
+    if settings.data.source == "embedded" and any(
+        folders.is_folder(source.folder) for source in settings.init.sources
+    ):
+        distributed.say("config.data.source='embedded' is software help; set it to your own text")
+    data = settings.data
     with checks.refusing():
         distributed.say(sources.describe(data.source, cache / DATASETS))
-        return [open_split(data.source, split, tokenizer) for split in ("train", "validation")]
+        return [
+            prepare.open_corpus(
+                *(data.source, split, tokenizer),
+                validation_fraction=data.validation_fraction,
+                cache=cache,
+            )
+            for split in ("train", "validation")
+        ]
 
 
 def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
@@ -218,7 +247,9 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
     frozen, params = {}, {}
     for name, source in sources.items():
         with checks.refusing(f"config.objective, {name}: "):
-            frozen[name], params[name] = stores.load(pathlib.Path(source), mesh)
+            frozen[name], params[name] = stores.load(
+                configs.source_of(source), mesh, allow_nonfinite=settings.init.allow_nonfinite
+            )
             frozen[name].check_rows(settings.data.sequence_length)
         vocab_size = frozen[name].vocab_size
         if vocab_size != settings.model.vocab_size:
@@ -229,8 +260,16 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
     return frozen, params
 
 
-def _lock(workdir: pathlib.Path):
-    """Creates the workdir, and locks it against a second run until the file is closed."""
+def _with_history(state: TrainState, settings: configs.Run, shardings: TrainState) -> TrainState:
+    """The state with an empty history of spikes if its checkpoint has none of this size."""
+    if state.history is None or state.history.losses_W is not None:
+        return state
+    return state.replace(history=jax.device_put(guards.history(settings.guards), shardings.history))
+
+
+def _lock(workdir: pathlib.Path, needed: int):
+    """Creates the workdir with room for `needed` bytes, and locks it against a second run until the
+    file is closed."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "w")
@@ -242,6 +281,7 @@ def _lock(workdir: pathlib.Path):
         raise configs.ConfigError(
             f"--workdir={workdir}: another run is using it; wait or choose another"
         ) from None
+    saving.check_room(workdir, needed)
     return lock
 
 

@@ -19,7 +19,7 @@ from moe_jax.analysis import measures
 from moe_jax.data import sources
 from moe_jax.evaluation import evaluators
 from moe_jax.model import router
-from moe_jax.training import balance, objective
+from moe_jax.training import backends, balance, objective
 from moe_jax.upcycle import recipes
 from tests import pages
 
@@ -34,6 +34,7 @@ TABLES = (
     evaluators.EVALUATORS,
     measures.MEASURES,
     balance.RULES,
+    backends.BACKENDS,
 )
 
 

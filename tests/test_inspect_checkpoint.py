@@ -23,7 +23,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name, value in (("one", 1.0), ("two", 2.0)):
         for step in (5, 10):
-            how = {"data": {"skipped_steps": 0}, "config": {"seed": 3}, "keep": 9}
+            how = {"data": {"skipped_steps": 0}, "config": {"seed": 3}}
             checkpoint.save(folder / name / "checkpoints", step, state(value), **how)
     return folder
 
@@ -43,7 +43,7 @@ def test_shapes_digests_data_and_config_are_shown_without_reading_values(runs, c
     assert code == 0 and (found["step"], found["config"]) == (10, {"seed": 3})
     assert found["leaves"]["params/a"]["shape"] == [4, 8]
     assert set(found["leaves"]) == {"params/a", "params/b", "count"}
-    code, out, _ = inspected(capsys, monkeypatch, runs / "one", "--step=5")
+    code, out, _ = inspected(capsys, monkeypatch, f"{runs / 'one'}@5")
     assert code == 0 and "checkpoints/5" in out and "35 parameters in 2 of 3 leaves" in out
 
 
@@ -67,10 +67,11 @@ def test_verifying_shows_norms_and_finds_damage(runs, tmp_path, capsys, monkeypa
 def test_two_runs_are_compared_leaf_by_leaf(runs, capsys, monkeypatch):
     code, out, _ = inspected(capsys, monkeypatch, runs / "one", f"--diff={runs / 'two'}")
     assert code == 1 and "differs: params/b: other values" in out and "params/a: other" not in out
-    code, out, _ = inspected(capsys, monkeypatch, runs / "one", f"--diff={runs / 'one'}")
+    one = runs / "one"
+    code, out, _ = inspected(capsys, monkeypatch, f"{one}@5", f"--diff={one}@10")
     assert code == 0 and "no leaf differs" in out
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(runs, capsys, monkeypatch):
-    code, _, err = inspected(capsys, monkeypatch, runs / "one", "--step=7")
+    code, _, err = inspected(capsys, monkeypatch, f"{runs / 'one'}@7")
     assert code == 2 and "no checkpoint of step 7; it has 5, 10" in err

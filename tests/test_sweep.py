@@ -98,6 +98,10 @@ def test_a_source_comes_before_its_children_and_is_given_as_its_workdir(folder):
     runs = read(folder, [CHILD, PARENT])
     assert [run.name for run in runs] == ["parent", "child"]
     assert f"--config.init.source={runs[0].workdir}" in runs[1].flags
+    at_step = entry("at_step", **{"init.source": "@parent@240", "seed": 1})
+    *_, child, other = read(folder, [PARENT, CHILD, at_step])
+    assert f"--config.init.source={runs[0].workdir}@240" in other.flags
+    assert other.sources == child.sources == ("parent",) and other.run_id != child.run_id
     assert execute(folder, runs) == {"parent": "done", "child": "done"}
     assert order(folder) == ["parent", "child"]
 

@@ -39,7 +39,7 @@ def get_config():
     config.checkpoint.every_steps = 7
     return config
 """
-CLOCK_FIELDS = ("tokens_per_second", "mfu")
+CLOCK_FIELDS = ("tokens_per_second", "data_wait", "mfu")
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +171,8 @@ def started(config_file, workdir, *flags):
 def state_in(workdir, config_file):
     restored = {}
 
-    def keep(directory, abstract, original=checkpoint.restore_latest):
-        restored["state"] = original(directory, abstract).state
+    def keep(directory, abstract, original=checkpoint.restore_latest, **how):
+        restored["state"] = original(directory, abstract, **how).state
         raise configs.ConfigError("seen")
 
     patch = pytest.MonkeyPatch()
@@ -254,7 +254,7 @@ def test_a_run_does_not_go_on_with_a_text_that_changed_in_its_place(unbroken, co
 
 def test_a_workdir_in_use_and_one_of_another_model_are_refused(unbroken, config_file):
     workdir, _, _ = unbroken
-    lock = train._lock(workdir)
+    lock = train._lock(workdir, 0)
     with pytest.raises(configs.ConfigError, match="another run is using it"):
         train.run(configs.resolve(configs.load(config_file)), workdir)
     lock.close()
@@ -281,7 +281,7 @@ def test_a_workdir_in_use_and_one_of_another_model_are_refused(unbroken, config_
 def test_too_little_memory_is_answered_with_the_settings_that_need_less(
     config_file, tmp_path, monkeypatch, capsys
 ):
-    def exhausted(*_):
+    def exhausted(*_, **how):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
     monkeypatch.setattr(train, "run", exhausted)

@@ -33,9 +33,8 @@ from moe_jax.parallel import mesh
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument(
-        "--source", required=True, metavar="DIR", help="a run's workdir or a Hugging Face folder"
-    )
+    given = "a run's workdir, RUN@STEP or a Hugging Face folder"
+    parser.add_argument("--source", required=True, metavar="DIR", help=given)
     parser.add_argument("--text", required=True, help="the text, given as for config.data.source")
     parser.add_argument(
         "--output",
@@ -59,6 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--num_neurons", type=int, help="neurons per expert, for --neurons=gradient"
     )
+    parser.add_argument("--allow_nonfinite", **stores.ALLOW_NONFINITE)
     arguments = parser.parse_args()
     with parser.refusing():
         run(arguments)
@@ -66,9 +66,9 @@ def main() -> None:
 
 
 def run(arguments) -> None:
-    folder = stores.find(arguments.source)
-    config, params = stores.load(folder, mesh.one_device())
-    tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
+    source, allow = stores.find(arguments.source), arguments.allow_nonfinite
+    config, params = stores.load(source, mesh.one_device(), allow_nonfinite=allow)
+    tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(source.folder))
     tokens_NBT = batches_of(arguments, tokenizer)
     if config.num_experts:
         found = parent_statistics.of_mixture(params, config, tokens_NBT)

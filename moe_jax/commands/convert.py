@@ -6,18 +6,19 @@ Examples:
   python scripts/convert.py --source=path/to/folder --output=runs/imported --to=orbax
   python scripts/convert.py --source=runs/lola --output=path/to/lola --to=hf --dropless
 
-The source is a Hugging Face folder or a run's workdir. From folder to folder, tensors are read and
-written one at a time. A checkpoint is verified before use, and therefore held in memory as a whole.
-The output is written atomically: it appears when it is complete.
+The source is a Hugging Face folder, a run's workdir, or RUN@STEP for a run's checkpoint of a step.
+From folder to folder, tensors are read and written one at a time. A checkpoint is verified before
+use, and therefore held in memory as a whole. The output is written atomically: it appears when it
+is complete.
 """
 
 import dataclasses
-import pathlib
 import sys
 
 import numpy as np
 
 from moe_jax import cards, command_line, stores
+from moe_jax import config as configs
 from moe_jax.hf import folders, writing
 from moe_jax.model.config import ModelConfig
 from moe_jax.parallel import mesh
@@ -27,9 +28,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument(
-        "--source", required=True, metavar="DIR", help="a run's workdir or a Hugging Face folder"
-    )
+    given = "a run's workdir, RUN@STEP or a Hugging Face folder"
+    parser.add_argument("--source", required=True, metavar="DIR", help=given)
     parser.add_argument(
         "--output",
         required=True,
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="dtype of the output (default: the source's)"
     )
+    parser.add_argument("--allow_nonfinite", **stores.ALLOW_NONFINITE)
     arguments = parser.parse_args()
     with parser.refusing():
         run(arguments)
@@ -51,29 +52,30 @@ def main() -> None:
 
 def run(arguments) -> None:
     """Writes the model in the other format, with a model card."""
-    folder = stores.find(arguments.source)
-    config = _converted(folder, arguments)
+    source = stores.find(arguments.source)
+    config = _converted(source, arguments)
     command = [*command_line.command("convert"), *sys.argv[1:]]
-    cards.write(arguments.output, cards.of_conversion(config, folder, command))
+    cards.write(arguments.output, cards.of_conversion(config, source, command))
 
 
-def _converted(folder: pathlib.Path, arguments) -> ModelConfig:
-    if arguments.to == "hf" and folders.is_folder(folder):
-        source = folders.Folder(folder)
-        given = source.dtypes().items()
+def _converted(source: configs.Source, arguments) -> ModelConfig:
+    allow = arguments.allow_nonfinite
+    if arguments.to == "hf" and folders.is_folder(source.folder):
+        opened = folders.Folder(source.folder, allow_nonfinite=allow)
+        given = opened.dtypes().items()
         dtypes = {path: np.dtype(arguments.dtype or dtype) for path, dtype in given}
         writing.write(
             arguments.output,
-            source.config,
+            opened.config,
             dtypes,
-            lambda slot: source.part(slot.path, slot.row),
-            source=source.path,
+            lambda slot: opened.part(slot.path, slot.row),
+            source=opened.path,
             progress=True,
         )
-        return source.config
-    config, params = stores.load(folder, mesh.one_device())
+        return opened.config
+    config, params = stores.load(source, mesh.one_device(), allow_nonfinite=allow)
     if arguments.dropless:
         config = dataclasses.replace(config, dispatch="dropless")
-    how = {"source": folder, "dtype": arguments.dtype}
+    how = {"source": source.folder, "dtype": arguments.dtype}
     stores.save_as(arguments.to, arguments.output, config, params, **how)
     return config

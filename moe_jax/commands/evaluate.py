@@ -43,7 +43,7 @@ def main() -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a run's workdir or a Hugging Face folder",
+        help="a run's workdir, RUN@STEP or a Hugging Face folder",
     )
     add(
         "--source",
@@ -60,6 +60,7 @@ def main() -> None:
     fewer = "experts per token in this evaluation (default: as in training)"
     add("--num_experts_per_tok", type=int, help=fewer)
     add("--seed", type=command_line.seed, default=0, help="seed of the bootstrap for the intervals")
+    add("--allow_nonfinite", **stores.ALLOW_NONFINITE)
     add("--json", action="store_true", help="print a JSON object instead of a table")
     arguments = parser.parse_args()
     with parser.refusing():
@@ -72,7 +73,8 @@ def run(arguments: argparse.Namespace) -> dict:
 
     Raises: ValueError, in one line, for options that do not fit the model.
     """
-    folder = stores.find(arguments.checkpoint)
+    found = stores.find(arguments.checkpoint)
+    folder = found.folder
     config = configs.model_of(folder)
     data = _data(arguments, folder, config)
     if (number := arguments.num_experts_per_tok) is not None:
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace) -> dict:
         cache=cache_folder(data.cache_dir),
     )
     mesh = _mesh(config)
-    _, params = stores.load(folder, mesh)
+    _, params = stores.load(found, mesh, allow_nonfinite=arguments.allow_nonfinite)
     shards = sharding.batch_shards(mesh.shape)
     rows = batches.feed(
         batches.evaluation_batches,
@@ -113,7 +115,7 @@ def run(arguments: argparse.Namespace) -> dict:
     documents = dict(zip(corpus.labels, numbers, strict=False))
     parts = {label: sums.of_label(label) for label in corpus.labels}
     return {
-        "checkpoint": str(folder),
+        "checkpoint": str(found),
         "source": data.source,
         "tokenizer": tokenizer.fingerprint,
         **_entry(sums, sum(documents.values()) or None, arguments.seed),

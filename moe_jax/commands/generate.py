@@ -28,7 +28,7 @@ def main() -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a run's workdir or a Hugging Face folder",
+        help="a run's workdir, RUN@STEP or a Hugging Face folder",
     )
     text = "a text to continue; can be given several times"
     parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help=text)
@@ -45,6 +45,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=command_line.seed, default=0, help="seed for sampling")
     parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
+    parser.add_argument("--allow_nonfinite", **stores.ALLOW_NONFINITE)
     arguments = parser.parse_args()
     in_range = 0 <= arguments.temperature < math.inf and 0 < arguments.top_p <= 1
     if arguments.num_tokens < 1 or not in_range:
@@ -55,8 +56,9 @@ def main() -> None:
 
 
 def run(arguments) -> list[str]:
-    folder = stores.find(arguments.checkpoint)
-    model_config, params = stores.load(folder, mesh.one_device())
+    source = stores.find(arguments.checkpoint)
+    folder, allow = source.folder, arguments.allow_nonfinite
+    model_config, params = stores.load(source, mesh.one_device(), allow_nonfinite=allow)
     tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
     prompts = [tokenizer.prompt(text) for text in arguments.prompt]
     continuations = generate.generate(

@@ -4,7 +4,7 @@ Examples:
   python scripts/inspect_checkpoint.py runs/quickstart/dense
   python scripts/inspect_checkpoint.py runs/quickstart/dense --verify
   python scripts/inspect_checkpoint.py runs/quickstart/naive --diff=runs/quickstart/drop_0.5
-  python scripts/inspect_checkpoint.py runs/quickstart/naive --step=240 --json
+  python scripts/inspect_checkpoint.py runs/quickstart/naive@240 --json
 
 Without --verify, only the description of a checkpoint is read, which takes a second for a
 checkpoint of any size. --verify reads every checkpoint of the run, compares each leaf with the
@@ -25,14 +25,13 @@ from moe_jax.training import checkpoint
 def main() -> None:
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run's workdir")
-    add("--step", type=int, help="step of the checkpoint (default: the newest)")
+    add("run", metavar="RUN", help="a run's workdir, or RUN@STEP (without a step: the newest)")
     add("--verify", action="store_true", help="read all leaves and compare them with their digests")
-    add("--diff", metavar="RUN", help="another run, to compare leaf by leaf")
+    add("--diff", metavar="RUN", help="another run or step, to compare leaf by leaf")
     add("--json", action="store_true", help="print a JSON object instead of a table")
     arguments = parser.parse_args()
     with parser.refusing():
-        folder = _folder(arguments.run, arguments.step)
+        folder = _folder(arguments.run)
         try:
             report = _described(folder)
         except ValueError:
@@ -40,7 +39,7 @@ def main() -> None:
                 raise
             report = {"checkpoint": str(folder), "leaves": {}}
         if arguments.diff:
-            other = _described(_folder(arguments.diff, arguments.step))
+            other = _described(_folder(arguments.diff))
             report["differences"] = _differences(report, other)
         if arguments.verify:
             report["verified"] = {
@@ -52,14 +51,14 @@ def main() -> None:
     sys.exit(int(failed or bool(report.get("differences"))))
 
 
-def _folder(run: str, step: int | None) -> pathlib.Path:
+def _folder(run: str) -> pathlib.Path:
     """The folder of a run's checkpoint. Raises: ValueError if there is none."""
-    directory = stores.find(run) / "checkpoints"
+    source = stores.find(run)
+    directory = source.folder / "checkpoints"
     steps = checkpoint.steps(directory)
-    if not steps or step not in (None, *steps):
-        has = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
-        raise ValueError(f"{run} has no checkpoint{f' of step {step}' if steps else ''}; {has}")
-    return directory / str(steps[-1] if step is None else step)
+    if not steps:
+        raise ValueError(f"{run} has no checkpoint")
+    return directory / str(steps[-1] if source.step is None else source.step)
 
 
 def _described(folder: pathlib.Path) -> dict:

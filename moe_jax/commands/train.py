@@ -47,9 +47,11 @@ def main() -> None:
         try:
             _main()
         except SystemExit as ended:
-            if ended.code == stopping.EXIT_PREEMPTED:
-                stopping.leave(stopping.EXIT_PREEMPTED)
+            if ended.code == stopping.EXIT_PREEMPTED or stopping.hangs():
+                stopping.leave(int(ended.code or 0))
             raise
+        if stopping.hangs():
+            stopping.leave(0)
 
 
 def _nothing_to_save(number) -> NoReturn:
@@ -91,13 +93,12 @@ def _main() -> None:
             raise ValueError("--workdir=DIR is missing: the folder for metrics and checkpoints")
         if arguments.max_hours is not None:
             _stop_in(3600 * arguments.max_hours)
-        from moe_jax import train
         from moe_jax.parallel import distributed
 
         distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
     with distributed.ending_together(), parser.refusing((config.ConfigError, OSError)):
         with _advising_on_memory(settings):
-            result = train.run(settings, arguments.workdir)
+            result = _with_rewinds(settings, arguments.workdir)
     if distributed.is_first():
         print(
             f"done: {result['steps']} steps, held-out loss {result['loss']:.4f} nats/token, "
@@ -106,6 +107,26 @@ def _main() -> None:
         )
     if not math.isfinite(result["loss"]):
         sys.exit(command_line.EXIT_NONFINITE)
+
+
+def _with_rewinds(settings, workdir) -> dict:
+    """Trains; after a row of spikes it goes back to the newest checkpoint, a few times at most."""
+    from moe_jax import train
+    from moe_jax.parallel import distributed
+    from moe_jax.training import guards
+
+    leave_out_to = -1
+    for _ in range(1 + guards.MOST_REWINDS):
+        try:
+            return train.run(settings, workdir, leave_out_to=leave_out_to)
+        except guards.Rewind as rewind:
+            leave_out_to = rewind.batch
+            distributed.say(str(rewind))
+    distributed.say(
+        f"the run went back {guards.MOST_REWINDS} times; lower config.optimizer.learning_rate, or "
+        "choose an earlier checkpoint by config.checkpoint.resume_from, and run again"
+    )
+    raise SystemExit(command_line.EXIT_NONFINITE)
 
 
 def _stop_in(seconds: float) -> None:

@@ -10,14 +10,14 @@ Examples:
   python scripts/upcycle.py --source=path/to/moe --output=path/to/dense --recipe=merge_back
 
 A source is a Hugging Face folder (config.json and safetensors; read and written one expert at a
-time, so it need not fit into memory) or a run's workdir. The output is a Hugging Face folder with
+time, so it need not fit into memory), a run's workdir, or RUN@STEP for a run's checkpoint of a
+step. The output is a Hugging Face folder with
 the source's tokenizer or, with --to=orbax, a run's workdir; it appears when it is complete.
 --model.NAME=VALUE sets another field of the new model's config, such as
 --model.norm_topk_prob=false. python scripts/recipes.py NAME explains a recipe,
 its parameters (--recipe.NAME=VALUE) and the parts that it keeps.
 """
 
-import pathlib
 import sys
 
 import jax
@@ -79,6 +79,7 @@ def main() -> None:
     add("--router", default="", choices=initialisers, metavar="NAME", help=router)
     add("--statistics", metavar="FILE.npz", help="a file written by the command collect_statistics")
     add("--seed", type=command_line.seed, default=0, help="seed for all random values")
+    add("--allow_nonfinite", **stores.ALLOW_NONFINITE)
     add("--recipe.NAME", metavar="VALUE", help="a parameter of the recipe")
     add("--model.NAME", metavar="VALUE", help="a field of the new model's config")
     arguments, others = parser.parse_known_args()
@@ -103,7 +104,8 @@ def main() -> None:
 def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
     """Writes the new model; returns the similarity of its experts in some of its layers."""
     key = tree.fold_in(jax.random.key(arguments.seed), "upcycle")
-    paths, statistics = sources_of(arguments), arguments.statistics
+    sources, statistics = sources_of(arguments), arguments.statistics
+    paths, allow = [source.folder for source in sources], arguments.allow_nonfinite
     source_config = configs.model_of(paths[0])
     plan = plans.make(
         source_config,
@@ -124,13 +126,13 @@ def run(arguments, fields: dict, parameters: dict) -> list[similarity.Experts]:
             flush=True,
         )
     command = [*command_line.command("upcycle"), *sys.argv[1:]]
-    page = cards.of_upcycling(plan, paths, arguments.seed, command)
+    page = cards.of_upcycling(plan, sources, arguments.seed, command)
     if arguments.to == "hf" and all(folders.is_folder(path) for path in paths):
-        parents = [folders.Folder(path) for path in paths]
+        parents = [folders.Folder(path, allow_nonfinite=allow) for path in paths]
         stores.upcycle_folders(plan, parents, arguments.output, key, progress=True)
         cards.write(arguments.output, page)
-        return of_folder(folders.Folder(arguments.output), parents)
-    _, parents_params = stores.load_alike(paths, mesh.one_device())
+        return of_folder(folders.Folder(arguments.output, allow_nonfinite=allow), parents)
+    _, parents_params = stores.load_alike(sources, mesh.one_device(), allow_nonfinite=allow)
     params = jax.jit(lambda parents: transform.execute(plan, parents, key))(parents_params)
     stores.save_as(arguments.to, arguments.output, plan.config, params, source=paths[0])
     cards.write(arguments.output, page)
@@ -157,17 +159,17 @@ def recipe_parameters(recipe: str, arguments: list[str]) -> dict:
     return parameters
 
 
-def sources_of(arguments) -> list[pathlib.Path]:
-    """The parents' folders; raises ValueError if there are none, or the output is inside one."""
-    paths = [stores.find(part.strip()) for part in arguments.source.split(",") if part.strip()]
-    if not paths:
+def sources_of(arguments) -> list[configs.Source]:
+    """The parents; raises ValueError if there are none, or the output is inside one."""
+    sources = [stores.find(part.strip()) for part in arguments.source.split(",") if part.strip()]
+    if not sources:
         raise ValueError(f"--source={arguments.source} names no parent; give its folder")
-    for path in paths:
+    for path in (source.folder for source in sources):
         if arguments.output.resolve().is_relative_to(path.resolve()):
             raise ValueError(
                 f"--output={arguments.output} lies in the source {path}; choose one outside"
             )
-    return paths
+    return sources
 
 
 def of_folder(moe: folders.Folder, parents: list[folders.Folder]) -> list[similarity.Experts]:

@@ -1,11 +1,14 @@
 """A run's config: read from files and flags, then resolved into dataclasses with checks."""
 
+from moe_jax.config.beside import Checkpoint, Evaluation, Guards
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.reading import default, load, load_json, model_fields, parse, save_json
 from moe_jax.config.resolved import AUTO, model_of, of_stored, resolve, tokenizer_of
 from moe_jax.config.run import Run
-from moe_jax.config.sections import Balance, Data, Evaluation, Objective, Optimizer, Training
+from moe_jax.config.sections import Balance, Data, Objective, Optimizer, Training
+from moe_jax.config.source import Source, source_of
 
 __all__ = ["AUTO", "ConfigError", "Run", "default", "load", "load_json", "model_fields", "parse"]
-__all__ += ["model_of", "of_stored", "resolve", "save_json", "tokenizer_of"]
-__all__ += ["Balance", "Data", "Evaluation", "Objective", "Optimizer", "Training"]
+__all__ += ["model_of", "of_stored", "resolve", "save_json", "source_of", "tokenizer_of"]
+__all__ += ["Balance", "Checkpoint", "Data", "Evaluation", "Guards", "Objective", "Optimizer"]
+__all__ += ["Source", "Training"]

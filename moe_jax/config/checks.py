@@ -96,6 +96,16 @@ def rules(name: str, value: tuple) -> None:
                 raise ConfigError(f"{name} has {rule!r}; use {need}")
 
 
+def ranges(name: str, value: tuple) -> None:
+    """Refuses anything but pairs (first, last) of whole numbers."""
+    for pair in value:
+        match pair:
+            case (int() as first, int() as last) if 0 <= first <= last:
+                continue
+        need = 'pairs (first, last) of whole numbers, such as "((1200, 1249),)"'
+        raise ConfigError(f"{name} has {pair!r}; use {need}")
+
+
 def intervals(name: str, value: tuple) -> None:
     """Refuses anything but pairs of a name and a number of steps."""
     for pair in value:

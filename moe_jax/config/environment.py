@@ -17,7 +17,8 @@ from moe_jax.config import reading, resolved
 from moe_jax.config.checks import ConfigError, refusing
 from moe_jax.config.run import Run
 from moe_jax.config.section import Section, section_of
-from moe_jax.data import sources, tokenizers
+from moe_jax.config.source import source_of
+from moe_jax.data import batches, sources, tokenizers
 from moe_jax.hf import folders
 from moe_jax.model import comparison
 from moe_jax.parallel import mesh, sharding
@@ -31,10 +32,13 @@ def validate_environment(run: Run, num_devices: int, *, goes_on: bool = False) -
     Raises: ConfigError, in one line that says what to change.
     """
     validate_mesh(run, num_devices)
-    named = [("init.source", source) for source in run.init.parents if not goes_on]
+    named = [("init.source", source) for source in run.init.sources if not goes_on]
     if teacher := run.objective.distillation.source:
-        named.append(("objective.distillation.source", teacher))
-    for key, source in named:
+        named.append(("objective.distillation.source", source_of(teacher)))
+    for key, model in named:
+        with refusing(f"config.{key}={str(model)!r}: "):
+            model.check()
+        source = str(model.folder)
         checkpoints = os.path.join(glob.escape(source), "checkpoints", "*")
         if not folders.is_folder(source) and not glob.glob(checkpoints):
             hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not os.path.exists(source)
@@ -139,6 +143,38 @@ def check_step(step: int, run: Run) -> None:
             f"config.training.{key}={last}, but the run in --workdir is at "
             f"step {step} already; set it to {step} or more, or give another --workdir"
         )
+
+
+def resume_step(run: Run, newest: dict) -> int | None:
+    """The step of the checkpoint to go on from; None for the newest one.
+
+    A run goes back to `checkpoint.resume_from` once: when the same command is run again, the data
+    of the newest checkpoint tells that it has done so.
+    """
+    step = run.checkpoint.resume_from
+    return None if not step or newest.get("resumed_from") == step else step
+
+
+def left_out(run: Run, before: list, start: int, leave_out_to: int) -> tuple:
+    """The (first, last) pairs of batches that the run leaves out from its step `start` on.
+
+    Args:
+      before: the pairs that the checkpoint of that step was trained with.
+      leave_out_to: leaves out the batches from the next one to this one too, if it is not -1.
+
+    Raises: ConfigError for a pair with batches that the run has been trained on.
+    """
+    kept = tuple((first, last) for first, last in before)
+    done = batches.number(start, kept)
+    added = tuple(pair for pair in run.data.skip_batches if pair not in kept)
+    for first, last in added:
+        if first < done:
+            raise ConfigError(
+                f"config.data.skip_batches has ({first}, {last}), but the run at step {start} has "
+                f"been trained on the batches before {done}; begin there, or set "
+                "checkpoint.resume_from to an earlier checkpoint"
+            )
+    return kept + added + (((done, leave_out_to),) if leave_out_to >= done else ())
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import checks, sections
+from moe_jax.config import beside, checks, sections
 from moe_jax.config.section import Section, key, part
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.router import ROUTERS
@@ -31,8 +31,9 @@ class Run(Section, path=""):
     training: sections.Training = part(sections.Training)
     balance: sections.Balance = part(sections.Balance)
     objective: sections.Objective = part(sections.Objective)
-    evaluation: sections.Evaluation = part(sections.Evaluation)
-    checkpoint: sections.Checkpoint = part(sections.Checkpoint)
+    evaluation: beside.Evaluation = part(beside.Evaluation)
+    checkpoint: beside.Checkpoint = part(beside.Checkpoint)
+    guards: beside.Guards = part(beside.Guards)
     # The config that the settings come from; it is stored in the run's workdir and checkpoints.
     config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
 
@@ -58,6 +59,13 @@ class Run(Section, path=""):
             yield (
                 f"config.evaluation.num_experts_per_tok={self.evaluation.num_experts_per_tok} is "
                 f"more than the {model.num_experts} experts of the model"
+            )
+        every, evaluated = self.checkpoint.every_steps, self.evaluation.every_steps
+        if self.checkpoint.keep_best and evaluated and every % evaluated:
+            yield (
+                "config.checkpoint.keep_best needs the held-out loss of each checkpoint: set "
+                f"checkpoint.every_steps={every} to a multiple of "
+                f"evaluation.every_steps={evaluated}"
             )
         recipe = self.init.upcycle.recipe
         if recipe and not model.num_experts and recipes.RECIPES[recipe].gives == recipes.MIXTURE:

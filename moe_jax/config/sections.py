@@ -11,6 +11,7 @@ from typing import Any
 from moe_jax.config import checks
 from moe_jax.config.checks import DECAY_RATE, NOT_NEGATIVE, POSITIVE, SHARE, one_of
 from moe_jax.config.section import Section, key, part
+from moe_jax.config.source import Source, source_of
 from moe_jax.model.fields import Need
 from moe_jax.upcycle import recipes, router_init
 
@@ -52,24 +53,45 @@ class Upcycle(Section, path="init.upcycle"):
             yield f"config.init.upcycle sets {given} without a recipe; set recipe too"
 
 
-def parents_in(source: str) -> tuple[str, ...]:
-    """The folders that `init.source` names."""
-    return tuple(folder for folder in source.split(",") if folder)
+def sources_in(text: str) -> tuple[Source, ...]:
+    """The models that `init.source` names."""
+    return tuple(source_of(name) for name in text.split(",") if name)
+
+
+def parents_in(text: str) -> tuple[str, ...]:
+    """The folders of the models that `init.source` names."""
+    return tuple(str(source.folder) for source in sources_in(text))
+
+
+GIVEN = Need(
+    lambda run: bool(run.init.source or run.objective.distillation.source), "config.init.source"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Init(Section, path="init"):
     source: str = key(
         "",
-        "source of the parameters: empty for random ones, a run's workdir, a Hugging Face folder, "
-        "or several, 'A,B,C', for a recipe with several parents; if model has neither preset nor "
-        "sizes, it is the model of the first source",
+        "source of the parameters: empty for random ones, a run's workdir (RUN@STEP for its "
+        "checkpoint of a step), a Hugging Face folder, or several, 'A,B,C', for a recipe with "
+        "several parents; if model has neither preset nor sizes, it is the model of the first",
+    )
+    allow_nonfinite: bool = key(
+        False,
+        "only warns of NaN and infinite values in a parent or teacher, which are refused otherwise",
+        None,
+        GIVEN,
     )
     upcycle: Upcycle = part(Upcycle)
 
     @property
-    def parents(self) -> tuple[str, ...]:
+    def sources(self) -> tuple[Source, ...]:
         """The sources of the parameters, as a tuple."""
+        return sources_in(self.source)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The folders of the sources."""
         return parents_in(self.source)
 
     def problems(self) -> Iterator[str]:
@@ -108,6 +130,13 @@ class Data(Section, path="data", fixed=True):
     )
     validation_fraction: float = key(
         0.05, "share of documents to hold out if no file or split is named validation", SHARE
+    )
+    skip_batches: tuple = key(
+        (),
+        "(first, last) pairs of numbers of batches that are left out; without any, step N trains "
+        "on batch N - 1",
+        checks.ranges,
+        fixed=False,
     )
     cache_dir: str = key(
         "", "folder for tokens and compiled steps; empty uses the user's cache folder", fixed=False
@@ -209,7 +238,9 @@ TEACHER = Need(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation(Section, path="objective.distillation", needs=(TEACHER,)):
-    source: str = key("", "teacher with the same vocabulary: a run or a Hugging Face folder")
+    source: str = key(
+        "", "teacher with the same vocabulary: a run, RUN@STEP or a Hugging Face folder"
+    )
     coefficient: float = key(0.0, "coefficient of the divergence from the teacher", NOT_NEGATIVE)
     temperature: float = key(1.0, "divisor of the logits of both model and teacher", POSITIVE)
 
@@ -297,6 +328,11 @@ class Training(Section, path="training"):
     batch_size: int = key(16, "sequences per step, over all devices", POSITIVE, fixed=True)
     accumulation_steps: int = key(1, "number of microbatches per batch", POSITIVE)
     log_every: int = key(10, "steps between rows of metrics.jsonl", POSITIVE)
+    log_to: tuple = key(
+        ("tensorboard",),
+        "names of back ends that get the numbers of metrics.jsonl too: tensorboard, wandb, trackio",
+        checks.texts,
+    )
     max_nonfinite_steps: int = key(
         3,
         "consecutive steps with a non-finite loss or gradient after which the run stops",
@@ -318,40 +354,3 @@ class Training(Section, path="training"):
     @property
     def last_step(self) -> int:
         return self.stop_step or self.num_steps
-
-
-PROMPTS = Need(lambda run: bool(run.evaluation.prompts), "config.evaluation.prompts")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation(Section, path="evaluation"):
-    every_steps: int = key(
-        0, "steps between evaluations on held-out text; 0 for one at the end only", NOT_NEGATIVE
-    )
-    intervals: tuple = key(
-        (),
-        "(name of another evaluator, steps between its runs) pairs; 0 for one at the end only",
-        checks.intervals,
-    )
-    batch_size: int = key(32, "sequences per batch of held-out text, over all devices", POSITIVE)
-    max_batches: int = key(
-        0, "batches of held-out text in each evaluation during training; 0 for all", NOT_NEGATIVE
-    )
-    final_max_batches: int = key(
-        0, "batches of held-out text in the final evaluation; 0 for all", NOT_NEGATIVE
-    )
-    prompts: tuple = key((), "texts for the trained model to continue", checks.texts)
-    continuation_tokens: int = key(
-        96, "number of tokens to continue a prompt with", POSITIVE, PROMPTS
-    )
-    num_experts_per_tok: int = key(
-        0, "experts per token in evaluation; 0 for the model's own number", NOT_NEGATIVE, ROUTED
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpoint(Section, path="checkpoint"):
-    every_steps: int = key(
-        1000, "steps between checkpoints; another one is saved at the end", POSITIVE
-    )
-    keep: int = key(2, "number of newest checkpoints to keep", POSITIVE)

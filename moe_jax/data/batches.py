@@ -19,6 +19,20 @@ from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.packing import RowPlan
 from moe_jax.parallel import distributed
 
+Ranges = tuple[tuple[int, int], ...]  # the first and the last number of each range
+
+
+def number(n: int, left_out: Ranges) -> int:
+    """The number of the batch that is the n-th, from 0, of those that are not left out."""
+    end = 0
+    for first, last in sorted(left_out):
+        first = max(first, end)  # ranges may overlap
+        if n < first or last < first:
+            continue
+        n += last + 1 - first
+        end = last + 1
+    return n
+
 
 @struct.dataclass
 class Batch:
@@ -56,8 +70,10 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class _BatchSource:
-    """Random access to the rows `mine` of batch N; rows from `num_rows` of the plan on are
-    padding."""
+    """Random access to the rows `mine` of batches; rows from `num_rows` of the plan on are padding.
+
+    Item N is batch `number(N, left_out)`.
+    """
 
     corpus: TokenizedCorpus
     plan: RowPlan
@@ -65,12 +81,14 @@ class _BatchSource:
     mine: Sequence[int]
     num_batches: int
     num_rows: float = math.inf
+    left_out: Ranges = ()
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __getitem__(self, n: int) -> Batch:
         batch = Batch.of_shape((len(self.mine), self.plan.sequence_length))
+        n = number(n, self.left_out)
         for i, slot in enumerate(self.mine):
             g = n * self.batch_size + int(slot)
             if g < self.num_rows:
@@ -98,15 +116,16 @@ def batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    left_out: Ranges = (),
     rows: Sequence[int] | None = None,
     num_threads: int = 2,
 ) -> Iterator[Batch]:
     """An endless iterator over batches start_step, start_step + 1, …, with only the rows `rows` of
-    each (None is all)."""
+    each (None is all); batches that are `left_out` do not count."""
     plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=seed)
     mine = range(batch_size) if rows is None else rows
     # A dataset must have a length; this one is long enough to be endless.
-    source = _BatchSource(corpus, plan, batch_size, mine, num_batches=2**40)
+    source = _BatchSource(corpus, plan, batch_size, mine, num_batches=2**40, left_out=left_out)
     dataset = grain.MapDataset.source(source)[start_step:]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     return iter(dataset.to_iter_dataset(options))

@@ -20,7 +20,10 @@ def is_folder(path: str | pathlib.Path) -> bool:
 
 
 def load(
-    folder: str | pathlib.Path, *, mesh: jax.sharding.Mesh | None = None
+    folder: str | pathlib.Path,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[model.ModelConfig, dict]:
     """(ModelConfig, parameters) of a folder with config.json and safetensors.
 
@@ -30,7 +33,7 @@ def load(
 
     Raises: ValueError, like opening a `Folder`.
     """
-    source = Folder(folder)
+    source = Folder(folder, allow_nonfinite=allow_nonfinite)
     if mesh is None:
         return source.config, source.params()
     shapes, dtypes = tensors.shapes(source.config), source.dtypes()
@@ -48,12 +51,17 @@ def load(
 class Folder:
     """A model's folder; opening it reads only the headers of its weights.
 
+    Reading a tensor with NaN or infinite values raises ValueError with its name and their number,
+    or prints both with `allow_nonfinite`.
+
     Raises: ValueError, in one line, for a folder that is not a supported model; the message lists
       missing, extra and misshapen tensors.
     """
 
-    def __init__(self, folder: str | pathlib.Path):
+    def __init__(self, folder: str | pathlib.Path, *, allow_nonfinite: bool = False):
         self.path = pathlib.Path(folder)
+        self._allow_nonfinite = allow_nonfinite
+        self._allowed: set[str] = set()  # the tensors with such values, each named once
         self.config = configs.of_folder(self.path)
         self.tensors = safetensors.open_folder(self.path)
         try:
@@ -86,7 +94,7 @@ class Folder:
             return
         embedding = self.tensors[self.parts["embed/tokens"][0].name]
         same = head.shape == embedding.shape and np.array_equal(
-            head.read().astype(np.float32), embedding.read().astype(np.float32)
+            head.read().astype(np.float32), embedding.read().astype(np.float32), equal_nan=True
         )
         if not same:
             raise tensors.MismatchError(
@@ -136,9 +144,8 @@ class Folder:
 
     def _read(self, part: tensors.TensorPart, index: tuple[slice, ...]) -> np.ndarray:
         array = tensors.read(part, self.tensors[part.name], index)
-        if number := tensors.count_not_finite(array):
-            raise ValueError(
-                f"{self.path}: {number} values of {part.name} are not finite; the model computes "
-                "nothing, mend it elsewhere"
-            )
+        if part.name not in self._allowed and tensors.count_not_finite(array):
+            found = {part.name: tensors.count_not_finite_in(self.tensors[part.name])}
+            tensors.refuse_not_finite(self.path, found, allow=self._allow_nonfinite)
+            self._allowed.add(part.name)
         return array

@@ -16,6 +16,7 @@ from moe_jax import model, tree
 from moe_jax.hf import safetensors
 from moe_jax.hf.families import IGNORED, Entry, Family, Table
 from moe_jax.model.layout import layer_groups
+from moe_jax.parallel import distributed
 
 
 class MismatchError(ValueError):
@@ -219,6 +220,31 @@ def count_not_finite(array: np.ndarray) -> int:
     bits = array.view(f"u{array.dtype.itemsize}")
     exponent = bits.dtype.type(exponent)
     return int(np.count_nonzero((bits & exponent) == exponent))
+
+
+def count_not_finite_in(tensor: safetensors.Tensor) -> int:
+    """The number of NaNs and infinities of a whole tensor, which is read by parts."""
+    if not tensor.shape:
+        return count_not_finite(tensor.read())
+    rows = max(1, 2**24 // max(1, math.prod(tensor.shape[1:])))
+    parts = (slice(i, min(i + rows, tensor.shape[0])) for i in range(0, tensor.shape[0], rows))
+    return sum(count_not_finite(tensor.read((part,))) for part in parts)
+
+
+def refuse_not_finite(source: object, found: dict[str, int], *, allow: bool) -> None:
+    """Names the tensors or leaves of `found`, each with its number of NaNs and infinities.
+
+    Raises: ValueError unless `allow`, which prints the line.
+    """
+    listed = [f"{number} values of {name}" for name, number in list(found.items())[:8]]
+    more = f" and others of {len(found) - 8} more" if len(found) > 8 else ""
+    line = f"{source}: {', '.join(listed)}{more} are not finite"
+    if not allow:
+        raise ValueError(
+            f"{line}; the model computes nothing: mend it elsewhere, or allow them by "
+            "--allow_nonfinite, in a config by init.allow_nonfinite=True"
+        )
+    distributed.say(f"{line}: this is allowed, results may be NaN")
 
 
 def check_beyond(dtype: np.dtype, beyond: dict[str, int]) -> None:

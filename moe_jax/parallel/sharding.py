@@ -21,7 +21,7 @@ EXPERT = ("edp", "expert")  # these shard the experts
 # The first rule that matches decides. Paths in the optimizer state end in the path of their
 # parameter. Block leaves have a leading axis of layers.
 RULES = (
-    (r"(^|/)(step|count|coefficients_L)$", P()),
+    (r"(^|/)(step|count|coefficients_L|history/\w+)$", P()),
     (r"(^|_|/)norm/(scale|bias)$", P()),
     (r"embed/tokens$", P(TENSOR, "fsdp")),
     (r"embed/positions$", P(None, "fsdp")),

@@ -2,21 +2,22 @@
 
 Orbax notices missing and truncated files, but not flipped bits, and takes any folder named by a
 number for a checkpoint. Here a checkpoint counts only if its leaves match the digests saved with
-them.
+them. `directory` may be in a bucket: an `epath.Path` of gs://bucket/folder.
 """
 
 import dataclasses
 import os
 import pathlib
 import re
-import shutil
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
+from etils import epath
 
 from moe_jax import files, tree
 from moe_jax.parallel import distributed
@@ -25,7 +26,7 @@ from moe_jax.parallel import distributed
 @dataclasses.dataclass(frozen=True)
 class Restored:
     step: int
-    state: object
+    state: Any
     data: dict
     config: dict
 
@@ -38,22 +39,18 @@ class NoneVerifies(ValueError):
     """There are checkpoints, but none of them verifies."""
 
 
-def save(
-    directory: pathlib.Path,
-    step: int,
-    state,
-    *,
-    data: dict,
-    config: dict,
-    keep: int,
-    sound: frozenset[int] = frozenset(),
-) -> frozenset[int]:
-    """Writes <directory>/<step> atomically, then deletes older checkpoints.
+class SaveError(OSError):
+    """A checkpoint could not be saved."""
 
-    With several processes, each writes its parts of the leaves into the same `directory`. `sound`
-    are the steps known to verify. Returns the newest `keep` of these and the new step; once there
-    are that many, older checkpoints are deleted. A folder that is not a checkpoint of the step in
-    its name is never deleted. Whatever is in the new checkpoint's place is renamed.
+
+def start(
+    directory: pathlib.Path, step: int, state, *, data: dict, config: dict
+) -> ocp.AsyncResponse[None]:
+    """Copies the state to the host and starts to write <directory>/<step>, which appears whole.
+
+    The arrays may be donated or deleted as soon as this returns; `result()` waits for the files.
+    With several processes, each writes its parts of the leaves into the same `directory`. Whatever
+    is in the new checkpoint's place is renamed.
     """
     leaves = tree.flatten(state)
     meta = {
@@ -62,37 +59,70 @@ def save(
         "leaves": {path: [list(x.shape), str(x.dtype)] for path, x in leaves.items()},
         "digests": digests(leaves),
     }
-    folder = (directory / str(step)).absolute()
-    if distributed.is_first() and os.path.lexists(folder):
+    folder = _absolute(directory / str(step))
+    if distributed.is_first() and files.is_there(folder):
         aside = files.set_aside(folder, "unverified")
         distributed.say(f"{folder} was there and had not been read: it is renamed to {aside.name}")
     distributed.of_first(None)  # the others wait until the path is free
-    ocp.save_checkpointables(folder, {"state": leaves, "meta": meta})
-    kept = frozenset(sorted(sound | {step})[-keep:])
-    if distributed.is_first() and len(kept) == keep:
-        for old in steps(directory):
-            if old < min(kept) and _own(directory / str(old)) is not None:
-                shutil.rmtree(directory / str(old))
-    return kept
+    context = ocp.Context()
+    # Otherwise a save into a directory that cannot be written waits for 300 s before it fails.
+    context.asynchronous.create_directories_asynchronously = False
+    if files.is_remote(folder):  # a bucket renames file by file; a last file shows completeness
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+    with context:
+        return ocp.save_checkpointables_async(folder, {"state": leaves, "meta": meta})
+
+
+def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict) -> None:
+    """`start`, and waits for the files."""
+    start(directory, step, state, data=data, config=config).result()
 
 
 def steps(directory: pathlib.Path) -> list[int]:
     """The steps that have a folder, oldest first; their checkpoints may fail verification."""
-    folders = (p for p in directory.glob("*") if p.is_dir() and not p.is_symlink())
-    return sorted(int(p.name) for p in folders if re.fullmatch("0|[1-9][0-9]*", p.name))
+    named = (p for p in _inside(directory) if re.fullmatch("0|[1-9][0-9]*", p.name))
+    return sorted(int(p.name) for p in named if p.is_dir() and not os.path.islink(p))
 
 
-def newest_data(directory: pathlib.Path) -> dict:
-    """The `data` of the newest checkpoint whose step matches its name, unverified; {} if none."""
-    found = (_own(directory / str(step)) for step in reversed(steps(directory)))
+def _absolute(path: pathlib.Path) -> epath.Path:
+    return epath.Path(path if files.is_remote(path) else path.absolute())
+
+
+def _inside(directory: pathlib.Path) -> list[Any]:
+    directory = epath.Path(directory)
+    return list(directory.iterdir()) if directory.is_dir() else []
+
+
+def newest_data(directory: pathlib.Path, step: int | None = None) -> dict:
+    """The `data` of the newest checkpoint whose step matches its name, unverified; {} if none.
+
+    With `step`, only the checkpoint of that step counts.
+    """
+    named = steps(directory) if step is None else [step]
+    found = (_own(directory / str(step)) for step in reversed(named))
     return next((meta["data"] for meta in found if meta is not None), {})
+
+
+def remove(directory: pathlib.Path, step: int) -> None:
+    """Removes a checkpoint; a folder that is not a checkpoint of the step in its name stays."""
+    if _own(directory / str(step)) is not None:
+        epath.Path(directory / str(step)).rmtree()
+
+
+def set_aside_after(directory: pathlib.Path, step: int) -> None:
+    """Renames the checkpoints of later steps, so that no run goes on from them."""
+    for later in steps(directory):
+        if later > step:
+            aside = files.set_aside(directory / str(later), "left")
+            distributed.say(f"the checkpoint of step {later} is renamed to {aside.name}")
 
 
 def remove_unfinished(directory: pathlib.Path) -> None:
     """Removes the temporary folders left by a run that was killed while saving."""
-    for path in directory.glob("*.orbax-checkpoint-tmp*"):
-        if re.fullmatch(r"[0-9]+\.orbax-checkpoint-tmp.*", path.name) and not path.is_symlink():
-            shutil.rmtree(path)
+    for path in _inside(directory):
+        unfinished = re.fullmatch(r"[0-9]+\.orbax-checkpoint-tmp.*", path.name)
+        if unfinished and not os.path.islink(path):
+            path.rmtree()
 
 
 def _own(folder: pathlib.Path) -> dict | None:
@@ -110,7 +140,7 @@ def described(folder: pathlib.Path) -> dict:
     """
     _check_links(folder)
     with _reading():
-        meta = ocp.load_checkpointables(folder.absolute(), {"meta": None})["meta"]
+        meta = ocp.load_checkpointables(_absolute(folder), {"meta": None})["meta"]
     if (step := meta["data"].get("step")) != int(folder.name):
         raise ValueError(
             f"it is a checkpoint of step {step}, not of the step that it is named after"
@@ -118,37 +148,47 @@ def described(folder: pathlib.Path) -> dict:
     return meta
 
 
-def restore_latest(directory: pathlib.Path, abstract_state) -> Restored | None:
+def restore_latest(
+    directory: pathlib.Path, abstract_state, *, step: int | None = None, optional: str = "-"
+) -> Restored | None:
     """The newest checkpoint that verifies; None if there are no checkpoints.
 
     Args:
       abstract_state: `jax.ShapeDtypeStruct`s with the shardings to restore to, which may differ
         from the shardings at saving.
+      step: only the checkpoint of this step counts, and must verify.
+      optional: the beginning of paths. Such leaves of `abstract_state` become None if the
+        checkpoint lacks them or has others; such leaves of the checkpoint may be left over.
 
     Raises: Mismatch if the checkpoint's leaves are not those of `abstract_state`; NoneVerifies.
     """
     abstract = tree.flatten(abstract_state)
-    found = _newest(directory, abstract)
+    found = _newest(directory, abstract, only=step, optional=optional)
     if found is None:
         return None
-    step, leaves, meta = found
-    if surplus := sorted(set(meta["leaves"]) - set(abstract)):
-        raise Mismatch(f"{directory / str(step)} also holds {', '.join(surplus)}: another model?")
-    state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves.values())
-    return Restored(step, state, meta["data"], meta["config"])
+    newest, leaves, meta = found
+    surplus = sorted(set(meta["leaves"]) - set(abstract))
+    if surplus := [path for path in surplus if not path.startswith(optional)]:
+        raise Mismatch(f"{directory / str(newest)} also holds {', '.join(surplus)}: another model?")
+    values = (leaves.get(path) for path in abstract)
+    state = jax.tree.unflatten(jax.tree.structure(abstract_state), values)
+    return Restored(newest, state, meta["data"], meta["config"])
 
 
-def load(directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False) -> tuple[dict, dict]:
+def load(
+    directory: pathlib.Path, abstract: dict, *, own_dtypes: bool = False, step: int | None = None
+) -> tuple[dict, dict]:
     """The parts in `abstract`, such as {"params": …}, of the newest checkpoint that verifies, and
     the config that was saved with it.
 
     Args:
+      step: only the checkpoint of this step counts, and must verify.
       own_dtypes: leaves may have, and keep, a dtype other than in `abstract`.
 
     Raises: FileNotFoundError if there is no checkpoint; NoneVerifies if none of them verifies;
       Mismatch if it is of another model.
     """
-    found = _newest(directory, tree.flatten(abstract), own_dtypes)
+    found = _newest(directory, tree.flatten(abstract), own_dtypes, step)
     if found is None:
         raise FileNotFoundError(f"{directory} holds no checkpoint")
     _, leaves, meta = found
@@ -207,17 +247,25 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def _newest(
-    directory: pathlib.Path, abstract: dict, own_dtypes: bool = False
+    directory: pathlib.Path,
+    abstract: dict,
+    own_dtypes: bool = False,
+    only: int | None = None,
+    optional: str = "-",
 ) -> tuple[int, dict, dict] | None:
     """(step, leaves, meta) of the newest checkpoint whose leaves named in `abstract` verify.
 
     All processes restore the same one: if any of them cannot read a checkpoint, none uses it.
     """
-    found, reason = distributed.of_first(steps(directory)), ""
+    there, reason = distributed.of_first(steps(directory)), ""
+    if only is not None and only not in there:
+        has = ", ".join(map(str, there)) or "none"
+        raise NoneVerifies(f"{directory} has no checkpoint of step {only}; it has {has}")
+    found = there if only is None else [only]
     for step in reversed(found):
         try:
             with distributed.together(ValueError):
-                leaves, meta = _load(directory / str(step), abstract, own_dtypes)
+                leaves, meta = _load(directory / str(step), abstract, own_dtypes, optional)
             _check_digests(leaves, meta)
             return step, leaves, meta
         except Mismatch:
@@ -225,6 +273,11 @@ def _newest(
         except Exception as error:  # damaged files make Orbax and TensorStore raise any type
             reason = " ".join(str(error).split())[:300]
             logging.warning("checkpoint %s does not verify: %s", directory / str(step), reason)
+    if only is not None:
+        raise NoneVerifies(
+            f"{directory / str(only)} does not verify: {reason}; give another of the steps "
+            f"{', '.join(map(str, there))}"
+        )
     if found:
         raise NoneVerifies(
             f"none of the {len(found)} checkpoints in {directory} verifies (the oldest: {reason}); "
@@ -233,34 +286,39 @@ def _newest(
     return None
 
 
-def _load(folder: pathlib.Path, abstract: dict, own_dtypes: bool) -> tuple[dict, dict]:
+def _load(
+    folder: pathlib.Path, abstract: dict, own_dtypes: bool, optional: str
+) -> tuple[dict, dict]:
     meta = described(folder)
     if own_dtypes:
         abstract = {
             path: leaf.update(dtype=jnp.dtype(meta["leaves"].get(path, [None, leaf.dtype])[1]))
             for path, leaf in abstract.items()
         }
-    problems = []
+    problems = {}
     for path, leaf in abstract.items():
         saved = meta["leaves"].get(path)
         if saved is None:
-            problems.append(f"{path} is missing")
+            problems[path] = "is missing"
         elif saved != [list(leaf.shape), str(leaf.dtype)]:
-            problems.append(f"{path} is {saved[1]}{saved[0]}, not {leaf.dtype}{list(leaf.shape)}")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise Mismatch(f"{folder} is of another model: {'; '.join(problems[:5])}{more}")
-    return _read(folder, abstract), meta
+            problems[path] = f"is {saved[1]}{saved[0]}, not {leaf.dtype}{list(leaf.shape)}"
+    named = [f"{path} {problem}" for path, problem in problems.items()]
+    if named := [problem for problem in named if not problem.startswith(optional)]:
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+        raise Mismatch(f"{folder} is of another model: {'; '.join(named[:5])}{more}")
+    return _read(folder, {path: x for path, x in abstract.items() if path not in problems}), meta
 
 
 def _read(folder: pathlib.Path, abstract: dict) -> dict[str, jax.Array]:
     with _reading():
-        leaves = ocp.load_checkpointables(folder.absolute(), {"state": abstract})["state"]
+        leaves = ocp.load_checkpointables(_absolute(folder), {"state": abstract})["state"]
     return {path: leaves[path] for path in abstract}
 
 
 def _check_links(folder: pathlib.Path) -> None:
-    for path in folder.rglob("*"):
+    if files.is_remote(folder):
+        return
+    for path in pathlib.Path(folder).rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} is a link out of the checkpoint")
 

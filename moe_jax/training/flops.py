@@ -6,11 +6,14 @@ the matrix products that the step does execute.
 """
 
 import collections
+import dataclasses
 import timeit
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax import config as configs
 from moe_jax.model.config import MOE, ModelConfig
 from moe_jax.model.router import ROUTERS
 from moe_jax.ops import attention
@@ -18,6 +21,29 @@ from moe_jax.parallel import chips
 
 # Peak FLOP/s of one device for dense bfloat16 matrix products, from the vendors' data sheets.
 PEAK_FLOPS = {chip.device_kind: chip.flops for chip in chips.CHIPS.values()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a step of a run costs."""
+
+    tokens_per_step: int
+    model_flops_per_token: float
+    analytic_flops_per_token: float
+    peak_flops: float  # of all devices together, in FLOP/s
+
+
+def costs(run: configs.Run, frozen: Iterable[ModelConfig]) -> Costs:
+    """The costs on this machine's devices, with the forward passes of frozen models."""
+    length = run.data.sequence_length
+    # A forward pass is a third of the FLOPs of forward and backward pass.
+    forward = sum(model_flops(config, length) / 3 for config in frozen)
+    return Costs(
+        tokens_per_step=run.training.batch_size * length,
+        model_flops_per_token=model_flops(run.model, length) + forward,
+        analytic_flops_per_token=analytic_flops(run.model, length),
+        peak_flops=peak_flops(jax.devices()[0]) * jax.device_count(),
+    )
 
 
 def _products(config: ModelConfig) -> dict[str, float]:

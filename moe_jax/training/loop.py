@@ -16,23 +16,26 @@ from moe_jax.analysis import measures
 from moe_jax.data.batches import Batch
 from moe_jax.evaluation.evaluators import Scheduled
 from moe_jax.parallel import distributed
+from moe_jax.training import flops, guards, pulse
 from moe_jax.training.state import Measures, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The functions that the loop calls, which hide files, meshes and the model, and the constants
-    that it needs for its rows."""
+    """The functions that the loop calls, which hide files, meshes and the model, and the costs that
+    it writes into its rows."""
 
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Measures]]
     evaluators: Mapping[str, Scheduled]
-    save: Callable[[int, TrainState, int], None]  # (step, state, number of steps skipped so far)
+    # (step, state, number of steps skipped so far); `saved` with True waits for the files. Both
+    # raise if a save has failed.
+    save: Callable[[int, TrainState, int], None]
+    saved: Callable[[bool], None]
     write: Callable[[dict], None]  # writes a row of metrics.jsonl
-    tokens_per_step: int
-    model_flops_per_token: float
-    analytic_flops_per_token: float
-    peak_flops: float  # of all devices together, in FLOP/s
+    costs: flops.Costs
+    batch_of: Callable[[int], int]  # the number of the batch that a step trains on
     largest: Callable[[int], int]  # the maximum over all processes: parallel.distributed.Largest
+    pulse: pulse.Pulse
 
 
 def run(
@@ -53,7 +56,7 @@ def run(
 
     Raises: SystemExit 75 after SIGTERM, SIGHUP or Ctrl-C (a checkpoint is saved first, if any step
       was made; one process alone abandons a running evaluation), or 3 if too many consecutive steps
-      were not finite or the parameters are not.
+      were not finite or the parameters are not. guards.Rewind after too many consecutive spikes.
     """
     last = settings.training.last_step
     log = _TrainingLog(settings, parts, start, skipped)
@@ -61,37 +64,48 @@ def run(
     silent = None if distributed.is_first() else True  # None: silent only without a terminal
     progress = tqdm.tqdm(total=last, initial=start, unit="step", disable=silent, dynamic_ncols=True)
     stop = _Stop()
-    with stopping.requests(stop), progress as bar:
+    begin = parts.pulse.at
+    with stopping.requests(stop), progress as bar, parts.pulse.watched():
         for step in range(start, last + 1):
+            parts.saved(False)
             stopped_by = parts.largest(stop.number)
             due = step % settings.checkpoint.every_steps == 0 or step == last or stopped_by
             if step > start and due:
                 log.flush()
+                begin(step, "save")
                 parts.save(step, state, log.skipped)
             if stopped_by:
+                parts.saved(True)
                 _end(stopped_by, step, saved=step > start)
             for evaluator in parts.evaluators.values():
                 if step == last or evaluator.is_due(step):
                     log.flush()
+                    begin(step, "evaluation")
                     try:
                         with log.clock_stopped(), stop.at_once():
                             found = evaluator.evaluate(state.params)
                     except _Stopped:
                         if step > start and not due:
                             parts.save(step, state, log.skipped)
+                        parts.saved(True)
                         _end(stop.number, step, saved=step > start)
                     if found.row and (evaluator.is_due(step) or evaluator.logged_at_end):
-                        tokens = step * parts.tokens_per_step
+                        tokens = step * parts.costs.tokens_per_step
                         parts.write({"step": step, "tokens": tokens, **found.row})
                     results |= found.result
             if step < last:
+                begin(step, "wait for data")
                 # An implicit transfer would make the host wait for the device, or vice versa.
                 with jax.transfer_guard("disallow"):
-                    state, step_measures = parts.train_step(state, next(batches))
+                    batch = log.waiting_for(lambda: next(batches))
+                    begin(step, "step" if step > start else "compilation and step")
+                    state, step_measures = parts.train_step(state, batch)
                 log.flush()
                 log.pending = (step + 1, step_measures)
                 bar.update()
                 bar.set_postfix(log.shown, refresh=False)
+        begin(last, "save")
+        parts.saved(True)
     return state, {**results, "skipped_steps": log.skipped}
 
 
@@ -106,7 +120,8 @@ class _TrainingLog:
         self.pending: tuple[int, Measures] | None = None
         self.shown: dict[str, str] = {}
         self._settings, self._parts = settings, parts
-        self._nonfinite_in_a_row = 0
+        self._nonfinite_in_a_row = self._spikes_in_a_row = 0
+        self._alarms, self._waited, self._slow_data = guards.Alarms(settings), 0.0, False
         self.skipped = skipped
         self._timed_step, self._since = start, time.monotonic()
 
@@ -114,35 +129,50 @@ class _TrainingLog:
         if self.pending is None:
             return
         (step, step_measures), self.pending = self.pending, None
-        skipped, diverged = jax.device_get((step_measures.skipped, step_measures.diverged))
-        self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
+        m = step_measures
+        skipped, spiked, diverged = jax.device_get((m.skipped, m.spiked, m.diverged))
+        self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped and not spiked else 0
+        self._spikes_in_a_row = self._spikes_in_a_row + 1 if spiked else 0
         self.skipped += int(skipped)
         training = self._settings.training
         if skipped:
-            distributed.say(
-                f"step {step}: loss or gradient not finite, no update was made "
-                f"({self.skipped} in this run)"
-            )
+            what = "a spike of the loss or gradient" if spiked else "loss or gradient not finite"
+            distributed.say(f"step {step}: {what}, no update was made ({self.skipped} in this run)")
         if step % training.log_every == 0 or step == training.last_step:
             row = self._row(step, jax.device_get(step_measures))
             self._parts.write(row)
+            self._alarms.see(row)
             self.shown = {
                 "loss": f"{row['loss']:.3f}",
                 "tokens/s": f"{row['tokens_per_second']:,.0f}",
             }
+        if 0 < self._settings.guards.rewind_after <= self._spikes_in_a_row:
+            raise guards.Rewind(step, self._parts.batch_of(step))
         if self._nonfinite_in_a_row >= training.max_nonfinite_steps:
+            first, last = (
+                self._parts.batch_of(at) for at in (step - self._nonfinite_in_a_row + 1, step)
+            )
             distributed.say(
                 f"loss or gradient not finite for {self._nonfinite_in_a_row} steps up to {step}; "
-                "their updates were skipped. Lower config.optimizer.learning_rate and run again"
+                "their updates were skipped. Lower config.optimizer.learning_rate, or leave the "
+                f'batches out by --config.data.skip_batches="(({first},{last}),)", and run again'
             )
             raise SystemExit(command_line.EXIT_NONFINITE)
         if diverged:
             distributed.say(
                 f"the update of step {step} made parameters that are not finite; they are not "
                 "saved. Lower config.optimizer.learning_rate and run again: it goes on from the "
-                "newest checkpoint"
+                "newest checkpoint, or from that of --config.checkpoint.resume_from=STEP"
             )
             raise SystemExit(command_line.EXIT_NONFINITE)
+
+    def waiting_for(self, get: Callable[[], Batch]) -> Batch:
+        """The next batch; notes the time if the device had nothing left to do meanwhile."""
+        began = time.monotonic()
+        batch = get()
+        if self.pending is not None and _is_ready(self.pending[1].loss):
+            self._waited += time.monotonic() - began
+        return batch
 
     @contextlib.contextmanager
     def clock_stopped(self):
@@ -151,23 +181,31 @@ class _TrainingLog:
         self._since += time.monotonic() - began
 
     def _row(self, step: int, values: Any) -> dict:
-        parts = self._parts
+        costs = self._parts.costs
         seconds = max(time.monotonic() - self._since, 1e-9)
-        tokens_per_second = (step - self._timed_step) * parts.tokens_per_step / seconds
+        tokens_per_second = (step - self._timed_step) * costs.tokens_per_step / seconds
+        data_wait, self._waited = self._waited / seconds, 0.0
+        if data_wait > self._settings.guards.data_wait and seconds > 1 and not self._slow_data:
+            self._slow_data = True
+            distributed.say(
+                f"step {step}: {data_wait:.0%} of the time is spent waiting for batches; put "
+                "config.data.cache_dir on a local disk, or give the process more CPU cores"
+            )
         self._timed_step, self._since = step, time.monotonic()
-        tokens = step * parts.tokens_per_step
+        tokens = step * costs.tokens_per_step
         row: dict[str, Any] = {
             "step": step,
             "tokens": tokens,
-            "model_flops": tokens * parts.model_flops_per_token,
-            "analytic_flops": tokens * parts.analytic_flops_per_token,
+            "model_flops": tokens * costs.model_flops_per_token,
+            "analytic_flops": tokens * costs.analytic_flops_per_token,
             "loss": values.loss,
             **values.terms,
             "gradient_norm": values.gradient_norm,
             "skipped": int(values.skipped),
             "learning_rate": values.learning_rate,
             "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * parts.model_flops_per_token / parts.peak_flops,
+            "data_wait": data_wait,
+            "mfu": tokens_per_second * costs.model_flops_per_token / costs.peak_flops,
         }
         if values.load_balancing_coefficients_L is not None:
             row["load_balancing_coefficients"] = values.load_balancing_coefficients_L
@@ -176,6 +214,10 @@ class _TrainingLog:
             sums = measures.Sums(values.router, router, factor, measures.TRAINING)
             row["router"] = measures.rows(sums)
         return row
+
+
+def _is_ready(x: Any) -> bool:
+    return x.is_ready()  # which jax.Array has, but does not declare
 
 
 class _Stopped(BaseException):

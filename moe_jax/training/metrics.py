@@ -1,27 +1,76 @@
-"""Writes a run's metrics to metrics.jsonl and TensorBoard, and reads them back."""
+"""Writes a run's metrics to metrics.jsonl and to back ends, and reads them back."""
 
 import contextlib
+import io
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 from moe_jax import files, strict_json
 from moe_jax.parallel import distributed
-from moe_jax.training import board
+from moe_jax.training import backends
+
+
+class Writer:
+    """Appends a row to metrics.jsonl, and its scalars to the back ends, at each call.
+
+    A row has `step`; its values are numbers, arrays, text, or dicts of these. Numbers that are not
+    finite become null, because JSON cannot express them. Rows that a full disk does not take wait
+    in memory, and each further row tries them again: `check` ends the run if they still wait.
+    Without a file, as in all processes but the first, it does nothing.
+    """
+
+    def __init__(self, jsonl: io.RawIOBase | None, shown: Sequence[backends.Writer] = ()):
+        self._jsonl, self._shown = jsonl, shown
+        self._waiting, self._fault = b"", ""
+
+    def __call__(self, row: dict) -> None:
+        if self._jsonl is None:
+            return
+        values = strict_json.plain(row)
+        self._waiting += _line(values).encode()
+        self._write()
+        for writer in self._shown:
+            writer.add(row["step"], dict(_scalars(values)))
+
+    def check(self) -> None:
+        """Raises: OSError if rows still cannot be written."""
+        self._write()
+        if self._waiting:
+            raise OSError(
+                f"metrics.jsonl cannot be written ({self._fault}), it lacks "
+                f"{self._waiting.count(10)} rows up to the last checkpoint; make room and run "
+                "again: it goes on from there"
+            )
+
+    def _write(self) -> None:
+        try:
+            while self._jsonl is not None and self._waiting:
+                # A part of a row may fit: the reader leaves out a last line without its end.
+                self._waiting = self._waiting[self._jsonl.write(self._waiting) :]
+        except OSError as error:
+            if not self._fault:
+                distributed.say(
+                    f"metrics.jsonl cannot be written ({error}): the run ends after its next "
+                    "checkpoint unless there is room by then"
+                )
+            self._fault = str(error)
 
 
 @contextlib.contextmanager
-def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dict], None]]:
-    """A function that appends a row to <workdir>/metrics.jsonl and its scalars to TensorBoard.
+def writer(
+    workdir: pathlib.Path, *, resume_step: int, log_to: Sequence[str] = ()
+) -> Iterator[Writer]:
+    """A `Writer` for <workdir>/metrics.jsonl and the back ends of these names.
 
-    A row has `step`; its values are numbers, arrays, text, or dicts of these. Numbers that are not
-    finite become null, because JSON cannot express them. In all processes but the first the
-    function does nothing. Before the function is handed out, rows that the run will write again are
-    removed: those of steps after the checkpoint at `resume_step`, and the evaluators' rows of that
-    step itself. A file with a damaged line is kept under another name; its other lines are used.
+    Before the writer is handed out, rows that the run will write again are removed: those of steps
+    after the checkpoint at `resume_step`, and the evaluators' rows of that step itself. A file with
+    a damaged line is kept under another name; its other lines are used.
+
+    Raises: OSError at the end if rows could not be written.
     """
     if not distributed.is_first():
-        yield lambda row: None
+        yield Writer(None)
         return
     path = workdir / "metrics.jsonl"
     rows, damaged = _rows(path)
@@ -30,19 +79,14 @@ def writer(workdir: pathlib.Path, *, resume_step: int) -> Iterator[Callable[[dic
         distributed.say(f"{damaged[0]}: the file is kept as {aside.name}, the other lines go on")
     kept = [row for row in rows if _is_before(row, resume_step)] if resume_step else []
     files.write_text(path, "".join(_line(row) for row in kept))
-    shown = board.Board(workdir / "tensorboard", resume_step or None)
+    shown = [backends.Writer(name, workdir, resume_step) for name in log_to]
     try:
-        with open(path, "a", encoding="utf-8") as jsonl:
-
-            def write(row: dict) -> None:
-                values = strict_json.plain(row)
-                jsonl.write(_line(values))
-                jsonl.flush()
-                shown.add(row["step"], dict(_scalars(values)))
-
+        with open(path, "ab", buffering=0) as jsonl:
+            write = Writer(jsonl, shown)
             yield write
+            write.check()
     finally:
-        shown.close()
+        backends.close(shown)
 
 
 def read(path: pathlib.Path) -> list[dict]:

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from moe_jax.training.guards import History
+
 
 @struct.dataclass
 class RouterState:
@@ -19,6 +21,7 @@ class TrainState:
     params: dict
     opt_state: optax.OptState
     router_state: RouterState
+    history: History | None = None  # None if the run does not look for spikes
 
     @classmethod
     def create(
@@ -26,10 +29,13 @@ class TrainState:
         params: dict,
         optimizer: optax.GradientTransformation,
         router_state: RouterState | None = None,
+        history: History | None = None,
     ) -> "TrainState":
-        """The state before the first step, with the `router_state` of `balance.initial`."""
+        """The state before the first step, with the `router_state` of `balance.initial` and the
+        `history` of `guards.history`."""
         step = jnp.zeros((), jnp.int32)
-        return cls(step, params, optimizer.init(params), router_state or RouterState())
+        router_state = router_state or RouterState()
+        return cls(step, params, optimizer.init(params), router_state, history)
 
 
 @struct.dataclass
@@ -47,8 +53,8 @@ class Measures:
     # None until all microbatches are summed.
     gradient_norm: jax.Array | None = None  # before clipping
     learning_rate: jax.Array | None = None  # this update's; the next one's if this one is skipped
-    # True if loss or gradient were not finite, so that no update was made.
-    skipped: jax.Array | None = None
+    skipped: jax.Array | None = None  # True if no update was made
+    spiked: jax.Array | None = None  # True if it was skipped because of a spike
     diverged: jax.Array | None = None  # True if the update made parameters non-finite
     load_balancing_coefficients_L: jax.Array | None = None  # None if they do not adapt
 

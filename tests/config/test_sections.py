@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from moe_jax.config import checks, section, sections
+from moe_jax.config import beside, checks, section, sections
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
 from moe_jax.model.presets import PRESETS
@@ -25,6 +25,7 @@ WRONG = {
         *((("a", "b"),), (("(", 1.0),), (("a", -1),), (("a", math.inf),), (("a", math.nan),)),
         *(("a",), (("a", 1, 2),)),
     ),
+    checks.ranges: ((3,), ((9, 3),), ((-1, 2),), ((1.5, 2),), ("ab",), ((1, 2, 3),)),
     checks.intervals: (
         *((("a",),), (("a", -1),), ((1, 2),), (("a", 1.5),), (("a", True),), (("a", 1, 2),)),
         ("a",),
@@ -92,7 +93,7 @@ def test_a_refusal_says_the_value_and_the_limit(check, value, complaint):
 
 def test_an_expression_a_rule_and_an_interval_are_accepted():
     sections.Optimizer(frozen=r"moe/(experts|router)", gradient_factors=(("moe", 0), ("a|b", 0.5)))
-    assert sections.Evaluation(intervals=(("routing", 0), ("similarity", 10))).intervals[1][1] == 10
+    assert beside.Evaluation(intervals=(("routing", 0), ("similarity", 10))).intervals[1][1] == 10
 
 
 COPY = sections.Upcycle(recipe="bam", optimizer_state="copy")

@@ -150,3 +150,21 @@ def test_global_arrays_hold_the_rows_in_order(corpus):
     on_device = text_batches.to_device(batch, sharding, np.arange(8), 8)
     assert_equal([on_device], [batch])
     assert all(array.sharding == sharding for array in jax.tree.leaves(on_device))
+
+
+@pytest.mark.parametrize(
+    ("left_out", "numbers"),
+    [
+        ((), [0, 1, 2, 3]),
+        (((0, 0),), [1, 2, 3, 4]),
+        (((2, 3), (5, 5)), [0, 1, 4, 6]),
+        (((5, 5), (2, 3)), [0, 1, 4, 6]),
+        (((0, 5), (3, 8)), [9, 10, 11, 12]),
+        (((1, 2), (3, 4)), [0, 5, 6, 7]),
+        (((1, 9), (3, 4)), [0, 10, 11, 12]),
+    ],
+)
+def test_batches_that_are_left_out_do_not_count(left_out, numbers):
+    assert [text_batches.number(n, left_out) for n in range(4)] == numbers
+    out = {n for first, last in left_out for n in range(first, last + 1)}
+    assert numbers == [n for n in range(99) if n not in out][:4]

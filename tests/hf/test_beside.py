@@ -79,14 +79,15 @@ def contents(path: pathlib.Path) -> dict[str, bytes]:
 
 
 def converted(source: pathlib.Path, output: pathlib.Path, to: str) -> pathlib.Path:
-    options = {"dtype": None, "dropless": False}
-    convert.run(argparse.Namespace(source=source, output=output, to=to, **options))
+    options = {"dtype": None, "dropless": False, "allow_nonfinite": False}
+    convert.run(argparse.Namespace(source=str(source), output=output, to=to, **options))
     return output
 
 
 def generated(checkpoint: pathlib.Path) -> list[str]:
     options = {"num_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 0, "tokenizer": None}
-    return generate.run(argparse.Namespace(checkpoint=checkpoint, prompt=["a"], **options))
+    options |= {"checkpoint": str(checkpoint), "allow_nonfinite": False}
+    return generate.run(argparse.Namespace(prompt=["a"], **options))
 
 
 def test_a_folder_a_run_and_a_folder_again_have_the_same_files_and_token_ids(folder, tmp_path):
@@ -130,7 +131,9 @@ def test_a_run_that_was_trained_from_a_folder_goes_back_with_its_files(folder, t
     for other in ({"steps": 2}, {"bits_per_byte": None}):  # of another step, or not finite
         (run / "result.json").write_text(json.dumps(result | other))
         model_config = configs.model_of(run)
-        assert "held-out text" not in cards.of_conversion(model_config, run, ["convert"])
+        assert "held-out text" not in cards.of_conversion(
+            model_config, configs.source_of(str(run)), ["convert"]
+        )
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
@@ -146,6 +149,7 @@ def test_an_upcycled_model_keeps_the_files_beside_its_parent(folder, to, tmp_pat
         router="",
         statistics=None,
         seed=0,
+        allow_nonfinite=False,
     )
     upcycle.run(arguments, {}, {})
     made = tmp_path / "moe"

@@ -137,7 +137,7 @@ def test_a_step_moves_biases_and_coefficients_by_their_rules_alone_from_its_own_
 def test_a_checkpoint_keeps_what_the_rules_remember(tmp_path):
     # The leaf that is the rules', and one more.
     state = {"router_state": RouterState(jnp.array([0.1, 0.2])), "step": jnp.int32(1)}
-    checkpoint.save(tmp_path, 1, state, data={}, config={}, keep=1)
+    checkpoint.save(tmp_path, 1, state, data={}, config={})
     mesh = meshes.make({axis: 8 if axis == "fsdp" else 1 for axis in meshes.AXES})
     restored = checkpoint.restore_latest(tmp_path, sharding.abstract(state, mesh)).state
     jax.tree.map(np.testing.assert_array_equal, restored, state)

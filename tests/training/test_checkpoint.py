@@ -30,9 +30,7 @@ SHAPES = jax.eval_shape(state_of, 0)
 def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoints")
     for step in (1, 2):
-        checkpoint.save(
-            directory, step, state_of(step), data={"step": step}, config={"seed": 0}, keep=2
-        )
+        checkpoint.save(directory, step, state_of(step), data={}, config={"seed": 0})
     return directory
 
 
@@ -54,47 +52,9 @@ def test_the_newest_is_restored_bitwise_with_its_data_and_config(directory):
     assert checkpoint.restore_latest(directory / "nothing", SHAPES) is None
 
 
-def save(directory, step, keep, sound=frozenset()):
-    how = {"data": {}, "config": {}, "keep": keep, "sound": sound}
-    return checkpoint.save(directory, step, state_of(step), **how)
-
-
-def test_only_the_newest_that_verify_are_kept(directory):
-    sound = save(directory, 3, keep=2)  # it is not known whether 2 verifies, so 1 stays too
-    assert (sound, checkpoint.steps(directory)) == ({3}, [1, 2, 3])
-    sound = save(directory, 4, keep=2, sound=sound)
-    assert (sound, checkpoint.steps(directory)) == ({3, 4}, [3, 4])
-    assert save(directory, 5, keep=1, sound=sound) == {5}
-    assert checkpoint.steps(directory) == [5]
-
-
 def damaged(folder):
     for path in folder.rglob("manifest.ocdbt"):
         path.unlink()
-
-
-def test_what_was_saved_last_stays_beside_later_ones_that_do_not_verify(directory):
-    (directory / "2").rename(directory / "20")  # so that the step inside is another
-    sound = save(directory, 15, keep=1)
-    assert checkpoint.steps(directory) == [15, 20]
-    assert_is(checkpoint.restore_latest(directory, SHAPES), 15)
-    save(directory, 20, keep=1, sound=sound)
-    assert (directory / "20.unverified-1").is_dir() and checkpoint.steps(directory) == [20]
-    assert_is(checkpoint.restore_latest(directory, SHAPES), 20)
-
-
-STRANGE = ("999999", "0001", "²", "1.5", "notes", "best", "3")
-
-
-def test_folders_that_are_no_checkpoints_are_neither_believed_nor_deleted(directory, tmp_path):
-    for name in STRANGE[:4]:
-        shutil.copytree(directory / "1", directory / name)
-    (directory / "notes").mkdir()
-    (directory / "best").symlink_to(directory / "1")
-    (directory / "3").symlink_to(shutil.copytree(directory / "1", tmp_path / "3"))
-    assert_is(checkpoint.restore_latest(directory, SHAPES), 2)
-    save(directory, 1_000_000, keep=1, sound=frozenset({2}))
-    assert {path.name for path in directory.iterdir()} == {*STRANGE, "1000000"}
 
 
 @pytest.mark.parametrize(

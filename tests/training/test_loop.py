@@ -1,6 +1,7 @@
 """The step loop moves nothing between host and device but what it says it moves."""
 
 import dataclasses
+import pathlib
 import signal
 import types
 
@@ -12,7 +13,7 @@ from moe_jax import config as configs
 from moe_jax import stopping
 from moe_jax.evaluation.evaluators import Scheduled
 from moe_jax.model import PRESETS
-from moe_jax.training import loop
+from moe_jax.training import flops, loop, pulse
 from moe_jax.training.state import Measures
 
 
@@ -28,17 +29,17 @@ def settings_of(num_steps):
     return configs.Run(model=PRESETS["quickstart"], training=training)
 
 
-def parts_of(train_step, saved=None):
+def parts_of(train_step, saved=None, workdir=pathlib.Path("not there")):
     return loop.Parts(
         train_step=train_step,
         evaluators={},
         save=lambda step, state, skipped: None if saved is None else saved.append((step, skipped)),
+        saved=lambda wait: None,
         write=lambda row: None,
-        tokens_per_step=1,
-        model_flops_per_token=1.0,
-        analytic_flops_per_token=1.0,
-        peak_flops=1.0,
+        costs=flops.Costs(1, 1.0, 1.0, 1.0),
+        batch_of=lambda step: step - 1,
         largest=lambda number: number,
+        pulse=pulse.Pulse(configs.Guards(), workdir),
     )
 
 
@@ -63,7 +64,8 @@ def step_with(outcomes):
 
     def train_step(state, batch):
         outcome = next(outcomes)
-        flags = {name: flag[outcome == name] for name in ("skipped", "diverged")}
+        flags = {name: flag[outcome == name] for name in ("skipped", "spiked", "diverged")}
+        flags["skipped"] |= flags["spiked"]
         return state, Measures(zero, gradient_norm=zero, learning_rate=zero, **flags)
 
     return train_step

@@ -1,6 +1,8 @@
 """metrics.jsonl: valid JSON always, and after a restart the rows of an unbroken run."""
 
+import contextlib
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -59,7 +61,9 @@ def test_a_run_from_the_start_begins_an_empty_file(tmp_path):
 
 
 def test_scalars_go_to_tensorboard_under_their_path(tmp_path):
-    write(tmp_path, [{"step": 7, "loss": 2.5, "validation": {"bits_per_byte": 1.5}}])
+    row = {"step": 7, "loss": 2.5, "validation": {"bits_per_byte": 1.5}}
+    with metrics.writer(tmp_path, resume_step=0, log_to=("tensorboard",)) as write_row:
+        write_row(row)
     [file] = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     found = {}
     content = file.read_bytes()
@@ -69,6 +73,43 @@ def test_scalars_go_to_tensorboard_under_their_path(tmp_path):
         found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
         content = content[16 + size :]
     assert found == {"loss": (7, 2.5), "validation/bits_per_byte": (7, 1.5)}
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """Files of this process can grow to so many bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_rows_that_a_full_disk_does_not_take_are_written_once_there_is_room(tmp_path, capsys):
+    with metrics.writer(tmp_path, resume_step=0) as write_row:
+        with disk_of(90):  # four rows do not fit, and the file ends within one
+            for row in rows_of(*range(1, 5)):
+                write_row(row)
+            assert (tmp_path / "metrics.jsonl").stat().st_size == 90
+        for row in rows_of(5, 6):
+            write_row(row)
+        write_row.check()
+    assert metrics.read(tmp_path / "metrics.jsonl") == rows_of(*range(1, 7))
+    [line] = capsys.readouterr().err.splitlines()
+    assert "File too large" in line and "the run ends after its next checkpoint" in line
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["at a checkpoint", "at the end"])
+def test_a_full_disk_ends_a_run_with_the_number_of_lost_rows(checked, tmp_path, capsys):
+    with pytest.raises(OSError, match="File too large.* lacks 3 rows up to .*; make room"):
+        with disk_of(40), metrics.writer(tmp_path, resume_step=0) as write_row:
+            for row in rows_of(1, 2, 3, 4):
+                write_row(row)
+            if checked:
+                write_row.check()
+                pytest.fail("the run went on")
+    assert metrics.read(tmp_path / "metrics.jsonl") == rows_of(1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Options of a run that its config turns on: what its rows say, and what is refused."""
 
 import dataclasses
+import io
 import pathlib
 
 import jax
@@ -159,7 +160,6 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
         *(tmp_path / "parent" / "checkpoints", 1, state),
         data={"step": 1},
         config=of_parent.to_dict(),
-        keep=1,
     )
     changes = {
         "init.source": str(tmp_path / "parent"),
@@ -188,3 +188,28 @@ def test_moments_go_the_way_of_their_weights_and_routers_begin_at_zero(config, t
             if same.any():  # a neuron that was not redrawn, wherever it went
                 np.testing.assert_array_equal(moment_D, old_m["up"][0].T[same.argmax()])
     assert jax.tree.structure(copied) == jax.tree.structure(tx.init(made))
+
+
+def test_a_full_disk_at_the_metrics_ends_a_run_after_its_next_checkpoint(
+    config, tmp_path, monkeypatch
+):
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    changes = {"training.num_steps": 4, "checkpoint.every_steps": 2, "training.log_to": ()}
+    settings = configs.resolve(with_changes(config, changes))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left.* 2 rows"):
+        patch.setattr(metrics, "open", lambda path, *_, **__: Full(path, "a"), raising=False)
+        train.run(settings, tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+    train.run(settings, tmp_path)
+    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [3, 4, 4]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_back_end_that_is_not_there_is_refused_before_anything_is_written(config, tmp_path):
+    settings = configs.resolve(with_changes(config, {"training.log_to": ("tensorbord",)}))
+    with pytest.raises(configs.ConfigError, match="log_to='tensorbord' is unknown: did you mean"):
+        train.run(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -102,7 +102,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_with_the_same_losses_on_another(tmp_pa
     mesh, one_step, shardings = on_mesh((1, 2, 2, 2), "all_to_all")
     with jax.set_mesh(mesh):
         state, _ = one_step(jax.device_put(initial(MOE), shardings), batch_of(0))
-    checkpoint.save(tmp_path, 1, state, data={}, config={}, keep=1)
+    checkpoint.save(tmp_path, 1, state, data={}, config={})
     mesh, one_step, _ = on_mesh((2, 1, 4, 1), "ring")
     restored = checkpoint.restore_latest(tmp_path, sharding.abstract(initial(MOE), mesh))
     with jax.set_mesh(mesh):
