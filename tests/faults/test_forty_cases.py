@@ -35,10 +35,20 @@ CASES = {
         "a worker of the data pipeline is killed",
         reason="batches are read by threads of the process itself, which has no worker to kill",
     ),
-    5: Case("disk full during a save: an error, older checkpoints kept", (INTERRUPTED,)),
+    5: Case(
+        "disk full during a save: an error at the next step, older checkpoints kept",
+        (
+            INTERRUPTED,
+            "test_a_save_that_fails_is_named_at_the_next_step",
+            "test_a_save_without_room_is_refused_before_anything_is_written",
+        ),
+    ),
     6: Case(
-        "a workdir that cannot be made is refused before compilation",
-        ("test_a_workdir_that_cannot_be_made_is_refused_before_the_step_compiles",),
+        "a workdir that cannot be made or written is refused before compilation",
+        (
+            "test_a_directory_that_cannot_be_written_is_named_at_once",
+            "test_a_workdir_that_cannot_be_made_is_refused_before_the_step_compiles",
+        ),
     ),
     7: Case(
         "names of step folders that lie: of the future, of a wrong clock, taken twice",
@@ -139,10 +149,18 @@ CASES = {
             "test_losses_that_stay_not_finite_end_the_run_with_3",
         ),
     ),
-    21: Case("a spike of the loss is skipped", reason="no step with a finite loss is skipped"),
+    21: Case(
+        "a spike of the loss is skipped, and its batches are left out",
+        (
+            "test_a_spike_is_more_than_sigma_deviations_above_the_mean",
+            "test_the_update_of_a_spike_is_not_made",
+            "test_a_run_goes_back_by_itself_and_leaves_the_batches_out",
+        ),
+    ),
     22: Case(
         "collapsed routers, empty experts, few tokens, all experts, no room, huge logits, ties",
         (
+            "test_what_lasts_is_said_once_and_its_end_too",
             "test_routing_at_its_limits_is_finite_in_value_and_gradient",
             "test_every_kernel_equals_autodiff_of_the_reference",
             "test_ties_go_to_the_lowest_index",
@@ -205,7 +223,7 @@ CASES = {
             "test_a_text_that_changed_in_its_place_is_refused_by_its_split",
         ),
     ),
-    31: Case("slow data is named", reason="the time that a step waits for its batch is not taken"),
+    31: Case("slow data is named", ("test_data_that_a_step_waits_for_is_named_once",)),
     32: Case(
         "a mistake in the config: one line and exit 2 before compilation",
         (
@@ -226,11 +244,16 @@ CASES = {
         (
             "test_the_embedded_corpus_comes_whole_out_of_array_records",
             "test_a_backend_that_is_not_there_is_named_in_one_line",
+            "test_a_back_end_that_is_not_there_is_refused",
         ),
     ),
     35: Case(
         "a back end for metrics that fails or hangs stops no run",
-        ("test_rows_are_taken_at_once_and_the_end_comes",),
+        (
+            "test_rows_are_taken_at_once_the_end_comes_and_one_line_says_why",
+            "test_a_fault_of_one_back_end_takes_no_row_from_the_others",
+            "test_the_program_ends_without_waiting_for_a_library_that_hangs",
+        ),
     ),
     36: Case(
         "out of memory is answered with settings that need less",
