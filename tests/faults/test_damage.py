@@ -41,6 +41,13 @@ DAMAGES = (flipped, emptied, halved, deleted)
 LONG = pytest.mark.long
 
 
+# Orbax leaves the other reads of a checkpoint to themselves when one has failed.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+]
+
+
 # ------------------------------------------------------------------------------------ a checkpoint
 
 
