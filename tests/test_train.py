@@ -112,29 +112,6 @@ def test_the_train_step_compiles_once(unbroken):
     assert len(compiled) == 1
 
 
-def test_a_run_killed_and_stopped_at_random_steps_ends_bitwise_like_the_unbroken_one(
-    unbroken, config_file, tmp_path, capsys
-):
-    workdir = tmp_path / "broken"
-    rng = random.Random(time.time_ns())
-    killed_at, stopped_at = sorted(rng.sample(range(3, 50), 2))
-    assert interrupt(config_file, workdir, killed_at, signal.SIGKILL)[0] == -signal.SIGKILL
-    code, said = interrupt(config_file, workdir, stopped_at, signal.SIGTERM)
-    assert code == 75, said
-    saved = checkpoint.steps(workdir / "checkpoints")[-1]
-    assert f"stopped by SIGTERM at step {saved}; saved" in said
-    assert not (workdir / "result.json").exists()
-
-    train.run(configs.resolve(configs.load(config_file)), workdir)
-    assert f"going on from step {saved}" in capsys.readouterr().err
-    whole = unbroken[0]
-    assert without_clock(workdir) == without_clock(whole)
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        *(state_in(folder, config_file) for folder in (workdir, whole)),
-    )
-
-
 def test_a_run_that_stops_at_a_step_is_the_unbroken_one_there_and_goes_on(
     unbroken, config_file, tmp_path
 ):
@@ -156,39 +133,6 @@ def test_a_run_that_stops_at_a_step_is_the_unbroken_one_there_and_goes_on(
         train.run(configs.resolve(load({"training.stop_step": 49})), workdir)
     with pytest.raises(configs.ConfigError, match="stop_step=57 is beyond num_steps=56"):
         configs.resolve(load({"training.stop_step": 57}))
-
-
-@pytest.mark.parametrize(
-    "trial", [0, 1, *(pytest.param(n, marks=pytest.mark.long) for n in range(2, 30))]
-)
-def test_a_signal_at_any_moment_ends_with_a_line_and_the_run_goes_on(
-    trial, unbroken, config_file, tmp_path, heard
-):
-    """From the start of the program through imports, tokens, compilation and steps to the end."""
-    rng, workdir = random.Random(trial), tmp_path / "stopped"
-    number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-    process = subprocess.Popen(
-        command(config_file, workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    while not hears(process, signal.SIGHUP) and process.poll() is None:
-        time.sleep(0.005)
-    moment = rng.uniform(0, 12)
-    time.sleep(moment)
-    process.send_signal(number)
-    said = process.communicate()[1]
-    assert "Traceback" not in said, said
-    if process.returncode != 0:  # it had not ended before
-        assert process.returncode == 75, (moment, said)
-        assert said.count(f"stopped by {number.name}") == 1
-    train.run(configs.resolve(configs.load(config_file)), workdir)
-    assert without_clock(workdir) == without_clock(unbroken[0])
-
-
-def hears(process, number):
-    """The program has a handler for the signal."""
-    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-    [caught] = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
-    return int(caught, 16) >> (number - 1) & 1
 
 
 def test_a_run_asks_itself_to_stop_when_its_time_is_over(config_file, tmp_path, heard):
@@ -222,22 +166,6 @@ def started(config_file, workdir, *flags):
     while not metrics.read(workdir / "metrics.jsonl") and process.poll() is None:
         time.sleep(0.005)
     return process
-
-
-def interrupt(config_file, workdir, step, signal_number):
-    """Sends the run a signal when it has logged `step` itself; returns (exit status, stderr)."""
-    logged_before = metrics.read(workdir / "metrics.jsonl")
-    process = subprocess.Popen(
-        command(config_file, workdir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None:
-        rows = metrics.read(workdir / "metrics.jsonl")
-        if any(row["step"] >= step and row not in logged_before for row in rows):
-            process.send_signal(signal_number)
-            break
-        time.sleep(0.005)
-    _, said = process.communicate()
-    return process.returncode, said
 
 
 def state_in(workdir, config_file):

@@ -6,6 +6,8 @@ them. `directory` may be in a bucket: an `epath.Path` of gs://bucket/folder.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import re
@@ -73,7 +75,7 @@ def start(
     if files.is_remote(folder):  # a bucket renames file by file; a last file shows completeness
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     with context:
-        return ocp.save_checkpointables_async(folder, {"state": leaves, "meta": meta})
+        return ocp.save_checkpointables_async(folder, {"state": leaves, "meta": _sealed(meta)})
 
 
 def save(directory: pathlib.Path, step: int, state, *, data: dict, config: dict) -> None:
@@ -140,7 +142,7 @@ def described(folder: pathlib.Path) -> dict:
     """
     _check_links(folder)
     with _reading():
-        meta = ocp.load_checkpointables(_absolute(folder), {"meta": None})["meta"]
+        meta = _opened(ocp.load_checkpointables(_absolute(folder), {"meta": None})["meta"])
     bounds.check_form(meta)
     if not files.is_remote(folder):
         bounds.check_size(folder, meta["leaves"].values())
@@ -149,6 +151,20 @@ def described(folder: pathlib.Path) -> dict:
             f"it is a checkpoint of step {step}, not of the step that it is named after"
         )
     return meta
+
+
+def _sealed(meta: dict) -> dict[str, str]:
+    """The description as one text with its hash; Orbax would store each of its numbers apart."""
+    text = json.dumps(meta)
+    return {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _opened(sealed: dict[str, str]) -> dict:
+    if "text" not in sealed:
+        raise ValueError("its description is that of an earlier version of this code, or damaged")
+    if hashlib.sha256(sealed["text"].encode()).hexdigest() != sealed.get("sha256"):
+        raise ValueError("its description is not the one that was saved")
+    return json.loads(sealed["text"])
 
 
 def restore_latest(

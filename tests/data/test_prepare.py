@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import random
-import shutil
 
 import pytest
 
@@ -154,45 +152,6 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_key_to_set(full, tmp_p
         (tmp_path / "tokens").write_text("a file in the way")
     with pytest.raises(ValueError, match="cache .* cannot be written: .*; set config"):
         open_corpus(source, tmp_path)
-
-
-def flipped(path, rng):
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-def emptied(path, rng):
-    path.write_bytes(b"")
-
-
-def halved(path, rng):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def removed(path, rng):
-    path.unlink()
-
-
-NAMES = ("meta.json", "pairs.npy", "label_ids.npy", "tokens.array_record")
-
-
-@pytest.mark.parametrize("damage", [flipped, emptied, halved, removed])
-@pytest.mark.parametrize("name", NAMES)
-def test_damage_to_a_file_of_the_cache_is_made_anew_or_named(name, damage, tmp_path, capsys):
-    source = write(tmp_path / "a.jsonl")
-    whole = open_corpus(source, tmp_path)
-    tokens, rng = tokens_of(whole), random.Random(0)
-    for _ in range(20 if damage is flipped else 1):
-        damage(whole.folder / name, rng)
-        corpus = open_corpus(source, tmp_path)
-        try:
-            found = (corpus.labels, corpus.digest, tokens_of(corpus))
-            assert found == (whole.labels, whole.digest, tokens)
-        except prepare.DamagedError as error:
-            assert damage is flipped and name == NAMES[-1] and str(whole.folder) in str(error)
-            shutil.rmtree(whole.folder)
-            open_corpus(source, tmp_path)
 
 
 def test_the_folder_can_be_read_by_others_as_the_umask_says(tmp_path):

@@ -18,7 +18,7 @@ META = {
 
 
 def saved(folder, meta):
-    ocp.save_checkpointables(folder, {"state": {"w": jnp.ones((2, 3))}, "meta": meta})
+    ocp.save_checkpointables(folder, {"state": {"w": jnp.ones((2, 3))}, "meta": checkpoint._sealed(meta)})
     return folder
 
 

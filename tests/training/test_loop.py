@@ -90,6 +90,29 @@ def test_parameters_that_are_not_finite_end_the_run_and_are_not_saved(capsys):
     assert "update of step 2 made parameters that are not finite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("seconds", "is_slow"), [(0.1, False), (9.0, True)])
+def test_data_that_a_step_waits_for_is_named_once(seconds, is_slow, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def batches():
+        while True:
+            clock[0] += seconds
+            yield None
+
+    step = step_with(iter([""] * 30))
+
+    def train_step(state, batch):
+        clock[0] += 1
+        return step(state, batch)
+
+    loop.run(jnp.zeros(3), 0, batches(), settings_of(30), parts_of(train_step))
+    said = capsys.readouterr().err
+    assert said.count("of the time is spent waiting for batches; put") == is_slow
+    # Read after step 11: ten waits, as the first batch keeps no step waiting, in 11 x (9 + 1) s.
+    assert ("step 10: 82% of the time" in said) == is_slow
+
+
 @pytest.mark.parametrize("number", stopping.SIGNALS)
 def test_a_signal_in_an_evaluation_saves_and_ends_it(number, capsys, heard):
     saved, evaluated = [], []
