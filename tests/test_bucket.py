@@ -104,6 +104,9 @@ def test_a_run_with_its_checkpoints_in_a_bucket_is_killed_and_goes_on(environmen
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == int(last)
     inspect = str(ROOT / "scripts" / "inspect_checkpoint.py")
+    refused = started(inspect, "run").wait(), (tmp_path / "output.txt").read_text()
+    assert refused[0] == 2 and "set MOE_JAX_CHECKPOINTS=gs://bucket/runs if" in refused[1]
+    environment["MOE_JAX_CHECKPOINTS"] = "gs://bucket/runs"
     assert f"gs://bucket/runs/run/{last}" in done(inspect, "run", "--verify")
     evaluate = str(ROOT / "scripts" / "evaluate.py")
     assert "bits/byte" in done(evaluate, "--checkpoint=run", "--max_batches=1")

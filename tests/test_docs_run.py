@@ -165,6 +165,9 @@ def copy(tmp_path_factory):
     shutil.copytree(folder / "path" / "to" / "text", folder / "path" / "to" / "folder")
     (folder / "text.txt").write_text(english[:20_000])
     tiny_model(folder / "path" / "to" / "dense")
+    options = ["--source=path/to/dense", "--output=path/to/run", "--to=orbax"]
+    convert = [sys.executable, "scripts/convert.py", *options]
+    subprocess.run(convert, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, check=True)
     return folder
 
 

@@ -1,5 +1,7 @@
 """A model is named by a folder or RUN@STEP, and one with values that are not finite is refused."""
 
+import importlib.util
+import json
 import shutil
 import sys
 
@@ -241,3 +243,29 @@ def test_the_config_in_a_checkpoint_is_compared(root, monkeypatch, capsys):
 def test_the_card_of_a_converted_step_names_it(root):
     page = cards.of_conversion(MODEL, configs.source_of(f"{root / 'run'}@2"), ["convert"])
     assert "converted from `run@2`" in page and "| training | 2 steps, " in page
+
+
+def test_a_stored_directory_of_checkpoints_is_followed_only_if_the_person_names_it(
+    tmp_path, monkeypatch
+):
+    """The config in a workdir may be a stranger's."""
+    (tmp_path / "run").mkdir()
+    stored = {"checkpoint": {"directory": str(tmp_path / "elsewhere")}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    source = configs.Source(tmp_path / "run")
+    with pytest.raises(configs.ConfigError, match="keeps its checkpoints in .*elsewhere; set MOE"):
+        source.steps()
+    monkeypatch.setenv("MOE_JAX_CHECKPOINTS", str(tmp_path))
+    with pytest.raises(configs.ConfigError, match="keeps its checkpoints in"):
+        source.steps()
+    monkeypatch.setenv("MOE_JAX_CHECKPOINTS", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere" / "run" / "7").mkdir(parents=True)
+    assert source.steps() == [7]
+
+
+@pytest.mark.parametrize(("scheme", "named"), [("s3", "mount the s3 bucket"), ("gs", "gcsfs")])
+def test_a_bucket_that_cannot_be_reached_is_named(scheme, named, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(configs.ConfigError, match=named):
+        configs.checkpoints_of(tmp_path / "run", f"{scheme}://bucket/runs")
+    assert str(configs.checkpoints_of(tmp_path / "run", "other")) == "other/run"

@@ -13,6 +13,8 @@ from moe_jax import files, strict_json
 from moe_jax.config.checks import ConfigError
 from moe_jax.hf import folders
 
+TRUSTED = "MOE_JAX_CHECKPOINTS"
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -35,11 +37,22 @@ class Source:
 
     @property
     def checkpoints(self) -> epath.Path:
-        """The folder of a run's checkpoints, by its stored config."""
+        """The folder of a run's checkpoints.
+
+        The run's stored config may put them elsewhere. A stranger may have written it, so it is
+        followed only to the directory in the environment variable MOE_JAX_CHECKPOINTS.
+
+        Raises: ConfigError if it leads to another one.
+        """
         elsewhere = ""
         with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
             stored = strict_json.read_object(self.folder / "config.json")
             elsewhere = str(stored["checkpoint"]["directory"])
+        if elsewhere and elsewhere != os.environ.get(TRUSTED):
+            raise ConfigError(
+                f"{self.folder} keeps its checkpoints in {elsewhere}; set {TRUSTED}={elsewhere} if "
+                "that is right"
+            )
         return checkpoints_of(self.folder, elsewhere)
 
     def steps(self) -> list[int]:

@@ -18,7 +18,9 @@ META = {
 
 
 def saved(folder, meta):
-    ocp.save_checkpointables(folder, {"state": {"w": jnp.ones((2, 3))}, "meta": checkpoint._sealed(meta)})
+    ocp.save_checkpointables(
+        folder, {"state": {"w": jnp.ones((2, 3))}, "meta": checkpoint._sealed(meta)}
+    )
     return folder
 
 
