@@ -126,7 +126,7 @@ def test_the_same_command_again_does_not_go_back_again(config_file, unbroken, tm
     run(config_file, workdir, **back)
     assert "going on from step 12" in capsys.readouterr().err
     assert final_digests(workdir) == final_digests(unbroken)
-    with pytest.raises(configs.ConfigError, match="no checkpoint of step 7; it has .5, 10, 12"):
+    with pytest.raises(configs.ConfigError, match="no checkpoint of step 7; it has 5, 10, 12"):
         run(config_file, workdir, checkpoint__resume_from=7)
     with pytest.raises(configs.ConfigError, match=r"\(3, 25\), but the run at step 20 has been tr"):
         run(config_file, workdir, data__skip_batches=((3, 25),), **back)

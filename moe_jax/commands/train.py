@@ -16,8 +16,8 @@ Slurm's srun, Open MPI, Cloud TPU slices and Kubernetes (GKE) the processes find
 elsewhere, give the three flags. --num_processes=1 makes a process run alone under any of these.
 
 Exit status: 0 done, 1 lost another process (run all again to resume), 2 a mistake in the config,
-3 losses not finite, 75 stopped by SIGTERM, SIGHUP or Ctrl-C (run again to resume), 130 ended at
-once by a second one.
+3 losses not finite or spiking, 75 stopped by SIGTERM, SIGHUP or Ctrl-C (run again to resume), 130
+ended at once by a second one.
 """
 
 import argparse

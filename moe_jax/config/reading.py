@@ -6,7 +6,6 @@ A config file defines `get_config()`, which starts from `default()` and changes 
 """
 
 import dataclasses
-import functools
 import json
 import operator
 import pathlib
@@ -117,7 +116,6 @@ def _unsets(argument: str) -> bool:
     return text == "None" and option.removeprefix("--config.") in _unset_by_default()
 
 
-@functools.cache
 def _unset_by_default() -> frozenset[str]:
     config = default()
     return frozenset(key for key in kinds() if operator.attrgetter(key)(config) is None)
@@ -233,7 +231,8 @@ def stored(values: dict) -> ConfigDict:
         raise _unknown_key(error) from None
     except TypeError as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    unset = _unset_by_default()
     for key in kinds():
-        if operator.attrgetter(key)(config) is None and key not in _unset_by_default():
+        if operator.attrgetter(key)(config) is None and key not in unset:
             raise ConfigError(f"config.{key} is null; it must have a value")
     return config
