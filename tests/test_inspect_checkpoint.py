@@ -52,7 +52,7 @@ def test_verifying_shows_norms_and_finds_damage(runs, tmp_path, capsys, monkeypa
     assert code == 0 and "step 5 verifies" in out and "step 10 verifies" in out
     assert "norm 1.73205" in out  # three ones
     copy = shutil.copytree(runs / "two", tmp_path / "two")
-    for path in (copy / "checkpoints/10").rglob("_strings.json"):  # of the newest
+    for path in (copy / "checkpoints/10").rglob("data.json"):  # of the newest
         path.unlink()
     code, _, err = inspected(capsys, monkeypatch, copy)
     assert code == 2 and "checkpoints/10 cannot be read: " in err

@@ -25,6 +25,7 @@ from moe_jax import files, tree
 from moe_jax.parallel import distributed
 from moe_jax.training import bounds
 
+DESCRIPTION = "meta/data.json"  # JsonHandler's file
 COMMITTED = "commit_success.txt"  # Orbax's last file of a checkpoint in a bucket
 
 
@@ -69,7 +70,7 @@ def start(
         aside = files.set_aside(folder, "unverified")
         distributed.say(f"{folder} was there and had not been read: it is renamed to {aside.name}")
     distributed.of_first(None)  # the others wait until the path is free
-    context = ocp.Context()
+    context = _context()
     # Otherwise a save into a directory that cannot be written waits for 300 s before it fails.
     context.asynchronous.create_directories_asynchronously = False
     if files.is_remote(folder):  # a bucket renames file by file; a last file shows completeness
@@ -141,6 +142,8 @@ def described(folder: pathlib.Path) -> dict:
     Raises: ValueError if it is not of the step in its name; an error of any type if it is damaged.
     """
     _check_links(folder)
+    if folder.is_dir() and not (folder / DESCRIPTION).exists():
+        raise ValueError(f"{DESCRIPTION} is missing: it is damaged, or an earlier version saved it")
     with _reading():
         meta = _opened(ocp.load_checkpointables(_absolute(folder), {"meta": None})["meta"])
     bounds.check_form(meta)
@@ -153,18 +156,18 @@ def described(folder: pathlib.Path) -> dict:
     return meta
 
 
-def _sealed(meta: dict) -> dict[str, str]:
-    """The description as one text with its hash; Orbax would store each of its numbers apart."""
-    text = json.dumps(meta)
-    return {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+def _sealed(meta: dict) -> dict:
+    return {"description": meta, "sha256": _hash(meta)}
 
 
-def _opened(sealed: dict[str, str]) -> dict:
-    if "text" not in sealed:
-        raise ValueError("its description is that of an earlier version of this code, or damaged")
-    if hashlib.sha256(sealed["text"].encode()).hexdigest() != sealed.get("sha256"):
+def _opened(sealed: dict) -> dict:
+    if _hash(sealed["description"]) != sealed["sha256"]:
         raise ValueError("its description is not the one that was saved")
-    return json.loads(sealed["text"])
+    return sealed["description"]
+
+
+def _hash(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def restore_latest(
@@ -290,7 +293,8 @@ def _newest(
         except Mismatch:
             raise
         except Exception as error:  # damaged files make Orbax and TensorStore raise any type
-            reason = " ".join(str(error).split())[:300]
+            # Orbax raises an error about its handlers for any failure; the failure is its cause.
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
             logging.warning("checkpoint %s does not verify: %s", directory / str(step), reason)
     if only is not None:
         raise NoneVerifies(
@@ -344,9 +348,17 @@ def _check_links(folder: pathlib.Path) -> None:
             raise ValueError(f"{path} is neither a file nor a folder")
 
 
+def _context() -> ocp.Context:
+    """The description is one JSON file; by default Orbax would store each of its numbers apart."""
+    context, registry = ocp.Context(), ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
+    context.checkpointables.registry = registry
+    return context
+
+
 def _reading() -> ocp.Context:
     """A context in which each process reads its own parts and never waits for one that failed."""
-    context = ocp.Context()
+    context = _context()
     context.pytree.loading.partial_load = True
     if distributed.process_count() > 1:
         context.multiprocessing.active_processes = {jax.process_index()}

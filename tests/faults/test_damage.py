@@ -97,8 +97,8 @@ def largest_first(folder):
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
-# The config and the data's description; Orbax keeps them as plain JSON.
-STRINGS = pathlib.Path("meta/_strings.json")
+# The description: shapes, digests, the config, what the data were.
+DESCRIPTION = pathlib.Path("meta/data.json")
 
 
 @pytest.mark.parametrize("number", [8, pytest.param(200, marks=LONG)])
@@ -117,9 +117,9 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_named_or_changes_nothing(
 
 def test_a_flipped_bit_in_the_config_of_a_checkpoint_is_found(two, tmp_path, caplog):
     def renamed(folder):
-        text = (folder / STRINGS).read_bytes()
+        text = (folder / DESCRIPTION).read_bytes()
         assert b"cosine" in text
-        (folder / STRINGS).write_bytes(text.replace(b"cosine", b"cosinm"))
+        (folder / DESCRIPTION).write_bytes(text.replace(b"cosine", b"cosinm"))
 
     assert outcomes(two, tmp_path, caplog, [renamed])["silent"] == 0
 

@@ -18,9 +18,10 @@ META = {
 
 
 def saved(folder, meta):
-    ocp.save_checkpointables(
-        folder, {"state": {"w": jnp.ones((2, 3))}, "meta": checkpoint._sealed(meta)}
-    )
+    with checkpoint._context():
+        ocp.save_checkpointables(
+            folder, {"state": {"w": jnp.ones((2, 3))}, "meta": checkpoint._sealed(meta)}
+        )
     return folder
 
 
