@@ -5,14 +5,12 @@ import fcntl
 import functools
 import json
 import pathlib
-import platform
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
-import moe_jax
 from moe_jax import config as configs
 from moe_jax import files, init, model, stores, strict_json, untrusted
 from moe_jax.analysis import similarity
@@ -127,8 +125,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         start, state = restored.step, _with_history(restored.state, settings, state_shardings)
         with together():
             environment.check_step(start, settings)
-            changed = environment.changes(restored.config, settings.config)
-            environment.check_text(restored.data.get("text", {}), digests, settings)
+            changed = environment.changes_since(restored.config, restored.data, settings, digests)
         distributed.say(f"going on from step {start}", *changed)
     with together():
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
@@ -159,7 +156,8 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     context = evaluators.Context(settings, mesh, held_out, tokenizer, routers)
     sound = frozenset({start} if restored else ())
     saver = saving.Saver(directory, settings, sound=sound, losses=kept["losses"])
-    kept |= {"text": digests, "resumed_from": settings.checkpoint.resume_from}
+    kept |= {"text": digests, "versions": environment.versions()}
+    kept["resumed_from"] = settings.checkpoint.resume_from
 
     def save(at: int, state: TrainState, skipped: int) -> None:
         saver.save(at, state, {**kept, "skipped_steps": skipped})
@@ -203,7 +201,6 @@ def _facts(settings: configs.Run, costs: flops.Costs, lineage: dict) -> dict:
     steps = settings.training.last_step
     tokens = steps * costs.tokens_per_step
     total, active = model.count_parameters(settings.model)
-    versions = {"jax": jax.__version__, "moe_jax": moe_jax.__version__}
     return {
         "steps": steps,
         "tokens": tokens,
@@ -212,7 +209,7 @@ def _facts(settings: configs.Run, costs: flops.Costs, lineage: dict) -> dict:
         "parent_tokens": lineage["tokens"],
         "parent_training_flops": lineage["training_flops"],
         "router": settings.model.router if settings.model.num_experts else "",
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": environment.versions(),
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "parameters": total,
         "active_parameters": active,

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import platform
 import re
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import jax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+import moe_jax
 from moe_jax.config import reading, resolved
 from moe_jax.config.checks import ConfigError, refusing
 from moe_jax.config.run import Run
@@ -110,14 +112,25 @@ def validate_mesh(run: Run, num_devices: int) -> None:
             )
 
 
+def changes_since(before: dict, kept: dict, run: Run, text: dict[str, str]) -> list[str]:
+    """What has changed since a checkpoint with the config `before` and the data `kept` was saved.
+
+    Raises: ConfigError if it must not change.
+    """
+    of_text = changed_text(kept["text"], text, run)
+    return [*changes(before, run.config), *of_text, *changed_versions(kept["versions"])]
+
+
 def changes(before: dict, config: ConfigDict) -> list[str]:
     """The changes from the config that a run started with to `config`, as "key: old -> new".
 
     Raises: ConfigError if a key changed that must not change when a run is resumed.
     """
-    changed = _changed(before, config)
+    changed, fixed = _changed(before, config), fixed_keys()
+    if config.data.other_text:
+        fixed -= {"data.source", "data.validation_fraction"}
     for key, (old, new) in changed.items():
-        if key in fixed_keys():
+        if key in fixed:
             raise ConfigError(
                 f"config.{key}={new!r} differs from the {old!r} that the run in "
                 "--workdir began with; give another --workdir"
@@ -195,18 +208,32 @@ def naming_differences(
         ) from error
 
 
-def check_text(before: dict[str, str], now: dict[str, str], run: Run) -> None:
-    """Compares the hashes of the tokenized splits with those saved in a checkpoint.
+def changed_text(before: dict[str, str], now: dict[str, str], run: Run) -> list[str]:
+    """Compares the hashes of the tokenized splits with those saved in a checkpoint; returns a line
+    for each split with other tokens.
 
-    Raises: ConfigError if the tokens are not those that the checkpoint was trained on.
+    Raises: ConfigError if there are any and `data.other_text` does not allow it.
     """
-    for split, digest in now.items():
-        if before.get(split, digest) != digest:
-            raise ConfigError(
-                f"config.data.source={run.data.source!r} (tokenizer {run.data.tokenizer!r}) holds "
-                f"another {split} text than when the run in --workdir began; "
-                "restore the files, or give another --workdir"
-            )
+    changed = [split for split, digest in now.items() if before.get(split, digest) != digest]
+    if changed and not run.data.other_text:
+        raise ConfigError(
+            f"config.data.source={run.data.source!r} (tokenizer {run.data.tokenizer!r}) holds "
+            f"another {changed[0]} text than when the run in --workdir began; restore the files, "
+            "set config.data.other_text=True, or give another --workdir"
+        )
+    return [f"the {split} text is another" for split in changed]
+
+
+def changed_versions(before: dict[str, str]) -> list[str]:
+    """A line for each program whose version is not that of `before`: the numbers may differ."""
+    now = versions()
+    return [f"{name}: {old} -> {now[name]}" for name, old in before.items() if now[name] != old]
+
+
+def versions() -> dict[str, str]:
+    """The versions of the programs that a run's numbers depend on."""
+    jax_and_own = {"jax": jax.__version__, "moe_jax": moe_jax.__version__}
+    return {"python": platform.python_version(), **jax_and_own}
 
 
 def fixed_keys(kind: type[Section] = Run, around: bool = False) -> set[str]:

@@ -125,6 +125,9 @@ class Data(Section, path="data", fixed=True):
         "allows a tokenizer other than that of init.source, which the embeddings belong to",
         fixed=False,
     )
+    other_text: bool = key(
+        False, "allows a run to go on with another text than it began with", fixed=False
+    )
     sequence_length: int = key(
         256, "tokens per sequence; 0 uses the model's limit, at most 4096", NOT_NEGATIVE
     )

@@ -50,10 +50,31 @@ def test_a_key_of_the_data_is_fixed_unless_it_says_otherwise():
 
 def test_a_text_that_changed_in_its_place_is_refused_by_its_split():
     before = {"train": "a", "validation": "b"}
-    environment.check_text(before, before, RUN)
-    environment.check_text({}, before, RUN)  # of a checkpoint that holds no digests
+    assert not environment.changed_text(before, before, RUN)
+    assert not environment.changed_text({}, before, RUN)  # of a checkpoint that holds no digests
     with pytest.raises(configs.ConfigError, match="'embedded' .* another validation text"):
-        environment.check_text(before, {"train": "a", "validation": "c"}, RUN)
+        environment.changed_text(before, {"train": "a", "validation": "c"}, RUN)
+
+
+def test_another_text_and_another_source_are_allowed_by_one_key():
+    data = configs.Data(tokenizer="bytes", other_text=True)
+    run = dataclasses.replace(RUN, data=data)
+    before, now = {"train": "a", "validation": "b"}, {"train": "a", "validation": "c"}
+    assert environment.changed_text(before, now, run) == ["the validation text is another"]
+    config = configs.default()
+    config.data.update(source="other.txt", other_text=True)
+    lines = environment.changes(configs.default().to_dict(), config)
+    assert "data.source: embedded -> other.txt" in lines
+    config.data.sequence_length = 64
+    with pytest.raises(configs.ConfigError, match="data.sequence_length=64 differs"):
+        environment.changes(configs.default().to_dict(), config)
+
+
+def test_a_program_of_another_version_is_named():
+    now = environment.versions()
+    assert environment.changed_versions(now) == []
+    before = now | {"jax": "0.1"}
+    assert environment.changed_versions(before) == [f"jax: 0.1 -> {now['jax']}"]
 
 
 @pytest.mark.parametrize("key", FIXED)
