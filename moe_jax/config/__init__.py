@@ -1,7 +1,7 @@
 """A run's config: read from files and flags, then resolved into dataclasses with checks."""
 
-from moe_jax.config.beside import Checkpoint, Evaluation, Guards
 from moe_jax.config.checks import ConfigError
+from moe_jax.config.monitoring import Checkpoint, Evaluation, Guards
 from moe_jax.config.reading import default, load, load_json, model_fields, parse, save_json
 from moe_jax.config.resolved import AUTO, model_of, of_stored, resolve, tokenizer_of
 from moe_jax.config.run import Run

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import beside, checks, sections
+from moe_jax.config import checks, monitoring, sections
 from moe_jax.config.section import Section, key, part
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.router import ROUTERS
@@ -31,9 +31,9 @@ class Run(Section, path=""):
     training: sections.Training = part(sections.Training)
     balance: sections.Balance = part(sections.Balance)
     objective: sections.Objective = part(sections.Objective)
-    evaluation: beside.Evaluation = part(beside.Evaluation)
-    checkpoint: beside.Checkpoint = part(beside.Checkpoint)
-    guards: beside.Guards = part(beside.Guards)
+    evaluation: monitoring.Evaluation = part(monitoring.Evaluation)
+    checkpoint: monitoring.Checkpoint = part(monitoring.Checkpoint)
+    guards: monitoring.Guards = part(monitoring.Guards)
     # The config that the settings come from; it is stored in the run's workdir and checkpoints.
     config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
 

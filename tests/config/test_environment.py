@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from moe_jax import config as configs
-from moe_jax.config import beside, environment, section, sections
+from moe_jax.config import environment, monitoring, section, sections
 from moe_jax.model.presets import PRESETS
 
 RUN = configs.Run(model=PRESETS["quickstart"], data=configs.Data(tokenizer="bytes"))
@@ -105,7 +105,7 @@ def test_other_changes_are_named():
             {"training": sections.Training(batch_size=16, accumulation_steps=4)},
             r"batch_size \(over accumulation_steps\)=4 is not divisible by the 8 batch shards",
         ),
-        ({"evaluation": beside.Evaluation(batch_size=9)}, "evaluation.batch_size=9 is not div"),
+        ({"evaluation": monitoring.Evaluation(batch_size=9)}, "evaluation.batch_size=9 is not div"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_or_the_batch_is_refused(values, complaint):
@@ -136,7 +136,7 @@ def test_a_mesh_that_does_not_fit_the_devices_or_the_batch_is_refused(values, co
         (
             {
                 "model": dataclasses.replace(RUN.model, position_embedding="learned"),
-                "evaluation": beside.Evaluation(prompts=("text",), continuation_tokens=4092),
+                "evaluation": monitoring.Evaluation(prompts=("text",), continuation_tokens=4092),
             },
             "evaluation.prompts: rows of 4097 tokens are beyond .*4096.*continuation_tokens",
         ),

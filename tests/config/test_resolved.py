@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import hf
-from moe_jax.config import beside, sections
+from moe_jax.config import monitoring, sections
 from moe_jax.config.section import Section
 from moe_jax.model.presets import PRESETS
 
@@ -83,7 +83,7 @@ def test_a_stored_config_gives_the_run_that_it_was_stored_of(tmp_path):
             "needs a router with a bias, not model.router='softmax_topk'",
         ),
         (
-            {"model": MOE, "evaluation": beside.Evaluation(num_experts_per_tok=5)},
+            {"model": MOE, "evaluation": monitoring.Evaluation(num_experts_per_tok=5)},
             "num_experts_per_tok=5 is more than the 4 experts of the model",
         ),
         (
@@ -132,11 +132,11 @@ TOP_1 = {"num_experts_per_tok": 1}
 def test_top_1_is_trained_where_its_router_learns_or_is_not_to_learn(fields, frozen):
     optimizer = sections.Optimizer(frozen=frozen)
     run = configs.Run(model=dataclasses.replace(MOE, **fields), optimizer=optimizer)
-    dataclasses.replace(run, evaluation=beside.Evaluation(num_experts_per_tok=1))
+    dataclasses.replace(run, evaluation=monitoring.Evaluation(num_experts_per_tok=1))
 
 
 def test_a_model_of_two_experts_a_token_may_be_evaluated_with_one():
-    configs.Run(model=MOE, evaluation=beside.Evaluation(num_experts_per_tok=1))
+    configs.Run(model=MOE, evaluation=monitoring.Evaluation(num_experts_per_tok=1))
 
 
 def test_a_recipe_that_gives_a_dense_model_needs_no_experts():

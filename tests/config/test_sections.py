@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from moe_jax.config import beside, checks, section, sections
+from moe_jax.config import checks, monitoring, section, sections
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
 from moe_jax.model.presets import PRESETS
@@ -93,7 +93,8 @@ def test_a_refusal_says_the_value_and_the_limit(check, value, complaint):
 
 def test_an_expression_a_rule_and_an_interval_are_accepted():
     sections.Optimizer(frozen=r"moe/(experts|router)", gradient_factors=(("moe", 0), ("a|b", 0.5)))
-    assert beside.Evaluation(intervals=(("routing", 0), ("similarity", 10))).intervals[1][1] == 10
+    intervals = (("routing", 0), ("similarity", 10))
+    assert monitoring.Evaluation(intervals=intervals).intervals == intervals
 
 
 COPY = sections.Upcycle(recipe="bam", optimizer_state="copy")

@@ -1,4 +1,4 @@
-"""Sections of a run's config about what happens beside its steps: evaluation, checkpoints, guards.
+"""The sections of a run's config about evaluation, checkpoints and guards.
 
 `run.Run` holds one of each.
 """
