@@ -52,10 +52,11 @@ def ask() -> None:
 
 
 @contextlib.contextmanager
-def requests(take: Callable[[signal.Signals], None]) -> Iterator[None]:
+def requests(take: Callable[[signal.Signals], None], *, until_exit: bool = False) -> Iterator[None]:
     """`take` gets the first signal of the block; what it raises is raised where the program is.
 
-    Signals that the program was told to ignore, as nohup does, are ignored.
+    Signals that the program was told to ignore, as nohup does, are ignored. With `until_exit`
+    signals after the block, while the program ends by itself, are ignored too.
     """
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
@@ -72,8 +73,12 @@ def requests(take: Callable[[signal.Signals], None]) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, _ignore if until_exit else handler)
         sys.unraisablehook = hook
+
+
+def _ignore(*_) -> None:  # unlike SIG_IGN, a handler is not inherited by other programs
+    pass
 
 
 def _end_at_once(*_) -> NoReturn:

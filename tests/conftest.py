@@ -81,6 +81,15 @@ def libtpu():
         )
 
 
+@pytest.fixture(autouse=True)
+def _own_signals():
+    """A command that a test calls may leave its handlers behind."""
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def heard():
     """Signals that stop a program are not ignored, as they are in a shell's background."""

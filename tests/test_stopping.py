@@ -48,6 +48,24 @@ def test_a_signal_that_is_ignored_stays_so():
         signal.signal(signal.SIGHUP, before)
 
 
+ENDING = """
+import signal, subprocess, sys
+from moe_jax import stopping
+with stopping.requests(print, until_exit=True):
+    pass
+for number in stopping.SIGNALS:
+    signal.raise_signal(number)
+asked = "import signal; print(signal.getsignal(signal.SIGTERM).name)"
+print("at the end", subprocess.check_output([sys.executable, "-c", asked], text=True))
+"""
+
+
+def test_a_signal_while_a_program_ends_by_itself_does_not_spoil_its_status(heard):
+    """And a program that it starts hears signals as ever."""
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["at", "the", "end", "SIG_DFL"])
+
+
 SWALLOWED = """
 import gc, signal, time
 from moe_jax import stopping

@@ -43,7 +43,7 @@ class ListKeys(argparse.Action):
 
 
 def main() -> None:
-    with stopping.requests(_nothing_to_save):
+    with stopping.requests(_nothing_to_save, until_exit=True):
         try:
             _main()
         except SystemExit as ended:
