@@ -113,12 +113,12 @@ class Guards(Section, path="guards"):
     )
     stall_seconds: float = key(
         600.0,
-        "seconds without progress after which the stacks of all threads are printed; 0 for never",
+        "seconds in a step, the data or a save after which all stacks are printed; 0 for never",
         NOT_NEGATIVE,
     )
     stall_end_seconds: float = key(
         7200.0,
-        "seconds without progress after which the run ends with status 75; 0 for never",
+        "seconds in a step, the data or a save after which the run ends with 75; 0 for never",
         NOT_NEGATIVE,
     )
 

@@ -80,7 +80,7 @@ def run(
             for evaluator in parts.evaluators.values():
                 if step == last or evaluator.is_due(step):
                     log.flush()
-                    begin(step, "evaluation")
+                    begin(step, pulse.EVALUATION)
                     try:
                         with log.clock_stopped(), stop.at_once():
                             found = evaluator.evaluate(state.params)

@@ -10,17 +10,15 @@ from moe_jax import config as configs
 from moe_jax.training import pulse
 
 
-def hang(tmp_path, **settings):
+def hang(tmp_path, phases=("data", "step"), **settings):
     watch = pulse.Pulse(configs.Guards(**settings), tmp_path)
     with watch.watched():
-        for phase in ("data", "step"):
+        for phase in phases:
             watch.at(7, phase)
             time.sleep(0.5)
 
 
 def test_a_stall_is_reported_once_with_the_stacks(tmp_path, capfd):
-    with capfd.disabled():
-        pass
     hang(tmp_path, stall_seconds=0.2, stall_end_seconds=0)
     said = capfd.readouterr().err
     assert said.count("no progress for") == 2  # one for each phase
@@ -33,6 +31,12 @@ def test_a_stall_that_lasts_ends_the_run_so_that_it_can_go_on(tmp_path, capfd, m
     hang(tmp_path, stall_seconds=0.1, stall_end_seconds=0.3)
     assert set(ended) == {75}
     assert "the data after step 7 made no progress for" in capfd.readouterr().err
+
+
+def test_an_evaluation_may_take_its_time(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
+    hang(tmp_path, [pulse.EVALUATION], stall_seconds=0.1, stall_end_seconds=0.2)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_heartbeat_tells_where_the_run_is(tmp_path, monkeypatch):
