@@ -117,8 +117,9 @@ def changes_since(before: dict, kept: dict, run: Run, text: dict[str, str]) -> l
 
     Raises: ConfigError if it must not change.
     """
+    of_config = changes(before, run.config)  # first: a changed key explains a changed text
     of_text = changed_text(kept["text"], text, run)
-    return [*changes(before, run.config), *of_text, *changed_versions(kept["versions"])]
+    return [*of_config, *of_text, *changed_versions(kept["versions"])]
 
 
 def changes(before: dict, config: ConfigDict) -> list[str]:

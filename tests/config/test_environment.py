@@ -70,6 +70,15 @@ def test_another_text_and_another_source_are_allowed_by_one_key():
         environment.changes(configs.default().to_dict(), config)
 
 
+def test_the_key_that_changed_the_text_is_named_and_not_the_text():
+    config = configs.default()
+    config.data.validation_fraction = 0.3
+    run = dataclasses.replace(RUN, config=config)
+    kept = {"text": {"train": "a"}, "versions": {}}
+    with pytest.raises(configs.ConfigError, match="data.validation_fraction=0.3 differs"):
+        environment.changes_since(configs.default().to_dict(), kept, run, {"train": "b"})
+
+
 def test_a_program_of_another_version_is_named():
     now = environment.versions()
     assert environment.changed_versions(now) == []
