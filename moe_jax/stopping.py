@@ -1,5 +1,6 @@
 """Signals that stop a program: the first is a request, the second ends the process at once."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -74,6 +75,8 @@ def requests(take: Callable[[signal.Signals], None], *, until_exit: bool = False
     finally:
         for number, handler in before.items():
             signal.signal(number, _ignore if until_exit else handler)
+            if until_exit:  # Python's end puts back the defaults for all but what is SIG_IGN
+                atexit.register(signal.signal, number, signal.SIG_IGN)
         sys.unraisablehook = hook
 
 
