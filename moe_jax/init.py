@@ -166,9 +166,9 @@ NO_LINEAGE: dict[str, Any] = {"tokens": 0, "training_flops": 0.0, "parents": []}
 def lineage(parents: Sequence[configs.Source]) -> dict[str, Any]:
     """The tokens and FLOPs of training behind these models, added up, and the models' names.
 
-    Of a run without a step, the newest checkpoint counts; its step is in the name. The numbers are
-    0 for a Hugging Face folder, which does not record them. A run keeps its parents' numbers in its
-    own checkpoints, so it needs the parents only for its first step.
+    If a run is given without a step, its newest checkpoint counts, and the name has its step. The
+    numbers are 0 for a Hugging Face folder, which does not record them. A run keeps its parents'
+    numbers in its own checkpoints, so it needs the parents only for its first step.
     """
     total = {**NO_LINEAGE, "parents": [str(parent) for parent in parents]}
     for number, parent in enumerate(parents):

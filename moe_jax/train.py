@@ -40,7 +40,7 @@ from moe_jax.training import (
 )
 from moe_jax.training.state import TrainState
 
-# What a checkpoint keeps besides the state: the values before the first step.
+# A checkpoint keeps these values besides the state; here they are as before the first step.
 NOTHING_KEPT = {"lineage": init.NO_LINEAGE, "skipped_steps": 0, "left_out": [], "losses": {}}
 
 
@@ -112,7 +112,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         newest = distributed.of_first(checkpoint.newest_data(directory))
         at = environment.resume_step(settings, newest)
         restored = checkpoint.restore_latest(directory, abstract, step=at, optional="history/")
-    kept: dict[str, Any] = {**NOTHING_KEPT, **(restored.data if restored else {})}
+    kept: dict[str, Any] = dict(restored.data if restored else NOTHING_KEPT)
     if restored is None:
         start, plan = 0, init.plan_of(settings)
         kept["lineage"] = init.lineage(settings.init.sources)
@@ -129,7 +129,8 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         distributed.say(f"going on from step {start}", *changed)
     with together():
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
-        lock = _lock(workdir, saving.num_bytes(abstract)) if distributed.is_first() else None
+        saving.check_room(directory, saving.num_bytes(abstract))
+        lock = _lock(workdir) if distributed.is_first() else None
     if lock:
         if at is not None:
             checkpoint.set_aside_after(directory, at)
@@ -154,8 +155,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     # loop -----------------------------------------------------------------------------------
     routers = _routers_at_start(workdir, start, state.params, settings.model)
     context = evaluators.Context(settings, mesh, held_out, tokenizer, routers)
-    sound = frozenset({start} if restored else ())
-    saver = saving.Saver(directory, settings, sound=sound, losses=kept["losses"])
+    saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"])
     kept |= {"text": digests, "versions": environment.versions()}
     kept["resumed_from"] = settings.checkpoint.resume_from
 
@@ -205,7 +205,7 @@ def _facts(settings: configs.Run, costs: flops.Costs, lineage: dict) -> dict:
         "steps": steps,
         "tokens": tokens,
         "training_flops": tokens * costs.model_flops_per_token,
-        "parents": lineage.get("parents", []),
+        "parents": lineage["parents"],
         "parent_tokens": lineage["tokens"],
         "parent_training_flops": lineage["training_flops"],
         "router": settings.model.router if settings.model.num_experts else "",
@@ -263,9 +263,8 @@ def _with_history(state: TrainState, settings: configs.Run, shardings: TrainStat
     return state.replace(history=jax.device_put(guards.history(settings.guards), shardings.history))
 
 
-def _lock(workdir: pathlib.Path, needed: int):
-    """Creates the workdir with room for `needed` bytes, and locks it against a second run until the
-    file is closed."""
+def _lock(workdir: pathlib.Path):
+    """Creates the workdir, and locks it against a second run until the file is closed."""
     try:
         untrusted.check_folder(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -278,7 +277,6 @@ def _lock(workdir: pathlib.Path, needed: int):
         raise configs.ConfigError(
             f"--workdir={workdir}: another run is using it; wait or choose another"
         ) from None
-    saving.check_room(workdir, needed)
     return lock
 
 

@@ -22,10 +22,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import jax  # noqa: E402 - after the flags are set
-import pytest  # noqa: E402 - so too
-from jax.experimental import topologies  # noqa: E402 - so too
+import pytest  # noqa: E402 - after the flags are set
+from jax.experimental import topologies  # noqa: E402 - after the flags are set
 
-from moe_jax import stopping  # noqa: E402 - so too
+from moe_jax import stopping  # noqa: E402 - after the flags are set
 
 
 def pytest_addoption(parser):

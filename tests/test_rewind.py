@@ -1,5 +1,6 @@
 """Whole runs that go back to a checkpoint: by hand, by themselves, and with batches left out."""
 
+import os
 import random
 import sys
 
@@ -154,3 +155,13 @@ def test_it_goes_back_three_times_and_then_ends_with_3(config_file, tmp_path, ca
     said = capsys.readouterr().err
     assert said.count("goes back to its newest checkpoint") == 4 and "batches to 7" in said
     assert "the run went back 3 times; lower config.optimizer.learning_rate" in said
+
+
+def test_a_run_without_room_for_a_checkpoint_is_refused_before_anything_is_written(
+    config_file, tmp_path, monkeypatch
+):
+    full = type("Full", (), {"f_bavail": 1, "f_frsize": 1, "f_files": 0})
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(OSError, match="0.00 GB are free and a checkpoint takes"):
+        run(config_file, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

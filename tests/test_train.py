@@ -254,7 +254,7 @@ def test_a_run_does_not_go_on_with_a_text_that_changed_in_its_place(unbroken, co
 
 def test_a_workdir_in_use_and_one_of_another_model_are_refused(unbroken, config_file):
     workdir, _, _ = unbroken
-    lock = train._lock(workdir, 0)
+    lock = train._lock(workdir)
     with pytest.raises(configs.ConfigError, match="another run is using it"):
         train.run(configs.resolve(configs.load(config_file)), workdir)
     lock.close()

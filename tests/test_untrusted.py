@@ -31,7 +31,7 @@ def test_what_stands_in_for_a_file_of_a_run_is_refused(name, kind, tmp_path):
     with pytest.raises(configs.ConfigError, match=f"{name} is "):
         configs.load_json(tmp_path / "run")
     with pytest.raises(configs.ConfigError, match=f"{name} is "):
-        train._lock(tmp_path / "run", 0)
+        train._lock(tmp_path / "run")
     assert (outside / "file").read_text() == "mine"
 
 
@@ -50,7 +50,7 @@ def test_a_lock_empties_no_file_that_shares_its_content(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "run").mkdir()
     os.link(tmp_path / "mine", tmp_path / "run" / ".lock")
-    train._lock(tmp_path / "run", 0).close()
+    train._lock(tmp_path / "run").close()
     assert (tmp_path / "mine").read_text() == "mine"
 
 

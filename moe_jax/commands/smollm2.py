@@ -38,7 +38,7 @@ def main() -> None:
     workdir = parser.parse_args().workdir
     try:
         import accelerate  # noqa: F401 - Transformers needs these two to read the GGUF file
-        import gguf  # noqa: F401
+        import gguf  # noqa: F401 - the other one
         import torch
         import transformers
     except ImportError as error:

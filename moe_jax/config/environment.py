@@ -113,7 +113,7 @@ def validate_mesh(run: Run, num_devices: int) -> None:
 
 
 def changes_since(before: dict, kept: dict, run: Run, text: dict[str, str]) -> list[str]:
-    """What has changed since a checkpoint with the config `before` and the data `kept` was saved.
+    """Lists the changes since a checkpoint with the config `before` and the data `kept` was saved.
 
     Raises: ConfigError if it must not change.
     """

@@ -75,7 +75,7 @@ ALARMS = Need(lambda run: run.guards.alarm_rows > 0, "config.guards.alarm_rows")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guards(Section, path="guards"):
-    """What to do about spikes, collapsing routers and stalls."""
+    """The reactions to spikes, collapsing routers and stalls."""
 
     spike_sigma: float = key(
         0.0,

@@ -1,4 +1,4 @@
-"""How a model is named: by its folder or, for one checkpoint of a run, as RUN@STEP."""
+"""A model is named by its folder or, for one checkpoint of a run, as RUN@STEP."""
 
 import contextlib
 import dataclasses

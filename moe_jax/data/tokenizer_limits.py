@@ -81,7 +81,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """How many times longer a step can make a text."""
+    """The factor by which a step can lengthen a text."""
     match step:
         case {"type": "Replace", "content": str() as content}:
             return max(1, len(content))

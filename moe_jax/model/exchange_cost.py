@@ -41,7 +41,7 @@ def bytes_sent(
     In each mode the backward pass sends as much again, and a recomputed layer once more. The count
     assumes that tokens are spread evenly over the devices, that the TPUs of an axis form a ring, in
     which a message crosses X/4 links on average, and that elsewhere a switch connects all devices.
-    Of the weights, those that are gathered are counted: a device's part along edp, sharded along
+    The count includes the weights that are gathered: a device's part along edp, sharded along
     tensor.
 
     Args: num_tokens: the tokens of one device.

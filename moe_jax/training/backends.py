@@ -34,7 +34,7 @@ class Backend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How to open a back end.
+    """A row of `BACKENDS`.
 
     `package` is the distribution that it needs. `open` is called in the back end's thread with the
     workdir, which has config.json, and the step that the run goes on from (0 for one that begins).

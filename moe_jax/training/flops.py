@@ -25,7 +25,7 @@ PEAK_FLOPS = {chip.device_kind: chip.flops for chip in chips.CHIPS.values()}
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What a step of a run costs."""
+    """The costs of a step of a run."""
 
     tokens_per_step: int
     model_flops_per_token: float

@@ -5,7 +5,7 @@ import math
 import os
 import pathlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 
@@ -30,14 +30,13 @@ class Saver:
         self,
         directory: pathlib.Path,
         run: configs.Run,
-        *,
-        sound: frozenset[int] = frozenset(),
-        losses: Mapping[str, float] | None = None,
+        sound: Iterable[int],
+        losses: Mapping[str, float],
     ):
         self._directory, self._config = directory, run.config.to_dict()
         self._settings = run.checkpoint
-        self._sound = sound
-        self._losses = {int(step): loss for step, loss in (losses or {}).items()}
+        self._sound = frozenset(sound)
+        self._losses = {int(step): loss for step, loss in losses.items()}
         self._thread: threading.Thread | None = None
         self._failed: checkpoint.SaveError | None = None
 

@@ -22,7 +22,7 @@ SHAPES = jax.eval_shape(state_of, 0)
 
 def saver_of(directory, sound=(), losses=None, **settings):
     run = configs.Run(model=PRESETS["quickstart"], checkpoint=configs.Checkpoint(**settings))
-    return saving.Saver(directory, run, sound=frozenset(sound), losses=losses)
+    return saving.Saver(directory, run, sound, losses or {})
 
 
 def save(saver, *steps):
