@@ -23,7 +23,7 @@ def get_config():
         vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2,
     )
-    config.data.update(sequence_length=32, cache_dir="cache")
+    config.data.update(source="text", sequence_length=32, validation_fraction=0.2)
     config.training.update(num_steps=40, batch_size=8, log_every=1)
     config.evaluation.update(batch_size=8, final_max_batches=1)
     config.checkpoint.update(every_steps=5, directory="gs://bucket/runs")
@@ -56,6 +56,7 @@ def environment(tmp_path_factory):
     (folder / "sitecustomize.py").rename(site / "sitecustomize.py")
     address = f"http://127.0.0.1:{port}"
     variables = os.environ | {
+        "XDG_CACHE_HOME": str(site / "cache"),
         "PYTHONPATH": f"{ROOT}:{site}",
         "STORAGE_EMULATOR_HOST": address,
         "TENSORSTORE_GCS_HTTP_URL": address,
@@ -74,6 +75,9 @@ def environment(tmp_path_factory):
 @pytest.mark.long
 def test_a_run_with_its_checkpoints_in_a_bucket_is_killed_and_goes_on(environment, tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "text").mkdir()
+    for i in range(9):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"{i} is a number of my own. " * 99)
 
     def started(*arguments):
         """Its output goes to a file: a pipe that nobody reads would stop it."""

@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> dict:
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; "
             "is this the tokenizer that it was trained with?"
         )
-    corpus = _corpus(arguments, folder, data, tokenizer)
+    corpus = _corpus(arguments, found, data, tokenizer)
     mesh = _mesh(config)
     _, params = stores.load(found, mesh, allow_nonfinite=arguments.allow_nonfinite)
     shards = sharding.batch_shards(mesh.shape)
@@ -164,7 +164,7 @@ def _data(
 
 def _corpus(
     arguments: argparse.Namespace,
-    folder: pathlib.Path,
+    source: configs.Source,
     data: configs.Data,
     tokenizer: tokenizers.Tokenizer,
 ) -> TokenizedCorpus:
@@ -175,12 +175,12 @@ def _corpus(
         return prepare.open_corpus(
             data.source, VALIDATION, tokenizer, validation_fraction=fraction, cache=cache
         )
-    hashes = checkpoint.newest_data(folder / "checkpoints").get("text")
+    hashes = checkpoint.newest_data(source.checkpoints, source.step).get("text")
     digest = hashes.get(VALIDATION) if isinstance(hashes, dict) else None
     found = prepare.of_digest(digest, cache) if isinstance(digest, str) else None
     if found is None:
         raise ValueError(
-            f"the held-out text of {folder} is not in the cache {cache}, and {data.source}, which "
+            f"the held-out text of {source} is not in the cache {cache}, and {data.source}, which "
             f"its config names, is not read for it; give --source={shlex.quote(data.source)}"
         )
     return found

@@ -29,7 +29,7 @@ def workdir(tmp_path, monkeypatch):
     params = jax.jit(lambda: model.init(CONFIG, jax.random.key(0)))()
     stores.save(tmp_path / "run", CONFIG, params)
     data = {"step": 1, "text": {"validation": held_out.digest}}  # as a training run saves it
-    monkeypatch.setattr(checkpoint, "newest_data", lambda directory: data)
+    monkeypatch.setattr(checkpoint, "newest_data", lambda directory, step: data)
     forge(tmp_path / "run", source=str(tmp_path / "text.jsonl"), validation_fraction=0.5)
     return tmp_path / "run"
 
