@@ -86,7 +86,8 @@ def _worst(values: Sequence[float], choose: Callable = max) -> tuple[int, float]
 def _dead_experts(measures: Mapping[str, Sequence], run: configs.Run) -> str:
     layer, dead = _worst(measures["dead_experts"])
     total = run.model.num_experts
-    return f"{dead} of {total} experts of sparse layer {layer} get no tokens" if dead else ""
+    little = "have less than 1 % of the even load"
+    return f"{dead} of {total} experts of sparse layer {layer} {little}" if dead else ""
 
 
 def _collapse(measures: Mapping[str, Sequence], run: configs.Run) -> str:
