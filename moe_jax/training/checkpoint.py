@@ -255,7 +255,9 @@ def _digest(x: jax.Array) -> jax.Array:
     position = jnp.full(x.shape, name)
     for axis in range(x.ndim):
         position = _mix(position + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis))
-    return jnp.sum(_mix(words ^ position), dtype=jnp.uint32) + name
+    # Over the layers first: XLA:CPU sums into one number with neither vectors nor threads.
+    sums = jnp.sum(_mix(words ^ position), axis=range(min(x.ndim, 1)), dtype=jnp.uint32)
+    return jnp.sum(jax.lax.optimization_barrier(sums), dtype=jnp.uint32) + name
 
 
 _digests = jax.jit(lambda leaves: jax.tree.map(_digest, leaves))
