@@ -113,14 +113,21 @@ def _empty(config: model.ModelConfig, B: int, S: int) -> dict:
 def sample(logits_BV: jax.Array, key: jax.Array, temperature, top_p) -> jax.Array:
     """Samples a token for each row, [B]; the most probable at temperature 0. Settings may be
     traced."""
+    return jax.lax.cond(
+        temperature > 0,
+        lambda: _drawn(logits_BV, key, temperature, top_p),
+        lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
+    )
+
+
+def _drawn(logits_BV, key, temperature, top_p):
     rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits_BV)))
     below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)  # prevents overflow
-    scaled_BV = below_BV / jnp.where(temperature > 0, jnp.maximum(temperature, 1e-30), 1)
+    scaled_BV = below_BV / jnp.maximum(temperature, 1e-30)
     order_BV = jnp.argsort(-scaled_BV, axis=-1)
     sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
     before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
     # The most probable token is always kept, whatever top_p is.
     kept_BV = (before_BV < top_p) | (jnp.arange(logits_BV.shape[-1]) == 0)
-    drawn_B = jax.vmap(jax.random.categorical)(rows, jnp.where(kept_BV, sorted_BV, -jnp.inf))
-    place_B = jnp.where(temperature > 0, drawn_B, 0)
+    place_B = jax.vmap(jax.random.categorical)(rows, jnp.where(kept_BV, sorted_BV, -jnp.inf))
     return jnp.take_along_axis(order_BV, place_B[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -54,9 +54,10 @@ def attention(
 
     Args:
       window: the number of keys that a query attends to, its own included; None is all up to it.
-      cache: `k` and `v` [B, S, K, H] of the positions before these, with a leading axis for the
-        attention experts if there are any; None in training. A call with several positions must
-        start at the first position of each row.
+      cache: `k` and `v` [L, B, S, K, H] of the positions before these, for all layers, and this
+        layer's index `at`; behind L there is an axis for the attention experts if there are any.
+        None in training. A call with several positions must start at the first position of each
+        row.
     """
     x_BTD = layers.norm(x_BTD, params["norm"], config)
     rest = positions_BT, segment_ids_BT, config, window
@@ -65,18 +66,22 @@ def attention(
     logits_BTE = router_logits(x_BTD, params["router"]["kernel"])
     share_BTE = jax.nn.softmax(logits_BTE).astype(x_BTD.dtype)
 
-    def add(total_BTD, expert):
-        params, share_BT, cache = expert
-        y_BTD, cache = _attention_of_one(x_BTD, params, cache, *rest)
-        return total_BTD + share_BT[..., None] * y_BTD, cache
+    def add(carry, expert):
+        total_BTD, cache = carry
+        index, params, share_BT = expert
+        of_one = cache and {**cache, "at": (*cache["at"], index)}
+        y_BTD, of_one = _attention_of_one(x_BTD, params, of_one, *rest)
+        cache = cache and {**of_one, "at": cache["at"]}
+        return (total_BTD + share_BT[..., None] * y_BTD, cache), None
 
-    experts = params["experts"], jnp.moveaxis(share_BTE, -1, 0), cache
-    return jax.lax.scan(add, jnp.zeros_like(x_BTD), experts)
+    experts = jnp.arange(share_BTE.shape[-1]), params["experts"], jnp.moveaxis(share_BTE, -1, 0)
+    return jax.lax.scan(add, (jnp.zeros_like(x_BTD), cache), experts)[0]
 
 
 def _attention_of_one(x_BTD, params, cache, positions_BT, segment_ids_BT, config, window):
+    qkv = layers.products(x_BTD, tuple(params[f"w{n}"] for n in "qkv"))
     q_BTNH, k_BTKH, v_BTKH = (
-        layers.add_bias(layers.product(x_BTD, params[f"w{n}"]), params, f"b{n}") for n in "qkv"
+        layers.add_bias(x, params, f"b{n}") for n, x in zip("qkv", qkv, strict=True)
     )
     if config.qk_norm != "none":
         q_BTNH = layers.norm(q_BTNH, params["q_norm"], config)
@@ -87,10 +92,12 @@ def _attention_of_one(x_BTD, params, cache, positions_BT, segment_ids_BT, config
         q_BTNH, k_BTKH = (rope.rotate(x, positions_BT, config) for x in (q_BTNH, k_BTKH))
     q_BTNH, k_BTKH, v_BTKH = remat.named("qkv", (q_BTNH, k_BTKH, v_BTKH))
     if cache is not None:
-        cache = {n: _write(cache[n], x, positions_BT) for n, x in (("k", k_BTKH), ("v", v_BTKH))}
+        new = {"k": k_BTKH, "v": v_BTKH}
+        cache |= {n: _written(cache[n], cache["at"], x, positions_BT) for n, x in new.items()}
     if cache is not None and x_BTD.shape[1] == 1:
         y_BTNH = cached_attention.attend(
-            q_BTNH, cache["k"], cache["v"], positions_BT, window=window
+            *(q_BTNH, cache["k"][cache["at"]], cache["v"][cache["at"]], positions_BT),
+            window=window,
         )
     else:
         y_BTNH = ops.attention(
@@ -102,6 +109,6 @@ def _attention_of_one(x_BTD, params, cache, positions_BT, segment_ids_BT, config
     return layers.add_bias(layers.product(y_BTNH, params["wo"], contracted=2), params, "bo"), cache
 
 
-def _write(cache_BSKH, x_BTKH, positions_BT):
+def _written(cache, at: tuple, x_BTKH, positions_BT):
     row_B1 = jnp.arange(len(positions_BT))[:, None]
-    return cache_BSKH.at[row_B1, positions_BT].set(x_BTKH.astype(cache_BSKH.dtype), mode="drop")
+    return cache.at[(*at, row_B1, positions_BT)].set(x_BTKH.astype(cache.dtype), mode="drop")

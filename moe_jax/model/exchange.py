@@ -36,8 +36,8 @@ def fsdp(x_MD, routing, groups, experts, config):
 
     Returns [M, D] and the number of dropped assignments.
     """
-    index_MA = _own(routing.expert_index_MA, len(experts["up"]), config)
-    plan, num_dropped = _plan(index_MA, groups, len(experts["up"]), config)
+    index_MA = _own(routing.expert_index_MA, experts["up"].shape[0], config)
+    plan, num_dropped = _plan(index_MA, groups, experts["up"].shape[0], config)
     x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
     with jax.named_scope("experts"):
         sizes_E = plan.group_sizes_E if plan.complete else None
@@ -49,7 +49,7 @@ def fsdp(x_MD, routing, groups, experts, config):
 def ring(x_MD, routing, groups, experts, config):
     """All-gathers tokens, runs this device's experts, reduce-scatters the sums. Dropless."""
     del groups
-    E = len(experts["up"])
+    E = experts["up"].shape[0]
     index_MA = _own(routing.expert_index_MA, E * jax.lax.axis_size(AXIS), config)
     with jax.named_scope("dispatch"):
         x_ND, index_NA, weight_NA = (
@@ -69,7 +69,7 @@ def ring(x_MD, routing, groups, experts, config):
 
 def all_to_all(x_MD, routing, groups, experts, config):
     """Sends rows to the devices that hold their experts, and the results back."""
-    E = len(experts["up"]) * jax.lax.axis_size(AXIS)
+    E = experts["up"].shape[0] * jax.lax.axis_size(AXIS)
     index_MA = _own(routing.expert_index_MA, E, config)
     plan, num_dropped = _plan(index_MA, groups, E, config)
     x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
@@ -110,7 +110,7 @@ def _dispatched(x_MD, weight_MA, plan):
 
 def _equal(x_RD, weight_R, experts, config, plan):
     """An all-to-all of fixed shapes: each device sends C slots to each expert."""
-    E, X = len(experts["up"]), jax.lax.axis_size(AXIS)
+    E, X = experts["up"].shape[0], jax.lax.axis_size(AXIS)
 
     def to_experts(x):  # [X·E·C, …] by device and expert, to [E, X, C, …] by expert and source
         x = jax.lax.all_to_all(x.reshape(X, E, -1, *x.shape[1:]), AXIS, 0, 0)
@@ -132,7 +132,7 @@ def _ragged(x_RD, weight_R, experts, config, plan):
 
     The buffers have room for the worst case, in which one device receives all rows of all devices.
     """
-    E, X, me = len(experts["up"]), jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
+    E, X, me = experts["up"].shape[0], jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     with jax.named_scope("exchange"):
         # [source, destination, expert of the destination]
         sizes_XYE = jax.lax.all_gather(plan.group_sizes_E, AXIS).reshape(X, X, E)

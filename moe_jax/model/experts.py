@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax.model import layers, remat
 from moe_jax.model.config import ModelConfig
-from moe_jax.ops import grouped_matmul
+from moe_jax.ops import grouped_matmul, stacks
 
 
 def experts_of_rows(
@@ -31,6 +31,7 @@ def experts_of_rows(
             return grouped_matmul.grouped_matmuls(
                 x, weights, group_sizes_E, implementation=config.grouped_matmul
             )
+        weights = stacks.values(weights)
         x_ECD = x.reshape(len(weights[0]), -1, x.shape[-1])
         return tuple(
             jnp.einsum("ecd,edf->ecf", x_ECD, w.astype(x.dtype)).reshape(x.shape[0], -1)

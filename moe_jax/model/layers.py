@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax.model import remat
 from moe_jax.model.config import ModelConfig
+from moe_jax.ops import grouped_matmul, stacks
 
 # The keys are Hugging Face's names; gelu_new, gelu_fast and gelu_pytorch_tanh are one formula.
 _GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)
@@ -20,6 +21,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": _GELU_TANH,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
+
+# With more rows, copying a matrix out of the stack takes little of its product's time.
+FEW_ROWS = 64
 
 
 def norm_shapes(config: ModelConfig, *shape: int) -> dict:
@@ -42,17 +46,38 @@ def mlp_shapes(config: ModelConfig) -> dict:
     return {"norm": norm_shapes(config), **ffn_shapes(config, config.intermediate_size)}
 
 
-def product(x: jax.Array, w: jax.Array, contracted: int = 1) -> jax.Array:
+Matrix = jax.Array | stacks.OfStack
+
+
+def product(x: jax.Array, w: Matrix, contracted: int = 1) -> jax.Array:
     """Contracts the last `contracted` axes of x with the first ones of w; the result has x's dtype.
 
     The rows are flattened into one axis because XLA:CPU takes twice as long for the gradient of w
     with several axes of rows (a SwiGLU of 2048 rows, D=256, F=1024, with its gradients: 159 ms as
     [8, 256, D], 85 ms as [2048, D]).
     """
-    rows, columns = x.shape[: x.ndim - contracted], w.shape[contracted:]
-    size = math.prod(w.shape[:contracted])
-    y = x.reshape(-1, size) @ w.astype(x.dtype).reshape(size, -1)
-    return y.reshape(*rows, *columns)
+    return products(x, (w,), contracted)[0]
+
+
+def products(
+    x: jax.Array, weights: tuple[Matrix, ...], contracted: int = 1
+) -> tuple[jax.Array, ...]:
+    """`product` of x with each of `weights`; few rows read the weights where they lie."""
+    rows, size = x.shape[: x.ndim - contracted], math.prod(x.shape[x.ndim - contracted :])
+    x_MD = x.reshape(-1, size)
+    if len(x_MD) <= FEW_ROWS and grouped_matmul.reads_in_place(x, weights):
+        matrices = tuple(_as_one_expert(w, size) for w in weights)
+        ys = grouped_matmul.grouped_matmuls(x_MD, matrices, jnp.array([len(x_MD)], jnp.int32))
+    else:
+        ys = tuple(x_MD @ w.astype(x.dtype).reshape(size, -1) for w in stacks.values(weights))
+    return tuple(y.reshape(*rows, *w.shape[contracted:]) for y, w in zip(ys, weights, strict=True))
+
+
+def _as_one_expert(w: stacks.OfStack, size: int) -> stacks.OfStack:
+    """The matrix as a stack of one expert, [1, D, F]."""
+    return stacks.OfStack(
+        w.value.reshape(1, size, -1), w.stack.reshape(len(w.stack), 1, size, -1), w.index
+    )
 
 
 def add_bias(x: jax.Array, params: dict, name: str) -> jax.Array:
@@ -86,7 +111,8 @@ def feed_forward(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
         return add_bias(product(activate(hidden, config), params["down"]), params, "down_bias")
 
     inner = [name for name in ("gate", "up") if name in params]
-    hidden = tuple(add_bias(product(x, params[n]), params, f"{n}_bias") for n in inner)
+    hidden = products(x, tuple(params[n] for n in inner))
+    hidden = tuple(add_bias(h, params, f"{n}_bias") for n, h in zip(inner, hidden, strict=True))
     return down(remat.named("gate_up", hidden))
 
 

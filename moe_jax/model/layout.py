@@ -13,6 +13,13 @@ from typing import Any
 import jax
 
 from moe_jax.model.config import MOE, BlockKind, ModelConfig
+from moe_jax.ops import stacks
+
+_FEED_FORWARD = ("gate", "up", "down")
+MATRICES = {
+    *(("attention", name) for name in ("wq", "wk", "wv", "wo")),
+    *((part, name) for part in ("mlp", "shared", "experts") for name in _FEED_FORWARD),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +84,16 @@ def layer(params: dict, config: ModelConfig, index: int, *path: str) -> dict:
     slot, row = slots(config.block_kinds)[index]
     stacks = functools.reduce(dict.__getitem__, path, params["blocks"][slot])
     return jax.tree.map(lambda stack: stack[row], stacks)
+
+
+def rows_of_stacks(params: dict, all_layers: dict, index: jax.Array) -> dict:
+    """One layer's parameters, whose large matrices know where they lie in the stacks."""
+
+    def row(path, value, stack):
+        names = tuple(key.key for key in path)
+        return stacks.row(value, stack, index) if names[-2:] in MATRICES else value
+
+    return jax.tree_util.tree_map_with_path(row, params, all_layers)
 
 
 def layers(params: dict, config: ModelConfig) -> Iterator[tuple[int, BlockKind, dict]]:

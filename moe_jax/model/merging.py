@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from moe_jax.model import layers
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.routing import Routing, router_logits
+from moe_jax.ops import stacks
 
 
 def merged(x_BTD, params, groups, noise_key, config: ModelConfig):
@@ -62,5 +63,6 @@ def merged_expert(x_SD: jax.Array, share_E: jax.Array, experts: dict, config: Mo
     """The feed-forward whose weights are the average of the experts', weighted by `share_E`."""
     # The gradient of share_E sums over the matrices, so their order decides its last bits.
     names = layers.ffn_shapes(config, config.expert_size)
+    experts = stacks.values(experts)
     mean = {n: jnp.tensordot(share_E, experts[n].astype(x_SD.dtype), axes=1) for n in names}
     return layers.feed_forward(x_SD, mean, config)

@@ -7,6 +7,7 @@ experts on other devices. Without a mesh the same per-device function is called 
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from moe_jax import tree
 from moe_jax.model import exchange, exchange_cost, layers, merging, remat, router
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.routing import Groups, RouterStats, Routing, router_logits, statistics
+from moe_jax.ops import stacks
 from moe_jax.parallel import sharding
 
 
@@ -60,11 +62,20 @@ def moe(
     num_tokens = valid_BT.size // sharding.batch_shards(mesh.shape)
     mode = exchange_cost.choose(config, num_tokens)
     config = dataclasses.replace(config, expert_parallel=mode)
-    specs = sharding.layer_specs(params, "moe")
+    specs = sharding.layer_specs(stacks.values(params), "moe")
+    kept = exchange.KEPT[mode]
+    params = jax.tree.map(
+        functools.partial(_row_or_value, config.dtype, mesh.shape, kept),
+        *(params, specs),
+        is_leaf=stacks.is_row,
+    )
 
     def gathered(x_BTD, params, valid_BT, key):
-        gather = functools.partial(sharding.all_gather, keep=exchange.KEPT[mode])
-        params = _bias_once(jax.tree.map(gather, _rounded(params, config), specs))
+        def gather(leaf, spec):
+            return leaf if stacks.is_row(leaf) else sharding.all_gather(leaf, spec, keep=kept)
+
+        params = jax.tree.map(gather, _rounded(params, config), specs, is_leaf=stacks.is_row)
+        params = _bias_once(params)
         if key is not None and training:
             key = jax.random.fold_in(key, jax.lax.axis_index(sharding.BATCH_AXES))
         y_BTD, stats = _of_device(x_BTD, params, valid_BT, key, config, training, return_routing)
@@ -73,7 +84,12 @@ def moe(
     # check_vma=False: the loops of the grouped matmul start from zeros that no axis varies.
     return jax.shard_map(
         gathered,
-        in_specs=(sharding.BATCH, specs, sharding.BATCH, jax.P()),
+        in_specs=(
+            sharding.BATCH,
+            jax.tree.map(_spec_of, params, specs, is_leaf=stacks.is_row),
+            sharding.BATCH,
+            jax.P(),
+        ),
         out_specs=(sharding.BATCH, sharding.BATCH),
         check_vma=False,
     )(x_BTD, params, valid_BT, key)
@@ -90,10 +106,30 @@ def _rounded(params: dict, config: ModelConfig) -> dict:
 
     def rounded(w):
         # XLA would move a plain cast behind the all-gather.
+        if stacks.is_row(w):
+            return w
         return jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
-    parts = {"experts", "shared"} & params.keys()
-    return {**params, **{part: jax.tree.map(rounded, params[part]) for part in parts}}
+    return {
+        part: jax.tree.map(rounded, leaves, is_leaf=stacks.is_row)
+        if part in ("experts", "shared")
+        else leaves
+        for part, leaves in params.items()
+    }
+
+
+def _row_or_value(dtype: str, sizes: Mapping[str, int], keep: tuple[str, ...], leaf, spec: jax.P):
+    """A row of a stack stays one if it is neither gathered nor rounded; else it is its value."""
+    names = {name for entry in spec for name in sharding.names_of(entry)} - {*keep}
+    untouched = leaf.dtype == dtype and all(sizes[name] == 1 for name in names)
+    return leaf if untouched else stacks.values(leaf)
+
+
+def _spec_of(leaf, spec: jax.P):
+    """The spec of a leaf, or those of a row of a stack."""
+    if not stacks.is_row(leaf):
+        return spec
+    return stacks.OfStack(spec, jax.P(None, *spec), jax.P())
 
 
 def _bias_once(params: dict) -> dict:

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +12,7 @@ from moe_jax import tree
 from moe_jax.model import attention, layers, moe, remat
 from moe_jax.model.config import DENSE, MOE, BlockKind, ModelConfig
 from moe_jax.model.initialisation import INITIALIZERS
-from moe_jax.model.layout import LayerGroup, layer_groups
+from moe_jax.model.layout import LayerGroup, layer_groups, rows_of_stacks
 from moe_jax.model.router import ROUTERS
 from moe_jax.model.routing import RouterStats
 from moe_jax.ops import implementations
@@ -97,8 +96,7 @@ def block(
 
     Args:
       params: the parameters of one layer, as `layout.layer` gives them.
-      per_layer: the values scanned along with the parameters: the layer's `index` and, in decoding,
-        its `cache` of keys and values.
+      per_layer: the layer's `index` and, in decoding, the `cache` of keys and values.
       taps: names of intermediate values to return as well: "feed_forward_input" is the normalised
         input of the feed-forward, [B, T, D].
     """
@@ -272,26 +270,24 @@ def run_blocks(
       cache: by slot, stacks [L, B, S, K, H] of the keys and values before these positions.
     """
     x_BTD = embed(params["embed"], tokens_BT, shared.positions_BT, config)
-    stats_of_layers, order, caches = [], [], dict[str, Any]()
+    stats_of_layers, order, cache = [], [], dict(cache or {})
     for group in layer_groups(config.block_kinds):
         per_layer = {slot: {"index": jnp.array(ls)} for slot, ls in group.layers.items()}
-        if cache is not None:
-            per_layer = {slot: {**x, "cache": cache[slot]} for slot, x in per_layer.items()}
         blocks = {slot: params["blocks"][slot] for slot in group.kinds}
-        step = remat.checkpointed(
-            functools.partial(_group_step, group, config, return_routing, shared), config.remat
-        )
+        step = functools.partial(_group_step, group, config, return_routing, shared, blocks)
+        step = remat.checkpointed(step, config.remat)
         unroll = 1 if cache else _layers_at_once(config)
-        x_BTD, (stats, new) = jax.lax.scan(step, x_BTD, (blocks, per_layer), unroll=unroll)
-        caches |= new
+        scanned = jnp.arange(group.repeats), blocks, per_layer
+        # The cache is carried and not scanned, because a scan copies what it scans.
+        (x_BTD, cache), stats = jax.lax.scan(step, (x_BTD, cache), scanned, unroll=unroll)
         stats_of_layers += stats.values()
         order += [layer for slot in stats for layer in group.layers[slot]]
     x_BTD = layers.norm(x_BTD, params["final_norm"], config)
     if not order:
-        return x_BTD, None, caches
+        return x_BTD, None, cache
     stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats_of_layers)
     in_order = sorted(range(len(order)), key=order.__getitem__)
-    return x_BTD, jax.tree.map(lambda leaf: leaf[jnp.array(in_order)], stacked), caches
+    return x_BTD, jax.tree.map(lambda leaf: leaf[jnp.array(in_order)], stacked), cache
 
 
 def _layers_at_once(config: ModelConfig) -> int | bool:
@@ -308,17 +304,22 @@ def _layers_at_once(config: ModelConfig) -> int | bool:
     return {"cpu": 4, "gpu": True}.get(implementations.platform(), 1)
 
 
-def _group_step(group: LayerGroup, config, return_routing, shared, x_BTD, scanned):
-    blocks, per_layer = scanned
-    stats, caches = {}, {}
+def _group_step(group: LayerGroup, config, return_routing, shared, all_blocks, carry, scanned):
+    (x_BTD, cache), (row, blocks, per_layer) = carry, scanned
+    stats = {}
     for slot, kind in group.kinds.items():
+        own = {"cache": {**cache[slot], "at": (row,)}} if cache else {}
         x_BTD, output = block(
-            *(x_BTD, blocks[slot], per_layer[slot], shared),
+            x_BTD,
+            rows_of_stacks(blocks[slot], all_blocks[slot], row),
+            {**per_layer[slot], **own},
+            shared,
             config=config,
             kind=kind,
             return_routing=return_routing,
         )
-        caches[slot] = output.cache
+        if cache:
+            cache = {**cache, slot: {name: output.cache[name] for name in ("k", "v")}}
         if kind.feed_forward == MOE:
             stats[slot] = output.stats
-    return x_BTD, (stats, caches)
+    return (x_BTD, cache), stats

@@ -3,6 +3,7 @@
 XLA:CPU must know sizes at compile time, so groups have to be padded or split into blocks, and it
 computes the small products of fine-grained experts on a single core. Here there is a thread per
 core; each takes products of one expert at a time, and reads and writes the program's own arrays.
+Matrices are read in the stack of all layers, and an expert without rows is not read at all.
 `python scripts/benchmark.py grouped_matmul` shows the gain; its bound is XLA with equal groups.
 
 From the first large call on, all of numpy's products in the process use one thread each.
@@ -20,27 +21,36 @@ import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
 
-from moe_jax.ops import host_call
+from moe_jax.ops import host_call, stacks
 from moe_jax.ops.grouped_kernel import Kernel
 
 _TASK_ROWS = 512  # the most rows of a task, so that all cores can share the rows of one expert
 _ALONE = 1e7  # multiplications that take one core 0.2 ms, about as long as waking other threads
+_READING = 14  # the rows whose multiplications take as long as reading the matrix from memory
 
 
 def _product(inputs, outputs):
-    x_MD, *weights, sizes_E = inputs
+    x_MD, *stacks_LEDF, layer, sizes_E = inputs
+    weights = [w_LEDF[int(layer)] for w_LEDF in stacks_LEDF]
+    tasks = _tasks(sizes_E)
+    # A few rows of one expert, as in decoding, are divided by columns.
+    parts = -(-_num_cores() // len(tasks)) if tasks else 1
 
-    def of_rows(expert, rows):
+    def of_rows(expert, rows, part):
         for w_EDF, y_MF in zip(weights, outputs, strict=True):
-            np.matmul(x_MD[rows], w_EDF[expert], out=y_MF[rows])
+            width = -(-y_MF.shape[1] // parts)
+            columns = slice(part * width, (part + 1) * width)
+            np.matmul(x_MD[rows], w_EDF[expert, :, columns], out=y_MF[rows, columns])
 
-    _for_all_rows(of_rows, sizes_E, weights, outputs)
+    _run(of_rows, [(*task, part) for task in tasks for part in range(parts)], _work(tasks, weights))
+    _clear_rest(sizes_E, outputs)
 
 
 def _input_gradient(inputs, outputs):
-    *gradients_and_weights, sizes_E = inputs
-    number = len(gradients_and_weights) // 2
-    gradients, weights = gradients_and_weights[:number], gradients_and_weights[number:]
+    *gradients_and_stacks, layer, sizes_E = inputs
+    number = len(gradients_and_stacks) // 2
+    gradients, stacks_LEDF = gradients_and_stacks[:number], gradients_and_stacks[number:]
+    weights = [w_LEDF[int(layer)] for w_LEDF in stacks_LEDF]
     (dx_MD,) = outputs
 
     def of_rows(expert, rows):
@@ -48,7 +58,9 @@ def _input_gradient(inputs, outputs):
         for g_MF, w_EDF in zip(gradients[1:], weights[1:], strict=True):
             dx_MD[rows] += g_MF[rows] @ w_EDF[expert].T
 
-    _for_all_rows(of_rows, sizes_E, weights, outputs)
+    tasks = _tasks(sizes_E)
+    _run(of_rows, tasks, _work(tasks, weights))
+    _clear_rest(sizes_E, outputs)
 
 
 def _weight_gradient(inputs, outputs):
@@ -64,22 +76,31 @@ def _weight_gradient(inputs, outputs):
     _run(of_expert, tasks, ends_E[-1] * _multiplications(outputs))
 
 
-def _for_all_rows(of_rows, sizes_E, weights, outputs):
-    """Calls of_rows(expert, slice of its rows) for all groups; rows beyond the groups get zeros."""
+def _tasks(sizes_E) -> list[tuple[int, slice]]:
+    """(expert, some of its rows) for all rows of all groups, the largest first."""
     tasks, end = [], 0
     for expert, size in enumerate(sizes_E.tolist()):
         start, end = end, end + size
         cuts = range(start, end, _TASK_ROWS)
         tasks += [(expert, slice(cut, min(cut + _TASK_ROWS, end))) for cut in cuts]
-    tasks.sort(key=lambda task: task[1].start - task[1].stop)
-    _run(of_rows, tasks, end * _multiplications(weights))
+    return sorted(tasks, key=lambda task: task[1].start - task[1].stop)
+
+
+def _work(tasks, weights) -> int:
+    """The time of the tasks, in multiplications; reading a matrix has its time too."""
+    rows = sum(max(rows.stop - rows.start, _READING) for _, rows in tasks)
+    return rows * _multiplications(weights)
+
+
+def _clear_rest(sizes_E, outputs):
+    end = int(sizes_E.sum())
     for y in outputs:
         y[end:] = 0
 
 
 def _multiplications(weights) -> int:
     """The number of multiplications per row, with one matrix from each of `weights`."""
-    return sum(math.prod(w.shape[1:]) for w in weights)
+    return sum(math.prod(w.shape[-2:]) for w in weights)
 
 
 def _run(function, tasks, multiplications):
@@ -124,36 +145,43 @@ for _function in (_product, _input_gradient, _weight_gradient):
 
 def product(x_MD, weights, group_sizes_E):
     shapes = [(len(x_MD), w.shape[2]) for w in weights]
-    ys = _call("product", shapes, weights, x_MD, *weights, group_sizes_E)
-    return tuple(y.astype(x_MD.dtype) for y in ys)
+    arrays = (x_MD, *_located(weights), group_sizes_E)
+    return _call("product", x_MD.dtype, shapes, _multiplications(weights), arrays)
 
 
 def input_gradient(gradients, weights, group_sizes_E):
     shape = len(gradients[0]), weights[0].shape[1]
-    arrays = *gradients, *weights, group_sizes_E
-    (dx_MD,) = _call("input_gradient", [shape], weights, *arrays)
-    return dx_MD.astype(gradients[0].dtype)
+    arrays = (*gradients, *_located(weights), group_sizes_E)
+    dtype, per_row = gradients[0].dtype, _multiplications(weights)
+    return _call("input_gradient", dtype, [shape], per_row, arrays)[0]
 
 
 def weight_gradient(x_MD, gradients, group_sizes_E):
     E, D = len(group_sizes_E), x_MD.shape[1]
-    dw = [jax.ShapeDtypeStruct((E, D, g.shape[1]), x_MD.dtype) for g in gradients]
-    shapes = [d.shape for d in dw]
-    return tuple(_call("weight_gradient", shapes, dw, x_MD, *gradients, group_sizes_E))
+    shapes = [(E, D, g.shape[1]) for g in gradients]
+    per_row = sum(D * g.shape[1] for g in gradients)
+    wide = jnp.promote_types(x_MD.dtype, jnp.float32)
+    return _call("weight_gradient", wide, shapes, per_row, (x_MD, *gradients, group_sizes_E))
 
 
-def _call(name, shapes, matrices, *arrays):
-    """Calls the numpy function at least in float32; a row is multiplied by one matrix from each of
-    `matrices`."""
-    *floats, group_sizes_E = arrays
-    dtype = jnp.promote_types(floats[0].dtype, jnp.float32)
-    return host_call.call(
+def _located(weights):
+    """The stacks of layers [L, E, D, F], and the layer in them."""
+    if stacks.is_row(weights[0]):
+        return *(w.stack for w in weights), weights[0].index.astype(jnp.int32)
+    return *(w[None] for w in weights), jnp.int32(0)
+
+
+def _call(name, dtype, shapes, multiplications_per_row, arrays):
+    """Calls the numpy function at least in float32, and returns arrays of `dtype`."""
+    wide = jnp.promote_types(arrays[0].dtype, jnp.float32)
+    is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in arrays]
+    ys = host_call.call(
         f"moe_jax_grouped_{name}",
-        [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
-        *(x.astype(dtype) for x in floats),
-        group_sizes_E,
-        flops=2 * len(floats[0]) * _multiplications(matrices),
+        [jax.ShapeDtypeStruct(shape, wide) for shape in shapes],
+        *(x.astype(wide) if f else x for x, f in zip(arrays, is_float, strict=True)),
+        flops=2 * len(arrays[0]) * multiplications_per_row,
     )
+    return tuple(y.astype(dtype) for y in ys)
 
 
 HOST = Kernel(product, input_gradient, weight_gradient)

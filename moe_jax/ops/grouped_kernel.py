@@ -8,7 +8,8 @@ from collections.abc import Callable
 class Kernel:
     """Three functions on a tuple of weights that are multiplied by the same rows.
 
-    product(x_MD, weights, group_sizes_E) -> one [M, F] for each [E, D, F] of `weights`
+    product(x_MD, weights, group_sizes_E) -> one [M, F] for each [E, D, F] of `weights`, which may
+      all be rows of stacks (`ops/stacks.py`)
     input_gradient(gradients, weights, group_sizes_E) -> [M, D], summed over the pairs
     weight_gradient(x_MD, gradients, group_sizes_E) -> one [E, D, F] for each gradient [M, F], in
       float32

@@ -5,14 +5,20 @@ rows and the gradient of the matrices, which is never left to the transpose of t
 (`grouped_blocked`) has its own custom VJP, which computes both gradients in one loop.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops import grouped_blocked, grouped_gpu, grouped_host, grouped_tpu
+from moe_jax.ops import grouped_blocked, grouped_gpu, grouped_host, grouped_tpu, stacks
 from moe_jax.ops.grouped_kernel import Kernel
-from moe_jax.ops.implementations import Implementation, choose
+from moe_jax.ops.implementations import Implementation, choose, platform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grouped(Implementation):
+    in_place: tuple[str, ...] = ()  # dtypes in which it reads a row of a stack where it lies
 
 
 def grouped_matmul(
@@ -34,14 +40,34 @@ def grouped_matmul(
 
 def grouped_matmuls(
     x_MD: jax.Array,
-    weights: tuple[jax.Array, ...],
+    weights: tuple[jax.Array | stacks.OfStack, ...],
     group_sizes_E: jax.Array,
     *,
     implementation: str = "auto",
 ) -> tuple[jax.Array, ...]:
-    """`grouped_matmul` of the same rows with each of `weights`, [E, D, F], such as gate and up."""
+    """`grouped_matmul` of the same rows with each of `weights`, [E, D, F], such as gate and up.
+
+    Weights that are rows of stacks in x's dtype are read where they lie, if the implementation can.
+    """
     chosen = choose("grouped_matmul", implementation, IMPLEMENTATIONS)
-    return chosen.function(x_MD, tuple(w.astype(x_MD.dtype) for w in weights), group_sizes_E)
+    if not _in_place(chosen, x_MD, weights):
+        weights = tuple(w.astype(x_MD.dtype) for w in stacks.values(weights))
+    return chosen.function(x_MD, weights, group_sizes_E)
+
+
+def reads_in_place(x: jax.Array, weights: tuple[jax.Array | stacks.OfStack, ...]) -> bool:
+    """Whether `grouped_matmuls` would read these weights in their stacks, with no device but this.
+
+    On other devices than a CPU, XLA's own products do so, and there this is False.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1
+    return alone and platform() == "cpu" and _in_place(IMPLEMENTATIONS["host"], x, weights)
+
+
+def _in_place(chosen: "Grouped", x: jax.Array, weights) -> bool:
+    rows = all(stacks.is_row(w) and w.dtype == x.dtype for w in weights)
+    return rows and x.dtype.name in chosen.in_place
 
 
 def reference(x_MD, weights, group_sizes_E):
@@ -65,14 +91,21 @@ def _product(kernel: Kernel, x_MD, weights, group_sizes_E):
 
 
 def _forward(kernel, x_MD, weights, group_sizes_E):
-    return kernel.product(x_MD, weights, group_sizes_E), (x_MD, weights, group_sizes_E)
+    y = kernel.product(x_MD, weights, group_sizes_E)
+    kept = tuple(dataclasses.replace(w, value=None) if stacks.is_row(w) else w for w in weights)
+    return y, (x_MD, kept, group_sizes_E)
 
 
 def _backward(kernel, residuals, gradients):
     x_MD, weights, group_sizes_E = residuals
     dx_MD = kernel.input_gradient(gradients, weights, group_sizes_E)
     dw = kernel.weight_gradient(x_MD, gradients, group_sizes_E)
-    return dx_MD, tuple(d.astype(w.dtype) for d, w in zip(dw, weights, strict=True)), None
+    dw = (d.astype(w.dtype) for d, w in zip(dw, weights, strict=True))
+    dw = (
+        stacks.OfStack(d, None, None) if stacks.is_row(w) else d
+        for d, w in zip(dw, weights, strict=True)
+    )
+    return dx_MD, tuple(dw), None
 
 
 _product.defvjp(_forward, _backward)
@@ -81,13 +114,19 @@ _product.defvjp(_forward, _backward)
 # transpose it for the gradient of the rows; `host` comes before `blocked`, which takes 1.3 to 1.7
 # times as long (`python scripts/benchmark.py grouped_matmul`).
 IMPLEMENTATIONS = {
-    "megablox": Implementation(functools.partial(_product, grouped_tpu.MEGABLOX), ("tpu",)),
-    "triton": Implementation(functools.partial(_product, grouped_gpu.TRITON), ("gpu",)),
-    "host": Implementation(functools.partial(_product, grouped_host.HOST), ("cpu",)),
-    "blocked": Implementation(grouped_blocked.products),
-    "ragged_dot": Implementation(
+    "megablox": Grouped(
+        *(functools.partial(_product, grouped_tpu.MEGABLOX), ("tpu",)),
+        in_place=("bfloat16", "float32"),
+    ),
+    "triton": Grouped(functools.partial(_product, grouped_gpu.TRITON), ("gpu",)),
+    "host": Grouped(
+        *(functools.partial(_product, grouped_host.HOST), ("cpu",)),
+        in_place=("float32", "float64"),
+    ),
+    "blocked": Grouped(grouped_blocked.products),
+    "ragged_dot": Grouped(
         *(functools.partial(_product, grouped_tpu.RAGGED_DOT), ("tpu",)),
         grouped_tpu.ragged_dot_unavailable,
     ),
-    "reference": Implementation(reference),
+    "reference": Grouped(reference),
 }

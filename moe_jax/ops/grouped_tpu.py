@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from moe_jax.ops import stacks
 from moe_jax.ops.grouped_kernel import Kernel
 
 # The VMEM of a kernel that does not request more, found by compiling: 16 MiB on v4, v5e and v5p. A
@@ -138,10 +139,11 @@ def megablox(interpret: bool = False) -> Kernel:
         M, K = rows.shape
         E, N = w.shape[0], w.shape[1 if transpose else 2]
         tiles = tiling(M, K, N, E, rows.dtype.itemsize, _vmem())
+        matrices, sizes = _all_matrices(w, group_sizes_E.astype(jnp.int32))
         y = gmm(
             padded(rows, tiles[0]),
-            w,
-            group_sizes_E.astype(jnp.int32),
+            matrices,
+            sizes,
             preferred_element_type=rows.dtype,
             tiling=tiles,
             transpose_rhs=transpose,
@@ -165,6 +167,17 @@ def megablox(interpret: bool = False) -> Kernel:
         return tuple(map(one, gradients))
 
     return _kernel(multiply, weight_gradient)
+
+
+def _all_matrices(w, sizes_E):
+    """The experts of all layers, with no rows for those of the other layers: a row of a stack is
+    read where it lies."""
+    if not stacks.is_row(w):
+        return w, sizes_E
+    L, E, *matrix = w.stack.shape
+    none_LE = jnp.zeros(L * E, jnp.int32)
+    sizes_LE = jax.lax.dynamic_update_slice_in_dim(none_LE, sizes_E, w.index * E, 0)
+    return w.stack.reshape(L * E, *matrix), sizes_LE
 
 
 MEGABLOX = megablox()
