@@ -153,7 +153,7 @@ def block_stack_cases() -> Iterator[Case]:
 
         ours = _with_gradients(blocks, (params,), *_normal((B, T, sparse.hidden_size)))
         head = 6 * sparse.hidden_size * sparse.vocab_size
-        bound = _large_products(B * T * (flops.model_flops(sparse, T) - head))
+        bound = large_products(B * T * (flops.model_flops(sparse, T) - head))
         name += f" x {sparse.num_hidden_layers} layers"
         yield _case(name, {"moe": ours}, "large products", bound)
 
@@ -281,7 +281,7 @@ def _normal(*shapes: tuple[int, ...]) -> list[jax.Array]:
     return [jax.random.normal(jax.random.key(i), s).astype(dtype) for i, s in enumerate(shapes)]
 
 
-def _large_products(number_of_flops: float) -> Callable:
+def large_products(number_of_flops: float) -> Callable:
     """A chain of large matrix products with this number of FLOPs, accurate to half a percent."""
     width = sizes.here().ceiling
     number = max(1, round(number_of_flops / (2 * width**3)))
@@ -314,17 +314,23 @@ def _with_gradients(function: Callable, arrays: Sequence, cotangent: jax.Array) 
 
 
 def _train_step(config: model.ModelConfig, **sections) -> Callable:
-    settings = Run(model=config, **sections)
+    params = jax.jit(functools.partial(model.init, config))(jax.random.key(0))
+    return train_step(
+        Run(model=config, **sections), params, rows=sizes.here().B, length=sizes.here().T
+    )
+
+
+def train_step(settings: Run, params: dict, *, rows: int, length: int) -> Callable:
+    """A function that makes one step; the first step takes over the memory of `params`."""
     tx = optimizer.adamw(settings.optimizer, 1000)
-    create = jax.jit(lambda key: TrainState.create(model.init(config, key), tx))
-    state = create(jax.random.key(0))
-    shape = (sizes.here().B, sizes.here().T + 1)
-    batch = Batch.of_rows(jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size))
-    train_step = jax.jit(step.make_train_step(settings, tx), donate_argnums=0)
+    state = jax.jit(lambda params: TrainState.create(params, tx), donate_argnums=0)(params)
+    shape, most = (rows, length + 1), settings.model.vocab_size
+    batch = Batch.of_rows(jax.random.randint(jax.random.key(1), shape, 0, most))
+    update = jax.jit(step.make_train_step(settings, tx), donate_argnums=0)
 
     def one_step():
         nonlocal state
-        state, metrics = train_step(state, batch)
+        state, metrics = update(state, batch)
         return state, metrics.loss
 
     return one_step

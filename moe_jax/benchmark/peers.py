@@ -1,6 +1,8 @@
 """The same work in other libraries, for comparison in benchmarks."""
 
 import importlib.util
+import os
+import pathlib
 from collections.abc import Callable
 
 from moe_jax import model
@@ -28,13 +30,18 @@ def hugging_face_train_step(config: model.ModelConfig) -> Callable:
             sliding_window=None,
         )
     )
-    optimizer = torch.optim.AdamW(mixtral.parameters(), lr=3e-4, weight_decay=0.1)
-    tokens_BT = torch.randint(0, config.vocab_size, (8, 256))
+    return _steps(mixtral, torch.randint(0, config.vocab_size, (8, 256)))
+
+
+def _steps(network, tokens_BT) -> Callable:
+    import torch
+
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, weight_decay=0.1)
 
     def step() -> float:
-        loss = mixtral(input_ids=tokens_BT, labels=tokens_BT).loss
+        loss = network(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(mixtral.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
@@ -42,15 +49,77 @@ def hugging_face_train_step(config: model.ModelConfig) -> Callable:
     return step
 
 
+def hugging_face_forward(folder: pathlib.Path, rows: int, length: int) -> Callable:
+    """The logits of all positions."""
+    import torch
+
+    network = _hugging_face(folder)
+    tokens_BT = torch.randint(0, network.config.vocab_size, (rows, length))
+
+    def forward():
+        with torch.no_grad():
+            return float(network(tokens_BT, use_cache=False).logits[0, 0, 0])
+
+    return forward
+
+
+def hugging_face_train(folder: pathlib.Path, rows: int, length: int) -> Callable:
+    """A step of AdamW with clipping, and the load-balancing loss of a mixture."""
+    import torch
+
+    network = _hugging_face(folder).train()
+    if hasattr(network.config, "num_local_experts"):
+        network.config.output_router_logits = True
+    return _steps(network, torch.randint(0, network.config.vocab_size, (rows, length)))
+
+
+def hugging_face_decode(folder: pathlib.Path, rows: int, length: int) -> Callable:
+    """Greedy continuations of prompts of 32 tokens by `length` tokens."""
+    import torch
+
+    network = _hugging_face(folder)
+    prompts_BT = torch.randint(0, network.config.vocab_size, (rows, 32))
+
+    def decode():
+        with torch.no_grad():
+            return network.generate(
+                prompts_BT,
+                attention_mask=torch.ones_like(prompts_BT),
+                max_new_tokens=length,
+                min_new_tokens=length,
+                do_sample=False,
+                pad_token_id=0,
+            ).shape
+
+    return decode
+
+
+def _hugging_face(folder: pathlib.Path):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 # Peer -> benchmark -> a function that takes a model's config.
 PEERS: dict[str, dict[str, Callable]] = {"hf": {"train_step": hugging_face_train_step}}
+# Peer -> work of `real.py` -> a function that takes a folder, a number of rows and a length.
+REAL: dict[str, dict[str, Callable]] = {
+    "hf": {
+        "forward": hugging_face_forward,
+        "train": hugging_face_train,
+        "decode": hugging_face_decode,
+    }
+}
 NEEDS = {"hf": ("torch", "transformers")}
 
 
 def check(peer: str, benchmark: str) -> None:
     """Raises: ValueError for a benchmark, machine or environment that the peer does not support."""
-    if benchmark not in PEERS[peer]:
-        can = ", ".join(PEERS[peer])
+    if benchmark not in (*PEERS[peer], "real"):
+        can = ", ".join([*PEERS[peer], "real"])
         raise ValueError(f"--peer={peer} does not do {benchmark}; it does {can}")
     if (here := implementations.platform()) != "cpu":
         where = f"is made for a CPU, not for a {here}"

@@ -30,6 +30,22 @@ class Row:
     bound_seconds: float
     ratio_to_bound: float
 
+    @classmethod
+    def of(cls, benchmark, case, implementation, dtype, *, tokens, seconds, bound, bound_seconds):
+        """A row for a call that handles `tokens` in `seconds`."""
+        return cls(
+            benchmark=benchmark,
+            case=case,
+            implementation=implementation,
+            backend=jax.default_backend(),
+            dtype=dtype,
+            median_seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            bound=bound,
+            bound_seconds=bound_seconds,
+            ratio_to_bound=seconds / bound_seconds,
+        )
+
 
 def run(name: str, repeats: int, peer: str = "") -> Iterator[Row]:
     """The rows of a benchmark at the sizes of the default backend (`sizes.py`).
@@ -50,17 +66,12 @@ def _rows(name: str, repeats: int, peer: str) -> Iterator[Row]:
             functions[peer] = peers.PEERS[peer][name](case.config)
         seconds = medians({**functions, case.bound: case.bound_function}, repeats)
         for implementation in functions:
-            yield Row(
-                benchmark=name,
-                case=case.name,
-                implementation=implementation,
-                backend=jax.default_backend(),
-                dtype=sizes.here().dtype,
-                median_seconds=seconds[implementation],
-                tokens_per_second=case.tokens / seconds[implementation],
+            yield Row.of(
+                *(name, case.name, implementation, sizes.here().dtype),
+                tokens=case.tokens,
+                seconds=seconds[implementation],
                 bound=case.bound,
                 bound_seconds=seconds[case.bound],
-                ratio_to_bound=seconds[implementation] / seconds[case.bound],
             )
         del case, functions  # the device may not have room for the next case's arrays as well
 

@@ -4,16 +4,21 @@ Examples:
   python scripts/benchmark.py train_step
   python scripts/benchmark.py grouped_matmul --repeats=21 --json
   python scripts/benchmark.py train_step --peer=hf       (needs transformers and torch)
+  python scripts/benchmark.py real --model=runs/smollm2/dense --model=runs/smollm2/moe --repeats=3
 
 It times small float32 models on a CPU, and four layers of Drop-Upcycling 8x1.5B and of OLMoE-1B-7B
 in bfloat16 on a GPU or TPU. Times are medians; a ratio of 1.20 means 20 % slower than the bound.
+The benchmark "real" times Hugging Face folders on a CPU: 4 x 512 tokens forward and trained, and 32
+new tokens decoded for 1, 8 and 64 rows. scripts/smollm2.py makes the two folders of the example.
 Leave the machine idle otherwise while it runs.
 """
 
 import dataclasses
+import pathlib
+from collections.abc import Iterator
 
 from moe_jax import command_line, strict_json
-from moe_jax.benchmark import cases, peers
+from moe_jax.benchmark import cases, peers, real
 from moe_jax.benchmark import rows as benchmark
 
 HEAD = "{:24} {:15} {:>10} {:>10}  {:26} {:>10} {:>7}"
@@ -22,16 +27,28 @@ ROW = "{:24} {:15} {:10.1f} {:10,.0f}  {:26} {:10.1f} {:7.2f}"
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("name", choices=cases.BENCHMARKS, metavar="NAME", help="one of %(choices)s")
+    names = [*cases.BENCHMARKS, "real"]
+    parser.add_argument("name", choices=names, metavar="NAME", help="one of %(choices)s")
     parser.add_argument("--repeats", type=int, default=11, help="number of timed calls")
     library = "also time this library on the same work: %(choices)s"
     parser.add_argument("--peer", choices=peers.PEERS, default="", help=library)
+    folder = "a Hugging Face folder for the benchmark real; can be given several times"
+    parser.add_argument("--model", action="append", type=pathlib.Path, metavar="DIR", help=folder)
+    work = "what the benchmark real times, of %(choices)s; can be given several times (all)"
+    parser.add_argument("--work", action="append", choices=real.WORKS, metavar="WORK", help=work)
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead of a table")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats={arguments.repeats} must be at least 1")
+    rows: Iterator[benchmark.Row]
+    if (arguments.name == "real") != bool(arguments.model):
+        parser.error("the benchmark real needs --model=DIR, and only it takes --model and --work")
     with parser.refusing():
-        rows = benchmark.run(arguments.name, arguments.repeats, arguments.peer)
+        if arguments.name == "real":
+            works = arguments.work or list(real.WORKS)
+            rows = real.run(arguments.model, works, arguments.repeats, arguments.peer)
+        else:
+            rows = benchmark.run(arguments.name, arguments.repeats, arguments.peer)
     if arguments.json:
         print(strict_json.text([dataclasses.asdict(row) for row in rows], indent=1))
     else:

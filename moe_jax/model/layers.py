@@ -73,8 +73,9 @@ def products(
     return tuple(y.reshape(*rows, *w.shape[contracted:]) for y, w in zip(ys, weights, strict=True))
 
 
-def _as_one_expert(w: stacks.OfStack, size: int) -> stacks.OfStack:
-    """The matrix as a stack of one expert, [1, D, F]."""
+def _as_one_expert(w: Matrix, size: int) -> stacks.OfStack:
+    """The row of a stack, which is a matrix, as one expert: [1, D, F]."""
+    assert isinstance(w, stacks.OfStack)
     return stacks.OfStack(
         w.value.reshape(1, size, -1), w.stack.reshape(len(w.stack), 1, size, -1), w.index
     )

@@ -270,24 +270,26 @@ def run_blocks(
       cache: by slot, stacks [L, B, S, K, H] of the keys and values before these positions.
     """
     x_BTD = embed(params["embed"], tokens_BT, shared.positions_BT, config)
-    stats_of_layers, order, cache = [], [], dict(cache or {})
+    stats_of_layers, order, caches = [], [], dict(cache or {})
     for group in layer_groups(config.block_kinds):
         per_layer = {slot: {"index": jnp.array(ls)} for slot, ls in group.layers.items()}
         blocks = {slot: params["blocks"][slot] for slot in group.kinds}
-        step = functools.partial(_group_step, group, config, return_routing, shared, blocks)
-        step = remat.checkpointed(step, config.remat)
-        unroll = 1 if cache else _layers_at_once(config)
+        step = remat.checkpointed(
+            functools.partial(_group_step, group, config, return_routing, shared, blocks),
+            config.remat,
+        )
+        unroll = 1 if caches else _layers_at_once(config)
         scanned = jnp.arange(group.repeats), blocks, per_layer
         # The cache is carried and not scanned, because a scan copies what it scans.
-        (x_BTD, cache), stats = jax.lax.scan(step, (x_BTD, cache), scanned, unroll=unroll)
+        (x_BTD, caches), stats = jax.lax.scan(step, (x_BTD, caches), scanned, unroll=unroll)
         stats_of_layers += stats.values()
         order += [layer for slot in stats for layer in group.layers[slot]]
     x_BTD = layers.norm(x_BTD, params["final_norm"], config)
     if not order:
-        return x_BTD, None, cache
+        return x_BTD, None, caches
     stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats_of_layers)
     in_order = sorted(range(len(order)), key=order.__getitem__)
-    return x_BTD, jax.tree.map(lambda leaf: leaf[jnp.array(in_order)], stacked), cache
+    return x_BTD, jax.tree.map(lambda leaf: leaf[jnp.array(in_order)], stacked), caches
 
 
 def _layers_at_once(config: ModelConfig) -> int | bool:
@@ -305,21 +307,21 @@ def _layers_at_once(config: ModelConfig) -> int | bool:
 
 
 def _group_step(group: LayerGroup, config, return_routing, shared, all_blocks, carry, scanned):
-    (x_BTD, cache), (row, blocks, per_layer) = carry, scanned
+    (x_BTD, caches), (row, blocks, per_layer) = carry, scanned
     stats = {}
     for slot, kind in group.kinds.items():
-        own = {"cache": {**cache[slot], "at": (row,)}} if cache else {}
+        cache = {"cache": {**caches[slot], "at": (row,)}} if caches else {}
         x_BTD, output = block(
             x_BTD,
             rows_of_stacks(blocks[slot], all_blocks[slot], row),
-            {**per_layer[slot], **own},
+            {**per_layer[slot], **cache},
             shared,
             config=config,
             kind=kind,
             return_routing=return_routing,
         )
-        if cache:
-            cache = {**cache, slot: {name: output.cache[name] for name in ("k", "v")}}
+        if output.cache:
+            caches = {**caches, slot: {name: output.cache[name] for name in ("k", "v")}}
         if kind.feed_forward == MOE:
             stats[slot] = output.stats
-    return (x_BTD, cache), stats
+    return (x_BTD, caches), stats

@@ -40,7 +40,8 @@ def _product(inputs, outputs):
         for w_EDF, y_MF in zip(weights, outputs, strict=True):
             width = -(-y_MF.shape[1] // parts)
             columns = slice(part * width, (part + 1) * width)
-            np.matmul(x_MD[rows], w_EDF[expert, :, columns], out=y_MF[rows, columns])
+            w_DF = _wide(w_EDF[expert, :, columns])
+            np.matmul(x_MD[rows], w_DF, out=y_MF[rows, columns])
 
     _run(of_rows, [(*task, part) for task in tasks for part in range(parts)], _work(tasks, weights))
     _clear_rest(sizes_E, outputs)
@@ -54,9 +55,9 @@ def _input_gradient(inputs, outputs):
     (dx_MD,) = outputs
 
     def of_rows(expert, rows):
-        np.matmul(gradients[0][rows], weights[0][expert].T, out=dx_MD[rows])
+        np.matmul(gradients[0][rows], _wide(weights[0][expert]).T, out=dx_MD[rows])
         for g_MF, w_EDF in zip(gradients[1:], weights[1:], strict=True):
-            dx_MD[rows] += g_MF[rows] @ w_EDF[expert].T
+            dx_MD[rows] += g_MF[rows] @ _wide(w_EDF[expert]).T
 
     tasks = _tasks(sizes_E)
     _run(of_rows, tasks, _work(tasks, weights))
@@ -74,6 +75,13 @@ def _weight_gradient(inputs, outputs):
     pairs = list(zip(gradients, outputs, strict=True))
     tasks = [(expert, *pair) for expert in np.argsort(-sizes_E) for pair in pairs]
     _run(of_expert, tasks, ends_E[-1] * _multiplications(outputs))
+
+
+def _wide(w: np.ndarray) -> np.ndarray:
+    """The matrix at least in float32."""
+    if w.dtype == jnp.bfloat16:  # its bits are the upper half of a float32's
+        return (w.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return w.astype(np.promote_types(w.dtype, np.float32), copy=False)
 
 
 def _tasks(sizes_E) -> list[tuple[int, slice]]:
@@ -145,13 +153,13 @@ for _function in (_product, _input_gradient, _weight_gradient):
 
 def product(x_MD, weights, group_sizes_E):
     shapes = [(len(x_MD), w.shape[2]) for w in weights]
-    arrays = (x_MD, *_located(weights), group_sizes_E)
+    arrays = *_wide_rows(x_MD), *_located(weights), group_sizes_E
     return _call("product", x_MD.dtype, shapes, _multiplications(weights), arrays)
 
 
 def input_gradient(gradients, weights, group_sizes_E):
     shape = len(gradients[0]), weights[0].shape[1]
-    arrays = (*gradients, *_located(weights), group_sizes_E)
+    arrays = *_wide_rows(*gradients), *_located(weights), group_sizes_E
     dtype, per_row = gradients[0].dtype, _multiplications(weights)
     return _call("input_gradient", dtype, [shape], per_row, arrays)[0]
 
@@ -159,26 +167,29 @@ def input_gradient(gradients, weights, group_sizes_E):
 def weight_gradient(x_MD, gradients, group_sizes_E):
     E, D = len(group_sizes_E), x_MD.shape[1]
     shapes = [(E, D, g.shape[1]) for g in gradients]
+    arrays = *_wide_rows(x_MD, *gradients), group_sizes_E
     per_row = sum(D * g.shape[1] for g in gradients)
-    wide = jnp.promote_types(x_MD.dtype, jnp.float32)
-    return _call("weight_gradient", wide, shapes, per_row, (x_MD, *gradients, group_sizes_E))
+    return _call("weight_gradient", arrays[0].dtype, shapes, per_row, arrays)
+
+
+def _wide_rows(*rows):
+    """The rows at least in float32, because numpy has no products of narrower numbers."""
+    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in rows]
 
 
 def _located(weights):
     """The stacks of layers [L, E, D, F], and the layer in them."""
     if stacks.is_row(weights[0]):
         return *(w.stack for w in weights), weights[0].index.astype(jnp.int32)
-    return *(w[None] for w in weights), jnp.int32(0)
+    return *(w[None] for w in _wide_rows(*weights)), jnp.int32(0)
 
 
 def _call(name, dtype, shapes, multiplications_per_row, arrays):
-    """Calls the numpy function at least in float32, and returns arrays of `dtype`."""
-    wide = jnp.promote_types(arrays[0].dtype, jnp.float32)
-    is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in arrays]
+    """Calls the numpy function, and returns arrays of `dtype`."""
     ys = host_call.call(
         f"moe_jax_grouped_{name}",
-        [jax.ShapeDtypeStruct(shape, wide) for shape in shapes],
-        *(x.astype(wide) if f else x for x, f in zip(arrays, is_float, strict=True)),
+        [jax.ShapeDtypeStruct(shape, arrays[0].dtype) for shape in shapes],
+        *arrays,
         flops=2 * len(arrays[0]) * multiplications_per_row,
     )
     return tuple(y.astype(dtype) for y in ys)

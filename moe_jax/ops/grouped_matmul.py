@@ -18,7 +18,8 @@ from moe_jax.ops.implementations import Implementation, choose, platform
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grouped(Implementation):
-    in_place: tuple[str, ...] = ()  # dtypes in which it reads a row of a stack where it lies
+    # It reads rows of stacks where they lie, for these dtypes of (rows of x, matrices).
+    in_place: tuple[tuple[str, str], ...] = ()
 
 
 def grouped_matmul(
@@ -47,7 +48,7 @@ def grouped_matmuls(
 ) -> tuple[jax.Array, ...]:
     """`grouped_matmul` of the same rows with each of `weights`, [E, D, F], such as gate and up.
 
-    Weights that are rows of stacks in x's dtype are read where they lie, if the implementation can.
+    Weights that are rows of stacks are read where they lie, if the implementation can.
     """
     chosen = choose("grouped_matmul", implementation, IMPLEMENTATIONS)
     if not _in_place(chosen, x_MD, weights):
@@ -66,8 +67,9 @@ def reads_in_place(x: jax.Array, weights: tuple[jax.Array | stacks.OfStack, ...]
 
 
 def _in_place(chosen: "Grouped", x: jax.Array, weights) -> bool:
-    rows = all(stacks.is_row(w) and w.dtype == x.dtype for w in weights)
-    return rows and x.dtype.name in chosen.in_place
+    return all(
+        stacks.is_row(w) and (x.dtype.name, w.dtype.name) in chosen.in_place for w in weights
+    )
 
 
 def reference(x_MD, weights, group_sizes_E):
@@ -116,12 +118,15 @@ _product.defvjp(_forward, _backward)
 IMPLEMENTATIONS = {
     "megablox": Grouped(
         *(functools.partial(_product, grouped_tpu.MEGABLOX), ("tpu",)),
-        in_place=("bfloat16", "float32"),
+        in_place=(("bfloat16", "bfloat16"), ("float32", "float32")),
     ),
     "triton": Grouped(functools.partial(_product, grouped_gpu.TRITON), ("gpu",)),
     "host": Grouped(
         *(functools.partial(_product, grouped_host.HOST), ("cpu",)),
-        in_place=("float32", "float64"),
+        in_place=(
+            ("float64", "float64"),
+            *(("float32", stored) for stored in ("float32", "bfloat16", "float16")),
+        ),
     ),
     "blocked": Grouped(grouped_blocked.products),
     "ragged_dot": Grouped(

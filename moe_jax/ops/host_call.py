@@ -15,13 +15,21 @@ from collections.abc import Callable, Sequence
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int64, c_size_t, c_void_p
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _VERSION = (0, 3)  # the interface's version that is used here
 _EXECUTE = 3  # the stage of a call that computes
 _METADATA = 1  # the extension by which XLA asks for the version
 _INTERNAL = 13  # the error code INTERNAL
-_DTYPES = {4: np.int32, 5: np.int64, 11: np.float32, 12: np.float64}
+_DTYPES = {
+    4: np.int32,
+    5: np.int64,
+    10: np.float16,
+    11: np.float32,
+    12: np.float64,
+    16: jnp.bfloat16,
+}
 
 
 def call(
