@@ -81,6 +81,7 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         except mistakes as error:
+            stopping.pass_on(error)
             self.error(" ".join(str(error).split()))
         except (RuntimeError, AssertionError) as error:
             if not _is_of_backend(error):

@@ -27,6 +27,22 @@ def end(status: int) -> NoReturn:
     raise SystemExit(status)
 
 
+def pass_on(error: BaseException) -> None:
+    """Raises the end of the program that a library has wrapped into an error of its own, if any.
+
+    A signal's handler raises SystemExit wherever the program is, and a library that is reading a
+    file may take it for a failure of the file.
+    """
+    wrapped, seen = [error], set[int]()
+    while wrapped:
+        inner = wrapped.pop()
+        if isinstance(inner, SystemExit | KeyboardInterrupt):
+            raise inner
+        if id(inner) not in seen:
+            seen.add(id(inner))
+            wrapped += [e for e in (inner.__cause__, inner.__context__) if e is not None]
+
+
 def quiet() -> None:
     """Stops the repetitions of `end`, where the program ends in an orderly way."""
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -88,3 +88,23 @@ def test_an_end_that_a_callback_swallows_comes_again(heard):
         [sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=20
     )
     assert (done.returncode, done.stderr) == (75, "")
+
+
+@pytest.mark.parametrize("end", [SystemExit(75), KeyboardInterrupt()], ids=repr)
+def test_an_end_that_a_library_took_for_a_failure_is_raised_all_the_same(end):
+    def of_library(way):
+        try:
+            raise end
+        except BaseException as error:
+            if way == "cause":
+                raise ValueError("the file cannot be read") from error
+            raise ValueError("the file cannot be read") from None
+
+    for way in ("cause", "context"):
+        with pytest.raises(ValueError) as raised:
+            of_library(way)
+        outer = RuntimeError("damaged")
+        outer.__context__ = raised.value
+        with pytest.raises(type(end)):
+            stopping.pass_on(outer)
+    stopping.pass_on(ValueError("the file is damaged"))

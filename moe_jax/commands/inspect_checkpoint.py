@@ -18,7 +18,7 @@ import sys
 
 import numpy as np
 
-from moe_jax import command_line, stores, strict_json, untrusted
+from moe_jax import command_line, stopping, stores, strict_json, untrusted
 from moe_jax.training import checkpoint
 
 
@@ -67,6 +67,7 @@ def _described(folder: pathlib.Path) -> dict:
     try:
         meta = checkpoint.described(folder)
     except Exception as error:  # damaged files make Orbax and TensorStore raise any type
+        stopping.pass_on(error)
         raise ValueError(f"{folder} cannot be read: {_short(error)}; try --verify") from error
     leaves = {
         path: {"shape": shape, "dtype": dtype, "digest": f"{meta['digests'][path]:08x}"}
@@ -84,6 +85,7 @@ def _verified(folder: pathlib.Path, report: dict) -> str:
                 report["leaves"][path]["norm"] = float(np.linalg.norm(values))
                 report["leaves"][path]["not_finite"] = int(np.count_nonzero(~np.isfinite(values)))
     except Exception as error:  # as above
+        stopping.pass_on(error)
         return _short(error)
     return ""
 

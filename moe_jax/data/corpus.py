@@ -10,7 +10,7 @@ import pathlib
 import grain
 import numpy as np
 
-from moe_jax import strict_json
+from moe_jax import stopping, strict_json
 
 ARRAYS = ("pairs.npy", "label_ids.npy")
 RECORDS = "tokens.array_record"  # this format detects damage when a record is read
@@ -67,6 +67,7 @@ class TokenizedCorpus:
         try:
             meta = _facts(folder)
         except Exception as error:  # damaged JSON text or arrays can raise any type
+            stopping.pass_on(error)
             passing = isinstance(error, OSError | MemoryError)
             if passing and not isinstance(error, FileNotFoundError | EOFError):
                 raise  # the files may be sound
@@ -93,6 +94,7 @@ class TokenizedCorpus:
             if len(tokens) != self.pairs[record] + 1:
                 raise ValueError(f"record {record}")
         except Exception as error:  # the reader has no exception class for damaged files
+            stopping.pass_on(error)
             raise DamagedError(f"{self.folder} is damaged ({error}); delete the folder") from error
         return tokens
 

@@ -140,6 +140,7 @@ def together(error: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as own:
+        stopping.pass_on(own)
         raised = own
     said = exchange("" if raised is None else str(raised) or repr(raised))
     if raised is not None:

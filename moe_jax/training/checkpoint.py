@@ -21,7 +21,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 from etils import epath
 
-from moe_jax import files, tree
+from moe_jax import files, stopping, tree
 from moe_jax.parallel import distributed
 from moe_jax.training import bounds
 
@@ -132,7 +132,8 @@ def _own(folder: pathlib.Path) -> dict | None:
     """The description of a checkpoint; None for a folder that is not what its name says."""
     try:
         return described(folder)
-    except Exception:  # damaged files make Orbax and TensorStore raise any type
+    except Exception as error:  # damaged files make Orbax and TensorStore raise any type
+        stopping.pass_on(error)
         return None
 
 
@@ -295,6 +296,7 @@ def _newest(
         except Mismatch:
             raise
         except Exception as error:  # damaged files make Orbax and TensorStore raise any type
+            stopping.pass_on(error)
             # Orbax raises an error about its handlers for any failure; the failure is its cause.
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             logging.warning("checkpoint %s does not verify: %s", directory / str(step), reason)

@@ -148,3 +148,19 @@ def test_a_digest_is_the_same_for_any_sharding_and_differs_for_any_change():
     tiny = x.at[3, 4].set(np.nextafter(np.float32(x[3, 4]), np.float32(9)))
     for other in (swapped, tiny, x.T, x.reshape(16, 8)):
         assert checkpoint.digests({"x": other}) != digest
+
+
+@pytest.mark.parametrize("function", ["_load", "described"])
+def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(
+    directory, monkeypatch, function
+):
+    def interrupted(*_):
+        try:
+            raise SystemExit(75)  # by the signal's handler, inside the library
+        except SystemExit as end:
+            raise ValueError("a task was cancelled") from end
+
+    monkeypatch.setattr(checkpoint, function, interrupted)
+    with pytest.raises(SystemExit) as ended:
+        checkpoint.restore_latest(directory, SHAPES)
+    assert ended.value.code == 75
