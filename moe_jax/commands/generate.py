@@ -4,6 +4,8 @@ Examples:
   python scripts/generate.py --checkpoint=runs/quickstart/dense --prompt="To insert a table, "
   python scripts/generate.py --checkpoint=path/to/folder --prompt="The capital of France is" \\
       --prompt="Water boils at" --num_tokens=32 --temperature=0.7 --top_p=0.9
+  python scripts/generate.py --checkpoint=path/to/folder --prompt="The capital of France is" \\
+      --offload=0.5                          (a mixture that is larger than memory, on a CPU)
 
 The checkpoint is a Hugging Face folder (with its tokenizer.json or tokenizer.model) or a run's
 workdir. Temperature 0, the default, takes the most likely token each time. A text ends at an
@@ -11,6 +13,8 @@ end token of generation_config.json, or else of config.json, or else of the toke
 """
 
 import math
+import sys
+import time
 
 import jax
 import numpy as np
@@ -19,6 +23,7 @@ from moe_jax import command_line, stores
 from moe_jax import config as configs
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
+from moe_jax.hf import folders, offload
 from moe_jax.parallel import mesh
 
 
@@ -45,11 +50,20 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=command_line.seed, default=0, help="seed for sampling")
     parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
+    parser.add_argument(
+        "--offload",
+        type=float,
+        metavar="GB",
+        help="leave the experts in the Hugging Face folder, and keep at most this many GB of them "
+        "in memory (all)",
+    )
     parser.add_argument("--allow_nonfinite", **stores.ALLOW_NONFINITE)
     arguments = parser.parse_args()
     in_range = 0 <= arguments.temperature < math.inf and 0 < arguments.top_p <= 1
     if arguments.num_tokens < 1 or not in_range:
         parser.error("--num_tokens is at least 1, --temperature at least 0, --top_p above 0 to 1")
+    if arguments.offload is not None and not 0 < arguments.offload < math.inf:
+        parser.error(f"--offload={arguments.offload} must be more than 0")
     with parser.refusing():
         for text in run(arguments):
             print(text)
@@ -58,9 +72,19 @@ def main() -> None:
 def run(arguments) -> list[str]:
     source = stores.find(arguments.checkpoint)
     folder, allow = source.folder, arguments.allow_nonfinite
-    model_config, params = stores.load(source, mesh.one_device(), allow_nonfinite=allow)
+    if arguments.offload is None:
+        model_config, params = stores.load(source, mesh.one_device(), allow_nonfinite=allow)
+    elif folders.is_folder(folder):
+        model_config, params, store = offload.load(
+            folder, 1e9 * arguments.offload, allow_nonfinite=allow
+        )
+    else:
+        raise ValueError(
+            f"--offload reads a Hugging Face folder; make one of {folder} with convert"
+        )
     tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
     prompts = [tokenizer.prompt(text) for text in arguments.prompt]
+    began = time.perf_counter()
     continuations = generate.generate(
         params,
         model_config,
@@ -70,8 +94,20 @@ def run(arguments) -> list[str]:
         top_p=arguments.top_p,
         key=jax.random.key(arguments.seed),
     )
+    if arguments.offload is not None:
+        print(_summary(store.counts, len(prompts) * arguments.num_tokens, began), file=sys.stderr)
     texts, ends = [], stores.end_ids(folder, tokenizer)
     for prompt, ids in zip(prompts, continuations, strict=True):
         ended = np.logical_or.accumulate(np.isin(ids, ends))
         texts.append(tokenizer.decode(np.concatenate([prompt, ids[~ended]])))
     return texts
+
+
+def _summary(counts: offload.Counts, num_tokens: int, began: float) -> str:
+    seconds, total = time.perf_counter() - began, counts.in_memory + counts.ahead + counts.waited
+    return (
+        f"{num_tokens} tokens in {seconds:.1f} s ({num_tokens / seconds:.2f} tokens/s, with "
+        f"compilation); {counts.bytes_read / 1e9:.2f} GB read; of the experts' matrices, "
+        f"{counts.in_memory / total:.0%} were in memory, {counts.ahead / total:.0%} were fetched "
+        f"ahead, {counts.waited / total:.0%} were waited for"
+    )

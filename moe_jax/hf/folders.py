@@ -1,5 +1,6 @@
 """An open Hugging Face folder: its config, and its parameters, read by leaf or by part."""
 
+import math
 import pathlib
 
 import jax
@@ -61,7 +62,7 @@ class Folder:
     def __init__(self, folder: str | pathlib.Path, *, allow_nonfinite: bool = False):
         self.path = pathlib.Path(folder)
         self._allow_nonfinite = allow_nonfinite
-        self._allowed: set[str] = set()  # the tensors with such values, each named once
+        self._known: set[str] = set()  # tensors without such values, or that have been named
         self.config = configs.of_folder(self.path)
         self.tensors = safetensors.open_folder(self.path)
         try:
@@ -144,8 +145,11 @@ class Folder:
 
     def _read(self, part: tensors.TensorPart, index: tuple[slice, ...]) -> np.ndarray:
         array = tensors.read(part, self.tensors[part.name], index)
-        if part.name not in self._allowed and tensors.count_not_finite(array):
-            found = {part.name: tensors.count_not_finite_in(self.tensors[part.name])}
-            tensors.refuse_not_finite(self.path, found, allow=self._allow_nonfinite)
-            self._allowed.add(part.name)
+        if part.name not in self._known:
+            if tensors.count_not_finite(array):
+                found = {part.name: tensors.count_not_finite_in(self.tensors[part.name])}
+                tensors.refuse_not_finite(self.path, found, allow=self._allow_nonfinite)
+                self._known.add(part.name)
+            elif array.size == math.prod(self.tensors[part.name].shape):
+                self._known.add(part.name)
         return array

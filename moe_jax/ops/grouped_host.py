@@ -15,6 +15,7 @@ import contextlib
 import functools
 import math
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +33,25 @@ _READING = 14  # the rows whose multiplications take as long as reading the matr
 def _product(inputs, outputs):
     x_MD, *stacks_LEDF, layer, sizes_E = inputs
     weights = [w_LEDF[int(layer)] for w_LEDF in stacks_LEDF]
+    multiply(x_MD, lambda i, expert: weights[i][expert], sizes_E, outputs)
+
+
+def multiply(x_MD, matrix: Callable[[int, int], np.ndarray], sizes_E, outputs) -> None:
+    """Fills each output [M, F] with the products by matrix(output's index, expert) [D, F]."""
     tasks = _tasks(sizes_E)
     # A few rows of one expert, as in decoding, are divided by columns.
     parts = -(-_num_cores() // len(tasks)) if tasks else 1
 
     def of_rows(expert, rows, part):
-        for w_EDF, y_MF in zip(weights, outputs, strict=True):
+        for i, y_MF in enumerate(outputs):
             width = -(-y_MF.shape[1] // parts)
             columns = slice(part * width, (part + 1) * width)
-            w_DF = _wide(w_EDF[expert, :, columns])
+            w_DF = _wide(matrix(i, expert)[:, columns])
             np.matmul(x_MD[rows], w_DF, out=y_MF[rows, columns])
 
-    _run(of_rows, [(*task, part) for task in tasks for part in range(parts)], _work(tasks, weights))
+    per_row = x_MD.shape[1] * sum(y_MF.shape[1] for y_MF in outputs)
+    divided = [(*task, part) for task in tasks for part in range(parts)]
+    _run(of_rows, divided, _work(tasks, per_row))
     _clear_rest(sizes_E, outputs)
 
 
@@ -60,7 +68,7 @@ def _input_gradient(inputs, outputs):
             dx_MD[rows] += g_MF[rows] @ _wide(w_EDF[expert]).T
 
     tasks = _tasks(sizes_E)
-    _run(of_rows, tasks, _work(tasks, weights))
+    _run(of_rows, tasks, _work(tasks, _multiplications(weights)))
     _clear_rest(sizes_E, outputs)
 
 
@@ -94,10 +102,10 @@ def _tasks(sizes_E) -> list[tuple[int, slice]]:
     return sorted(tasks, key=lambda task: task[1].start - task[1].stop)
 
 
-def _work(tasks, weights) -> int:
+def _work(tasks, multiplications_per_row: int) -> int:
     """The time of the tasks, in multiplications; reading a matrix has its time too."""
     rows = sum(max(rows.stop - rows.start, _READING) for _, rows in tasks)
-    return rows * _multiplications(weights)
+    return rows * multiplications_per_row
 
 
 def _clear_rest(sizes_E, outputs):

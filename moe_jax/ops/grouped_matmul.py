@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops import grouped_blocked, grouped_gpu, grouped_host, grouped_tpu, stacks
+from moe_jax.ops import grouped_blocked, grouped_gpu, grouped_host, grouped_tpu, offloaded, stacks
 from moe_jax.ops.grouped_kernel import Kernel
 from moe_jax.ops.implementations import Implementation, choose, platform
 
@@ -41,15 +41,18 @@ def grouped_matmul(
 
 def grouped_matmuls(
     x_MD: jax.Array,
-    weights: tuple[jax.Array | stacks.OfStack, ...],
+    weights: tuple[jax.Array | stacks.OfStack | offloaded.Offloaded, ...],
     group_sizes_E: jax.Array,
     *,
     implementation: str = "auto",
 ) -> tuple[jax.Array, ...]:
     """`grouped_matmul` of the same rows with each of `weights`, [E, D, F], such as gate and up.
 
-    Weights that are rows of stacks are read where they lie, if the implementation can.
+    Weights that are rows of stacks are read where they lie, if the implementation can; those that
+    are not in memory are fetched.
     """
+    if elsewhere := tuple(w for w in weights if isinstance(w, offloaded.Offloaded)):
+        return offloaded.products(x_MD, elsewhere, group_sizes_E)
     chosen = choose("grouped_matmul", implementation, IMPLEMENTATIONS)
     if not _in_place(chosen, x_MD, weights):
         weights = tuple(w.astype(x_MD.dtype) for w in stacks.values(weights))

@@ -86,7 +86,7 @@ def converted(source: pathlib.Path, output: pathlib.Path, to: str) -> pathlib.Pa
 
 def generated(checkpoint: pathlib.Path) -> list[str]:
     options = {"num_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 0, "tokenizer": None}
-    options |= {"checkpoint": str(checkpoint), "allow_nonfinite": False}
+    options |= {"checkpoint": str(checkpoint), "allow_nonfinite": False, "offload": None}
     return generate.run(argparse.Namespace(prompt=["a"], **options))
 
 

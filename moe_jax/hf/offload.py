@@ -1,0 +1,158 @@
+"""A mixture larger than memory: its experts stay in the folder, and those used last in memory.
+
+Reads a Hugging Face folder for `ops/offloaded.py` (Eliseev and Mazur, arXiv 2312.17238).
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import pathlib
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import model, tree
+from moe_jax.hf import folders, tensors
+from moe_jax.model.layout import layer_groups, slots, sparse_layers
+from moe_jax.ops import offloaded
+
+
+@dataclasses.dataclass
+class Counts:
+    """Matrices that products asked for, and the bytes that were read from the folder."""
+
+    in_memory: int = 0
+    ahead: int = 0  # in memory, or on their way, because the layer before expected them
+    waited: int = 0
+    bytes_read: int = 0
+
+
+class ExpertStore:
+    """The experts' matrices, in memory up to `most_bytes`, an equal part for each sparse layer.
+
+    A layer forgets the matrices first that it has not used for the longest time.
+
+    Raises: ValueError if there is no room for one expert of each layer.
+    """
+
+    def __init__(self, folder: folders.Folder, most_bytes: float):
+        self.counts = Counts()
+        self._folder, self._config = folder, folder.config
+        self._layers = sparse_layers(folder.config)
+        self.names = [n for n in ("gate", "up", "down") if f"{self._path(0)}/{n}" in folder.parts]
+        one = sum(self._bytes(0, name) for name in self.names)
+        self._room = most_bytes / len(self._layers)
+        if one > self._room:
+            least = one * len(self._layers) / 1e9
+            raise ValueError(
+                f"{most_bytes / 1e9:.2f} GB hold less than one expert of each of the "
+                f"{len(self._layers)} sparse layers; these take {least:.2f} GB"
+            )
+        # Layer -> (expert, name) -> its matrix, or the reading of it; the newest last.
+        self._held: list[collections.OrderedDict[tuple[int, str], concurrent.futures.Future]]
+        self._held = [collections.OrderedDict() for _ in self._layers]
+        self._expected: set[tuple[int, int, str]] = set()
+        self._lock = threading.Lock()
+        self._ahead = concurrent.futures.ThreadPoolExecutor(1, "experts")
+
+    def matrix(self, layer: int, expert: int, name: str) -> np.ndarray:
+        key, own = (expert, name), None
+        with self._lock:
+            held = self._held[layer]
+            if key in held:
+                expected = (layer, *key) in self._expected
+                self._expected.discard((layer, *key))
+                self.counts.ahead += expected
+                self.counts.in_memory += not expected
+                held.move_to_end(key)
+            else:
+                self.counts.waited += 1
+                own = concurrent.futures.Future[np.ndarray]()
+                self._hold(layer, key, own)
+            reading = held[key]
+        if own is not None:
+            try:
+                own.set_result(self._read(layer, expert, name))
+            except BaseException as error:
+                own.set_exception(error)
+        return reading.result()
+
+    def expect(self, layer: int, experts: list[int]) -> None:
+        if layer == len(self._layers) or len(experts) > self._config.active_experts:
+            return  # the tokens of a prompt need most experts, which would push each other out
+        with self._lock:
+            for key in itertools.product(experts, self.names):
+                if key not in self._held[layer]:
+                    self._expected.add((layer, *key))
+                    self._hold(layer, key, self._ahead.submit(self._read, layer, *key))
+
+    def _hold(self, layer: int, key: tuple[int, str], reading: concurrent.futures.Future) -> None:
+        held = self._held[layer]
+        room = self._room - self._bytes(layer, key[1])
+        while held and sum(self._bytes(layer, name) for _, name in held) > room:
+            forgotten, _ = held.popitem(last=False)
+            self._expected.discard((layer, *forgotten))
+        held[key] = reading
+
+    def _read(self, layer: int, expert: int, name: str) -> np.ndarray:
+        _, row = slots(self._config.block_kinds)[self._layers[layer]]
+        part = self._folder.part(f"{self._path(layer)}/{name}", (row, expert))
+        matrix = np.ascontiguousarray(part)
+        with self._lock:
+            self.counts.bytes_read += matrix.nbytes
+        return matrix
+
+    def _path(self, layer: int) -> str:
+        slot, _ = slots(self._config.block_kinds)[self._layers[layer]]
+        return f"blocks/{slot}/moe/experts"
+
+    def _bytes(self, layer: int, name: str) -> int:
+        path = f"{self._path(layer)}/{name}"
+        *_, rows, columns = tensors.shapes(self._config)[path]
+        return rows * columns * self._folder.dtypes()[path].itemsize
+
+
+def load(
+    path: str | pathlib.Path, most_bytes: float, *, allow_nonfinite: bool = False
+) -> tuple[model.ModelConfig, dict, ExpertStore]:
+    """The config, the parameters and the store of a folder, like `hf.load`.
+
+    In the parameters, `ops/offloaded.py`'s leaves stand for the experts' matrices.
+
+    Raises: ValueError like `ExpertStore` and `folders.Folder`, and for a model without experts.
+    """
+    folder = folders.Folder(path, allow_nonfinite=allow_nonfinite)
+    config, sparse = folder.config, sparse_layers(folder.config)
+    if not sparse:
+        raise ValueError(f"{path} has no experts that could stay in the folder")
+    store = ExpertStore(folder, most_bytes)
+    number, shapes = offloaded.register(store), tensors.shapes(config)
+    matrices = {
+        f"blocks/{slot}/moe/experts/{name}": (name, layers)
+        for group in layer_groups(config.block_kinds)
+        for slot, layers in group.layers.items()
+        for name in store.names
+    }
+    routers = [
+        folder.part(f"blocks/{slot}/moe/router/kernel", (row,))
+        for slot, row in (slots(config.block_kinds)[layer] for layer in sparse)
+    ]
+
+    def leaf(path):
+        if path not in matrices:
+            return jnp.array(folder.leaf(path))
+        name, layers = matrices[path]
+        numbers = np.array([sparse.index(layer) for layer in layers], np.int32)
+        after = [routers[min(n + 1, len(sparse) - 1)] for n in numbers]
+        return offloaded.Offloaded(
+            layer=jnp.array(numbers),
+            next_router=jnp.array(np.stack(after)) if name == "up" else None,
+            name=name,
+            matrices=shapes[path][1:],
+            per_token=config.active_experts,
+            store=number,
+        )
+
+    return config, tree.unflatten({path: leaf(path) for path in folder.parts}), store

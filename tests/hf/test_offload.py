@@ -1,0 +1,123 @@
+"""Experts that stay in the folder: the same bits as in memory, in no more memory than given."""
+
+import pathlib
+import resource
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import hf, model
+from moe_jax.evaluation import generate
+from moe_jax.hf import offload
+from moe_jax.model.layout import sparse_layers
+from tests.hf.test_golden import GOLDEN
+
+NUM_TOKENS = 6
+
+
+def tokens_of(params, config, prompts):
+    return np.stack(
+        generate.generate(params, config, prompts, num_tokens=NUM_TOKENS, temperature=0.0)
+    )
+
+
+def expert_bytes(folder):
+    config, params = hf.load(folder)
+    experts = (b["moe"]["experts"] for b in params["blocks"].values() if "moe" in b)
+    total = sum(x.nbytes for leaves in experts for x in leaves.values() if x.ndim == 4)
+    return total / config.num_experts
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "tolerance"),
+    [
+        ("mixtral", 1, 0),
+        ("mixtral", 2.5, 0),
+        ("olmoe", 100, 0),
+        # The flags of these tests let XLA round LOLA's norms in another way; its own do not.
+        ("lola", 1, 1e-5),
+    ],
+)
+def test_logits_and_tokens_are_those_of_the_model_in_memory(name, kept, tolerance):
+    config, params = hf.load(GOLDEN / name)
+    draw = np.random.default_rng(0).integers
+    prompts = [draw(0, config.vocab_size, n).astype(np.int32) for n in (7, 4)]
+    apply = jax.jit(model.apply, static_argnames="config")
+    _, there, store = offload.load(GOLDEN / name, kept * expert_bytes(GOLDEN / name))
+    np.testing.assert_allclose(
+        apply(there, jnp.asarray(prompts[0])[None], config=config).logits_BTV,
+        apply(params, jnp.asarray(prompts[0])[None], config=config).logits_BTV,
+        rtol=tolerance,
+        atol=tolerance,
+    )
+    np.testing.assert_array_equal(
+        tokens_of(there, config, prompts), tokens_of(params, config, prompts)
+    )
+    held = [
+        sum(r.result().nbytes for r in of_layer.values() if r.done()) for of_layer in store._held
+    ]
+    assert max(held) <= kept * expert_bytes(GOLDEN / name) / len(sparse_layers(config))
+
+
+def test_the_counts_say_what_was_read():
+    """With room for all experts each matrix is read once, and after that found."""
+    folder = GOLDEN / "mixtral"
+    config, there, store = offload.load(folder, 1e9)
+    prompts = [np.arange(3, dtype=np.int32)]
+    tokens_of(there, config, prompts)
+    assert store.counts.bytes_read <= config.num_experts * expert_bytes(folder)
+    read, waited = store.counts.bytes_read, store.counts.waited
+    tokens_of(there, config, prompts)
+    assert (store.counts.bytes_read, store.counts.waited) == (read, waited)
+    assert store.counts.in_memory > 0
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="GB hold less than one expert of each of the 3 sparse"):
+        offload.load(GOLDEN / "mixtral", 10.0)
+    with pytest.raises(ValueError, match="llama has no experts that could stay in the folder"):
+        offload.load(GOLDEN / "llama", 1e9)
+
+
+PROGRAM = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]), int(sys.argv[1])))
+sys.argv = ["generate", *sys.argv[2:]]
+from moe_jax.commands import generate
+generate.main()
+"""
+
+
+@pytest.mark.long
+def test_a_mixture_larger_than_the_limit_of_memory_generates_the_same(tmp_path):
+    """1.6 GB of experts under a limit of 1.2 GB for the memory of the whole process."""
+    config = model.ModelConfig(
+        model_type="mixtral",
+        vocab_size=259,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_experts=8,
+        num_experts_per_tok=2,
+    )
+    folder = tmp_path / "moe"
+    params = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0))
+    hf.save(folder, config, params)
+    del params
+
+    def said(limit, *more):
+        command = [sys.executable, "-c", PROGRAM, str(int(limit)), f"--checkpoint={folder}"]
+        command += ["--prompt=To insert", "--num_tokens=8", "--tokenizer=bytes", *more]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    unlimited, limited = said(resource.RLIM_INFINITY), said(1.2e9, "--offload=0.5")
+    assert limited.returncode == 0, limited.stderr
+    assert limited.stdout == unlimited.stdout != ""
+    assert "GB read; of the experts' matrices" in limited.stderr
+    assert said(1.2e9).returncode != 0
+    assert (pathlib.Path(folder) / "config.json").exists()
