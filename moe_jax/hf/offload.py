@@ -42,8 +42,14 @@ class ExpertStore:
         self._folder, self._config = folder, folder.config
         self._layers = sparse_layers(folder.config)
         self.names = [n for n in ("gate", "up", "down") if f"{self._path(0)}/{n}" in folder.parts]
-        one = sum(self._bytes(0, name) for name in self.names)
+        self._bytes = [
+            {name: self._bytes_of(f"{self._path(layer)}/{name}") for name in self.names}
+            for layer in range(len(self._layers))
+        ]
+        one = max(sum(of_layer.values()) for of_layer in self._bytes)
         self._room = most_bytes / len(self._layers)
+        # More of them, as for a prompt's tokens, would push out those that this token needs.
+        self._most_expected = int(self._room / one) - folder.config.active_experts
         if one > self._room:
             least = one * len(self._layers) / 1e9
             raise ValueError(
@@ -80,8 +86,8 @@ class ExpertStore:
         return reading.result()
 
     def expect(self, layer: int, experts: list[int]) -> None:
-        if layer == len(self._layers) or len(experts) > self._config.active_experts:
-            return  # the tokens of a prompt need most experts, which would push each other out
+        if layer == len(self._layers) or len(experts) > self._most_expected:
+            return
         with self._lock:
             for key in itertools.product(experts, self.names):
                 if key not in self._held[layer]:
@@ -90,8 +96,8 @@ class ExpertStore:
 
     def _hold(self, layer: int, key: tuple[int, str], reading: concurrent.futures.Future) -> None:
         held = self._held[layer]
-        room = self._room - self._bytes(layer, key[1])
-        while held and sum(self._bytes(layer, name) for _, name in held) > room:
+        room = self._room - self._bytes[layer][key[1]]
+        while held and sum(self._bytes[layer][name] for _, name in held) > room:
             forgotten, _ = held.popitem(last=False)
             self._expected.discard((layer, *forgotten))
         held[key] = reading
@@ -108,8 +114,7 @@ class ExpertStore:
         slot, _ = slots(self._config.block_kinds)[self._layers[layer]]
         return f"blocks/{slot}/moe/experts"
 
-    def _bytes(self, layer: int, name: str) -> int:
-        path = f"{self._path(layer)}/{name}"
+    def _bytes_of(self, path: str) -> int:
         *_, rows, columns = tensors.shapes(self._config)[path]
         return rows * columns * self._folder.dtypes()[path].itemsize
 
