@@ -165,9 +165,14 @@ def copy(tmp_path_factory):
     shutil.copytree(folder / "path" / "to" / "text", folder / "path" / "to" / "folder")
     (folder / "text.txt").write_text(english[:20_000])
     tiny_model(folder / "path" / "to" / "dense")
-    options = ["--source=path/to/dense", "--output=path/to/run", "--to=orbax"]
-    convert = [sys.executable, "scripts/convert.py", *options]
-    subprocess.run(convert, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, check=True)
+    experts = "--recipe=naive --num_experts=4 --num_experts_per_tok=2"
+    for command in (
+        "scripts/convert.py --source=path/to/dense --output=path/to/run --to=orbax",
+        f"scripts/upcycle.py --source=path/to/dense --output=path/to/mixture {experts}",
+    ):
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        made = [sys.executable, *command.split()]
+        subprocess.run(made, cwd=folder, env=environment, check=True)
     return folder
 
 
