@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
@@ -261,6 +264,53 @@ def upcycle_cases() -> Iterator[Case]:
             yield Case(f"{numbers / 1e6:.0f} M numbers", numbers, ours, bound, function)
 
 
+ONE_STEP = """
+from moe_jax import config
+
+def get_config():
+    one_step = config.default()
+    one_step.model.update(
+        vocab_size=259, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    one_step.data.update(source="embedded", sequence_length=128)
+    one_step.training.update(num_steps=1, batch_size=8)
+    one_step.evaluation.update(batch_size=8, final_max_batches=1)
+    return one_step
+"""
+
+
+def startup_cases() -> Iterator[Case]:
+    """Commands in a process of their own, up to their end; the bound is Python that does nothing.
+
+    "first step" is a whole run of one step of a small dense model; its text is tokenized already.
+    """
+
+    def python(*arguments: str, status: int = 0) -> Callable:
+        def run():
+            done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+            if done.returncode != status:
+                raise RuntimeError(f"{' '.join(arguments)} failed: {done.stderr[-1000:]}")
+
+        return run
+
+    with tempfile.TemporaryDirectory(prefix="moe_jax-benchmark-") as scratch:
+        config, numbers = pathlib.Path(scratch) / "config.py", itertools.count()
+        config.write_text(ONE_STEP)
+
+        def first_step():
+            workdir = f"--workdir={scratch}/{next(numbers)}"
+            return python("-m", "moe_jax", "train", f"--config={config}", workdir)()
+
+        commands = {
+            "import": python("-c", "import moe_jax"),
+            "usage error": python("-m", "moe_jax", "train", "--confg=x", status=2),
+            "help": python("-m", "moe_jax", "train", "--help"),
+            "first step": first_step,
+        }
+        yield Case("startup", 1, commands, "python -c pass", python("-c", "pass"))
+
+
 BENCHMARKS = {
     "grouped_matmul": grouped_matmul_cases,
     "attention": attention_cases,
@@ -273,6 +323,7 @@ BENCHMARKS = {
     "window": window_cases,
     "decode": decode_cases,
     "upcycle": upcycle_cases,
+    "startup": startup_cases,
 }
 
 
