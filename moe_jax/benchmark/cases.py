@@ -275,7 +275,7 @@ def get_config():
     )
     one_step.data.update(source="embedded", sequence_length=128)
     one_step.training.update(num_steps=1, batch_size=8)
-    one_step.evaluation.update(batch_size=8, final_max_batches=1)
+    one_step.evaluation.update(batch_size=8, max_batches=1, final_max_batches=1)
     return one_step
 """
 
