@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from moe_jax.ops import implementations
+from moe_jax.ops import implementations, stacks
 from moe_jax.ops.grouped_kernel import Kernel
 
 # An accumulator of 128 x 256 fits in the registers of 8 warps. A stage is 128 bytes of each row of
@@ -155,6 +155,8 @@ def triton(interpret: bool = False) -> Kernel:
         # Rows beyond the sum stay zero. This is not in the kernel because Pallas lowers a select
         # between two literal numbers to one between booleans (jax 0.10.2, 0.12.0.1).
         live_P = (expert_P < E) & (count_P > 0)
+        located = [stacks.all_experts(w) for w in weights]
+        matrices, (first, *_) = zip(*located, strict=True)
         steps_P = jnp.where(live_P, jnp.int32(pl.cdiv(K, tiles[1])), 0)
         return pl.pallas_call(
             functools.partial(_multiply_kernel, tiles=tiles, transpose=transpose),
@@ -163,7 +165,7 @@ def triton(interpret: bool = False) -> Kernel:
             compiler_params=_compiler_params(),
             interpret=interpret,
             name="grouped_input_gradient" if transpose else "grouped_product",
-        )((expert_P, row_P, count_P, steps_P), rows, weights)
+        )((first + expert_P, row_P, count_P, steps_P), rows, matrices)
 
     def product(x_MD, weights, group_sizes_E):
         return tuple(multiply((x_MD,), (w,), group_sizes_E, transpose=False) for w in weights)

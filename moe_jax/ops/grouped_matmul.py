@@ -123,7 +123,10 @@ IMPLEMENTATIONS = {
         *(functools.partial(_product, grouped_tpu.MEGABLOX), ("tpu",)),
         in_place=(("bfloat16", "bfloat16"), ("float32", "float32")),
     ),
-    "triton": Grouped(functools.partial(_product, grouped_gpu.TRITON), ("gpu",)),
+    "triton": Grouped(
+        *(functools.partial(_product, grouped_gpu.TRITON), ("gpu",)),
+        in_place=(("bfloat16", "bfloat16"), ("float32", "float32")),
+    ),
     "host": Grouped(
         *(functools.partial(_product, grouped_host.HOST), ("cpu",)),
         in_place=(

@@ -139,7 +139,9 @@ def megablox(interpret: bool = False) -> Kernel:
         M, K = rows.shape
         E, N = w.shape[0], w.shape[1 if transpose else 2]
         tiles = tiling(M, K, N, E, rows.dtype.itemsize, _vmem())
-        matrices, sizes = _all_matrices(w, group_sizes_E.astype(jnp.int32))
+        matrices, first = stacks.all_experts(w)
+        sizes = jnp.zeros(len(matrices), jnp.int32)  # the experts of other layers have no rows
+        sizes = jax.lax.dynamic_update_slice(sizes, group_sizes_E.astype(jnp.int32), (first,))
         y = gmm(
             padded(rows, tiles[0]),
             matrices,
@@ -167,17 +169,6 @@ def megablox(interpret: bool = False) -> Kernel:
         return tuple(map(one, gradients))
 
     return _kernel(multiply, weight_gradient)
-
-
-def _all_matrices(w, sizes_E):
-    """The experts of all layers, with no rows for those of the other layers: a row of a stack is
-    read where it lies."""
-    if not stacks.is_row(w):
-        return w, sizes_E
-    L, E, *matrix = w.stack.shape
-    none_LE = jnp.zeros(L * E, jnp.int32)
-    sizes_LE = jax.lax.dynamic_update_slice_in_dim(none_LE, sizes_E, w.index * E, 0)
-    return w.stack.reshape(L * E, *matrix), sizes_LE
 
 
 MEGABLOX = megablox()

@@ -40,6 +40,14 @@ def is_row(x: Any) -> bool:
     return isinstance(x, OfStack)
 
 
+def all_experts(w: jax.Array | OfStack) -> tuple[jax.Array, Any]:
+    """The experts of all layers as one array [L·E, D, F], and the number of the row's first."""
+    if not isinstance(w, OfStack):
+        return w, 0
+    L, E, *matrix = w.stack.shape
+    return w.stack.reshape(L * E, *matrix), w.index * E
+
+
 def values(tree: Any) -> Any:
     """`tree` with each row's value in its place."""
     return jax.tree.map(lambda x: x.value if is_row(x) else x, tree, is_leaf=is_row)

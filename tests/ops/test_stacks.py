@@ -11,11 +11,15 @@ import pytest
 
 from moe_jax import model
 from moe_jax.evaluation import generate
-from moe_jax.ops import grouped_host, grouped_matmul, grouped_tpu, stacks
+from moe_jax.ops import grouped_gpu, grouped_host, grouped_matmul, grouped_tpu, stacks
 from moe_jax.parallel import mesh
 
 E, D, F, L = 6, 16, 24, 3
-KERNELS = {"host": grouped_host.HOST, "megablox": grouped_tpu.megablox(interpret=True)}
+KERNELS = {
+    "host": grouped_host.HOST,
+    "megablox": grouped_tpu.megablox(interpret=True),
+    "triton": grouped_gpu.triton(interpret=True),
+}
 CONFIG = model.ModelConfig(
     vocab_size=64,
     hidden_size=D,
