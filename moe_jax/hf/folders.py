@@ -120,7 +120,7 @@ class Folder:
         for part in parts:
             if all(i in r for i, r in zip(part.row, ranges, strict=False)):
                 at = tuple(i - r.start for i, r in zip(part.row, ranges, strict=False))
-                leaf[at] = self._read(part, index[depth:])
+                tensors.copy(self._read(part, index[depth:]), leaf[at])
         return leaf
 
     def part(self, path: str, row: tuple[int, ...]) -> np.ndarray:

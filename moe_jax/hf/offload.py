@@ -34,7 +34,7 @@ class ExpertStore:
 
     A layer forgets the matrices first that it has not used for the longest time.
 
-    Raises: ValueError if there is no room for one expert of each layer.
+    Raises: ValueError if there is no room for one matrix of each layer.
     """
 
     def __init__(self, folder: folders.Folder, most_bytes: float):
@@ -46,14 +46,15 @@ class ExpertStore:
             {name: self._bytes_of(f"{self._path(layer)}/{name}") for name in self.names}
             for layer in range(len(self._layers))
         ]
-        one = max(sum(of_layer.values()) for of_layer in self._bytes)
+        largest = max(max(of_layer.values()) for of_layer in self._bytes)
         self._room = most_bytes / len(self._layers)
         # More of them, as for a prompt's tokens, would push out those that this token needs.
-        self._most_expected = int(self._room / one) - folder.config.active_experts
-        if one > self._room:
-            least = one * len(self._layers) / 1e9
+        expert = max(sum(of_layer.values()) for of_layer in self._bytes)
+        self._most_expected = int(self._room / expert) - folder.config.active_experts
+        if largest > self._room:
+            least = largest * len(self._layers) / 1e9
             raise ValueError(
-                f"{most_bytes / 1e9:.2f} GB hold less than one expert of each of the "
+                f"{most_bytes / 1e9:.2f} GB have no room for one matrix of each of the "
                 f"{len(self._layers)} sparse layers; these take {least:.2f} GB"
             )
         # Layer -> (expert, name) -> its matrix, or the reading of it; the newest last.
@@ -105,7 +106,8 @@ class ExpertStore:
     def _read(self, layer: int, expert: int, name: str) -> np.ndarray:
         _, row = slots(self._config.block_kinds)[self._layers[layer]]
         part = self._folder.part(f"{self._path(layer)}/{name}", (row, expert))
-        matrix = np.ascontiguousarray(part)
+        matrix = np.empty(part.shape, part.dtype)
+        tensors.copy(part, matrix)
         with self._lock:
             self.counts.bytes_read += matrix.nbytes
         return matrix

@@ -206,6 +206,19 @@ def read(part: TensorPart, tensor: safetensors.Tensor, index: tuple[slice, ...] 
     return block[tuple(slice(wanted[a].start, wanted[a].stop) for a in ours)]
 
 
+def copy(array: np.ndarray, out: np.ndarray) -> None:
+    """Copies into an array of the same shape, column by column where `array` is transposed.
+
+    numpy would copy row by row: 124 instead of 19 ms for [2048, 5632] in bfloat16.
+    """
+    if array.ndim < 2 or array.strides[-1] <= array.strides[-2]:
+        out[...] = array
+        return
+    for column in range(0, array.shape[-1], 16):
+        part = slice(column, column + 16)
+        out[..., part] = array[..., part]
+
+
 def assemble(parts: list[tuple[TensorPart, np.ndarray]]) -> np.ndarray:
     """Joins these parts into one tensor; most tensors have a single part."""
     theirs, ours = _axes(parts[0][0].entry.axes)

@@ -35,7 +35,7 @@ def expert_bytes(folder):
 @pytest.mark.parametrize(
     ("name", "kept", "tolerance"),
     [
-        ("mixtral", 1, 0),
+        ("mixtral", 1 / 3, 0),
         ("mixtral", 2.5, 0),
         ("olmoe", 100, 0),
         # The flags of these tests let XLA round LOLA's norms in another way; its own do not.
@@ -77,7 +77,7 @@ def test_the_counts_say_what_was_read():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="GB hold less than one expert of each of the 3 sparse"):
+    with pytest.raises(ValueError, match="GB have no room for one matrix of each of the 3 sparse"):
         offload.load(GOLDEN / "mixtral", 10.0)
     with pytest.raises(ValueError, match="llama has no experts that could stay in the folder"):
         offload.load(GOLDEN / "llama", 1e9)
