@@ -12,6 +12,7 @@ workdir. Temperature 0, the default, takes the most likely token each time. A te
 end token of generation_config.json, or else of config.json, or else of the tokenizer.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -71,7 +72,7 @@ def main() -> None:
 
 def run(arguments) -> list[str]:
     source = stores.find(arguments.checkpoint)
-    folder, allow = source.folder, arguments.allow_nonfinite
+    folder, allow, store = source.folder, arguments.allow_nonfinite, None
     if arguments.offload is None:
         model_config, params = stores.load(source, mesh.one_device(), allow_nonfinite=allow)
     elif folders.is_folder(folder):
@@ -85,16 +86,17 @@ def run(arguments) -> list[str]:
     tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
     prompts = [tokenizer.prompt(text) for text in arguments.prompt]
     began = time.perf_counter()
-    continuations = generate.generate(
-        params,
-        model_config,
-        prompts,
-        num_tokens=arguments.num_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        key=jax.random.key(arguments.seed),
-    )
-    if arguments.offload is not None:
+    with store.failing_as_it_is() if store else contextlib.nullcontext():
+        continuations = generate.generate(
+            params,
+            model_config,
+            prompts,
+            num_tokens=arguments.num_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            key=jax.random.key(arguments.seed),
+        )
+    if store:
         print(_summary(store.counts, len(prompts) * arguments.num_tokens, began), file=sys.stderr)
     texts, ends = [], stores.end_ids(folder, tokenizer)
     for prompt, ids in zip(prompts, continuations, strict=True):

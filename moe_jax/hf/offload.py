@@ -5,11 +5,14 @@ Reads a Hugging Face folder for `ops/offloaded.py` (Eliseev and Mazur, arXiv 231
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import pathlib
 import threading
+from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,6 +42,7 @@ class ExpertStore:
 
     def __init__(self, folder: folders.Folder, most_bytes: float):
         self.counts = Counts()
+        self.failure: BaseException | None = None  # of a product, which JAX raises as its own
         self._folder, self._config = folder, folder.config
         self._layers = sparse_layers(folder.config)
         self.names = [n for n in ("gate", "up", "down") if f"{self._path(0)}/{n}" in folder.parts]
@@ -65,6 +69,23 @@ class ExpertStore:
         self._ahead = concurrent.futures.ThreadPoolExecutor(1, "experts")
 
     def matrix(self, layer: int, expert: int, name: str) -> np.ndarray:
+        try:
+            return self._matrix(layer, expert, name)
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    @contextlib.contextmanager
+    def failing_as_it_is(self) -> Iterator[None]:
+        """Raises what made a product fail, such as damage of a file, instead of JAX's own error."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            if self.failure is None:
+                raise
+            raise self.failure from None
+
+    def _matrix(self, layer: int, expert: int, name: str) -> np.ndarray:
         key, own = (expert, name), None
         with self._lock:
             held = self._held[layer]

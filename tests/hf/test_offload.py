@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from moe_jax import hf, model
+from moe_jax.commands import generate as generate_command
+from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
 from moe_jax.hf import offload
 from moe_jax.model.layout import sparse_layers
@@ -81,6 +83,22 @@ def test_mistakes_are_named():
         offload.load(GOLDEN / "mixtral", 10.0)
     with pytest.raises(ValueError, match="llama has no experts that could stay in the folder"):
         offload.load(GOLDEN / "llama", 1e9)
+
+
+def test_a_damaged_expert_ends_the_command_with_one_line(tmp_path, capsys, monkeypatch):
+    """A folder in memory is refused when it is read; here that is in the middle of a product."""
+    config, params = hf.load(GOLDEN / "mixtral")
+    params["blocks"]["0"]["moe"]["experts"]["down"][:, :, 0, 0] = np.nan
+    hf.save(tmp_path / "moe", config, params)
+    options = [f"--checkpoint={tmp_path / 'moe'}", "--prompt=a", "--tokenizer=bytes"]
+    options += ["--num_tokens=2", "--offload=1"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *options])
+    monkeypatch.setattr(tokenizers.ByteTokenizer, "prompt", lambda self, text: np.array([1]))
+    with pytest.raises(SystemExit) as ended:
+        generate_command.main()
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "w2.weight are not finite" in last, last
 
 
 PROGRAM = """
