@@ -8,6 +8,8 @@ from collections.abc import Callable
 from moe_jax import model
 from moe_jax.ops import implementations
 
+PROMPT = 32  # the tokens of a prompt
+
 
 def hugging_face_train_step(config: model.ModelConfig) -> Callable:
     """A train step of Mixtral in Transformers and PyTorch: losses, gradients, clipping, AdamW."""
@@ -74,11 +76,11 @@ def hugging_face_train(folder: pathlib.Path, rows: int, length: int) -> Callable
 
 
 def hugging_face_decode(folder: pathlib.Path, rows: int, length: int) -> Callable:
-    """Greedy continuations of prompts of 32 tokens by `length` tokens."""
+    """Greedy continuations of prompts by `length` tokens."""
     import torch
 
     network = _hugging_face(folder)
-    prompts_BT = torch.randint(0, network.config.vocab_size, (rows, 32))
+    prompts_BT = torch.randint(0, network.config.vocab_size, (rows, PROMPT))
 
     def decode():
         with torch.no_grad():

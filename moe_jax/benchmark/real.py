@@ -24,7 +24,7 @@ from moe_jax.evaluation import generate
 from moe_jax.hf import folders
 from moe_jax.training import flops
 
-PROMPT, NEW = 32, 32  # tokens of a prompt, and after it
+NEW = 32  # the tokens after a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _train(config: model.ModelConfig, params: dict, rows: int) -> Callable:
 
 
 def _decode(config: model.ModelConfig, params: dict, rows: int) -> Callable:
-    prompts = list(np.asarray(_tokens(config, rows, PROMPT)))
+    prompts = list(np.asarray(_tokens(config, rows, peers.PROMPT)))
     return lambda: generate.generate(params, config, prompts, num_tokens=NEW, temperature=0.0)
 
 
@@ -69,7 +69,7 @@ def _products(passes: int, config: model.ModelConfig, rows: int) -> Callable:
 
 def _copies(config: model.ModelConfig, rows: int) -> Callable:
     """Copies, on all cores, as many bytes as decoding must read."""
-    left = sum(bytes_due(config, rows, PROMPT + i) for i in range(NEW))
+    left = sum(bytes_due(config, rows, peers.PROMPT + i) for i in range(NEW))
     size = 2**26  # float32 values; larger than caches
     x, y = np.ones(size, np.float32), np.zeros(size, np.float32)
     cores = multiprocessing.cpu_count()

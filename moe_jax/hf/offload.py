@@ -68,9 +68,9 @@ class ExpertStore:
         self._lock = threading.Lock()
         self._ahead = concurrent.futures.ThreadPoolExecutor(1, "experts")
 
-    def matrix(self, layer: int, expert: int, name: str) -> np.ndarray:
+    def matrix(self, layer: int, expert: int, name: str, *, again: bool) -> np.ndarray:
         try:
-            return self._matrix(layer, expert, name)
+            return self._matrix(layer, expert, name, again)
         except BaseException as error:
             self.failure = error
             raise
@@ -85,7 +85,7 @@ class ExpertStore:
                 raise
             raise self.failure from None
 
-    def _matrix(self, layer: int, expert: int, name: str) -> np.ndarray:
+    def _matrix(self, layer: int, expert: int, name: str, again: bool) -> np.ndarray:
         key, own = (expert, name), None
         with self._lock:
             held = self._held[layer]
@@ -93,7 +93,7 @@ class ExpertStore:
                 expected = (layer, *key) in self._expected
                 self._expected.discard((layer, *key))
                 self.counts.ahead += expected
-                self.counts.in_memory += not expected
+                self.counts.in_memory += not (expected or again)
                 held.move_to_end(key)
             else:
                 self.counts.waited += 1

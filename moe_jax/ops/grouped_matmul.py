@@ -60,9 +60,9 @@ def grouped_matmuls(
 
 
 def reads_in_place(x: jax.Array, weights: tuple[jax.Array | stacks.OfStack, ...]) -> bool:
-    """Whether `grouped_matmuls` would read these weights in their stacks, with no device but this.
+    """True if this process has one device, a CPU, and `host` reads these weights in their stacks.
 
-    On other devices than a CPU, XLA's own products do so, and there this is False.
+    On other devices XLA's own products of dense matrices do not copy them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1
@@ -105,12 +105,9 @@ def _backward(kernel, residuals, gradients):
     x_MD, weights, group_sizes_E = residuals
     dx_MD = kernel.input_gradient(gradients, weights, group_sizes_E)
     dw = kernel.weight_gradient(x_MD, gradients, group_sizes_E)
-    dw = (d.astype(w.dtype) for d, w in zip(dw, weights, strict=True))
-    dw = (
-        stacks.OfStack(d, None, None) if stacks.is_row(w) else d
-        for d, w in zip(dw, weights, strict=True)
-    )
-    return dx_MD, tuple(dw), None
+    dw = [d.astype(w.dtype) for d, w in zip(dw, weights, strict=True)]
+    of_values = (stacks.OfStack(d, None, None) for d in dw)
+    return dx_MD, tuple(of_values if stacks.is_row(weights[0]) else dw), None
 
 
 _product.defvjp(_forward, _backward)

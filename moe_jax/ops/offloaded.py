@@ -19,8 +19,8 @@ from moe_jax.ops import grouped_host, host_call
 class Store(Protocol):
     """Where the matrices come from; several threads may ask at once."""
 
-    def matrix(self, layer: int, expert: int, name: str) -> np.ndarray:
-        """[D, F], of a sparse layer, numbered from 0."""
+    def matrix(self, layer: int, expert: int, name: str, *, again: bool) -> np.ndarray:
+        """[D, F], of a sparse layer, numbered from 0; `again` for another part of a product."""
 
     def expect(self, layer: int, experts: list[int]) -> None:
         """These will probably be asked for next."""
@@ -91,8 +91,12 @@ def _product(inputs, outputs):
     if guess:
         store.expect(layer + 1, np.unique(guess[0]).tolist())
 
+    asked = set()
+
     def matrix(i, expert):
-        return store.matrix(layer, expert, _NAMES[names[i]])
+        again = (i, expert) in asked
+        asked.add((i, expert))
+        return store.matrix(layer, expert, _NAMES[names[i]], again=again)
 
     grouped_host.multiply(x_MD, matrix, sizes_E, outputs)
 

@@ -29,7 +29,7 @@ def test_a_dense_model_is_read_whole_with_its_cache():
     assert real.bytes_due(DENSE, rows=3, length=10) == 4 * (total + cached)
     halves = dataclasses.replace(DENSE, dtype="bfloat16")
     assert real.bytes_due(halves, rows=3, length=10) == 2 * (total + cached)
-    # Of an embedding that is not tied, only the rows' tokens are read.
+    # Decoding reads only the rows' tokens of an embedding that is not tied.
     untied = dataclasses.replace(DENSE, tie_word_embeddings=False)
     assert real.bytes_due(untied, rows=3, length=0) == 4 * (total + 3 * 16)
 
@@ -50,7 +50,7 @@ def small(monkeypatch):
         fewer = dataclasses.replace(work, rows=2, length=8)
         monkeypatch.setitem(real.WORKS, name, fewer)
     monkeypatch.setattr(real, "_in_a_process", lambda function, *rest: function(*rest))
-    monkeypatch.setattr(real, "PROMPT", 4)
+    monkeypatch.setattr(peers, "PROMPT", 4)
     monkeypatch.setattr(real, "NEW", 8)
 
 

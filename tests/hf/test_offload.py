@@ -1,6 +1,5 @@
 """Experts that stay in the folder: the same bits as in memory, in no more memory than given."""
 
-import pathlib
 import resource
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
 from moe_jax.hf import offload
 from moe_jax.model.layout import sparse_layers
+from moe_jax.ops import grouped_host
 from tests.hf.test_golden import GOLDEN
 
 NUM_TOKENS = 6
@@ -78,6 +78,15 @@ def test_the_counts_say_what_was_read():
     assert store.counts.in_memory > 0
 
 
+def test_a_product_in_parts_counts_its_matrix_once(monkeypatch):
+    """LOLA has one expert for a token, whose columns are divided over the cores."""
+    monkeypatch.setattr(grouped_host, "_num_cores", lambda: 3)
+    config, there, store = offload.load(GOLDEN / "lola", 1e9)
+    generate.generate(there, config, [np.array([1])], num_tokens=3, temperature=0.0)
+    counts, sparse = store.counts, len(sparse_layers(config))
+    assert counts.in_memory + counts.ahead + counts.waited == 3 * sparse * len(("up", "down"))
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="GB have no room for one matrix of each of the 3 sparse"):
         offload.load(GOLDEN / "mixtral", 10.0)
@@ -138,4 +147,3 @@ def test_a_mixture_larger_than_the_limit_of_memory_generates_the_same(tmp_path):
     assert limited.stdout == unlimited.stdout != ""
     assert "GB read; of the experts' matrices" in limited.stderr
     assert said(1.2e9).returncode != 0
-    assert (pathlib.Path(folder) / "config.json").exists()
