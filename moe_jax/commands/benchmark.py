@@ -34,17 +34,20 @@ def main() -> None:
     parser.add_argument("--peer", choices=peers.PEERS, default="", help=library)
     folder = "a Hugging Face folder for the benchmark real; can be given several times"
     parser.add_argument("--model", action="append", type=pathlib.Path, metavar="DIR", help=folder)
-    work = "what the benchmark real times, of %(choices)s; can be given several times (all)"
+    work = (
+        "what the benchmark real times, of %(choices)s; can be given several times (default: all)"
+    )
     parser.add_argument("--work", action="append", choices=real.WORKS, metavar="WORK", help=work)
     parser.add_argument("--json", action="store_true", help="print rows as JSON instead of a table")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats={arguments.repeats} must be at least 1")
     rows: Iterator[benchmark.Row]
-    if (arguments.name == "real") != bool(arguments.model):
+    is_real = arguments.name == "real"
+    if is_real != bool(arguments.model) or (arguments.work and not is_real):
         parser.error("the benchmark real needs --model=DIR, and only it takes --model and --work")
     with parser.refusing():
-        if arguments.name == "real":
+        if is_real:
             works = arguments.work or list(real.WORKS)
             rows = real.run(arguments.model, works, arguments.repeats, arguments.peer)
         else:

@@ -56,7 +56,7 @@ def main() -> None:
         type=float,
         metavar="GB",
         help="leave the experts in the Hugging Face folder, and keep at most this many GB of them "
-        "in memory (all)",
+        "in memory (default: all experts are in memory)",
     )
     parser.add_argument("--allow_nonfinite", **stores.ALLOW_NONFINITE)
     arguments = parser.parse_args()

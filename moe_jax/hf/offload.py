@@ -56,10 +56,10 @@ class ExpertStore:
         expert = max(sum(of_layer.values()) for of_layer in self._bytes)
         self._most_expected = int(self._room / expert) - folder.config.active_experts
         if largest > self._room:
-            least = largest * len(self._layers) / 1e9
+            least = 1.05 * largest * len(self._layers) / 1e9  # not less when it is rounded
             raise ValueError(
-                f"{most_bytes / 1e9:.2f} GB have no room for one matrix of each of the "
-                f"{len(self._layers)} sparse layers; these take {least:.2f} GB"
+                f"{most_bytes / 1e9:g} GB have no room for one matrix of each of the "
+                f"{len(self._layers)} sparse layers; give at least {least:.2g} GB"
             )
         # Layer -> (expert, name) -> its matrix, or the reading of it; the newest last.
         self._held: list[collections.OrderedDict[tuple[int, str], concurrent.futures.Future]]
@@ -154,7 +154,7 @@ def load(
     folder = folders.Folder(path, allow_nonfinite=allow_nonfinite)
     config, sparse = folder.config, sparse_layers(folder.config)
     if not sparse:
-        raise ValueError(f"{path} has no experts that could stay in the folder")
+        raise ValueError(f"{path} has no experts that could stay in the folder; load it whole")
     store = ExpertStore(folder, most_bytes)
     number, shapes = offloaded.register(store), tensors.shapes(config)
     matrices = {

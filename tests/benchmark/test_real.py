@@ -76,6 +76,7 @@ def test_mistakes_are_one_line():
 
     assert "the benchmark real needs --model=DIR" in said("real")
     assert "only it takes --model" in said("decode", "--model=tests/golden/llama")
+    assert "only it takes --model and --work" in said("decode", "--work=train")
     assert "tests/golden" in said("real", "--model=tests/golden")
 
 
