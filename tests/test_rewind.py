@@ -33,6 +33,15 @@ def get_config():
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """The runs of this file share their compiled functions, also those that compile quickly."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rewind")
@@ -83,7 +92,9 @@ def spike_at_13(unbroken, monkeypatch):
 
 def test_the_update_of_a_spike_is_not_made(config_file, unbroken, spike_at_13, tmp_path, capsys):
     workdir = tmp_path / "run"
-    result = run(config_file, workdir, training__stop_step=14, checkpoint__every_steps=1)
+    shutil.copytree(unbroken, workdir)
+    from_10 = {"checkpoint__resume_from": 10, "checkpoint__every_steps": 1}
+    result = run(config_file, workdir, training__stop_step=14, **from_10)
     digests = {
         step: checkpoint.described(workdir / "checkpoints" / str(step))["digests"]
         for step in (12, 13, 14)
