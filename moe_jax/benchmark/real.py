@@ -22,6 +22,7 @@ from moe_jax.benchmark import rows as benchmark
 from moe_jax.config import Run
 from moe_jax.evaluation import generate
 from moe_jax.hf import folders
+from moe_jax.parallel import allocator
 from moe_jax.training import flops
 
 NEW = 32  # the tokens after a prompt
@@ -152,6 +153,8 @@ def _in_a_process(function: Callable, *arguments):
 def _measure(implementation: str, folder: pathlib.Path, name: str, repeats: int) -> dict:
     work, config = WORKS[name], folders.Folder(folder).config
     if implementation == "moe_jax":
+        if name == "train":
+            allocator.keep_freed_memory()  # as the command train does
         config, params = hf.load(folder)
         params = jax.tree.map(lambda x: jnp.array(x, config.dtype), params)
         function = work.function(config, params, work.rows)

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from moe_jax import command_line, strict_json
 from moe_jax.benchmark import cases, peers, real
 from moe_jax.benchmark import rows as benchmark
+from moe_jax.config import machine
+from moe_jax.parallel import allocator
 
 HEAD = "{:24} {:15} {:>10} {:>10}  {:26} {:>10} {:>7}"
 ROW = "{:24} {:15} {:10.1f} {:10,.0f}  {:26} {:10.1f} {:7.2f}"
@@ -46,6 +48,8 @@ def main() -> None:
     is_real = arguments.name == "real"
     if is_real != bool(arguments.model) or (arguments.work and not is_real):
         parser.error("the benchmark real needs --model=DIR, and only it takes --model and --work")
+    if arguments.name == "train_step" and not machine.has_accelerator():
+        allocator.keep_freed_memory()  # as the command train does
     with parser.refusing():
         if is_real:
             works = arguments.work or list(real.WORKS)

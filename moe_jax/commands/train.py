@@ -93,8 +93,11 @@ def _main() -> None:
             raise ValueError("--workdir=DIR is missing: the folder for metrics and checkpoints")
         if arguments.max_hours is not None:
             _stop_in(3600 * arguments.max_hours)
-        from moe_jax.parallel import distributed
+        from moe_jax.config import machine
+        from moe_jax.parallel import allocator, distributed
 
+        if not machine.has_accelerator():
+            allocator.keep_freed_memory()
         distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
     with distributed.ending_together(), parser.refusing((config.ConfigError, OSError)):
         with _advising_on_memory(settings):

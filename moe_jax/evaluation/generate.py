@@ -13,6 +13,8 @@ from moe_jax.model import transformer
 from moe_jax.model.layout import layer_groups
 from moe_jax.model.router import ROUTERS
 
+PADDED_TO = 32  # the number of tokens of prompts is rounded up to its multiples
+
 
 def generate(
     params: dict,
@@ -56,7 +58,11 @@ def generate(
     longest = int(lengths_B.max())
     fix = f"the longest prompt has {longest}; ask for fewer tokens after it"
     config.check_rows(longest + num_tokens, fix)
-    tokens_BT = np.zeros((len(prompts), lengths_B.max()), np.int32)
+    # Prompts of similar lengths share a compiled program; what they are padded with is not routed.
+    padded = -(-longest // PADDED_TO) * PADDED_TO
+    if config.position_embedding == "learned":
+        padded = min(padded, config.max_position_embeddings)
+    tokens_BT = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     if config.dispatch == "merge":
@@ -74,7 +80,8 @@ def _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num
 
     def logits_of(tokens_BT, positions_BT, last_B, cache):
         """The logits at index `last_B` of these tokens, and the cache with these tokens added."""
-        shared = transformer.Shared(positions_BT, jnp.ones_like(tokens_BT))
+        is_text_BT = jnp.arange(tokens_BT.shape[1]) <= last_B[:, None]
+        shared = transformer.Shared(positions_BT, is_text_BT.astype(jnp.int32))
         x_BTD, _, cache = transformer.run_blocks(params, tokens_BT, shared, config, cache=cache)
         x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
         unembed_DV = transformer.unembedding(params).astype(x_BD.dtype)

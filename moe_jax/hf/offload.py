@@ -20,6 +20,7 @@ from moe_jax import model, tree
 from moe_jax.hf import folders, tensors
 from moe_jax.model.layout import layer_groups, slots, sparse_layers
 from moe_jax.ops import offloaded
+from moe_jax.parallel import allocator
 
 
 @dataclasses.dataclass
@@ -155,6 +156,7 @@ def load(
     config, sparse = folder.config, sparse_layers(folder.config)
     if not sparse:
         raise ValueError(f"{path} has no experts that could stay in the folder; load it whole")
+    allocator.return_freed_memory()  # experts come and go
     store = ExpertStore(folder, most_bytes)
     number, shapes = offloaded.register(store), tensors.shapes(config)
     matrices = {

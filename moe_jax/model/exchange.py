@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from moe_jax.model import experts as ffn
 from moe_jax.model import remat
-from moe_jax.model.routing import Groups
+from moe_jax.model.routing import Groups, Routing
 from moe_jax.ops import implementations, permute
 from moe_jax.parallel import sharding
 
@@ -36,7 +36,7 @@ def fsdp(x_MD, routing, groups, experts, config):
 
     Returns [M, D] and the number of dropped assignments.
     """
-    index_MA = _own(routing.expert_index_MA, experts["up"].shape[0], config)
+    index_MA = _own(routing, groups, experts["up"].shape[0], config)
     plan, num_dropped = _plan(index_MA, groups, experts["up"].shape[0], config)
     x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
     with jax.named_scope("experts"):
@@ -48,9 +48,8 @@ def fsdp(x_MD, routing, groups, experts, config):
 
 def ring(x_MD, routing, groups, experts, config):
     """All-gathers tokens, runs this device's experts, reduce-scatters the sums. Dropless."""
-    del groups
     E = experts["up"].shape[0]
-    index_MA = _own(routing.expert_index_MA, E * jax.lax.axis_size(AXIS), config)
+    index_MA = _own(routing, groups, E * jax.lax.axis_size(AXIS), config)
     with jax.named_scope("dispatch"):
         x_ND, index_NA, weight_NA = (
             jax.lax.all_gather(x, AXIS, tiled=True) for x in (x_MD, index_MA, routing.weight_MA)
@@ -70,7 +69,7 @@ def ring(x_MD, routing, groups, experts, config):
 def all_to_all(x_MD, routing, groups, experts, config):
     """Sends rows to the devices that hold their experts, and the results back."""
     E = experts["up"].shape[0] * jax.lax.axis_size(AXIS)
-    index_MA = _own(routing.expert_index_MA, E, config)
+    index_MA = _own(routing, groups, E, config)
     plan, num_dropped = _plan(index_MA, groups, E, config)
     x_RD, weight_R = _dispatched(x_MD, routing.weight_MA, plan)
     y_RD = (_ragged if plan.complete else _equal)(x_RD, weight_R, experts, config, plan)
@@ -81,11 +80,17 @@ def all_to_all(x_MD, routing, groups, experts, config):
 MODES = {"fsdp": fsdp, "ring": ring, "all_to_all": all_to_all}
 
 
-def _own(expert_index_MA, E, config):
-    """Indices into the E experts of this device's position along edp; E stands for all others."""
+def _own(routing: Routing, groups: Groups, E: int, config) -> jax.Array:
+    """Indices into the E experts of this device's position along edp, [M, A].
+
+    E stands for the experts of other positions and, in a dropless layer, for the expert of padding.
+    """
+    index_MA = routing.expert_index_MA
+    if config.dispatch == "dropless":
+        index_MA = jnp.where(groups.valid_M[:, None], index_MA, config.num_experts)
     if E == config.num_experts:
-        return expert_index_MA
-    own_MA = expert_index_MA - jax.lax.axis_index("edp") * E
+        return index_MA
+    own_MA = index_MA - jax.lax.axis_index("edp") * E
     return jnp.where((own_MA >= 0) & (own_MA < E), own_MA, E)
 
 

@@ -148,8 +148,10 @@ def test_auto_is_bfloat16_on_gpus_that_have_units_for_it(said, dtype, tmp_path, 
     assert machine.dtype_here() == dtype
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     assert machine.dtype_here() == dtype
+    assert machine.has_accelerator()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert machine.dtype_here() == "float32"
+    assert not machine.has_accelerator()
 
 
 def test_a_mixture_that_becomes_dense_is_as_wide_as_an_expert(tmp_path):

@@ -56,6 +56,14 @@ def test_a_row_does_not_depend_on_the_prompts_after_it():
     np.testing.assert_array_equal(draw(prompts)[0], draw(prompts[:1])[0])
 
 
+def test_prompts_of_similar_lengths_share_a_compiled_program():
+    config, params = loaded("lola")
+    before = generate._continue._cache_size()
+    for prompt in (prompts_of(config)[0][:length] for length in (3, 7, 9)):
+        generate.generate(params, config, [prompt], num_tokens=NUM_TOKENS, temperature=0.0)
+    assert generate._continue._cache_size() <= before + 1
+
+
 def test_top_p_draws_only_among_the_fewest_tokens_that_have_it():
     probabilities_V = jnp.array([0.1, 0.4, 0.3, 0.2])
     logits_BV = jnp.tile(jnp.log(probabilities_V), (4000, 1))
