@@ -5,7 +5,7 @@ Examples:
   python scripts/generate.py --checkpoint=path/to/folder --prompt="The capital of France is" \\
       --prompt="Water boils at" --num_tokens=32 --temperature=0.7 --top_p=0.9
   python scripts/generate.py --checkpoint=path/to/folder --prompt="The capital of France is" \\
-      --offload=0.5                          (a mixture that is larger than memory, on a CPU)
+      --offload=0.5                          (a mixture that is larger than memory)
 
 The checkpoint is a Hugging Face folder (with its tokenizer.json or tokenizer.model) or a run's
 workdir. Temperature 0, the default, takes the most likely token each time. A text ends at an
@@ -55,8 +55,8 @@ def main() -> None:
         "--offload",
         type=float,
         metavar="GB",
-        help="leave the experts in the Hugging Face folder, and keep at most this many GB of them "
-        "in memory (default: all experts are in memory)",
+        help="keep at most this many GB of the experts in memory, and the others in the Hugging "
+        "Face folder or, with an accelerator, in the host's memory (default: keep all)",
     )
     parser.add_argument("--allow_nonfinite", **stores.ALLOW_NONFINITE)
     arguments = parser.parse_args()
@@ -75,13 +75,17 @@ def run(arguments) -> list[str]:
     folder, allow, store = source.folder, arguments.allow_nonfinite, None
     if arguments.offload is None:
         model_config, params = stores.load(source, mesh.one_device(), allow_nonfinite=allow)
-    elif folders.is_folder(folder):
+    elif not folders.is_folder(folder):
+        raise ValueError(
+            f"--offload reads a Hugging Face folder; make one of {folder} with convert"
+        )
+    elif jax.default_backend() == "cpu":
         model_config, params, store = offload.load(
             folder, 1e9 * arguments.offload, allow_nonfinite=allow
         )
     else:
-        raise ValueError(
-            f"--offload reads a Hugging Face folder; make one of {folder} with convert"
+        model_config, params = offload.load_into_host_memory(
+            folder, 1e9 * arguments.offload, allow_nonfinite=allow
         )
     tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
     prompts = [tokenizer.prompt(text) for text in arguments.prompt]

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import math
 import pathlib
 import threading
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ import numpy as np
 from moe_jax import model, tree
 from moe_jax.hf import folders, tensors
 from moe_jax.model.layout import layer_groups, slots, sparse_layers
-from moe_jax.ops import offloaded
+from moe_jax.ops import host_memory, offloaded
 from moe_jax.parallel import allocator
+
+MATRICES = ("gate", "up", "down")
 
 
 @dataclasses.dataclass
@@ -46,7 +49,7 @@ class ExpertStore:
         self.failure: BaseException | None = None  # of a product, which JAX raises as its own
         self._folder, self._config = folder, folder.config
         self._layers = sparse_layers(folder.config)
-        self.names = [n for n in ("gate", "up", "down") if f"{self._path(0)}/{n}" in folder.parts]
+        self.names = [n for n in MATRICES if f"{self._path(0)}/{n}" in folder.parts]
         self._bytes = [
             {name: self._bytes_of(f"{self._path(layer)}/{name}") for name in self.names}
             for layer in range(len(self._layers))
@@ -152,19 +155,11 @@ def load(
 
     Raises: ValueError like `ExpertStore` and `folders.Folder`, and for a model without experts.
     """
-    folder = folders.Folder(path, allow_nonfinite=allow_nonfinite)
+    folder, matrices = _open(path, allow_nonfinite)
     config, sparse = folder.config, sparse_layers(folder.config)
-    if not sparse:
-        raise ValueError(f"{path} has no experts that could stay in the folder; load it whole")
     allocator.return_freed_memory()  # experts come and go
     store = ExpertStore(folder, most_bytes)
     number, shapes = offloaded.register(store), tensors.shapes(config)
-    matrices = {
-        f"blocks/{slot}/moe/experts/{name}": (name, layers)
-        for group in layer_groups(config.block_kinds)
-        for slot, layers in group.layers.items()
-        for name in store.names
-    }
     routers = [
         folder.part(f"blocks/{slot}/moe/router/kernel", (row,))
         for slot, row in (slots(config.block_kinds)[layer] for layer in sparse)
@@ -186,3 +181,53 @@ def load(
         )
 
     return config, tree.unflatten({path: leaf(path) for path in folder.parts}), store
+
+
+def load_into_host_memory(
+    path: str | pathlib.Path, most_bytes: float, *, allow_nonfinite: bool = False
+) -> tuple[model.ModelConfig, dict]:
+    """The config and the parameters of a folder, for an accelerator, like `hf.load`.
+
+    In the parameters, `ops/host_memory.py`'s leaves stand for the experts' matrices.
+
+    Raises: ValueError like `folders.Folder`, for a model without experts, and if one layer's
+      experts, which the tokens of a prompt may all choose, have more than `most_bytes`.
+    """
+    folder, matrices = _open(path, allow_nonfinite)
+    config = folder.config
+    shapes, dtypes = tensors.shapes(config), folder.dtypes()
+    of_layer: dict[str, int] = collections.defaultdict(int)
+    for name in matrices:
+        of_layer[name.rpartition("/")[0]] += math.prod(shapes[name][1:]) * dtypes[name].itemsize
+    if (most := max(of_layer.values())) > most_bytes:
+        raise ValueError(
+            f"{most_bytes / 1e9:g} GB have no room for the experts of one layer; give at least "
+            f"{1.05 * most / 1e9:.2g} GB"  # not less when it is rounded
+        )
+    there = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=host_memory.KIND)
+
+    def leaf(path):
+        if path not in matrices:
+            return jnp.array(folder.leaf(path))
+        L, E, D, F = shapes[path]
+        stack_XDF = np.asarray(folder.leaf(path)).reshape(L * E, D, F)
+        return host_memory.HostExperts(
+            jax.device_put(stack_XDF, there), jnp.arange(L), matrices=(E, D, F)
+        )
+
+    return config, tree.unflatten({path: leaf(path) for path in folder.parts})
+
+
+def _open(path, allow_nonfinite: bool) -> tuple[folders.Folder, dict[str, tuple]]:
+    """The folder, and the name and layers of each stack of its experts' matrices."""
+    folder = folders.Folder(path, allow_nonfinite=allow_nonfinite)
+    matrices = {
+        f"blocks/{slot}/moe/experts/{name}": (name, layers)
+        for group in layer_groups(folder.config.block_kinds)
+        for slot, layers in group.layers.items()
+        for name in MATRICES
+    }
+    matrices = {name: where for name, where in matrices.items() if name in folder.parts}
+    if not matrices:
+        raise ValueError(f"{path} has no experts that could stay out of memory; load it whole")
+    return folder, matrices

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from moe_jax.model.config import MOE, BlockKind, ModelConfig
-from moe_jax.ops import offloaded, stacks
+from moe_jax.ops import host_memory, offloaded, stacks
 
 _FEED_FORWARD = ("gate", "up", "down")
 MATRICES = {
@@ -91,10 +91,15 @@ def rows_of_stacks(params: dict, all_layers: dict, index: jax.Array) -> dict:
 
     def row(path, value, stack):
         names = tuple(key.key for key in path)
+        if host_memory.is_in_host(value):
+            return dataclasses.replace(value, stack_XDF=stack.stack_XDF)
         in_stack = names[-2:] in MATRICES and not offloaded.is_offloaded(value)
         return stacks.row(value, stack, index) if in_stack else value
 
-    return jax.tree_util.tree_map_with_path(row, params, all_layers, is_leaf=offloaded.is_offloaded)
+    def is_leaf(x):
+        return offloaded.is_offloaded(x) or host_memory.is_in_host(x)
+
+    return jax.tree_util.tree_map_with_path(row, params, all_layers, is_leaf=is_leaf)
 
 
 def layers(params: dict, config: ModelConfig) -> Iterator[tuple[int, BlockKind, dict]]:

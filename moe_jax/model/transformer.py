@@ -15,7 +15,7 @@ from moe_jax.model.initialisation import INITIALIZERS
 from moe_jax.model.layout import LayerGroup, layer_groups, rows_of_stacks
 from moe_jax.model.router import ROUTERS
 from moe_jax.model.routing import RouterStats
-from moe_jax.ops import implementations
+from moe_jax.ops import host_memory, implementations
 from moe_jax.parallel import sharding
 
 
@@ -279,7 +279,7 @@ def run_blocks(
             config.remat,
         )
         unroll = 1 if caches else _layers_at_once(config)
-        scanned = jnp.arange(group.repeats), blocks, per_layer
+        scanned = jnp.arange(group.repeats), host_memory.without_stacks(blocks), per_layer
         # The cache is carried and not scanned, because a scan copies what it scans.
         (x_BTD, caches), stats = jax.lax.scan(step, (x_BTD, caches), scanned, unroll=unroll)
         stats_of_layers += stats.values()

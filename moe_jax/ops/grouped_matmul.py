@@ -11,7 +11,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.ops import grouped_blocked, grouped_gpu, grouped_host, grouped_tpu, offloaded, stacks
+from moe_jax.ops import (
+    grouped_blocked,
+    grouped_gpu,
+    grouped_host,
+    grouped_tpu,
+    host_memory,
+    offloaded,
+    stacks,
+)
 from moe_jax.ops.grouped_kernel import Kernel
 from moe_jax.ops.implementations import Implementation, choose, platform
 
@@ -41,7 +49,7 @@ def grouped_matmul(
 
 def grouped_matmuls(
     x_MD: jax.Array,
-    weights: tuple[jax.Array | stacks.OfStack | offloaded.Offloaded, ...],
+    weights: tuple[jax.Array | stacks.OfStack | offloaded.Offloaded | host_memory.HostExperts, ...],
     group_sizes_E: jax.Array,
     *,
     implementation: str = "auto",
@@ -53,6 +61,8 @@ def grouped_matmuls(
     """
     if elsewhere := tuple(w for w in weights if isinstance(w, offloaded.Offloaded)):
         return offloaded.products(x_MD, elsewhere, group_sizes_E)
+    if in_host := tuple(w for w in weights if isinstance(w, host_memory.HostExperts)):
+        weights, group_sizes_E = host_memory.sent(in_host, group_sizes_E, len(x_MD))
     chosen = choose("grouped_matmul", implementation, IMPLEMENTATIONS)
     if not _in_place(chosen, x_MD, weights):
         weights = tuple(w.astype(x_MD.dtype) for w in stacks.values(weights))

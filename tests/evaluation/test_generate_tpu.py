@@ -1,4 +1,4 @@
-"""Decoding compiled ahead of time for TPUs: no layer of experts is copied."""
+"""Decoding compiled ahead of time for TPUs: which experts are copied, and from where."""
 
 import functools
 import re
@@ -9,17 +9,15 @@ import pytest
 
 from moe_jax import model
 from moe_jax.evaluation import generate
+from moe_jax.ops import host_memory, implementations
 from moe_jax.parallel import mesh as meshes
 from tests.ops.test_stacks import copies_of_a_layer
 
 E, D, F = 8, 512, 1024
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-@pytest.mark.parametrize("rows", [1, 64])
-def test_no_layer_of_experts_is_copied_out_of_its_stack(libtpu, topology, rows):
-    config = model.ModelConfig(
+def small_mixture():
+    return model.ModelConfig(
         vocab_size=2048,
         hidden_size=D,
         intermediate_size=F,
@@ -29,6 +27,13 @@ def test_no_layer_of_experts_is_copied_out_of_its_stack(libtpu, topology, rows):
         num_experts_per_tok=2,
         dtype="bfloat16",
     )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_no_layer_of_experts_is_copied_out_of_its_stack(libtpu, topology, rows):
+    config = small_mixture()
     mesh = meshes.make({}, libtpu(topology)[:1])
     everywhere = jax.sharding.NamedSharding(mesh, jax.P())
 
@@ -48,3 +53,47 @@ def test_no_layer_of_experts_is_copied_out_of_its_stack(libtpu, topology, rows):
     assert re.search("custom_call_target=.tpu_custom_call", text)  # megablox
     for shape in ((E, D, F), (E, F, D)):
         assert not copies_of_a_layer(text, shape, "bf16")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_experts_in_the_hosts_memory_are_sent_as_the_tokens_choose_them(
+    libtpu, topology, monkeypatch
+):
+    """Generation has no mesh, by which the kernels would know the chip, so the test says it."""
+    monkeypatch.setattr(implementations, "platform", lambda: "tpu")
+    chip = libtpu(topology)[0]
+    config, L = small_mixture(), 6
+
+    def array(shape, dtype, kind="device"):
+        place = jax.sharding.SingleDeviceSharding(chip, memory_kind=kind)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
+    params = jax.tree.map(lambda x: array(x.shape, jnp.bfloat16), shapes)
+    experts = params["blocks"]["0"]["moe"]["experts"]
+    params["blocks"]["0"]["moe"]["experts"] = {
+        name: host_memory.HostExperts(
+            array((L * E, *x.shape[2:]), jnp.bfloat16, host_memory.KIND),
+            array((L,), jnp.int32),
+            matrices=x.shape[1:],
+        )
+        for name, x in experts.items()
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    arguments = (
+        *(params, array((1, 128), jnp.int32), array((1,), jnp.int32)),
+        *(array(key.shape, key.dtype), array((), jnp.float32), array((), jnp.float32)),
+    )
+    traced = generate._continue.trace(*arguments, config=config, num_tokens=128)
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    of_layer = 2 * 3 * E * D * F  # bytes
+    assert memory.host_argument_size_in_bytes >= L * of_layer
+    on_chip = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    others = sum(2 * x.size for x in jax.tree.leaves(shapes)) - L * of_layer
+    assert on_chip < others + 2 * of_layer  # a prompt's tokens may choose all experts of a layer
+    # A new token's two experts are sent one by one, by copies that the program can wait for later.
+    for shape, number in (((1, D, F), 2 * 2), ((1, F, D), 2)):
+        sent = rf"bf16\[{','.join(map(str, shape))}\]\S*, \S+ dynamic-slice-start\("
+        assert len(re.findall(sent, text)) == number

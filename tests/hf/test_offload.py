@@ -15,7 +15,7 @@ from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
 from moe_jax.hf import offload
 from moe_jax.model.layout import sparse_layers
-from moe_jax.ops import grouped_host
+from moe_jax.ops import grouped_host, host_memory
 from tests.hf.test_golden import GOLDEN
 
 NUM_TOKENS = 6
@@ -90,7 +90,7 @@ def test_a_product_in_parts_counts_its_matrix_once(monkeypatch):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="GB have no room for one matrix of each of the 3 sparse"):
         offload.load(GOLDEN / "mixtral", 10.0)
-    with pytest.raises(ValueError, match="llama has no experts that could stay in the folder"):
+    with pytest.raises(ValueError, match="llama has no experts that could stay out of memory"):
         offload.load(GOLDEN / "llama", 1e9)
 
 
@@ -147,3 +147,37 @@ def test_a_mixture_larger_than_the_limit_of_memory_generates_the_same(tmp_path):
     assert limited.stdout == unlimited.stdout != ""
     assert "GB read; of the experts' matrices" in limited.stderr
     assert said(1.2e9).returncode != 0
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("mixtral", 0), ("olmoe", 0), ("lola", 1e-5)])
+def test_experts_in_the_hosts_memory_give_the_same_logits_and_tokens(name, tolerance):
+    """A CPU has that kind of memory too. One row chooses fewer experts than there are."""
+    config, params = hf.load(GOLDEN / name)
+    _, there = offload.load_into_host_memory(GOLDEN / name, 1e9)
+    prompts = [np.random.default_rng(0).integers(0, config.vocab_size, 7).astype(np.int32)]
+    apply = jax.jit(model.apply, static_argnames="config")
+    for tokens_BT in (prompts[0][None], prompts[0][None, :1]):
+        np.testing.assert_allclose(
+            apply(there, tokens_BT, config=config).logits_BTV,
+            apply(params, tokens_BT, config=config).logits_BTV,
+            rtol=tolerance,
+            atol=tolerance,
+        )
+    np.testing.assert_array_equal(
+        tokens_of(there, config, prompts), tokens_of(params, config, prompts)
+    )
+
+
+@pytest.mark.parametrize("sizes", [[0, 3, 0, 2, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+def test_only_the_experts_that_rows_chose_are_sent(sizes):
+    stack_XDF = jnp.arange(12.0)[:, None, None] * jnp.ones((1, 2, 3))
+    weights = host_memory.HostExperts(stack_XDF, jnp.int32(1), matrices=(6, 2, 3))
+    (sent_nDF,), sizes_n = host_memory.sent((weights,), jnp.array(sizes, jnp.int32), num_rows=5)
+    chosen = [expert for expert, size in enumerate(sizes) if size]
+    np.testing.assert_array_equal(sent_nDF[: len(chosen), 0, 0], [6.0 + e for e in chosen])
+    np.testing.assert_array_equal(sizes_n, [s for s in sizes if s] + [0] * (5 - len(chosen)))
+
+
+def test_one_layer_of_experts_must_fit_beside_an_accelerator():
+    with pytest.raises(ValueError, match=r"1e-06 GB have no room for the experts of one layer"):
+        offload.load_into_host_memory(GOLDEN / "mixtral", 1e3)
