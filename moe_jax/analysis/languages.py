@@ -119,7 +119,8 @@ def tsne(vector_GX: np.ndarray, *, perplexity: float = 30.0, seed: int = 0) -> n
 
 def same_family(families: Sequence[str]) -> np.ndarray:
     """[G, G]: distances by family, 0 within and 1 between families."""
-    return (np.array(families)[:, None] != np.array(families)).astype(np.float64)
+    families_G = np.array(list(families))
+    return (families_G[:, None] != families_G).astype(np.float64)
 
 
 def mantel(
@@ -323,7 +324,7 @@ def _jackknife(of_chosen, G, jackknifed_G, statistic: float) -> tuple[float, flo
 
 
 def _family_numbers(families: Sequence[str]) -> np.ndarray:
-    family_G = np.unique(np.array(families), return_inverse=True)[1]
+    family_G = np.unique(np.array(list(families)), return_inverse=True)[1]
     sizes = np.bincount(family_G)
     if len(sizes) < 2 or sizes.max() < 2:
         raise ValueError(

@@ -328,23 +328,24 @@ def test_jaccard_by_hand():
 
 
 def units(own_load, seed=0, num_units=60):
-    """Documents whose tokens go to experts 0 and 1, and partly to experts of the label's own."""
+    """Documents whose tokens go to experts 0 and 1, and partly to three of the label's own."""
     rng = np.random.default_rng(seed)
     label_U = np.arange(num_units) % G
     load_UE = np.full((num_units, 16), 0.02)
     load_UE[:, :2] = 1
-    load_UE[np.arange(num_units), 2 + label_U] = own_load
+    for own in range(2, 5):
+        load_UE[np.arange(num_units), own + 3 * label_U] = own_load
     load_UE /= load_UE.sum(axis=1, keepdims=True)
     return rng.multinomial(np.full(num_units, 50), load_UE), label_U
 
 
 def test_a_committee_that_stands_in_all_labels_is_found():
-    found = committee.committee(*units(0.5), num_labels=G, size=3, draws=199)
+    found = committee.committee(*units(0.5), num_labels=G, size=5, draws=399)
     assert set(found.members) == {0, 1}
-    assert found.jaccard == pytest.approx(2 / 4)  # both members of four experts
-    assert found.p_shared < 0.01  # random groups of 3 of 16 hardly overlap
-    assert found.p_labels < 0.01  # but each label has an expert of its own
-    assert found.share == pytest.approx(1.99 / 2.78, abs=0.05)
+    assert found.jaccard == 2 / 8  # both members of eight experts
+    assert found.chance < found.jaccard  # random groups of 5 of 16
+    assert found.p_labels < 0.02  # but each label has experts of its own
+    assert found.share == pytest.approx(2 / (2 + 3 * 0.5 + 11 * 0.02), abs=0.05)
     assert found.n == 60
 
 
