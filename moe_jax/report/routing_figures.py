@@ -31,6 +31,7 @@ STYLE: dict[Any, Any] = figures.STYLE | {
 }
 WIDTH = 5.0  # inches: 9.5 points are 10 pixels or more in a figure shown 400 pixels wide
 ROW = 0.155  # inches for a row with a label
+LEVEL: dict[str, Any] = figures.LEVEL
 ALONE = {"color": "#999999", "marker": ".", "hatch": ""}  # families of one language
 MOST_FAMILIES = 14  # with a look of their own
 # Where a label of a point may go, nearest first: factors of its width and height.
@@ -75,7 +76,7 @@ def expert_share(
             place_E = np.arange(E) + (g - (G - 1) / 2) * width
             look = {"color": figures.COLOURS[g], "label": untrusted.label(labels[g])}
             axes.bar(place_E, 100 * share_E, width, **look)
-        axes.axhline(100 / E, **figures.LEVEL)
+        axes.axhline(100 / E, **LEVEL)
         axes.set_title(f"layer {layer}")
         axes.grid(axis="x", visible=False)
         axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
@@ -117,7 +118,7 @@ def saturation(
         for i, layer in enumerate(layers):
             look = _look_of_depth(i, len(layers))
             axes.plot(steps_K, 100 * value_KL[:, i], label=f"layer {layer}", **look)
-        axes.axhline(100 * chance[kind], **figures.LEVEL)
+        axes.axhline(100 * chance[kind], **LEVEL)
         axes.set(title=f"{kind} (dotted: random, {100 * chance[kind]:.1f} %)", ylim=(0, 103))
         axes.set_ylabel("% of final experts")
     all_axes[-1].set_xlabel(xlabel)
@@ -302,7 +303,7 @@ def vocabulary_specialisation(
         }
         axes.plot(layers, 100 * np.asarray(value_L), label=kind, **look, **line)
         if chance:
-            level: dict[str, Any] = {**figures.LEVEL, "color": look["color"], "linewidth": 1.4}
+            level: dict[str, Any] = {**LEVEL, "color": look["color"], "linewidth": 1.4}
             axes.plot(layers, 100 * np.asarray(chance[kind]), **level)
     axes.set(ylim=(0, 103), ylabel="% at the id's main expert")
     _depth(axes, layers, "layer (dotted: experts drawn by load alone)" if chance else "layer")
@@ -323,7 +324,7 @@ def gate_ratios(layers: Sequence[int], ratios: Mapping[str, np.ndarray]) -> Figu
         axes.fill_between(layers, low_L, high_L, color=figures.COLOURS[i], alpha=0.2, linewidth=0)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.axhline(1, **figures.LEVEL)
+    axes.axhline(1, **LEVEL)
     axes.set_ylabel("ratio of probabilities")
     _depth(axes, layers, "layer (dotted: no preference; band: middle half of tokens)")
     _legend_above(figure, axes, "")

@@ -340,19 +340,42 @@ def units(own_load, seed=0, num_units=60):
 
 
 def test_a_committee_that_stands_in_all_labels_is_found():
-    found = committee.committee(*units(0.5), num_labels=G, size=5, draws=399)
+    found = committee.committee(*units(0.5), num_labels=G, size=2, draws=199)
     assert set(found.members) == {0, 1}
-    assert found.jaccard == 2 / 8  # both members of eight experts
-    assert found.chance < found.jaccard  # random groups of 5 of 16
-    assert found.p_labels < 0.02  # but each label has experts of its own
+    assert found.jaccard == found.shuffled == 1
+    assert found.p_shared < 0.02  # random groups of 2 of 16 hardly overlap
+    assert found.p_labels == 1  # the groups do not depend on the label
+    assert found.p_divergence < 0.01  # but the rest of the load does
     assert found.share == pytest.approx(2 / (2 + 3 * 0.5 + 11 * 0.02), abs=0.05)
     assert found.n == 60
+
+
+def test_labels_with_experts_of_their_own_have_no_committee():
+    found = committee.committee(*units(3.0), num_labels=G, size=3, draws=199)
+    assert found.members == () and found.share == found.jaccard == 0
+    assert found.p_shared > 0.1  # random groups of 3 of 16 may well share none
+    assert found.jaccard < found.shuffled and found.p_divergence < 0.01
+
+
+def test_the_null_of_labels_by_hand():
+    """Two documents use expert 0 and two expert 1. Of the six ways to give two of them a label, two
+    keep the experts apart; in four, both labels have an even load and the same busiest expert."""
+    count_UE, label_U = np.array([[5, 0], [5, 0], [0, 5], [0, 5]]), np.array([0, 0, 1, 1])
+    found = committee.committee(count_UE, label_U, num_labels=2, size=1, draws=2000)
+    assert (found.jaccard, found.divergence, found.gini) == (0, 1, 0.5)
+    assert found.shuffled == pytest.approx(4 / 6, abs=0.04)
+    assert found.p_labels == found.p_divergence == pytest.approx(2 / 6, abs=0.04)
+    assert found.chance == pytest.approx(1 / 2, abs=0.04)
 
 
 def test_labels_without_experts_of_their_own_are_not_told_apart():
     found = committee.committee(*units(0.02), num_labels=G, size=2, draws=199)
     assert set(found.members) == {0, 1} and found.jaccard == 1
-    assert found.p_labels == 1
+    assert found.p_labels == 1 and found.p_divergence > 0.05
+    count_UE, label_U = units(0.02)
+    count_GE = np.stack([count_UE[label_U == g].sum(axis=0) for g in range(G)])
+    looped = [routing.js_divergence(a, b) for a, b in itertools.combinations(count_GE, 2)]
+    assert found.divergence == pytest.approx(np.mean(looped))
 
 
 def test_the_jaccard_of_random_groups_has_its_expected_value():
