@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import numpy as np
+from scipy import sparse
 
 from moe_jax.analysis import routing
 
@@ -138,6 +139,6 @@ def _top(count_GE: np.ndarray, size: int) -> np.ndarray:
 
 
 def _by_label(count_UE: np.ndarray, label_U: np.ndarray, num_labels: int) -> np.ndarray:
-    label_GU = np.arange(num_labels)[:, None] == label_U
-    # BLAS has no integers; float64 holds them to 2^53.
-    return (label_GU.astype(np.float64) @ count_UE.astype(np.float64)).astype(np.int64)
+    U = len(label_U)
+    ones_U = np.ones(U, np.int64)
+    return sparse.csr_array((ones_U, (label_U, np.arange(U))), (num_labels, U)) @ count_UE

@@ -361,11 +361,11 @@ def test_the_null_of_labels_by_hand():
     """Two documents use expert 0 and two expert 1. Of the six ways to give two of them a label, two
     keep the experts apart; in four, both labels have an even load and the same busiest expert."""
     count_UE, label_U = np.array([[5, 0], [5, 0], [0, 5], [0, 5]]), np.array([0, 0, 1, 1])
-    found = committee.committee(count_UE, label_U, num_labels=2, size=1, draws=2000)
+    found = committee.committee(count_UE, label_U, num_labels=2, size=1, draws=500)
     assert (found.jaccard, found.divergence, found.gini) == (0, 1, 0.5)
-    assert found.shuffled == pytest.approx(4 / 6, abs=0.04)
-    assert found.p_labels == found.p_divergence == pytest.approx(2 / 6, abs=0.04)
-    assert found.chance == pytest.approx(1 / 2, abs=0.04)
+    assert found.shuffled == pytest.approx(4 / 6, abs=0.06)
+    assert found.p_labels == found.p_divergence == pytest.approx(2 / 6, abs=0.06)
+    assert found.chance == pytest.approx(1 / 2, abs=0.06)
 
 
 def test_labels_without_experts_of_their_own_are_not_told_apart():
@@ -382,8 +382,8 @@ def test_the_jaccard_of_random_groups_has_its_expected_value():
     """|S ∩ T| is hypergeometric for random S, T of 2 of 4: 1/6 share none, 4/6 one, 1/6 both."""
     rng = np.random.default_rng(5)
     count_UE = rng.permuted(np.tile([9, 8, 1, 1], (4, 1)), axis=1)
-    found = committee.committee(count_UE, np.arange(4), num_labels=4, size=2, draws=2000)
-    assert found.chance == pytest.approx(4 / 6 / 3 + 1 / 6, abs=0.01)
+    found = committee.committee(count_UE, np.arange(4), num_labels=4, size=2, draws=500)
+    assert found.chance == pytest.approx(4 / 6 / 3 + 1 / 6, abs=0.02)
 
 
 def test_a_committee_of_one_label_is_refused():
