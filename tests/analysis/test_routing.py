@@ -212,6 +212,12 @@ def test_js_divergence_by_hand_in_bits():
         assert both_GG[g, h] == pytest.approx(loop / 2, abs=1e-12)
 
 
+def test_js_divergence_of_two_samples_of_one_load_is_what_the_page_says():
+    """(E - 1)/(4 n) nats, from the second-order expansion of the divergence: 2.8 n in bits."""
+    two = np.random.default_rng(0).multinomial(1000, [0.1, 0.2, 0.3, 0.4], (2, 2000))
+    assert routing.js_divergence(*two).mean() == pytest.approx(3 / (2.8 * 1000), rel=0.05)
+
+
 def test_saturation_by_hand_and_in_batches():
     expert_NA = np.array([[0, 1], [2, 3], [4, 5], [1, 0]])
     final_NA = np.array([[1, 0], [2, 4], [0, 1], [1, 2]])
