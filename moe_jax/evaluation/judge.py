@@ -26,7 +26,8 @@ _FIELD = re.compile(r"\{(text|prompt|source)\}")
 # `\d` and `float` read the digits of every script. A digit in a word such as GPT4 is no number.
 _NUMBER = r"(?<![A-Za-z\d.])-?\d+(?:\.\d+)?"
 _OF = re.compile(rf"({_NUMBER})\s*(?:/|out of)\s*({_NUMBER})", re.IGNORECASE)
-_NAMED = re.compile(rf"(?:score|rating)\W*(?:is\W+)?({_NUMBER})", re.IGNORECASE)
+_RANGE = r"(?!\d|\.\d|\s*(?:-|–|to\b|or\b)\s*\d)"  # "7-8", "7 or 8"
+_NAMED = re.compile(rf"(?:score|rating)\W*(?:is\W+)?({_NUMBER}){_RANGE}", re.IGNORECASE)
 _REFUSAL = re.compile(
     r"\b(?:can(?:no|')t|can not|won't|will not|unable|not able|decline|refuse|sorry|as an ai)\b",
     re.IGNORECASE,
@@ -38,6 +39,7 @@ class Kind(enum.Enum):
     REFUSAL = "refusal"
     UNPARSABLE = "unparsable"
     OUT_OF_RANGE = "out of range"
+    CUT = "cut"  # the question is longer than the judge can read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +95,12 @@ def filled(template: str, sample: Sample) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """`ask` returns the judging model's answer to each question; the scale is inclusive."""
+    """The scale is inclusive.
 
-    ask: Callable[[list[str]], list[str]]
+    ask: returns the judging model's answer to each question; None for one that is too long for it.
+    """
+
+    ask: Callable[[list[str]], list[str | None]]
     templates: Sequence[str] = TEMPLATES
     lowest: float = LOWEST
     highest: float = HIGHEST
@@ -103,7 +108,10 @@ class Judge:
     def answers(self, samples: Sequence[Sample]) -> list[list[Answer]]:
         """The answers about each sample, one a template."""
         questions = [filled(template, s) for s in samples for template in self.templates]
-        read = [parse(answer, self.lowest, self.highest) for answer in self.ask(questions)]
+        read = [
+            Answer(Kind.CUT) if answer is None else parse(answer, self.lowest, self.highest)
+            for answer in self.ask(questions)
+        ]
         return [read[i : i + len(self.templates)] for i in range(0, len(read), len(self.templates))]
 
     def scores(self, samples: Sequence[Sample]) -> np.ndarray:

@@ -96,4 +96,5 @@ def _sample(line: bytes) -> Sample:
             value.encode()
         except UnicodeEncodeError:  # JSON escapes can express surrogates, which UTF-8 cannot encode
             raise ValueError(f'has half a surrogate pair in "{name}"') from None
-    return Sample(**{"label": values.get("language", "all"), **values})
+    label = values.get("label") or values.get("language") or "all"
+    return Sample(**{**values, "label": label})

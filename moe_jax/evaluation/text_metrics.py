@@ -5,22 +5,17 @@ no trained estimator.
 """
 
 import dataclasses
-import functools
-import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from moe_jax import spelling
 from moe_jax.evaluation import diversity, language_consistency, likelihood
 from moe_jax.evaluation import judge as judges
 from moe_jax.evaluation import samples as sample_files
 from moe_jax.evaluation.samples import Sample
 
 LOWER, HIGHER, HUMAN = "lower", "higher", "as human text"
-DRAWS = 1000
-EXTRA = "pip install 'moe_jax[evaluation]'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +53,6 @@ class Metric:
     needs: str = ""
     package: str = ""
     show: Callable[[float], float] = float
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """texts: the number of texts for which the metric is defined; None if it is of the whole set.
-    interval: 95 %, by a bootstrap over texts; None if fewer than two texts define it."""
-
-    value: float
-    interval: tuple[float, float] | None
-    texts: int | None
 
 
 def _words(samples: Sequence[Sample]) -> list[list[str]]:
@@ -246,7 +231,7 @@ METRICS: dict[str, Metric] = {
         _by_judge("scores"),
         "score that a model gives when it is asked; mean over its answers that have one",
         HIGHER,
-        "the scale, 1 to 10",
+        "`--judge_scale`",
         "depends on wording, place and length; favours the judge's own texts; obeys a text that "
         "tells it what to answer",
         _JUDGE,
@@ -275,75 +260,10 @@ METRICS: dict[str, Metric] = {
             (judges.Kind.REFUSAL, "refusals"),
             (judges.Kind.UNPARSABLE, "empty, without a number, or with several"),
             (judges.Kind.OUT_OF_RANGE, "numbers outside the scale"),
+            (judges.Kind.CUT, "missing, because the question is longer than the judge can read"),
         )
     },
 }
-
-
-def choose(names: Sequence[str], tools: Tools) -> dict[str, str]:
-    """For each metric "" if it can be measured, or the reason why it cannot.
-
-    Args: names: the metrics that are wanted; an empty sequence wants all that can be measured.
-    Raises: ValueError for a name that is not in the table, or a wanted metric that lacks something.
-    """
-    for name in names:
-        if name not in METRICS:
-            raise ValueError(spelling.unknown("--metrics", name, METRICS))
-    reasons = {name: missing(METRICS[name], tools) for name in names or METRICS}
-    for name, reason in reasons.items():
-        if names and reason:
-            raise ValueError(f"--metrics={name} {reason}")
-    return reasons
-
-
-def missing(metric: Metric, tools: Tools) -> str:
-    if metric.needs and getattr(tools, metric.needs) is None:
-        return f"needs --{metric.needs}"
-    if metric.package and importlib.util.find_spec(metric.package) is None:
-        return f"needs {metric.package}, which is not installed: {EXTRA}"
-    return ""
-
-
-def measure(
-    samples: Sequence[Sample], names: Iterable[str], tools: Tools
-) -> dict[str, dict[str, Value]]:
-    """The metrics of all samples together, under "", and of each label if there are several."""
-    labels = sorted({sample.label for sample in samples})
-    groups = {"": list(range(len(samples)))}
-    for label in labels if len(labels) > 1 else ():
-        groups[label] = [i for i, sample in enumerate(samples) if sample.label == label]
-    found: dict[str, dict[str, Value]] = {label: {} for label in groups}
-    for name in names:
-        metric = METRICS[name]
-        rows_K2 = None if metric.whole else metric.measure(samples, tools)
-        for label, members in groups.items():
-            if rows_K2 is None:
-                rows = metric.measure([samples[i] for i in members], tools)
-            else:
-                rows = rows_K2[members]
-            found[label][name] = _value(metric, rows, tools.seed)
-    return found
-
-
-def _value(metric: Metric, rows_R2: np.ndarray, seed: int) -> Value:
-    """The ratio of sums, with a percentile bootstrap over rows (Efron 1979)."""
-    defined_R2 = rows_R2[rows_R2[:, 1] > 0]
-    R = len(defined_R2)
-    texts = None if metric.whole else R
-    if not R:
-        return Value(math.nan, None, texts)
-    ratio = functools.partial(_ratio, metric)
-    if R == 1:
-        return Value(ratio(defined_R2), None, texts)
-    rng = np.random.default_rng(seed)
-    drawn = [ratio(defined_R2[rng.integers(0, R, R)]) for _ in range(DRAWS)]
-    low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
-    return Value(ratio(defined_R2), (low, high), texts)
-
-
-def _ratio(metric: Metric, rows_R2: np.ndarray) -> float:
-    numerator, denominator = rows_R2.sum(axis=0).tolist()
-    return metric.show(numerator / denominator)
 
 
 def card() -> str:
