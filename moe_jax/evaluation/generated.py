@@ -4,12 +4,18 @@ import dataclasses
 import functools
 import importlib.util
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import tqdm
 
 from moe_jax import spelling, untrusted
+from moe_jax.data import sources
+from moe_jax.data.cache import DATASETS, cache_folder
+from moe_jax.data.document import TRAIN
+from moe_jax.evaluation import judge, likelihood
 from moe_jax.evaluation.samples import Sample
+from moe_jax.evaluation.subject import Subject
 from moe_jax.evaluation.text_metrics import METRICS, Metric, Tools
 
 DRAWS = 1000
@@ -93,6 +99,51 @@ def _value(metric: Metric, rows_R2: np.ndarray, seed: int) -> Value:
 def _ratio(metric: Metric, rows_R2: np.ndarray) -> float:
     numerator, denominator = rows_R2.sum(axis=0).tolist()
     return metric.show(numerator / denominator)
+
+
+def tools(
+    given: Mapping[str, str],
+    load: Callable[[str], Subject],
+    *,
+    templates: Sequence[str] = judge.TEMPLATES,
+    scale: tuple[float, float] = judge.SCALE,
+    seed: int = 0,
+) -> Tools:
+    """The tools of the given models and training text; one model is in memory at a time.
+
+    Args:
+      given: the models' names and the text's source, by field of `Tools`.
+      load: returns the model of a name.
+    """
+    in_memory: dict[str, Subject] = {}
+
+    def loaded(name: str) -> Subject:
+        if name not in in_memory:
+            in_memory.clear()
+            in_memory[name] = load(name)
+        return in_memory[name]
+
+    def score(who: str) -> likelihood.Score | None:
+        name = given.get(who)
+        return likelihood.under(lambda: loaded(name)) if name else None
+
+    judging, text = given.get("judge"), given.get("training_text")
+    ask = judge.asking(lambda: loaded(judging)) if judging else None
+    return Tools(
+        checkpoint=score("checkpoint"),
+        second=score("second"),
+        judge=judge.Judge(ask, templates, scale) if ask else None,
+        training_text=functools.partial(_training_text, text) if text else None,
+        seed=seed,
+    )
+
+
+def _training_text(source: str) -> Iterator[str]:
+    documents = sources.documents(
+        source, TRAIN, validation_fraction=0.0, data_dir=cache_folder("") / DATASETS
+    )
+    name = f"reading {source}"
+    return (d.text for d in tqdm.tqdm(documents, name, unit=" documents", disable=None))
 
 
 def report(samples: Sequence[Sample], reasons: Mapping[str, str], tools: Tools) -> dict:

@@ -7,14 +7,20 @@ for each of several templates, and every answer is counted by its kind.
 
 import dataclasses
 import enum
+import math
+import pathlib
 import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from moe_jax.evaluation.answers import Settings
+from moe_jax.evaluation.likelihood import Remembered
 from moe_jax.evaluation.samples import Sample
+from moe_jax.evaluation.subject import Subject
 
-LOWEST, HIGHEST = 1, 10
+SCALE = 1.0, 10.0
+NUM_TOKENS = 32  # of an answer
 # The task before the text, and after it.
 TEMPLATES = (
     "Rate the quality of the text below from 1 (worst) to 10 (best). Answer with one number.\n\n"
@@ -48,7 +54,7 @@ class Answer:
     score: float = np.nan
 
 
-def parse(answer: str, lowest: float = LOWEST, highest: float = HIGHEST) -> Answer:
+def parse(answer: str, lowest: float = SCALE[0], highest: float = SCALE[1]) -> Answer:
     """Reads a score from an answer: from its first line that has a digit.
 
     In this order, the line's score is
@@ -82,10 +88,26 @@ def parse(answer: str, lowest: float = LOWEST, highest: float = HIGHEST) -> Answ
     return Answer(Kind.SCORE, score)
 
 
-def check_template(template: str) -> None:
-    """Raises: ValueError for a template without {text}."""
+def read_template(path: str) -> str:
+    """The template in a file. Raises: ValueError for one without {text}, or not UTF-8."""
+    try:
+        template = pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it") from None
     if "{text}" not in template:
-        raise ValueError("the judge's template has no {text}; {prompt} and {source} are optional")
+        raise ValueError(f"{path} has no {{text}}; {{prompt}} and {{source}} are optional")
+    return template
+
+
+def scale(text: str) -> tuple[float, float]:
+    """The lowest and the highest score of a scale "LOW,HIGH". Raises: ValueError for others."""
+    try:
+        lowest, highest = map(float, text.split(","))
+    except ValueError:
+        lowest = highest = math.nan
+    if not -math.inf < lowest < highest < math.inf:
+        raise ValueError(f"--judge_scale={text} is not two rising numbers, as in 1,10")
+    return lowest, highest
 
 
 def filled(template: str, sample: Sample) -> str:
@@ -102,14 +124,13 @@ class Judge:
 
     ask: Callable[[list[str]], list[str | None]]
     templates: Sequence[str] = TEMPLATES
-    lowest: float = LOWEST
-    highest: float = HIGHEST
+    scale: tuple[float, float] = SCALE
 
     def answers(self, samples: Sequence[Sample]) -> list[list[Answer]]:
         """The answers about each sample, one a template."""
         questions = [filled(template, s) for s in samples for template in self.templates]
         read = [
-            Answer(Kind.CUT) if answer is None else parse(answer, self.lowest, self.highest)
+            Answer(Kind.CUT) if answer is None else parse(answer, *self.scale)
             for answer in self.ask(questions)
         ]
         return [read[i : i + len(self.templates)] for i in range(0, len(read), len(self.templates))]
@@ -127,9 +148,19 @@ class Judge:
     def disagreement(self, samples: Sequence[Sample]) -> np.ndarray:
         """[K, 2]: the range of a text's scores as a share of the scale, and 1; zeros for a text
         with fewer than two scores."""
-        width = self.highest - self.lowest
+        width = self.scale[1] - self.scale[0]
         rows = [(np.ptp(s) / width, 1) if len(s) > 1 else (0, 0) for s in self._scores(samples)]
         return np.array(rows, np.float64)
 
     def _scores(self, samples: Sequence[Sample]) -> list[list[float]]:
         return [[a.score for a in row if a.kind is Kind.SCORE] for row in self.answers(samples)]
+
+
+def asking(load: Callable[[], Subject]) -> Callable[[list[str]], list[str | None]]:
+    """`Judge.ask` of the model that `load` returns, which answers greedily."""
+
+    def ask(questions: list[str]) -> list[str | None]:
+        found = load().answer(questions, Settings(NUM_TOKENS))
+        return [None if answer.left_out else answer.text for answer in found]
+
+    return Remembered(ask)

@@ -5,12 +5,16 @@ and its number of tokens. The end token of a text is not scored. Each function r
 numerator and a denominator of each text; an empty text has zeros.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.evaluation import scoring
 from moe_jax.evaluation.samples import Sample
+from moe_jax.evaluation.subject import Subject
 
 Score = Callable[[list[tuple[str, str]]], list[tuple[float, int]]]
 
@@ -55,3 +59,34 @@ class Remembered:
         if new:
             self._found.update(zip(new, self._function(new), strict=True))
         return [self._found[item] for item in items]
+
+
+def under(load: Callable[[], Subject]) -> Score:
+    """The score of pairs under the model that `load` returns, which is called when it is needed."""
+
+    def score(pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
+        subject = load()
+        split = [token_pairs(subject.tokenizer, *pair, subject.limit) for pair in pairs]
+        found = iter(subject.score([one for parts in split for one in parts]))
+        scores = [[next(found) for _ in parts] for parts in split]
+        return [
+            (sum(s.log_likelihood for s in row), sum(s.num_tokens for s in row)) for row in scores
+        ]
+
+    return Remembered(score)
+
+
+def token_pairs(tokenizer: Tokenizer, context: str, text: str, limit: int) -> list[scoring.Pair]:
+    """The ids of a text, after those of its context as `generate` reads a prompt.
+
+    The ids of a text are those of both strings together after the context's, or its own if the two
+    strings together begin with other ids. A text beyond the model's limit is scored in windows; an
+    empty one has no pair.
+    """
+    begin, both = tokenizer.prompt(context), tokenizer.prompt(context + text)
+    joins = np.array_equal(both[: len(begin)], begin)
+    ids = both[len(begin) :] if joins else tokenizer.encode(text)
+    if not len(ids):
+        return []
+    first, *rest = scoring.windows(ids, tokenizer.bos_id, limit)
+    return [dataclasses.replace(first, context=begin), *rest]

@@ -110,8 +110,8 @@ def _likelihood(who: str, model: str) -> dict[str, Metric]:
 _WELLECK = "Welleck et al. 1908.04319"
 _JUDGE = "Kocmi and Federmann 2302.14520; Qian et al. 2410.06338"
 METRICS: dict[str, Metric] = {
+    # One model's rows stand together, because one model is in memory at a time.
     **_likelihood("checkpoint", "self"),
-    **_likelihood("second", "second"),
     "source_log_likelihood": Metric(
         _by_model(likelihood.given_source, "checkpoint"),
         "mean log-probability of a token of the text given its source (else its prompt), in nats; "
@@ -122,6 +122,7 @@ METRICS: dict[str, Metric] = {
         "BARTScore, Yuan et al. 2106.11520",
         needs="checkpoint",
     ),
+    **_likelihood("second", "second"),
     **{
         f"seq_rep_{n}": Metric(
             _by_words(diversity.seq_rep, n=n),

@@ -74,6 +74,17 @@ def test_braces_in_a_text_are_text():
     )
 
 
-def test_a_template_without_the_text_is_refused():
-    with pytest.raises(ValueError, match="has no {text}"):
-        judge.check_template("Rate it.")
+@pytest.mark.parametrize(
+    ("content", "complaint"), [(b"Rate it.", "has no {text}"), (b"\xff{text}", "is not UTF-8")]
+)
+def test_a_template_that_cannot_be_used_is_refused(content, complaint, tmp_path):
+    (tmp_path / "template.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=complaint):
+        judge.read_template(str(tmp_path / "template.txt"))
+
+
+@pytest.mark.parametrize("text", ["", "1", "10,1", "1,1", "a,b", "1,inf", "nan,2", "1,2,3"])
+def test_a_scale_that_is_not_two_rising_numbers_is_refused(text):
+    assert judge.scale("0,100") == (0, 100)
+    with pytest.raises(ValueError, match="two rising numbers"):
+        judge.scale(text)
