@@ -7,6 +7,8 @@ Examples:
       --compare=path/to/dense
   python scripts/evaluate.py --checkpoint=path/to/moe --tasks=arc_easy,piqa --limit=100
   python scripts/evaluate.py --checkpoint=path/to/moe --tasks=olmoe
+  python scripts/evaluate.py --generated=generated.jsonl --checkpoint=path/to/moe \\
+      --second=path/to/dense --training_text=path/to/text
 
 The checkpoint is a run's workdir (or the start of its name, if it is unique) or a Hugging Face
 folder. Without --source, the text is the run's own held-out text, found in your cache by the hash
@@ -20,6 +22,9 @@ or {"prompt", "answers"} (exact match and character F1 of greedy answers), each 
 
 --tasks runs lm-evaluation-harness, which you install by: pip install 'moe_jax[evaluation]'. olmoe,
 lola and drop_upcycling are the lists of tasks of these papers.
+
+--generated measures texts without references (docs/text_metrics.md): lines {"text"}, each with an
+optional "prompt", "source", "language" and "label". A metric that needs an option says so.
 
 Each number has a 95 % interval, from a bootstrap over the sequences or items: it says how far
 another sample of them would move it, and one alone has none. Compare the losses of models with
@@ -43,7 +48,8 @@ from moe_jax.data import batches, prepare, sources, tokenizers
 from moe_jax.data.cache import cache_folder
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import VALIDATION
-from moe_jax.evaluation import items, perplexity, task_lists
+from moe_jax.evaluation import generated, items, json_lines, judge, perplexity, task_lists
+from moe_jax.evaluation import samples as sample_files
 from moe_jax.evaluation.answers import Settings
 from moe_jax.evaluation.subject import Subject
 from moe_jax.hf import folders
@@ -59,9 +65,9 @@ def main() -> None:
     add = parser.add_argument
     add(
         "--checkpoint",
-        required=True,
         metavar="DIR",
-        help="a run's workdir, RUN@STEP or a Hugging Face folder",
+        help="a run's workdir, RUN@STEP or a Hugging Face folder; with --generated, the model that "
+        "wrote the texts",
     )
     add(
         "--source",
@@ -85,6 +91,17 @@ def main() -> None:
     add("--include_path", metavar="DIR", help="a folder with the harness's YAML of more tasks")
     add("--num_fewshot", type=int, help="examples before each item (default: the task's or list's)")
     add("--limit", type=int, help="number of items of each task (default: all)")
+    add("--generated", metavar="FILE", help="a .jsonl of generated texts to measure")
+    add("--second", metavar="DIR", help="another model, for the perplexity of generated texts")
+    add("--judge", metavar="DIR", help="a model that is asked for a score of each generated text")
+    template = "a file with the question to the judge, with {text}, perhaps {prompt} and {source}"
+    template += "; can be given several times (default: two of our own)"
+    add("--judge_template", action="append", metavar="FILE", help=template)
+    scale = "the judge's lowest and highest score (default: 1,10)"
+    add("--judge_scale", metavar="LOW,HIGH", help=scale)
+    text = "the text that the model was trained on, given as for config.data.source"
+    add("--training_text", metavar="TEXT", help=text)
+    add("--metrics", metavar="NAME,NAME", help="metrics of generated texts (default: all)")
     add("--max_batches", type=int, default=0, help="number of batches to read; 0 reads all")
     fewer = "experts per token in this evaluation (default: as in training)"
     add("--num_experts_per_tok", type=int, help=fewer)
@@ -104,6 +121,8 @@ def _mode(arguments: argparse.Namespace) -> str:
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} are two measurements; give one of them")
     mode = given[0] if given else "source"
+    if arguments.checkpoint is None and mode != "generated":
+        raise ValueError("--checkpoint is missing; give a run or a Hugging Face folder")
     for name, needed in NEEDS.items():
         if getattr(arguments, name) not in (None, 0) and mode != needed:
             without = f"without --{needed}" if needed != "source" else f"with --{mode}"
@@ -181,6 +200,27 @@ def of_tasks(arguments: argparse.Namespace) -> dict:
     given = {name: getattr(arguments, name) for name in names}
     harness.check(tasks, **given)
     return harness.run(_subject(arguments, arguments.checkpoint), tasks, **given)
+
+
+def of_generated(arguments: argparse.Namespace) -> dict:
+    """The report of `generated.report` on the file --generated."""
+    models = [name for name in ("checkpoint", "second", "judge") if getattr(arguments, name)]
+    given = {name: getattr(arguments, name) for name in models}
+    if arguments.training_text:
+        sources.check(arguments.training_text)
+        given["training_text"] = arguments.training_text
+    names = arguments.metrics.split(",") if arguments.metrics else []
+    reasons = generated.choose(names, given)
+    samples = json_lines.read(arguments.generated, sample_files.parse)
+    for name in models:
+        stores.find(given[name])
+    paths = arguments.judge_template or []
+    templates = [judge.read_template(path) for path in paths] or judge.TEMPLATES
+    scale = judge.scale(arguments.judge_scale) if arguments.judge_scale else judge.SCALE
+    load = functools.partial(_subject, arguments)
+    tools = generated.tools(given, load, templates=templates, scale=scale, seed=arguments.seed)
+    found = generated.report(samples, reasons, tools)
+    return {"generated": arguments.generated, **given, **found}
 
 
 def _subject(arguments: argparse.Namespace, name: str) -> Subject:
@@ -293,6 +333,7 @@ MODES = {
     "source": (of_text, text),
     "items": (of_items, items.text),
     "tasks": (of_tasks, task_lists.text),
+    "generated": (of_generated, generated.text),
 }
 # Options that belong to one measurement only.
 NEEDS = {
@@ -303,4 +344,10 @@ NEEDS = {
     "include_path": "tasks",
     "num_fewshot": "tasks",
     "limit": "tasks",
+    "second": "generated",
+    "judge": "generated",
+    "judge_template": "generated",
+    "judge_scale": "generated",
+    "training_text": "generated",
+    "metrics": "generated",
 }

@@ -216,7 +216,7 @@ METRICS: dict[str, Metric] = {
         "share of texts without a word",
         LOWER,
         "0 to 1",
-        "the other metrics leave these texts out, so read it with them",
+        "most metrics leave these texts out, so read it beside them",
         "Ito et al. 2501.12011",
     ),
     f"novelty_{diversity.NOVEL_WORDS}": Metric(
@@ -253,15 +253,27 @@ METRICS: dict[str, Metric] = {
             f"share of the judge's answers that are {text}",
             LOWER,
             "0 to 1",
-            "read from the answer's words, so other words are missed",
+            failure,
             _JUDGE,
             needs="judge",
         )
-        for kind, text in (
-            (judges.Kind.REFUSAL, "refusals"),
-            (judges.Kind.UNPARSABLE, "empty, without a number, or with several"),
-            (judges.Kind.OUT_OF_RANGE, "numbers outside the scale"),
-            (judges.Kind.CUT, "missing, because the question is longer than the judge can read"),
+        for kind, text, failure in (
+            (judges.Kind.REFUSAL, "refusals", "sees English refusals only"),
+            (
+                judges.Kind.UNPARSABLE,
+                "empty, without a number, or with several",
+                "counts refusals in other languages, and numbers in words",
+            ),
+            (
+                judges.Kind.OUT_OF_RANGE,
+                "numbers outside the scale",
+                "counts numbers that are no scores",
+            ),
+            (
+                judges.Kind.CUT,
+                "missing, because the question is longer than the judge can read",
+                "long texts are not judged, so the scores are of the short ones",
+            ),
         )
     },
 }

@@ -1,5 +1,6 @@
 """evaluate --generated: the likelihoods of a tiny model by a plain loop, and the whole command."""
 
+import functools
 import json
 import sys
 
@@ -11,6 +12,7 @@ from moe_jax import model, stores
 from moe_jax.commands import evaluate, generate
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import likelihood, text_metrics
+from moe_jax.parallel import mesh
 from tests.evaluation.test_evaluate import CONFIG
 
 apply = jax.jit(model.apply, static_argnums=2)
@@ -61,6 +63,8 @@ def run(monkeypatch, capsys, command, *options):
 def test_texts_that_generate_writes_are_measured_twice_the_same(
     folder, tmp_path, monkeypatch, capsys
 ):
+    # One model, so one compilation, in all its parts.
+    monkeypatch.setattr(stores, "subject", functools.cache(stores.subject))
     texts, training = tmp_path / "texts.jsonl", tmp_path / "training.txt"
     training.write_text("To insert a table, click on it.\n")
     own = f"--checkpoint={folder}"
@@ -80,7 +84,7 @@ def test_texts_that_generate_writes_are_measured_twice_the_same(
     report = json.loads(measured[0])
     assert list(report["metrics"]) == list(text_metrics.METRICS) and not report["not_measured"]
     pairs = [(line["prompt"], line["text"]) for line in lines]
-    params = stores.subject(str(folder)).params
+    params = stores.load(stores.find(str(folder)), mesh.one_device())[1]
     nats, tokens = np.sum([by_hand(params, *pair) for pair in pairs], axis=0)
     num_bytes = sum(len(text.encode()) for _, text in pairs)
     for who in ("self", "second"):
@@ -94,6 +98,7 @@ def test_empty_texts_have_null_for_what_is_undefined(tmp_path, monkeypatch, caps
     texts = tmp_path / "texts.jsonl"
     lines = [{"text": ""}, {"text": "", "label": "other \x1b[31m"}]
     texts.write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(stores, "load", None)
     report = json.loads(run(monkeypatch, capsys, evaluate, f"--generated={texts}", "--json").out)
     assert report["metrics"]["distinct_1"]["value"] is None
     assert report["metrics"]["seq_rep_2"] == {"value": None, "interval": None, "texts": 0}
