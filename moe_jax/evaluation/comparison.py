@@ -14,15 +14,18 @@ def interval(values_N: np.ndarray, *, seed: int = 0, draws: int = DRAWS) -> list
     Items are drawn with replacement (Efron, "Bootstrap methods", Annals of Statistics 7, 1979;
     percentile method).
     """
-    if len(values_N) < 2:
-        return None
-    return np.percentile(_means(values_N, seed, draws), [2.5, 97.5]).tolist()
+    return None if len(values_N) < 2 else _middle(_means(values_N, seed, draws))
+
+
+def _middle(means: np.ndarray) -> list[float]:
+    return np.percentile(means, [2.5, 97.5]).tolist()
 
 
 def _means(values_N: np.ndarray, seed: int, draws: int) -> np.ndarray:
     rng, N = np.random.default_rng(seed), len(values_N)
-    # One draw at a time: all draws of a million items would take gigabytes.
-    return np.array([values_N[rng.integers(0, N, N)].mean() for _ in range(draws)])
+    at_once = max(1, 2**20 // N)  # all draws of a million items would take gigabytes
+    parts = (min(at_once, draws - start) for start in range(0, draws, at_once))
+    return np.concatenate([values_N[rng.integers(0, N, (n, N))].mean(axis=1) for n in parts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +59,16 @@ def compare(ours_N: np.ndarray, theirs_N: np.ndarray, *, seed: int = 0) -> Compa
     if len(ours_N) != len(theirs_N):
         raise ValueError(f"{len(ours_N)} items cannot be paired with {len(theirs_N)}")
     differences_N = np.asarray(ours_N, np.float64) - np.asarray(theirs_N, np.float64)
-    difference, p = float(differences_N.mean()), None
+    difference, between, p = float(differences_N.mean()), None, None
     if len(differences_N) > 1:
-        around_0 = _means(differences_N, seed, DRAWS) - difference
-        as_far = np.abs(around_0) >= abs(difference) - 1e-12
-        p = float((as_far.sum() + 1) / (DRAWS + 1))
+        means = _means(differences_N, seed, DRAWS)
+        as_far = np.abs(means - difference) >= abs(difference) - 1e-12
+        between, p = _middle(means), float((as_far.sum() + 1) / (DRAWS + 1))
     better, worse = int((differences_N > 0).sum()), int((differences_N < 0).sum())
     is_binary = np.isin([ours_N, theirs_N], (0, 1)).all()
     return Comparison(
         difference,
-        interval(differences_N, seed=seed),
+        between,
         p,
         mcnemar(better, worse) if is_binary else None,
         len(differences_N),

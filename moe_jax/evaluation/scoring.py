@@ -6,7 +6,7 @@ The definitions are those of lm-evaluation-harness (Gao et al., doi 10.5281/zeno
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -109,11 +109,8 @@ class Scorer:
     limit: int
 
     @functools.cached_property
-    def _step(self) -> Callable:
-        config = generate.independent(self.config)
-        replicated = jax.NamedSharding(self.mesh, jax.P())
-        step = jax.jit(functools.partial(_score, config), out_shardings=replicated)
-        return meshes.under(self.mesh, step)
+    def _independent(self) -> model.ModelConfig:
+        return generate.independent(self.config)
 
     def score(self, params: dict, pairs: Sequence[Pair], *, progress: bool = False) -> list[Score]:
         """The score of each pair, in their order.
@@ -166,7 +163,8 @@ class Scorer:
             np.arange(self.batch_size),
             self.batch_size,
         )
-        nats_BT, is_greedy_BT = jax.device_get(self._step(params, *on_device))
+        step = meshes.under(self.mesh, _score)
+        nats_BT, is_greedy_BT = jax.device_get(step(self._independent, params, *on_device))
         return [
             Score(
                 -float(nats_BT[row, span].sum(dtype=np.float64)),
@@ -192,10 +190,11 @@ def _sum(scores: list[Score]) -> Score:
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _score(config, params, tokens_BT, targets_BT, segment_ids_BT):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     shared = transformer.Shared(positions_BT, segment_ids_BT)
     x_BTD, _ = transformer.hidden_states(params, tokens_BT, shared, config)
     unembed_DV = transformer.unembedding(params)
     nats_BT, predicted_BT = cross_entropy.token_predictions(x_BTD, unembed_DV, targets_BT)
-    return nats_BT, predicted_BT == targets_BT
+    return jax.lax.with_sharding_constraint((nats_BT, predicted_BT == targets_BT), jax.P())

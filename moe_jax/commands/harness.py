@@ -1,10 +1,10 @@
 """Runs lm-evaluation-harness's own command, which then has the model "moe_jax".
 
 Examples:
-  python scripts/lm_eval.py run --model=moe_jax --model_args=checkpoint=path/to/moe --tasks=piqa
-  python scripts/lm_eval.py run --model=moe_jax --model_args=checkpoint=runs/mine,limit=1024 \\
+  python scripts/harness.py run --model=moe_jax --model_args=checkpoint=path/to/moe --tasks=piqa
+  python scripts/harness.py run --model=moe_jax --model_args=checkpoint=runs/mine,limit=1024 \\
       --tasks=my_task --include_path=path/to/tasks --batch_size=8
-  python scripts/lm_eval.py ls tasks
+  python scripts/harness.py ls tasks
 
 All arguments are the harness's, which you install by: pip install 'moe_jax[evaluation]'. The
 arguments of the model are `checkpoint` (a run's workdir, RUN@STEP or a Hugging Face folder) and
