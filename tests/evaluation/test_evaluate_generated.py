@@ -13,8 +13,16 @@ from moe_jax.commands import evaluate, generate
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import likelihood, text_metrics
 from moe_jax.parallel import mesh
-from tests.evaluation.test_evaluate import CONFIG
 
+CONFIG = model.ModelConfig(
+    vocab_size=259,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_experts=2,
+    num_experts_per_tok=2,
+)
 apply = jax.jit(model.apply, static_argnums=2)
 PAIRS = [("To insert ", "a table"), ("", "a table"), ("ab", ""), ("", "日本")]
 
