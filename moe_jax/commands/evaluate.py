@@ -217,7 +217,12 @@ def of_generated(arguments: argparse.Namespace) -> dict:
     paths = arguments.judge_template or []
     templates = [judge.read_template(path) for path in paths] or judge.TEMPLATES
     scale = judge.scale(arguments.judge_scale) if arguments.judge_scale else judge.SCALE
-    load = functools.partial(_subject, arguments)
+    options = {**vars(arguments), "tokenizer": None, "num_experts_per_tok": None}
+    others = argparse.Namespace(**options)  # these two options are of --checkpoint
+
+    def load(name: str) -> Subject:
+        return _subject(arguments if name == arguments.checkpoint else others, name)
+
     tools = generated.tools(given, load, templates=templates, scale=scale, seed=arguments.seed)
     found = generated.report(samples, reasons, tools)
     return {"generated": arguments.generated, **given, **found}

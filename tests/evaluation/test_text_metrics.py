@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import itertools
 import math
+import types
 
 import hypothesis
 import numpy as np
@@ -13,7 +14,15 @@ import pytest
 import sacrebleu
 from hypothesis import strategies
 
-from moe_jax.evaluation import diversity, generated, judge, language_consistency, text_metrics
+from moe_jax.data import tokenizers
+from moe_jax.evaluation import (
+    diversity,
+    evaluators,
+    generated,
+    judge,
+    language_consistency,
+    text_metrics,
+)
 from moe_jax.evaluation.samples import Sample, words
 
 CAT, SAME, EMPTY = "the cat sat on the mat", "word word word word", ""
@@ -247,6 +256,19 @@ def test_a_missing_package_or_option_is_a_reason_and_the_other_metrics_run(monke
 def test_a_misspelt_metric_is_refused_with_the_nearest_one():
     with pytest.raises(ValueError, match="did you mean 'self_bleu'"):
         generated.choose(["selfbleu"], ())
+
+
+def test_continuations_in_the_loop_have_the_defined_metrics_in_result_json(monkeypatch):
+    tokenizer = tokenizers.load("bytes")
+    texts = [tokenizer.encode(text) for text in (CAT, SAME)]
+    monkeypatch.setattr(evaluators.generate, "generate", lambda *_, **__: texts)
+    evaluation = types.SimpleNamespace(prompts=("a", "b"), continuation_tokens=22)
+    run = types.SimpleNamespace(evaluation=evaluation, seed=0)
+    context = types.SimpleNamespace(run=run, tokenizer=tokenizer, model=None)
+    result = evaluators.continuations(context)({}).result
+    assert result["samples"][0] == {"prompt": "a", "continuation": CAT}
+    # The language of texts as short as these is undetermined.
+    assert result["sample_metrics"] == {"seq_rep_4": 0, "distinct_2": 6 / 8, "words": 5}
 
 
 def test_each_row_of_the_table_says_what_a_reader_must_know():
