@@ -1,5 +1,6 @@
 """A model's folder: reads and writes Hugging Face folders and runs' workdirs in the same way."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -16,9 +17,13 @@ from moe_jax import config as configs
 from moe_jax import files, hf, model, spelling, tree
 from moe_jax.config import resolved
 from moe_jax.data import tokenizer_files, tokenizers
+from moe_jax.evaluation import generate
+from moe_jax.evaluation.subject import Subject
 from moe_jax.hf import beside, folders, safetensors, tensors, writing
 from moe_jax.model import comparison
+from moe_jax.model.fields import without_effect
 from moe_jax.parallel import distributed, sharding
+from moe_jax.parallel import mesh as meshes
 from moe_jax.training import checkpoint
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import streaming
@@ -117,6 +122,82 @@ def check_finite(source: configs.Source, leaves: dict, *, allow: bool) -> None:
 def _count_not_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     # In float32, because a leaf may have 2**32 elements: int32 would count them as 0.
     return {p: jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32) for p, leaf in leaves.items()}
+
+
+def with_experts_per_token(config: model.ModelConfig, number: int | None) -> model.ModelConfig:
+    """The model with another number of experts per token; None leaves its own.
+
+    Raises: ValueError, in one line, for a number that the model cannot have or that does nothing.
+    """
+    if number is None:
+        return config
+    config = dataclasses.replace(config, num_experts_per_tok=number)
+    for line in without_effect(config, ["num_experts_per_tok"], "--"):
+        raise ValueError(line)
+    return config
+
+
+def tokenizer_for(
+    folder: pathlib.Path, config: model.ModelConfig, name: str | None = None
+) -> tokenizers.Tokenizer:
+    """The model's own tokenizer, or the one named; ValueError if the model has fewer ids."""
+    tokenizer = tokenizers.load(name or configs.tokenizer_of(folder))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; "
+            "is this the tokenizer that it was trained with?"
+        )
+    return tokenizer
+
+
+def evaluation_mesh(config: model.ModelConfig) -> jax.sharding.Mesh:
+    """A mesh of all devices, with the parameters in as many shards as their sizes allow."""
+    shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
+    for parts in range(jax.device_count(), 1, -1):
+        if jax.device_count() % parts == 0:
+            mesh = meshes.make({"fsdp": parts, "data": -1})
+            with contextlib.suppress(ValueError):  # an axis is not divisible by this number
+                sharding.abstract(shapes, mesh)
+                return mesh
+    return meshes.make({"data": -1})
+
+
+def subject(
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+    num_experts_per_tok: int | None = None,
+    allow_nonfinite: bool = False,
+) -> Subject:
+    """A model to evaluate, found by its name as in `find`, on all devices.
+
+    Args:
+      limit: the largest number of tokens to read at once; None is the model's own limit.
+
+    Raises: ValueError, in one line, for options that do not fit the model, and as `load` does.
+    """
+    found = find(name)
+    config = with_experts_per_token(configs.model_of(found.folder), num_experts_per_tok)
+    generate.independent(config)  # refuses a model that cannot score a continuation
+    limit = config.max_position_embeddings if limit is None else limit
+    if batch_size < 1 or limit < 1:
+        raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1")
+    config.check_rows(limit)
+    own = tokenizer_for(found.folder, config, tokenizer)
+    mesh = evaluation_mesh(config)
+    shards = sharding.batch_shards(mesh.shape)
+    return Subject(
+        name=str(found),
+        config=config,
+        params=load(found, mesh, allow_nonfinite=allow_nonfinite)[1],
+        mesh=mesh,
+        tokenizer=own,
+        end_ids=end_ids(found.folder, own),
+        batch_size=-(-batch_size // shards) * shards,
+        limit=limit,
+    )
 
 
 def end_ids(workdir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:

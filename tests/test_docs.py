@@ -17,7 +17,7 @@ import pytest
 from moe_jax import config as configs
 from moe_jax.analysis import measures
 from moe_jax.data import sources
-from moe_jax.evaluation import evaluators
+from moe_jax.evaluation import evaluators, text_metrics
 from moe_jax.model import router
 from moe_jax.training import backends, balance, objective
 from moe_jax.upcycle import recipes
@@ -32,6 +32,7 @@ TABLES = (
     sources.SOURCES,
     objective.OBJECTIVES,
     evaluators.EVALUATORS,
+    text_metrics.METRICS,
     measures.MEASURES,
     balance.RULES,
     backends.BACKENDS,

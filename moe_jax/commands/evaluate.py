@@ -1,9 +1,14 @@
-"""Measures a model's loss on a text: nats per token and bits per byte, by label.
+"""Measures a model: its loss on a text, its answers to items, or tasks of a harness.
 
 Examples:
   python scripts/evaluate.py --checkpoint=runs/mine
-  python scripts/evaluate.py --checkpoint=path/to/moe --source=path/to/text
   python scripts/evaluate.py --checkpoint=path/to/moe --source=path/to/text --json
+  python scripts/evaluate.py --checkpoint=path/to/moe --items=questions.jsonl \\
+      --compare=path/to/dense
+  python scripts/evaluate.py --checkpoint=path/to/moe --tasks=arc_easy,piqa --limit=100
+  python scripts/evaluate.py --checkpoint=path/to/moe --tasks=olmoe
+  python scripts/evaluate.py --generated=generated.jsonl --checkpoint=path/to/moe \\
+      --second=path/to/dense --training_text=path/to/text
 
 The checkpoint is a run's workdir (or the start of its name, if it is unique) or a Hugging Face
 folder. Without --source, the text is the run's own held-out text, found in your cache by the hash
@@ -11,17 +16,28 @@ of its tokens: the paths in a run's config are not followed, because a stranger 
 them. With --source, all of its documents count, unless its files are named as splits
 (validation.jsonl): then those of the validation split.
 
-Each loss has a 95 % interval, from a bootstrap over the sequences: it says how far another sample
-of such text would move the loss, and a text of one sequence has none. Compare models with different
-tokenizers by bits per byte.
+--items reads a file of lines {"context", "choices", "answer"} (multiple choice by log-likelihood)
+or {"prompt", "answers"} (exact match and character F1 of greedy answers), each with an optional
+"label". --compare adds a second model and a paired comparison on the same items.
+
+--tasks runs lm-evaluation-harness, which you install by: pip install 'moe_jax[evaluation]'. olmoe,
+lola and drop_upcycling are the lists of tasks of these papers.
+
+--generated measures texts without references (docs/text_metrics.md): lines {"text"}, each with an
+optional "prompt", "source", "language" and "label". A metric that needs an option says so.
+
+Each number has a 95 % interval, from a bootstrap over the sequences or items: it says how far
+another sample of them would move it, and one alone has none. Compare the losses of models with
+different tokenizers by bits per byte.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
+import importlib.util
 import pathlib
 import shlex
+import sys
 
 import jax
 
@@ -32,9 +48,11 @@ from moe_jax.data import batches, prepare, sources, tokenizers
 from moe_jax.data.cache import cache_folder
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import VALIDATION
-from moe_jax.evaluation import perplexity
+from moe_jax.evaluation import generated, items, json_lines, judge, perplexity, task_lists
+from moe_jax.evaluation import samples as sample_files
+from moe_jax.evaluation.answers import Settings
+from moe_jax.evaluation.subject import Subject
 from moe_jax.hf import folders
-from moe_jax.model.fields import without_effect
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
 from moe_jax.training import checkpoint
@@ -47,9 +65,9 @@ def main() -> None:
     add = parser.add_argument
     add(
         "--checkpoint",
-        required=True,
         metavar="DIR",
-        help="a run's workdir, RUN@STEP or a Hugging Face folder",
+        help="a run's workdir, RUN@STEP or a Hugging Face folder; with --generated, the model that "
+        "wrote the texts",
     )
     add(
         "--source",
@@ -62,6 +80,28 @@ def main() -> None:
     )
     add("--sequence_length", type=int, help=rows)
     add("--batch_size", type=int, default=8, help="sequences per batch")
+    add("--items", metavar="FILE", help="a .jsonl of items for the model to answer")
+    add("--compare", metavar="DIR", help="another checkpoint to answer the same items")
+    tokens = f"tokens of a short answer (default: {NUM_TOKENS})"
+    add("--num_tokens", type=int, help=tokens)
+    stop = "a text that ends a short answer; can be given several times (default: a line end)"
+    add("--stop", action="append", metavar="TEXT", help=stop)
+    tasks = f"tasks of lm-evaluation-harness, or lists: {', '.join(task_lists.TASK_LISTS)}"
+    add("--tasks", metavar="TASK,TASK", help=tasks)
+    add("--include_path", metavar="DIR", help="a folder with the harness's YAML of more tasks")
+    add("--num_fewshot", type=int, help="examples before each item (default: the task's or list's)")
+    add("--limit", type=int, help="number of items of each task (default: all)")
+    add("--generated", metavar="FILE", help="a .jsonl of generated texts to measure")
+    add("--second", metavar="DIR", help="another model, for the perplexity of generated texts")
+    add("--judge", metavar="DIR", help="a model that is asked for a score of each generated text")
+    template = "a file with the question to the judge, with {text}, perhaps {prompt} and {source}"
+    template += "; can be given several times (default: two of our own)"
+    add("--judge_template", action="append", metavar="FILE", help=template)
+    scale = "the judge's lowest and highest score (default: 1,10)"
+    add("--judge_scale", metavar="LOW,HIGH", help=scale)
+    text = "the text that the model was trained on, given as for config.data.source"
+    add("--training_text", metavar="TEXT", help=text)
+    add("--metrics", metavar="NAME,NAME", help="metrics of generated texts (default: all)")
     add("--max_batches", type=int, default=0, help="number of batches to read; 0 reads all")
     fewer = "experts per token in this evaluation (default: as in training)"
     add("--num_experts_per_tok", type=int, help=fewer)
@@ -70,11 +110,27 @@ def main() -> None:
     add("--json", action="store_true", help="print a JSON object instead of a table")
     arguments = parser.parse_args()
     with parser.refusing():
+        run, shown = MODES[_mode(arguments)]
         report = run(arguments)
-    print(strict_json.text(report, indent=1) if arguments.json else text(report))
+    print(strict_json.text(report, indent=1) if arguments.json else shown(report))
 
 
-def run(arguments: argparse.Namespace) -> dict:
+def _mode(arguments: argparse.Namespace) -> str:
+    """The option that says what to measure; "source", which may be absent, is the default."""
+    given = [name for name in MODES if getattr(arguments, name)]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} are two measurements; give one of them")
+    mode = given[0] if given else "source"
+    if arguments.checkpoint is None and mode != "generated":
+        raise ValueError("--checkpoint is missing; give a run or a Hugging Face folder")
+    for name, needed in NEEDS.items():
+        if getattr(arguments, name) not in (None, 0) and mode != needed:
+            without = f"without --{needed}" if needed != "source" else f"with --{mode}"
+            raise ValueError(f"--{name} does nothing {without}; leave it out")
+    return mode
+
+
+def of_text(arguments: argparse.Namespace) -> dict:
     """The report: losses, intervals and counts, for all labels together and for each.
 
     Raises: ValueError, in one line, for options that do not fit the model.
@@ -83,18 +139,10 @@ def run(arguments: argparse.Namespace) -> dict:
     folder = found.folder
     config = configs.model_of(folder)
     data = _data(arguments, folder, config)
-    if (number := arguments.num_experts_per_tok) is not None:
-        config = dataclasses.replace(config, num_experts_per_tok=number)
-        for line in without_effect(config, ["num_experts_per_tok"], "--"):
-            raise ValueError(line)
-    tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; "
-            "is this the tokenizer that it was trained with?"
-        )
+    config = stores.with_experts_per_token(config, arguments.num_experts_per_tok)
+    tokenizer = stores.tokenizer_for(folder, config, arguments.tokenizer)
     corpus = _corpus(arguments, found, data, tokenizer)
-    mesh = _mesh(config)
+    mesh = stores.evaluation_mesh(config)
     _, params = stores.load(found, mesh, allow_nonfinite=arguments.allow_nonfinite)
     shards = sharding.batch_shards(mesh.shape)
     rows = batches.feed(
@@ -125,6 +173,70 @@ def run(arguments: argparse.Namespace) -> dict:
             if part.tokens_RN.any()
         },
     }
+
+
+def of_items(arguments: argparse.Namespace) -> dict:
+    """The report of `items.report` on the file --items."""
+    names = [name for name in (arguments.checkpoint, arguments.compare) if name]
+    stops = tuple(arguments.stop or ["\n"])
+    settings = Settings(arguments.num_tokens or NUM_TOKENS, stops)
+    load = functools.partial(_subject, arguments)
+    return items.report(load, names, arguments.items, settings, seed=arguments.seed)
+
+
+def of_tasks(arguments: argparse.Namespace) -> dict:
+    """The harness's results on --tasks."""
+    tasks, missing = task_lists.expand(arguments.tasks.split(","))
+    for line in missing:
+        print(line, file=sys.stderr)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            "--tasks needs lm-evaluation-harness, an optional extra of this project: "
+            "pip install 'moe_jax[evaluation]'"
+        )
+    from moe_jax.evaluation import harness
+
+    names = ("include_path", "num_fewshot", "limit")
+    given = {name: getattr(arguments, name) for name in names}
+    harness.check(tasks, **given)
+    return harness.run(_subject(arguments, arguments.checkpoint), tasks, **given)
+
+
+def of_generated(arguments: argparse.Namespace) -> dict:
+    """The report of `generated.report` on the file --generated."""
+    models = [name for name in ("checkpoint", "second", "judge") if getattr(arguments, name)]
+    given = {name: getattr(arguments, name) for name in models}
+    if arguments.training_text:
+        sources.check(arguments.training_text)
+        given["training_text"] = arguments.training_text
+    names = arguments.metrics.split(",") if arguments.metrics else []
+    reasons = generated.choose(names, given)
+    samples = json_lines.read(arguments.generated, sample_files.parse)
+    for name in models:
+        stores.find(given[name])
+    paths = arguments.judge_template or []
+    templates = [judge.read_template(path) for path in paths] or judge.TEMPLATES
+    scale = judge.scale(arguments.judge_scale) if arguments.judge_scale else judge.SCALE
+    options = {**vars(arguments), "tokenizer": None, "num_experts_per_tok": None}
+    others = argparse.Namespace(**options)  # these two options are of --checkpoint
+
+    def load(name: str) -> Subject:
+        return _subject(arguments if name == arguments.checkpoint else others, name)
+
+    tools = generated.tools(given, load, templates=templates, scale=scale, seed=arguments.seed)
+    found = generated.report(samples, reasons, tools)
+    return {"generated": arguments.generated, **given, **found}
+
+
+def _subject(arguments: argparse.Namespace, name: str) -> Subject:
+    return stores.subject(
+        name,
+        tokenizer=arguments.tokenizer,
+        batch_size=arguments.batch_size,
+        limit=arguments.sequence_length,
+        num_experts_per_tok=arguments.num_experts_per_tok,
+        allow_nonfinite=arguments.allow_nonfinite,
+    )
 
 
 def _data(
@@ -186,18 +298,6 @@ def _corpus(
     return found
 
 
-def _mesh(config: model.ModelConfig) -> jax.sharding.Mesh:
-    """A mesh of all devices, with the parameters in as many shards as their sizes allow."""
-    shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
-    for parts in range(jax.device_count(), 1, -1):
-        if jax.device_count() % parts == 0:
-            mesh = meshes.make({"fsdp": parts, "data": -1})
-            with contextlib.suppress(ValueError):  # an axis is not divisible by this number
-                sharding.abstract(shapes, mesh)
-                return mesh
-    return meshes.make({"data": -1})
-
-
 def _entry(sums: perplexity.Sums, documents: int | None, seed: int) -> dict:
     loss, intervals = sums.loss(), sums.intervals(seed=seed)
     return {
@@ -210,6 +310,7 @@ def _entry(sums: perplexity.Sums, documents: int | None, seed: int) -> dict:
     }
 
 
+NUM_TOKENS = 32  # of a short answer
 ROW = "{:16} {:>10} {:>12} {:>10} {:>17} {:>10} {:>17}"
 
 
@@ -230,3 +331,28 @@ def text(report: dict) -> str:
             cells += [f"{row[name]:.4f}", shown]
         lines.append(ROW.format(untrusted.label(label), *counts, *cells))
     return "\n".join(lines)
+
+
+# What to measure: the function of the options, and the one that shows its report.
+MODES = {
+    "source": (of_text, text),
+    "items": (of_items, items.text),
+    "tasks": (of_tasks, task_lists.text),
+    "generated": (of_generated, generated.text),
+}
+# Options that belong to one measurement only.
+NEEDS = {
+    "max_batches": "source",
+    "compare": "items",
+    "num_tokens": "items",
+    "stop": "items",
+    "include_path": "tasks",
+    "num_fewshot": "tasks",
+    "limit": "tasks",
+    "second": "generated",
+    "judge": "generated",
+    "judge_template": "generated",
+    "judge_scale": "generated",
+    "training_text": "generated",
+    "metrics": "generated",
+}

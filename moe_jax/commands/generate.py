@@ -6,21 +6,26 @@ Examples:
       --prompt="Water boils at" --num_tokens=32 --temperature=0.7 --top_p=0.9
   python scripts/generate.py --checkpoint=path/to/folder --prompt="The capital of France is" \\
       --offload=0.5                          (a mixture that is larger than memory)
+  python scripts/generate.py --checkpoint=path/to/folder --prompt="Once upon a time" \\
+      --temperature=1 --samples=4 --output=generated.jsonl
 
 The checkpoint is a Hugging Face folder (with its tokenizer.json or tokenizer.model) or a run's
 workdir. Temperature 0, the default, takes the most likely token each time. A text ends at an
-end token of generation_config.json, or else of config.json, or else of the tokenizer.
+end token of generation_config.json, or else of config.json, or else of the tokenizer. --output
+writes a line {"prompt", "text"} for each text, which evaluate.py --generated reads.
 """
 
 import contextlib
 import math
+import pathlib
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from moe_jax import command_line, stores
+from moe_jax import command_line, files, stores, strict_json
 from moe_jax import config as configs
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
@@ -50,6 +55,11 @@ def main() -> None:
         help="sample from the most likely tokens with this total probability",
     )
     parser.add_argument("--seed", type=command_line.seed, default=0, help="seed for sampling")
+    number = "texts to sample for each prompt; the seeds of the later ones follow --seed"
+    parser.add_argument("--samples", type=int, default=1, help=number)
+    parser.add_argument(
+        "--output", type=pathlib.Path, metavar="FILE", help="a .jsonl file to write the texts to"
+    )
     parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
     parser.add_argument(
         "--offload",
@@ -65,12 +75,33 @@ def main() -> None:
         parser.error("--num_tokens is at least 1, --temperature at least 0, --top_p above 0 to 1")
     if arguments.offload is not None and not 0 < arguments.offload < math.inf:
         parser.error(f"--offload={arguments.offload} must be more than 0")
+    if arguments.samples < 1 or (arguments.samples > 1 and not arguments.temperature):
+        parser.error(
+            f"--samples={arguments.samples}: use at least 1, and 1 with --temperature=0, which "
+            "always gives the same text"
+        )
     with parser.refusing():
-        for text in run(arguments):
-            print(text)
+        if arguments.output is not None and not arguments.output.parent.is_dir():
+            raise ValueError(f"--output={arguments.output}: its folder does not exist; make it")
+        texts = run(arguments)
+        if arguments.output is None:
+            print("\n".join(text.whole for text in texts))
+        else:
+            lines = [strict_json.text({"prompt": t.prompt, "text": t.text}) + "\n" for t in texts]
+            files.write_text(arguments.output, "".join(lines))
+            print(f"{len(lines)} texts in {arguments.output}")
 
 
-def run(arguments) -> list[str]:
+class Text(NamedTuple):
+    """A prompt, the text after it, and the two as the tokenizer decodes them together."""
+
+    prompt: str
+    text: str
+    whole: str
+
+
+def run(arguments) -> list[Text]:
+    """The texts in the order of the prompts, with all samples of a prompt together."""
     source = stores.find(arguments.checkpoint)
     folder, allow, store = source.folder, arguments.allow_nonfinite, None
     if arguments.offload is None:
@@ -91,21 +122,32 @@ def run(arguments) -> list[str]:
     prompts = [tokenizer.prompt(text) for text in arguments.prompt]
     began = time.perf_counter()
     with store.failing_as_it_is() if store else contextlib.nullcontext():
-        continuations = generate.generate(
-            params,
-            model_config,
-            prompts,
-            num_tokens=arguments.num_tokens,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            key=jax.random.key(arguments.seed),
-        )
+        rounds = [
+            generate.generate(
+                params,
+                model_config,
+                prompts,
+                num_tokens=arguments.num_tokens,
+                temperature=arguments.temperature,
+                top_p=arguments.top_p,
+                key=jax.random.key(arguments.seed + sample),
+            )
+            for sample in range(arguments.samples)
+        ]
     if store:
-        print(_summary(store.counts, len(prompts) * arguments.num_tokens, began), file=sys.stderr)
+        number = len(prompts) * arguments.samples * arguments.num_tokens
+        print(_summary(store.counts, number, began), file=sys.stderr)
     texts, ends = [], stores.end_ids(folder, tokenizer)
-    for prompt, ids in zip(prompts, continuations, strict=True):
-        ended = np.logical_or.accumulate(np.isin(ids, ends))
-        texts.append(tokenizer.decode(np.concatenate([prompt, ids[~ended]])))
+    by_prompt = zip(*rounds, strict=True)
+    for prompt, prompt_ids, samples in zip(arguments.prompt, prompts, by_prompt, strict=True):
+        begin = tokenizer.decode(prompt_ids)
+        for ids in samples:
+            ids = ids[~np.logical_or.accumulate(np.isin(ids, ends))]
+            whole = tokenizer.decode(np.concatenate([prompt_ids, ids]))
+            # A text decoded alone would lose the space before its first word in some tokenizers.
+            joins = whole.startswith(begin)
+            text = whole[len(begin) :] if joins else tokenizer.decode(ids)
+            texts.append(Text(prompt, text, whole))
     return texts
 
 

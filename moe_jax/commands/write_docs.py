@@ -1,4 +1,4 @@
-"""Writes the generated parts of docs/: tables of recipes, config keys and published constants.
+"""Writes the generated parts of docs/: tables of recipes, config keys, constants and metrics.
 
 Examples:
   python scripts/write_docs.py
@@ -12,6 +12,7 @@ import pathlib
 
 from moe_jax import command_line
 from moe_jax.config import listing, published
+from moe_jax.evaluation import text_metrics
 from moe_jax.upcycle import explanation
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
@@ -20,6 +21,7 @@ GENERATED = {
     "upcycling.md": explanation.table,
     "configuration.md": listing.page,
     "published_configs.md": published.page,
+    "text_metrics.md": text_metrics.card,
 }
 
 

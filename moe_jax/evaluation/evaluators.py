@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -11,7 +12,8 @@ from moe_jax import config as configs
 from moe_jax.analysis import measures, similarity
 from moe_jax.data import batches, tokenizers
 from moe_jax.data.corpus import TokenizedCorpus
-from moe_jax.evaluation import generate, perplexity
+from moe_jax.evaluation import generate, generated, perplexity, text_metrics
+from moe_jax.evaluation.samples import Sample
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
 
@@ -105,10 +107,16 @@ def _held_out_loss(context: Context, max_batches: int) -> Callable[[dict], Evalu
     return evaluate
 
 
+SAMPLE_METRICS = ("seq_rep_4", "distinct_2", "language_consistency", "words")
+
+
 def continuations(context: Context) -> Callable[[dict], Evaluation]:
-    """Continuations of `evaluation.prompts`, on one device."""
+    """Continuations of `evaluation.prompts`, on one device, and those metrics of them that are
+    defined and installed (`text_metrics.METRICS`)."""
     run, tokenizer = context.run, context.tokenizer
     prompts = [tokenizer.prompt(prompt) for prompt in run.evaluation.prompts]
+    reasons = generated.choose([], given=())
+    names = [name for name in SAMPLE_METRICS if not reasons[name]]
 
     def evaluate(params: dict) -> Evaluation:
         if not prompts:
@@ -125,7 +133,10 @@ def continuations(context: Context) -> Callable[[dict], Evaluation]:
             {"prompt": prompt, "continuation": tokenizer.decode(ids)}
             for prompt, ids in zip(run.evaluation.prompts, ids_of_prompts, strict=True)
         ]
-        return Evaluation({"samples": samples}, {"samples": samples})
+        texts = [Sample(sample["continuation"], sample["prompt"]) for sample in samples]
+        measured = generated.measure(texts, names, text_metrics.Tools())[""]
+        values = {n: round(v.value, 5) for n, v in measured.items() if not math.isnan(v.value)}
+        return Evaluation({"samples": samples}, {"samples": samples, "sample_metrics": values})
 
     return evaluate
 

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from moe_jax.model.layout import layer_groups
 from moe_jax.model.router import ROUTERS
 
 PADDED_TO = 32  # the number of tokens of prompts is rounded up to its multiples
+PIECE = 16  # tokens that `generate_until` computes before it looks for the end of a text
 
 
 def generate(
@@ -41,6 +44,68 @@ def generate(
     Raises: ValueError for no prompts or an empty one, ids beyond the vocabulary, settings out of
       range, or a text longer than the learned positions.
     """
+    config, tokens_BT, lengths_B = _checked(config, prompts, num_tokens, temperature, top_p)
+    key = jax.random.key(0) if key is None else key
+    drawn = _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num_tokens)
+    return list(np.asarray(drawn))
+
+
+def generate_until(
+    params: dict,
+    config: model.ModelConfig,
+    prompts: list[np.ndarray],
+    ended: Callable[[np.ndarray], bool],
+    *,
+    num_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    length: int = 0,
+    rows: int = 0,
+) -> list[np.ndarray]:
+    """`generate`, a piece at a time, until `ended(ids)` is true of the new ids of each row.
+
+    Args:
+      length: pads the prompts to this number of tokens, so that batches share compiled code.
+      rows: the number of prompts that are wanted; the others only fill the batch. 0 is all.
+
+    Returns: at most `num_tokens` ids of each wanted row, possibly some beyond its end.
+    """
+    config, tokens_BT, lengths_B = _checked(config, prompts, num_tokens, temperature, top_p)
+    tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, length - tokens_BT.shape[1]))))
+    sampling = _Sampling(jax.random.key(0) if key is None else key, temperature, top_p)
+    num_pieces = -(-(num_tokens - 1) // PIECE)  # after the first token
+    slots = tokens_BT.shape[1] + 1 + num_pieces * PIECE
+    token_B, cache = _begin(params, tokens_BT, lengths_B, sampling, config, slots)
+    rows = rows or len(prompts)
+    found_BN = np.asarray(token_B)[:rows, None]
+    for piece in range(num_pieces):
+        if all(map(ended, found_BN)):
+            break
+        first = 1 + piece * PIECE
+        (token_B, cache), more_NB = _extend(
+            params, token_B, cache, lengths_B, first, sampling, config, PIECE
+        )
+        found_BN = np.concatenate([found_BN, np.asarray(more_NB).T[:rows]], axis=1)
+    return list(found_BN[:, :num_tokens])
+
+
+def independent(config: model.ModelConfig) -> model.ModelConfig:
+    """The model in which a token depends neither on later tokens nor on other rows.
+
+    Raises: ValueError for merged experts, which have no such form.
+    """
+    if config.dispatch == "merge":
+        raise ValueError(
+            "merged experts (dispatch='merge') cannot generate token by token, nor score a "
+            "continuation: the experts of a segment are merged by the segment before"
+        )
+    router = ROUTERS[config.router].decodes_as or config.router
+    return dataclasses.replace(config, dispatch="dropless", router=router, remat="none")
+
+
+def _checked(config, prompts, num_tokens, temperature, top_p):
+    """The independent model, the padded prompts and their lengths; raises as `generate` does."""
     if not (0 <= temperature < math.inf and 0 < top_p <= 1):
         raise ValueError(
             f"temperature={temperature}, top_p={top_p}: use at least 0, and more than 0 up to 1"
@@ -65,46 +130,65 @@ def generate(
     tokens_BT = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
-    if config.dispatch == "merge":
-        raise ValueError("merged experts (dispatch='merge') cannot generate token by token")
-    router = ROUTERS[config.router].decodes_as or config.router
-    config = dataclasses.replace(config, dispatch="dropless", router=router, remat="none")
-    key = jax.random.key(0) if key is None else key
-    drawn = _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num_tokens)
-    return list(np.asarray(drawn))
+    return independent(config), tokens_BT, lengths_B
+
+
+class _Sampling(NamedTuple):
+    key: jax.Array
+    temperature: float
+    top_p: float
+
+    def draw(self, logits_BV, i):
+        return sample(logits_BV, jax.random.fold_in(self.key, i), self.temperature, self.top_p)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_tokens"))
 def _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num_tokens):
+    slots, sampling = tokens_BT.shape[1] + num_tokens, _Sampling(key, temperature, top_p)
+    first_B, cache = _begin(params, tokens_BT, lengths_B, sampling, config, slots)
+    rest = params, first_B, cache, lengths_B, 1, sampling, config, num_tokens - 1
+    _, token_NB = _extend(*rest)
+    return jnp.concatenate([first_B[None], token_NB]).T
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots"), inline=True)
+def _begin(params, tokens_BT, lengths_B, sampling, config, slots):
+    """The first token after each prompt, and the cache with the prompts in it."""
     B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    cache = _empty(config, B, slots)
+    at_BT = tokens_BT, positions_BT
+    logits_BV, cache = _logits_of(params, *at_BT, lengths_B - 1, cache, config)
+    return sampling.draw(logits_BV, 0), cache
 
-    def logits_of(tokens_BT, positions_BT, last_B, cache):
-        """The logits at index `last_B` of these tokens, and the cache with these tokens added."""
-        is_text_BT = jnp.arange(tokens_BT.shape[1]) <= last_B[:, None]
-        shared = transformer.Shared(positions_BT, is_text_BT.astype(jnp.int32))
-        x_BTD, _, cache = transformer.run_blocks(params, tokens_BT, shared, config, cache=cache)
-        x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
-        unembed_DV = transformer.unembedding(params).astype(x_BD.dtype)
-        return jnp.matmul(x_BD, unembed_DV, preferred_element_type=jnp.float32), cache
 
-    def draw(logits_BV, i):
-        return sample(logits_BV, jax.random.fold_in(key, i), temperature, top_p)
+@functools.partial(
+    jax.jit, static_argnames=("config", "number"), donate_argnames="cache", inline=True
+)
+def _extend(params, token_B, cache, lengths_B, first, sampling, config, number):
+    """((the last token, the cache), tokens [number, B]): those of the indices from `first` on."""
 
     def step(carry, i):
         token_B, cache = carry
         # A shorter prompt's padding in the cache is overwritten before any query attends to it.
         position_B1 = (lengths_B + i - 1)[:, None]
         zero_B = jnp.zeros_like(lengths_B)
-        logits_BV, cache = logits_of(token_B[:, None], position_B1, zero_B, cache)
-        token_B = draw(logits_BV, i)
+        at_B1 = token_B[:, None], position_B1
+        logits_BV, cache = _logits_of(params, *at_B1, zero_B, cache, config)
+        token_B = sampling.draw(logits_BV, i)
         return (token_B, cache), token_B
 
-    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    cache = _empty(config, B, T + num_tokens)
-    logits_BV, cache = logits_of(tokens_BT, positions_BT, lengths_B - 1, cache)
-    first_B = draw(logits_BV, 0)
-    _, token_NB = jax.lax.scan(step, (first_B, cache), jnp.arange(1, num_tokens))
-    return jnp.concatenate([first_B[None], token_NB]).T
+    return jax.lax.scan(step, (token_B, cache), first + jnp.arange(number))
+
+
+def _logits_of(params, tokens_BT, positions_BT, last_B, cache, config):
+    """The logits at index `last_B` of these tokens, and the cache with these tokens added."""
+    is_text_BT = jnp.arange(tokens_BT.shape[1]) <= last_B[:, None]
+    shared = transformer.Shared(positions_BT, is_text_BT.astype(jnp.int32))
+    x_BTD, _, cache = transformer.run_blocks(params, tokens_BT, shared, config, cache=cache)
+    x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
+    unembed_DV = transformer.unembedding(params).astype(x_BD.dtype)
+    return jnp.matmul(x_BD, unembed_DV, preferred_element_type=jnp.float32), cache
 
 
 def _empty(config: model.ModelConfig, B: int, S: int) -> dict:

@@ -84,13 +84,28 @@ def chunked(x_BTD, unembed_DV, targets_BT, weight_BT, z_coefficient) -> LossSums
 
 def token_losses(x_BTD: jax.Array, unembed_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Cross-entropy of each token in nats, [B, T], some positions at a time; without a gradient."""
+    return _of_chunks(lambda log_z, target, logits: log_z - target, x_BTD, unembed_DV, targets_BT)
 
-    def losses(chunk):
-        log_z_BC, target_BC, _ = _log_z_and_target(chunk[0], unembed_DV, chunk[1])
-        return log_z_BC - target_BC
 
-    nats_NBC = jax.lax.map(losses, _chunks(x_BTD, unembed_DV.shape[1], targets_BT))
-    return jnp.moveaxis(nats_NBC, 0, 1).reshape(targets_BT.shape)
+def token_predictions(
+    x_BTD: jax.Array, unembed_DV: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`token_losses`, and the id of the most probable token at each position, [B, T]."""
+
+    def both(log_z_BC, target_BC, logits_BCV):
+        return log_z_BC - target_BC, jnp.argmax(logits_BCV, axis=-1)
+
+    return _of_chunks(both, x_BTD, unembed_DV, targets_BT)
+
+
+def _of_chunks(function, x_BTD, unembed_DV, targets_BT):
+    """`function` of `_log_z_and_target`, some positions at a time."""
+
+    def of_chunk(chunk):
+        return function(*_log_z_and_target(chunk[0], unembed_DV, chunk[1]))
+
+    chunked = jax.lax.map(of_chunk, _chunks(x_BTD, unembed_DV.shape[1], targets_BT))
+    return jax.tree.map(lambda x_NBC: jnp.moveaxis(x_NBC, 0, 1).reshape(targets_BT.shape), chunked)
 
 
 def _log_z_and_target(x_BTD, unembed_DV, targets_BT):

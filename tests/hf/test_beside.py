@@ -87,7 +87,8 @@ def converted(source: pathlib.Path, output: pathlib.Path, to: str) -> pathlib.Pa
 def generated(checkpoint: pathlib.Path) -> list[str]:
     options = {"num_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 0, "tokenizer": None}
     options |= {"checkpoint": str(checkpoint), "allow_nonfinite": False, "offload": None}
-    return generate.run(argparse.Namespace(prompt=["a"], **options))
+    texts = generate.run(argparse.Namespace(prompt=["a"], samples=1, **options))
+    return [text.whole for text in texts]
 
 
 def test_a_folder_a_run_and_a_folder_again_have_the_same_files_and_token_ids(folder, tmp_path):
