@@ -177,10 +177,10 @@ def of_tasks(arguments: argparse.Namespace) -> dict:
         )
     from moe_jax.evaluation import harness
 
-    names = ("include_path", "num_fewshot", "limit")
-    given = {name: getattr(arguments, name) for name in names}
-    harness.check(tasks, **given)
-    return harness.run(_subject(arguments, arguments.checkpoint), tasks, **given)
+    shots, limit = arguments.num_fewshot, arguments.limit
+    manager = harness.manager_of(tasks, arguments.include_path, shots, limit)
+    subject = _subject(arguments, arguments.checkpoint)
+    return harness.run(subject, tasks, manager, num_fewshot=shots, limit=limit)
 
 
 def _subject(arguments: argparse.Namespace, name: str) -> Subject:
