@@ -159,6 +159,8 @@ def of_text(arguments: argparse.Namespace) -> dict:
 def of_items(arguments: argparse.Namespace) -> dict:
     """The report of `items.report` on the file --items."""
     names = [name for name in (arguments.checkpoint, arguments.compare) if name]
+    for name in names:
+        stores.find(name)  # refuses the second one's before the first one works for long
     stops = tuple(arguments.stop or ["\n"])
     settings = Settings(arguments.num_tokens or NUM_TOKENS, stops)
     load = functools.partial(_subject, arguments)

@@ -78,7 +78,7 @@ def report(
         own = {"checkpoint": subject.name, **results[-1].report(seed=seed)}
         models.append({**own, "measures": list(results[-1].values)})
         del subject
-    whole = {"items": path, "kind": kind.name, "models": models}
+    whole: dict[str, Any] = {"items": path, "kind": kind.name, "models": models}
     if len(results) > 1:
         whole["comparison"] = results[0].compare(results[1], seed=seed)
     return whole
