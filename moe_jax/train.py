@@ -66,7 +66,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         goes_on = bool(checkpoint.steps(directory))
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
         backends.check(settings.training.log_to)
-    evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
+    evaluators.check(settings)
     training, length = settings.training, settings.data.sequence_length
     # Runs of a sweep that differ only in the values of their parameters share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))

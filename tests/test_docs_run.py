@@ -35,6 +35,7 @@ NOT_HERE = {
     r"scripts/test\.sh": "is what runs this test",
     r"scripts/smollm2\.py": "downloads a model; see hf/test_scripts.py",
     r"--peer=hf": "needs PyTorch and Transformers",
+    r"--tasks=|scripts/harness\.py": "needs lm-evaluation-harness; see evaluation/test_harness.py",
     r"--coordinator=host0:": "needs a second host; see test_train_processes.py",
 }
 # The values of these options are replaced in all commands of train.py that train.

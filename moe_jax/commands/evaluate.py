@@ -178,6 +178,8 @@ def of_text(arguments: argparse.Namespace) -> dict:
 def of_items(arguments: argparse.Namespace) -> dict:
     """The report of `items.report` on the file --items."""
     names = [name for name in (arguments.checkpoint, arguments.compare) if name]
+    for name in names:
+        stores.find(name)  # refuses the second one's before the first one works for long
     stops = tuple(arguments.stop or ["\n"])
     settings = Settings(arguments.num_tokens or NUM_TOKENS, stops)
     load = functools.partial(_subject, arguments)
@@ -196,10 +198,10 @@ def of_tasks(arguments: argparse.Namespace) -> dict:
         )
     from moe_jax.evaluation import harness
 
-    names = ("include_path", "num_fewshot", "limit")
-    given = {name: getattr(arguments, name) for name in names}
-    harness.check(tasks, **given)
-    return harness.run(_subject(arguments, arguments.checkpoint), tasks, **given)
+    shots, limit = arguments.num_fewshot, arguments.limit
+    manager = harness.manager_of(tasks, arguments.include_path, shots, limit)
+    subject = _subject(arguments, arguments.checkpoint)
+    return harness.run(subject, tasks, manager, num_fewshot=shots, limit=limit)
 
 
 def of_generated(arguments: argparse.Namespace) -> dict:

@@ -36,6 +36,11 @@ class Evaluation(Section, path="evaluation"):
     continuation_tokens: int = key(
         96, "number of tokens to continue a prompt with", POSITIVE, PROMPTS
     )
+    multiple_choice: str = key(
+        "",
+        "a .jsonl of items {context, choices, answer[, label]} to answer by log-likelihood at "
+        "each evaluation; empty for none",
+    )
     num_experts_per_tok: int = key(
         0, "experts per token in evaluation; 0 for the model's own number", NOT_NEGATIVE, ROUTED
     )

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import grain
 import jax
@@ -19,6 +20,7 @@ from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.packing import RowPlan
 from moe_jax.parallel import distributed
 
+Arrays = TypeVar("Arrays")  # a tree of arrays
 Ranges = tuple[tuple[int, int], ...]  # the first and the last number of each range
 
 
@@ -151,9 +153,9 @@ def evaluation_batches(
 
 
 def to_device(
-    batch: Batch, sharding: jax.NamedSharding, rows: np.ndarray, batch_size: int
-) -> Batch:
-    """Global arrays of `batch_size` rows; `batch` holds the rows of this process.
+    batch: Arrays, sharding: jax.NamedSharding, rows: np.ndarray, batch_size: int
+) -> Arrays:
+    """Global arrays of `batch_size` rows; `batch`, a tree, holds the rows of this process.
 
     `rows` are the indices of these rows, ascending (`parallel.distributed.rows_of`).
     """

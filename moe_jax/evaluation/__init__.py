@@ -1,1 +1,1 @@
-"""Evaluators of a trained model: held-out loss, continuations, similarity of experts."""
+"""Evaluation of models: held-out loss, continuations, multiple choice, answers, comparisons."""

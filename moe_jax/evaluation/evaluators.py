@@ -10,9 +10,18 @@ import numpy as np
 
 from moe_jax import config as configs
 from moe_jax.analysis import measures, similarity
+from moe_jax.config import checks
 from moe_jax.data import batches, tokenizers
 from moe_jax.data.corpus import TokenizedCorpus
-from moe_jax.evaluation import generate, generated, perplexity, text_metrics
+from moe_jax.evaluation import (
+    generate,
+    generated,
+    json_lines,
+    multiple_choice,
+    perplexity,
+    scoring,
+    text_metrics,
+)
 from moe_jax.evaluation.samples import Sample
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
@@ -141,6 +150,34 @@ def continuations(context: Context) -> Callable[[dict], Evaluation]:
     return evaluate
 
 
+def answers_to_choices(context: Context) -> Callable[[dict], Evaluation]:
+    """Accuracies on the items of `evaluation.multiple_choice`, with 95 % intervals.
+
+    Contexts longer than the run's rows lose their first tokens, and are counted.
+    """
+    run = context.run
+    items = _items(run)
+    if not items:
+        return lambda params: Evaluation({}, {})
+    limit = run.data.sequence_length
+    scorer = scoring.Scorer(context.model, context.mesh, run.evaluation.batch_size, limit)
+
+    def evaluate(params: dict) -> Evaluation:
+        score = functools.partial(scorer.score, params)
+        found = multiple_choice.evaluate(items, context.tokenizer, score).report(seed=run.seed)
+        return Evaluation({"multiple_choice": found}, {"multiple_choice": found})
+
+    return evaluate
+
+
+def _items(run: configs.Run) -> list[multiple_choice.Item]:
+    path = run.evaluation.multiple_choice
+    with checks.refusing("config.evaluation.multiple_choice: "):
+        if path:
+            generate.independent(run.model)
+        return json_lines.read(path, multiple_choice.parse) if path else []
+
+
 def expert_similarity(context: Context) -> Callable[[dict], Evaluation]:
     """Similarity of the experts, and the routers' distance from their initial values."""
     config = context.run.model
@@ -163,6 +200,11 @@ EVALUATORS: dict[str, Evaluator] = {
         held_out_loss, every=lambda evaluation: evaluation.every_steps, logged_at_end=True
     ),
     "final_loss": Evaluator(final_loss),
+    "multiple_choice": Evaluator(
+        answers_to_choices,
+        every=lambda evaluation: evaluation.every_steps if evaluation.multiple_choice else 0,
+        logged_at_end=True,
+    ),
     "expert_similarity": Evaluator(expert_similarity),
     "continuations": Evaluator(continuations),
 }
@@ -187,6 +229,16 @@ def schedule(context: Context) -> dict[str, Scheduled]:
         name: Scheduled(evaluator.make(context), every[name], evaluator.logged_at_end)
         for name, evaluator in EVALUATORS.items()
     }
+
+
+def check(run: configs.Run) -> None:
+    """Refuses a run whose evaluators cannot be made.
+
+    Raises: ConfigError for a name that is not in the table, and for items of multiple choice that
+      cannot be read, or a model that cannot score them.
+    """
+    intervals(run.evaluation)
+    _items(run)
 
 
 def intervals(evaluation: configs.Evaluation) -> dict[str, int]:

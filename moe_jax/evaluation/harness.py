@@ -122,14 +122,13 @@ def register(load: Callable[..., Subject]) -> None:
     registry.register_model(NAME)(Loaded)
 
 
-def check(
-    tasks: Sequence[Task],
-    *,
-    include_path: str | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-) -> None:
-    """Refuses, before a model is loaded, what `run` cannot run.
+def manager_of(
+    tasks: Sequence[Task], include_path: str | None, num_fewshot: int | None, limit: int | None
+) -> TaskManager:
+    """The harness's table of tasks, after a check of what `run` gets: a model loads slowly.
+
+    Args:
+      include_path: a folder with YAML files of more tasks.
 
     Raises: ValueError for a task that the harness does not have, a folder that is not there, and
       numbers out of range.
@@ -139,28 +138,27 @@ def check(
     for name, number, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1)):
         if number is not None and number < least:
             raise ValueError(f"--{name}={number} must be at least {least}")
-    known = TaskManager(include_path=include_path).all_tasks
+    manager = TaskManager(include_path=include_path)
     for task in tasks:
-        if task.name not in known:
-            raise ValueError(spelling.unknown("--tasks", task.name, known))
+        if task.name not in manager.all_tasks:
+            raise ValueError(spelling.unknown("--tasks", task.name, manager.all_tasks))
+    return manager
 
 
 def run(
     subject: Subject,
     tasks: Sequence[Task],
+    manager: TaskManager,
     *,
-    include_path: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
     """The harness's results by task, and what was counted.
 
     Args:
-      include_path: a folder with YAML files of more tasks.
       num_fewshot: replaces the number of shots of all tasks.
       limit: the number of items of each task; None is all.
     """
-    manager = TaskManager(include_path=include_path)
     adapter = Adapter(subject)
     by_shots = collections.defaultdict(list)
     for task in tasks:

@@ -70,13 +70,15 @@ def report(
       load: called with one of `names` at a time, so that one model is in memory.
     """
     kind, found = read(path)
-    results, whole = [], {"items": path, "kind": kind.name, "models": []}
+    results: list[outcomes.Outcomes] = []
+    models: list[dict[str, Any]] = []
     for name in names:
         subject = load(name)
         results.append(kind.evaluate(found, subject, settings))
         own = {"checkpoint": subject.name, **results[-1].report(seed=seed)}
-        whole["models"].append({**own, "measures": list(results[-1].values)})
+        models.append({**own, "measures": list(results[-1].values)})
         del subject
+    whole: dict[str, Any] = {"items": path, "kind": kind.name, "models": models}
     if len(results) > 1:
         whole["comparison"] = results[0].compare(results[1], seed=seed)
     return whole
