@@ -18,7 +18,7 @@ KIND = "pinned_host"  # JAX's name of the memory from which a chip can copy
 class HostExperts:
     """One matrix of all experts of all layers of a slot, or of one layer in a scan over them."""
 
-    stack_XDF: jax.Array | None  # X = L·E, in the host's memory; a scan would copy it
+    stack_XDF: Any  # X = L·E, in the host's memory; a scan would copy it
     layer: jax.Array  # its number among the layers of the slot, int32 [L] or []
     matrices: tuple[int, int, int] = dataclasses.field(metadata={"static": True})  # E, D, F
 
