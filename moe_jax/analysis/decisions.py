@@ -24,7 +24,7 @@ VERSION = 1
 META, TOKENS = "meta.json", "tokens.npy"
 MOST_PROBABILITIES = 3
 MOST_LABELS = 1000
-CHUNK = 1 << 18  # tokens that a reader holds at once
+CHUNK = 1 << 16  # tokens that a reader holds at once
 IDS = ("label", "input", "target", "predicted")
 
 
@@ -122,23 +122,23 @@ class Decisions:
             arrays = (np.ascontiguousarray(own[name]) for name in own.dtype.names)
             yield Tokens(*(np.ascontiguousarray(ids[name]) for name in IDS)), Choices(*arrays)
 
-    def check_same(self, facts: Facts, *names: str) -> None:
-        """Raises: ValueError if these facts, by name, differ from those of another recording."""
-        for name in names:
-            if (own := getattr(self.facts, name)) != (other := getattr(facts, name)):
-                shown = f" ({short(own)}, not {short(other)})"
+    def check_same(self, **expected: object) -> None:
+        """Raises: ValueError if these fields of `Facts` have other values here."""
+        for name, value in expected.items():
+            if (own := getattr(self.facts, name)) != value:
+                shown = "" if name.endswith("digest") else f" ({short(own)}, not {short(value)})"
                 raise ValueError(
-                    f"{self.folder} is of another {_WORDS.get(name, name)}"
-                    f"{'' if name.endswith('digest') else shown}; give one of the same, or leave "
-                    "it out"
+                    f"{self.folder} is the routing of another {_WORDS[name]}{shown}; give one of "
+                    "the same, or leave it out"
                 )
 
 
 _WORDS = {
-    "text_digest": "text or tokenizer",
+    "text_digest": "text, tokenizer or sample",
     "model_digest": "model",
     "layers": "set of sparse layers",
     "num_experts": "number of experts",
+    "num_experts_per_tok": "number of experts per token",
 }
 
 
@@ -221,7 +221,7 @@ def read_state(folder: pathlib.Path) -> State | None:
         return None
     try:
         sealed = strict_json.read_object(path)
-        if sealed.pop("sha256") != _seal(sealed):
+        if sealed.pop("sha256") != seal(sealed):
             raise ValueError("its contents have changed since they were written")
         if sealed["version"] != VERSION:
             raise ValueError(f"it is of version {sealed['version']!r}, not {VERSION}")
@@ -238,10 +238,10 @@ def read_state(folder: pathlib.Path) -> State | None:
 def write_state(folder: pathlib.Path, state: State) -> None:
     """Replaces meta.json; a program that is killed leaves either the old one or the new one."""
     plain = {"version": VERSION, **json.loads(strict_json.text(dataclasses.asdict(state)))}
-    files.write_text(folder / META, strict_json.text({**plain, "sha256": _seal(plain)}, indent=1))
+    files.write_text(folder / META, strict_json.text({**plain, "sha256": seal(plain)}, indent=1))
 
 
-def _seal(plain: dict) -> str:
+def seal(plain: dict) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

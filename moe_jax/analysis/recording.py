@@ -58,7 +58,6 @@ def facts(
 ) -> decisions.Facts:
     """What is recorded of this model on these chunks of rows; `model` and `text` are names."""
     config = weights.config
-    digest = hashlib.sha256(repr((dataclasses.astuple(config), weights.fingerprint)).encode())
     chooses = not ROUTERS[config.router].causal  # experts choose tokens: a token may have all
     return decisions.Facts(
         model=model,
@@ -70,12 +69,18 @@ def facts(
         num_experts_per_tok=config.num_experts if chooses else config.num_experts_per_tok,
         vocab_size=config.vocab_size,
         num_tokens=sum(int(np.count_nonzero(chunk.segment_ids_BT)) for chunk in chunks),
-        model_digest=digest.hexdigest(),
-        text_digest=_digest_of_rows(chunks, labels),
+        model_digest=model_digest(weights),
+        text_digest=text_digest(chunks, labels),
     )
 
 
-def _digest_of_rows(chunks: Sequence[Batch], labels: Sequence[str]) -> str:
+def model_digest(weights: Weights) -> str:
+    """A hash of the model's config and its weights' fingerprint."""
+    named = dataclasses.asdict(weights.config), weights.fingerprint
+    return hashlib.sha256(repr(named).encode()).hexdigest()
+
+
+def text_digest(chunks: Sequence[Batch], labels: Sequence[str]) -> str:
     """A hash of the rows that does not depend on how many of them are in a chunk."""
     digest = hashlib.sha256(repr(tuple(labels)).encode())
     for chunk in chunks:
