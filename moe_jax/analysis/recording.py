@@ -107,11 +107,11 @@ def record(
       for the hidden states.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = _begun(folder, facts)
-    if decisions.TOKENS in state.digests:
-        return
-    config = weights.config
+    state, config = _begun(folder, facts), weights.config
     hidden = _Hidden(folder, chunks[0].tokens_BT.shape, config)
+    if decisions.TOKENS in state.digests:
+        hidden.remove()  # which a process that was killed may have left
+        return
     if not state.finished:
         hidden.check_room(len(chunks))
     total = len(chunks) * (config.num_hidden_layers + 1)
