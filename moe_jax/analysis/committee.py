@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import numpy as np
+from scipy import sparse
 
 from moe_jax.analysis import routing
 
@@ -18,9 +19,13 @@ class Committee:
     gini: how unevenly the load is spread over experts, mean over labels: 0 evenly, 1 - 1/E for one
       expert with everything.
     jaccard: the mean over pairs of labels of |both top groups| / |either|: 1 for equal groups.
-    chance: the mean `jaccard` of random groups of this size.
-    p_shared: p-value that independent groups of this size overlap as much or more.
-    p_labels: p-value that labels without a meaning give groups that differ as much or more.
+    chance, p_shared: the mean `jaccard` of independent random groups of this size, and the p-value
+      that these overlap as much or more.
+    shuffled, p_labels: the mean `jaccard` of labels without a meaning, permuted over units, and the
+      p-value that their groups differ as much or more.
+    divergence, p_divergence: the mean Jensen-Shannon divergence in bits between the whole loads of
+      two labels, and the p-value that labels without a meaning diverge as much or more. It finds
+      differences that leave the top groups as they are.
     n: the number of units whose labels were permuted.
     draws: the number of permutations of each null.
     """
@@ -32,7 +37,10 @@ class Committee:
     jaccard: float
     chance: float
     p_shared: float
+    shuffled: float
     p_labels: float
+    divergence: float
+    p_divergence: float
     n: int
     draws: int
 
@@ -46,12 +54,12 @@ def committee(
     draws: int = 999,
     seed: int = 0,
 ) -> Committee:
-    """The standing committee of one layer, with two permutation nulls.
+    """The standing committee of one layer, with its permutation nulls.
 
     Args:
       count_UE: assignments of each unit to each expert. A unit is what keeps its label together:
         a document. Single tokens are units too, but the tokens of a document are not independent,
-        so that p_labels is then too small.
+        so that the p-values are then too small.
       label_U: the label of each unit, in 0 … G - 1.
       size: the size of a label's top group, such as the experts per token.
 
@@ -66,14 +74,16 @@ def committee(
             f"a committee of size={size} among {E} experts over {int(used_G.sum())} labels cannot "
             f"be; give a size from 1 to {E} and text of two labels or more"
         )
-    top_GE = _top(count_GE[used_G], size)
-    observed, rng = mean_jaccard(top_GE), np.random.default_rng(seed)
-    shared = [mean_jaccard(rng.permuted(top_GE, axis=1)) for _ in range(draws)]
-    by_chance = []
-    for _ in range(draws):
-        drawn_GE = _by_label(count_UE, rng.permutation(label_U), num_labels)
-        by_chance.append(mean_jaccard(_top(drawn_GE[used_G], size)))
-    share_GE = routing.share(count_GE[used_G])
+    count_GE = count_GE[used_G]
+    top_GE, rng = _top(count_GE, size), np.random.default_rng(seed)
+    jaccard, divergence = mean_jaccard(top_GE), _mean_divergence(count_GE)
+    shared_D = np.array([mean_jaccard(rng.permuted(top_GE, axis=1)) for _ in range(draws)])
+    shuffled_D, divergence_D = np.zeros(draws), np.zeros(draws)
+    for d in range(draws):
+        drawn_GE = _by_label(count_UE, rng.permutation(label_U), num_labels)[used_G]
+        shuffled_D[d] = mean_jaccard(_top(drawn_GE, size))
+        divergence_D[d] = _mean_divergence(drawn_GE)
+    share_GE = routing.share(count_GE)
     mean_E = share_GE.mean(axis=0)
     members = [e for e in np.argsort(-mean_E, kind="stable").tolist() if top_GE[:, e].all()]
     return Committee(
@@ -81,10 +91,13 @@ def committee(
         members=tuple(members),
         share=float(mean_E[members].sum()),
         gini=float(gini(share_GE).mean()),
-        jaccard=observed,
-        chance=float(np.mean(shared)),
-        p_shared=(1 + sum(value >= observed - 1e-12 for value in shared)) / (1 + draws),
-        p_labels=(1 + sum(value <= observed + 1e-12 for value in by_chance)) / (1 + draws),
+        jaccard=jaccard,
+        chance=float(shared_D.mean()),
+        p_shared=_p_value(shared_D >= jaccard - 1e-12),
+        shuffled=float(shuffled_D.mean()),
+        p_labels=_p_value(shuffled_D <= jaccard + 1e-12),
+        divergence=divergence,
+        p_divergence=_p_value(divergence_D >= divergence - 1e-12),
         n=len(label_U),
         draws=draws,
     )
@@ -109,6 +122,14 @@ def mean_jaccard(top_GE: np.ndarray) -> float:
     return float((both_P / (top_GE[first_P] | top_GE[second_P]).sum(axis=1)).mean())
 
 
+def _mean_divergence(count_GE: np.ndarray) -> float:
+    return float(routing.label_divergences(count_GE)[np.triu_indices(len(count_GE), 1)].mean())
+
+
+def _p_value(as_extreme_D: np.ndarray) -> float:
+    return (1 + int(as_extreme_D.sum())) / (1 + len(as_extreme_D))
+
+
 def _top(count_GE: np.ndarray, size: int) -> np.ndarray:
     """bool [G, E]: each row's busiest experts; of equal ones, those with the lower index."""
     top_GE = np.zeros(count_GE.shape, bool)
@@ -118,6 +139,6 @@ def _top(count_GE: np.ndarray, size: int) -> np.ndarray:
 
 
 def _by_label(count_UE: np.ndarray, label_U: np.ndarray, num_labels: int) -> np.ndarray:
-    label_GU = np.arange(num_labels)[:, None] == label_U
-    # BLAS has no integers; float64 holds them to 2^53.
-    return (label_GU.astype(np.float64) @ count_UE.astype(np.float64)).astype(np.int64)
+    U = len(label_U)
+    ones_U = np.ones(U, np.int64)
+    return sparse.csr_array((ones_U, (label_U, np.arange(U))), (num_labels, U)) @ count_UE

@@ -15,6 +15,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ MOST_PROBABILITIES = 3
 MOST_LABELS = 1000
 CHUNK = 1 << 16  # tokens that a reader holds at once
 IDS = ("label", "input", "target", "predicted")
+CHOICES = ("expert", "weight", "probability")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +79,8 @@ class Facts:
     def layer_dtype(self) -> np.dtype:
         expert = np.uint8 if self.num_experts < 2**8 else np.uint16
         A, P = self.num_experts_per_tok, min(MOST_PROBABILITIES, self.num_experts)
-        fields = [("expert", expert, (A,)), ("weight", np.float32, (A,))]
-        return np.dtype([*fields, ("probability", np.float32, (P,))])
+        kinds = (expert, (A,)), (np.float32, (A,)), (np.float32, (P,))
+        return np.dtype([(name, *kind) for name, kind in zip(CHOICES, kinds, strict=True)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Decisions:
         for start in range(0, self.facts.num_tokens, size):
             part = slice(start, start + size)
             ids, own = self._tokens[part], self._layers[layer][part]
-            arrays = (np.ascontiguousarray(own[name]) for name in own.dtype.names)
+            arrays = (np.ascontiguousarray(own[name]) for name in CHOICES)
             yield Tokens(*(np.ascontiguousarray(ids[name]) for name in IDS)), Choices(*arrays)
 
     def check_same(self, **expected: object) -> None:
@@ -225,7 +227,9 @@ def read_state(folder: pathlib.Path) -> State | None:
             raise ValueError("its contents have changed since they were written")
         if sealed["version"] != VERSION:
             raise ValueError(f"it is of version {sealed['version']!r}, not {VERSION}")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in sealed["facts"].items()}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in sealed["facts"].items()
+        }
         facts = Facts(**values)
         names = {TOKENS, *map(layer_file, facts.layers)}
         digests = {name: str(sealed["digests"][name]) for name in names & sealed["digests"].keys()}

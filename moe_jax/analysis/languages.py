@@ -113,13 +113,16 @@ def tsne(vector_GX: np.ndarray, *, perplexity: float = 30.0, seed: int = 0) -> n
     points, and sizes of groups, mean nothing in such a map.
     """
     perplexity = min(perplexity, (len(vector_GX) - 1) / 3)
-    start = manifold.TSNE(perplexity=perplexity, learning_rate=250.0, init="pca", random_state=seed)
-    return start.fit_transform(vector_GX)
+    # The exact method is fast for so few points, and starts no threads.
+    rest = {"init": "pca", "method": "exact", "random_state": seed}
+    model = manifold.TSNE(perplexity=perplexity, learning_rate=250.0, **rest)
+    return model.fit_transform(vector_GX)
 
 
 def same_family(families: Sequence[str]) -> np.ndarray:
     """[G, G]: distances by family, 0 within and 1 between families."""
-    return (np.array(families)[:, None] != np.array(families)).astype(np.float64)
+    families_G = np.array(list(families))
+    return (families_G[:, None] != families_G).astype(np.float64)
 
 
 def mantel(
@@ -323,7 +326,7 @@ def _jackknife(of_chosen, G, jackknifed_G, statistic: float) -> tuple[float, flo
 
 
 def _family_numbers(families: Sequence[str]) -> np.ndarray:
-    family_G = np.unique(np.array(families), return_inverse=True)[1]
+    family_G = np.unique(np.array(list(families)), return_inverse=True)[1]
     sizes = np.bincount(family_G)
     if len(sizes) < 2 or sizes.max() < 2:
         raise ValueError(

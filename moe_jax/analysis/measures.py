@@ -76,9 +76,13 @@ def tokens_per_expert(sums: Sums) -> list:
 
 def effective_experts(sums: Sums) -> list:
     """exp(entropy of the shares): E when balanced, 1 when collapsed."""
-    share_LE = sums.share_LE
-    log_LE = np.log(np.where(share_LE > 0, share_LE, 1))
-    return np.exp(-(share_LE * log_LE).sum(axis=1)).round(4).tolist()
+    return effective_number(sums.share_LE).round(4).tolist()
+
+
+def effective_number(share_XE: np.ndarray) -> np.ndarray:
+    """exp(entropy) of shares that sum to 1 over the last axis."""
+    log_XE = np.log(np.where(share_XE > 0, share_XE, 1))
+    return np.exp(-(share_XE * log_XE).sum(axis=-1))
 
 
 def max_violation(sums: Sums) -> list:

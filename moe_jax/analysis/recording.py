@@ -159,7 +159,7 @@ def _names(facts: decisions.Facts) -> str:
 class _Hidden:
     """The hidden states of all chunks before a layer, in one of two files."""
 
-    def __init__(self, folder: pathlib.Path, rows: tuple[int, int], config: ModelConfig):
+    def __init__(self, folder: pathlib.Path, rows: tuple[int, ...], config: ModelConfig):
         self._folder, self._shape = folder, (*rows, config.hidden_size)
         self._dtype = jnp.dtype(config.dtype)
 

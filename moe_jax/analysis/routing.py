@@ -10,7 +10,7 @@ import numpy as np
 from scipy import optimize
 from scipy.spatial import distance
 
-from moe_jax.analysis import routing_counts
+from moe_jax.analysis import measures, routing_counts
 from moe_jax.analysis.routing_counts import Counts
 
 RARE = 0.01  # an expert with a smaller share of a layer's assignments is hardly used
@@ -37,9 +37,7 @@ def specialisation(count_GE: np.ndarray, tokens_G: np.ndarray) -> np.ndarray:
 
 def effective_experts(count_XE: np.ndarray) -> np.ndarray:
     """exp(entropy of the shares): E when the load is even, 1 when one expert has it all."""
-    share_XE = share(count_XE)
-    log_XE = np.log(np.where(share_XE > 0, share_XE, 1))
-    return np.exp(-(share_XE * log_XE).sum(axis=-1))
+    return measures.effective_number(share(count_XE))
 
 
 def busiest_share(count_XE: np.ndarray, number: int = 2) -> np.ndarray:

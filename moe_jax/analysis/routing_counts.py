@@ -52,7 +52,7 @@ class Counts:
 
     @property
     def num_tokens(self) -> int:
-        return int(np.sum(self.tokens_G, dtype=np.int64))
+        return int(np.asarray(self.tokens_G).sum(dtype=np.int64))
 
     @property
     def mean_probability_P(self) -> np.ndarray:

@@ -192,7 +192,7 @@ def language_statistics(
 
 
 def _findings(distance_GG: np.ndarray, families: list[str], permutations: int, seed: int) -> dict:
-    how = {"permutations": permutations, "seed": seed}
+    how: dict[str, Any] = {"permutations": permutations, "seed": seed}
     same_GG = languages.same_family(families)
     found = {
         "silhouette": languages.family_silhouette(distance_GG, families, **how),

@@ -24,6 +24,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -119,22 +120,23 @@ def _decisions(
     source = stores.find(arguments.checkpoint)
     config = configs.model_of(source.folder)
     recording.check(config)
-    found = decisions.load(arguments.routing) if arguments.routing else None
-    rows = _rows(arguments, source.folder, config) if arguments.text or not found else None
-    if found and rows:
-        found.check_same(text_digest=recording.text_digest(*rows))
-    if final and rows:
-        final.check_same(text_digest=recording.text_digest(*rows))
+    given = decisions.load(arguments.routing) if arguments.routing else None
+    rows = [] if given and not arguments.text else [_rows(arguments, source.folder, config)]
+    for other in filter(None, (given, final)):
+        for chunks, labels in rows:
+            other.check_same(text_digest=recording.text_digest(chunks, labels))
     weights = stores.weights(source, allow_nonfinite=arguments.allow_nonfinite)
-    if found:
-        found.check_same(model_digest=recording.model_digest(weights))
-        yield found
+    if given:
+        given.check_same(model_digest=recording.model_digest(weights))
+        yield given
         return
-    facts = recording.facts(weights, *rows, model=source.name, text=arguments.text or EMBEDDED)
+    [(chunks, labels)] = rows
+    name, text = source.name, arguments.text or EMBEDDED
+    facts = recording.facts(weights, chunks, labels, model=name, text=text)
     cache = cache_folder("") / "routing"
     folder = arguments.save_routing or cache / _key(facts.model_digest, facts.text_digest)
     with files.alone(cache / f"{_key(os.path.abspath(folder))}.lock"):
-        recording.record(weights, rows[0], facts, folder)
+        recording.record(weights, chunks, facts, folder)
         yield decisions.load(folder)
         if not arguments.save_routing:
             shutil.rmtree(folder)
@@ -178,11 +180,8 @@ def _rows(
 def _write(arguments, report: dict, facts: decisions.Facts, layers: dict) -> None:
     with files.whole_folder(arguments.output) as unfinished:
         files.write_text(unfinished / "result.json", strict_json.text(report, indent=1))
-        np.savez_compressed(
-            unfinished / "counts.npz",
-            labels=np.array(facts.labels),
-            **routing_summary.arrays(layers),
-        )
+        counts: dict[str, Any] = routing_summary.arrays(layers)
+        np.savez_compressed(unfinished / "counts.npz", labels=np.array(facts.labels), **counts)
         analysis_figures.write(unfinished / "figures", facts, layers, seed=arguments.seed)
 
 

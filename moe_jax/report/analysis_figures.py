@@ -37,7 +37,7 @@ def _figures(
     share_LGE = np.stack([routing.share(np.asarray(counts[i].label_GE)[there]) for i in shown])
     yield "expert_share", routing_figures.expert_share(share_LGE, labels, chosen)
     if facts.num_experts_per_tok > 1:
-        matrices = [routing.coactivation(counts[i].pairs_EE) for i in shown]
+        matrices = [routing.coactivation(np.asarray(counts[i].pairs_EE)) for i in shown]
         orders = [routing.most_coactive(matrix, COACTIVE) for matrix in matrices]
         yield "coactivation", routing_figures.coactivation(matrices, orders, chosen)
     by_kind = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import colors, patches, ticker
+from matplotlib import lines, patches, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.cluster import hierarchy
@@ -31,6 +31,7 @@ STYLE: dict[Any, Any] = figures.STYLE | {
 }
 WIDTH = 5.0  # inches: 9.5 points are 10 pixels or more in a figure shown 400 pixels wide
 ROW = 0.155  # inches for a row with a label
+LEVEL: dict[str, Any] = figures.LEVEL
 ALONE = {"color": "#999999", "marker": ".", "hatch": ""}  # families of one language
 MOST_FAMILIES = 14  # with a look of their own
 # Where a label of a point may go, nearest first: factors of its width and height.
@@ -75,9 +76,10 @@ def expert_share(
             place_E = np.arange(E) + (g - (G - 1) / 2) * width
             look = {"color": figures.COLOURS[g], "label": untrusted.label(labels[g])}
             axes.bar(place_E, 100 * share_E, width, **look)
-        axes.axhline(100 / E, **figures.LEVEL)
+        axes.axhline(100 / E, **LEVEL)
         axes.set_title(f"layer {layer}")
         axes.grid(axis="x", visible=False)
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
     all_axes[-1].set_xticks(range(E))
     all_axes[-1].set_xlabel(f"expert (dotted: even, {100 / E:.1f} %)")
     figure.supylabel("% of the label's assignments", fontsize=9.5)
@@ -116,10 +118,11 @@ def saturation(
         for i, layer in enumerate(layers):
             look = _look_of_depth(i, len(layers))
             axes.plot(steps_K, 100 * value_KL[:, i], label=f"layer {layer}", **look)
-        axes.axhline(100 * chance[kind], **figures.LEVEL)
+        axes.axhline(100 * chance[kind], **LEVEL)
         axes.set(title=f"{kind} (dotted: random, {100 * chance[kind]:.1f} %)", ylim=(0, 103))
         axes.set_ylabel("% of final experts")
     all_axes[-1].set_xlabel(xlabel)
+    all_axes[-1].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     _legend_above(figure, all_axes[0], "")
     return figure
 
@@ -140,9 +143,9 @@ def coactivation(
     all_axes = figure.subplots(len(off), 1, squeeze=False)[:, 0]
     for axes, matrix, order, layer in zip(all_axes, off, orders, layers, strict=True):
         image = _heat(axes, matrix, vmax=top, aspect="equal")
-        turn = {"rotation": 90} if len(order) > 16 else {}
-        axes.set_xticks(range(len(order)), order, **turn)
-        axes.set_yticks(range(len(order)), order)
+        every = -(-len(order) // 20)
+        axes.set_xticks(range(0, len(order), every), order[::every])
+        axes.set_yticks(range(0, len(order), every), order[::every])
         axes.set(title=f"layer {layer}", ylabel="of the tokens of expert …", xlabel="… go also to")
     _bar_below(figure, image, all_axes, "% of the expert's tokens")
     return figure
@@ -173,7 +176,7 @@ class _Families:
         own = {name: look for name, look in self.looks.items() if look is not ALONE}
         handles = [patch(untrusted.label(name), look) for name, look in own.items()]
         if len(own) < len(self.looks):
-            handles.append(patch("one language", ALONE))
+            handles.append(patch("alone in its family", ALONE))
         figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=1.2)
 
 
@@ -249,6 +252,7 @@ def language_map(
         kind = {"color": look["color"], "marker": look["marker"], "markerfacecolor": face}
         axes.plot(x, y, markersize=6, linestyle="none", **kind)
     axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color="#cccccc")
     axes.margins(0.07)
     looks.legend(figure, _mark)
     figure.draw_without_rendering()  # after which the axes have their final size
@@ -299,9 +303,9 @@ def vocabulary_specialisation(
         }
         axes.plot(layers, 100 * np.asarray(value_L), label=kind, **look, **line)
         if chance:
-            level: dict[str, Any] = {**figures.LEVEL, "color": look["color"], "linewidth": 1.4}
+            level: dict[str, Any] = {**LEVEL, "color": look["color"], "linewidth": 1.4}
             axes.plot(layers, 100 * np.asarray(chance[kind]), **level)
-    axes.set(ylim=(0, 103), ylabel="% with the id's first expert")
+    axes.set(ylim=(0, 103), ylabel="% at the id's main expert")
     _depth(axes, layers, "layer (dotted: experts drawn by load alone)" if chance else "layer")
     _legend_above(figure, axes, "")
     return figure
@@ -320,7 +324,7 @@ def gate_ratios(layers: Sequence[int], ratios: Mapping[str, np.ndarray]) -> Figu
         axes.fill_between(layers, low_L, high_L, color=figures.COLOURS[i], alpha=0.2, linewidth=0)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.axhline(1, **figures.LEVEL)
+    axes.axhline(1, **LEVEL)
     axes.set_ylabel("ratio of probabilities")
     _depth(axes, layers, "layer (dotted: no preference; band: middle half of tokens)")
     _legend_above(figure, axes, "")
@@ -328,8 +332,7 @@ def gate_ratios(layers: Sequence[int], ratios: Mapping[str, np.ndarray]) -> Figu
 
 
 def _heat(axes: Axes, values: np.ndarray, *, vmax: float, aspect="auto"):
-    colormap = colors.ListedColormap(matplotlib.colormaps["cividis"].colors)  # type: ignore[attr-defined]
-    colormap.set_bad("#bbbbbb")
+    colormap = matplotlib.colormaps["cividis"].with_extremes(bad="#bbbbbb")
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -342,11 +345,12 @@ def _top(values: np.ndarray) -> float:
 
 
 def _bar_below(figure: Figure, image, all_axes, label: str) -> None:
+    largest = max(axes.images[0].get_array().max() for axes in all_axes)
     bar = figure.colorbar(
         image,
         ax=list(all_axes),
         location="bottom",
-        extend="max",
+        extend="max" if largest > image.norm.vmax else "neither",
         fraction=0.03,
         pad=0.02,
         aspect=30,
@@ -357,12 +361,8 @@ def _bar_below(figure: Figure, image, all_axes, label: str) -> None:
 def _legend_above(figure: Figure, axes: Axes, title: str) -> None:
     handles, labels = axes.get_legend_handles_labels()
     columns = 3 if max(map(len, labels)) <= 16 else 2
-    where: dict[str, Any] = {
-        "loc": "outside upper center",
-        "ncols": columns,
-        "title": title or None,
-    }
-    figure.legend(handles, labels, **where)
+    where: dict[str, Any] = {"loc": "outside upper center", "handlelength": 2.7}
+    figure.legend(handles, labels, ncols=columns, title=title or None, **where)
 
 
 def _depth(axes: Axes, layers: Sequence[int], label: str) -> None:
@@ -383,7 +383,7 @@ def _patch(label: str, look: dict) -> patches.Patch:
     )
 
 
-def _mark(label: str, look: dict) -> matplotlib.lines.Line2D:
+def _mark(label: str, look: dict) -> lines.Line2D:
     face = "white" if look["hatch"] else look["color"]
     kind = {"color": look["color"], "marker": look["marker"], "markerfacecolor": face}
-    return matplotlib.lines.Line2D([], [], linestyle="none", markersize=6, label=label, **kind)
+    return lines.Line2D([], [], linestyle="none", markersize=6, label=label, **kind)
