@@ -11,6 +11,7 @@ from moe_jax.analysis.routing_counts import Counts
 
 VOCABULARIES = ("input", "target", "predicted")  # whose ids: OLMoE, arXiv 2409.02060, §5.4
 FEWEST_LANGUAGES = 4
+IN_LAYERS = 999  # permutations for each layer alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,7 @@ def language_statistics(
     layers: Mapping[int, Layer],
     *,
     distances: languages.NamedDistances | None = None,
+    permutations: int = 9999,
     seed: int = 0,
 ) -> dict | None:
     """Findings about the labels that are known languages, in all layers and in each; None if they
@@ -172,9 +174,9 @@ def language_statistics(
     report: dict[str, Any] = {
         "labels": names,
         "families": own,
-        **_findings(languages.distances(vector_GX), own, 9999, seed),
+        **_findings(languages.distances(vector_GX), own, permutations, seed),
         "layers": {
-            layer: _findings(distance_GG, own, 999, seed)
+            layer: _findings(distance_GG, own, min(permutations, IN_LAYERS), seed)
             for layer, distance_GG in zip(
                 layers, languages.layer_distances(vector_GX, len(layers)), strict=True
             )
@@ -185,7 +187,7 @@ def language_statistics(
         ours_GG = languages.distances(vector_GX)[np.ix_(both.ours, both.ours)]
         theirs_GG = distances.distance_GG[np.ix_(both.theirs, both.theirs)]
         report["given_distances"] = dataclasses.asdict(
-            languages.mantel(ours_GG, theirs_GG, seed=seed)
+            languages.mantel(ours_GG, theirs_GG, permutations=permutations, seed=seed)
         )
         report["left_out"] = [*both.only_ours, *both.only_theirs]
     return report

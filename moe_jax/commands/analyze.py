@@ -66,6 +66,8 @@ def main() -> None:
         metavar="DIR",
         help="write result.json, counts.npz and figures here",
     )
+    draws = "permutations of the tests about languages; in single layers at most 999"
+    add("--permutations", type=int, default=9999, help=draws)
     add("--seed", type=command_line.seed, default=0, help="seed of the sample and the permutations")
     add("--allow_nonfinite", **stores.ALLOW_NONFINITE)
     add("--json", action="store_true", help="print a JSON object instead of tables")
@@ -79,6 +81,8 @@ def run(arguments: argparse.Namespace) -> dict:
     """The report. Raises: ValueError, in one line, before anything slow, for a mistake."""
     if not (arguments.checkpoint or arguments.routing):
         raise ValueError("give --checkpoint=DIR, or --routing=FOLDER of an earlier analysis")
+    if arguments.permutations < 1:
+        raise ValueError(f"--permutations={arguments.permutations} must be at least 1")
     if arguments.output and arguments.output.exists():
         raise ValueError(f"{arguments.output} exists; choose another output or remove it")
     distances = languages.read_distances(arguments.distances) if arguments.distances else None
@@ -98,7 +102,11 @@ def run(arguments: argparse.Namespace) -> dict:
             },
             "labels": routing_summary.rows_of_labels(facts, layers),
             "languages": routing_summary.language_statistics(
-                facts, layers, distances=distances, seed=arguments.seed
+                facts,
+                layers,
+                distances=distances,
+                permutations=arguments.permutations,
+                seed=arguments.seed,
             ),
             "saturation": routing_summary.saturation(found, final) if final else None,
         }

@@ -106,6 +106,7 @@ def test_the_size_of_chunks_and_their_padding_change_nothing(tmp_path):
             np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.long
 def test_a_run_has_the_same_routing_as_its_exported_folder(tmp_path):
     config, params = hf.load(GOLDEN / "mixtral")
     stores.save(tmp_path / "run", config, params)
