@@ -23,7 +23,7 @@ from moe_jax.model import layout
 from tests.hf.test_golden import GOLDEN, NAMES
 
 MIXTURES = [n for n in NAMES if configs.model_of(GOLDEN / n).num_experts]
-USUAL = ("lola", "mixtral", "olmoe", "qwen3_moe_mixed", "skywork")
+USUAL = ("lola", "mixtral", "olmoe", "qwen3_moe_mixed")
 apply = jax.jit(model.apply, static_argnames=("config", "return_routing"))
 
 
