@@ -75,8 +75,8 @@ def js_distances(vector_GX: np.ndarray) -> np.ndarray:
     """Condensed Jensen-Shannon distances: the root of the mean over layers of the divergence in
     bits, so from 0 to 1. The root is a metric (Endres and Schindelin, IEEE Transactions on
     Information Theory 49, 2003)."""
-    # scipy divides a vector by its sum, here the number of layers, which gives the mean over them.
-    return distance.pdist(vector_GX, "jensenshannon") / np.sqrt(np.log(2))
+    # A whole vector's shares are its blocks over L, so their divergence is the mean over layers.
+    return distance.squareform(np.sqrt(routing.label_divergences(vector_GX)), checks=False)
 
 
 # Each row is a function from vectors to scipy's condensed distances.

@@ -79,6 +79,18 @@ def test_the_divergence_is_the_mean_of_the_layers(vector_GX):
     np.testing.assert_allclose(np.square(languages.distances(vector_GX)), mean_GG, atol=1e-12)
 
 
+def test_the_divergence_is_that_of_scipy_and_no_nan_for_languages_that_differ_by_rounding(
+    vector_GX,
+):
+    reference = distance.pdist(vector_GX, "jensenshannon") / np.sqrt(np.log(2))
+    np.testing.assert_allclose(languages.js_distances(vector_GX), reference, rtol=1e-9)
+    twins_GX = vector_GX * (1 + 1e-15 * np.random.default_rng(0).normal(size=vector_GX.shape))
+    both = [
+        languages.js_distances(np.stack(pair)) for pair in zip(vector_GX, twins_GX, strict=True)
+    ]
+    np.testing.assert_allclose(both, 0, atol=1e-7)
+
+
 def test_mantel_is_the_rank_correlation_of_scipy_and_its_p_that_of_all_permutations():
     a_GG, b_GG = random_distances(0, G=6), random_distances(1, G=6)
     b_GG = b_GG + 0.7 * a_GG

@@ -201,6 +201,7 @@ def test_js_divergence_by_hand_in_bits():
         np.array([[7, 0], [3, 3], [5, 0]]), np.array([[2, 2], [9, 9], [0, 8]])
     )
     np.testing.assert_allclose(found, [by_hand, 0, 1], atol=1e-12)
+    assert math.isnan(routing.js_divergence(np.zeros(2), np.ones(2)))
     count_GE = np.random.default_rng(0).integers(1, 50, (G, E))
     both_GG = routing.label_divergences(count_GE)
     for g, h in itertools.product(range(G), range(G)):
