@@ -49,7 +49,7 @@ def main() -> None:
     text = "the text, given as for config.data.source; embedded is the held-out part of that corpus"
     add("--text", metavar="TEXT", help=f"{text} (default: {EMBEDDED})")
     add("--tokenizer", help="a tokenizer to use instead of the model's own")
-    add("--max_tokens", type=int, default=200_000, help="size of the sample in tokens")
+    add("--max_tokens", type=int, default=100_000, help="size of the sample in tokens")
     rows = (
         f"tokens per sequence (default: the run's, else the model's limit, at most {LONGEST_ROW})"
     )
