@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax import config as configs
 from moe_jax import files, hf, model, spelling, tree
+from moe_jax.analysis import recording
 from moe_jax.config import resolved
 from moe_jax.data import tokenizer_files, tokenizers
 from moe_jax.evaluation import generate
@@ -109,6 +111,23 @@ def load(
         )
     check_finite(source, loaded["params"], allow=allow_nonfinite)
     return model_config, loaded["params"]
+
+
+def weights(source: configs.Source, *, allow_nonfinite: bool = False) -> recording.Weights:
+    """The parameters of a model, leaf by leaf: a folder's stay on disk, a run's are loaded.
+
+    Raises: ValueError like `load`.
+    """
+    if folders.is_folder(source.folder):
+        folder = folders.Folder(source.folder, allow_nonfinite=allow_nonfinite)
+        return recording.Weights(folder.config, folder.parts, folder.leaf, folder.fingerprint())
+    config, params = load(source, meshes.one_device(), allow_nonfinite=allow_nonfinite)
+    leaves = tree.flatten(params)
+
+    def leaf(path: str, index: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(leaves[path][index])
+
+    return recording.Weights(config, leaves, leaf, repr(sorted(checkpoint.digests(leaves).items())))
 
 
 def check_finite(source: configs.Source, leaves: dict, *, allow: bool) -> None:

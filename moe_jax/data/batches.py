@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from moe_jax.data.corpus import TokenizedCorpus
+from moe_jax.data.corpus import Records, TokenizedCorpus
 from moe_jax.data.packing import RowPlan
 from moe_jax.parallel import distributed
 
@@ -77,7 +77,7 @@ class _BatchSource:
     Item N is batch `number(N, left_out)`.
     """
 
-    corpus: TokenizedCorpus
+    corpus: Records
     plan: RowPlan
     batch_size: int
     mine: Sequence[int]
@@ -134,7 +134,7 @@ def batches(
 
 
 def evaluation_batches(
-    corpus: TokenizedCorpus,
+    corpus: Records,
     *,
     sequence_length: int,
     batch_size: int,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import pathlib
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -46,6 +47,18 @@ def _facts(folder: pathlib.Path) -> dict:
     if meta["records"] != (folder / RECORDS).stat().st_size:
         raise ValueError(RECORDS)
     return meta["facts"]
+
+
+class Records(Protocol):
+    """Token records as `batches.py` reads them: a corpus, or a part of one."""
+
+    @property
+    def pairs(self) -> np.ndarray: ...
+
+    @property
+    def label_ids(self) -> np.ndarray: ...
+
+    def tokens(self, record: int) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)

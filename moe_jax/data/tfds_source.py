@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 from moe_jax import files
 from moe_jax.data.cache import writing
-from moe_jax.data.document import Document
+from moe_jax.data.document import VALIDATION, Document
 
 PREFIX = "tfds:"
+TEST = "test"
 EMBEDDED = "lo_parallel19"
 
 
@@ -37,6 +38,8 @@ def documents(
     """The documents of the dataset's own split of this name."""
     del validation_fraction
     builder = _builder(spec, data_dir)
+    if split == VALIDATION and list(builder.info.splits) == [TEST]:
+        split = TEST  # a probe that nobody trains on
     if split not in builder.info.splits:
         raise ValueError(
             f"data.source={spec!r} has no split {split!r}, only {list(builder.info.splits)}"

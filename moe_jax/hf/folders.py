@@ -1,5 +1,6 @@
 """An open Hugging Face folder: its config, and its parameters, read by leaf or by part."""
 
+import hashlib
 import math
 import pathlib
 
@@ -106,6 +107,15 @@ class Folder:
     def dtypes(self) -> dict[str, np.dtype]:
         """Path of each leaf -> the widest dtype of its tensors."""
         return self._dtypes
+
+    def fingerprint(self) -> str:
+        """A hash of the names, shapes, dtypes and first values of all tensors."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(repr((name, str(tensor.dtype), tensor.shape)).encode())
+            first = (*(slice(0, 1) for _ in tensor.shape[1:]), slice(0, 64))
+            digest.update(tensor.read(first[: len(tensor.shape)]).tobytes())
+        return digest.hexdigest()
 
     def leaf(self, path: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The slices `index` of a leaf; its layers and experts are read one by one."""

@@ -51,6 +51,7 @@ def test_embedded_held_out_pages_are_the_same_in_all_languages_and_never_trained
 def test_the_probe_of_71_languages_has_a_text_in_each_and_only_a_test_split(tfds_dir):
     documents = read("tfds:udhr_languages", "test", tfds_dir)
     assert len(documents) == len({d.label for d in documents}) == 71
+    assert read("tfds:udhr_languages", "validation", tfds_dir) == documents  # held out as well
     with pytest.raises(ValueError, match=r"has no split 'train', only \['test'\]"):
         read("tfds:udhr_languages", "train", tfds_dir)
 
