@@ -31,7 +31,7 @@ import numpy as np
 from moe_jax import command_line, files, model, stores, strict_json, untrusted
 from moe_jax import config as configs
 from moe_jax.analysis import decisions, languages, recording, routing_summary
-from moe_jax.data import batches, prepare, sample, sources, tokenizers
+from moe_jax.data import batches, prepare, sample, sources
 from moe_jax.data.cache import cache_folder
 from moe_jax.data.document import VALIDATION
 from moe_jax.hf import folders
@@ -163,12 +163,7 @@ def _rows(
             raise ValueError(f"--{name}={number} must be at least 1")
     text = arguments.text or EMBEDDED
     sources.check(text)
-    tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; "
-            "is this the tokenizer that it was trained with?"
-        )
+    tokenizer = stores.tokenizer_for(folder, config, arguments.tokenizer)
     longest = config.max_position_embeddings
     if not folders.is_folder(folder):
         longest = configs.load_json(folder).data.sequence_length
