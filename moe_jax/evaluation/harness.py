@@ -19,7 +19,7 @@ from moe_jax import spelling
 from moe_jax.evaluation import scoring
 from moe_jax.evaluation.answers import Settings
 from moe_jax.evaluation.subject import Subject
-from moe_jax.evaluation.task_lists import Task
+from moe_jax.evaluation.task_lists import TASK_LISTS, Task
 
 NAME = "moe_jax"  # of the model in the harness
 BATCH_SIZE = 8  # for the harness's --batch_size=auto
@@ -141,7 +141,11 @@ def manager_of(
     manager = TaskManager(include_path=include_path)
     for task in tasks:
         if task.name not in manager.all_tasks:
-            raise ValueError(spelling.unknown("--tasks", task.name, manager.all_tasks))
+            near = spelling.did_you_mean(task.name, [*TASK_LISTS, *manager.all_tasks])
+            raise ValueError(
+                f"--tasks={task.name} is no task of lm-evaluation-harness {lm_eval.__version__}"
+                f"{near}; the command harness lists all: harness ls tasks"
+            )
     return manager
 
 

@@ -5,10 +5,9 @@ import functools
 import numpy as np
 import pytest
 
-from moe_jax import hf
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import answers, generate
-from tests.hf.test_golden import GOLDEN
+from tests.evaluation.test_scoring import loaded, most_probable
 
 NUM_TOKENS = 20  # more than a piece
 
@@ -25,29 +24,27 @@ class Numbers:
         return "".join(f"{i} " for i in ids)
 
 
-PROMPTS = ["5 6 7", "9", "3 4 5 6 7 8 9 3 4 5 6"]
+class Bare(Numbers):
+    """`Numbers` without the begin token."""
+
+    def prompt(self, text):
+        return super().prompt(text)[1:]
 
 
-@functools.cache
-def loaded(name):
-    return hf.load(GOLDEN / name)
+PROMPTS = ["5 6 7", "9 8 9", "3 4 5 6 7 8 9 3 4 5 6"]
 
 
-def answered(name, prompts, batch_size=2, limit=48, **settings):
+def answered(name, prompts, batch_size=2, limit=48, tokenizer=None, **settings):
     config, params = loaded(name)
     settings = answers.Settings(**{"num_tokens": NUM_TOKENS, **settings})
-    return answers.answers(
-        params, config, Numbers(), prompts, settings, batch_size=batch_size, limit=limit
-    )
+    tokenizer, sizes = tokenizer or Numbers(), {"batch_size": batch_size, "limit": limit}
+    return answers.answers(params, config, tokenizer, prompts, settings, **sizes)
 
 
 @functools.cache
 def alone(name, prompt):
-    """The greedy ids after one prompt without padding."""
-    config, params = loaded(name)
-    ids = [Numbers().prompt(prompt)]
-    [found] = generate.generate(params, config, ids, num_tokens=NUM_TOKENS, temperature=0.0)
-    return found.tolist()
+    """The greedy ids after one prompt, by a forward pass over the whole text for each."""
+    return most_probable(name, Numbers().prompt(prompt), NUM_TOKENS).tolist()
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("olmoe", marks=pytest.mark.long)])
@@ -78,13 +75,11 @@ def test_a_batch_stops_when_all_of_its_answers_have_ended(monkeypatch):
 
 
 def test_a_long_prompt_loses_its_first_tokens_and_they_are_counted():
-    numbers = [str(3 + n % 7) for n in range(60)]
+    numbers, room = [str(3 + n % 7) for n in range(60)], 48 - NUM_TOKENS
     [cut] = answered("llama", [" ".join(numbers)])
-    assert cut.left_out == 61 - (48 - NUM_TOKENS)
-    config, params = loaded("llama")
-    kept = [np.array([int(n) for n in numbers[-(48 - NUM_TOKENS) :]], np.int32)]
-    [whole] = generate.generate(params, config, kept, num_tokens=NUM_TOKENS, temperature=0.0)
-    assert cut.ids.tolist() == whole.tolist()
+    [kept] = answered("llama", [" ".join(numbers[-room:])], tokenizer=Bare())
+    assert (cut.left_out, kept.left_out) == (61 - room, 0)
+    assert cut.ids.tolist() == kept.ids.tolist()
 
 
 def test_samples_are_those_of_the_seed():

@@ -68,6 +68,12 @@ def test_a_comparison_of_right_and_wrong_has_mcnemars_p():
     assert found.p_mcnemar == pytest.approx(2 * (1 + 6) / 64)
 
 
+def test_a_model_compared_with_itself_has_no_difference():
+    values = np.array([1.0, 0, 1])
+    found = comparison.compare(values, values)
+    assert found == comparison.Comparison(0, [0, 0], 1, 1, n=3, better=0, worse=0)
+
+
 def test_without_a_difference_small_p_values_are_rare():
     """Of 200 pairs of equally good models about one in twenty has p < 0.05."""
     rng = np.random.default_rng(3)

@@ -10,7 +10,6 @@ from moe_jax import config as configs
 from moe_jax import model, stores, train
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import evaluators
-from moe_jax.parallel import mesh as meshes
 from moe_jax.training import metrics
 from tests.evaluation.test_evaluate import run
 
@@ -49,15 +48,15 @@ def config(tmp_path):
 def test_the_evaluator_reports_what_the_command_reports(config, tmp_path, monkeypatch, capsys):
     settings = configs.resolve(config)
     evaluators.check(settings)
-    mesh, tokenizer = meshes.make({"data": -1}), tokenizers.load("bytes")
+    mesh, tokenizer = stores.evaluation_mesh(settings.model), tokenizers.load("bytes")
     context = evaluators.Context(settings, mesh, None, tokenizer, {})
     scheduled = evaluators.schedule(context)["multiple_choice"]
     assert scheduled.is_due(1) and scheduled.logged_at_end
     params = jax.jit(lambda: model.init(settings.model, jax.random.key(0)))()
-    everywhere = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
-    found = scheduled.evaluate(everywhere)
-    assert found.row == found.result and found.row["multiple_choice"]["n"] == 5
     stores.save(tmp_path / "run", settings.model, params)
+    on_mesh = stores.load(stores.find(str(tmp_path / "run")), mesh)[1]
+    found = scheduled.evaluate(on_mesh)
+    assert found.row == found.result and found.row["multiple_choice"]["n"] == 5
     options = f"--checkpoint={tmp_path / 'run'}", f"--items={config.evaluation.multiple_choice}"
     [own] = json.loads(run(monkeypatch, capsys, *options, "--json"))["models"]
     whole = found.row["multiple_choice"]
