@@ -112,13 +112,15 @@ class Crossing:
 
     at: the cost; None if they do not cross.
     number: the crossings in the common range.
-    ahead: the index (0 or 1) of the curve that is lower at the end; None if they are equal there,
-      or have no common range.
+    ahead: the index (0 or 1) of the curve that is lower at the end; None if they are equal at all
+      points, or have no common range.
+    is_apart: True if they have no common range.
     """
 
     at: float | None
     number: int
     ahead: int | None
+    is_apart: bool = False
 
 
 def crossing(x_a: np.ndarray, y_a: np.ndarray, x_b: np.ndarray, y_b: np.ndarray) -> Crossing:
@@ -129,7 +131,7 @@ def crossing(x_a: np.ndarray, y_a: np.ndarray, x_b: np.ndarray, y_b: np.ndarray)
     """
     low, high = max(x_a[0], x_b[0]), min(x_a[-1], x_b[-1])
     if low >= high:
-        return Crossing(None, 0, None)
+        return Crossing(None, 0, None, is_apart=True)
     x = np.union1d(x_a, x_b)
     x = x[(x >= low) & (x <= high)]
     difference = np.interp(x, x_a, y_a) - np.interp(x, x_b, y_b)

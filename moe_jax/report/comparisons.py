@@ -146,12 +146,12 @@ def count_in_words(difference: Difference) -> str:
 def verdict(difference: Difference) -> str:
     """A difference is called lower or higher only if several seeds show it."""
     if difference.over == NOTHING:
-        return "no interval: it may be noise"
+        return "possibly noise, no interval"
     if not difference.is_clear:
         return "within noise"
     if difference.over == SEEDS:
         return "lower" if difference.value < 0 else "higher"
-    return "more than the noise of the text; the noise between seeds is unknown"
+    return "more than the noise of the text, but another seed may differ"
 
 
 def sentence(difference: Difference) -> str:

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moe_jax import untrusted
 from moe_jax.report import catch_up, load_figures, results, style
-from moe_jax.report.records import Group, Record, groups
+from moe_jax.report.records import Group, Record, groups, looks
 from moe_jax.report.style import LEVEL, NARROW, OTHERS, WIDE, Layout
 
 MOST_LABELS = 100  # lines of a figure; the hardest texts are shown
@@ -33,7 +33,7 @@ def loss(records: list[Record], layout: Layout = WIDE) -> Figure | None:
         return None
     shown = {record.name for record in results.arms(records)}
     levels = [_level(group) for group in groups(records) if group.first.name not in shown]
-    if len(arms) > style.MOST_LINES:
+    if len(arms) > len(looks(arms)):
         return _loss_in_panels(arms, levels, layout)
     figure, (left, right) = style.panels(2, layout, width=4.8, height=3.8)
     for arm in arms:
@@ -45,7 +45,7 @@ def loss(records: list[Record], layout: Layout = WIDE) -> Figure | None:
     for label, nats, bits in levels:
         left.axhline(nats, **LEVEL)
         right.axhline(bits, label=label, **LEVEL)
-    _cut_untrained(right, arms)
+    _cut(right, arms)
     xlabel = _tokens_label(arms, levels)
     left.set(title="Training loss (smoothed)", ylabel="nats per token", xlabel=xlabel)
     right.set(title="Held-out text", ylabel="bits per byte", xlabel=xlabel)
@@ -65,7 +65,7 @@ def _loss_in_panels(arms: list[Group], levels: list[tuple], layout: Layout) -> F
         for _, _, bits in levels:
             axes.axhline(bits, **LEVEL)
         axes.set_title(style.short(arm.name), fontsize=style.SMALLEST_TEXT)
-        _cut_untrained(axes, arms)
+        _cut(axes, arms)
         axes.xaxis.set_major_locator(MaxNLocator(3))
     figure.supxlabel(_tokens_label(arms, levels), fontsize=10)
     figure.supylabel("bits per byte on held-out text", fontsize=10)
@@ -87,14 +87,20 @@ def _level(parent: Group) -> tuple[str, float, float]:
     return label, *last
 
 
-def _cut_untrained(axes, arms: Sequence[Group]) -> None:
-    """Sets the upper limit; including the untrained model's loss would compress all values."""
-    values = [
-        v[:, t > 0].ravel() for t, v in (a.curve("validation", "bits_per_byte") for a in arms)
-    ]
-    trained = np.concatenate(values)
-    if np.isfinite(trained).any():
-        axes.set_ylim(top=1.05 * np.nanmax(trained))
+def _cut(axes, arms: Sequence[Group]) -> None:
+    """Sets the upper limit of held-out loss to show the last two thirds of what is learned after
+    the first step, and each end: a run from scratch would compress all other curves."""
+    curves = [arm.curve("validation", "bits_per_byte") for arm in arms]
+    trained = [values[:, tokens > 0] for tokens, values in curves]
+    every = np.concatenate([values.ravel() for values in trained])
+    every = every[np.isfinite(every)]
+    if not len(every):
+        return
+    ends = np.concatenate([values[:, -1:].ravel() for values in trained])
+    low, high = every.min(), every.max()
+    enough = low + max((high - low) / 3, 1.15 * (np.nanmax(ends, initial=low) - low))
+    top = enough if high > 1.2 * enough else high
+    axes.set_ylim(low - 0.05 * (top - low or 1), top + 0.05 * (top - low or 1))
 
 
 def _band(axes, x: np.ndarray, values: np.ndarray, group: Group, **other) -> None:
@@ -115,17 +121,18 @@ def loss_against_flops(records: list[Record], layout: Layout = WIDE) -> Figure |
     most = max(results.flops_of(record) for record in records)
     unit, scale = _unit(most)
     figure, all_axes = style.panels(2, layout, width=4.8, height=3.6)
-    front = {arm.name for arm in results.front(arms, style.MOST_LINES)}
+    known = looks(arms)
     titles = {"Of this run alone": catch_up.flops, "With its parents'": catch_up.flops_with_parents}
     for (title, axis), axes in zip(titles.items(), all_axes, strict=True):
         for arm in arms:
             tokens, values = arm.curve("validation", "bits_per_byte")
             after = tokens > 0
             x, y = axis(arm.first, tokens[after]) / scale, values[:, after]
-            _band(axes, x, y, arm, **({} if arm.name in front else {**OTHERS, "marker": None}))
+            _band(axes, x, y, arm, **known.get(arm.name, OTHERS))
+        _cut(axes, arms)
         axes.set(title=title, xlabel=f"training {unit}FLOP", ylabel="held-out bits per byte")
     handles, labels = all_axes[0].get_legend_handles_labels()
-    style.limited_legend(figure, layout, handles, labels, front)
+    style.limited_legend(figure, layout, handles, labels, known)
     return figure
 
 
@@ -147,15 +154,15 @@ def languages(records: list[Record], layout: Layout = WIDE) -> Figure | None:
     if not labels:
         return None
     figure, [axes] = style.panels(1, layout, width=9.6, height=1.0 + 0.25 * len(labels))
-    front = {arm.name for arm in results.front(arms, style.MOST_LINES)}
-    for arm in sorted(arms, key=lambda arm: arm.name in front):
+    known = looks(arms)
+    for arm in sorted(arms, key=lambda arm: arm.name in known):
         bits = [values[arm.name][label] for label in labels]
-        look = arm.look if arm.name in front else {"color": OTHERS["color"], "marker": "."}
-        look = {**look, "linestyle": "none"}
+        behind = {"color": OTHERS["color"], "marker": "."}
+        look = {**known.get(arm.name, behind), "linestyle": "none"}
         axes.plot(bits, range(len(labels)), label=arm.name, alpha=0.9, **look)
     axes.set_yticks(range(len(labels)), map(untrusted.label, labels))
     axes.set_xlabel("bits per byte on held-out text (lower is better)")
-    style.limited_legend(figure, layout, *axes.get_legend_handles_labels(), front)
+    style.limited_legend(figure, layout, *axes.get_legend_handles_labels(), known)
     return figure
 
 
@@ -200,8 +207,9 @@ def _smooth(values: list[float]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A figure: how it is drawn, its caption, and its result in a sentence."""
+    """A figure: its title, how it is drawn, its caption, and its result in a sentence."""
 
+    title: str
     draw: Callable[..., Figure | None]
     caption: str
     result: Callable[[list[Record]], str]
@@ -209,8 +217,10 @@ class Row:
 
 FIGURES: dict[str, Row] = {
     "loss": Row(
+        "Loss",
         loss,
-        "Loss against the tokens seen after the parent; an untrained model's is off the scale. "
+        "Loss against the tokens seen after the parent; losses far above all ends are off the "
+        "scale. "
         "Bands: lowest to highest of the seeds. Dotted: the parent's loss in its last training "
         "steps, and its last held-out loss, on the same sample of the held-out text as the curves; "
         "the table's losses are on all of it. A run that starts at its parent's loss first gets "
@@ -218,35 +228,41 @@ FIGURES: dict[str, Row] = {
         results.of_loss,
     ),
     "loss_against_flops": Row(
+        "Loss against compute",
         loss_against_flops,
         "The same held-out loss against training FLOPs. Left: of a run alone, which is the cost if "
         "the parent exists already. Right: with its parents', which is the cost from nothing.",
         results.of_loss_against_flops,
     ),
     "languages": Row(
+        "Languages",
         languages,
         "Final held-out bits per byte by label of the text. Bytes are not comparable between "
         "scripts (a Cyrillic letter has two, a CJK character three): compare runs within one line.",
         results.of_languages,
     ),
     "expert_load": Row(
+        "Load of the experts",
         load_figures.expert_load,
         "Where the routers send held-out tokens: each row of a panel sums to 100 %. At most "
         f"{load_figures.MOST_PANELS} runs, with the lowest losses; of several seeds, the first.",
         results.of_expert_load,
     ),
     "load_over_training": Row(
+        "Load over training",
         load_figures.load_over_training,
         "The share of each expert on held-out text during training, in the layer whose load is the "
         "least even at the end; bright: the largest share at the end; dotted: an even load.",
         results.of_load_over_training,
     ),
     "router_health": Row(
+        "Health of the routers",
         load_figures.router_health,
         "Evenness of the load on held-out text during training; of several seeds, the first.",
         results.of_router_health,
     ),
     "experts_by_layer": Row(
+        "Experts by layer",
         load_figures.experts_by_layer,
         "At the end of training. Effective experts: the effective number in each layer (dotted: "
         "all, evenly). Similarity: of their weights, entry by entry: 1 for copies, 0 for random "
@@ -255,6 +271,7 @@ FIGURES: dict[str, Row] = {
         results.of_experts_by_layer,
     ),
     "training_flops": Row(
+        "Training FLOPs",
         training_flops,
         "The cost of each run, without and with that of its parents.",
         results.of_training_flops,

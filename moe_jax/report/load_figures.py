@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moe_jax.analysis import measures
 from moe_jax.report import results, style
-from moe_jax.report.records import Group, Record, groups
+from moe_jax.report.records import Group, Record, front, groups, looks
 from moe_jax.report.style import LEVEL, OTHERS, WIDE, Layout
 
 MOST_PANELS = 12  # of one run each; those with the lowest loss are shown
@@ -80,20 +80,20 @@ def router_health(records: list[Record], layout: Layout = WIDE) -> Figure | None
     if not arms:
         return None
     measured = {name: m.panel for name, m in measures.MEASURES.items() if m.panel}
-    figure, all_axes = style.panels(len(measured), layout, width=3.2, height=3.0)
-    front = {arm.name for arm in results.front(arms, style.MOST_LINES)}
+    figure, all_axes = style.panels(len(measured), layout, width=3.1, height=3.0)
+    known = looks(arms)
     for (name, panel), axes in zip(measured.items(), all_axes, strict=True):
         for arm in arms:
             rows = arm.first.validation_rows
             rows = [r for r in rows if r["step"] and name in r.get("router", {})]
             values = [panel.reduce(row["router"][name]) for row in rows]
-            look = arm.look if arm.name in front else {**OTHERS, "marker": None}
+            look = known.get(arm.name, OTHERS)
             axes.plot([r["tokens"] / 1e6 for r in rows], values, label=arm.name, **look)
         axes.set(title=panel.title, ylabel=panel.label, xlabel="million tokens as MoE")
         axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1))
     for number in {arm.first.config["model"]["num_experts"] for arm in arms} - {None}:
         all_axes[0].axhline(number, **LEVEL)
-    style.limited_legend(figure, layout, *all_axes[0].get_legend_handles_labels(), front)
+    style.limited_legend(figure, layout, *all_axes[0].get_legend_handles_labels(), known)
     return figure
 
 
@@ -109,12 +109,12 @@ def experts_by_layer(records: list[Record], layout: Layout = WIDE) -> Figure | N
     arms = [a for a in _sparse(records, len(records)) if a.first.result.get("expert_similarity")]
     if not arms:
         return None
-    figure, all_axes = style.panels(3, layout, width=3.2, height=3.2)
-    front = {arm.name for arm in results.front(arms, style.MOST_LINES)}
+    figure, all_axes = style.panels(3, layout, width=3.1, height=3.2)
+    known = looks(arms)
     for (key, (title, label)), axes in zip(BY_LAYER.items(), all_axes, strict=True):
         for arm in arms:
             values = arm.first.result[key]
-            look = arm.look if arm.name in front else {**OTHERS, "marker": None}
+            look = known.get(arm.name, OTHERS)
             axes.plot(range(len(values)), values, label=arm.name, **look)
         axes.set(title=title, ylabel=label, xlabel="sparse layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -124,10 +124,10 @@ def experts_by_layer(records: list[Record], layout: Layout = WIDE) -> Figure | N
     left.set_ylim(0, 1.08 * left.get_ylim()[1])
     middle.set_ylim(min(0, middle.get_ylim()[0]) - 0.05, 1.05)
     right.set_ylim(0, 1.08 * right.get_ylim()[1])
-    style.limited_legend(figure, layout, *left.get_legend_handles_labels(), front)
+    style.limited_legend(figure, layout, *left.get_legend_handles_labels(), known)
     return figure
 
 
 def _sparse(records: Sequence[Record], most: int = MOST_PANELS) -> list[Group]:
     """The sparse groups with the lowest losses, in the order of their runs."""
-    return results.front(groups([record for record in records if record.is_sparse]), most)
+    return front(groups([record for record in records if record.is_sparse]), most)

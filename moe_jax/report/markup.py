@@ -9,17 +9,18 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-        max-width: 1080px; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }}
+        max-width: 1160px; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }}
 h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }}
 h3 {{ font-size: 1rem; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
+th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
           vertical-align: top; overflow-wrap: normal; white-space: nowrap; }}
+th {{ white-space: normal; vertical-align: bottom; min-width: 4rem; }}
 th:first-child, td:first-child {{ text-align: left; }}
 th[aria-sort] {{ cursor: pointer; }}
-th[aria-sort=ascending]::after {{ content: " \\25b4"; }}
-th[aria-sort=descending]::after {{ content: " \\25be"; }}
+th[aria-sort=ascending]::after {{ content: "\\a0\\25b4"; }}
+th[aria-sort=descending]::after {{ content: "\\a0\\25be"; }}
 td.text {{ text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 14rem; }}
 tr.best td {{ font-weight: 600; }}
 img {{ display: block; width: 100%; height: auto; }}

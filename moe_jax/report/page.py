@@ -113,7 +113,7 @@ def _figures(report: Report) -> str:
         row = figures.FIGURES[name]
         wide, narrow = (base64.b64encode(png).decode() for png in (image.wide, image.narrow))
         parts.append(
-            f"<h2>{name.replace('_', ' ').capitalize()}</h2>\n<figure><picture>"
+            f"<h2>{row.title}</h2>\n<figure><picture>"
             f'<source media="(max-width: 700px)" srcset="data:image/png;base64,{narrow}">'
             f'<img src="data:image/png;base64,{wide}" '
             f'alt="{html.escape(row.result(report.records))}"></picture>'

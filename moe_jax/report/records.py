@@ -19,6 +19,7 @@ from moe_jax.training import metrics
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")
+MOST_LOOKS = len(COLOURS)  # that a reader can tell apart
 # Config keys that say where a run keeps its files, and change none of its numbers.
 OF_THE_MACHINE = (("data", "cache_dir"), ("checkpoint", "directory"), ("training", "log_to"))
 
@@ -72,7 +73,15 @@ NUMBERS = (
     *("steps", "tokens", "training_flops", "parent_training_flops"),
     *("parameters", "active_parameters", "byte_unigram_bits"),
 )
-OTHERS = {"versions": dict, "per_language": dict, "samples": list, "device": str}
+OTHERS = {
+    "versions": dict,
+    "per_language": dict,
+    "samples": list,
+    "device": str,
+    "tokens_per_expert": list | None,
+    "loss": int | float | None,  # None if it is not finite
+    "bits_per_byte": int | float | None,
+}
 
 
 def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
@@ -85,12 +94,10 @@ def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
     result = strict_json.read_object(folder / "result.json")
     kinds = {**dict.fromkeys(NUMBERS, int | float), **OTHERS}
     for key, kind in kinds.items():
-        value = result.get(key)
-        if not isinstance(value, kind):
-            raise ValueError(f"{folder / 'result.json'}: {key}={str(value)[:40]!r} is no {kind}")
-    for key in ("loss", "bits_per_byte"):
-        if not isinstance(result.get(key), int | float | None):
-            raise ValueError(f"{folder / 'result.json'}: {key} is no number")
+        if not isinstance(value := result.get(key), kind):
+            raise ValueError(
+                f"{folder / 'result.json'} is not as a run writes it: {key}={str(value)[:40]!r}"
+            )
     row = ROUTERS.get(config["model"]["router"])
     if row and not row.learned:
         name += f" ({config['model']['router'].replace('_', ' ')})"
@@ -244,3 +251,16 @@ def continued(group: Group, every: Sequence[Group]) -> Group | None:
 def is_control(group: Group) -> bool:
     """True for dense runs that go on from another run."""
     return not group.first.is_sparse and bool(group.first.sources)
+
+
+def front(every: Sequence[Group], most: int) -> list[Group]:
+    """At most this many groups, those with the lowest losses, in the order of their runs."""
+    ranked = sorted(every, key=lambda group: group.mean_bits)[:most]
+    return [group for group in every if group in ranked]
+
+
+def looks(every: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    """The looks of the groups in front, by name: of all groups if a reader can tell them apart."""
+    first = front(every, MOST_LOOKS)
+    few = len(first) == len(every)
+    return {group.name: group.look if few else look(i) for i, group in enumerate(first)}

@@ -16,12 +16,6 @@ def arms(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if r.is_sparse or r.sources] or list(records)
 
 
-def front(every: Sequence[Group], most: int) -> list[Group]:
-    """At most this many groups, those with the lowest losses, in the order of their runs."""
-    ranked = sorted(every, key=lambda group: group.mean_bits)[:most]
-    return [group for group in every if group in ranked]
-
-
 def flops_of(record: Record) -> float:
     """Training FLOPs with the parents'."""
     return record.result["training_flops"] + record.result["parent_training_flops"]

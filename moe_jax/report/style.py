@@ -1,15 +1,16 @@
 """One style for all figures, and their files: PNG for a page at two widths, SVG for a paper.
 
-The colours are Okabe & Ito's, which people with colour blindness can tell apart; line styles and
-markers differ too, so figures are also readable in greyscale.
+The colours (`records.look`) are Okabe & Ito's, which people with colour blindness can tell apart;
+line styles and markers differ too, so figures are also readable in greyscale.
 """
 
 import dataclasses
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -30,11 +31,12 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a "$" in the label of a text or in the name of a run is a "$"
 }
 LEVEL = {"color": "#555555", "linewidth": 1, "linestyle": (0, (1, 1))}  # a dotted horizontal line
-OTHERS = {"color": "#bbbbbb", "linewidth": 0.9, "linestyle": "-", "zorder": 1}  # in the background
+# A line behind those of the runs in front.
+OTHERS = {"color": "#bbbbbb", "linewidth": 0.9, "linestyle": "-", "zorder": 1, "marker": None}
 FILLS = ({"color": "#0072B2"}, {"color": "#E69F00", "hatch": "//"})  # of bars
-MOST_LINES = 7  # that a reader can tell apart
 LONGEST_NAME = 30  # of a run in a figure
 SMALLEST_TEXT = 9  # points
+MOST_COLOURS = 256  # of a PNG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +90,13 @@ def legend(figure: Figure, layout: Layout, handles: Sequence, labels: Iterable[s
 
 
 def limited_legend(
-    figure: Figure, layout: Layout, handles: Sequence, labels: Sequence[str], front: set[str]
+    figure: Figure, layout: Layout, handles: Sequence, labels: Sequence[str], front: Container[str]
 ) -> None:
     """A legend of the runs in front, and one entry for all others."""
     entries = {label: h for h, label in zip(handles, labels, strict=True) if label in front}
     others = [h for h, label in zip(handles, labels, strict=True) if label not in front]
     if others:
-        entries[f"{len(others)} others"] = others[0]
+        entries[f"{len(others)} other{'s' * (len(others) > 1)}"] = others[0]
     legend(figure, layout, list(entries.values()), entries)
 
 
@@ -104,10 +106,17 @@ def short(name: str) -> str:
 
 def files(wide: Figure, narrow: Figure) -> Files:
     """The files of a figure that was drawn in both layouts."""
-    return Files(_saved(wide, "png", WIDE), _saved(narrow, "png", NARROW), _saved(wide, "svg"))
+    png = _png(wide, WIDE)
+    wide.set_layout_engine("none")  # keeps the layout, which takes most of the time
+    svg = io.BytesIO()
+    wide.savefig(svg, format="svg", metadata={"Date": None})
+    return Files(png, _png(narrow, NARROW), svg.getvalue())
 
 
-def _saved(figure: Figure, kind: str, layout: Layout = WIDE) -> bytes:
-    file, metadata = io.BytesIO(), {"Date": None} if kind == "svg" else None
-    figure.savefig(file, format=kind, dpi=layout.dpi, metadata=metadata)
-    return file.getvalue()
+def _png(figure: Figure, layout: Layout) -> bytes:
+    """The figure in a palette, which takes a third of the bytes."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=layout.dpi)
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(MOST_COLOURS).save(small, format="png", optimize=True)
+    return small.getvalue()

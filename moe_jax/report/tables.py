@@ -48,16 +48,8 @@ def methods(every: Sequence[Group]) -> str:
     """The methods of the intervals that the page shows."""
     first = comparisons.best(every)
     found = [comparisons.between(first, other) for other in every if first and other is not first]
-    used = {d.over for d in found if d} - {comparisons.NOTHING}
-    shown = [
-        comparisons.METHODS[over] for over in (comparisons.SEEDS, comparisons.TEXT) if over in used
-    ]
-    text = f"Intervals: 95 %, {'; or '.join(shown)}." if shown else ""
-    if any(d and d.over == comparisons.NOTHING for d in found):
-        text += (
-            " Two single runs have no interval unless both kept the losses of blocks of the text."
-        )
-    return text.strip()
+    used = {difference.over for difference in found if difference}
+    return " ".join(text for over, text in comparisons.METHODS.items() if over in used)
 
 
 def summary(every: Sequence[Group], records: Sequence[Record]) -> str:
@@ -109,7 +101,13 @@ def _difference(group: Group, other: Group | None) -> Cell:
     return Cell(f"{comparisons.signed(difference.value)} {interval}".strip(), difference.value)
 
 
-UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+def _short(value: float) -> str:
+    """A number as "1.05 M"."""
+    unit, letter = next((u for u in UNITS if value >= u[0]), (1, ""))
+    return f"{value / unit:.3g} {letter}".strip()
 
 
 def _number(value: float | None, form: str, after: str = "") -> Cell:
@@ -117,8 +115,7 @@ def _number(value: float | None, form: str, after: str = "") -> Cell:
     if value is None:
         return Cell("—")
     if form in ("tokens", "count"):
-        unit, letter = next((u for u in UNITS if value >= u[0]), UNITS[-1])
-        return Cell(f"{value / unit:.2f} {letter}{after}", value)
+        return Cell(_short(value), value)
     return Cell(f"{value:{form}}{after}", value)
 
 
@@ -157,12 +154,13 @@ def crossings(every: Sequence[Group]) -> str:
     for control in controls:
         for group in every:
             is_arm = group.first.is_sparse or is_control(group)
-            if group is control or not is_arm or {group.name, control.name} in done:
+            if group is control or not is_arm or frozenset((group.name, control.name)) in done:
                 continue
             done.add(frozenset((group.name, control.name)))
             found = [catch_up.catch_up(group, control, axis) for axis in AXES.values()]
             if found[0] is not None:
-                cells = dict(zip(AXES, map(_crossing, found), strict=True))
+                pairs = zip(AXES.items(), found, strict=True)
+                cells = {h: _crossing(f, axis is not catch_up.tokens) for (h, axis), f in pairs}
                 pair = f"{group.name} and {control.name}"
                 rows.append({"runs": Cell(pair), "lower at the end": _ahead(found[0]), **cells})
     if not rows:
@@ -191,17 +189,18 @@ def _ahead(found: catch_up.CatchUp) -> Cell:
     return Cell("equal" if ahead is None else (found.a, found.b)[ahead])
 
 
-def _crossing(found: catch_up.CatchUp | None) -> Cell:
+def _crossing(found: catch_up.CatchUp | None, of_flops: bool) -> Cell:
     if found is None:
         return EMPTY
     crossing = found.crossing
     if crossing.ahead is None:
-        return Cell("no common range or equal")
+        return Cell("no common range" if crossing.is_apart else "equal")
     if crossing.at is None:
         return Cell("does not cross")
-    text = f"{crossing.at:.3g}"
+    shown = (lambda value: f"{value:.3g}") if of_flops else _short
+    text = shown(crossing.at)
     if found.interval:
-        text += f" [{found.interval[0]:.3g}, {found.interval[1]:.3g}]"
+        text += f" [{', '.join(map(shown, found.interval))}]"
     if found.share is not None:
         text += f" ({found.share:.0%})"
     if crossing.number > 1:
