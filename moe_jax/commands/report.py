@@ -66,9 +66,11 @@ def _order(results: pathlib.Path) -> dict[str, int]:
     """The place of each workdir's own name in a sweep's results.csv."""
     if not results.is_file():
         return {}
-    with open(results, newline="", encoding="utf-8", errors="replace") as file:
-        rows = csv.DictReader(file)
-        names = [pathlib.Path(row.get("workdir") or "").name for row in rows]
+    try:
+        with open(results, newline="", encoding="utf-8", errors="replace") as file:
+            names = [pathlib.Path(row.get("workdir") or "").name for row in csv.DictReader(file)]
+    except csv.Error as error:
+        raise ValueError(f"{results} is no table: {error}; remove it") from None
     return {name: place for place, name in enumerate(names)}
 
 

@@ -15,10 +15,11 @@ from matplotlib.ticker import MaxNLocator
 
 from moe_jax import untrusted
 from moe_jax.report import catch_up, load_figures, results, style
-from moe_jax.report.records import Group, Record, groups, looks
+from moe_jax.report.records import Group, Record, front, groups, looks
 from moe_jax.report.style import LEVEL, NARROW, OTHERS, WIDE, Layout
 
 MOST_LABELS = 100  # lines of a figure; the hardest texts are shown
+MOST_PANELS = 36  # of the figure of losses
 UNITS = {"T": 1e12, "P": 1e15, "E": 1e18, "Z": 1e21}
 
 
@@ -34,7 +35,7 @@ def loss(records: list[Record], layout: Layout = WIDE) -> Figure | None:
     shown = {record.name for record in results.arms(records)}
     levels = [_level(group) for group in groups(records) if group.first.name not in shown]
     if len(arms) > len(looks(arms)):
-        return _loss_in_panels(arms, levels, layout)
+        return _loss_in_panels(front(arms, MOST_PANELS), levels, layout)
     figure, (left, right) = style.panels(2, layout, width=4.8, height=3.8)
     for arm in arms:
         tokens, values = arm.curve("training", "loss")
@@ -45,7 +46,7 @@ def loss(records: list[Record], layout: Layout = WIDE) -> Figure | None:
     for label, nats, bits in levels:
         left.axhline(nats, **LEVEL)
         right.axhline(bits, label=label, **LEVEL)
-    _cut(right, arms)
+    right.set_ylim(*_limits(arms))
     xlabel = _tokens_label(arms, levels)
     left.set(title="Training loss (smoothed)", ylabel="nats per token", xlabel=xlabel)
     right.set(title="Held-out text", ylabel="bits per byte", xlabel=xlabel)
@@ -56,6 +57,7 @@ def loss(records: list[Record], layout: Layout = WIDE) -> Figure | None:
 def _loss_in_panels(arms: list[Group], levels: list[tuple], layout: Layout) -> Figure:
     figure, all_axes = style.panels(len(arms), layout, width=2.4, height=1.9)
     curves = {arm.name: arm.curve("validation", "bits_per_byte") for arm in arms}
+    limits = _limits(arms)
     for arm, axes in zip(arms, all_axes, strict=True):
         for name, (tokens, values) in curves.items():
             if name != arm.name and len(tokens):
@@ -65,7 +67,7 @@ def _loss_in_panels(arms: list[Group], levels: list[tuple], layout: Layout) -> F
         for _, _, bits in levels:
             axes.axhline(bits, **LEVEL)
         axes.set_title(style.short(arm.name), fontsize=style.SMALLEST_TEXT)
-        _cut(axes, arms)
+        axes.set_ylim(*limits)
         axes.xaxis.set_major_locator(MaxNLocator(3))
     figure.supxlabel(_tokens_label(arms, levels), fontsize=10)
     figure.supylabel("bits per byte on held-out text", fontsize=10)
@@ -87,20 +89,21 @@ def _level(parent: Group) -> tuple[str, float, float]:
     return label, *last
 
 
-def _cut(axes, arms: Sequence[Group]) -> None:
-    """Sets the upper limit of held-out loss to show the last two thirds of what is learned after
-    the first step, and each end: a run from scratch would compress all other curves."""
+def _limits(arms: Sequence[Group]) -> tuple[float | None, float | None]:
+    """Limits of held-out loss that show the last two thirds of what is learned after the first
+    evaluation, and each end: a run from scratch would compress all other curves."""
     curves = [arm.curve("validation", "bits_per_byte") for arm in arms]
     trained = [values[:, tokens > 0] for tokens, values in curves]
     every = np.concatenate([values.ravel() for values in trained])
     every = every[np.isfinite(every)]
     if not len(every):
-        return
+        return None, None
     ends = np.concatenate([values[:, -1:].ravel() for values in trained])
     low, high = every.min(), every.max()
     enough = low + max((high - low) / 3, 1.15 * (np.nanmax(ends, initial=low) - low))
     top = enough if high > 1.2 * enough else high
-    axes.set_ylim(low - 0.05 * (top - low or 1), top + 0.05 * (top - low or 1))
+    margin = 0.05 * (top - low or 1)
+    return low - margin, top + margin
 
 
 def _band(axes, x: np.ndarray, values: np.ndarray, group: Group, **other) -> None:
@@ -129,7 +132,7 @@ def loss_against_flops(records: list[Record], layout: Layout = WIDE) -> Figure |
             after = tokens > 0
             x, y = axis(arm.first, tokens[after]) / scale, values[:, after]
             _band(axes, x, y, arm, **known.get(arm.name, OTHERS))
-        _cut(axes, arms)
+        axes.set_ylim(*_limits(arms))
         axes.set(title=title, xlabel=f"training {unit}FLOP", ylabel="held-out bits per byte")
     handles, labels = all_axes[0].get_legend_handles_labels()
     style.limited_legend(figure, layout, handles, labels, known)

@@ -15,7 +15,6 @@ from moe_jax import files, untrusted
 from moe_jax.report import figures, markup, style, tables
 from moe_jax.report.records import Group, Record, groups, read_record
 
-MAX_BYTES = 5_000_000
 REGISTERS = {"embedded": "LibreOffice help in 19 languages: a technical register only"}
 MOST_SENTENCES = 8  # before the others are folded
 

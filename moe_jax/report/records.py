@@ -79,6 +79,7 @@ OTHERS = {
     "samples": list,
     "device": str,
     "tokens_per_expert": list | None,
+    "blocks": list | None,
     "loss": int | float | None,  # None if it is not finite
     "bits_per_byte": int | float | None,
 }
@@ -87,10 +88,14 @@ OTHERS = {
 def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
     """The record of a finished run's workdir; its name mentions a router that does not learn.
 
-    Raises: ValueError for a damaged file, or a result that is not as a run writes it.
+    Raises: ValueError for a damaged file, or one that is not as a run writes it.
     """
     untrusted.check_folder(folder)
     config = strict_json.read_object(folder / "config.json")
+    for section, key in (("init", "source"), ("data", "source"), ("model", "router")):
+        inner = config.get(section)
+        if not isinstance(inner, dict) or not isinstance(inner.get(key, 0), str | None):
+            raise ValueError(f"{folder / 'config.json'} is not as a run writes it: {section}.{key}")
     result = strict_json.read_object(folder / "result.json")
     kinds = {**dict.fromkeys(NUMBERS, int | float), **OTHERS}
     for key, kind in kinds.items():
@@ -98,11 +103,23 @@ def read_record(name: str, place: int, folder: pathlib.Path) -> Record:
             raise ValueError(
                 f"{folder / 'result.json'} is not as a run writes it: {key}={str(value)[:40]!r}"
             )
-    row = ROUTERS.get(config["model"]["router"])
-    if row and not row.learned:
-        name += f" ({config['model']['router'].replace('_', ' ')})"
     rows = metrics.read(folder / "metrics.jsonl")
+    for row in rows:
+        if not _is_row(row):
+            where = f"{folder / 'metrics.jsonl'}, a row of step {row['step']},"
+            raise ValueError(f"{where} is not as a run writes it; remove the line")
+    router = ROUTERS.get(config["model"]["router"])
+    if router and not router.learned:
+        name += f" ({config['model']['router'].replace('_', ' ')})"
     return Record(untrusted.label(name), place, config, result, rows, folder)
+
+
+def _is_row(row: dict) -> bool:
+    validation = row.get("validation", {"bits_per_byte": None})
+    if not isinstance(validation, dict) or type(row.get("tokens")) is not int:
+        return False
+    numbers = row.get("loss"), validation.get("bits_per_byte", "none")
+    return all(isinstance(number, int | float | None) for number in numbers)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
