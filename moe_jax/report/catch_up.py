@@ -206,8 +206,8 @@ def _drawn(a: Group, b: Group, axis: Axis, number: int = 1000) -> tuple[list[Cro
             n = len(values)
             sides.append((x, values[rng.integers(0, n, (number, n))].mean(axis=1)))
     elif len(a.records) == len(b.records) == 1:
-        kept = _blocks(a.first), _blocks(b.first)
-        if kept[0] and kept[1] and comparisons.paired(kept[0][1][0], kept[1][1][0]):
+        kept = [found for group in (a, b) if (found := _blocks(group.first))]
+        if len(kept) == 2 and comparisons.paired(kept[0][1][0], kept[1][1][0]):
             over = comparisons.TEXT
             for group, (at, blocks) in zip((a, b), kept, strict=True):
                 weights = comparisons.draws(len(blocks[0]), number)

@@ -9,6 +9,7 @@ from scipy import special
 
 from moe_jax.report.records import Group, Record
 
+Values = Sequence[float] | np.ndarray
 LEVEL = 0.95
 DRAWS = 2000
 FEWEST_BLOCKS = 10  # of held-out text, for an interval
@@ -39,7 +40,7 @@ class Difference:
     @property
     def is_clear(self) -> bool:
         """True if the interval excludes zero."""
-        return bool(self.interval) and not self.interval[0] <= 0 <= self.interval[1]
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
 def between(a: Group, b: Group) -> Difference | None:
@@ -60,7 +61,7 @@ def between(a: Group, b: Group) -> Difference | None:
     )
 
 
-def student(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
+def student(x: Values, y: Values) -> tuple[float, float] | None:
     """Student's interval of mean(x) - mean(y) with pooled variance; None for less than 3 values.
 
     One of them may have a single value: its spread is then assumed to be the other's.
@@ -75,7 +76,7 @@ def student(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | Non
     return middle - half, middle + half
 
 
-def spread(x: Sequence[float]) -> float | None:
+def spread(x: Values) -> float | None:
     """Half the width of Student's interval of a mean; None for a single value."""
     if len(x) < 2:
         return None

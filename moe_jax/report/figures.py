@@ -85,8 +85,9 @@ def _level(parent: Group) -> tuple[str, float, float]:
     _, nats = parent.curve("training", "loss")
     # On the same sample of the held-out text as the curves; the result is on all of it.
     _, bits = parent.curve("validation", "bits_per_byte")
-    last = [values.mean() if values.size else np.nan for values in (nats[:, -20:], bits[:, -1:])]
-    return label, *last
+    ends = nats[:, -20:], bits[:, -1:]
+    last = [float(values.mean()) if values.size else np.nan for values in ends]
+    return label, last[0], last[1]
 
 
 def _limits(arms: Sequence[Group]) -> tuple[float | None, float | None]:
@@ -134,8 +135,7 @@ def loss_against_flops(records: list[Record], layout: Layout = WIDE) -> Figure |
             _band(axes, x, y, arm, **known.get(arm.name, OTHERS))
         axes.set_ylim(*_limits(arms))
         axes.set(title=title, xlabel=f"training {unit}FLOP", ylabel="held-out bits per byte")
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    style.limited_legend(figure, layout, handles, labels, known)
+    style.limited_legend(figure, layout, all_axes[0], known)
     return figure
 
 
@@ -165,7 +165,7 @@ def languages(records: list[Record], layout: Layout = WIDE) -> Figure | None:
         axes.plot(bits, range(len(labels)), label=arm.name, alpha=0.9, **look)
     axes.set_yticks(range(len(labels)), map(untrusted.label, labels))
     axes.set_xlabel("bits per byte on held-out text (lower is better)")
-    style.limited_legend(figure, layout, *axes.get_legend_handles_labels(), known)
+    style.limited_legend(figure, layout, axes, known)
     return figure
 
 
@@ -287,6 +287,7 @@ def draw(records: list[Record]) -> dict[str, style.Files]:
     images = {}
     with matplotlib.rc_context(style.STYLE):
         for name, row in FIGURES.items():
-            if wide := row.draw(records):
-                images[name] = style.files(wide, row.draw(records, NARROW))
+            wide, narrow = row.draw(records, WIDE), row.draw(records, NARROW)
+            if wide and narrow:
+                images[name] = style.files(wide, narrow)
     return images

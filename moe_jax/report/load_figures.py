@@ -93,7 +93,7 @@ def router_health(records: list[Record], layout: Layout = WIDE) -> Figure | None
         axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1))
     for number in {arm.first.config["model"]["num_experts"] for arm in arms} - {None}:
         all_axes[0].axhline(number, **LEVEL)
-    style.limited_legend(figure, layout, *all_axes[0].get_legend_handles_labels(), known)
+    style.limited_legend(figure, layout, all_axes[0], known)
     return figure
 
 
@@ -124,7 +124,7 @@ def experts_by_layer(records: list[Record], layout: Layout = WIDE) -> Figure | N
     left.set_ylim(0, 1.08 * left.get_ylim()[1])
     middle.set_ylim(min(0, middle.get_ylim()[0]) - 0.05, 1.05)
     right.set_ylim(0, 1.08 * right.get_ylim()[1])
-    style.limited_legend(figure, layout, *left.get_legend_handles_labels(), known)
+    style.limited_legend(figure, layout, left, known)
     return figure
 
 

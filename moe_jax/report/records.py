@@ -153,7 +153,7 @@ class Group:
 
     def mean(self, key: str) -> float | None:
         """The mean of a number of result.json over its runs; None if one has none."""
-        values = [record.result.get(key) for record in self.records]
+        values: list[Any] = [record.result.get(key) for record in self.records]
         return None if None in values else float(np.mean(values))
 
     def curve(self, phase: str, value: str) -> tuple[np.ndarray, np.ndarray]:

@@ -89,10 +89,9 @@ def legend(figure: Figure, layout: Layout, handles: Sequence, labels: Iterable[s
     figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
-def limited_legend(
-    figure: Figure, layout: Layout, handles: Sequence, labels: Sequence[str], front: Container[str]
-) -> None:
-    """A legend of the runs in front, and one entry for all others."""
+def limited_legend(figure: Figure, layout: Layout, axes, front: Container[str]) -> None:
+    """A legend of the runs in front, and one entry for all others, from the lines of a panel."""
+    handles, labels = axes.get_legend_handles_labels()
     entries = {label: h for h, label in zip(handles, labels, strict=True) if label in front}
     others = [h for h, label in zip(handles, labels, strict=True) if label not in front]
     if others:

@@ -72,8 +72,8 @@ def summary(every: Sequence[Group], records: Sequence[Record]) -> str:
             "active": _number(result["active_parameters"], "count"),
         }
         for name, value in measures.columns(result).items():
-            value = None if value == "" else float(value)
-            row[name.replace("_", " ")] = EMPTY if value is None else _number(value, ".1f")
+            cell = EMPTY if value == "" else _number(float(value), ".1f")
+            row[name.replace("_", " ")] = cell
         rows.append(row)
     best = comparisons.proven_best(every)
     return markup.table(rows, best=None if best is None else list(every).index(best))
