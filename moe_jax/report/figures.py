@@ -6,6 +6,7 @@ its result in words, which stands for the image where it cannot be seen.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -118,23 +119,29 @@ def _band(axes, x: np.ndarray, values: np.ndarray, group: Group, **other) -> Non
 
 
 def loss_against_flops(records: list[Record], layout: Layout = WIDE) -> Figure | None:
-    """Held-out loss against training FLOPs, without and with the parents'."""
+    """Held-out loss, and the score if runs have one, against training FLOPs, without and with the
+    parents'."""
     arms = [arm for arm in groups(records) if len(arm.curve("validation", "bits_per_byte")[0]) > 1]
     if not arms:
         return None
     most = max(results.flops_of(record) for record in records)
     unit, scale = _unit(most)
-    figure, all_axes = style.panels(2, layout, width=4.8, height=3.6)
+    kinds = [("validation", "bits_per_byte", "held-out bits per byte")]
+    if any(len(arm.curve("score", "accuracy")[0]) for arm in arms):
+        kinds.append(("score", "accuracy", "accuracy"))
+    figure, all_axes = style.panels(2 * len(kinds), layout, width=4.8, height=3.6)
     known = looks(arms)
     titles = {"Of this run alone": catch_up.flops, "With its parents'": catch_up.flops_with_parents}
-    for (title, axis), axes in zip(titles.items(), all_axes, strict=True):
+    rows = itertools.product(kinds, titles.items())
+    for ((phase, value, label), (title, axis)), axes in zip(rows, all_axes, strict=True):
         for arm in arms:
-            tokens, values = arm.curve("validation", "bits_per_byte")
+            tokens, values = arm.curve(phase, value)
             after = tokens > 0
             x, y = axis(arm.first, tokens[after]) / scale, values[:, after]
             _band(axes, x, y, arm, **known.get(arm.name, OTHERS))
-        axes.set_ylim(*_limits(arms))
-        axes.set(title=title, xlabel=f"training {unit}FLOP", ylabel="held-out bits per byte")
+        if phase == "validation":
+            axes.set_ylim(*_limits(arms))
+        axes.set(title=title, xlabel=f"training {unit}FLOP", ylabel=label)
     style.limited_legend(figure, layout, all_axes[0], known)
     return figure
 
@@ -233,7 +240,8 @@ FIGURES: dict[str, Row] = {
     "loss_against_flops": Row(
         "Loss against compute",
         loss_against_flops,
-        "The same held-out loss against training FLOPs. Left: of a run alone, which is the cost if "
+        "The same held-out loss against training FLOPs, and accuracy if the runs measure it. Left: "
+        "of a run alone, which is the cost if "
         "the parent exists already. Right: with its parents', which is the cost from nothing.",
         results.of_loss_against_flops,
     ),

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from moe_jax.training import metrics
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")
+SCORES = "multiple_choice"  # the evaluator in whose rows each score is a number
 MOST_LOOKS = len(COLOURS)  # that a reader can tell apart
 # Config keys that say where a run keeps its files, and change none of its numbers.
 OF_THE_MACHINE = (("data", "cache_dir"), ("checkpoint", "directory"), ("training", "log_to"))
@@ -159,15 +160,20 @@ class Group:
     def curve(self, phase: str, value: str) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, values [runs, points]) at the steps that all of its runs have logged.
 
-        phase: "training" or "validation". A missing value is NaN.
+        phase: "training", "validation" or "score". A missing value is NaN.
         """
-        curves = []
-        for record in self.records:
-            if phase == "training":
-                points = {r["tokens"]: r[value] for r in record.training_rows}
-            else:
-                points = {r["tokens"]: r["validation"][value] for r in record.validation_rows}
-            curves.append(points)
+        values_of: dict[str, Callable[[Record], dict]] = {
+            "training": lambda run: {row["tokens"]: row[value] for row in run.training_rows},
+            "validation": lambda run: {
+                row["tokens"]: row["validation"][value] for row in run.validation_rows
+            },
+            "score": lambda run: {
+                row["tokens"]: row[SCORES][value]
+                for row in run.rows
+                if value in row.get(SCORES, {})
+            },
+        }
+        curves = [values_of[phase](record) for record in self.records]
         tokens = sorted(set.intersection(*map(set, curves)))
         values = [[points[at] for at in tokens] for points in curves]
         return np.array(tokens, np.float64), np.array(values, np.float64).reshape(len(curves), -1)

@@ -197,3 +197,14 @@ def test_a_browser_shows_the_page_at_both_widths(many, request, tmp_path):
         assert found["broken"] == 0 and found["images"] == len(figures.FIGURES)
         losses = [float(value) for value in found["sorted"]]
         assert losses == sorted(losses)
+
+
+def test_a_score_is_drawn_below_the_loss(sweep_of_22):
+    records = page.records_of({"naive_s1": sweep_of_22["naive_s1"]})
+    rows = [{"step": s, "tokens": 1024 * s} for s in (20, 240)]
+    for row, mean in zip(rows, (0.25, 0.5), strict=True):
+        row["multiple_choice"] = {"n": 8, "accuracy": mean, "accuracy_interval": None}
+    records[0].rows.extend(rows)
+    axes = figures.loss_against_flops(records).axes
+    assert [panel.get_ylabel() for panel in axes[2:]] == ["accuracy"] * 2
+    assert [list(panel.lines[0].get_ydata()) for panel in axes[2:]] == [[0.25, 0.5]] * 2
