@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import resource
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -28,6 +29,12 @@ def command(name: str) -> list[str]:
     script = pathlib.Path(sys.argv[0]).resolve().with_name(f"{name}.py")
     here = pathlib.Path.cwd()
     return ["python", str(script.relative_to(here) if script.is_relative_to(here) else script)]
+
+
+def this_command() -> str:
+    """The words that started this program, as text for a shell."""
+    entry = sys.argv[0].partition(" ")[2] if started_by_entry() else ""
+    return shlex.join([*command(entry or pathlib.Path(sys.argv[0]).stem), *sys.argv[1:]])
 
 
 class Parser(argparse.ArgumentParser):

@@ -160,20 +160,28 @@ def _is_adam(node) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
 
 
-NO_LINEAGE: dict[str, Any] = {"tokens": 0, "training_flops": 0.0, "parents": []}
+NO_LINEAGE: dict[str, Any] = {
+    "tokens": 0,
+    "training_flops": 0.0,
+    "device_seconds": 0.0,
+    "parents": [],
+}
 
 
 def lineage(parents: Sequence[configs.Source]) -> dict[str, Any]:
-    """The tokens and FLOPs of training behind these models, added up, and the models' names.
+    """The tokens, FLOPs and device seconds of training behind these models, added up, and the
+    models' names.
 
     If a run is given without a step, its newest checkpoint counts, and the name has its step. The
-    numbers are 0 for a Hugging Face folder, which does not record them. A run keeps its parents'
-    numbers in its own checkpoints, so it needs the parents only for its first step.
+    numbers are 0 for a Hugging Face folder, which does not record them; its device seconds are
+    None, as are those of older runs. A run keeps its parents' numbers in its own checkpoints, so it
+    needs the parents only for its first step.
     """
     total = {**NO_LINEAGE, "parents": [str(parent) for parent in parents]}
     for number, parent in enumerate(parents):
         folder = parent.folder
         if folders.is_folder(folder):
+            total["device_seconds"] = None
             continue
         run = configs.load_json(folder)
         data = checkpoint.newest_data(parent.checkpoints, parent.step)
@@ -184,6 +192,8 @@ def lineage(parents: Sequence[configs.Source]) -> dict[str, Any]:
         earlier = data.get("lineage", NO_LINEAGE)  # an imported model has none
         total["tokens"] += earlier["tokens"] + tokens
         total["training_flops"] += earlier["training_flops"] + tokens * per_token
+        seconds = total["device_seconds"], earlier.get("device_seconds"), data.get("device_seconds")
+        total["device_seconds"] = None if None in seconds else sum(seconds)
     return total
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax import command_line, files, init, model, stores, strict_json, untrusted
 from moe_jax import config as configs
-from moe_jax import files, init, model, stores, strict_json, untrusted
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
 from moe_jax.data import batches, prepare, sources, tokenizers
@@ -41,7 +41,13 @@ from moe_jax.training import (
 from moe_jax.training.state import TrainState
 
 # A checkpoint keeps these values besides the state; here they are as before the first step.
-NOTHING_KEPT = {"lineage": init.NO_LINEAGE, "skipped_steps": 0, "left_out": [], "losses": {}}
+NOTHING_KEPT = {
+    "lineage": init.NO_LINEAGE,
+    "skipped_steps": 0,
+    "device_seconds": 0.0,
+    "left_out": [],
+    "losses": {},
+}
 
 
 def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1) -> dict:
@@ -160,7 +166,8 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     kept["resumed_from"] = settings.checkpoint.resume_from
 
     def save(at: int, state: TrainState, skipped: int) -> None:
-        saver.save(at, state, {**kept, "skipped_steps": skipped})
+        spent = _device_seconds(kept, began)
+        saver.save(at, state, {**kept, "skipped_steps": skipped, "device_seconds": spent})
         write_row.check()
 
     def write(row: dict) -> None:
@@ -189,15 +196,23 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         state, results = loop.run(state, start, text, settings, parts, kept["skipped_steps"])
 
         # result -----------------------------------------------------------------------------
-        result = _facts(settings, parts.costs, kept["lineage"]) | results
-        result["seconds"] = round(time.monotonic() - began, 1)
+        result = _facts(settings, parts.costs, kept, began) | results
         if lock:
             files.write_text(workdir / "result.json", strict_json.text(result, indent=1) + "\n")
     return result
 
 
-def _facts(settings: configs.Run, costs: flops.Costs, lineage: dict) -> dict:
+def _device_seconds(kept: dict, began: float) -> float | None:
+    """The wall time of this process and of those that it resumes, times their devices; None if a
+    checkpoint of an older version does not say it. Work that a crash lost is not counted."""
+    earlier = kept.get("device_seconds")
+    now = (time.monotonic() - began) * jax.device_count()
+    return None if earlier is None else round(earlier + now, 1)
+
+
+def _facts(settings: configs.Run, costs: flops.Costs, kept: dict, began: float) -> dict:
     """The facts of a run that its config, its parents and this machine decide."""
+    lineage = kept["lineage"]
     steps = settings.training.last_step
     tokens = steps * costs.tokens_per_step
     total, active = model.count_parameters(settings.model)
@@ -208,8 +223,13 @@ def _facts(settings: configs.Run, costs: flops.Costs, lineage: dict) -> dict:
         "parents": lineage["parents"],
         "parent_tokens": lineage["tokens"],
         "parent_training_flops": lineage["training_flops"],
+        "seconds": round(time.monotonic() - began, 1),
+        "device_seconds": _device_seconds(kept, began),
+        "parent_device_seconds": lineage.get("device_seconds"),
         "router": settings.model.router if settings.model.num_experts else "",
         "versions": environment.versions(),
+        "commit": environment.commit(),
+        "command": command_line.this_command(),
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "parameters": total,
         "active_parameters": active,

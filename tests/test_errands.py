@@ -18,7 +18,7 @@ from moe_jax.evaluation import evaluators
 from moe_jax.model import router, transformer
 from moe_jax.ops import cross_entropy
 from moe_jax.parallel import mesh as meshes
-from moe_jax.report import page
+from moe_jax.report import figures, page
 from moe_jax.training import metrics, objective
 from moe_jax.training.state import Measures
 
@@ -118,7 +118,7 @@ def test_a_measure_from_outside_is_in_the_metrics_the_results_and_the_report(
     written = page.write(tmp_path / "out", {"run": workdir}, []).read_text()
     assert "<th>router entropy</th>" in written
     record = page.read_record("run", 0, workdir)
-    titles = [axes.get_title() for axes in page.figures.router_health([record]).axes]
+    titles = [axes.get_title() for axes in figures.FIGURES["router_health"].draw([record]).axes]
     assert "Entropy of the routers" in titles
 
 

@@ -232,6 +232,7 @@ def test_a_run_starts_from_the_step_and_records_it(root, tmp_path):
     assert (of_step["parents"], of_step["tokens"]) == ([f"{root / 'run'}@2"], 2 * per_step)
     newest = init.lineage((configs.source_of(str(root / "run")),))
     assert (newest["parents"], newest["tokens"]) == ([f"{root / 'run'}@4"], 4 * per_step)
+    assert newest["device_seconds"] is None  # the checkpoints do not say it
 
 
 def test_the_config_in_a_checkpoint_is_compared(root, monkeypatch, capsys):

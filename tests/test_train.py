@@ -102,6 +102,14 @@ def test_a_run_leaves_what_it_promises(unbroken):
     assert result["loss"] < rows[0]["validation"]["loss"] - 1
     # Bytes are the tokens, but for one end in each of the documents.
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / np.log(2), rel=0.01)
+    blocks_R3 = np.array(result["blocks"])
+    assert blocks_R3[:, 1].sum() == result["held_out_tokens"]
+    nats, tokens, num_bytes = blocks_R3.sum(axis=0)
+    assert result["loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    bits = nats / np.log(2) / num_bytes  # of rounded sums, of a short text
+    assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+    assert result["device_seconds"] == pytest.approx(8 * result["seconds"], rel=0.01)
+    assert result["parent_device_seconds"] == 0 and result["command"]
     health = rows[-1]["router"]
     np.testing.assert_allclose(np.sum(health["tokens_per_expert"], axis=1), 1, atol=1e-4)
     assert 1 <= health["effective_experts"][0] <= 4
@@ -123,7 +131,10 @@ def test_a_run_that_stops_at_a_step_is_the_unbroken_one_there_and_goes_on(
     shutil.rmtree(kept / "checkpoints" / "56")
     states = (state_in(folder, config_file) for folder in (workdir, kept))
     jax.tree.map(np.testing.assert_array_equal, *states)
-    train.run(configs.resolve(load()), workdir)
+    whole = train.run(configs.resolve(load()), workdir)
+    before, after = result["device_seconds"], 8 * whole["seconds"]
+    assert before < whole["device_seconds"] <= before + after + 1  # both processes count
+    assert whole["device_seconds"] > after
     assert [row for row in without_clock(workdir) if row["step"] != 49] == without_clock(
         unbroken[0]
     )

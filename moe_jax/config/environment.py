@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import re
+import subprocess
 from collections.abc import Iterator
 
 import jax
@@ -235,6 +236,20 @@ def versions() -> dict[str, str]:
     """The versions of the programs that a run's numbers depend on."""
     jax_and_own = {"jax": jax.__version__, "moe_jax": moe_jax.__version__}
     return {"python": platform.python_version(), **jax_and_own}
+
+
+def commit() -> str:
+    """The commit of the checkout that this program runs from, with "-dirty" if files of it differ;
+    "" without a checkout or git."""
+    root = pathlib.Path(moe_jax.__file__).parents[1]
+    if not (root / ".git").exists():  # as in a folder of installed packages
+        return ""
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        asked = subprocess.run(describe, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return asked.stdout.strip()
 
 
 def fixed_keys(kind: type[Section] = Run, around: bool = False) -> set[str]:

@@ -15,12 +15,16 @@ from moe_jax.data.batches import Batch
 from moe_jax.model import transformer
 from moe_jax.ops import bins, cross_entropy
 
+MOST_BLOCKS = 64  # 1.5 KB in a row of metrics.jsonl
+
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutLoss:
     """Losses in nats per predicted token.
 
     held_out_tokens: the number of predicted tokens that they average over.
+    blocks: nats, tokens and bytes of at most MOST_BLOCKS consecutive parts of the text; two models'
+      blocks of one text are pairs, from which a report draws for its intervals.
     router: the sums for the router measures; None for a dense model.
     """
 
@@ -28,11 +32,12 @@ class HeldOutLoss:
     bits_per_byte: float
     held_out_tokens: int
     per_language: dict[str, dict[str, float]]
+    blocks: list[list[float]]
     router: Mapping[str, np.ndarray] | None
 
     def row(self) -> dict:
         """The validation row of metrics.jsonl."""
-        fields = ("loss", "bits_per_byte", "held_out_tokens", "per_language")
+        fields = ("loss", "bits_per_byte", "held_out_tokens", "per_language", "blocks")
         return {name: getattr(self, name) for name in fields}
 
 
@@ -56,8 +61,13 @@ class Sums:
             per_language={
                 label: sums._mean() for label, sums in labels.items() if sums.tokens_RN.any()
             },
+            blocks=self._blocks(),
             router=self.router,
         )
+
+    def _blocks(self) -> list[list[float]]:
+        parts = np.array_split(self._rows, max(1, min(MOST_BLOCKS, len(self._rows))))
+        return [part.sum(axis=0).round(3).tolist() for part in parts]
 
     def of_label(self, label: str) -> "Sums":
         n = list(self.bytes_per_token).index(label)

@@ -1,13 +1,13 @@
-"""The figures of a report, each a function from plain records to a matplotlib Figure.
+"""The figures of a report, each a function from records and a layout to a matplotlib Figure.
 
-The colours are Okabe & Ito's, which people with colour blindness can tell apart; line styles and
-markers differ too, so figures are also readable in greyscale. A figure is None if the records lack
-its data.
+A figure is None if the records lack its data. Runs that differ only in their seeds are one line:
+their mean, in a band from the lowest to the highest. A row of FIGURES has a figure's caption and
+its result in words, which stands for the image where it cannot be seen.
 """
 
 import dataclasses
-import io
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
 
 import matplotlib
 import numpy as np
@@ -15,238 +15,194 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_jax import untrusted
-from moe_jax.analysis import measures
+from moe_jax.report import catch_up, load_figures, results, style
+from moe_jax.report.records import Group, Record, front, groups, looks
+from moe_jax.report.style import LEVEL, NARROW, OTHERS, WIDE, Layout
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")
-STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "figure.dpi": 110,
-    "font.size": 10,
-    "grid.color": "#dddddd",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "savefig.dpi": 110,
-    "text.parse_math": False,  # a "$" in the label of a text or in the name of a run is a "$"
-}
 MOST_LABELS = 100  # lines of a figure; the hardest texts are shown
-LEVEL = {"color": "#555555", "linewidth": 1, "linestyle": (0, (1, 1))}  # a dotted horizontal line
+MOST_PANELS = 36  # of the figure of losses
+UNITS = {"T": 1e12, "P": 1e15, "E": 1e18, "Z": 1e21}
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A finished run: its config, result.json and metrics.jsonl rows."""
+def loss(records: list[Record], layout: Layout = WIDE) -> Figure | None:
+    """Training and held-out loss of each arm over tokens, with its parents' loss as a level.
 
-    name: str
-    place: int  # its index among all runs, so that its colour does not change when others finish
-    config: dict
-    result: dict
-    rows: list[dict]
-
-    @property
-    def look(self) -> dict[str, Any]:
-        """The colour, marker and dashes of its curves, which are the same in all figures."""
-        looks = {"color": COLOURS, "marker": MARKERS, "linestyle": DASHES}
-        return {key: values[self.place % len(values)] for key, values in looks.items()}
-
-    @property
-    def is_sparse(self) -> bool:
-        return self.result["tokens_per_expert"] is not None
-
-    @property
-    def training_rows(self) -> list[dict]:
-        return [row for row in self.rows if "loss" in row]
-
-    @property
-    def validation_rows(self) -> list[dict]:
-        return [row for row in self.rows if "validation" in row]
-
-
-def draw(records: list[Record]) -> dict[str, bytes]:
-    """All figures that are not None for these records, as PNG files by name."""
-    images = {}
-    with matplotlib.rc_context(STYLE):
-        for name, figure_of in FIGURES.items():
-            if figure := figure_of(records):
-                png = io.BytesIO()
-                figure.savefig(png, format="png")
-                images[name] = png.getvalue()
-    return images
-
-
-def _figure(columns: int, height: float = 4.2, width: float = 10.0):
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def loss(records: list[Record]) -> Figure:
-    """Training and held-out loss of each arm over tokens, with its parents' loss as a level."""
-    figure, (left, right) = _figure(2)
-    arms = _arms(records)
-    for record in arms:
-        rows = record.training_rows
-        smooth = _smooth([row["loss"] for row in rows])
-        look = {**record.look, "marker": None}
-        left.plot([r["tokens"] / 1e6 for r in rows], smooth, label=record.name, **look)
-        rows = record.validation_rows
-        bits = [row["validation"]["bits_per_byte"] for row in rows]
-        right.plot([r["tokens"] / 1e6 for r in rows], bits, label=record.name, **record.look)
-    for parent in [record for record in records if record not in arms]:
-        label = f"{parent.name} ({parent.result['tokens'] / 1e6:.2f} M tokens)"
-        left.axhline(np.mean([row["loss"] for row in parent.training_rows[-20:]]), **LEVEL)
-        # On the same sample of the held-out text as the curves; the result is on all of it.
-        level = parent.validation_rows[-1]["validation"]["bits_per_byte"]
-        right.axhline(level, label=label, **LEVEL)
-    # Including the untrained model's loss would compress all other values.
-    trained = [row for r in arms for row in r.validation_rows if row["step"]]
-    right.set_ylim(top=1.05 * max(row["validation"]["bits_per_byte"] for row in trained))
-    xlabel = "million tokens" if arms == records else "million tokens after the parent"
+    With more arms than a reader can tell apart there is a panel for each, with its held-out loss in
+    front of the others'.
+    """
+    arms = groups(results.arms(records))
+    if not any(record.rows for record in records):
+        return None
+    shown = {record.name for record in results.arms(records)}
+    levels = [_level(group) for group in groups(records) if group.first.name not in shown]
+    if len(arms) > len(looks(arms)):
+        return _loss_in_panels(front(arms, MOST_PANELS), levels, layout)
+    figure, (left, right) = style.panels(2, layout, width=4.8, height=3.8)
+    for arm in arms:
+        tokens, values = arm.curve("training", "loss")
+        smooth = np.array([_smooth(list(row)) for row in values])
+        _band(left, tokens / 1e6, smooth, arm, marker=None)
+        tokens, values = arm.curve("validation", "bits_per_byte")
+        _band(right, tokens / 1e6, values, arm)
+    for label, nats, bits in levels:
+        left.axhline(nats, **LEVEL)
+        right.axhline(bits, label=label, **LEVEL)
+    right.set_ylim(*_limits(arms))
+    xlabel = _tokens_label(arms, levels)
     left.set(title="Training loss (smoothed)", ylabel="nats per token", xlabel=xlabel)
     right.set(title="Held-out text", ylabel="bits per byte", xlabel=xlabel)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    style.legend(figure, layout, *right.get_legend_handles_labels())
     return figure
 
 
-def languages(records: list[Record]) -> Figure:
-    """Final bits per byte, one line per language and one marker per run."""
-    values = {
-        record.name: {
-            label: losses
-            for label, losses in record.result["per_language"].items()
-            if losses["bits_per_byte"] is not None  # null if its documents are empty
+def _loss_in_panels(arms: list[Group], levels: list[tuple], layout: Layout) -> Figure:
+    figure, all_axes = style.panels(len(arms), layout, width=2.4, height=1.9)
+    curves = {arm.name: arm.curve("validation", "bits_per_byte") for arm in arms}
+    limits = _limits(arms)
+    for arm, axes in zip(arms, all_axes, strict=True):
+        for name, (tokens, values) in curves.items():
+            if name != arm.name and len(tokens):
+                axes.plot(tokens / 1e6, values.mean(axis=0), **OTHERS)
+        tokens, values = curves[arm.name]
+        _band(axes, tokens / 1e6, values, arm, marker=None, color="#0072B2", linestyle="-")
+        for _, _, bits in levels:
+            axes.axhline(bits, **LEVEL)
+        axes.set_title(style.short(arm.name), fontsize=style.SMALLEST_TEXT)
+        axes.set_ylim(*limits)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+    figure.supxlabel(_tokens_label(arms, levels), fontsize=10)
+    figure.supylabel("bits per byte on held-out text", fontsize=10)
+    return figure
+
+
+def _tokens_label(arms: Sequence[Group], levels: list[tuple]) -> str:
+    after = levels or any(arm.first.sources for arm in arms)
+    return "million tokens after the parent" if after else "million tokens"
+
+
+def _level(parent: Group) -> tuple[str, float, float]:
+    """The label, training loss and held-out loss of a parent at its end."""
+    label = f"{parent.name} ({parent.first.result['tokens'] / 1e6:.2f} M tokens)"
+    _, nats = parent.curve("training", "loss")
+    # On the same sample of the held-out text as the curves; the result is on all of it.
+    _, bits = parent.curve("validation", "bits_per_byte")
+    ends = nats[:, -20:], bits[:, -1:]
+    last = [float(values.mean()) if values.size else np.nan for values in ends]
+    return label, last[0], last[1]
+
+
+def _limits(arms: Sequence[Group]) -> tuple[float | None, float | None]:
+    """Limits of held-out loss that show the last two thirds of what is learned after the first
+    evaluation, and each end: a run from scratch would compress all other curves."""
+    curves = [arm.curve("validation", "bits_per_byte") for arm in arms]
+    trained = [values[:, tokens > 0] for tokens, values in curves]
+    every = np.concatenate([values.ravel() for values in trained])
+    every = every[np.isfinite(every)]
+    if not len(every):
+        return None, None
+    ends = np.concatenate([values[:, -1:].ravel() for values in trained])
+    low, high = every.min(), every.max()
+    enough = low + max((high - low) / 3, 1.15 * (np.nanmax(ends, initial=low) - low))
+    top = enough if high > 1.2 * enough else high
+    margin = 0.05 * (top - low or 1)
+    return low - margin, top + margin
+
+
+def _band(axes, x: np.ndarray, values: np.ndarray, group: Group, **other) -> None:
+    """The mean of a group's runs, and their range if there are several."""
+    look = {**group.look, **other}
+    if not len(x):
+        return
+    axes.plot(x, values.mean(axis=0), label=group.name, **look)
+    if len(values) > 1:
+        axes.fill_between(x, values.min(axis=0), values.max(axis=0), alpha=0.2, color=look["color"])
+
+
+def loss_against_flops(records: list[Record], layout: Layout = WIDE) -> Figure | None:
+    """Held-out loss, and the score if runs have one, against training FLOPs, without and with the
+    parents'."""
+    arms = [arm for arm in groups(records) if len(arm.curve("validation", "bits_per_byte")[0]) > 1]
+    if not arms:
+        return None
+    most = max(results.flops_of(record) for record in records)
+    unit, scale = _unit(most)
+    kinds = [("validation", "bits_per_byte", "held-out bits per byte")]
+    if any(len(arm.curve("score", "accuracy")[0]) for arm in arms):
+        kinds.append(("score", "accuracy", "accuracy"))
+    figure, all_axes = style.panels(2 * len(kinds), layout, width=4.8, height=3.6)
+    known = looks(arms)
+    titles = {"Of this run alone": catch_up.flops, "With its parents'": catch_up.flops_with_parents}
+    rows = itertools.product(kinds, titles.items())
+    for ((phase, value, label), (title, axis)), axes in zip(rows, all_axes, strict=True):
+        for arm in arms:
+            tokens, values = arm.curve(phase, value)
+            after = tokens > 0
+            x, y = axis(arm.first, tokens[after]) / scale, values[:, after]
+            _band(axes, x, y, arm, **known.get(arm.name, OTHERS))
+        if phase == "validation":
+            axes.set_ylim(*_limits(arms))
+        axes.set(title=title, xlabel=f"training {unit}FLOP", ylabel=label)
+    style.limited_legend(figure, layout, all_axes[0], known)
+    return figure
+
+
+def languages(records: list[Record], layout: Layout = WIDE) -> Figure | None:
+    """Final bits per byte, one line per language and one marker per run or mean of seeds."""
+    arms, values = groups(records), {}
+    for arm in arms:
+        tables = [record.result["per_language"] for record in arm.records]
+        values[arm.name] = {
+            label: np.mean([table[label]["bits_per_byte"] for table in tables])
+            for label in tables[0]
+            # None if its documents are empty
+            if all(table.get(label, {}).get("bits_per_byte") is not None for table in tables)
         }
-        for record in records
-    }
     labels = sorted(
         set.intersection(*(set(v) for v in values.values())),
-        key=lambda label: np.mean([v[label]["bits_per_byte"] for v in values.values()]),
+        key=lambda label: np.mean([v[label] for v in values.values()]),
     )[-MOST_LABELS:]
-    figure, (axes,) = _figure(1, height=1.4 + 0.28 * len(labels))
-    for record in records:
-        bits = [values[record.name][label]["bits_per_byte"] for label in labels]
-        look = {**record.look, "linestyle": "none"}
-        axes.plot(bits, range(len(labels)), label=record.name, markersize=7, alpha=0.9, **look)
+    if not labels:
+        return None
+    figure, [axes] = style.panels(1, layout, width=9.6, height=1.0 + 0.25 * len(labels))
+    known = looks(arms)
+    for arm in sorted(arms, key=lambda arm: arm.name in known):
+        bits = [values[arm.name][label] for label in labels]
+        behind = {"color": OTHERS["color"], "marker": "."}
+        look = {**known.get(arm.name, behind), "linestyle": "none"}
+        axes.plot(bits, range(len(labels)), label=arm.name, alpha=0.9, **look)
     axes.set_yticks(range(len(labels)), map(untrusted.label, labels))
     axes.set_xlabel("bits per byte on held-out text (lower is better)")
-    axes.legend(ncols=len(records), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    style.limited_legend(figure, layout, axes, known)
     return figure
 
 
-def expert_load(records: list[Record]) -> Figure | None:
-    """Each expert's fraction of the assignments in each layer, on the held-out text."""
-    arms = [record for record in records if record.is_sparse]
-    if not arms:
-        return None
-    loads = [100 * np.array(record.result["tokens_per_expert"]) for record in arms]
-    L, E = loads[0].shape
-    figure, all_axes = _figure(len(arms), height=1.6 + 0.45 * L, width=max(10.0, 2.6 * len(arms)))
-    top = max(load.max() for load in loads)
-    for record, load, axes in zip(arms, loads, all_axes, strict=True):
-        image = axes.imshow(load, cmap="cividis", vmin=0, vmax=top, aspect="auto")
-        axes.set(title=record.name, xlabel="expert")
-        axes.set_xticks(range(E) if E <= 16 else range(0, E, E // 8))
-        axes.set_yticks(range(L) if L <= 16 else range(0, L, L // 8))
-        axes.grid(False)
-        for (layer, expert), share in np.ndenumerate(load) if E <= 8 else ():
-            look = {"color": "black" if share > 0.6 * top else "white", "size": 8}
-            axes.text(expert, layer, f"{share:.0f}", ha="center", va="center", **look)
-    all_axes[0].set_ylabel("sparse layer")
-    label = f"% of assignments (even: {100 / E:.1f})"
-    figure.colorbar(image, ax=all_axes, fraction=0.03, label=label)
-    return figure
-
-
-def router_health(records: list[Record]) -> Figure | None:
-    """Load balance of the routers over training: the mean and the worst layer."""
-    arms = [record for record in records if record.is_sparse]
-    if not arms:
-        return None
-    panels = {name: m.panel for name, m in measures.MEASURES.items() if m.panel}
-    width = 11.0 * max(1, len(panels) / 3)
-    figure, all_axes = _figure(len(panels), height=3.6, width=width)
-    for (name, panel), axes in zip(panels.items(), all_axes, strict=True):
-        for record in arms:
-            rows = [r for r in record.validation_rows if r["step"] and name in r["router"]]
-            values = [panel.reduce(row["router"][name]) for row in rows]
-            tokens = [row["tokens"] / 1e6 for row in rows]
-            axes.plot(tokens, values, label=record.name, markersize=5, **record.look)
-        axes.set(title=panel.title, ylabel=panel.label, xlabel="million tokens as MoE")
-        axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1))
-    if num_experts := arms[0].config["model"]["num_experts"]:
-        all_axes[0].axhline(num_experts, **LEVEL)
-    all_axes[0].legend(loc="lower right")
-    return figure
-
-
-def experts_by_layer(records: list[Record]) -> Figure | None:
-    """Effective experts, their similarity, and router drift in each layer at the end of a run."""
-    arms = [r for r in records if r.is_sparse and r.result.get("expert_similarity")]
-    if not arms:
-        return None
-    figure, (left, middle, right) = _figure(3, height=3.8, width=11.0)
-    for axes, key, title, label in (
-        (left, "effective_experts", "Effective experts on held-out text", "exp(entropy of load)"),
-        (
-            middle,
-            "expert_similarity",
-            "Similarity of experts",
-            "cosine, mean of pairs and matrices",
-        ),
-        (right, "router_drift", "Drift of the router", "|end − start| / |start|"),
-    ):
-        for record in arms:
-            values = record.result[key]
-            axes.plot(range(len(values)), values, label=record.name, **record.look)
-        axes.set(title=title, ylabel=label, xlabel="sparse layer")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if num_experts := max(r.config["model"]["num_experts"] or 0 for r in arms):
-        left.axhline(num_experts, **LEVEL)
-    left.set_ylim(0, 1.08 * left.get_ylim()[1])
-    middle.set_ylim(min(0, middle.get_ylim()[0]) - 0.05, 1.05)
-    right.set_ylim(0, 1.08 * right.get_ylim()[1])
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=6)
-    return figure
-
-
-def training_flops(records: list[Record]) -> Figure:
+def training_flops(records: list[Record], layout: Layout = WIDE) -> Figure:
     """The training cost of each run, without and with its dense parent's."""
-    figure, (axes,) = _figure(1, height=1.2 + 0.42 * len(records))
-    own = np.array([record.result["training_flops"] for record in records]) / 1e12
-    parent = np.array([record.result["parent_training_flops"] for record in records]) / 1e12
-    places = np.arange(len(records))
-    axes.barh(places, own, color=COLOURS[0], label="this run")
-    axes.barh(places, parent, left=own, color=COLOURS[1], hatch="//", label="its dense parent")
+    arms = groups(records)
+    unit, scale = _unit(max(results.flops_of(record) for record in records))
+    height = 0.9 + 0.3 * len(arms)
+    figure, [axes] = style.panels(1, layout, width=9.6, height=height)
+    own = np.array([arm.first.result["training_flops"] for arm in arms]) / scale
+    parent = np.array([arm.first.result["parent_training_flops"] for arm in arms]) / scale
+    places = np.arange(len(arms))
+    look = style.FILLS
+    axes.barh(places, own, label="this run", **look[0])
+    axes.barh(places, parent, left=own, label="its parents", **look[1])
     for place, (a, b) in enumerate(zip(own, parent, strict=True)):
-        text = f" {a:.3g}" + (f" + {b:.3g} = {a + b:.3g}" if b else "")
-        axes.text(a + b, place, text, va="center")
-    axes.set_yticks(places, [record.name for record in records])
+        axes.text(a + b, place, f" {a + b:.3g}", va="center")
+    axes.set_yticks(places, [style.short(arm.name) for arm in arms])
     axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set_xlabel("training TFLOP (model FLOPs: active parameters, causal attention)")
+    axes.margins(x=0.15)
+    axes.set_xlabel(f"training {unit}FLOP (active parameters, causal attention)")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower center", ncols=2, bbox_to_anchor=(0.5, 1.0))
+    style.legend(figure, layout, *axes.get_legend_handles_labels())
     return figure
 
 
-FIGURES = {
-    "loss": loss,
-    "languages": languages,
-    "expert_load": expert_load,
-    "router_health": router_health,
-    "experts_by_layer": experts_by_layer,
-    "training_flops": training_flops,
-}
-
-
-def _arms(records: list[Record]) -> list[Record]:
-    """The sparse runs and those that start from another run, or all runs if there are none."""
-    return [r for r in records if r.is_sparse or r.config["init"]["source"]] or records
+def _unit(value: float) -> tuple[str, float]:
+    """The prefix and the value of the largest unit that is at most this value."""
+    fitting = [(name, unit) for name, unit in UNITS.items() if unit <= value]
+    return fitting[-1] if fitting else ("T", 1e12)
 
 
 def _smooth(values: list[float]) -> np.ndarray:
@@ -254,4 +210,92 @@ def _smooth(values: list[float]) -> np.ndarray:
     all_values = np.array(values, np.float64)
     half = max(1, len(values) // 20)
     windows = (all_values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return np.array([np.nanmean(window) for window in windows])
+    return np.array(
+        [np.mean(w[np.isfinite(w)]) if np.isfinite(w).any() else np.nan for w in windows]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A figure: its title, how it is drawn, its caption, and its result in a sentence."""
+
+    title: str
+    draw: Callable[..., Figure | None]
+    caption: str
+    result: Callable[[list[Record]], str]
+
+
+FIGURES: dict[str, Row] = {
+    "loss": Row(
+        "Loss",
+        loss,
+        "Loss against the tokens seen after the parent; losses far above all ends are off the "
+        "scale. "
+        "Bands: lowest to highest of the seeds. Dotted: the parent's loss in its last training "
+        "steps, and its last held-out loss, on the same sample of the held-out text as the curves; "
+        "the table's losses are on all of it. A run that starts at its parent's loss first gets "
+        "worse: its learning rate warms up again, and Adam's moments start at zero.",
+        results.of_loss,
+    ),
+    "loss_against_flops": Row(
+        "Loss against compute",
+        loss_against_flops,
+        "The same held-out loss against training FLOPs, and accuracy if the runs measure it. Left: "
+        "of a run alone, which is the cost if "
+        "the parent exists already. Right: with its parents', which is the cost from nothing.",
+        results.of_loss_against_flops,
+    ),
+    "languages": Row(
+        "Languages",
+        languages,
+        "Final held-out bits per byte by label of the text. Bytes are not comparable between "
+        "scripts (a Cyrillic letter has two, a CJK character three): compare runs within one line.",
+        results.of_languages,
+    ),
+    "expert_load": Row(
+        "Load of the experts",
+        load_figures.expert_load,
+        "Where the routers send held-out tokens: each row of a panel sums to 100 %. At most "
+        f"{load_figures.MOST_PANELS} runs, with the lowest losses; of several seeds, the first.",
+        results.of_expert_load,
+    ),
+    "load_over_training": Row(
+        "Load over training",
+        load_figures.load_over_training,
+        "The share of each expert on held-out text during training, in the layer whose load is the "
+        "least even at the end; bright: the largest share at the end; dotted: an even load.",
+        results.of_load_over_training,
+    ),
+    "router_health": Row(
+        "Health of the routers",
+        load_figures.router_health,
+        "Evenness of the load on held-out text during training; of several seeds, the first.",
+        results.of_router_health,
+    ),
+    "experts_by_layer": Row(
+        "Experts by layer",
+        load_figures.experts_by_layer,
+        "At the end of training. Effective experts: the effective number in each layer (dotted: "
+        "all, evenly). Similarity: of their weights, entry by entry: 1 for copies, 0 for random "
+        "ones and for copies with their neurons in a different order. Drift: the distance of the "
+        "routers' weights from their initial values.",
+        results.of_experts_by_layer,
+    ),
+    "training_flops": Row(
+        "Training FLOPs",
+        training_flops,
+        "The cost of each run, without and with that of its parents.",
+        results.of_training_flops,
+    ),
+}
+
+
+def draw(records: list[Record]) -> dict[str, style.Files]:
+    """All figures that are not None for these records, as files by name."""
+    images = {}
+    with matplotlib.rc_context(style.STYLE):
+        for name, row in FIGURES.items():
+            wide, narrow = row.draw(records, WIDE), row.draw(records, NARROW)
+            if wide and narrow:
+                images[name] = style.files(wide, narrow)
+    return images

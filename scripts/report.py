@@ -1,0 +1,4 @@
+from moe_jax.commands import report
+
+if __name__ == "__main__":
+    report.main()
