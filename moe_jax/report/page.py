@@ -143,7 +143,8 @@ def _samples(report: Report) -> str:
     if not parts:
         return ""
     summary = f"{len(prompts)} prompts, one continuation per run"
-    return "<h2>Sample continuations</h2>\n" + markup.folded(summary, "\n".join(parts))
+    whole = "<h2>Sample continuations</h2>\n" + tables.of_texts(report.records)
+    return whole + markup.folded(summary, "\n".join(parts))
 
 
 def _commands(report: Report) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from moe_jax.analysis import measures
+from moe_jax.evaluation.text_metrics import METRICS
 from moe_jax.report import catch_up, comparisons, markup
 from moe_jax.report.markup import Cell
 from moe_jax.report.records import (
@@ -206,6 +207,21 @@ def _crossing(found: catch_up.CatchUp | None, of_flops: bool) -> Cell:
     if crossing.number > 1:
         text += f", the last of {crossing.number}"
     return Cell(text, crossing.at)
+
+
+def of_texts(records: Sequence[Record]) -> str:
+    """The reference-free metrics of each run's continuations; "" if no run has measured them."""
+    measured = {record.name: record.result.get("sample_metrics") or {} for record in records}
+    names = [name for name in METRICS if any(name in found for found in measured.values())]
+    if not names:
+        return ""
+    rows = [
+        {"run": Cell(run), **{name: _number(found.get(name), ".3g") for name in names}}
+        for run, found in measured.items()
+    ]
+    meaning = (f"{name}: {METRICS[name].about} ({METRICS[name].better})" for name in names)
+    few = "A few short texts: the numbers show repetition and the wrong language, not quality."
+    return markup.table(rows) + markup.paragraph(". ".join([*meaning, few]))
 
 
 def versions(records: Sequence[Record]) -> dict[str, list[str]]:

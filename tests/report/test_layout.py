@@ -75,6 +75,7 @@ def test_a_page_answers_first_and_scrolls_its_tables_alone(text):
     assert re.search(r"naive 1\.6e\+12, with its parents 4\.5e\+12", image[0]["alt"])
     samples = [around for own, around in parsed.all("td") if own.get("class") == "text"]
     assert samples and all("details." in around for around in samples)
+    assert "<th>seq_rep_4</th><th>distinct_2</th>" in text and text.count(">0.92</td>") == 22
     css = text[text.index("<style>") : text.index("</style>")]
     sizes = [16 * float(size) for size in re.findall(r"font-size: ([\d.]+)rem", css)]
     assert min(sizes) >= 9 and ".scroll { overflow-x: auto; }" in css
