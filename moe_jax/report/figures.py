@@ -266,6 +266,14 @@ FIGURES: dict[str, Row] = {
         "least even at the end; bright: the largest share at the end; dotted: an even load.",
         results.of_load_over_training,
     ),
+    "drop_rates": Row(
+        "Drop rates and balance coefficients",
+        load_figures.drop_rates,
+        "The share of assignments that capacity_factor would drop if the batch were one group, and "
+        "the adaptive coefficient of the balance loss, for each layer over training; dark: the "
+        "first layer, bright: the last.",
+        results.of_drop_rates,
+    ),
     "router_health": Row(
         "Health of the routers",
         load_figures.router_health,

@@ -74,6 +74,44 @@ def load_over_training(records: list[Record], layout: Layout = WIDE) -> Figure |
     return figure
 
 
+def drop_rates(records: list[Record], layout: Layout = WIDE) -> Figure | None:
+    """Each layer's virtual drop rate over training, and its balance coefficient where these adapt.
+
+    Both are Skywork-MoE's (Wei et al., arXiv 2406.06563, figure 4).
+    """
+    panels = {}
+    for arm in _sparse(records):
+        rates = [(r, r.get("router", {}).get("virtual_drop_rate")) for r in arm.first.rows]
+        panels[f"{style.short(arm.name)}\ndrop rate, %"] = _by_layer(rates, 100)
+        adaptive = [(r, r.get("load_balancing_coefficients")) for r in arm.first.training_rows]
+        panels[f"{style.short(arm.name)}\ncoefficient, ‰"] = _by_layer(adaptive, 1000)
+    panels = {title: curves for title, curves in panels.items() if curves is not None}
+    if not panels:
+        return None
+    figure, all_axes = style.panels(len(panels), layout, width=2.4, height=2.1)
+    colours = matplotlib.colormaps["cividis"]
+    for (title, (tokens, value_SL)), axes in zip(panels.items(), all_axes, strict=True):
+        L = value_SL.shape[1]
+        for layer in range(L):
+            colour = colours(layer / max(L - 1, 1))
+            axes.plot(tokens, value_SL[:, layer], color=colour, linewidth=1.1)
+        axes.set_title(title, fontsize=style.SMALLEST_TEXT)
+        axes.set_ylim(0, 1.05 * max(float(value_SL.max()), 0.1))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+    figure.supxlabel("million tokens as MoE", fontsize=10)
+    return figure
+
+
+def _by_layer(rows: Sequence[tuple[dict, list | None]], scale: float):
+    """(million tokens, values [S, L] times scale) of the rows that have them; None for fewer than
+    two."""
+    kept = [(row["tokens"] / 1e6, values) for row, values in rows if values]
+    if len(kept) < 2:
+        return None
+    tokens, values = zip(*kept, strict=True)
+    return np.array(tokens), scale * np.array(values, np.float64)
+
+
 def router_health(records: list[Record], layout: Layout = WIDE) -> Figure | None:
     """Load balance of the routers over training: the mean and the worst layer."""
     arms = _sparse(records, len(records))

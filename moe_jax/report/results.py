@@ -87,6 +87,16 @@ def of_load_over_training(records: list[Record]) -> str:
     return f"The largest share of an expert at the end: {_listed(pairs)}."
 
 
+def of_drop_rates(records: list[Record]) -> str:
+    pairs = []
+    for group in groups([record for record in records if record.is_sparse]):
+        rates = [r["router"]["virtual_drop_rate"] for r in group.first.rows if r.get("router")]
+        if rates:
+            words = f"{100 * max(rates[-1]):.1f} % in the layer that would drop most"
+            pairs.append((group.name, words))
+    return f"Virtual drop rate at the end: {_listed(pairs)}."
+
+
 def of_router_health(records: list[Record]) -> str:
     found = [
         (g.name, measures.columns(g.first.result)["effective_experts"]) for g in _ranked(records)

@@ -13,7 +13,7 @@ PARENT_STEPS, TOKENS_PER_STEP, BLOCKS = 700, 1024, 20
 
 
 def router_rows(load_LE):
-    sums = {"tokens_per_expert_E": np.array(load_LE)}
+    sums = {"tokens_per_expert_E": np.round(10_000 * np.array(load_LE))}
     return measures.rows(measures.Sums(sums, "softmax_topk", 1.0, measures.VALIDATION))
 
 
