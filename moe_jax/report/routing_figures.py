@@ -19,19 +19,12 @@ from matplotlib.figure import Figure
 from scipy.cluster import hierarchy
 
 from moe_jax import files, untrusted
-from moe_jax.report import figures
+from moe_jax.report import records, style
 
-STYLE: dict[Any, Any] = figures.STYLE | {
-    "axes.titlesize": 10,
-    "figure.constrained_layout.use": True,
-    "font.size": 9.5,
-    "savefig.dpi": 160,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and read aloud
-    "svg.hashsalt": "moe_jax",  # else the ids of an SVG are random
-}
+STYLE: dict[Any, Any] = style.STYLE | {"figure.constrained_layout.use": True, "savefig.dpi": 160}
 WIDTH = 5.0  # inches: 9.5 points are 10 pixels or more in a figure shown 400 pixels wide
 ROW = 0.155  # inches for a row with a label
-LEVEL: dict[str, Any] = figures.LEVEL
+LEVEL: dict[str, Any] = style.LEVEL
 ALONE = {"color": "#999999", "marker": ".", "hatch": ""}  # families of one language
 MOST_FAMILIES = 14  # with a look of their own
 # Where a label of a point may go, nearest first: factors of its width and height.
@@ -66,7 +59,7 @@ def expert_share(
     and 7 labels are bars; otherwise a heatmap has a row for each label.
     """
     L, G, E = share_LGE.shape
-    if G > len(figures.COLOURS) or E > 16:
+    if G > len(records.COLOURS) or E > 16:
         return _share_heatmaps(share_LGE, labels, layers, title)
     figure = Figure(figsize=(WIDTH, 0.9 + 1.35 * L))
     all_axes = figure.subplots(L, 1, squeeze=False, sharex=True, sharey=True)[:, 0]
@@ -74,7 +67,7 @@ def expert_share(
     for axes, layer, share_GE in zip(all_axes, layers, share_LGE, strict=True):
         for g, share_E in enumerate(share_GE):
             place_E = np.arange(E) + (g - (G - 1) / 2) * width
-            look = {"color": figures.COLOURS[g], "label": untrusted.label(labels[g])}
+            look = {"color": records.COLOURS[g], "label": untrusted.label(labels[g])}
             axes.bar(place_E, 100 * share_E, width, **look)
         axes.axhline(100 / E, **LEVEL)
         axes.set_title(f"layer {layer}")
@@ -161,11 +154,11 @@ class _Families:
     def of(cls, families: Sequence[str]) -> "_Families":
         names = sorted(set(families), key=lambda name: (-families.count(name), name))
         many = [name for name in names if families.count(name) > 1][:MOST_FAMILIES]
-        C = len(figures.COLOURS)
+        C = len(records.COLOURS)
         looks = {
             name: {
-                "color": figures.COLOURS[i % C],
-                "marker": figures.MARKERS[(i + i // C) % C],
+                "color": records.COLOURS[i % C],
+                "marker": records.MARKERS[(i + i // C) % C],
                 "hatch": "////" if i >= C else "",
             }
             for i, name in enumerate(many)
@@ -296,9 +289,9 @@ def vocabulary_specialisation(
     figure = Figure(figsize=(WIDTH, 3.0))
     axes = figure.subplots()
     for i, (kind, value_L) in enumerate(values.items()):
-        look: dict[str, Any] = {"color": figures.COLOURS[i], "marker": figures.MARKERS[i]}
+        look: dict[str, Any] = {"color": records.COLOURS[i], "marker": records.MARKERS[i]}
         line: dict[str, Any] = {
-            "linestyle": figures.DASHES[i % len(figures.DASHES)],
+            "linestyle": records.DASHES[i % len(records.DASHES)],
             "markersize": 5,
         }
         axes.plot(layers, 100 * np.asarray(value_L), label=kind, **look, **line)
@@ -319,9 +312,9 @@ def gate_ratios(layers: Sequence[int], ratios: Mapping[str, np.ndarray]) -> Figu
     axes = figure.subplots()
     for i, (kind, quartile_L3) in enumerate(ratios.items()):
         low_L, median_L, high_L = np.asarray(quartile_L3).T
-        look: dict[str, Any] = {"color": figures.COLOURS[i], "marker": figures.MARKERS[i]}
-        axes.plot(layers, median_L, label=kind, linestyle=figures.DASHES[i], markersize=5, **look)
-        axes.fill_between(layers, low_L, high_L, color=figures.COLOURS[i], alpha=0.2, linewidth=0)
+        look: dict[str, Any] = {"color": records.COLOURS[i], "marker": records.MARKERS[i]}
+        axes.plot(layers, median_L, label=kind, linestyle=records.DASHES[i], markersize=5, **look)
+        axes.fill_between(layers, low_L, high_L, color=records.COLOURS[i], alpha=0.2, linewidth=0)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.axhline(1, **LEVEL)
@@ -373,7 +366,7 @@ def _depth(axes: Axes, layers: Sequence[int], label: str) -> None:
 def _look_of_depth(i: int, number: int) -> dict[str, Any]:
     """From dark for the first layer to light for the last, with other markers and dashes."""
     shade = matplotlib.colormaps["cividis"](0.85 * i / max(number - 1, 1))
-    marks, dashes = (seq[i % len(seq)] for seq in (figures.MARKERS, figures.DASHES))
+    marks, dashes = (seq[i % len(seq)] for seq in (records.MARKERS, records.DASHES))
     return {"color": shade, "marker": marks, "linestyle": dashes, "markersize": 5}
 
 

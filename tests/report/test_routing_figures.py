@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.analysis import language_families, languages, routing
-from moe_jax.report import figures, routing_figures
+from moe_jax.report import records, routing_figures
 
 CODES = list(language_families.FAMILIES)
 FAMILIES = list(language_families.FAMILIES.values())
@@ -128,7 +128,7 @@ def test_bars_stand_at_their_shares():
     np.testing.assert_allclose(heights, 100 * SHARE_LGE[0].ravel())
     assert figure.axes[0].lines[0].get_ydata()[0] == 100 / E
     colours = {patch.get_facecolor() for patch in figure.axes[0].patches}
-    assert len(colours) == 5 <= len(figures.COLOURS)
+    assert len(colours) == 5 <= len(records.COLOURS)
 
 
 def test_rows_of_the_language_heatmap_are_sorted_by_family():
