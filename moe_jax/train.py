@@ -42,6 +42,11 @@ from moe_jax.training.state import TrainState
 
 # A checkpoint keeps these values besides the state; here they are as before the first step.
 NOTHING_KEPT = {"lineage": init.NO_LINEAGE, "skipped_steps": 0, "left_out": [], "losses": {}}
+# A run goes on from a checkpoint that has all of them; one that had no guards has no history.
+RESTORING: dict[str, Any] = {
+    "needed": (*NOTHING_KEPT, "text", "versions"),
+    "optional": "history/",
+}
 
 
 def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1) -> dict:
@@ -111,7 +116,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     with checks.refusing(), named:
         newest = distributed.of_first(checkpoint.newest_data(directory))
         at = environment.resume_step(settings, newest)
-        restored = checkpoint.restore_latest(directory, abstract, step=at, optional="history/")
+        restored = checkpoint.restore_latest(directory, abstract, step=at, **RESTORING)
     kept: dict[str, Any] = dict(restored.data if restored else NOTHING_KEPT)
     if restored is None:
         start, plan = 0, init.plan_of(settings)
@@ -297,5 +302,6 @@ def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_con
     except Exception:  # zip archives and arrays that are damaged raise many types
         distributed.say(f"{path} is missing or damaged: router_drift counts from this step on")
     if distributed.is_first():
-        np.savez(path, **dict[str, Any]({str(layer): x for layer, x in kernels.items()}))
+        with files.whole_file(path) as unfinished, open(unfinished, "wb") as file:
+            np.savez(file, **dict[str, Any]({str(layer): x for layer, x in kernels.items()}))
     return kernels
