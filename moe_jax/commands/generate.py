@@ -20,7 +20,7 @@ import time
 import jax
 import numpy as np
 
-from moe_jax import command_line, stores
+from moe_jax import command_line, stores, untrusted
 from moe_jax import config as configs
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
@@ -67,7 +67,8 @@ def main() -> None:
         parser.error(f"--offload={arguments.offload} must be more than 0")
     with parser.refusing():
         for text in run(arguments):
-            print(text)
+            # A model's text may hold any character; a terminal would obey some of them.
+            print(untrusted.page(text) if sys.stdout.isatty() else text)
 
 
 def run(arguments) -> list[str]:
