@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
-from moe_jax import spelling, stopping
+from moe_jax import spelling, stopping, untrusted
 
 EXIT_MISTAKE, EXIT_NONFINITE = 2, 3
 ENTRY = "moe_jax"  # the console entry point, which sets sys.argv[0] to "moe_jax NAME"
@@ -77,13 +77,13 @@ class Parser(argparse.ArgumentParser):
             self.error(spelling.unknown(name, str(value), map(str, action.choices)))
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_MISTAKE, f"{self.prog}: {message}\n")
+        self.exit(EXIT_MISTAKE, f"{self.prog}: {untrusted.line(message)}\n")
 
     @contextlib.contextmanager
     def refusing(self, mistakes: tuple = (ValueError, OSError)) -> Iterator[None]:
         """Ends the program with one line and exit status 2 if the block raises one of `mistakes`.
 
-        A ConfigError is a ValueError. Ctrl-C also ends the program with one line, and status 130.
+        A ConfigError is a ValueError.
         """
         try:
             yield
@@ -99,9 +99,6 @@ class Parser(argparse.ArgumentParser):
                 f"device, or jax is not installed for it{reason and f' ({reason})'}; unset it, or "
                 "install the extra cuda12, cuda13 or tpu of this project"
             )
-        except KeyboardInterrupt:
-            print(f"{self.prog}: interrupted", file=sys.stderr)
-            stopping.leave(stopping.EXIT_INTERRUPTED)
 
 
 def _is_of_backend(error: BaseException) -> bool:

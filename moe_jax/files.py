@@ -92,6 +92,6 @@ def remove_folder(folder: pathlib.Path) -> None:
 def alone(lock: pathlib.Path) -> Iterator[None]:
     """Waits until no other process on this machine is in such a block with the same lock file."""
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as held:
+    with open(lock, "a") as held:  # a file that is linked here keeps its content
         fcntl.flock(held, fcntl.LOCK_EX)
         yield

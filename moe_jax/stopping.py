@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -17,14 +18,30 @@ NOT_WAITED_FOR = "not waited for: "  # begins the name of a thread that may hang
 
 
 def end(status: int) -> NoReturn:
-    """Raises SystemExit, again each second until `quiet`: a library's callback may swallow it."""
+    """Raises SystemExit, again each second until `quiet`: a library's callback may swallow it.
 
-    def again(*_):
+    It leaves the process instead if a module is being imported: an extension that is raised into
+    while it initialises itself can crash, and some packages turn any error into an ImportError.
+    """
+
+    def again(*_) -> NoReturn:
+        if importing():
+            leave(status)
         raise SystemExit(status)
 
     signal.signal(signal.SIGALRM, again)
     signal.setitimer(signal.ITIMER_REAL, 1, 1)
-    raise SystemExit(status)
+    again()
+
+
+def importing() -> bool:
+    """True while the code that calls this, or that a signal interrupted, imports a module."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def pass_on(error: BaseException) -> None:

@@ -4,6 +4,7 @@ import collections
 import json
 import math
 import pathlib
+import re
 import reprlib
 import stat
 from typing import Any
@@ -53,11 +54,33 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def parse(text: str) -> Any:
-    """The value of a JSON text. Raises: ValueError, also for one nested too deeply."""
+    """The value of a JSON text.
+
+    Raises: ValueError, also for a text nested too deeply, for a number that is not finite, and for
+      half a surrogate pair: `text` could not write them, nor would other readers take them.
+    """
+    how: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite}
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique, **how)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # without such an escape there is no surrogate
+            check_encodable(value)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def check_encodable(value: Any) -> None:
+    """Raises: ValueError if a text in `value` has half a surrogate pair, which UTF-8 lacks."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half a surrogate pair") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{reprlib.repr(text)} is not a finite number")
+    return number
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

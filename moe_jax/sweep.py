@@ -229,6 +229,7 @@ def _launch(
     run.workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *run.command(train)[1:]]
     log = run.workdir / "log.txt"
+    log.unlink(missing_ok=True)  # a file that is linked here keeps its content
     with open(log, "w") as output:
         out, err = (None, None) if in_terminal else (output, subprocess.STDOUT)
         # In a session of its own it gets one signal, this program's, and not Ctrl-C beside it.

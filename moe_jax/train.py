@@ -48,6 +48,11 @@ NOTHING_KEPT = {
     "left_out": [],
     "losses": {},
 }
+# A run goes on from a checkpoint that has all of these; one that had no guards has no history.
+RESTORING: dict[str, Any] = {
+    "needed": ("lineage", "skipped_steps", "left_out", "losses", "text", "versions"),
+    "optional": "history/",
+}
 
 
 def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1) -> dict:
@@ -117,7 +122,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     with checks.refusing(), named:
         newest = distributed.of_first(checkpoint.newest_data(directory))
         at = environment.resume_step(settings, newest)
-        restored = checkpoint.restore_latest(directory, abstract, step=at, optional="history/")
+        restored = checkpoint.restore_latest(directory, abstract, step=at, **RESTORING)
     kept: dict[str, Any] = dict(restored.data if restored else NOTHING_KEPT)
     if restored is None:
         start, plan = 0, init.plan_of(settings)
@@ -317,5 +322,6 @@ def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_con
     except Exception:  # zip archives and arrays that are damaged raise many types
         distributed.say(f"{path} is missing or damaged: router_drift counts from this step on")
     if distributed.is_first():
-        np.savez(path, **dict[str, Any]({str(layer): x for layer, x in kernels.items()}))
+        with files.whole_file(path) as unfinished, open(unfinished, "wb") as file:
+            np.savez(file, **dict[str, Any]({str(layer): x for layer, x in kernels.items()}))
     return kernels

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import stat
 from collections.abc import Iterator
 
@@ -45,6 +46,18 @@ def _entries(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
     for name in OWN_FOLDERS:
         for folder, folders, files in os.walk(workdir / name):  # which does not follow links
             yield from (pathlib.Path(folder, inner) for inner in (*folders, *files))
+
+
+def line(text: str) -> str:
+    """A text with folders, names or values of a stranger, for one line of a terminal: characters
+    that do not print, such as line ends and escape sequences, are shown as Python's escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def page(text: str) -> str:
+    """A text for a terminal, which keeps its lines and tabs: other control characters are shown as
+    Python's escapes."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: line(found[0]), text)
 
 
 def label(text: str) -> str:

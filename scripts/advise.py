@@ -1,4 +1,4 @@
-from moe_jax.commands import advise
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    advise.main()
+    entry.run("advise")

@@ -1,4 +1,4 @@
-from moe_jax.commands import collect_statistics
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    collect_statistics.main()
+    entry.run("collect_statistics")

@@ -1,4 +1,4 @@
-from moe_jax.commands import config_diff
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    config_diff.main()
+    entry.run("config_diff")

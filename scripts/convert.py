@@ -1,4 +1,4 @@
-from moe_jax.commands import convert
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    convert.main()
+    entry.run("convert")

@@ -1,4 +1,4 @@
-from moe_jax.commands import generate
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    generate.main()
+    entry.run("generate")

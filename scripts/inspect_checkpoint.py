@@ -1,4 +1,4 @@
-from moe_jax.commands import inspect_checkpoint
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    inspect_checkpoint.main()
+    entry.run("inspect_checkpoint")

@@ -1,4 +1,4 @@
-from moe_jax.commands import smollm2
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    smollm2.main()
+    entry.run("smollm2")

@@ -1,4 +1,4 @@
-from moe_jax.commands import train
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    train.main()
+    entry.run("train")

@@ -1,4 +1,4 @@
-from moe_jax.commands import train_tokenizer
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    train_tokenizer.main()
+    entry.run("train_tokenizer")

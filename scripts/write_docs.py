@@ -1,4 +1,4 @@
-from moe_jax.commands import write_docs
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    write_docs.main()
+    entry.run("write_docs")

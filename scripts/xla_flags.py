@@ -1,4 +1,4 @@
-from moe_jax.commands import xla_flags
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    xla_flags.main()
+    entry.run("xla_flags")

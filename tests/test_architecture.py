@@ -168,7 +168,7 @@ def test_no_file_and_no_function_is_long():
 def test_scripts_only_launch_commands():
     scripts = {path.stem: path.read_text() for path in (ROOT / "scripts").glob("*.py")}
     assert scripts == {
-        name: f"from moe_jax.commands import {name}\n\n"
-        f'if __name__ == "__main__":\n    {name}.main()\n'
+        name: "from moe_jax import __main__ as entry\n\n"
+        f'if __name__ == "__main__":\n    entry.run("{name}")\n'
         for name in (path.stem for path in (PACKAGE / "commands").glob("[!_]*.py"))
     }

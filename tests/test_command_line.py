@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import moe_jax.__main__ as entry
-from moe_jax import command_line, stopping
+from moe_jax import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -107,12 +107,11 @@ def test_a_command_starts_another_in_the_way_in_which_it_was_started(monkeypatch
     [
         (ValueError("two\n  lines"), 2, "toy: two lines\n"),
         (FileNotFoundError(2, "Not there", "a.txt"), 2, "toy: [Errno 2] Not there: 'a.txt'\n"),
-        (KeyboardInterrupt(), 130, "toy: interrupted\n"),
+        (ValueError("\x1b[2J of a stranger"), 2, "toy: \\x1b[2J of a stranger\n"),
     ],
 )
 def test_a_mistake_ends_in_one_line(raised, status, line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toy"])
-    monkeypatch.setattr(stopping, "leave", sys.exit)  # which ends the process on the spot
     parser = command_line.Parser("A toy.")
     with pytest.raises(SystemExit) as ended, parser.refusing():
         raise raised

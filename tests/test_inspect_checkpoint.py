@@ -72,6 +72,23 @@ def test_two_runs_are_compared_leaf_by_leaf(runs, capsys, monkeypatch):
     assert code == 0 and "no leaf differs" in out
 
 
+def test_names_of_a_stranger_do_not_command_a_terminal(runs, tmp_path, capsys, monkeypatch):
+    theirs = {"verified": 3, "differences": "yes", "checkpoint": "\x1b[2J"}
+    for run, name in (("one", "\x1b[1m"), ("two", "\n")):
+        shutil.copytree(runs / run, tmp_path / run)
+        path = tmp_path / run / "checkpoints" / "10" / checkpoint.DESCRIPTION
+        meta = json.loads(path.read_text())["description"]
+        meta["data"] = theirs | {"step": 10}
+        for of_leaves in (meta["leaves"], meta["digests"]):
+            of_leaves[f"params/{name}"] = of_leaves.pop("params/a")
+        path.write_text(json.dumps(checkpoint._sealed(meta)))
+    code, out, _ = inspected(capsys, monkeypatch, tmp_path / "one", f"--diff={tmp_path / 'two'}")
+    assert code == 1 and r"params/\x1b[1m" in out and "\x1b" not in out
+    assert [line for line in out.splitlines() if r"differs: params/\n: only in" in line]
+    code, out, _ = inspected(capsys, monkeypatch, tmp_path / "one", "--json")
+    assert code == 0 and json.loads(out).keys() == {"checkpoint", "step", "leaves", "config"}
+
+
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(runs, capsys, monkeypatch):
     code, _, err = inspected(capsys, monkeypatch, f"{runs / 'one'}@7")
     assert code == 2 and "no checkpoint of step 7; it has 5, 10" in err

@@ -90,6 +90,64 @@ def test_an_end_that_a_callback_swallows_comes_again(heard):
     assert (done.returncode, done.stderr) == (75, "")
 
 
+BEFORE_AN_IMPORT = """
+import signal, sys
+from moe_jax import __main__ as entry
+class Finder:
+    def find_spec(name, *_):
+        if name == "moe_jax.commands." + sys.argv[1]:
+            try:
+                [signal.raise_signal(number) for number in {numbers}]
+            except BaseException as error:
+                raise ImportError("an extension that is raised into can crash") from error
+sys.meta_path.insert(0, Finder)
+entry.run(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "then"),
+    [
+        ("train", 75, "; run again to go on"),
+        ("sweep", 75, "; run again to go on"),
+        ("generate", 130, ""),
+        ("upcycle", 130, ""),
+    ],
+)
+def test_a_signal_while_a_command_is_imported_ends_it_on_the_spot(name, status, then, heard):
+    for number in stopping.SIGNALS:
+        program = BEFORE_AN_IMPORT.format(numbers=[int(number)])
+        done = subprocess.run([sys.executable, "-c", program, name], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (status, f"-c: stopped by {number.name}{then}\n")
+
+
+WORKING = """
+import os, pathlib, signal, sys
+from moe_jax import __main__ as entry, files
+from moe_jax.commands import xla_flags
+def main():
+    with files.whole_folder(sys.argv[1]):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            {last}
+xla_flags.main = main
+entry.run("xla_flags")
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "status", "left"), [("pass", 130, 0), ("signal.raise_signal(signal.SIGHUP)", 130, 1)]
+)
+def test_a_signal_later_removes_what_was_begun_and_a_second_one_does_not_wait(
+    last, status, left, heard, tmp_path
+):
+    program = [sys.executable, "-c", WORKING.format(last=last), str(tmp_path / "made")]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "-c: stopped by SIGTERM\n")
+    assert len(list(tmp_path.iterdir())) == left
+
+
 @pytest.mark.parametrize("end", [SystemExit(75), KeyboardInterrupt()], ids=repr)
 def test_an_end_that_a_library_took_for_a_failure_is_raised_all_the_same(end):
     def of_library(way):

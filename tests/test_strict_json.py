@@ -35,6 +35,11 @@ def test_values_are_read_back_and_numbers_that_are_not_finite_are_null(value, re
         ('[{"b": {"a": 1, "a": 1}}]', "'a' is in an object twice"),
         ('{"a":' * 100_000, "nested too deeply"),
         ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ('{"a": NaN}', "'NaN' is not a finite number"),
+        ('{"a": [-Infinity]}', "'-Infinity' is not a finite number"),
+        ('{"a": 1e999}', "'1e999' is not a finite number"),
+        ('{"a": ["\\ud800"]}', "half a surrogate pair"),
+        ('{"\\uDFFF": 1}', "half a surrogate pair"),
         ("[]", "is not a JSON object"),
         ("", "is not JSON"),
     ],
@@ -44,6 +49,12 @@ def test_what_is_no_object_is_refused_with_its_path(content, complaint, tmp_path
     path.write_text(content)
     with pytest.raises(ValueError, match=f"^{path} .*{complaint}"):
         strict_json.read_object(path)
+
+
+def test_what_is_read_can_be_written():
+    text = r'{"a": 1e308, "b": "\ud83d\ude00", "c": "\\ud800", "d": -0.5}'
+    assert strict_json.parse(text) == json.loads(text)
+    assert json.loads(strict_json.text(strict_json.parse(text)).encode()) == json.loads(text)
 
 
 def test_a_pipe_and_a_file_that_is_too_large_are_not_read(tmp_path, monkeypatch):

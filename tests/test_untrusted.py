@@ -2,10 +2,12 @@
 
 import os
 
+import jax
+import numpy as np
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import files, train, untrusted
+from moe_jax import files, model, train, untrusted
 
 NAMES = (
     *(".lock", "config.json", "metrics.jsonl", "result.json", "routers_at_start.npz", "log.txt"),
@@ -60,6 +62,25 @@ def test_a_link_in_the_place_of_a_temporary_file_is_not_written_through(tmp_path
     files.write_text(tmp_path / "config.json", "{}")
     assert (tmp_path / "mine").read_text() == "mine"
     assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_the_routers_at_the_start_empty_no_file_that_shares_its_content(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    os.link(tmp_path / "mine", tmp_path / "routers_at_start.npz")
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1}
+    config = model.ModelConfig(vocab_size=8, num_hidden_layers=1, num_experts=2, **sizes)
+    params = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+    params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params)
+    [kernel] = train._routers_at_start(tmp_path, 0, params, config).values()
+    assert (tmp_path / "mine").read_text() == "mine"
+    [kept] = np.load(tmp_path / "routers_at_start.npz").values()
+    np.testing.assert_array_equal(kept, kernel)
+
+
+def test_a_line_and_a_page_of_a_stranger_do_not_command_a_terminal():
+    text = "日本語\t\x1b[2J\x9b31m\x7f\u202e\ud800\n"
+    assert untrusted.line(text) == r"日本語\t\x1b[2J\x9b31m\x7f\u202e\ud800\n"
+    assert untrusted.page(text[:-3] + "\n") == "日本語\t\\x1b[2J\\x9b31m\\x7f\n"
 
 
 @pytest.mark.parametrize(

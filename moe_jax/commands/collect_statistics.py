@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import command_line, stores
+from moe_jax import command_line, files, stores
 from moe_jax import config as configs
 from moe_jax.analysis import parent_statistics
 from moe_jax.data import sources, tokenizers
@@ -81,7 +81,7 @@ def run(arguments) -> None:
             neurons=arguments.neurons,
             num_neurons=arguments.num_neurons,
         )
-    with open(arguments.output, "wb") as file:
+    with files.whole_file(arguments.output) as unfinished, open(unfinished, "wb") as file:
         np.savez(file, **dict[str, Any](found))
 
 

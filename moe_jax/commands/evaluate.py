@@ -332,7 +332,7 @@ def text(report: dict) -> str:
             shown = "one row" if interval is None else "{:.4f} – {:.4f}".format(*interval)
             cells += [f"{row[name]:.4f}", shown]
         lines.append(ROW.format(untrusted.label(label), *counts, *cells))
-    return "\n".join(lines)
+    return "\n".join(map(untrusted.line, lines))
 
 
 # What to measure: the function of the options, and the one that shows its report.

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from moe_jax import command_line, files, stores, strict_json
+from moe_jax import command_line, files, stores, strict_json, untrusted
 from moe_jax import config as configs
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
@@ -85,7 +85,9 @@ def main() -> None:
             raise ValueError(f"--output={arguments.output}: its folder does not exist; make it")
         texts = run(arguments)
         if arguments.output is None:
-            print("\n".join(text.whole for text in texts))
+            # A model's text may hold any character; a terminal would obey some of them.
+            shown = untrusted.page if sys.stdout.isatty() else str
+            print("\n".join(shown(text.whole) for text in texts))
         else:
             lines = [strict_json.text({"prompt": t.prompt, "text": t.text}) + "\n" for t in texts]
             files.write_text(arguments.output, "".join(lines))

@@ -19,7 +19,7 @@ import sys
 import numpy as np
 
 from moe_jax import command_line, stopping, stores, strict_json, untrusted
-from moe_jax.training import checkpoint
+from moe_jax.training import bounds, checkpoint
 
 
 def main() -> None:
@@ -73,7 +73,8 @@ def _described(folder: pathlib.Path) -> dict:
         path: {"shape": shape, "dtype": dtype, "digest": f"{meta['digests'][path]:08x}"}
         for path, (shape, dtype) in meta["leaves"].items()
     }
-    return {"checkpoint": str(folder), **meta["data"], "leaves": leaves, "config": meta["config"]}
+    data = {name: meta["data"][name] for name in bounds.FORMS if name in meta["data"]}
+    return {"checkpoint": str(folder), **data, "leaves": leaves, "config": meta["config"]}
 
 
 def _verified(folder: pathlib.Path, report: dict) -> str:
@@ -123,7 +124,7 @@ def _table(report: dict) -> str:
         lines.append(f"differs: {path}: {difference}")
     if report.get("differences") == {}:
         lines.append("no leaf differs")
-    return "\n".join(lines)
+    return "\n".join(map(untrusted.line, lines))
 
 
 def _is_param(path: str) -> bool:

@@ -26,7 +26,6 @@ import math
 import sys
 import threading
 from collections.abc import Iterator
-from typing import NoReturn
 
 from moe_jax import command_line, stopping
 
@@ -43,24 +42,6 @@ class ListKeys(argparse.Action):
 
 
 def main() -> None:
-    with stopping.requests(_nothing_to_save, until_exit=True):
-        try:
-            _main()
-        except SystemExit as ended:
-            if ended.code == stopping.EXIT_PREEMPTED or stopping.hangs():
-                stopping.leave(int(ended.code or 0))
-            raise
-        if stopping.hangs():
-            stopping.leave(0)
-
-
-def _nothing_to_save(number) -> NoReturn:
-    """The end by a signal outside of the training loop, which saves."""
-    print(f"train.py: stopped by {number.name}; run again to go on", file=sys.stderr)
-    stopping.end(stopping.EXIT_PREEMPTED)
-
-
-def _main() -> None:
     from moe_jax import config
     from moe_jax.config import listing
 

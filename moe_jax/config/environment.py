@@ -229,7 +229,8 @@ def changed_text(before: dict[str, str], now: dict[str, str], run: Run) -> list[
 def changed_versions(before: dict[str, str]) -> list[str]:
     """A line for each program whose version is not that of `before`: the numbers may differ."""
     now = versions()
-    return [f"{name}: {old} -> {now[name]}" for name, old in before.items() if now[name] != old]
+    olds = {name: before.get(name, "unknown") for name in now}
+    return [f"{name}: {old} -> {now[name]}" for name, old in olds.items() if now[name] != old]
 
 
 def versions() -> dict[str, str]:

@@ -108,7 +108,7 @@ def is_first() -> bool:
 def say(*texts: str) -> None:
     """Prints a line on stderr, once for all processes."""
     if is_first():
-        print(*texts, sep="; ", file=sys.stderr)
+        watchdog.say("; ".join(texts))
 
 
 def exchange(value) -> list:

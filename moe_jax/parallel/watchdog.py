@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from moe_jax import untrusted
+
 BEAT_SECONDS = 2
 SILENT_SECONDS = 20
 EXIT_LOST = 1
@@ -78,4 +80,4 @@ def _silent(
 
 def say(text: str) -> None:
     """Prints a line on stderr immediately, in any process."""
-    print(text, file=sys.stderr, flush=True)
+    print(untrusted.line(text), file=sys.stderr, flush=True)

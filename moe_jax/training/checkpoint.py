@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from absl import logging
 from etils import epath
 
-from moe_jax import files, stopping, tree
+from moe_jax import files, stopping, tree, untrusted
 from moe_jax.parallel import distributed
 from moe_jax.training import bounds
 
@@ -172,7 +172,12 @@ def _hash(meta: dict) -> str:
 
 
 def restore_latest(
-    directory: pathlib.Path, abstract_state, *, step: int | None = None, optional: str = "-"
+    directory: pathlib.Path,
+    abstract_state,
+    *,
+    step: int | None = None,
+    optional: str = "-",
+    needed: Iterable[str] = (),
 ) -> Restored | None:
     """The newest checkpoint that verifies; None if there are no checkpoints.
 
@@ -182,6 +187,7 @@ def restore_latest(
       step: only the checkpoint of this step counts, and must verify.
       optional: the beginning of paths. Such leaves of `abstract_state` become None if the
         checkpoint lacks them or has others; such leaves of the checkpoint may be left over.
+      needed: names that the checkpoint's `data` must have.
 
     Raises: Mismatch if the checkpoint's leaves are not those of `abstract_state`; NoneVerifies.
     """
@@ -190,6 +196,11 @@ def restore_latest(
     if found is None:
         return None
     newest, leaves, meta = found
+    if missing := [name for name in needed if name not in meta["data"]]:
+        raise NoneVerifies(
+            f"{directory / str(newest)} does not verify: its data lacks {', '.join(missing)}; give "
+            "another --workdir, or start one from it by config.init.source"
+        )
     surplus = sorted(set(meta["leaves"]) - set(abstract))
     if surplus := [path for path in surplus if not path.startswith(optional)]:
         raise Mismatch(f"{directory / str(newest)} also holds {', '.join(surplus)}: another model?")
@@ -299,7 +310,8 @@ def _newest(
             stopping.pass_on(error)
             # Orbax raises an error about its handlers for any failure; the failure is its cause.
             reason = " ".join(str(error.__cause__ or error).split())[:300]
-            logging.warning("checkpoint %s does not verify: %s", directory / str(step), reason)
+            line = untrusted.line(f"checkpoint {directory / str(step)} does not verify: {reason}")
+            logging.warning("%s", line)
     if only is not None:
         raise NoneVerifies(
             f"{directory / str(only)} does not verify: {reason}; give another of the steps "

@@ -234,7 +234,7 @@ class _Stop:
 
     def __call__(self, number: signal.Signals) -> None:
         self.number = number
-        if self._at_once:
+        if self._at_once and not stopping.importing():  # else the evaluation goes on to its end
             raise _Stopped
 
     @contextlib.contextmanager

@@ -6,16 +6,18 @@ By default a few examples of each; many under --long.
 import json
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import model
-from moe_jax.data import corpus, prepare, tokenizer_files, tokenizers
+from moe_jax import model, strict_json
+from moe_jax.config import environment
+from moe_jax.data import batches, corpus, prepare, tokenizer_files, tokenizers
 from moe_jax.hf import configs as hf_configs
 from moe_jax.hf import safetensors
-from moe_jax.training import bounds, metrics
+from moe_jax.training import bounds, metrics, saving
 from tests.data import tokenizer_folders
 from tests.fuzz import mutations
 from tests.hf.test_golden import GOLDEN
@@ -34,7 +36,13 @@ TOKENIZER_FILES = (
     *("config.json", "generation_config.json"),
 )
 META = {
-    "data": {"step": 3, "text": {"train": "a" * 64}, "lineage": {"tokens": 5}},
+    "data": {
+        "step": 3,
+        "text": {"train": "a" * 64},
+        "lineage": {"tokens": 5, "training_flops": 0.0, "parents": ["a"]},
+        "losses": {"2": 1.5},
+        "left_out": [[0, 1]],
+    },
     "config": {"seed": 0},
     "leaves": {"params/w": [[2, 3], "float32"], "step": [[], "int32"]},
     "digests": {"params/w": 7, "step": 8},
@@ -68,7 +76,15 @@ def manifest(folder):
 
 
 def description(folder):
-    bounds.check_form(json.loads((folder / "meta.json").read_text()))
+    meta = json.loads((folder / "meta.json").read_text())
+    bounds.check_form(meta)
+    data = meta["data"]
+    run = types.SimpleNamespace(config=configs.default(), checkpoint=None)
+    saving.Saver(folder, run, (), data.get("losses", {}))
+    batches.number(9, data.get("left_out", []))
+    environment.changed_versions(data.get("versions", {}))
+    strict_json.text(data).encode()
+    1.0 * data.get("lineage", {}).get("tokens", 0)
 
 
 def rows(folder):

@@ -15,6 +15,29 @@ META = {
     "leaves": {"w": [[2, 3], "float32"]},
     "digests": {"w": 7},
 }
+LINEAGE = {"tokens": 5, "training_flops": 1e24, "parents": ["runs/a@3"]}
+FORGED = (
+    {"step": -1},
+    {"step": 2**70},
+    {"skipped_steps": "999"},
+    {"resumed_from": None},
+    {"left_out": [[1, 2], [3]]},
+    {"left_out": [[1, "2"]]},
+    {"left_out": {}},
+    {"losses": {"x": 1.0}},
+    {"losses": {"4": "y"}},
+    {"losses": {"4": float("nan")}},
+    {"losses": [4]},
+    {"lineage": 3},
+    {"lineage": {"tokens": 5}},
+    {"lineage": LINEAGE | {"tokens": "5"}},
+    {"lineage": LINEAGE | {"training_flops": float("inf")}},
+    {"lineage": LINEAGE | {"training_flops": 10**400}},
+    {"lineage": LINEAGE | {"parents": [3]}},
+    {"text": ["a"]},
+    {"text": {"train": 3}},
+    {"versions": None},
+)
 
 
 def saved(folder, meta):
@@ -31,6 +54,9 @@ def saved(folder, meta):
         ({"data": 3}, "lacks data"),
         ({"data": {}}, "step None"),
         ({"data": {"step": "3"}}, "step '3'"),
+        *(({"data": {"step": 3, **data}}, f"has the {next(iter(data))} ") for data in FORGED),
+        ({"data": {"step": 3, "versions": {"jax": "\ud800"}}}, "half a surrogate pair"),
+        ({"leaves": {"\udfff": 3}, "digests": {"\udfff": 3}}, "half a surrogate pair"),
         ({"digests": {}}, "digests of other leaves"),
         ({"digests": {"w": "7"}}, "w has no digest"),
         ({"leaves": {"w": 3}}, "w is no shape and dtype"),

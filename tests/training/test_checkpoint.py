@@ -57,6 +57,12 @@ def damaged(folder):
         path.unlink()
 
 
+def test_a_checkpoint_without_the_data_that_a_run_needs_is_refused_with_its_name(directory):
+    assert_is(checkpoint.restore_latest(directory, SHAPES, needed=["step"]), 2)
+    with pytest.raises(checkpoint.NoneVerifies, match="2 does not verify: its data lacks text, a;"):
+        checkpoint.restore_latest(directory, SHAPES, needed=["text", "step", "a"])
+
+
 @pytest.mark.parametrize(
     "damage", [damaged, lambda folder: [f.unlink() for f in folder.rglob("*") if f.is_file()]]
 )

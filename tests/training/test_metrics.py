@@ -113,7 +113,11 @@ def test_a_full_disk_ends_a_run_with_the_number_of_lost_rows(checked, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "damage", [b'{"step": 2', b'{"step": "2"}', b"[]", b"\xff", b"", b"[" * 9999]
+    "damage",
+    [
+        *(b'{"step": 2', b'{"step": "2"}', b"[]", b"\xff", b"", b"[" * 9999),
+        *(b'{"step": 2, "a": NaN}', b'{"step": 2, "a": -1e999}', b'{"step": 2, "a": "\\ud800"}'),
+    ],
 )
 def test_a_damaged_line_is_named_and_a_run_goes_on_without_it(damage, tmp_path, capsys):
     write(tmp_path, rows_of(1, 2, 3))
