@@ -1,4 +1,4 @@
-from moe_jax.commands import analyze
+from moe_jax import __main__ as entry
 
 if __name__ == "__main__":
-    analyze.main()
+    entry.run("analyze")

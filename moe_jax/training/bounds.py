@@ -53,10 +53,10 @@ def _are_losses(value: object) -> bool:
 
 def _is_lineage(value: object) -> bool:
     match value:
-        case {"tokens": tokens, "training_flops": training_flops, "parents": parents}:
+        case {"tokens": tokens, "training_flops": training_flops, "parents": parents, **rest}:
             are_names = _is_list(parents, lambda name: isinstance(name, str))
-            seconds = _is_size_or_unknown(value.get("device_seconds"))
-            return _is_count(tokens) and _is_size(training_flops) and are_names and seconds
+            is_known = _is_size_or_unknown(rest.get("device_seconds"))
+            return _is_count(tokens) and _is_size(training_flops) and are_names and is_known
     return False
 
 
