@@ -1,6 +1,7 @@
 """One training run, from config to result: read this page top to bottom."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from moe_jax import config as configs
-from moe_jax import files, init, model, stores, strict_json, untrusted
+from moe_jax import files, init, model, stopping, stores, strict_json, untrusted
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
 from moe_jax.data import batches, prepare, sources, tokenizers
@@ -30,10 +31,12 @@ from moe_jax.training import (
     checkpoint,
     flops,
     guards,
+    library_threads,
     loop,
     metrics,
     objective,
     optimizer,
+    ownership,
     pulse,
     saving,
     step,
@@ -42,6 +45,12 @@ from moe_jax.training.state import TrainState
 
 # A checkpoint keeps these values besides the state; here they are as before the first step.
 NOTHING_KEPT = {"lineage": init.NO_LINEAGE, "skipped_steps": 0, "left_out": [], "losses": {}}
+WRITTEN = ("config.json", "metrics.jsonl", "result.json", "heartbeat.json", "routers_at_start.npz")
+OWN_FILES = [
+    f"{name}{end}"
+    for name in (*WRITTEN, ownership.NOTE)
+    for end in ("", ".tmp")  # files.whole_file
+]
 
 
 def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1) -> dict:
@@ -63,6 +72,9 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         directory = configs.checkpoints_of(workdir, settings.checkpoint.directory)
     together = functools.partial(distributed.together, configs.ConfigError)
     with together():
+        owned = ownership.Ownership(workdir, directory, settings.checkpoint.every_steps)
+        if distributed.is_first():
+            owned.check()
         goes_on = bool(checkpoint.steps(directory))
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
         backends.check(settings.training.log_to)
@@ -130,7 +142,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     with together():
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
         saving.check_room(directory, saving.num_bytes(abstract))
-        lock = _lock(workdir) if distributed.is_first() else None
+        lock = _lock(workdir, owned, saved=bool(restored)) if distributed.is_first() else None
     if lock:
         if at is not None:
             checkpoint.set_aside_after(directory, at)
@@ -155,11 +167,15 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     # loop -----------------------------------------------------------------------------------
     routers = _routers_at_start(workdir, start, state.params, settings.model)
     context = evaluators.Context(settings, mesh, held_out, tokenizer, routers)
-    saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"])
+    saver = saving.Saver(
+        directory, settings, {start} if restored else (), kept["losses"], owned.saved
+    )
     kept |= {"text": digests, "versions": environment.versions()}
     kept["resumed_from"] = settings.checkpoint.resume_from
 
     def save(at: int, state: TrainState, skipped: int) -> None:
+        if lock:
+            owned.check_owner()
         saver.save(at, state, {**kept, "skipped_steps": skipped})
         write_row.check()
 
@@ -172,6 +188,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with (
         contextlib.closing(lock) if lock else contextlib.nullcontext(),
+        library_threads.quiet(),
         metrics.writer(workdir, resume_step=start, log_to=training.log_to) as write_row,
         saving.finishing(saver),
     ):
@@ -191,6 +208,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         # result -----------------------------------------------------------------------------
         result = _facts(settings, parts.costs, kept["lineage"]) | results
         result["seconds"] = round(time.monotonic() - began, 1)
+        stopping.over()  # what follows takes seconds at most
         if lock:
             files.write_text(workdir / "result.json", strict_json.text(result, indent=1) + "\n")
     return result
@@ -263,21 +281,27 @@ def _with_history(state: TrainState, settings: configs.Run, shardings: TrainStat
     return state.replace(history=jax.device_put(guards.history(settings.guards), shardings.history))
 
 
-def _lock(workdir: pathlib.Path):
-    """Creates the workdir, and locks it against a second run until the file is closed."""
-    try:
-        untrusted.check_folder(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / untrusted.LOCK, "a")  # a hard link keeps its content
-    except (OSError, ValueError) as error:
-        raise configs.ConfigError(f"--workdir={workdir} cannot be used: {error}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise configs.ConfigError(
-            f"--workdir={workdir}: another run is using it; wait or choose another"
-        ) from None
-    return lock
+def _lock(
+    workdir: pathlib.Path, owned: ownership.Ownership, *, saved: bool
+) -> contextlib.ExitStack:
+    """Creates the workdir, and locks it and its checkpoints against a second run until closed."""
+    with contextlib.ExitStack() as held:
+        with checks.refusing(f"--workdir={workdir} cannot be used: "):
+            untrusted.check_folder(workdir)
+            workdir.mkdir(parents=True, exist_ok=True)
+            for path in (workdir / name for name in OWN_FILES):
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+            # A hard link keeps its content.
+            lock = held.enter_context(open(workdir / untrusted.LOCK, "a"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise configs.ConfigError(
+                f"--workdir={workdir}: another run is using it; wait or choose another"
+            ) from None
+        held.enter_context(owned.claim(saved=saved))
+        return held.pop_all()
 
 
 def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_config) -> dict:

@@ -1,16 +1,17 @@
 """Saves a run's checkpoints in the background, and removes those that are not to be kept."""
 
 import contextlib
+import errno
 import math
 import os
 import pathlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 
 from moe_jax import config as configs
-from moe_jax import files
+from moe_jax import files, stopping
 from moe_jax.parallel import distributed
 from moe_jax.training import checkpoint
 
@@ -24,6 +25,7 @@ class Saver:
     Args:
       sound: the steps whose checkpoints are known to verify.
       losses: the held-out loss at each step where it was evaluated, for `checkpoint.keep_best`.
+      saved: process 0 calls it after each save.
     """
 
     def __init__(
@@ -32,9 +34,10 @@ class Saver:
         run: configs.Run,
         sound: Iterable[int],
         losses: Mapping[str, float],
+        saved: Callable[[], None] = lambda: None,
     ):
         self._directory, self._config = directory, run.config.to_dict()
-        self._settings = run.checkpoint
+        self._settings, self._saved = run.checkpoint, saved
         self._sound = frozenset(sound)
         self._losses = {int(step): loss for step, loss in losses.items()}
         self._thread: threading.Thread | None = None
@@ -58,6 +61,7 @@ class Saver:
                     begun.result()
                     self._sound = frozenset(sorted(self._sound | {step})[-self._settings.keep :])
                     if distributed.is_first():
+                        self._saved()
                         self._remove_old()
             except checkpoint.SaveError as error:
                 self._failed = error
@@ -89,6 +93,7 @@ class Saver:
         try:
             yield
         except Exception as error:
+            stopping.abandon("Orbax")  # its other threads may fail a moment later
             reason = " ".join(str(error).split())[:300]
             newest = f"step {max(self._sound)}" if self._sound else "the start"
             raise checkpoint.SaveError(
@@ -135,10 +140,14 @@ def check_room(directory: pathlib.Path, needed: int) -> None:
     has no end."""
     if files.is_remote(directory):
         return
-    there = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    there = files.nearest(directory)
     left = os.statvfs(there)
     if (free := left.f_bavail * left.f_frsize) < needed:
-        room = f"{free / 1e9:.2f} GB are free and a checkpoint takes {needed / 1e9:.2f} GB"
-        raise OSError(f"{there}: {room}")
+        room = f"{_amount(free)} are free and a checkpoint takes {_amount(needed)}"
+        raise OSError(errno.ENOSPC, room, str(there))
     if left.f_files and not left.f_favail:
-        raise OSError(f"{there}: the file system has no inode left")
+        raise OSError(errno.ENOSPC, "the file system has no inode left", str(there))
+
+
+def _amount(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
