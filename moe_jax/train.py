@@ -73,9 +73,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     together = functools.partial(distributed.together, configs.ConfigError)
     with together():
         owned = ownership.Ownership(workdir, directory, settings.checkpoint.every_steps)
-        if distributed.is_first():
-            owned.check()
-        goes_on = bool(checkpoint.steps(directory))
+        goes_on = owned.check()
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
         backends.check(settings.training.log_to)
     evaluators.intervals(settings.evaluation)  # refuses an evaluator that is not in the table
@@ -126,13 +124,9 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         restored = checkpoint.restore_latest(directory, abstract, step=at, optional="history/")
     kept: dict[str, Any] = dict(restored.data if restored else NOTHING_KEPT)
     if restored is None:
-        start, plan = 0, init.plan_of(settings)
-        kept["lineage"] = init.lineage(settings.init.sources)
+        start, kept["lineage"] = 0, init.lineage(settings.init.sources)
         create = on_mesh(jax.jit(create_state, out_shardings=state_shardings))
-        state = create(init.parameters(settings, mesh, plan))
-        if plan and settings.init.upcycle.optimizer_state == "copy":
-            opt_state = init.optimizer_state(settings, mesh, state.opt_state, plan)
-            state = state.replace(opt_state=opt_state)
+        state = _first_state(settings, mesh, create)
     else:
         start, state = restored.step, _with_history(restored.state, settings, state_shardings)
         with together():
@@ -142,13 +136,13 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     with together():
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
         saving.check_room(directory, saving.num_bytes(abstract))
-        lock = _lock(workdir, owned, saved=bool(restored)) if distributed.is_first() else None
+        claim = functools.partial(owned.claim, saved=bool(restored))
+        lock = _lock(workdir, claim) if distributed.is_first() else None
     if lock:
         if at is not None:
             checkpoint.set_aside_after(directory, at)
         configs.save_json(settings.config, workdir)
         init.keep_from_parents(settings, workdir)
-        checkpoint.remove_unfinished(directory)
     text = batches.feed(
         *(batches.batches, train_text, jax.NamedSharding(mesh, sharding.BATCH)),
         batch_size=training.batch_size,
@@ -167,15 +161,11 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     # loop -----------------------------------------------------------------------------------
     routers = _routers_at_start(workdir, start, state.params, settings.model)
     context = evaluators.Context(settings, mesh, held_out, tokenizer, routers)
-    saver = saving.Saver(
-        directory, settings, {start} if restored else (), kept["losses"], owned.saved
-    )
+    saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"], owned)
     kept |= {"text": digests, "versions": environment.versions()}
     kept["resumed_from"] = settings.checkpoint.resume_from
 
     def save(at: int, state: TrainState, skipped: int) -> None:
-        if lock:
-            owned.check_owner()
         saver.save(at, state, {**kept, "skipped_steps": skipped})
         write_row.check()
 
@@ -274,6 +264,16 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
     return frozen, params
 
 
+def _first_state(settings: configs.Run, mesh: jax.sharding.Mesh, create) -> TrainState:
+    """The state before the first step; `create` makes it from parameters."""
+    plan = init.plan_of(settings)
+    state = create(init.parameters(settings, mesh, plan))
+    if plan and settings.init.upcycle.optimizer_state == "copy":
+        opt_state = init.optimizer_state(settings, mesh, state.opt_state, plan)
+        state = state.replace(opt_state=opt_state)
+    return state
+
+
 def _with_history(state: TrainState, settings: configs.Run, shardings: TrainState) -> TrainState:
     """The state with an empty history of spikes if its checkpoint has none of this size."""
     if state.history is None or state.history.losses_W is not None:
@@ -281,10 +281,9 @@ def _with_history(state: TrainState, settings: configs.Run, shardings: TrainStat
     return state.replace(history=jax.device_put(guards.history(settings.guards), shardings.history))
 
 
-def _lock(
-    workdir: pathlib.Path, owned: ownership.Ownership, *, saved: bool
-) -> contextlib.ExitStack:
-    """Creates the workdir, and locks it and its checkpoints against a second run until closed."""
+def _lock(workdir: pathlib.Path, claim=contextlib.nullcontext) -> contextlib.ExitStack:
+    """Creates the workdir, and locks it against a second run until closed; then it enters `claim()`
+    too."""
     with contextlib.ExitStack() as held:
         with checks.refusing(f"--workdir={workdir} cannot be used: "):
             untrusted.check_folder(workdir)
@@ -300,7 +299,7 @@ def _lock(
             raise configs.ConfigError(
                 f"--workdir={workdir}: another run is using it; wait or choose another"
             ) from None
-        held.enter_context(owned.claim(saved=saved))
+        held.enter_context(claim())
         return held.pop_all()
 
 

@@ -107,6 +107,12 @@ def test_a_command_starts_another_in_the_way_in_which_it_was_started(monkeypatch
     [
         (ValueError("two\n  lines"), 2, "toy: two lines\n"),
         (FileNotFoundError(2, "Not there", "a.txt"), 2, "toy: [Errno 2] Not there: 'a.txt'\n"),
+        (
+            PermissionError(13, "Denied", "a.txt"),
+            2,
+            "toy: [Errno 13] Denied: 'a.txt'; give yourself the permission, or choose another "
+            "place\n",
+        ),
         (KeyboardInterrupt(), 130, "toy: interrupted\n"),
     ],
 )

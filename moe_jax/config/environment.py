@@ -145,10 +145,9 @@ def changes(before: dict, config: ConfigDict) -> list[str]:
 
 
 def _changed(before: dict, config: ConfigDict) -> dict[str, tuple]:
-    old, new = (
-        traverse_util.flatten_dict(one.to_dict(), sep=".")
-        for one in (reading.stored(before), config)
-    )
+    with refusing("the config that was saved with the run: "):
+        before = reading.stored(before).to_dict()
+    old, new = (traverse_util.flatten_dict(one, sep=".") for one in (before, config.to_dict()))
     return {k: (old[k], new[k]) for k in new if json.dumps(old[k]) != json.dumps(new[k])}
 
 

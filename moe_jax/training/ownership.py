@@ -16,32 +16,39 @@ from typing import Any
 from etils import epath
 
 from moe_jax import files, strict_json, untrusted
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, checks
+from moe_jax.parallel import distributed
 from moe_jax.training import checkpoint, metrics
 
 NOTE, OWNER, LOCK = "saved.json", "owner.json", ".owner.lock"
 
 
 class Ownership:
-    """For process 0 of a run. `every_steps` is its `checkpoint.every_steps`."""
+    """Process 0 looks and writes; in other processes `check` and `check_owner` do nothing.
+
+    `every_steps` is the run's `checkpoint.every_steps`.
+    """
 
     def __init__(self, workdir: pathlib.Path, directory: epath.Path, every_steps: int):
         self._workdir, self._directory, self._every_steps = workdir, directory, every_steps
         self._outside = directory != epath.Path(workdir) / "checkpoints"
         self._id = ""
 
-    def check(self) -> None:
-        """Looks at the folder of checkpoints before anything is written.
+    def check(self) -> bool:
+        """True if there are checkpoints. It writes nothing.
 
         Raises: ConfigError if the run had saved checkpoints and none is there, if they are of
           another run, or if something is in the way of saves.
         """
+        there_are = bool(checkpoint.steps(self._directory))
+        if not distributed.is_first():
+            return there_are
         note = self._note()
         if not files.is_remote(self._directory):
             there = files.nearest(path := pathlib.Path(self._directory).absolute())
             if (self._outside or there == path) and not there.is_dir():
                 raise ConfigError(f"{there} is no folder for checkpoints; move it away")
-        if checkpoint.steps(self._directory):
+        if there_are:
             if self._outside and self._owner() not in ("", note.get("id")):
                 raise ConfigError(
                     f"the checkpoints in {self._directory} are those of another run; set another "
@@ -54,10 +61,13 @@ class Ownership:
                 f"has saved some{where and f', in {where}'}; mount or restore that folder, set "
                 "config.checkpoint.directory as it was, or move the workdir away to begin anew"
             )
-        checkpoint.check_unfinished(self._directory)
+        with checks.refusing():
+            checkpoint.check_unfinished(self._directory)
+        return there_are
 
     def claim(self, *, saved: bool) -> contextlib.ExitStack:
-        """Makes the folder this run's, and locks it, if it is on this machine, until closed.
+        """Makes the folder this run's, removes what saves that were killed have left in it, and
+        locks it, if it is on this machine, until closed.
 
         `saved`: the run goes on from a checkpoint in it.
 
@@ -74,6 +84,7 @@ class Ownership:
                 _write(self._directory / OWNER, {"id": self._id})
             if saved:
                 self.saved()
+            checkpoint.remove_unfinished(self._directory)
             return held.pop_all()
 
     def saved(self) -> None:
@@ -86,7 +97,7 @@ class Ownership:
     def check_owner(self) -> None:
         """Raises: ConfigError if another run has begun to use the folder, as in a bucket, which
         cannot be locked."""
-        if self._outside and self._owner() != self._id:
+        if distributed.is_first() and self._outside and self._owner() != self._id:
             raise ConfigError(
                 f"another run is using {self._directory}; set another config.checkpoint.directory "
                 "or name of the --workdir"

@@ -6,14 +6,14 @@ import math
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 
 from moe_jax import config as configs
 from moe_jax import files, stopping
 from moe_jax.parallel import distributed
-from moe_jax.training import checkpoint
+from moe_jax.training import checkpoint, ownership
 
 
 class Saver:
@@ -25,7 +25,7 @@ class Saver:
     Args:
       sound: the steps whose checkpoints are known to verify.
       losses: the held-out loss at each step where it was evaluated, for `checkpoint.keep_best`.
-      saved: process 0 calls it after each save.
+      owned: notes that the run has saved, and refuses a folder that another run has taken.
     """
 
     def __init__(
@@ -34,18 +34,24 @@ class Saver:
         run: configs.Run,
         sound: Iterable[int],
         losses: Mapping[str, float],
-        saved: Callable[[], None] = lambda: None,
+        owned: ownership.Ownership | None = None,
     ):
         self._directory, self._config = directory, run.config.to_dict()
-        self._settings, self._saved = run.checkpoint, saved
+        self._settings, self._owned = run.checkpoint, owned
         self._sound = frozenset(sound)
         self._losses = {int(step): loss for step, loss in losses.items()}
         self._thread: threading.Thread | None = None
         self._failed: checkpoint.SaveError | None = None
 
     def save(self, step: int, state, data: dict) -> None:
-        """Starts to save. Raises: SaveError for this save or the one before it."""
+        """Starts to save.
+
+        Raises: SaveError for this save or the one before it; ConfigError if another run has taken
+          the folder.
+        """
         self.wait()
+        if self._owned:
+            self._owned.check_owner()
         losses = {str(at): loss for at, loss in self._losses.items()}
         with self._naming(step):
             check_room(self._directory, num_bytes(state))
@@ -61,7 +67,8 @@ class Saver:
                     begun.result()
                     self._sound = frozenset(sorted(self._sound | {step})[-self._settings.keep :])
                     if distributed.is_first():
-                        self._saved()
+                        if self._owned:
+                            self._owned.saved()
                         self._remove_old()
             except checkpoint.SaveError as error:
                 self._failed = error
