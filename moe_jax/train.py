@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from moe_jax import config as configs
-from moe_jax import files, init, model, stopping, stores, strict_json, untrusted
+from moe_jax import files, init, model, stores, strict_json, untrusted
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
 from moe_jax.data import batches, prepare, sources, tokenizers
@@ -136,8 +136,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     with together():
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
         saving.check_room(directory, saving.num_bytes(abstract))
-        claim = functools.partial(owned.claim, saved=bool(restored))
-        lock = _lock(workdir, claim) if distributed.is_first() else None
+        lock = _lock(workdir, owned.claim, bool(restored)) if distributed.is_first() else None
     if lock:
         if at is not None:
             checkpoint.set_aside_after(directory, at)
@@ -198,7 +197,6 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         # result -----------------------------------------------------------------------------
         result = _facts(settings, parts.costs, kept["lineage"]) | results
         result["seconds"] = round(time.monotonic() - began, 1)
-        stopping.over()  # what follows takes seconds at most
         if lock:
             files.write_text(workdir / "result.json", strict_json.text(result, indent=1) + "\n")
     return result
@@ -281,9 +279,9 @@ def _with_history(state: TrainState, settings: configs.Run, shardings: TrainStat
     return state.replace(history=jax.device_put(guards.history(settings.guards), shardings.history))
 
 
-def _lock(workdir: pathlib.Path, claim=contextlib.nullcontext) -> contextlib.ExitStack:
-    """Creates the workdir, and locks it against a second run until closed; then it enters `claim()`
-    too."""
+def _lock(workdir: pathlib.Path, claim=contextlib.nullcontext, *arguments) -> contextlib.ExitStack:
+    """Creates the workdir, and locks it against a second run until closed; then it enters
+    `claim(*arguments)` too."""
     with contextlib.ExitStack() as held:
         with checks.refusing(f"--workdir={workdir} cannot be used: "):
             untrusted.check_folder(workdir)
@@ -299,7 +297,7 @@ def _lock(workdir: pathlib.Path, claim=contextlib.nullcontext) -> contextlib.Exi
             raise configs.ConfigError(
                 f"--workdir={workdir}: another run is using it; wait or choose another"
             ) from None
-        held.enter_context(claim())
+        held.enter_context(claim(*arguments))
         return held.pop_all()
 
 

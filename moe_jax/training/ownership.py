@@ -65,7 +65,7 @@ class Ownership:
             checkpoint.check_unfinished(self._directory)
         return there_are
 
-    def claim(self, *, saved: bool) -> contextlib.ExitStack:
+    def claim(self, saved: bool) -> contextlib.ExitStack:
         """Makes the folder this run's, removes what saves that were killed have left in it, and
         locks it, if it is on this machine, until closed.
 
