@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
-from moe_jax import spelling, stopping, untrusted
+from moe_jax import files, spelling, stopping, untrusted
 
 EXIT_MISTAKE, EXIT_NONFINITE = 2, 3
 ENTRY = "moe_jax"  # the console entry point, which sets sys.argv[0] to "moe_jax NAME"
@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
             yield
         except mistakes as error:
             stopping.pass_on(error)
-            self.error(" ".join(str(error).split()))
+            self.error(" ".join(str(error).split()) + files.fix(error))
         except (RuntimeError, AssertionError) as error:
             if not _is_of_backend(error):
                 raise

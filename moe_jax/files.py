@@ -4,7 +4,9 @@ A path in a bucket is an `etils.epath.Path`, which has the methods of a pathlib.
 """
 
 import contextlib
+import errno
 import fcntl
+import glob
 import itertools
 import os
 import pathlib
@@ -14,16 +16,41 @@ import uuid
 from collections.abc import Iterator
 
 NUMBER = "0|[1-9][0-9]*"  # as str(int) writes it
+FIXES = {
+    errno.ENOSPC: "free some space there, or choose another place",
+    errno.EDQUOT: "free some of your quota there, or choose another place",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "give yourself the permission, or choose another place",
+    errno.EPERM: "give yourself the permission, or choose another place",
+    errno.EISDIR: "a file belongs there: move the folder away",
+    errno.ENOTDIR: "a folder belongs where a file is: move the file away, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def fix(error: Exception) -> str:
+    """What a person can do about an error of the file system, as the end of its line."""
+    advice = FIXES.get(error.errno or 0) if isinstance(error, OSError) else None
+    return f"; {advice}" if advice else ""
 
 
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path that becomes `path` at the end, and is deleted if anything is raised."""
+    """A temporary path that becomes `path` at the end, and is deleted if anything is raised.
+
+    Raises: OSError, with a path also where the system's has none, as for a full disk.
+    """
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.unlink(missing_ok=True)  # it may be a link, which would be written through
     try:
         yield unfinished
         unfinished.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -41,6 +68,11 @@ def is_remote(path: pathlib.Path) -> bool:
 def is_there(path: pathlib.Path) -> bool:
     """True for a file, a folder or a link, even one that leads nowhere."""
     return path.exists() or os.path.islink(path)
+
+
+def nearest(path: pathlib.Path) -> pathlib.Path:
+    """The path itself if it is there, otherwise the nearest folder or file above it."""
+    return next(p for p in (path, *path.absolute().parents) if is_there(p))
 
 
 def numbered(directory: pathlib.Path) -> list[int]:
@@ -68,9 +100,17 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
     folder = pathlib.Path(folder)
     if not shared and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; choose another output or remove it")
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.unfinished-*"):
+        _remove_if_abandoned(leftover)
+    new = folder.with_name(f".{folder.name}.new-{uuid.uuid4().hex[:12]}")
+    new.mkdir(parents=True)  # with the umask's permissions, unlike mkdtemp
+    lock = os.open(new, os.O_RDONLY)
+    # It gets its name when it is locked, so that no other process takes it for a leftover.
     unfinished = folder.with_name(f".{folder.name}.unfinished-{uuid.uuid4().hex[:12]}")
-    unfinished.mkdir(parents=True)  # with the umask's permissions, unlike mkdtemp
     try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        new.rename(unfinished)
         yield unfinished
         try:
             unfinished.replace(folder)
@@ -78,7 +118,20 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
             if not (shared and folder.exists()):
                 raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for path in (new, unfinished):
+            shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_if_abandoned(unfinished: pathlib.Path) -> None:
+    """Removes the temporary folder of a process that was killed, which has lost its lock."""
+    with contextlib.suppress(OSError):  # it is locked or gone, or locks are not to be had here
+        lock = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        finally:
+            os.close(lock)
 
 
 def remove_folder(folder: pathlib.Path) -> None:

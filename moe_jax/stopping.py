@@ -16,6 +16,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 NOT_WAITED_FOR = "not waited for: "  # begins the name of a thread that may hang
 
+_abandoned: set[str] = set()
+_over = threading.Event()
+
+
+def over() -> None:
+    """Tells that what the program was to do is done, so that a first signal does not stop it."""
+    _over.set()
+
 
 def end(status: int) -> NoReturn:
     """Raises SystemExit, again each second until `quiet`: a library's callback may swallow it.
@@ -74,9 +82,17 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def abandon(name: str) -> None:
+    """Notes that a library has failed: it might complain once more at an orderly end."""
+    _abandoned.add(name)
+
+
 def hangs() -> bool:
-    """True if a thread is at work that nothing waits for: its library might, at an orderly end."""
-    return any(thread.name.startswith(NOT_WAITED_FOR) for thread in threading.enumerate())
+    """True if a library has failed, or a thread is at work that nothing waits for: the library
+    might spoil an orderly end."""
+    return bool(_abandoned) or any(
+        thread.name.startswith(NOT_WAITED_FOR) for thread in threading.enumerate()
+    )
 
 
 def ask() -> None:
@@ -89,8 +105,9 @@ def ask() -> None:
 def requests(take: Callable[[signal.Signals], None], *, until_exit: bool = False) -> Iterator[None]:
     """`take` gets the first signal of the block; what it raises is raised where the program is.
 
-    Signals that the program was told to ignore, as nohup does, are ignored. With `until_exit`
-    signals after the block, while the program ends by itself, are ignored too.
+    Signals that the program was told to ignore, as nohup does, are ignored, and so is the first one
+    after `over`. With `until_exit` signals after the block, while the program ends by itself, are
+    ignored too.
     """
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
@@ -98,8 +115,10 @@ def requests(take: Callable[[signal.Signals], None], *, until_exit: bool = False
         for other in heard:
             signal.signal(other, _end_at_once)
         sys.unraisablehook = _unraisable
-        take(signal.Signals(number))
+        if not _over.is_set():
+            take(signal.Signals(number))
 
+    _over.clear()
     before, hook = {number: signal.getsignal(number) for number in heard}, sys.unraisablehook
     for number in heard:
         signal.signal(number, handle)

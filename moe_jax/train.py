@@ -1,6 +1,7 @@
 """One training run, from config to result: read this page top to bottom."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -30,10 +31,12 @@ from moe_jax.training import (
     checkpoint,
     flops,
     guards,
+    library_threads,
     loop,
     metrics,
     objective,
     optimizer,
+    ownership,
     pulse,
     saving,
     step,
@@ -53,6 +56,12 @@ RESTORING: dict[str, Any] = {
     "needed": ("lineage", "skipped_steps", "left_out", "losses", "text", "versions"),
     "optional": "history/",
 }
+WRITTEN = ("config.json", "metrics.jsonl", "result.json", "heartbeat.json", "routers_at_start.npz")
+OWN_FILES = [
+    f"{name}{end}"
+    for name in (*WRITTEN, ownership.NOTE)
+    for end in ("", ".tmp")  # files.whole_file
+]
 
 
 def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1) -> dict:
@@ -74,7 +83,8 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         directory = configs.checkpoints_of(workdir, settings.checkpoint.directory)
     together = functools.partial(distributed.together, configs.ConfigError)
     with together():
-        goes_on = bool(checkpoint.steps(directory))
+        owned = ownership.Ownership(workdir, directory, settings.checkpoint.every_steps)
+        goes_on = owned.check()
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
         backends.check(settings.training.log_to)
     evaluators.check(settings)
@@ -125,13 +135,9 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         restored = checkpoint.restore_latest(directory, abstract, step=at, **RESTORING)
     kept: dict[str, Any] = dict(restored.data if restored else NOTHING_KEPT)
     if restored is None:
-        start, plan = 0, init.plan_of(settings)
-        kept["lineage"] = init.lineage(settings.init.sources)
+        start, kept["lineage"] = 0, init.lineage(settings.init.sources)
         create = on_mesh(jax.jit(create_state, out_shardings=state_shardings))
-        state = create(init.parameters(settings, mesh, plan))
-        if plan and settings.init.upcycle.optimizer_state == "copy":
-            opt_state = init.optimizer_state(settings, mesh, state.opt_state, plan)
-            state = state.replace(opt_state=opt_state)
+        state = _first_state(settings, mesh, create)
     else:
         start, state = restored.step, _with_history(restored.state, settings, state_shardings)
         with together():
@@ -141,13 +147,12 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     with together():
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
         saving.check_room(directory, saving.num_bytes(abstract))
-        lock = _lock(workdir) if distributed.is_first() else None
+        lock = _lock(workdir, owned.claim, bool(restored)) if distributed.is_first() else None
     if lock:
         if at is not None:
             checkpoint.set_aside_after(directory, at)
         configs.save_json(settings.config, workdir)
         init.keep_from_parents(settings, workdir)
-        checkpoint.remove_unfinished(directory)
     text = batches.feed(
         *(batches.batches, train_text, jax.NamedSharding(mesh, sharding.BATCH)),
         batch_size=training.batch_size,
@@ -166,7 +171,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     # loop -----------------------------------------------------------------------------------
     routers = _routers_at_start(workdir, start, state.params, settings.model)
     context = evaluators.Context(settings, mesh, held_out, tokenizer, routers)
-    saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"])
+    saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"], owned)
     kept |= {"text": digests, "versions": environment.versions()}
     kept["resumed_from"] = settings.checkpoint.resume_from
 
@@ -184,6 +189,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with (
         contextlib.closing(lock) if lock else contextlib.nullcontext(),
+        library_threads.quiet(),
         metrics.writer(workdir, resume_step=start, log_to=training.log_to) as write_row,
         saving.finishing(saver),
     ):
@@ -281,6 +287,16 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
     return frozen, params
 
 
+def _first_state(settings: configs.Run, mesh: jax.sharding.Mesh, create) -> TrainState:
+    """The state before the first step; `create` makes it from parameters."""
+    plan = init.plan_of(settings)
+    state = create(init.parameters(settings, mesh, plan))
+    if plan and settings.init.upcycle.optimizer_state == "copy":
+        opt_state = init.optimizer_state(settings, mesh, state.opt_state, plan)
+        state = state.replace(opt_state=opt_state)
+    return state
+
+
 def _with_history(state: TrainState, settings: configs.Run, shardings: TrainState) -> TrainState:
     """The state with an empty history of spikes if its checkpoint has none of this size."""
     if state.history is None or state.history.losses_W is not None:
@@ -288,21 +304,26 @@ def _with_history(state: TrainState, settings: configs.Run, shardings: TrainStat
     return state.replace(history=jax.device_put(guards.history(settings.guards), shardings.history))
 
 
-def _lock(workdir: pathlib.Path):
-    """Creates the workdir, and locks it against a second run until the file is closed."""
-    try:
-        untrusted.check_folder(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / untrusted.LOCK, "a")  # a hard link keeps its content
-    except (OSError, ValueError) as error:
-        raise configs.ConfigError(f"--workdir={workdir} cannot be used: {error}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise configs.ConfigError(
-            f"--workdir={workdir}: another run is using it; wait or choose another"
-        ) from None
-    return lock
+def _lock(workdir: pathlib.Path, claim=contextlib.nullcontext, *arguments) -> contextlib.ExitStack:
+    """Creates the workdir, and locks it against a second run until closed; then it enters
+    `claim(*arguments)` too."""
+    with contextlib.ExitStack() as held:
+        with checks.refusing(f"--workdir={workdir} cannot be used: "):
+            untrusted.check_folder(workdir)
+            workdir.mkdir(parents=True, exist_ok=True)
+            for path in (workdir / name for name in OWN_FILES):
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+            # A hard link keeps its content.
+            lock = held.enter_context(open(workdir / untrusted.LOCK, "a"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise configs.ConfigError(
+                f"--workdir={workdir}: another run is using it; wait or choose another"
+            ) from None
+        held.enter_context(claim(*arguments))
+        return held.pop_all()
 
 
 def _routers_at_start(workdir: pathlib.Path, start: int, params: dict, model_config) -> dict:

@@ -83,9 +83,10 @@ def libtpu():
 
 @pytest.fixture(autouse=True)
 def _own_signals():
-    """A command that a test calls may leave its handlers behind."""
+    """A command that a test calls may leave its handlers behind, and a library's failure."""
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     yield
+    stopping._abandoned.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -108,6 +108,12 @@ def test_a_command_starts_another_in_the_way_in_which_it_was_started(monkeypatch
         (ValueError("two\n  lines"), 2, "toy: two lines\n"),
         (FileNotFoundError(2, "Not there", "a.txt"), 2, "toy: [Errno 2] Not there: 'a.txt'\n"),
         (ValueError("\x1b[2J of a stranger"), 2, "toy: \\x1b[2J of a stranger\n"),
+        (
+            PermissionError(13, "Denied", "a.txt"),
+            2,
+            "toy: [Errno 13] Denied: 'a.txt'; give yourself the permission, or choose another "
+            "place\n",
+        ),
     ],
 )
 def test_a_mistake_ends_in_one_line(raised, status, line, monkeypatch, capsys):

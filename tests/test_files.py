@@ -1,5 +1,8 @@
 """Files and folders appear whole, or not at all."""
 
+import errno
+import os
+
 import pytest
 
 from moe_jax import files
@@ -30,6 +33,28 @@ def test_a_folder_appears_at_the_end_and_leaves_nothing_after_an_error(tmp_path)
         (unfinished / "whole").touch()
     assert [path.name for path in folder.iterdir()] == ["whole"]
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_full_disk_is_named_by_the_file_and_with_what_to_do(tmp_path):
+    with pytest.raises(OSError, match="No space left on device: .*results.csv") as error:
+        with files.whole_file(tmp_path / "results.csv"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert files.fix(error.value) == "; free some space there, or choose another place"
+    assert files.fix(OSError("no number")) == files.fix(ValueError()) == ""
+
+
+def test_the_leftover_of_a_killed_process_is_removed_and_a_running_ones_is_not(tmp_path):
+    folder = tmp_path / "model[1]"
+    with files.whole_folder(folder, shared=True) as running:
+        (running / "part").touch()
+        leftover = running.with_name(running.name[:-1] + "z")
+        leftover.mkdir()
+        (leftover / "part").touch()
+        other = tmp_path / ".model1.unfinished-0123"
+        other.mkdir()
+        with files.whole_folder(folder, shared=True):
+            assert (running / "part").exists() and not leftover.exists()
+    assert sorted(tmp_path.iterdir()) == [other, folder]
 
 
 def test_a_folder_that_exists_is_refused_unless_it_is_shared(tmp_path):

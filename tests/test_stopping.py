@@ -39,6 +39,23 @@ def test_without_a_signal_the_handlers_are_as_before(number, heard):
         signal.signal(number, before)
 
 
+DONE = """
+import signal
+from moe_jax import stopping
+with stopping.requests(print):
+    stopping.over()
+    signal.raise_signal(signal.SIGTERM)
+    print("done", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("not reached")
+"""
+
+
+def test_a_signal_when_all_is_done_does_not_stop_the_end_and_a_second_one_does(heard):
+    done = subprocess.run([sys.executable, "-c", DONE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "done\n")
+
+
 def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-from moe_jax import spelling
+from moe_jax import files, spelling
 
 
 class ConfigError(ValueError):
@@ -23,7 +23,8 @@ def refusing(before: str = "", after: str = "") -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{before}{' '.join(str(error).split())}{after}") from error
+        text = " ".join(str(error).split()) + files.fix(error)
+        raise ConfigError(f"{before}{text}{after}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,14 +137,18 @@ def changes(before: dict, config: ConfigDict) -> list[str]:
                 f"config.{key}={new!r} differs from the {old!r} that the run in "
                 "--workdir began with; give another --workdir"
             )
-    return [f"{key}: {old} -> {new}" for key, (old, new) in changed.items()]
+    lines = {key: f"{key}: {old} -> {new}" for key, (old, new) in changed.items()}
+    if skipped := changed.get("data.skip_batches"):
+        dropped = [str(tuple(pair)) for pair in skipped[0] if tuple(pair) not in skipped[1]]
+        if dropped:  # `left_out` keeps what the checkpoint has
+            lines["data.skip_batches"] += f", but {', '.join(dropped)} stay left out"
+    return list(lines.values())
 
 
 def _changed(before: dict, config: ConfigDict) -> dict[str, tuple]:
-    old, new = (
-        traverse_util.flatten_dict(one.to_dict(), sep=".")
-        for one in (reading.stored(before), config)
-    )
+    with refusing("the config that was saved with the run: "):
+        before = reading.stored(before).to_dict()
+    old, new = (traverse_util.flatten_dict(one, sep=".") for one in (before, config.to_dict()))
     return {k: (old[k], new[k]) for k in new if json.dumps(old[k]) != json.dumps(new[k])}
 
 

@@ -10,6 +10,7 @@ import json
 import operator
 import pathlib
 import re
+import reprlib
 import types
 import typing
 
@@ -225,6 +226,7 @@ def stored(values: dict) -> ConfigDict:
     Raises: ConfigError for an unknown key or an invalid value.
     """
     config = default()
+    _check_sections(values, config)
     try:
         config.update(values)
     except (AttributeError, KeyError) as error:
@@ -236,3 +238,14 @@ def stored(values: dict) -> ConfigDict:
         if operator.attrgetter(key)(config) is None and key not in unset:
             raise ConfigError(f"config.{key} is null; it must have a value")
     return config
+
+
+def _check_sections(values: dict, config: ConfigDict, before: str = "") -> None:
+    """Refuses a stored config in which a section is a value, or a value is a section."""
+    for name in sorted(values.keys() & config.keys()):
+        value, path = values[name], f"config.{before}{name}"
+        if isinstance(config[name], ConfigDict) != isinstance(value, dict):
+            kind = "a value, not a section" if isinstance(value, dict) else "a section of keys"
+            raise ConfigError(f"{path} is {reprlib.repr(value)}; it must be {kind}")
+        if isinstance(value, dict):
+            _check_sections(value, config[name], f"{before}{name}.")

@@ -30,7 +30,12 @@ def writing(cache: pathlib.Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
         named = getattr(error, "filename", None)
-        if named is not None and not pathlib.Path(named).is_relative_to(cache):
+        if named is not None and not _on_the_way(pathlib.Path(named), cache):
             raise
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the cache {cache} cannot be written: {reason}; {ADVICE}") from error
+
+
+def _on_the_way(path: pathlib.Path, cache: pathlib.Path) -> bool:
+    """True for a path in the cache, and for a folder above it, which is made with it."""
+    return path.is_relative_to(cache) or cache.is_relative_to(path)

@@ -201,6 +201,7 @@ class Writer:
             backend.close()
         except BaseException as error:  # whatever the library raises, SystemExit too
             self._failed = True
+            stopping.abandon(self._name)
             self._say(" ".join(repr(error).split())[:200])
             while row is not None:  # so that the queue never fills
                 row = self._rows.get()

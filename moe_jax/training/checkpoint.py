@@ -128,6 +128,14 @@ def remove_unfinished(directory: pathlib.Path) -> None:
             path.rmtree()
 
 
+def check_unfinished(directory: pathlib.Path) -> None:
+    """Raises: ValueError if a link or a file has the name of a save's temporary folder."""
+    for path in () if files.is_remote(directory) else sorted(pathlib.Path(directory).glob("*")):
+        unfinished = re.fullmatch(r"[0-9]+\.orbax-checkpoint-tmp", path.name)
+        if unfinished and (path.is_symlink() or not path.is_dir()):
+            raise ValueError(f"{path} is in the way of a checkpoint to be saved; remove it")
+
+
 def _own(folder: pathlib.Path) -> dict | None:
     """The description of a checkpoint; None for a folder that is not what its name says."""
     try:

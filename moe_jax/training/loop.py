@@ -106,6 +106,7 @@ def run(
                 bar.set_postfix(log.shown, refresh=False)
         begin(last, "save")
         parts.saved(True)
+        stopping.over()  # what is left to do takes seconds
     return state, {**results, "skipped_steps": log.skipped}
 
 

@@ -100,6 +100,12 @@ def read(path: pathlib.Path) -> list[dict]:
     return rows
 
 
+def last_step(path: pathlib.Path) -> int:
+    """The largest step in a metrics.jsonl, which may be damaged or missing; 0 if there is none."""
+    rows, _ = _rows(path) if path.is_file() else ([], [])
+    return max((row["step"] for row in rows), default=0)
+
+
 def _rows(path: pathlib.Path) -> tuple[list[dict], list[str]]:
     """The rows, and a message for each line that is not a row."""
     if not path.exists():

@@ -1,6 +1,7 @@
 """Saves a run's checkpoints in the background, and removes those that are not to be kept."""
 
 import contextlib
+import errno
 import math
 import os
 import pathlib
@@ -10,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import jax
 
 from moe_jax import config as configs
-from moe_jax import files
+from moe_jax import files, stopping
 from moe_jax.parallel import distributed
-from moe_jax.training import checkpoint
+from moe_jax.training import checkpoint, ownership
 
 
 class Saver:
@@ -24,6 +25,7 @@ class Saver:
     Args:
       sound: the steps whose checkpoints are known to verify.
       losses: the held-out loss at each step where it was evaluated, for `checkpoint.keep_best`.
+      owned: notes that the run has saved, and refuses a folder that another run has taken.
     """
 
     def __init__(
@@ -32,17 +34,24 @@ class Saver:
         run: configs.Run,
         sound: Iterable[int],
         losses: Mapping[str, float],
+        owned: ownership.Ownership | None = None,
     ):
         self._directory, self._config = directory, run.config.to_dict()
-        self._settings = run.checkpoint
+        self._settings, self._owned = run.checkpoint, owned
         self._sound = frozenset(sound)
         self._losses = {int(step): loss for step, loss in losses.items()}
         self._thread: threading.Thread | None = None
         self._failed: checkpoint.SaveError | None = None
 
     def save(self, step: int, state, data: dict) -> None:
-        """Starts to save. Raises: SaveError for this save or the one before it."""
+        """Starts to save.
+
+        Raises: SaveError for this save or the one before it; ConfigError if another run has taken
+          the folder.
+        """
         self.wait()
+        if self._owned:
+            self._owned.check_owner()
         losses = {str(at): loss for at, loss in self._losses.items()}
         with self._naming(step):
             check_room(self._directory, num_bytes(state))
@@ -58,6 +67,8 @@ class Saver:
                     begun.result()
                     self._sound = frozenset(sorted(self._sound | {step})[-self._settings.keep :])
                     if distributed.is_first():
+                        if self._owned:
+                            self._owned.saved()
                         self._remove_old()
             except checkpoint.SaveError as error:
                 self._failed = error
@@ -89,6 +100,7 @@ class Saver:
         try:
             yield
         except Exception as error:
+            stopping.abandon("Orbax")  # its other threads may fail a moment later
             reason = " ".join(str(error).split())[:300]
             newest = f"step {max(self._sound)}" if self._sound else "the start"
             raise checkpoint.SaveError(
@@ -135,10 +147,14 @@ def check_room(directory: pathlib.Path, needed: int) -> None:
     has no end."""
     if files.is_remote(directory):
         return
-    there = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    there = files.nearest(directory)
     left = os.statvfs(there)
     if (free := left.f_bavail * left.f_frsize) < needed:
-        room = f"{free / 1e9:.2f} GB are free and a checkpoint takes {needed / 1e9:.2f} GB"
-        raise OSError(f"{there}: {room}")
+        room = f"{_amount(free)} are free and a checkpoint takes {_amount(needed)}"
+        raise OSError(errno.ENOSPC, room, str(there))
     if left.f_files and not left.f_favail:
-        raise OSError(f"{there}: the file system has no inode left")
+        raise OSError(errno.ENOSPC, "the file system has no inode left", str(there))
+
+
+def _amount(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"

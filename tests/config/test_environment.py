@@ -1,6 +1,7 @@
 """Settings that this machine, or the run that goes on in a workdir, does not allow."""
 
 import dataclasses
+import json
 
 import pytest
 import tokenizers
@@ -54,6 +55,17 @@ def test_a_text_that_changed_in_its_place_is_refused_by_its_split():
     assert not environment.changed_text({}, before, RUN)  # of a checkpoint that holds no digests
     with pytest.raises(configs.ConfigError, match="'embedded' .* another validation text"):
         environment.changed_text(before, {"train": "a", "validation": "c"}, RUN)
+
+
+def test_batches_that_are_no_longer_named_are_said_to_stay_left_out():
+    before, config = configs.default(), configs.default()
+    before.data.skip_batches = ((3, 5), (7, 7))
+    config.data.skip_batches = ((7, 7),)
+    stored = json.loads(json.dumps(before.to_dict()))
+    [line] = environment.changes(stored, config)
+    assert line.endswith("-> ((7, 7),), but (3, 5) stay left out")
+    [line] = environment.changes(config.to_dict(), before)
+    assert line.endswith("-> ((3, 5), (7, 7))")
 
 
 def test_another_text_and_another_source_are_allowed_by_one_key():

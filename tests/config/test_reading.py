@@ -108,7 +108,7 @@ def test_an_old_key_is_refused_with_its_new_name(old, tmp_path):
     assert str(by_json.value) == f"{tmp_path}/config.json: {complaint}"
     with pytest.raises(configs.ConfigError) as by_checkpoint:
         environment.changes(stored, configs.default())
-    assert str(by_checkpoint.value) == complaint
+    assert str(by_checkpoint.value) == f"the config that was saved with the run: {complaint}"
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,19 @@ def test_a_stored_value_that_is_null_is_refused(key):
     with pytest.raises(configs.ConfigError, match=f"config.{key} is null"):
         configs.reading.stored(values)
     assert configs.reading.stored({"model": {"num_experts": None}}).model.num_experts is None
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"model": 3}, "config.model is 3; it must be a section of keys"),
+        ({"init": {"upcycle": []}}, r"config.init.upcycle is \[\]; it must be a section of keys"),
+        ({"data": {"source": {"a": 1}}}, "config.data.source is {'a': 1}; it must be a value, not"),
+    ],
+)
+def test_a_section_and_a_value_do_not_take_each_others_place(values, complaint):
+    with pytest.raises(configs.ConfigError, match=complaint):
+        configs.reading.stored(values)
 
 
 @pytest.mark.parametrize("content", ["", '{"seed": ', "[" * 9999, "\xff"])

@@ -139,19 +139,23 @@ def test_a_person_without_a_home_is_told_what_to_set(monkeypatch):
         cache_folder("")
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["no room", "no folder"])
-def test_a_cache_that_cannot_be_written_is_named_with_the_key_to_set(full, tmp_path, monkeypatch):
-    source = write(tmp_path / "a.jsonl")
-    if full:
+@pytest.mark.parametrize("lacking", ["room", "folder", "home"])
+def test_a_cache_that_cannot_be_written_is_named_with_the_key_to_set(
+    lacking, tmp_path, monkeypatch
+):
+    source, cache = write(tmp_path / "a.jsonl"), tmp_path
+    if lacking == "room":
 
         def no_room(*_):
             raise RuntimeError("write() failed: No space left on device")
 
         monkeypatch.setattr(prepare, "_tokenize", no_room)
+    elif lacking == "home":
+        cache = pathlib.Path("/proc/nope/.cache/moe_jax")
     else:
         (tmp_path / "tokens").write_text("a file in the way")
-    with pytest.raises(ValueError, match="cache .* cannot be written: .*; set config"):
-        open_corpus(source, tmp_path)
+    with pytest.raises(ValueError, match=f"cache {cache} cannot be written: .*; set config"):
+        open_corpus(source, cache)
 
 
 def test_the_folder_can_be_read_by_others_as_the_umask_says(tmp_path):

@@ -59,7 +59,10 @@ CASES = {
     ),
     8: Case(
         "two runs in one workdir",
-        ("test_a_workdir_in_use_and_one_of_another_model_are_refused",),
+        (
+            "test_a_workdir_in_use_and_one_of_another_model_are_refused",
+            "test_a_folder_that_another_run_is_using_is_refused_before_its_first_checkpoint",
+        ),
     ),
     9: Case(
         "a flipped bit in any file of a checkpoint",
@@ -84,6 +87,7 @@ CASES = {
         (
             "test_a_broken_newest_checkpoint_is_passed_over",
             "test_where_none_verifies_nothing_is_begun_anew",
+            "test_a_run_whose_checkpoints_are_gone_is_not_begun_anew",
         ),
     ),
     13: Case(

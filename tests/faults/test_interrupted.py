@@ -55,6 +55,7 @@ def test_a_run_that_is_killed_and_stopped_loses_nothing_and_ends_bitwise_like_th
             counts["most seconds to stop"] = max(counts["most seconds to stop"], took)
         elif ways[-1] == DISK:
             code, said = runs.ended(process)
+            assert "Traceback" not in said and said.splitlines()[-1].startswith("train.py: "), said
         else:
             process.kill()
             code, said = runs.ended(process)

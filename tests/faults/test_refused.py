@@ -1,5 +1,8 @@
 """What a run refuses before it has cost anything."""
 
+import pathlib
+import shutil
+
 import jax.numpy as jnp
 import pytest
 
@@ -21,6 +24,26 @@ def test_a_workdir_that_cannot_be_made_is_refused_before_the_step_compiles(
     settings = configs.resolve(configs.load(str(config_file)))
     with pytest.raises(configs.ConfigError, match="workdir=.*file/run cannot be used: .*Not a dir"):
         train.run(settings, tmp_path / "file" / "run")
+
+
+def test_a_run_whose_checkpoints_are_not_mounted_is_refused_and_nothing_is_touched(
+    config_file, unbroken, tmp_path
+):
+    workdir = pathlib.Path(shutil.copytree(unbroken[0], tmp_path / "run"))
+    (workdir / "checkpoints").rename(tmp_path / "elsewhere")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    code, said = runs.ended(runs.start(config_file, workdir))
+    assert code == 2 and said.count("\n") == 1, said
+    assert f"{workdir}/checkpoints has no checkpoint, but the run in --workdir" in said
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json.tmp", "saved.json", ".lock"])
+def test_a_folder_in_the_place_of_a_file_is_named_at_the_start(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(configs.ConfigError, match=f"{name}'; a file belongs there: move the fol"):
+        train._lock(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_checkpoint_in_another_dtype_is_refused_with_both(unbroken):

@@ -81,7 +81,10 @@ def test_only_the_folders_of_saves_that_were_killed_are_removed(directory, tmp_p
         "mine.orbax-checkpoint-tmp",
     ):
         (directory / name).mkdir()
+    checkpoint.check_unfinished(directory)
     (directory / "9.orbax-checkpoint-tmp").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="9.orbax-checkpoint-tmp is in the way .*; remove it"):
+        checkpoint.check_unfinished(directory)
     checkpoint.remove_unfinished(directory)
     left = {path.name for path in directory.iterdir()}
     assert left == {"1", "2", "mine.orbax-checkpoint-tmp", "9.orbax-checkpoint-tmp"}

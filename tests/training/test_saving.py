@@ -1,7 +1,10 @@
 """A run's saves go on in the background, and only checkpoints that are not needed are removed."""
 
+import logging
 import os
+import resource
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,9 @@ import numpy as np
 import pytest
 
 from moe_jax import config as configs
+from moe_jax import stopping
 from moe_jax.model import PRESETS
-from moe_jax.training import checkpoint, saving
+from moe_jax.training import checkpoint, library_threads, saving
 
 
 def state_of(step):
@@ -134,10 +138,44 @@ def test_a_save_without_room_is_refused_before_anything_is_written(lacking, tmp_
     none = {"f_bavail": 0} if lacking == "room" else {"f_favail": 0, "f_files": 9}
     free = type("Free", (), {"f_bavail": 9**9, "f_frsize": 1, "f_files": 9, "f_favail": 9, **none})
     monkeypatch.setattr(os, "statvfs", lambda path: free)
-    message = "0.00 GB are free and a checkpoint takes" if lacking == "room" else "has no inode"
+    message = (
+        "0.00 MB are free and a checkpoint takes 0.00 MB: .*; make it"
+        if lacking == "room"
+        else "has no inode"
+    )
     with pytest.raises(checkpoint.SaveError, match=message):
         saver_of(tmp_path).save(2, state_of(2), {})
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_full_disk_in_the_background_is_one_line_without_the_librarys_traceback(tmp_path, capfd):
+    saver, before = saver_of(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = {"w": jax.random.normal(jax.random.key(0), (400, 400))}
+    log = logging.StreamHandler()
+    logging.getLogger("absl").addHandler(log)
+    with library_threads.quiet():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            with pytest.raises(checkpoint.SaveError, match="step 1 could not be saved") as error:
+                saver.save(1, state, {})
+                saver.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            logging.getLogger("absl").removeHandler(log)
+    assert "\n" not in str(error.value) and "Traceback" not in capfd.readouterr().err
+    assert stopping.hangs()  # the library's other threads are not waited for
+
+
+def test_a_thread_of_the_program_itself_still_shows_its_traceback(monkeypatch):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    theirs = type("Theirs", (threading.Thread,), {"__module__": "orbax.checkpoint.future"})
+    with library_threads.quiet():
+        for kind in (theirs, threading.Thread):
+            thread = kind(target=lambda: 1 / 0, name=kind.__name__)
+            thread.start()
+            thread.join()
+    assert [args.thread.name for args in seen] == ["Thread"]
 
 
 def test_the_last_save_is_waited_for_also_if_the_run_ends_badly(tmp_path):
