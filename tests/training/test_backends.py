@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from moe_jax import __main__ as entry
 from moe_jax import stopping
 from moe_jax.commands import train
 from moe_jax.config import ConfigError
@@ -114,10 +115,10 @@ def test_the_program_ends_without_waiting_for_a_library_that_hangs(status, tmp_p
             raise SystemExit(status)
 
     left = []
-    monkeypatch.setattr(train, "_main", run)
+    monkeypatch.setattr(train, "main", run)
     monkeypatch.setattr(stopping, "leave", left.append)
     with contextlib.suppress(SystemExit):
-        train.main()
+        entry.run("train")
     assert left == [status]
 
 
