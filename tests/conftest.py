@@ -82,6 +82,12 @@ def libtpu():
 
 
 @pytest.fixture(autouse=True)
+def _same_allocator(monkeypatch):
+    """A command that a test calls would change it for all tests of this process."""
+    monkeypatch.setattr(allocator, "_set", lambda parameters: None)
+
+
+@pytest.fixture(autouse=True)
 def _own_signals():
     """A command that a test calls may leave its handlers behind, and a library's failure."""
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
