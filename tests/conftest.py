@@ -26,6 +26,7 @@ import pytest  # noqa: E402 - after the flags are set
 from jax.experimental import topologies  # noqa: E402 - after the flags are set
 
 from moe_jax import stopping  # noqa: E402 - after the flags are set
+from moe_jax.parallel import allocator  # noqa: E402 - after the flags are set
 
 
 def pytest_addoption(parser):
