@@ -178,6 +178,6 @@ def test_a_run_without_room_for_a_checkpoint_is_refused_before_anything_is_writt
 ):
     full = type("Full", (), {"f_bavail": 1, "f_frsize": 1, "f_files": 0})
     monkeypatch.setattr(os, "statvfs", lambda path: full)
-    with pytest.raises(OSError, match="0.00 GB are free and a checkpoint takes"):
+    with pytest.raises(OSError, match="0.00 MB are free and a checkpoint takes"):
         run(config_file, tmp_path / "run")
     assert not (tmp_path / "run").exists()
