@@ -176,7 +176,7 @@ def test_two_processes_upcycle_to_bitwise_the_same_mixture_as_one(mesh, config_f
 
 
 def digests(folder) -> dict:
-    return checkpoint.ocp.load_checkpointables(folder, {"meta": None})["meta"]["digests"]
+    return checkpoint.described(folder)["digests"]
 
 
 def test_a_damaged_part_is_taken_by_no_process(config_file, tmp_path):
