@@ -19,6 +19,7 @@ from moe_jax import untrusted
 from moe_jax.analysis import language_families, routing
 
 MOST_LANGUAGES = 2000  # of a file of distances
+FEWEST_FOR_INTERVAL = 10  # languages: with fewer, a jackknife's error is a guess
 INTERVAL = 1.96  # standard errors on either side: 95 %
 
 
@@ -197,7 +198,9 @@ def knn_purity(
     def of(order_G, chosen_G):
         return _purity(distance_GG[np.ix_(chosen_G, chosen_G)], family_G[order_G][chosen_G], k)
 
-    return _family_finding(of, family_G, permutations, seed)
+    # A jackknife does not work for nearest neighbours: their share changes in steps.
+    found = _family_finding(of, family_G, permutations, seed)
+    return dataclasses.replace(found, interval=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,10 +322,13 @@ def _jackknife(of_chosen, G, jackknifed_G, statistic: float) -> tuple[float, flo
     """Efron and Stein, Annals of Statistics 9 (1981): each language is left out once."""
     n = len(jackknifed_G)
     without = np.array([of_chosen(np.delete(np.arange(G), g)) for g in jackknifed_G])
-    if n < 4 or not np.isfinite(without).all():
+    if n < FEWEST_FOR_INTERVAL or not np.isfinite(without).all():
         return None
     error = np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
-    return float(statistic - INTERVAL * error), float(statistic + INTERVAL * error)
+    # Correlations and silhouettes are at most 1 from 0.
+    return max(-1.0, float(statistic - INTERVAL * error)), min(
+        1.0, float(statistic + INTERVAL * error)
+    )
 
 
 def _family_numbers(families: Sequence[str]) -> np.ndarray:

@@ -12,6 +12,7 @@ from scipy import optimize, special
 from moe_jax.analysis import measures, routing_counts
 from moe_jax.analysis.routing_counts import Counts
 
+CHANCE_DRAWS = 20
 RARE = 0.01  # an expert with a smaller share of a layer's assignments is hardly used
 
 
@@ -176,14 +177,18 @@ def vocabulary(count_VE: np.ndarray, *, frequent: int = 10, seed: int = 0) -> Vo
     """Vocabulary specialisation from `routing_counts.count_vocabulary`, summed over batches.
 
     Muennighoff et al., OLMoE (arXiv 2409.02060, §5.4) with k = 1: the share N_xi / N_x of an id's
-    occurrences that expert i has. The chance level is one random draw in which every occurrence
-    chooses its expert by the layer's load. Means over no ids are nan.
+    occurrences that expert i has. The chance level is the mean of random draws in which every
+    occurrence chooses its expert by the layer's load. Means over no ids are nan.
     """
     count_VE = np.asarray(count_VE)
     total_V, largest_V = count_VE.sum(axis=1), count_VE.max(axis=1)
     seen_V = total_V > 0
     load_E = share(count_VE.sum(axis=0))
-    drawn_SE = np.random.default_rng(seed).multinomial(total_V[seen_V], load_E)
+    rng = np.random.default_rng(seed)
+    drawn = [
+        _mean(rng.multinomial(total_V[seen_V], load_E).max(axis=1) / total_V[seen_V])
+        for _ in range(CHANCE_DRAWS)
+    ]
     share_V = largest_V / np.maximum(total_V, 1)
     id_I = np.flatnonzero(total_V >= frequent)
     id_I = id_I[np.lexsort([id_I, -total_V[id_I], -share_V[id_I]])]
@@ -191,7 +196,7 @@ def vocabulary(count_VE: np.ndarray, *, frequent: int = 10, seed: int = 0) -> Vo
         mean=_mean(share_V[seen_V]),
         num_ids=int(seen_V.sum()),
         mean_frequent=_mean(share_V[id_I]),
-        chance=_mean(drawn_SE.max(axis=1) / total_V[seen_V]),
+        chance=_mean(np.array(drawn)),
         id_I=id_I,
         expert_I=count_VE[id_I].argmax(axis=1),
         share_I=share_V[id_I],

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import untrusted
 from moe_jax.analysis import decisions, language_families, languages, routing, routing_counts
 from moe_jax.analysis.routing_counts import Counts
 
@@ -58,20 +59,18 @@ def saturation(found: decisions.Decisions, final: decisions.Decisions) -> dict[i
     facts = found.facts
     check_comparable(final, facts)
     A, E, N = facts.num_experts_per_tok, facts.num_experts, facts.num_tokens
-    rows = {}
+    rows: dict[int, dict] = {}
     for layer in facts.layers:
-        shared_first = shared = 0
-        for (_, ours), (_, theirs) in zip(found.chunks(layer), final.chunks(layer), strict=True):
-            a_NA, b_NA = ours.expert_NA, theirs.expert_NA
-            shared_first += int(routing_counts.count_shared(a_NA[:, :1], b_NA[:, :1]))
-            shared += int(routing_counts.count_shared(a_NA, b_NA))
-        rows[layer] = {
-            "top_1": shared_first / N,
-            "top_1_random": 1 / E,
-            "top_k": shared / (N * A),
-            "top_k_random": A / E,
-            "n": N,
-        }
+        rows[layer] = {"n": N}
+        for name, k in (("top_1", 1), ("top_k", A)):
+            shared, load_2E = 0, np.zeros((2, E), np.int64)
+            for pair in zip(found.chunks(layer), final.chunks(layer), strict=True):
+                chosen = [own.expert_NA[:, :k] for _, own in pair]
+                shared += int(routing_counts.count_shared(*chosen))
+                load_2E += [np.bincount(one.ravel(), minlength=E + 1)[:E] for one in chosen]
+            rows[layer][name] = shared / (N * k)
+            # Of two independent routers with these loads; k/E if both are even.
+            rows[layer][f"{name}_chance"] = float(load_2E[0] / N @ load_2E[1] / (N * k))
     return rows
 
 
@@ -168,22 +167,26 @@ def language_statistics(
     known = known_languages(facts, layers)
     names = [facts.labels[g] for g in known]
     own = [str(language_families.family(name)) for name in names]
-    if len(known) < FEWEST_LANGUAGES or not 1 < len(set(own)) < len(own):
+    has_relatives = len(known) >= FEWEST_LANGUAGES and 1 < len(set(own)) < len(own)
+    if not has_relatives and distances is None:
         return None
     vector_GX = language_vectors(layers, known)
-    report: dict[str, Any] = {
-        "labels": names,
-        "families": own,
-        **_findings(languages.distances(vector_GX), own, permutations, seed),
-        "layers": {
+    report: dict[str, Any] = {"labels": names, "families": own}
+    if has_relatives:
+        by_layer = languages.layer_distances(vector_GX, len(layers))
+        report |= _findings(languages.distances(vector_GX), own, permutations, seed)
+        report["layers"] = {
             layer: _findings(distance_GG, own, min(permutations, IN_LAYERS), seed)
-            for layer, distance_GG in zip(
-                layers, languages.layer_distances(vector_GX, len(layers)), strict=True
-            )
-        },
-    }
+            for layer, distance_GG in zip(layers, by_layer, strict=True)
+        }
     if distances is not None:
         both = languages.align(names, distances.names)
+        if len(both.ours) < FEWEST_LANGUAGES:
+            raise ValueError(
+                f"the distances name {len(both.ours)} of the {len(names)} languages of the text "
+                f"({', '.join(map(untrusted.label, names[:5]))}, …); name at least "
+                f"{FEWEST_LANGUAGES} of them"
+            )
         ours_GG = languages.distances(vector_GX)[np.ix_(both.ours, both.ours)]
         theirs_GG = distances.distance_GG[np.ix_(both.theirs, both.theirs)]
         report["given_distances"] = dataclasses.asdict(

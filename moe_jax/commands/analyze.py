@@ -188,7 +188,7 @@ def _write(arguments, report: dict, facts: decisions.Facts, layers: dict) -> Non
         analysis_figures.write(unfinished / "figures", facts, layers, seed=arguments.seed)
 
 
-LAYER = "{:>5} {:>9} {:>8} {:>6} {:>10} {:>6} {:>6} {:>7} {:>7} {:>9} {:>7}"
+LAYER = "{:>5} {:>9} {:>8} {:>6} {:>10} {:>6} {:>6} {:>9} {:>9} {:>9} {:>7}"
 LABEL = "{:16} {:16} {:>9} {:>9} {:>8} {:>10}  {:16}"
 
 
@@ -216,15 +216,16 @@ def text_of(report: dict) -> str:
                 *(row["rarely_used"], f"{row['confidence']:.3f}"),
                 *(_number(ratio, 2) for ratio in ratios),
                 *(
-                    f"{row['vocabulary'][kind]['mean']:.3f}"
+                    "{mean:.2f}/{chance:.2f}".format(**row["vocabulary"][kind])
                     for kind in routing_summary.VOCABULARIES
                 ),
                 _number(row["label_divergence"], 3),
             )
         )
     lines += [
-        "Vocabulary: the mean over ids of the largest share of one expert. Between labels: the "
-        "mean Jensen-Shannon divergence in bits.",
+        "1st/2nd, 2nd/3rd: ratios of the mean probabilities. Vocabulary: the mean over ids of the "
+        "largest share of one expert, and the same by chance. Between labels: the mean "
+        "Jensen-Shannon divergence in bits.",
         "",
         LABEL.format("label", "family", "tokens", "effective", "largest", "divergence", "nearest"),
     ]
@@ -263,6 +264,8 @@ def _of_languages(found: dict | None) -> Iterator[str]:
                 f"{words}: {finding['statistic']:.3f}{interval}, p = {finding['p']:.4f}, n = "
                 f"{finding['n']}, by chance {finding['chance']:.3f}"
             )
+    if left_out := found.get("left_out"):
+        yield f"left out, in one of the two only: {', '.join(map(untrusted.label, left_out))}"
 
 
 def _of_saturation(report: dict) -> Iterator[str]:
@@ -270,7 +273,7 @@ def _of_saturation(report: dict) -> Iterator[str]:
         return
     row = "{:>5} {:>8} {:>8} {:>8} {:>8}"
     yield ""
-    yield row.format("layer", "top-1", "random", "top-k", "random")
+    yield row.format("layer", "top-1", "chance", "top-k", "chance")
     for number, own in report["saturation"].items():
-        values = (own[n] for n in ("top_1", "top_1_random", "top_k", "top_k_random"))
+        values = (own[n] for n in ("top_1", "top_1_chance", "top_k", "top_k_chance"))
         yield row.format(number, *(f"{value:.3f}" for value in values))

@@ -6,15 +6,27 @@ import math
 import numpy as np
 
 DRAWS = 1000
+FEWEST = 20  # items for a bootstrap, whose intervals are too narrow with fewer
+STANDARD_ERRORS = 1.959964  # on either side, for 95 %
 
 
 def interval(values_N: np.ndarray, *, seed: int = 0, draws: int = DRAWS) -> list[float] | None:
-    """The 95 % bootstrap interval of the mean; None for a single value.
+    """The 95 % interval of the mean; None if there are too few values.
 
-    Items are drawn with replacement (Efron, "Bootstrap methods", Annals of Statistics 7, 1979;
-    percentile method).
+    Values of 0 and 1 have Wilson's score interval (Journal of the American Statistical Association
+    22, 1927), which holds for any number of them, also if all are equal. Otherwise items are drawn
+    with replacement (Efron, "Bootstrap methods", Annals of Statistics 7, 1979; percentile method).
     """
-    return None if len(values_N) < 2 else _middle(_means(values_N, seed, draws))
+    if np.isin(values_N, (0, 1)).all():
+        return _wilson(values_N)
+    return None if len(values_N) < FEWEST else _middle(_means(values_N, seed, draws))
+
+
+def _wilson(values_N: np.ndarray) -> list[float]:
+    n, share, z = len(values_N), float(np.mean(values_N)), STANDARD_ERRORS
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
 def _middle(means: np.ndarray) -> list[float]:
@@ -34,6 +46,7 @@ class Comparison:
 
     interval: of the mean difference, by a bootstrap over the items (paired).
     p_bootstrap: two-sided; the share of draws around 0 that are as far from 0 as the difference is.
+      Both are None for fewer than 20 items.
     p_mcnemar: `mcnemar`'s, for values of 0 and 1; None for others.
     better, worse: the number of items with a larger and with a smaller value.
     """
@@ -60,7 +73,7 @@ def compare(ours_N: np.ndarray, theirs_N: np.ndarray, *, seed: int = 0) -> Compa
         raise ValueError(f"{len(ours_N)} items cannot be paired with {len(theirs_N)}")
     differences_N = np.asarray(ours_N, np.float64) - np.asarray(theirs_N, np.float64)
     difference, between, p = float(differences_N.mean()), None, None
-    if len(differences_N) > 1:
+    if len(differences_N) >= FEWEST:
         means = _means(differences_N, seed, DRAWS)
         as_far = np.abs(means - difference) >= abs(difference) - 1e-12
         between, p = _middle(means), float((as_far.sum() + 1) / (DRAWS + 1))

@@ -13,7 +13,7 @@ from moe_jax import spelling, untrusted
 from moe_jax.data import sources
 from moe_jax.data.cache import DATASETS, cache_folder
 from moe_jax.data.document import TRAIN
-from moe_jax.evaluation import judge, likelihood
+from moe_jax.evaluation import comparison, judge, likelihood
 from moe_jax.evaluation.samples import Sample
 from moe_jax.evaluation.subject import Subject
 from moe_jax.evaluation.text_metrics import METRICS, Metric, Tools
@@ -25,7 +25,7 @@ EXTRA = "pip install 'moe_jax[evaluation]'"
 @dataclasses.dataclass(frozen=True)
 class Value:
     """texts: the number of texts for which the metric is defined; None if it is of the whole set.
-    interval: 95 %, by a bootstrap over texts; None if fewer than two texts define it."""
+    interval: 95 %, by a bootstrap over texts; None if fewer than 20 texts define it."""
 
     value: float
     interval: tuple[float, float] | None
@@ -88,7 +88,7 @@ def _value(metric: Metric, rows_R2: np.ndarray, seed: int) -> Value:
     if not R:
         return Value(math.nan, None, texts)
     ratio = functools.partial(_ratio, metric)
-    if R == 1:
+    if R < comparison.FEWEST:
         return Value(ratio(defined_R2), None, texts)
     rng = np.random.default_rng(seed)
     drawn = [ratio(defined_R2[rng.integers(0, R, R)]) for _ in range(DRAWS)]

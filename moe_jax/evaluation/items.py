@@ -112,13 +112,13 @@ def _row(label: str, number: object, cells: Sequence[str]) -> str:
 
 def _mean(row: dict[str, Any], name: str) -> str:
     interval = row[f"{name}_interval"]
-    shown = "one item" if interval is None else "{:.3f} – {:.3f}".format(*interval)
+    shown = "too few items" if interval is None else "{:.3f} – {:.3f}".format(*interval)
     return f"{row[name]:.3f} ({shown})"
 
 
 def _difference(name: str, row: dict[str, Any]) -> str:
     interval = row["interval"]
-    shown = "one item" if interval is None else "{:+.3f} – {:+.3f}".format(*interval)
+    shown = "too few items" if interval is None else "{:+.3f} – {:+.3f}".format(*interval)
     tests = {"bootstrap": row["p_bootstrap"], "McNemar": row["p_mcnemar"]}
     values = ", ".join(f"p = {p:.3g} ({test})" for test, p in tests.items() if p is not None)
     counts = f"n = {row['n']}, {row['better']} better, {row['worse']} worse"

@@ -119,7 +119,8 @@ def test_saturation_is_one_against_itself_and_less_against_another(root, monkeyp
         report = json.loads(run(monkeypatch, capsys, *arguments, *QUICK))
         (rows[name],) = report["saturation"].values()
     assert (rows["model"]["top_1"], rows["model"]["top_k"]) == (1, 1)
-    assert rows["later"]["top_k"] < 1 and rows["later"]["top_k_random"] == pytest.approx(1 / 3)
+    later = rows["later"]
+    assert later["top_k"] < 1 and 1 / 3 < later["top_k_chance"] < 0.5  # 1/3 if the loads are even
 
 
 def test_tables_and_files(root, monkeypatch, capsys, tmp_path):

@@ -113,7 +113,17 @@ def test_mantel_by_hand():
     found = languages.mantel(line_GG, 5 * line_GG**2, permutations=2399)
     assert found.statistic == pytest.approx(1)
     assert found.p == pytest.approx(1 / 24, abs=0.015)
-    assert found.interval == pytest.approx((1, 1))
+    assert found.interval is None  # too few languages
+
+
+def test_an_interval_stays_within_the_possible_range_and_needs_ten_languages():
+    at = np.random.default_rng(0).normal(size=12)
+    line_GG = np.abs(np.subtract.outer(at, at))
+    noisy_GG = line_GG + np.abs(np.subtract.outer(at**2, at**2)) / 9
+    low, high = languages.mantel(line_GG, noisy_GG, permutations=9).interval
+    assert 0.5 < low < high <= 1
+    of_nine = languages.mantel(line_GG[:9, :9], noisy_GG[:9, :9], permutations=9)
+    assert of_nine.interval is None
 
 
 def test_mantel_refuses_what_says_nothing():

@@ -32,7 +32,6 @@ def test_mcnemars_test_of_many_items_is_near_the_normal_one():
 def test_an_interval_by_brute_force_and_by_its_seed():
     """Of two values, the draws' means are 0, 1/2 and 1 with probabilities 1/4, 1/2 and 1/4."""
     values = np.array([0.0, 1.0])
-    assert comparison.interval(values) == [0, 1]
     draws = comparison._means(values, seed=0, draws=4000)
     np.testing.assert_allclose(
         np.bincount((2 * draws).astype(int)) / 4000, [0.25, 0.5, 0.25], atol=0.03
@@ -40,7 +39,20 @@ def test_an_interval_by_brute_force_and_by_its_seed():
     many = np.random.default_rng(0).random(50)
     assert comparison.interval(many, seed=1) == comparison.interval(many, seed=1)
     assert comparison.interval(many, seed=1) != comparison.interval(many, seed=2)
-    assert comparison.interval(values[:1]) is None
+    assert comparison.interval(many[:19]) is None
+
+
+def test_the_interval_of_a_share_is_wilsons_for_any_number_of_items():
+    """By hand for 15 of 15: 1 / (1 + z² / 15) to 1; 3 of 4: statsmodels gives 0.3006 to 0.9544."""
+    low, high = comparison.interval(np.ones(15))
+    assert low == pytest.approx(1 / (1 + 1.959964**2 / 15)) and high == pytest.approx(1)
+    found = comparison.interval(np.array([1.0, 1, 1, 0]))
+    assert found == pytest.approx([0.30064, 0.95441], abs=1e-5)
+
+
+def test_few_items_have_only_the_exact_test():
+    found = comparison.compare(np.ones(3), np.zeros(3))
+    assert (found.interval, found.p_bootstrap, found.p_mcnemar) == (None, None, 0.25)
 
 
 def test_the_interval_is_about_two_standard_errors_wide():
@@ -69,9 +81,9 @@ def test_a_comparison_of_right_and_wrong_has_mcnemars_p():
 
 
 def test_a_model_compared_with_itself_has_no_difference():
-    values = np.array([1.0, 0, 1])
+    values = np.array([1.0, 0, 1] * 7)
     found = comparison.compare(values, values)
-    assert found == comparison.Comparison(0, [0, 0], 1, 1, n=3, better=0, worse=0)
+    assert found == comparison.Comparison(0, [0, 0], 1, 1, n=21, better=0, worse=0)
 
 
 def test_without_a_difference_small_p_values_are_rare():
@@ -96,4 +108,4 @@ def test_a_report_has_all_items_and_each_label():
         "a": (1, 0),
         "b": (2, 1),
     }
-    assert found["labels"]["a"]["accuracy_interval"] is None
+    assert found["labels"]["a"]["accuracy_interval"] == comparison.interval(np.zeros(1))
