@@ -16,6 +16,9 @@ from moe_jax.report import comparisons
 from moe_jax.report.records import Group, Record, parents_of
 
 FEWEST_DRAWS = 200  # that cross, for an interval
+# Bits per byte: smaller differences are ties. Equal models differ by their float32 rounding, about
+# 1e-8 of a mean over the text; the page shows thousandths, and another seed differs by more.
+TIE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +130,8 @@ def crossing(x_a: np.ndarray, y_a: np.ndarray, x_b: np.ndarray, y_b: np.ndarray)
     """Where two curves cross in their common range, interpolated linearly between their points.
 
     The last of several crossings is given: before it one could not yet say who ends ahead. Touching
-    is no crossing; curves that are equal for a while cross at the end of that stretch.
+    is no crossing; curves that are equal for a while cross at the end of that stretch. Differences
+    below TIE are equal.
     """
     low, high = max(x_a[0], x_b[0]), min(x_a[-1], x_b[-1])
     if low >= high:
@@ -135,6 +139,7 @@ def crossing(x_a: np.ndarray, y_a: np.ndarray, x_b: np.ndarray, y_b: np.ndarray)
     x = np.union1d(x_a, x_b)
     x = x[(x >= low) & (x <= high)]
     difference = np.interp(x, x_a, y_a) - np.interp(x, x_b, y_b)
+    difference[np.abs(difference) < TIE] = 0
     unequal = np.flatnonzero(difference)
     if not len(unequal):
         return Crossing(None, 0, None)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from moe_jax import files, untrusted
 from moe_jax.report import figures, markup, style, tables
-from moe_jax.report.records import Group, Record, groups, read_record
+from moe_jax.report.records import Group, Record, groups, left_out, read_record
 
 REGISTERS = {"embedded": "LibreOffice help in 19 languages: a technical register only"}
 MOST_SENTENCES = 8  # before the others are folded
@@ -95,6 +95,9 @@ def _answer(report: Report) -> str:
     notes.append(f"A model that knows only byte frequencies needs {', '.join(unigrams)} bits/byte.")
     if report.missing:
         notes.append(f"Not finished, and not shown here: {', '.join(report.missing)}.")
+    if again := left_out(report.records, report.groups):
+        names = ", ".join(record.name for record in again)
+        notes.append(f"In no mean, because a run of the same config and seed is in it: {names}.")
     notes.append(tables.methods(report.groups))
     return markup.items(first) + more + markup.paragraph(" ".join(filter(None, notes)))
 

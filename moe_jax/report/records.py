@@ -261,14 +261,35 @@ def parent_of(group: Group, every: Sequence[Group]) -> Group | None:
 
 
 def continued(group: Group, every: Sequence[Group]) -> Group | None:
-    """The dense runs that go on from the same parent: the control of an upcycled group."""
-    parent = parent_of(group, every)
-    controls = [
-        other
-        for other in every
-        if parent and other is not group and is_control(other) and parent_of(other, every) is parent
-    ]
+    """The dense runs that go on from the same parent, shown or not: the control of an upcycled
+    group."""
+    controls = [other for other in every if other is not group and is_control(other)]
+    if parent := parent_of(group, every):
+        controls = [other for other in controls if parent_of(other, every) is parent]
+    else:
+        starts = _starts(group, every)
+        controls = [other for other in controls if starts & _starts(other, every)]
     return min(controls, key=lambda g: g.mean_bits, default=None)
+
+
+def _starts(group: Group, every: Sequence[Group]) -> set[tuple[str, ...]]:
+    """The sources of each run that has some, by the names of their folders, or by their paths if
+    several runs that are shown have that name."""
+    names = [record.folder.name for other in every for record in other.records]
+    named = (
+        tuple(
+            str(source.folder) if names.count(source.folder.name) > 1 else source.folder.name
+            for source in record.sources
+        )
+        for record in group.records
+    )
+    return {sources for sources in named if sources}
+
+
+def left_out(records: Sequence[Record], every: Sequence[Group]) -> list[Record]:
+    """The runs that count in no group, because a run of the same config and seed does."""
+    counted = {record.name for group in every for record in group.records}
+    return [record for record in records if record.name not in counted]
 
 
 def is_control(group: Group) -> bool:

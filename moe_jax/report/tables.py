@@ -151,7 +151,7 @@ def crossings(every: Sequence[Group]) -> str:
     """When each group passes the controls, which are dense runs that go on and sparse runs from
     scratch; "" without a control that another group can be compared with."""
     controls = [g for g in every if is_control(g) or (g.first.is_sparse and not g.first.sources)]
-    rows, done = [], set()
+    rows, done, is_bare = [], set(), False
     for control in controls:
         for group in every:
             is_arm = group.first.is_sparse or is_control(group)
@@ -163,15 +163,23 @@ def crossings(every: Sequence[Group]) -> str:
                 pairs = zip(AXES.items(), found, strict=True)
                 cells = {h: _crossing(f, axis is not catch_up.tokens) for (h, axis), f in pairs}
                 pair = f"{group.name} and {control.name}"
-                rows.append({"runs": Cell(pair), "lower at the end": _ahead(found[0]), **cells})
+                rows.append({"runs": Cell(pair), **cells})
+                is_bare |= any(f and f.crossing.at is not None and not f.over for f in found)
     if not rows:
         return ""
     note = (
-        "Where the held-out curves cross, interpolated linearly between evaluations: the last "
-        "crossing, after which the run named in the second column stays ahead. Brackets: 95 % of "
-        "the crossings in 1000 draws of the seeds or, for single runs, of the blocks of the "
-        "held-out text; a percentage is the share of draws that cross in that direction."
+        "Which run has the lower held-out loss at equal cost, and from where on: the last crossing "
+        "of the curves, interpolated linearly between evaluations. “Throughout”: there is none. "
+        f"Differences below {catch_up.TIE:g} bits per byte are ties. Columns sort by the cost of "
+        "the crossing. Brackets: 95 % of the crossings in 1000 draws of the seeds or, for single "
+        "runs, of the blocks of the held-out text; a percentage is the share of draws that cross "
+        "in that direction."
     )
+    if is_bare:
+        note += (
+            " A crossing has neither if one side has several seeds and the other has one, or if "
+            "single runs have not kept the losses of the same blocks."
+        )
     left = len(rows) - MOST_ROWS
     if left > 0:
         note += f" {left} more pairs are not shown."
@@ -185,21 +193,18 @@ AXES = {
 }
 
 
-def _ahead(found: catch_up.CatchUp) -> Cell:
-    ahead = found.crossing.ahead
-    return Cell("equal" if ahead is None else (found.a, found.b)[ahead])
-
-
 def _crossing(found: catch_up.CatchUp | None, of_flops: bool) -> Cell:
+    """The run that is ahead at the end of this axis, and the cost from which on it is."""
     if found is None:
         return EMPTY
     crossing = found.crossing
     if crossing.ahead is None:
         return Cell("no common range" if crossing.is_apart else "equal")
+    ahead = (found.a, found.b)[crossing.ahead]
     if crossing.at is None:
-        return Cell("does not cross")
+        return Cell(f"{ahead} throughout")
     shown = (lambda value: f"{value:.3g}") if of_flops else _short
-    text = shown(crossing.at)
+    text = f"{ahead} from {shown(crossing.at)} on"
     if found.interval:
         text += f" [{', '.join(map(shown, found.interval))}]"
     if found.share is not None:

@@ -1,6 +1,7 @@
 """Where curves cross, and what runs cost: worked by hand."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -23,6 +24,9 @@ X = np.array([0.0, 1.0, 2.0, 3.0])
         pytest.param([4, 3, 4, 5], [3, 3, 3, 3], (None, 0, 1), id="touches"),
         pytest.param([4, 3, 3, 1], [3, 3, 3, 3], (2.0, 1, 0), id="equal for a while"),
         pytest.param([3, 3, 2, 2], [3, 3, 3, 3], (None, 0, 0), id="equal at first"),
+        pytest.param([3 - 1e-8, 4, 4, 2], [3] * 4, (2.5, 1, 0), id="a tie at the start"),
+        pytest.param([3 + 1e-8, 4, 4, 4], [3] * 4, (None, 0, 1), id="throughout after a tie"),
+        pytest.param([3 - 1e-8, 3 + 1e-8, 3, 3], [3] * 4, (None, 0, None), id="ties only"),
         pytest.param([3, 3, 3, 3], [3, 3, 3, 3], (None, 0, None), id="equal"),
     ],
 )
@@ -138,3 +142,36 @@ def test_the_table_of_crossings_has_each_pair_with_a_control_once(runs):
     rows = table.count("<tr>") - 1
     assert rows == 4 + 3  # four against dense_continued, three arms against scratch
     assert tables.crossings(records.groups([r for r in runs if r.name == "dense"])) == ""
+
+
+def cells_of(runs):
+    """The texts and sortable values of the only row of a table of crossings, and its note."""
+    table = tables.crossings(records.groups(runs))
+    cells = re.findall(r'<td data-value="(.*?)">(.*?)</td>', table)
+    return [text for _, text in cells], [value for value, _ in cells], table.rpartition("<p")[2]
+
+
+def test_each_cell_names_the_run_that_is_ahead_on_its_own_axis(runs):
+    """A token of the MoE costs 6.5 / 4.1 of the dense run's: at the FLOPs of the dense run's end,
+    of 3 tokens, it has seen 1.89 tokens, and its loss is 2.78 on a curve that falls to 1."""
+    found = {run.name: run for run in runs}
+    naive, control = found["naive_s1"], found["dense_continued_s1"]
+    pair = [curve(naive, [3, 2.9, 2.77, 1]), curve(control, [2.8, 2.8, 2.8, 2.5])]
+    pair = [
+        dataclasses.replace(run, result={**run.result, "tokens": 3, "training_flops": flops})
+        for run, flops in zip(pair, (3 * 6.5, 3 * 4.1), strict=True)
+    ]
+    texts, values, note = cells_of(pair)
+    assert texts[0] == "naive_s1 and dense_continued_s1"
+    assert texts[1].startswith("naive_s1 from 1.77 on [1.77, 1.77] (100%)")
+    assert texts[2:] == ["dense_continued_s1 throughout"] * 2
+    assert values[1:] == ["1.76923077", "", ""]
+    assert "has neither" not in note
+
+
+def test_the_note_says_why_several_seeds_against_one_have_no_interval(runs):
+    names = ("naive_s1", "naive_s2", "naive_s3", "dense_continued_s1")
+    shown = [run for run in runs if run.name in names]
+    own = [[2.5] * 4 if run.name.startswith("dense") else [4, 3, 2, 1] for run in shown]
+    texts, _, note = cells_of([curve(r, o) for r, o in zip(shown, own, strict=True)])
+    assert texts[1] == "naive from 1.5 on" and "several seeds and the other has one" in note

@@ -59,7 +59,10 @@ def test_another_value_makes_another_group_and_another_folder_of_files_does_not(
 
 def test_a_seed_counts_once(runs):
     twin = dataclasses.replace(runs[-1], name="again")
-    assert len(records.groups([*runs, twin])[-1].records) == 3
+    found = records.groups([*runs, twin])
+    assert len(found[-1].records) == 3
+    assert records.left_out([*runs, twin], found) == [twin]
+    assert records.left_out(runs, records.groups(runs)) == []
 
 
 def test_children_of_parents_of_several_seeds_are_one_group(tmp_path):
@@ -85,6 +88,29 @@ def test_relations_are_those_of_the_lineage_and_missing_without_the_runs(runs):
     assert [records.continued(g, found) for g in found] == [None, None, None, continued, continued]
     without = [scratch, naive, drop]
     assert [records.parent_of(g, without) for g in without] == [None] * 3
+    assert [records.continued(g, without) for g in without] == [None] * 3
+
+
+def test_the_dense_control_is_known_without_the_parent_and_not_from_another_one(runs):
+    without = records.groups([run for run in runs if run.name != "dense"])
+    continued, scratch, naive, drop = without
+    assert [records.continued(g, without) for g in without] == [None, None, continued, continued]
+    for run in drop.records:
+        run.config["init"]["source"] = "runs/x/other"
+    assert records.continued(drop, without) is None
+
+
+def test_runs_that_share_only_the_name_of_their_parent_have_no_control_where_two_are_shown(runs):
+    """Two parents of one folder name: the whole paths decide."""
+    dense = next(run for run in runs if run.name == "dense")
+    twin = dataclasses.replace(dense, name="twin", config={**dense.config, "seed": 9})
+    for run in runs:
+        if run.name.startswith("naive"):
+            run.config["init"]["source"] = "runs/y/dense"
+    found = {group.name: group for group in records.groups([*runs, twin])}
+    every = list(found.values())
+    assert records.continued(found["naive"], every) is None
+    assert records.continued(found["drop_0.5"], every) is found["dense_continued"]
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,17 @@ def test_a_run_that_is_not_finished_is_named_and_changes_no_colour(folders, tmp_
     assert shown == [page.read_record("dense", 0, folders["dense"]), record]
 
 
+def test_a_run_that_is_in_no_mean_is_named(folders, tmp_path, one_figure):
+    for name in ("naive", "again"):
+        folder = make_run(tmp_path / name, num_experts=4, bits=3.25)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"seed": 1}))
+    shown = {name: tmp_path / name for name in ("naive", "again")}
+    text = page.write(tmp_path, shown, []).read_text()
+    assert "In no mean, because a run of the same config and seed is in it: again." in text
+    assert "In no mean" not in page.write(tmp_path, folders, []).read_text()
+
+
 def test_dense_runs_alone_have_no_router_figures(folders):
     records = [page.read_record("dense", 0, folders["dense"])]
     pictures = {name for name, row in figures.FIGURES.items() if row.draw(records)}
