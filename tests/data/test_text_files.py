@@ -217,7 +217,7 @@ def test_an_encoding_without_a_mark_is_known_by_its_regular_zero_bytes(text, enc
     ],
 )
 def test_the_name_of_a_file_or_of_its_nearest_folder_says_its_split(name, split):
-    assert text_files._split_in(pathlib.Path(name)) == split
+    assert text_files.split_in(pathlib.Path(name)) == split
 
 
 def test_files_named_as_splits_are_these_and_test_files_are_never_trained_on(tmp_path):
