@@ -31,8 +31,9 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def check_length(place: str, text: str, max_line: int) -> None:
-    if len(text) > max_line:
+def check_length(place: str, text: str | bytes, max_line: int) -> None:
+    """Refuses a text of more than `max_line` characters, or bytes that must be one."""
+    if len(text) > max_line * (4 if isinstance(text, bytes) else 1):
         raise ValueError(
             f"{place} is longer than the {max_line:,} characters of data.max_line; raise it, or "
             "make several records of it"

@@ -55,6 +55,8 @@ def find(spec: str) -> list[text_files.File]:
         for split, dataset in splits.items()
         for entry in dataset.cache_files
     }
+    if not found:
+        raise ValueError(f"data.source={spec!r} has no records")
     named = {path: text_files.split_in(pathlib.Path(split)) for path, split in found.items()}
     return [
         text_files.File(path, f"{found[path]}/{path.name}", split)

@@ -276,8 +276,20 @@ def _jsonl_documents(file: File, max_line: int) -> Iterator[tuple[str, Document]
                 yield found
 
 
-def _records(read: Callable) -> Callable[[File, int], Iterator[tuple[str, Document]]]:
-    return lambda file, max_line: read(file.path, max_line)
+def _parquet(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
+    from moe_jax.data import arrow_files
+
+    return arrow_files.parquet(file.path, max_line)
+
+
+def _arrow(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
+    from moe_jax.data import arrow_files
+
+    return arrow_files.arrow(file.path, max_line)
+
+
+def _array_record(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
+    return record_files.array_record(file.path, max_line)
 
 
 # How a file is read, by the end of its name, before which shards may have their numbers.
@@ -286,7 +298,7 @@ READERS: dict[str, Callable[[File, int], Iterator[tuple[str, Document]]]] = {
     ".jsonl": _jsonl_documents,
     # A .json file may be anything, but corpora publish lines as .json.gz and .json.zst.
     **{f".{n}{end}": _jsonl_documents for n in ("jsonl", "json") for end in compressed.OPENERS},
-    ".parquet": _records(record_files.parquet),
-    ".arrow": _records(record_files.arrow),
-    ".array_record": _records(record_files.array_record),
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".array_record": _array_record,
 }
