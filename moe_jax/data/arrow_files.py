@@ -16,16 +16,20 @@ from moe_jax.data.document import Document
 
 # Rows that are in memory at once: a few bytes of a Parquet file can stand for many equal texts.
 ROWS = 64
-BUFFER_BYTES = 1 << 20  # of a column's compressed pages
+BUFFER_BYTES = 1 << 20  # of a column; by default, a column of a row group is read as a whole
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def parquet(path: pathlib.Path, max_line: int) -> Iterator[tuple[str, Document]]:
-    """Yields (key, document) for each row of a Parquet file, whose row groups are streamed."""
+    """Yields (key, document) for each row of a Parquet file, whose row groups are streamed.
+
+    A page, of about 1 MB, is decompressed as a whole.
+    """
 
     def batches():
-        options = {"buffer_size": BUFFER_BYTES, "page_checksum_verification": True}
-        with pyarrow.parquet.ParquetFile(path, **options) as file:
+        with pyarrow.parquet.ParquetFile(
+            path, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
+        ) as file:
             columns, rows = _columns(path, file.schema_arrow), 0
             for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
                 rows += len(batch)
@@ -80,7 +84,7 @@ def _rows(path: pathlib.Path, batches, max_line: int) -> Iterator[tuple[str, Doc
                 document.check_length(place, found.text, max_line)
                 yield key, found
                 number += 1
-    except (pyarrow.ArrowException, OSError, MemoryError) as error:
+    except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         after = f" after record {number - 1}" if number else ""
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read{after} ({reason}); replace it") from error
