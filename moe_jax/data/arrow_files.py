@@ -76,11 +76,13 @@ def _rows(path: pathlib.Path, batches, max_line: int) -> Iterator[tuple[str, Doc
             damage = _damage(batch)
             for row in range(len(batch)):
                 place = f"{path}: record {number}"
-                with document.refusing(place):
+                try:
                     if damage and (problem := _damage(batch.slice(row, 1))):
                         raise ValueError(f" is damaged ({problem})")
                     columns = zip(batch.schema.names, batch.columns, strict=True)
                     key, found = document.from_record({n: c[row].as_py() for n, c in columns})
+                except Exception as error:  # a value can be of any type
+                    raise document.refusal(place, error) from None
                 document.check_length(place, found.text, max_line)
                 yield key, found
                 number += 1

@@ -1,10 +1,9 @@
 """Documents: the items that a source yields, each of which belongs to one split."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from moe_jax import stopping
@@ -40,20 +39,16 @@ def check_length(place: str, text: str | bytes, max_line: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def refusing(place: str) -> Iterator[None]:
-    """Turns an error in the record at `place` into a ValueError of one line that names the place.
+def refusal(place: str, error: Exception) -> ValueError:
+    """The line that refuses the record at `place`, which caused an error.
 
     A ValueError whose message begins with ":" or a space continues the name of the place.
     """
-    try:
-        yield
-    except Exception as error:  # includes RecursionError for a record nested too deeply
-        stopping.pass_on(error)
-        problem = str(error)
-        if not (isinstance(error, ValueError) and problem.startswith((":", " "))):
-            problem = f" cannot be read ({type(error).__name__}: {' '.join(problem.split())})"
-        raise ValueError(f"{place}{problem}; mend it") from None
+    stopping.pass_on(error)
+    problem = str(error)
+    if not (isinstance(error, ValueError) and problem.startswith((":", " "))):
+        problem = f" cannot be read ({type(error).__name__}: {' '.join(problem.split())})"
+    return ValueError(f"{place}{problem}; mend it")
 
 
 def from_json(line: str) -> tuple[str, Document]:

@@ -29,10 +29,12 @@ def array_record(path: pathlib.Path, max_line: int) -> Iterator[tuple[str, Docum
             content = reader.read()
             place = f"{path}: record {number}"
             document.check_length(place, content, max_line)
-            with document.refusing(place):
+            try:
                 text = content.decode("utf-8-sig")
                 is_json = text.startswith("{")
                 found = document.from_json(text) if is_json else (text, Document(text, "all"))
+            except Exception as error:  # includes RecursionError for a record nested too deeply
+                raise document.refusal(place, error) from None
             document.check_length(place, text, max_line)
             yield found
         reader.close()

@@ -269,9 +269,11 @@ def _jsonl_documents(file: File, max_line: int) -> Iterator[tuple[str, Document]
         for number, line in enumerate(iter(lambda: text.readline(max_line + 1), ""), start=1):
             place = f"{file.path}:{number}"
             document.check_length(place, line.rstrip("\n"), max_line)
-            with document.refusing(place):
+            try:
                 line = line.strip().lstrip(BYTE_ORDER_MARK)
                 found = document.from_json(line) if line else None
+            except Exception as error:  # includes RecursionError for a record nested too deeply
+                raise document.refusal(place, error) from None
             if found:
                 yield found
 
