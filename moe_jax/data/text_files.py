@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
+from moe_jax import untrusted
 from moe_jax.data import compressed, document, record_files
 from moe_jax.data.document import TRAIN, VALIDATION, Document, is_held_out
 
@@ -117,6 +118,11 @@ def find(spec: str) -> list[File]:
         found = [p for p in found if not _is_hidden(p.relative_to(root))]
         if not found:
             raise ValueError(f"data.source={spec!r} is a folder without {' or '.join(READERS)}")
+        if out := next((path for path in found if untrusted.leads_out(path, root)), None):
+            raise ValueError(
+                f"data.source: {out} is a link out of its folder, which is not followed: put the "
+                "file itself there, or name the files by a glob"
+            )
     elif root.exists():
         return [_usable(root, root.parent, DIVIDED)]
     else:
