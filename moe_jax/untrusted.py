@@ -37,6 +37,17 @@ def check_folder(workdir: pathlib.Path) -> None:
             raise ValueError(f"{path} is neither a file nor a folder; remove it")
 
 
+def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
+    """True if a link leads from a file below `folder` to a place that is not below it.
+
+    From a snapshot in the Hugging Face cache (datasets--X--Y/snapshots/<revision>), links may lead
+    to the blobs of the same dataset.
+    """
+    root, target = folder.resolve(), path.resolve()
+    caches = (parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")
+    return not target.is_relative_to(root) and target.parent not in caches
+
+
 def _entries(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
     if not workdir.is_dir():
         return

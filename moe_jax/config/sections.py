@@ -113,7 +113,7 @@ class Init(Section, path="init"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(Section, path="data", fixed=True):
-    source: str = key("embedded", "embedded, tfds:NAME, or a path or glob of .txt and .jsonl files")
+    source: str = key("embedded", "embedded, tfds:NAME, hf:NAME, or a path or glob of files")
     tokenizer: str = key(
         "",
         "bytes, or the path of a tokenizer.json or SentencePiece model; empty uses that of "
@@ -143,8 +143,8 @@ class Data(Section, path="data", fixed=True):
     )
     max_line: int = key(
         30_000_000,
-        "most characters of a line of .jsonl; a longer one is refused, for it has to fit into "
-        "memory several times",
+        "most characters of a line of .jsonl or a record's text; a longer one is refused, for it "
+        "has to fit into memory several times",
         POSITIVE,
         fixed=False,
     )

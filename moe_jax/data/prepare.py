@@ -61,7 +61,7 @@ def open_corpus(
         if not num_records:
             raise ValueError(
                 f"data.source={source!r} has no {split} documents; set config.data."
-                "validation_fraction to another value, or give more text: each .jsonl record "
+                "validation_fraction to another value, or give more text: each record "
                 f"and {text_files.PART_CHARACTERS:,} characters of .txt are one document"
             )
     return TokenizedCorpus.load(folder)

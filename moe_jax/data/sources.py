@@ -1,10 +1,11 @@
 """The table of text sources; `data.source` chooses a row."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 
-from moe_jax.data import text_files, tfds_source
+from moe_jax.data import hub, text_files, tfds_source
 from moe_jax.data.document import Document
 
 
@@ -17,22 +18,47 @@ class Source:
     """
 
     matches: Callable[[str], bool]
-    check: Callable[[str], None]
+    check: Callable[[str], object]
     fingerprint: Callable[[str, pathlib.Path], str]
     documents: Callable[..., Iterator[Document]]
     describe: Callable[[str, pathlib.Path], str] = lambda spec, data_dir: f"data.source={spec!r}"
     has_lines: bool = False  # `documents` takes `max_line`
 
 
-_FILES, _TFDS = (
-    (source.check, source.fingerprint, source.documents, source.describe)
-    for source in (text_files, tfds_source)
+def _of_files(
+    matches: Callable[[str], bool],
+    check: Callable[[str], object],
+    find: Callable[[str], list[text_files.File]],
+) -> Source:
+    """A source that consists of the files that `find` finds."""
+
+    def documents(spec, split, *, data_dir, **options):
+        del data_dir  # not needed: the files are read where they are
+        return text_files.documents(find(spec), split, **options)
+
+    return Source(
+        matches=matches,
+        check=check,
+        fingerprint=lambda spec, data_dir: text_files.fingerprint(find(spec)),
+        documents=documents,
+        describe=lambda spec, data_dir: text_files.describe(spec, find(spec)),
+        has_lines=True,
+    )
+
+
+_tfds = functools.partial(
+    Source,
+    check=tfds_source.check,
+    fingerprint=tfds_source.fingerprint,
+    documents=tfds_source.documents,
+    describe=tfds_source.describe,
 )
 # The last row that matches reads the spec, so files, which match every spec, come first.
 SOURCES = {
-    "files": Source(lambda spec: True, *_FILES, has_lines=True),
-    "tfds": Source(lambda spec: spec.startswith(tfds_source.PREFIX), *_TFDS),
-    "embedded": Source(lambda spec: spec == "embedded", *_TFDS),
+    "files": _of_files(lambda spec: True, text_files.find, text_files.find),
+    "hub": _of_files(lambda spec: spec.startswith(hub.PREFIX), hub.check, hub.find),
+    "tfds": _tfds(lambda spec: spec.startswith(tfds_source.PREFIX)),
+    "embedded": _tfds(lambda spec: spec == "embedded"),
 }
 
 
@@ -65,13 +91,14 @@ def documents(
 
     Args:
       spec: "embedded", "tfds:NAME" with NAME a builder of `data/corpora` or a dataset prepared as
-        ArrayRecord under `data_dir`, or a file, folder or glob of .txt and .jsonl[.gz|.xz].
+        ArrayRecord under `data_dir`, "hf:NAME[/CONFIG]", which the library `datasets` loads, or a
+        file, folder or glob of the formats of `text_files.READERS`.
       split: "train" or "validation"; a TFDS dataset must have splits with these names. Files of a
         folder or glob whose names say validation or test are never trained on.
       validation_fraction: the fraction held out from a source without splits of its own.
-      max_line: the most characters of a line of .jsonl.
+      max_line: the most characters of a line of .jsonl, or of a record's text.
 
-    Raises: ValueError, with file and line, for a record that cannot be used.
+    Raises: ValueError, with file and line or record, for a record that cannot be used.
     """
     source = _source(spec)
     lines = {"max_line": max_line} if source.has_lines else {}

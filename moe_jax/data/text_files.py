@@ -1,28 +1,23 @@
-"""The user's own files as a source: .txt and .jsonl, the latter also compressed."""
+"""The user's own files as a source: text, JSON lines and tables, each read by its name's end."""
 
 import codecs
 import collections
 import contextlib
 import dataclasses
-import functools
 import glob
-import gzip
 import hashlib
 import io
 import itertools
-import json
-import lzma
 import os
 import pathlib
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
+from moe_jax import untrusted
+from moe_jax.data import compressed, document, record_files
 from moe_jax.data.document import TRAIN, VALIDATION, Document, is_held_out
 
-OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}  # others use `open`
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz")
 PART_CHARACTERS = 10_000
 MAX_LINE = 30_000_000  # the default of config.data.max_line
 BYTE_ORDER_MARK = "\ufeff"
@@ -49,6 +44,7 @@ WORDS = {
     VALIDATION: "val(id(ation)?)?|dev|h[eo]ld[-_. ]?out",
     TRAIN: "train(ing)?",
 }
+SHARD = re.compile(r"-\d+-of-\d+$")
 _LETTER = r"[^\W\d_]"
 NAMES = {
     split: re.compile(f"(?<!{_LETTER})({words})([-_. ]?set)?(?!{_LETTER})", re.IGNORECASE)
@@ -57,20 +53,16 @@ NAMES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _File:
+class File:
+    """A file of a source."""
+
     path: pathlib.Path
     name: str  # the path relative to the source, so that it does not depend on the source's place
     split: str  # TRAIN, VALIDATION, TEST, or DIVIDED if each document has its own split
 
 
-def check(spec: str) -> None:
-    _files(spec)
-
-
-def describe(spec: str, data_dir: pathlib.Path) -> str:
+def describe(spec: str, files: list[File]) -> str:
     """The number of files and bytes, and the names by which files belong to a split."""
-    del data_dir
-    files = _files(spec)
     num_bytes = sum(file.path.stat().st_size for file in files)
     counts = collections.Counter(file.split for file in files)
     shares = [f"{split}: {_number(n)}" for split, n in sorted(counts.items()) if split != TEST]
@@ -84,10 +76,10 @@ def _number(files: int) -> str:
     return "1 file" if files == 1 else f"{files:,} files"
 
 
-def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
-    del data_dir  # not needed: the spec is the path of the files
+def fingerprint(files: list[File]) -> str:
+    """A hash of the files' names and contents."""
     digest = hashlib.sha256()
-    for file in _files(spec):
+    for file in files:
         digest.update(file.name.encode() + b"\0")
         with open(file.path, "rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
@@ -95,42 +87,42 @@ def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
 
 
 def documents(
-    spec: str,
-    split: str,
-    *,
-    validation_fraction: float,
-    data_dir: pathlib.Path,
-    max_line: int = MAX_LINE,
+    files: list[File], split: str, *, validation_fraction: float, max_line: int = MAX_LINE
 ) -> Iterator[Document]:
     """The documents of a split, chosen by file name or otherwise by a hash of the document's key.
 
-    The key of a JSON record is its `doc`, or else its `id`, or else its text. The key of a part of
+    The key of a record is its `doc`, or else its `id`, or else its text. The key of a part of
     a .txt file is the file's path relative to the source, with the number of the part. A record of
     more than `max_line` characters is refused: a small compressed file may hold an endless line.
     """
-    del data_dir
-    for file in _files(spec):
+    for file in files:
         if file.split not in (split, DIVIDED):
             continue
-        jsonl = functools.partial(_jsonl_documents, max_line=max_line)
-        read = _txt_documents if file.path.name.endswith(".txt") else jsonl
         try:
-            with _opened(file.path) as text:
-                for key, document in read(file, text):
-                    held_out = is_held_out(key, validation_fraction)
-                    if file.split == split or held_out == (split == VALIDATION):
-                        yield document
+            for key, found in READERS[_ending(file.path.name)](file, max_line):
+                held_out = is_held_out(key, validation_fraction)
+                if file.split == split or held_out == (split == VALIDATION):
+                    yield found
         except ValueError as error:
             raise ValueError(f"data.source: {error}") from error
 
 
-def _files(spec: str) -> list[_File]:
+def find(spec: str) -> list[File]:
+    """The files of a path, folder or glob, in the order in which they are read.
+
+    Raises: ValueError if there are none, or for one that cannot be read.
+    """
     root = pathlib.Path(spec)
     if root.is_dir():
-        found = [p for p in root.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()]
+        found = [p for p in root.rglob("*") if _ending(p.name) and p.is_file()]
         found = [p for p in found if not _is_hidden(p.relative_to(root))]
         if not found:
-            raise ValueError(f"data.source={spec!r} is a folder without {' or '.join(SUFFIXES)}")
+            raise ValueError(f"data.source={spec!r} is a folder without {' or '.join(READERS)}")
+        if out := next((path for path in found if untrusted.leads_out(path, root)), None):
+            raise ValueError(
+                f"data.source: {out} is a link out of its folder, which is not followed: put the "
+                "file itself there, or name the files by a glob"
+            )
     elif root.exists():
         return [_usable(root, root.parent, DIVIDED)]
     else:
@@ -141,24 +133,39 @@ def _files(spec: str) -> list[_File]:
             raise ValueError(
                 f"data.source={spec!r} matches no file; give a file, folder, glob or 'embedded'"
             )
-    named = {path: _split_in(path.relative_to(root)) for path in sorted(found)}
-    # Files whose names do not name a split are trained on. Only if no file is validation text are
-    # documents divided between training and validation.
+    found = record_files.of_saved_datasets(found)
+    splits = divided(spec, {path: split_in(path.relative_to(root)) for path in sorted(found)})
+    return [_usable(path, root, split) for path, split in splits.items()]
+
+
+def divided(spec: str, named: Mapping[pathlib.Path, str]) -> dict[pathlib.Path, str]:
+    """The split of each file, from those that their names say.
+
+    Files whose names do not name a split are trained on. Only if no file is validation text are
+    documents divided between training and validation.
+    """
     rest = TRAIN if VALIDATION in named.values() else DIVIDED
     splits = {path: rest if split in (TRAIN, "") else split for path, split in named.items()}
     if rest not in splits.values():
         raise ValueError(
-            f"data.source={spec!r}: nothing is left to train on, for the names of all files "
-            f"say validation or test, such as {found[0].name}; rename them, or give one file's path"
+            f"data.source={spec!r}: nothing is left to train on, for the names of all files say "
+            f"validation or test, such as {next(iter(named)).name}; rename them, or give one "
+            "file's path"
         )
-    return [_usable(path, root, split) for path, split in splits.items()]
+    return splits
+
+
+def _ending(name: str) -> str:
+    """The end of a file's name by which it is read; "" if none reads it."""
+    name = SHARD.sub("", name)
+    return next((ending for ending in READERS if name.endswith(ending)), "")
 
 
 def _is_hidden(path: pathlib.Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _split_in(path: pathlib.Path) -> str:
+def split_in(path: pathlib.Path) -> str:
     """The split named by a file's name, or else by its nearest folder's; "" if none names one."""
     for part in reversed(path.parts):
         for split, name in NAMES.items():
@@ -167,12 +174,12 @@ def _split_in(path: pathlib.Path) -> str:
     return ""
 
 
-def _usable(path: pathlib.Path, root: pathlib.Path, split: str) -> _File:
-    if not path.name.endswith(SUFFIXES) or not path.is_file():
-        raise ValueError(f"data.source: {path} is not one of {', '.join(SUFFIXES)}")
+def _usable(path: pathlib.Path, root: pathlib.Path, split: str) -> File:
+    if not _ending(path.name) or not path.is_file():
+        raise ValueError(f"data.source: {path} is not one of {', '.join(READERS)}")
     if not os.access(path, os.R_OK):
         raise ValueError(f"data.source: {path} cannot be read; check its permissions")
-    return _File(path, path.relative_to(root).as_posix(), split)
+    return File(path, path.relative_to(root).as_posix(), split)
 
 
 @contextlib.contextmanager
@@ -183,17 +190,17 @@ def _opened(path: pathlib.Path) -> Iterator[TextIO]:
       cannot be read.
     """
     try:
-        with _open(path) as content:
+        with compressed.open_file(path) as content:
             kind = _encoding(content.read(SAMPLE_BYTES))
-            content.seek(0)
-            if kind != "UTF-8":
-                fix = f"convert it, for example with iconv -f {kind} -t UTF-8"
-                raise ValueError(f"{path} is {kind}, not UTF-8; {fix}")
+        if kind != "UTF-8":
+            fix = f"convert it, for example with iconv -f {kind} -t UTF-8"
+            raise ValueError(f"{path} is {kind}, not UTF-8; {fix}")
+        with compressed.open_file(path) as content:
             yield io.TextIOWrapper(content, encoding="utf-8")
     except UnicodeDecodeError as error:
         where = f"line {_good_lines(path) + 1}"
         raise ValueError(f"{path} is not UTF-8 ({error.reason}, {where}); convert it") from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except compressed.ERRORS as error:
         where = f" after line {number}" if (number := _good_lines(path)) else ""
         raise ValueError(f"{path} cannot be read{where} ({error}); replace it") from error
 
@@ -215,14 +222,10 @@ def _encoding(sample: bytes) -> str:
     return next((kind for form, kind in REGULAR.items() if re.fullmatch(form, found)), "UTF-8")
 
 
-def _open(path: pathlib.Path):
-    return OPENERS.get(path.suffix, open)(path, "rb")
-
-
 def _good_lines(path: pathlib.Path) -> int:
     """The number of lines before the one that cannot be read."""
     number, decoder = 0, codecs.getincrementaldecoder("utf-8")()
-    with contextlib.suppress(Exception), _open(path) as content:
+    with contextlib.suppress(Exception), compressed.open_file(path) as content:
         while chunk := content.read1(BUFFER_BYTES):  # all that can be read of a damaged archive
             try:
                 decoder.decode(chunk)
@@ -234,16 +237,18 @@ def _good_lines(path: pathlib.Path) -> int:
     return number
 
 
-def _txt_documents(file: _File, text: TextIO) -> Iterator[tuple[str, Document]]:
+def _txt_documents(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
     """Yields (key, document) for parts of about 10,000 characters, split at line ends if it can."""
+    del max_line  # a long line is cut
     lines: list[str] = []
     size = part = 0
-    for line in _lines(text):
-        if lines and size + len(line) > PART_CHARACTERS:
-            yield f"{file.name}#{part}", Document("".join(lines), "all")
-            lines, size, part = [], 0, part + 1
-        lines.append(line)
-        size += len(line)
+    with _opened(file.path) as text:
+        for line in _lines(text):
+            if lines and size + len(line) > PART_CHARACTERS:
+                yield f"{file.name}#{part}", Document("".join(lines), "all")
+                lines, size, part = [], 0, part + 1
+            lines.append(line)
+            size += len(line)
     if size:
         yield f"{file.name}#{part}", Document("".join(lines), "all")
 
@@ -264,38 +269,44 @@ def _lines(text: TextIO) -> Iterator[str]:
     yield rest
 
 
-def _jsonl_documents(file: _File, text: TextIO, max_line: int) -> Iterator[tuple[str, Document]]:
+def _jsonl_documents(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
     """Yields (key, document) for each line that is not empty."""
-    for number, line in enumerate(iter(lambda: text.readline(max_line + 1), ""), start=1):
-        if len(line.rstrip("\n")) > max_line:
-            raise ValueError(
-                f"{file.path}:{number} is longer than the {max_line:,} characters of data.max_line;"
-                " raise it, or make several records of it"
-            )
-        line = line.strip().lstrip(BYTE_ORDER_MARK)
-        if not line:
-            continue
-        try:
-            found = _record(line)
-        except Exception as error:  # includes RecursionError for a record nested too deeply
-            other = f" cannot be read ({type(error).__name__}: {error})"
-            problem = error if isinstance(error, ValueError) else other
-            raise ValueError(f"{file.path}:{number}{problem}; mend the line") from None
-        yield found
+    with _opened(file.path) as text:
+        for number, line in enumerate(iter(lambda: text.readline(max_line + 1), ""), start=1):
+            place = f"{file.path}:{number}"
+            document.check_length(place, line.rstrip("\n"), max_line)
+            try:
+                line = line.strip().lstrip(BYTE_ORDER_MARK)
+                found = document.from_json(line) if line else None
+            except Exception as error:  # includes RecursionError for a record nested too deeply
+                raise document.refusal(place, error) from None
+            if found:
+                yield found
 
 
-def _record(line: str) -> tuple[str, Document]:
-    try:
-        record = json.loads(line)
-        text = record["text"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(' is not a JSON object with "text"') from None
-    if not isinstance(text, str):
-        raise ValueError(': "text" is not a string')
-    label = str(record.get("language") or record.get("lang") or "all")
-    key = str(next((record[k] for k in ("doc", "id") if record.get(k) not in (None, "")), text))
-    try:
-        f"{key}{label}{text}".encode()
-    except UnicodeEncodeError:  # JSON escapes can express surrogates, which UTF-8 cannot encode
-        raise ValueError(" has half a surrogate pair") from None
-    return key, Document(text, label)
+def _parquet(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
+    from moe_jax.data import arrow_files
+
+    return arrow_files.parquet(file.path, max_line)
+
+
+def _arrow(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
+    from moe_jax.data import arrow_files
+
+    return arrow_files.arrow(file.path, max_line)
+
+
+def _array_record(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
+    return record_files.array_record(file.path, max_line)
+
+
+# How a file is read, by the end of its name, before which shards may have their numbers.
+READERS: dict[str, Callable[[File, int], Iterator[tuple[str, Document]]]] = {
+    ".txt": _txt_documents,
+    ".jsonl": _jsonl_documents,
+    # A .json file may be anything, but corpora publish lines as .json.gz and .json.zst.
+    **{f".{n}{end}": _jsonl_documents for n in ("jsonl", "json") for end in compressed.OPENERS},
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".array_record": _array_record,
+}

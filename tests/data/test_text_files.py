@@ -217,7 +217,7 @@ def test_an_encoding_without_a_mark_is_known_by_its_regular_zero_bytes(text, enc
     ],
 )
 def test_the_name_of_a_file_or_of_its_nearest_folder_says_its_split(name, split):
-    assert text_files._split_in(pathlib.Path(name)) == split
+    assert text_files.split_in(pathlib.Path(name)) == split
 
 
 def test_files_named_as_splits_are_these_and_test_files_are_never_trained_on(tmp_path):
@@ -339,6 +339,23 @@ def test_a_path_that_cannot_be_used_is_refused_before_anything_is_read(source, m
         with pytest.raises(ValueError, match=message) as error:
             use(str(tmp_path / source))
         assert "\n" not in str(error.value)
+
+
+def test_a_link_out_of_a_folder_is_not_followed_but_one_that_is_named_is(tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0123").write_text("text")
+    snapshot = tmp_path / "snapshots" / "revision" / "data"
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.txt").symlink_to("../../../blobs/0123")  # as in the cache of the hub
+    (snapshot / "b.txt").symlink_to("a.txt")
+    for root in (snapshot, snapshot.parent):
+        assert [d.text for d in read(root)] == ["text"] * 2
+    (snapshot / "c.txt").symlink_to(tmp_path / "secret.txt")
+    for root in (snapshot, snapshot.parent):
+        with pytest.raises(ValueError, match=r"c\.txt is a link out of its folder, .* by a glob"):
+            sources.check(str(root))
+    assert [d.text for d in read(snapshot / "*.txt")] == ["text", "text", "secret"]
 
 
 def test_a_file_without_permission_is_refused_before_anything_is_read(tmp_path, monkeypatch):
