@@ -123,7 +123,7 @@ MEASURES: dict[str, Measure] = {
     "dead_experts": Measure(
         "experts",
         dead_experts,
-        panel=Panel("Dead experts, all layers", "experts under 1 % of even load", np.sum),
+        panel=Panel("Dead experts, all layers", "under 1 % of an even load", np.sum),
     ),
     "virtual_drop_rate": Measure("share of assignments", virtual_drop_rate),
     "dropped_share": Measure(

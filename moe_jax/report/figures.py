@@ -284,8 +284,9 @@ FIGURES: dict[str, Row] = {
         "Experts by layer",
         load_figures.experts_by_layer,
         "At the end of training. Effective experts: the effective number in each layer (dotted: "
-        "all, evenly). Similarity: of their weights, entry by entry: 1 for copies, 0 for random "
-        "ones and for copies with their neurons in a different order. Drift: the distance of the "
+        "all, evenly). Similarity: of their weights, entry by entry, the mean of all pairs of "
+        "experts and of their matrices: 1 for copies, 0 for random ones and for copies with their "
+        "neurons in a different order. Drift: the distance of the "
         "routers' weights from their initial values.",
         results.of_experts_by_layer,
     ),

@@ -35,11 +35,12 @@ def expert_load(records: list[Record], layout: Layout = WIDE) -> Figure | None:
         for (layer, expert), share in np.ndenumerate(load) if E <= 8 and L <= 8 else ():
             look = {"color": "black" if share > 0.6 * top else "white", "size": 9}
             axes.text(expert, layer, f"{share:.0f}", ha="center", va="center", **look)
-    figure.supxlabel("expert", fontsize=10)
     figure.supylabel("sparse layer", fontsize=10)
     even = sorted({100 / load.shape[1] for load in loads})
     shown = ", ".join(f"{share:.3g}" for share in even)
-    figure.colorbar(image, ax=all_axes, fraction=0.03, label=f"% of assignments (even: {shown})")
+    # Not beside the colour bar, which may be too low for it.
+    figure.supxlabel(f"expert (colours: % of assignments; even: {shown})", fontsize=10)
+    figure.colorbar(image, ax=all_axes, fraction=0.03)
     return figure
 
 
@@ -137,7 +138,7 @@ def router_health(records: list[Record], layout: Layout = WIDE) -> Figure | None
 
 BY_LAYER = {  # key of result.json: title, label
     "effective_experts": ("Effective experts on held-out text", "exp(entropy of load)"),
-    "expert_similarity": ("Similarity of experts", "cosine, mean of pairs and matrices"),
+    "expert_similarity": ("Similarity of experts", "mean cosine of pairs"),
     "router_drift": ("Drift of the router", "|end − start| / |start|"),
 }
 

@@ -118,6 +118,21 @@ def test_figures_have_texts_that_can_be_read_at_both_widths(many, names, request
             assert len(legend.get_texts()) <= 8, name
 
 
+@pytest.mark.parametrize("names", [["naive_s1"], ["naive_s1", "drop_0.5_s1", "noise_s1"]])
+def test_labels_are_no_longer_than_their_axes_and_inside_of_the_figure(names, sweep_of_22):
+    for name, _, figure in drawn({name: sweep_of_22[name] for name in names}):
+        figure.draw_without_rendering()
+        labels = [label for axes in figure.axes for label in (axes.xaxis.label, axes.yaxis.label)]
+        for label in filter(Text.get_text, [*figure.texts, *labels]):
+            box = label.get_window_extent()
+            inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
+            assert inside and box.y1 <= figure.bbox.y1, (name, label.get_text())
+        for axes in figure.axes:
+            label = axes.yaxis.label
+            height = label.get_window_extent().height
+            assert height <= axes.bbox.height + 1, (name, label.get_text())
+
+
 def test_results_in_words_are_of_the_numbers(sweep_of_22):
     records = page.records_of(sweep_of_22)
     texts = {name: row.result(records) for name, row in figures.FIGURES.items()}
