@@ -167,8 +167,10 @@ def load(folder: str | pathlib.Path) -> Decisions:
             "which goes on where it stopped"
         )
     for name, digest in state.digests.items():
-        if digest_of(folder / name) != digest:
-            raise ValueError(f"{folder / name} is damaged; remove the folder and record it anew")
+        if not (folder / name).is_file() or digest_of(folder / name) != digest:
+            raise ValueError(
+                f"{folder / name} is damaged or missing; remove the folder and record it anew"
+            )
     tokens = _mapped(folder / TOKENS, facts.token_dtype, facts)
     layers = {n: _mapped(folder / name, facts.layer_dtype, facts) for n, name in names.items()}
     _check(folder, facts, tokens, layers)

@@ -210,7 +210,10 @@ def tokenizer_of(folder: pathlib.Path) -> str:
     if folders.is_folder(folder):
         own = beside.tokenizer_in(folder)
         if own is None:
-            raise ValueError(f"{folder} has no tokenizer.json or tokenizer.model; set it")
+            raise ValueError(
+                f"{folder} has no tokenizer.json or tokenizer.model; give the model's tokenizer, by "
+                "--tokenizer or config.data.tokenizer"
+            )
         return str(own)
     named = reading.load_json(folder).data.tokenizer
     own = beside.tokenizer_in(folder / TOKENIZER, beside.usual_name(pathlib.Path(named)))

@@ -6,6 +6,9 @@ import pathlib
 from collections.abc import Iterator
 
 DATASETS = "tfds"  # the folder in the cache for datasets that TFDS prepares
+# A folder with this file is a cache: backups, and text sources, leave it out
+# (https://bford.info/cachedir/).
+TAG, SIGNATURE = "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n"
 ADVICE = "set config.data.cache_dir (or XDG_CACHE_HOME) to a folder with room"
 
 
@@ -25,8 +28,14 @@ def cache_folder(cache_dir: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def writing(cache: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write into the cache in the block into a ValueError that gives the fix."""
+    """Marks the cache as one, for the block to write into.
+
+    Raises: ValueError, which gives the fix, for a failure to write into the cache in the block.
+    """
     try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), open(cache / TAG, "x") as tag:
+            tag.write(SIGNATURE)
         yield
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
         named = getattr(error, "filename", None)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
 from moe_jax import untrusted
-from moe_jax.data import compressed, document, record_files
+from moe_jax.data import cache, compressed, document, record_files
 from moe_jax.data.document import TRAIN, VALIDATION, Document, is_held_out
 
 PART_CHARACTERS = 10_000
@@ -116,6 +116,8 @@ def find(spec: str) -> list[File]:
     if root.is_dir():
         found = [p for p in root.rglob("*") if _ending(p.name) and p.is_file()]
         found = [p for p in found if not _is_hidden(p.relative_to(root))]
+        caches = {tag.parent for tag in root.rglob(cache.TAG)}  # with tokens of this very text
+        found = [p for p in found if caches.isdisjoint(p.parents)]
         if not found:
             raise ValueError(f"data.source={spec!r} is a folder without {' or '.join(READERS)}")
         if out := next((path for path in found if untrusted.leads_out(path, root)), None):

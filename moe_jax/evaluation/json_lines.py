@@ -30,7 +30,7 @@ def read(path: str | pathlib.Path, parse: Callable[[dict[str, Any]], Item]) -> l
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if not items:
-        raise ValueError(f"{path} has no items")
+        raise ValueError(f"{path} has no lines; write a JSON object in each")
     return items
 
 

@@ -8,7 +8,7 @@ import pathlib
 
 import pytest
 
-from moe_jax.data import sources, text_files
+from moe_jax.data import cache, sources, text_files
 from moe_jax.data.document import Document, is_held_out
 
 NOWHERE = pathlib.Path("not-used")  # where TFDS data lies
@@ -363,3 +363,12 @@ def test_a_file_without_permission_is_refused_before_anything_is_read(tmp_path, 
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
     with pytest.raises(ValueError, match=r"a\.txt cannot be read; check its permissions"):
         sources.check(str(tmp_path))
+
+
+def test_a_cache_inside_of_a_folder_of_text_is_no_text(tmp_path):
+    """The tokens of a text are ArrayRecord too, and a cache may lie beside the text."""
+    (tmp_path / "a.txt").write_text("text")
+    with cache.writing(tmp_path / "cache"):
+        (tmp_path / "cache" / "tokens").mkdir()
+        (tmp_path / "cache" / "tokens" / "tokens.array_record").write_bytes(b"\x80")
+    assert [file.path.name for file in text_files.find(str(tmp_path))] == ["a.txt"]

@@ -57,7 +57,7 @@ def test_a_wrong_line_is_refused_with_its_number(line, complaint, tmp_path):
 
 
 def test_a_file_of_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no items"):
+    with pytest.raises(ValueError, match="has no lines"):
         items.read(write(tmp_path / "items", ""))
     with pytest.raises(ValueError, match="line 1: it has none of 'choices', 'answers'"):
         items.read(write(tmp_path / "items", {"text": "a"}))
