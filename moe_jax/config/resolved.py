@@ -211,8 +211,8 @@ def tokenizer_of(folder: pathlib.Path) -> str:
         own = beside.tokenizer_in(folder)
         if own is None:
             raise ValueError(
-                f"{folder} has no tokenizer.json or tokenizer.model; give the model's tokenizer, by "
-                "--tokenizer or config.data.tokenizer"
+                f"{folder} has no tokenizer.json or tokenizer.model; give the tokenizer of the "
+                "model, by --tokenizer or config.data.tokenizer"
             )
         return str(own)
     named = reading.load_json(folder).data.tokenizer
