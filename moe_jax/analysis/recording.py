@@ -56,7 +56,7 @@ def check(config: ModelConfig) -> None:
 def facts(
     weights: Weights, chunks: Sequence[Batch], labels: Sequence[str], *, model: str, text: str
 ) -> decisions.Facts:
-    """What is recorded of this model on these chunks of rows; `model` and `text` are names."""
+    """Describes a recording of this model on these chunks of rows; `model` and `text` are names."""
     config = weights.config
     chooses = not ROUTERS[config.router].causal  # experts choose tokens: a token may have all
     return decisions.Facts(

@@ -69,7 +69,7 @@ def saturation(found: decisions.Decisions, final: decisions.Decisions) -> dict[i
                 shared += int(routing_counts.count_shared(*chosen))
                 load_2E += [np.bincount(one.ravel(), minlength=E + 1)[:E] for one in chosen]
             rows[layer][name] = shared / (N * k)
-            # Of two independent routers with these loads; k/E if both are even.
+            # Two independent routers with these loads agree so often; k/E if both are even.
             rows[layer][f"{name}_chance"] = float(load_2E[0] / N @ load_2E[1] / (N * k))
     return rows
 

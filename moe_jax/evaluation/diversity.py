@@ -96,7 +96,7 @@ def median(values_K: Sequence[float]) -> np.ndarray:
 def novelty(
     words_K: Sequence[Words], training_words: Iterable[Words], n: int = NOVEL_WORDS
 ) -> np.ndarray:
-    """Of each text, the n-grams that the training text does not have, and all its n-grams, [K, 2]
+    """Counts, for each text, the n-grams that the training text does not have, and all, [K, 2]
     (McCoy et al., arXiv 2111.09509).
 
     The training text is read once. Memory holds the n-grams of the generated texts only, so the

@@ -256,6 +256,7 @@ def language_map(
 def _label_points(axes: Axes, position_G2: np.ndarray, labels: Sequence[str]) -> None:
     """Puts each label at the first place beside its point that is free, or leaves it out."""
     point_G2 = axes.transData.transform(position_G2)
+    # matplotlib declares that axes may be in no figure, or in a part of one that has no dpi.
     pixel = axes.get_figure().dpi / 72  # type: ignore[union-attr]
     size, mark = 8.5, 4.0 * pixel
     taken = [(x - mark, y - mark, x + mark, y + mark) for x, y in point_G2]

@@ -314,7 +314,7 @@ def peak_bytes(action) -> int:
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     except OSError:
-        pytest.skip("Linux only")
+        pytest.skip("the peak of memory can be reset on Linux only")
     action()
     return 1024 * (int(status.read_text().split("VmHWM:")[1].split()[0]) - before)
 

@@ -30,7 +30,7 @@ def test_mcnemars_test_of_many_items_is_near_the_normal_one():
 
 
 def test_an_interval_by_brute_force_and_by_its_seed():
-    """Of two values, the draws' means are 0, 1/2 and 1 with probabilities 1/4, 1/2 and 1/4."""
+    """The draws of two values have means of 0, 1/2 and 1 with probabilities 1/4, 1/2 and 1/4."""
     values = np.array([0.0, 1.0])
     draws = comparison._means(values, seed=0, draws=4000)
     np.testing.assert_allclose(
@@ -87,7 +87,7 @@ def test_a_model_compared_with_itself_has_no_difference():
 
 
 def test_without_a_difference_small_p_values_are_rare():
-    """Of 200 pairs of equally good models about one in twenty has p < 0.05."""
+    """About one in twenty of 200 pairs of equally good models has p < 0.05."""
     rng = np.random.default_rng(3)
     ps = [
         comparison.compare(rng.random(40), rng.random(40), seed=i).p_bootstrap for i in range(200)
