@@ -26,8 +26,8 @@ lola and drop_upcycling are the lists of tasks of these papers.
 --generated measures texts without references (docs/text_metrics.md): lines {"text"}, each with an
 optional "prompt", "source", "language" and "label". A metric that needs an option says so.
 
-Each number has a 95 % interval, from a bootstrap over the sequences or items: it says how far
-another sample of them would move it, and one alone has none. Compare the losses of models with
+A number has a 95 % interval over the sequences, items or texts: it says how far another sample of
+them would move it. Too few of them have none. Compare the losses of models with
 different tokenizers by bits per byte.
 """
 
