@@ -164,7 +164,7 @@ def tokenizer_for(
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; "
-            "give the tokenizer that it was trained with, by --tokenizer"
+            "give the tokenizer that it was trained with"
         )
     return tokenizer
 

@@ -71,18 +71,6 @@ def label_divergences(count_GE: np.ndarray) -> np.ndarray:
     return np.stack([js_divergence(count_GE, row_E[None]) for row_E in count_GE])
 
 
-def saturation(expert_NA: np.ndarray, final_NA: np.ndarray) -> float:
-    """The mean fraction of a token's experts that a later checkpoint also chooses for it.
-
-    Router saturation (Muennighoff et al., OLMoE, arXiv 2409.02060, §5.1). It is 1 for equal sets,
-    and k/E for independent routers with an even load. Give `[:, :1]` of both for the top-1 value.
-    In batches, add `routing_counts.count_shared` and divide by the number of assignments.
-
-    Raises: ValueError for sets of unlike sizes.
-    """
-    return int(routing_counts.count_shared(expert_NA, final_NA)) / max(expert_NA.size, 1)
-
-
 def coactivation(pairs_EE: np.ndarray) -> np.ndarray:
     """[E, E]: N_ij / N_i, the fraction of expert i's tokens that also go to expert j; N_ii is 1.
 

@@ -1,6 +1,7 @@
 """Everything that `analyze` says about a routing folder, as plain data for tables and JSON."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,12 @@ class Layer:
     counts: Counts
     vocabulary: Mapping[str, routing.Vocabulary]
     num_dropped: int
+
+    @functools.cached_property
+    def divergence_GG(self) -> np.ndarray:
+        """The divergences between the labels that have tokens."""
+        there = np.asarray(self.counts.tokens_G) > 0
+        return routing.label_divergences(np.asarray(self.counts.label_GE)[there])
 
 
 def layers_of(found: decisions.Decisions) -> dict[int, Layer]:
@@ -58,19 +65,23 @@ def saturation(found: decisions.Decisions, final: decisions.Decisions) -> dict[i
     """
     facts = found.facts
     check_comparable(final, facts)
-    A, E, N = facts.num_experts_per_tok, facts.num_experts, facts.num_tokens
+    E, N = facts.num_experts, facts.num_tokens
+    sizes = {"top_1": 1, "top_k": facts.num_experts_per_tok}
     rows: dict[int, dict] = {}
     for layer in facts.layers:
-        rows[layer] = {"n": N}
-        for name, k in (("top_1", 1), ("top_k", A)):
-            shared, load_2E = 0, np.zeros((2, E), np.int64)
-            for pair in zip(found.chunks(layer), final.chunks(layer), strict=True):
+        shared = dict.fromkeys(sizes, 0)
+        load_2E = {name: np.zeros((2, E), np.int64) for name in sizes}
+        for pair in zip(found.chunks(layer), final.chunks(layer), strict=True):
+            for name, k in sizes.items():
                 chosen = [own.expert_NA[:, :k] for _, own in pair]
-                shared += int(routing_counts.count_shared(*chosen))
-                load_2E += [np.bincount(one.ravel(), minlength=E + 1)[:E] for one in chosen]
-            rows[layer][name] = shared / (N * k)
+                shared[name] += int(routing_counts.count_shared(*chosen))
+                load_2E[name] += [np.bincount(one.ravel(), minlength=E + 1)[:E] for one in chosen]
+        rows[layer] = {"n": N}
+        for name, k in sizes.items():
+            ours_E, theirs_E = load_2E[name]
+            rows[layer][name] = shared[name] / (N * k)
             # Two independent routers with these loads agree so often; k/E if both are even.
-            rows[layer][f"{name}_chance"] = float(load_2E[0] / N @ load_2E[1] / (N * k))
+            rows[layer][f"{name}_chance"] = float(ours_E / N @ theirs_E / (N * k))
     return rows
 
 
@@ -84,12 +95,11 @@ def row_of_layer(layer: Layer, num_tokens: int) -> dict[str, Any]:
     """The measures of one layer; `label_divergence` is the mean over pairs of labels, in bits."""
     counts = layer.counts
     load_E, gates = np.asarray(counts.label_GE).sum(axis=0), routing.gates(counts)
-    used_GE = np.asarray(counts.label_GE)[np.asarray(counts.tokens_G) > 0]
     return {
         "effective_experts": float(routing.effective_experts(load_E)),
         "busiest_two_share": float(routing.busiest_share(load_E)),
         "rarely_used": routing.rarely_used(load_E[None]),
-        "label_divergence": _mean_of_pairs(routing.label_divergences(used_GE)),
+        "label_divergence": _mean_of_pairs(layer.divergence_GG),
         "confidence": float(gates.probability_P[0]),
         "gate_ratios": gates.of_means_R.tolist(),
         "gate_ratio_quartiles": gates.quartiles_RQ.tolist(),
@@ -120,7 +130,7 @@ def rows_of_labels(facts: decisions.Facts, layers: Mapping[int, Layer]) -> dict[
     tokens_G = np.asarray(next(iter(layers.values())).counts.tokens_G)
     there = np.flatnonzero(tokens_G)
     count_LGE = np.stack([np.asarray(layer.counts.label_GE)[there] for layer in layers.values()])
-    divergence_GG = np.mean([routing.label_divergences(count_GE) for count_GE in count_LGE], axis=0)
+    divergence_GG = np.mean([layer.divergence_GG for layer in layers.values()], axis=0)
     effective_G = routing.effective_experts(count_LGE).mean(axis=0)
     largest_G = routing.share(count_LGE).max(axis=(0, 2))
     rows = {}
@@ -171,13 +181,14 @@ def language_statistics(
     if not has_relatives and distances is None:
         return None
     vector_GX = language_vectors(layers, known)
+    distance_GG = languages.distances(vector_GX)
     report: dict[str, Any] = {"labels": names, "families": own}
     if has_relatives:
         by_layer = languages.layer_distances(vector_GX, len(layers))
-        report |= _findings(languages.distances(vector_GX), own, permutations, seed)
+        report |= _findings(distance_GG, own, permutations, seed)
         report["layers"] = {
-            layer: _findings(distance_GG, own, min(permutations, IN_LAYERS), seed)
-            for layer, distance_GG in zip(layers, by_layer, strict=True)
+            layer: _findings(of_layer_GG, own, min(permutations, IN_LAYERS), seed)
+            for layer, of_layer_GG in zip(layers, by_layer, strict=True)
         }
     if distances is not None:
         both = languages.align(names, distances.names)
@@ -187,7 +198,7 @@ def language_statistics(
                 f"({', '.join(map(untrusted.label, names[:5]))}, …); name at least "
                 f"{FEWEST_LANGUAGES} of them"
             )
-        ours_GG = languages.distances(vector_GX)[np.ix_(both.ours, both.ours)]
+        ours_GG = distance_GG[np.ix_(both.ours, both.ours)]
         theirs_GG = distances.distance_GG[np.ix_(both.theirs, both.theirs)]
         report["given_distances"] = dataclasses.asdict(
             languages.mantel(ours_GG, theirs_GG, permutations=permutations, seed=seed)

@@ -141,6 +141,8 @@ def _decisions(
     [(chunks, labels)] = rows
     name, text = source.name, arguments.text or EMBEDDED
     facts = recording.facts(weights, chunks, labels, model=name, text=text)
+    if final:
+        routing_summary.check_comparable(final, facts)  # before the model is read
     cache = cache_folder("") / "routing"
     folder = arguments.save_routing or cache / _key(facts.model_digest, facts.text_digest)
     with files.alone(cache / f"{_key(os.path.abspath(folder))}.lock"):

@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 
 from moe_jax import command_line, files, stores
-from moe_jax import config as configs
 from moe_jax.analysis import parent_statistics
-from moe_jax.data import sources, tokenizers
+from moe_jax.data import sources
 from moe_jax.data.cache import DATASETS, cache_folder
 from moe_jax.data.document import TRAIN
 from moe_jax.parallel import mesh
@@ -68,7 +67,7 @@ def main() -> None:
 def run(arguments) -> None:
     source, allow = stores.find(arguments.source), arguments.allow_nonfinite
     config, params = stores.load(source, mesh.one_device(), allow_nonfinite=allow)
-    tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(source.folder))
+    tokenizer = stores.tokenizer_for(source.folder, config, arguments.tokenizer)
     tokens_NBT = batches_of(arguments, tokenizer)
     if config.num_experts:
         found = parent_statistics.of_mixture(params, config, tokens_NBT)

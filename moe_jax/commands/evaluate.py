@@ -179,7 +179,7 @@ def of_items(arguments: argparse.Namespace) -> dict:
     """The report of `items.report` on the file --items."""
     names = [name for name in (arguments.checkpoint, arguments.compare) if name]
     for name in names:
-        stores.find(name)  # refuses the second one's before the first one works for long
+        stores.find(name)  # so that a wrong name is refused before the first model works for long
     stops = tuple(arguments.stop or ["\n"])
     settings = Settings(arguments.num_tokens or NUM_TOKENS, stops)
     load = functools.partial(_subject, arguments)

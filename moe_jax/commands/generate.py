@@ -26,8 +26,6 @@ import jax
 import numpy as np
 
 from moe_jax import command_line, files, stores, strict_json, untrusted
-from moe_jax import config as configs
-from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate
 from moe_jax.hf import folders, offload
 from moe_jax.parallel import mesh
@@ -120,7 +118,7 @@ def run(arguments) -> list[Text]:
         model_config, params = offload.load_into_host_memory(
             folder, 1e9 * arguments.offload, allow_nonfinite=allow
         )
-    tokenizer = tokenizers.load(arguments.tokenizer or configs.tokenizer_of(folder))
+    tokenizer = stores.tokenizer_for(folder, model_config, arguments.tokenizer)
     prompts = [tokenizer.prompt(text) for text in arguments.prompt]
     began = time.perf_counter()
     with store.failing_as_it_is() if store else contextlib.nullcontext():

@@ -114,9 +114,12 @@ def find(spec: str) -> list[File]:
     """
     root = pathlib.Path(spec)
     if root.is_dir():
-        found = [p for p in root.rglob("*") if _ending(p.name) and p.is_file()]
+        entries = list(root.rglob("*"))
+        found = [p for p in entries if _ending(p.name) and p.is_file()]
         found = [p for p in found if not _is_hidden(p.relative_to(root))]
-        caches = {tag.parent for tag in root.rglob(cache.TAG)}  # with tokens of this very text
+        caches = {
+            path.parent for path in entries if path.name == cache.TAG
+        }  # with tokens of this very text
         found = [p for p in found if caches.isdisjoint(p.parents)]
         if not found:
             raise ValueError(f"data.source={spec!r} is a folder without {' or '.join(READERS)}")

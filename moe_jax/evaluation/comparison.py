@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,7 +11,7 @@ FEWEST = 20  # items for a bootstrap, whose intervals are too narrow with fewer
 STANDARD_ERRORS = 1.959964  # on either side, for 95 %
 
 
-def interval(values_N: np.ndarray, *, seed: int = 0, draws: int = DRAWS) -> list[float] | None:
+def interval(values_N: np.ndarray, *, seed: int = 0) -> list[float] | None:
     """The 95 % interval of the mean; None if there are too few values.
 
     Values of 0 and 1 have Wilson's score interval (Journal of the American Statistical Association
@@ -19,21 +20,23 @@ def interval(values_N: np.ndarray, *, seed: int = 0, draws: int = DRAWS) -> list
     """
     if np.isin(values_N, (0, 1)).all():
         return _wilson(values_N)
-    return None if len(values_N) < FEWEST else _middle(_means(values_N, seed, draws))
+    return None if len(values_N) < FEWEST else middle(means(values_N, seed))
 
 
 def _wilson(values_N: np.ndarray) -> list[float]:
     n, share, z = len(values_N), float(np.mean(values_N)), STANDARD_ERRORS
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return [max(0.0, middle - half), min(1.0, middle + half)]
+    return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def _middle(means: np.ndarray) -> list[float]:
-    return np.percentile(means, [2.5, 97.5]).tolist()
+def middle(values: Sequence[float] | np.ndarray) -> list[float]:
+    """The range of the middle 95 % of the values."""
+    return np.percentile(values, [2.5, 97.5]).tolist()
 
 
-def _means(values_N: np.ndarray, seed: int, draws: int) -> np.ndarray:
+def means(values_N: np.ndarray, seed: int, draws: int = DRAWS) -> np.ndarray:
+    """[draws, …]: means of as many values, or rows, as there are, drawn with replacement."""
     rng, N = np.random.default_rng(seed), len(values_N)
     at_once = max(1, 2**20 // N)  # all draws of a million items would take gigabytes
     parts = (min(at_once, draws - start) for start in range(0, draws, at_once))
@@ -74,9 +77,9 @@ def compare(ours_N: np.ndarray, theirs_N: np.ndarray, *, seed: int = 0) -> Compa
     differences_N = np.asarray(ours_N, np.float64) - np.asarray(theirs_N, np.float64)
     difference, between, p = float(differences_N.mean()), None, None
     if len(differences_N) >= FEWEST:
-        means = _means(differences_N, seed, DRAWS)
-        as_far = np.abs(means - difference) >= abs(difference) - 1e-12
-        between, p = _middle(means), float((as_far.sum() + 1) / (DRAWS + 1))
+        drawn = means(differences_N, seed)
+        as_far = np.abs(drawn - difference) >= abs(difference) - 1e-12
+        between, p = middle(drawn), float((as_far.sum() + 1) / (DRAWS + 1))
     better, worse = int((differences_N > 0).sum()), int((differences_N < 0).sum())
     is_binary = np.isin([ours_N, theirs_N], (0, 1)).all()
     return Comparison(

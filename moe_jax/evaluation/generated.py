@@ -18,7 +18,6 @@ from moe_jax.evaluation.samples import Sample
 from moe_jax.evaluation.subject import Subject
 from moe_jax.evaluation.text_metrics import METRICS, Metric, Tools
 
-DRAWS = 1000
 EXTRA = "pip install 'moe_jax[evaluation]'"
 
 
@@ -90,9 +89,8 @@ def _value(metric: Metric, rows_R2: np.ndarray, seed: int) -> Value:
     ratio = functools.partial(_ratio, metric)
     if R < comparison.FEWEST:
         return Value(ratio(defined_R2), None, texts)
-    rng = np.random.default_rng(seed)
-    drawn = [ratio(defined_R2[rng.integers(0, R, R)]) for _ in range(DRAWS)]
-    low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
+    drawn = [metric.show(n / d) for n, d in comparison.means(defined_R2, seed).tolist()]
+    low, high = comparison.middle(drawn)
     return Value(ratio(defined_R2), (low, high), texts)
 
 

@@ -57,7 +57,8 @@ class Adapter(models.LM):
         self, requests: list[instance.Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """The log-likelihood of each (text,) in nats."""
-        scores = self.subject.score_texts([request.args[0] for request in requests])
+        texts = [request.args[0] for request in requests]
+        scores = self.subject.score_texts(texts, progress=not disable_tqdm)
         found = [score.log_likelihood for score in scores]
         self._keep("loglikelihood_rolling", requests, found)
         return found
@@ -167,6 +168,7 @@ def run(
     by_shots = collections.defaultdict(list)
     for task in tasks:
         by_shots[task.shots if num_fewshot is None else num_fewshot].append(task.name)
+    papers = {task.name: task.metric for task in tasks}
     results: dict[str, Any] = {}
     for shots, names in by_shots.items():
         found = lm_eval.simple_evaluate(
@@ -179,7 +181,8 @@ def run(
         )
         for name, values in found["results"].items():
             measured = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            own = {"shots": found["n-shot"].get(name), **measured}
+            shots_of = found["n-shot"].get(name)
+            own = {"shots": shots_of, "papers_measure": papers.get(name, ""), **measured}
             results[name] = {"n": found["n-samples"].get(name, {}).get("effective"), **own}
     return {
         "checkpoint": subject.name,

@@ -21,6 +21,7 @@ def _identifier():
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
+@functools.cache  # several metrics ask for a text, and several samples have one prompt
 def identify(text: str) -> str | None:
     """The code of a text's language (ISO 639-1, if there is one), as py3langid finds it.
 

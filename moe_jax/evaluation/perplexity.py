@@ -12,6 +12,7 @@ import numpy as np
 from moe_jax import model
 from moe_jax.analysis import measures
 from moe_jax.data.batches import Batch
+from moe_jax.evaluation import comparison
 from moe_jax.model import transformer
 from moe_jax.ops import bins, cross_entropy
 
@@ -74,20 +75,18 @@ class Sums:
         own = {label: self.bytes_per_token[label]}
         return Sums(self.nats_RN[:, n : n + 1], self.tokens_RN[:, n : n + 1], own, None)
 
-    def intervals(self, *, seed: int = 0, draws: int = 1000) -> dict[str, list[float] | None]:
+    def intervals(self, *, seed: int = 0) -> dict[str, list[float] | None]:
         """95 % bootstrap intervals of the loss and the bits per byte; None for a single row.
 
         Rows are drawn with replacement, because tokens of one row, often from one document, are not
         independent (Efron, "Bootstrap methods", Annals of Statistics 7, 1979; percentile method).
         """
         sums_R3 = self._rows[self.tokens_RN.any(axis=1)]
-        rng, R = np.random.default_rng(seed), len(sums_R3)
-        if R < 2:
+        if len(sums_R3) < 2:
             return {"loss": None, "bits_per_byte": None}
-        # One draw at a time: all draws of a million rows would take gigabytes.
-        drawn = [_losses(sums_R3[rng.integers(0, R, R)].sum(axis=0)) for _ in range(draws)]
+        drawn = [_losses(means_3) for means_3 in comparison.means(sums_R3, seed)]
         return {
-            name: np.percentile([losses[name] for losses in drawn], [2.5, 97.5]).tolist()
+            name: comparison.middle([losses[name] for losses in drawn])
             for name in ("loss", "bits_per_byte")
         }
 

@@ -132,10 +132,13 @@ class Scorer:
             found |= zip(indices, scores, strict=True)
         return [found[i] for i in range(len(pairs))]
 
-    def rolling(self, params: dict, texts: Sequence[np.ndarray], begin_id: int) -> list[Score]:
+    def rolling(
+        self, params: dict, texts: Sequence[np.ndarray], begin_id: int, *, progress: bool = False
+    ) -> list[Score]:
         """The score of each text as a whole, in windows: see `windows`."""
         split = [windows(ids, begin_id, self.limit) for ids in texts]
-        scores = iter(self.score(params, [one for pairs in split for one in pairs]))
+        every = [one for pairs in split for one in pairs]
+        scores = iter(self.score(params, every, progress=progress))
         return [_sum([next(scores) for _ in pairs]) for pairs in split]
 
     def _row_length(self, one: Pair) -> int:

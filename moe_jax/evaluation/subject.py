@@ -40,10 +40,10 @@ class Subject:
         """The score of each pair: see `scoring.Scorer.score`."""
         return self.scorer.score(self.params, pairs, progress=progress)
 
-    def score_texts(self, texts: Sequence[str]) -> list[scoring.Score]:
+    def score_texts(self, texts: Sequence[str], *, progress: bool = True) -> list[scoring.Score]:
         """The score of each text as a whole, in windows: see `scoring.windows`."""
         ids = [scoring.ids_of_text(self.tokenizer, text) for text in texts]
-        return self.scorer.rolling(self.params, ids, self.tokenizer.bos_id)
+        return self.scorer.rolling(self.params, ids, self.tokenizer.bos_id, progress=progress)
 
     def answer(self, prompts: Sequence[str], settings: Settings, *, progress: bool = True):
         """The answer to each prompt, which also ends at an end token: see `answers.answers`."""

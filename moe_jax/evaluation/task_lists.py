@@ -121,10 +121,13 @@ def text(report: dict[str, Any]) -> str:
             if comma and not measure.endswith("_stderr"):
                 error = row.get(f"{measure}_stderr,{kept}")
                 shown = "" if error is None else f"{error:.4f}"
-                measure = measure if kept == "none" else key
+                is_papers = measure == row.get("papers_measure")
+                measure = (measure if kept == "none" else key) + (" *" if is_papers else "")
                 lines.append(
                     ROW.format(untrusted.label(name), *counts, measure, f"{value:.4f}", shown)
                 )
+    if any(row.get("papers_measure") for row in report["results"].values()):
+        lines.append("* the paper's measure, or the nearest to it")
     if cut := report["contexts_cut"]:
         lines.append(outcomes.cut_line(cut))
     return "\n".join(lines)

@@ -40,7 +40,8 @@ class Metric:
 
     whole: it compares texts with each other, so that it is measured again for each label.
       Otherwise `measure` returns a row for each text.
-    needs: the field of `Tools` that it needs, or the package that it imports.
+    needs: the field of `Tools` that it needs; "" for none.
+    package: the optional package that it imports; "" for none.
     """
 
     measure: Callable[[Sequence[Sample], Tools], np.ndarray]

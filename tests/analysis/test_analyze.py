@@ -135,6 +135,9 @@ def test_tables_and_files(root, monkeypatch, capsys, tmp_path):
     counts = np.load(tmp_path / "out" / "counts.npz")
     report = json.loads((tmp_path / "out" / "result.json").read_text())
     assert counts["tokens_G"].sum() == report["tokens"]
+    names = "expert_share coactivation vocabulary gate_ratios languages language_tree language_map"
+    drawn = sorted(path.name for path in (tmp_path / "out" / "figures").iterdir())
+    assert drawn == sorted(f"{name}.{end}" for name in names.split() for end in ("png", "svg"))
 
 
 def test_labels_of_strangers_are_shown_without_their_control_characters(

@@ -219,24 +219,23 @@ def test_js_divergence_of_two_samples_of_one_load_is_what_the_page_says():
     assert routing.js_divergence(*two).mean() == pytest.approx(3 / (2.8 * 1000), rel=0.05)
 
 
-def test_saturation_by_hand_and_in_batches():
+def test_shared_experts_by_hand_and_in_batches():
     expert_NA = np.array([[0, 1], [2, 3], [4, 5], [1, 0]])
     final_NA = np.array([[1, 0], [2, 4], [0, 1], [1, 2]])
-    assert routing.saturation(expert_NA, final_NA) == (2 + 1 + 0 + 1) / 8
-    assert routing.saturation(expert_NA[:, :1], final_NA[:, :1]) == 2 / 4
-    halves = [
-        routing_counts.count_shared(expert_NA[h], final_NA[h]) for h in (slice(2), slice(2, 4))
-    ]
-    assert sum(map(int, halves)) / 8 == routing.saturation(expert_NA, final_NA)
+    shared = routing_counts.count_shared
+    assert shared(expert_NA, final_NA) == 2 + 1 + 0 + 1
+    assert shared(expert_NA[:, :1], final_NA[:, :1]) == 2
+    halves = [shared(expert_NA[h], final_NA[h]) for h in (slice(2), slice(2, 4))]
+    assert sum(map(int, halves)) == 4
     with pytest.raises(ValueError, match="same number of experts per token"):
-        routing.saturation(expert_NA, final_NA[:, :1])
+        shared(expert_NA, final_NA[:, :1])
 
 
-def test_saturation_of_independent_routers_is_k_of_E():
+def test_independent_routers_share_k_of_E_of_their_experts():
     rng = np.random.default_rng(0)
     drawn = [rng.permuted(np.tile(np.arange(E), (20_000, 1)), axis=1)[:, :A] for _ in range(2)]
-    assert routing.saturation(*drawn) == pytest.approx(A / E, abs=0.01)
-    assert routing.saturation(drawn[0], drawn[0][:, ::-1]) == 1
+    assert routing_counts.count_shared(*drawn) / drawn[0].size == pytest.approx(A / E, abs=0.01)
+    assert routing_counts.count_shared(drawn[0], drawn[0][:, ::-1]) == drawn[0].size
 
 
 def test_coactivation_counts_all_pairs_of_a_set():

@@ -32,7 +32,7 @@ def test_mcnemars_test_of_many_items_is_near_the_normal_one():
 def test_an_interval_by_brute_force_and_by_its_seed():
     """The draws of two values have means of 0, 1/2 and 1 with probabilities 1/4, 1/2 and 1/4."""
     values = np.array([0.0, 1.0])
-    draws = comparison._means(values, seed=0, draws=4000)
+    draws = comparison.means(values, seed=0, draws=4000)
     np.testing.assert_allclose(
         np.bincount((2 * draws).astype(int)) / 4000, [0.25, 0.5, 0.25], atol=0.03
     )
