@@ -26,7 +26,7 @@ def command(name: str) -> list[str]:
     """The words that start command `name` in the same way as the current one was started."""
     if started_by_entry():
         return ["python", "-m", ENTRY, name]
-    script = pathlib.Path(sys.argv[0]).resolve().with_name(f"{name}.py")
+    script = pathlib.Path(sys.argv[0] or "python").resolve().with_name(f"{name}.py")
     here = pathlib.Path.cwd()
     return ["python", str(script.relative_to(here) if script.is_relative_to(here) else script)]
 
@@ -34,7 +34,8 @@ def command(name: str) -> list[str]:
 def this_command() -> str:
     """The words that started this program, as text for a shell."""
     entry = sys.argv[0].partition(" ")[2] if started_by_entry() else ""
-    return shlex.join([*command(entry or pathlib.Path(sys.argv[0]).stem), *sys.argv[1:]])
+    words = [*command(entry or pathlib.Path(sys.argv[0]).stem or "python"), *sys.argv[1:]]
+    return untrusted.line(shlex.join(words))  # a path need not be UTF-8
 
 
 class Parser(argparse.ArgumentParser):

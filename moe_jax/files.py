@@ -12,8 +12,11 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
+
+from moe_jax import stopping
 
 NUMBER = "0|[1-9][0-9]*"  # as str(int) writes it
 FIXES = {
@@ -22,9 +25,9 @@ FIXES = {
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EROFS: "choose a place that can be written",
-    errno.EACCES: "give yourself the permission, or choose another place",
-    errno.EPERM: "give yourself the permission, or choose another place",
-    errno.EISDIR: "a file belongs there: move the folder away",
+    errno.EACCES: "give yourself the permission, or choose another path",
+    errno.EPERM: "give yourself the permission, or choose another path",
+    errno.EISDIR: "give a file, or move the folder away if a file is to be written there",
     errno.ENOTDIR: "a folder belongs where a file is: move the file away, or choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
@@ -100,13 +103,15 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
     folder = pathlib.Path(folder)
     if not shared and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; choose another output or remove it")
-    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.unfinished-*"):
+    # On some network file systems a lock is one host's alone, so each removes its own leftovers.
+    mine = f".{folder.name}.unfinished-{socket.gethostname()}-"
+    for leftover in folder.parent.glob(f"{glob.escape(mine)}*"):
         _remove_if_abandoned(leftover)
     new = folder.with_name(f".{folder.name}.new-{uuid.uuid4().hex[:12]}")
     new.mkdir(parents=True)  # with the umask's permissions, unlike mkdtemp
     lock = os.open(new, os.O_RDONLY)
     # It gets its name when it is locked, so that no other process takes it for a leftover.
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{uuid.uuid4().hex[:12]}")
+    unfinished = folder.with_name(f"{mine}{uuid.uuid4().hex[:12]}")
     try:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -118,6 +123,7 @@ def whole_folder(folder: str | pathlib.Path, *, shared: bool = False) -> Iterato
             if not (shared and folder.exists()):
                 raise
     finally:
+        stopping.quiet()  # or its repetitions would interrupt the removal
         for path in (new, unfinished):
             shutil.rmtree(path, ignore_errors=True)
         os.close(lock)

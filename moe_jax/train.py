@@ -75,7 +75,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
     Raises: ConfigError before anything is written; SaveError; and what `training.loop.run` raises.
     """
-    began = time.monotonic()
+    began, made_by = time.monotonic(), _made_by()
     with checks.refusing():
         cache = cache_folder(settings.data.cache_dir)
         stored = settings.config.to_json(sort_keys=True)
@@ -83,7 +83,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         directory = configs.checkpoints_of(workdir, settings.checkpoint.directory)
     together = functools.partial(distributed.together, configs.ConfigError)
     with together():
-        owned = ownership.Ownership(workdir, directory, settings.checkpoint.every_steps)
+        owned = ownership.Ownership(workdir, directory, settings.config)
         goes_on = owned.check()
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
         backends.check(settings.training.log_to)
@@ -146,8 +146,10 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         distributed.say(f"going on from step {start}", *changed)
     with together():
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
-        saving.check_room(directory, saving.num_bytes(abstract))
+        room = functools.partial(saving.check_room, directory, saving.num_bytes(abstract))
+        workdir.exists() or room()
         lock = _lock(workdir, owned.claim, bool(restored)) if distributed.is_first() else None
+        room()  # when what a killed save had left is removed
     if lock:
         if at is not None:
             checkpoint.set_aside_after(directory, at)
@@ -207,10 +209,15 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         state, results = loop.run(state, start, text, settings, parts, kept["skipped_steps"])
 
         # result -----------------------------------------------------------------------------
-        result = _facts(settings, parts.costs, kept, began) | results
+        result = _facts(settings, parts.costs, kept, began) | made_by | results
         if lock:
             files.write_text(workdir / "result.json", strict_json.text(result, indent=1) + "\n")
     return result
+
+
+def _made_by() -> dict:
+    """The command and the commit, as they are when the run starts."""
+    return {"command": command_line.this_command(), "commit": environment.commit()}
 
 
 def _device_seconds(kept: dict, began: float) -> float | None:
@@ -239,8 +246,6 @@ def _facts(settings: configs.Run, costs: flops.Costs, kept: dict, began: float) 
         "parent_device_seconds": lineage.get("device_seconds"),
         "router": settings.model.router if settings.model.num_experts else "",
         "versions": environment.versions(),
-        "commit": environment.commit(),
-        "command": command_line.this_command(),
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "parameters": total,
         "active_parameters": active,
@@ -318,10 +323,12 @@ def _lock(workdir: pathlib.Path, claim=contextlib.nullcontext, *arguments) -> co
             lock = held.enter_context(open(workdir / untrusted.LOCK, "a"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise configs.ConfigError(
                 f"--workdir={workdir}: another run is using it; wait or choose another"
             ) from None
+        except OSError:  # a file system without locks
+            pass
         held.enter_context(claim(*arguments))
         return held.pop_all()
 

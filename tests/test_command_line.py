@@ -112,7 +112,7 @@ def test_a_command_starts_another_in_the_way_in_which_it_was_started(monkeypatch
             PermissionError(13, "Denied", "a.txt"),
             2,
             "toy: [Errno 13] Denied: 'a.txt'; give yourself the permission, or choose another "
-            "place\n",
+            "path\n",
         ),
     ],
 )

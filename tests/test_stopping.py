@@ -139,11 +139,18 @@ def test_a_signal_while_a_command_is_imported_ends_it_on_the_spot(name, status, 
 
 
 WORKING = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 from moe_jax import __main__ as entry, files
 from moe_jax.commands import xla_flags
+unlink = os.unlink
+def slowly(*names, **how):
+    time.sleep(0.6)
+    unlink(*names, **how)
 def main():
-    with files.whole_folder(sys.argv[1]):
+    with files.whole_folder(sys.argv[1]) as made:
+        for name in "abc":
+            (made / name).touch()
+        os.unlink = slowly  # the removal takes longer than the end waits to be raised again
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:

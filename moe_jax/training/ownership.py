@@ -14,9 +14,10 @@ import uuid
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
-from moe_jax import files, strict_json, untrusted
-from moe_jax.config import ConfigError, checks
+from moe_jax import files, stopping, strict_json, untrusted
+from moe_jax.config import ConfigError, checks, environment
 from moe_jax.parallel import distributed
 from moe_jax.training import checkpoint, metrics
 
@@ -24,13 +25,10 @@ NOTE, OWNER, LOCK = "saved.json", "owner.json", ".owner.lock"
 
 
 class Ownership:
-    """Process 0 looks and writes; in other processes `check` and `check_owner` do nothing.
+    """Process 0 looks and writes; in other processes `check` and `check_owner` do nothing."""
 
-    `every_steps` is the run's `checkpoint.every_steps`.
-    """
-
-    def __init__(self, workdir: pathlib.Path, directory: epath.Path, every_steps: int):
-        self._workdir, self._directory, self._every_steps = workdir, directory, every_steps
+    def __init__(self, workdir: pathlib.Path, directory: epath.Path, config: ConfigDict):
+        self._workdir, self._directory, self._config = workdir, directory, config
         self._outside = directory != epath.Path(workdir) / "checkpoints"
         self._id = ""
 
@@ -49,7 +47,8 @@ class Ownership:
             if (self._outside or there == path) and not there.is_dir():
                 raise ConfigError(f"{there} is no folder for checkpoints; move it away")
         if there_are:
-            if self._outside and self._owner() not in ("", note.get("id")):
+            is_ours = not self._outside or self._owner() in ("", note.get("id"))
+            if not (is_ours or (not note and self._are_of_this_config())):
                 raise ConfigError(
                     f"the checkpoints in {self._directory} are those of another run; set another "
                     "config.checkpoint.directory or name of the --workdir, or remove "
@@ -64,6 +63,18 @@ class Ownership:
         with checks.refusing():
             checkpoint.check_unfinished(self._directory)
         return there_are
+
+    def _are_of_this_config(self) -> bool:
+        """True in a workdir in which no run has begun, if they are of a run that would be equal."""
+        if (self._workdir / "config.json").exists():
+            return False
+        newest = max(checkpoint.steps(self._directory))
+        try:
+            config = checkpoint.described(self._directory / str(newest))["config"]
+            return not environment.changes(config, self._config)
+        except Exception as error:  # damaged files make Orbax and TensorStore raise any type
+            stopping.pass_on(error)
+            return False
 
     def claim(self, saved: bool) -> contextlib.ExitStack:
         """Makes the folder this run's, removes what saves that were killed have left in it, and
@@ -80,7 +91,12 @@ class Ownership:
             self.check()  # again: another run may have begun and ended meanwhile
             self._id = self._note().get("id") or uuid.uuid4().hex[:12]
             self._write_note(self._note().get("checkpoints", ""))
-            if self._outside and self._owner() != self._id:
+            if self._outside and (owner := self._owner()) != self._id:
+                if owner:
+                    distributed.say(
+                        f"the checkpoints in {self._directory} are those of a run with this config "
+                        "and another --workdir, which was lost with its machine: they are taken"
+                    )
                 _write(self._directory / OWNER, {"id": self._id})
             if saved:
                 self.saved()
@@ -97,7 +113,13 @@ class Ownership:
     def check_owner(self) -> None:
         """Raises: ConfigError if another run has begun to use the folder, as in a bucket, which
         cannot be locked."""
-        if distributed.is_first() and self._outside and self._owner() != self._id:
+        if not (distributed.is_first() and self._outside):
+            return
+        if not (owner := self._owner()):
+            raise ConfigError(
+                f"{self._directory / OWNER} is gone; mount or restore the folder, and run again"
+            )
+        if owner != self._id:
             raise ConfigError(
                 f"another run is using {self._directory}; set another config.checkpoint.directory "
                 "or name of the --workdir"
@@ -129,7 +151,7 @@ class Ownership:
             return found["id"] if _is_id(found["id"]) else "damaged"
         except FileNotFoundError:
             return ""
-        except (ValueError, OSError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return "damaged"
 
     def _saved_before(self, note: dict[str, Any]) -> str | None:
@@ -139,12 +161,12 @@ class Ownership:
         step whose checkpoint waited for the one before it.
         """
         if note:
-            return untrusted.label(note["checkpoints"]) or None
+            return untrusted.line(note["checkpoints"]) or None
         if self._outside and files.numbered(inside := self._workdir / "checkpoints"):
             return str(inside)
         last = metrics.last_step(self._workdir / "metrics.jsonl")
-        is_old = (self._workdir / "result.json").exists() or last > 2 * self._every_steps
-        return "" if is_old else None
+        waited = last > 2 * self._config.checkpoint.every_steps
+        return "" if waited or (self._workdir / "result.json").exists() else None
 
 
 def _is_id(text: object) -> bool:

@@ -50,10 +50,10 @@ class Saver:
           the folder.
         """
         self.wait()
-        if self._owned:
-            self._owned.check_owner()
         losses = {str(at): loss for at, loss in self._losses.items()}
         with self._naming(step):
+            if self._owned:
+                self._owned.check_owner()
             check_room(self._directory, num_bytes(state))
             begun = checkpoint.start(
                 *(self._directory, step, state),
@@ -99,6 +99,8 @@ class Saver:
         """Turns whatever Orbax and the file system raise into a SaveError of one line."""
         try:
             yield
+        except configs.ConfigError:
+            raise
         except Exception as error:
             stopping.abandon("Orbax")  # its other threads may fail a moment later
             reason = " ".join(str(error).split())[:300]

@@ -41,7 +41,7 @@ def test_a_run_whose_checkpoints_are_not_mounted_is_refused_and_nothing_is_touch
 @pytest.mark.parametrize("name", ["metrics.jsonl", "result.json.tmp", "saved.json", ".lock"])
 def test_a_folder_in_the_place_of_a_file_is_named_at_the_start(name, tmp_path):
     (tmp_path / name).mkdir()
-    with pytest.raises(configs.ConfigError, match=f"{name}'; a file belongs there: move the fol"):
+    with pytest.raises(configs.ConfigError, match=f"{name}'; give a file, or move the fol"):
         train._lock(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 

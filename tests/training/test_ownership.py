@@ -6,8 +6,8 @@ import shutil
 import pytest
 from etils import epath
 
-from moe_jax.config import ConfigError, checkpoints_of
-from moe_jax.training import ownership
+from moe_jax.config import ConfigError, checkpoints_of, default
+from moe_jax.training import checkpoint, ownership
 
 GONE, OTHERS = "has no checkpoint, but the run in --workdir=", "are those of another run"
 
@@ -15,7 +15,9 @@ GONE, OTHERS = "has no checkpoint, but the run in --workdir=", "are those of ano
 def of(workdir, directory=""):
     workdir.mkdir(parents=True, exist_ok=True)
     where = checkpoints_of(workdir, str(directory))
-    return ownership.Ownership(workdir, where, every_steps=4), where
+    config = default()
+    config.checkpoint.every_steps = 4
+    return ownership.Ownership(workdir, where, config), where
 
 
 def trained(workdir, directory="", saves=True):
@@ -101,6 +103,36 @@ def test_checkpoints_of_another_run_are_not_taken(tmp_path):
     (where / ownership.OWNER).unlink()  # then the run that comes next owns them
     of(tmp_path / "b" / "run", disk)[0].claim(saved=True).close()
     refused(tmp_path / "a" / "run", disk, OTHERS)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_new_workdir_takes_the_checkpoints_of_a_lost_one_if_the_config_is_equal(
+    seed, tmp_path, monkeypatch, capsys
+):
+    """As on a machine that replaces one whose own disk had the workdir."""
+    where = trained(tmp_path / "lost" / "run", tmp_path / "disk")
+    saved = default()
+    saved.checkpoint.every_steps, saved.seed = 4, seed
+    monkeypatch.setattr(checkpoint, "described", lambda folder: {"config": saved.to_dict()})
+    run, same = of(tmp_path / "new" / "run", tmp_path / "disk")
+    assert same == where
+    if seed == 0:
+        assert run.check()
+        with run.claim(saved=True):
+            assert "lost with its machine: they are taken" in capsys.readouterr().err
+        refused(tmp_path / "lost" / "run", tmp_path / "disk", OTHERS)
+    else:
+        refused(tmp_path / "new" / "run", tmp_path / "disk", OTHERS)
+
+
+def test_a_folder_that_is_gone_in_a_run_is_not_called_another_runs(tmp_path):
+    workdir, disk = tmp_path / "run", tmp_path / "disk"
+    run, where = of(workdir, disk)
+    with run.claim(saved=False):
+        run.check_owner()
+        (where / ownership.OWNER).unlink()
+        with pytest.raises(ConfigError, match="owner.json is gone; mount or restore the folder"):
+            run.check_owner()
 
 
 def test_a_folder_that_another_run_is_using_is_refused_before_its_first_checkpoint(tmp_path):
