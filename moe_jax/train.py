@@ -19,6 +19,7 @@ from moe_jax.config import checks, environment
 from moe_jax.data import batches, prepare, sources, tokenizers
 from moe_jax.data.cache import DATASETS, cache_folder
 from moe_jax.data.corpus import TokenizedCorpus
+from moe_jax.data.packing import RowPlan
 from moe_jax.evaluation import evaluators
 from moe_jax.hf import folders
 from moe_jax.model.router import ROUTERS
@@ -156,10 +157,10 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         configs.save_json(settings.config, workdir)
         init.keep_from_parents(settings, workdir)
     text = batches.feed(
-        *(batches.batches, train_text, jax.NamedSharding(mesh, sharding.BATCH)),
+        *(batches.batches, train_text),
+        RowPlan(train_text.pairs, sequence_length=length, seed=settings.seed),
+        sharding=jax.NamedSharding(mesh, sharding.BATCH),
         batch_size=training.batch_size,
-        sequence_length=length,
-        seed=settings.seed,
         start_step=start,
         left_out=kept["left_out"],
     )

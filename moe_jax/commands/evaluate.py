@@ -148,7 +148,7 @@ def of_text(arguments: argparse.Namespace) -> dict:
     rows = batches.feed(
         batches.evaluation_batches,
         corpus,
-        jax.NamedSharding(mesh, sharding.BATCH),
+        sharding=jax.NamedSharding(mesh, sharding.BATCH),
         batch_size=-(-arguments.batch_size // shards) * shards,
         sequence_length=data.sequence_length,
         max_batches=arguments.max_batches,

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grain
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from moe_jax.data.corpus import Records, TokenizedCorpus
+from moe_jax.data.corpus import Records
 from moe_jax.data.packing import RowPlan
 from moe_jax.parallel import distributed
 
@@ -112,19 +112,17 @@ class _BatchSource:
 
 
 def batches(
-    corpus: TokenizedCorpus,
+    corpus: Records,
+    plan: RowPlan,
     *,
-    sequence_length: int,
     batch_size: int,
-    seed: int,
     start_step: int = 0,
     left_out: Ranges = (),
     rows: Sequence[int] | None = None,
     num_threads: int = 2,
 ) -> Iterator[Batch]:
-    """An endless iterator over batches start_step, start_step + 1, …, with only the rows `rows` of
-    each (None is all); batches that are `left_out` do not count."""
-    plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=seed)
+    """An endless iterator over batches start_step, start_step + 1, … of the plan's rows, with only
+    the rows `rows` of each (None is all); batches that are `left_out` do not count."""
     mine = range(batch_size) if rows is None else rows
     # A dataset must have a length; this one is long enough to be endless.
     source = _BatchSource(corpus, plan, batch_size, mine, num_batches=2**40, left_out=left_out)
@@ -176,13 +174,13 @@ def to_device(
 
 def feed(
     make: Callable[..., Iterator[Batch]],
-    corpus: TokenizedCorpus,
+    *text: Any,
     sharding: jax.NamedSharding,
-    *,
     batch_size: int,
     **how,
 ) -> Iterator[Batch]:
-    """Global arrays of `batches` or `evaluation_batches`; each process reads only its own rows."""
+    """Global arrays of `batches` or `evaluation_batches` of `text`; each process reads only its own
+    rows."""
     rows = distributed.rows_of(sharding.addressable_devices, sharding, batch_size)
-    parts = make(corpus, batch_size=batch_size, rows=rows, **how)
+    parts = make(*text, batch_size=batch_size, rows=rows, **how)
     return (to_device(batch, sharding, rows, batch_size) for batch in parts)

@@ -94,7 +94,7 @@ def _held_out_loss(context: Context, max_batches: int) -> Callable[[dict], Evalu
         text = batches.feed(
             batches.evaluation_batches,
             held_out,
-            jax.NamedSharding(context.mesh, sharding.BATCH),
+            sharding=jax.NamedSharding(context.mesh, sharding.BATCH),
             batch_size=run.evaluation.batch_size,
             sequence_length=run.data.sequence_length,
             max_batches=max_batches,

@@ -11,14 +11,16 @@ import pytest
 
 from moe_jax.data import batches as text_batches
 from moe_jax.data.batches import Batch
+from moe_jax.data.packing import RowPlan
 from tests.data.test_prepare import BYTES, RECORDS
 
 T, B = 16, 4
 
 
 def batches(corpus, number, **kwargs):
-    arguments = {"sequence_length": T, "batch_size": B, "seed": 0, **kwargs}
-    return list(itertools.islice(text_batches.batches(corpus, **arguments), number))
+    plan = RowPlan(corpus.pairs, sequence_length=T, seed=kwargs.pop("seed", 0))
+    made = text_batches.batches(corpus, plan, **{"batch_size": B, **kwargs})
+    return list(itertools.islice(made, number))
 
 
 def evaluation_batches(corpus, **kwargs):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from moe_jax.data import batches, prepare, sources, tokenizers
+from moe_jax.data import batches, packing, prepare, sources, tokenizers
 from moe_jax.data.document import Document
 
 
@@ -52,7 +52,8 @@ def test_a_source_from_outside_needs_one_entry_from_check_to_batches(tmp_path, m
         for split in ("train", "validation")
     )
     assert train.labels == validation.labels == ("toy",)
-    made = batches.batches(train, sequence_length=64, batch_size=4, seed=0)
+    plan = packing.RowPlan(train.pairs, sequence_length=64, seed=0)
+    made = batches.batches(train, plan, batch_size=4)
     for batch in itertools.islice(made, 3):
         text = bytes_only.decode(batch.tokens_BT.ravel())
         assert "anything of train" in text and "validation" not in text

@@ -16,7 +16,7 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import model
-from moe_jax.data import batches, prepare, tokenizers
+from moe_jax.data import batches, packing, prepare, tokenizers
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.parallel import distributed, jax_private, sharding, watchdog
 from moe_jax.parallel import mesh as meshes
@@ -66,7 +66,8 @@ def train(settings) -> dict:
     corpus = distributed.first_alone(functools.partial(open_corpus, settings), ValueError)
     on_batch = jax.NamedSharding(mesh, sharding.BATCH)
     rows = distributed.rows_of(on_batch.addressable_devices, on_batch, 8)
-    text = batches.batches(corpus, sequence_length=16, batch_size=8, seed=0, rows=rows)
+    plan = packing.RowPlan(corpus.pairs, sequence_length=16, seed=0)
+    text = batches.batches(corpus, plan, batch_size=8, rows=rows)
     fed, losses = [], []
     for batch in itertools.islice(text, STEPS):
         fed.append(dict(zip(rows.tolist(), batch.tokens_BT.tolist(), strict=True)))

@@ -16,6 +16,7 @@ from moe_jax.config.sections import Balance, Optimizer
 from moe_jax.data import batches as text_batches
 from moe_jax.data import prepare, tokenizers
 from moe_jax.data.cache import cache_folder
+from moe_jax.data.packing import RowPlan
 from moe_jax.model.router import ROUTERS
 from moe_jax.training import optimizer, step
 from moe_jax.training.state import TrainState
@@ -84,10 +85,8 @@ def batches():
     )
     rows = text_batches.batches(
         corpus,
-        sequence_length=64,
+        RowPlan(corpus.pairs, sequence_length=64, seed=0),
         batch_size=4,
-        seed=0,
-        start_step=0,
     )
     return [batch for batch, _ in zip(rows, range(2 * STEPS), strict=False)]
 
