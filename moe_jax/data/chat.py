@@ -1,0 +1,224 @@
+"""Conversations as training text: which characters the assistant wrote, and which tokens they are.
+
+A model is tuned on the assistant's turns only: all that it would generate itself, with the tokens
+that end a turn. Where a template marks this by {% generation %}, the marks decide. Elsewhere a turn
+is what its rendering adds to the rendering of the messages before it, as a prompt; both must be
+beginnings of the text of the whole conversation. Some templates write earlier turns in another way
+than the last one (Qwen3 leaves out their thoughts); there, a turn is what stands at the place of
+the message's content, up to and with the first special token. A template for which neither holds
+exactly is refused.
+"""
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.data.chat_template import ChatTemplate, Message
+
+ASSISTANT = "assistant"
+# ShareGPT's names of the roles (https://huggingface.co/docs/trl/dataset_formats).
+ROLES = {"human": "user", "gpt": ASSISTANT, "function_call": ASSISTANT, "observation": "tool"}
+FORMS = '"messages", "conversations", or "prompt" and "completion"'
+
+Span = tuple[int, int]  # characters [start, stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages, and the tools that a template may describe.
+
+    Attributes:
+      first: the number of messages that are the prompt of a record with "prompt" and "completion";
+        only the assistant's messages from there on are trained.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    first: int = 0
+
+
+def conversation(record: Mapping[str, Any]) -> Conversation:
+    """The conversation of a record in one of the three usual forms.
+
+    Raises: ValueError, whose message begins with ":" or a space, for a record that has none.
+    """
+    tools = record.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(map(_is_mapping, tools))):
+        raise ValueError(': "tools" is not a list of objects')
+    prompt = 0
+    if "messages" in record:
+        messages = _list(record, "messages")
+    elif "conversations" in record:
+        messages = [_of_sharegpt(message) for message in _list(record, "conversations")]
+    elif "prompt" in record and "completion" in record:
+        asked = _turns(record, "prompt", "user")
+        messages, prompt = [*asked, *_turns(record, "completion", ASSISTANT)], len(asked)
+    else:
+        raise ValueError(f" has none of {FORMS}")
+    for number, message in enumerate(messages, 1):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str | list | None):
+            raise ValueError(f': message {number} has no "role", or a "content" that is no text')
+        if content is None and not message.get("tool_calls"):
+            raise ValueError(f": message {number} has neither content nor tool calls")
+    if not any(message["role"] == ASSISTANT for message in messages[prompt:]):
+        raise ValueError(": no message is the assistant's")
+    return Conversation(tuple(messages), tuple(tools) if tools else None, prompt)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _list(record: Mapping[str, Any], field: str) -> list[Any]:
+    value = record[field]
+    if not isinstance(value, list) or not value or not all(map(_is_mapping, value)):
+        raise ValueError(f': "{field}" is not a list of messages')
+    return value
+
+
+def _turns(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
+    """The messages of a field that is text or a list of messages."""
+    text = record[field]
+    return [{"role": role, "content": text}] if isinstance(text, str) else _list(record, field)
+
+
+def _of_sharegpt(message: Mapping[str, Any]) -> dict[str, Any]:
+    if "from" not in message:  # some files use the names of `messages` here
+        return dict(message)
+    role = message["from"]
+    return {"role": ROLES.get(role, role), "content": message.get("value")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """The text of a conversation and the spans of its characters that are trained."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+def render(template: ChatTemplate, talk: Conversation, special: Sequence[str] = ()) -> Answers:
+    """The text of a conversation, with the assistant's turns.
+
+    Args:
+      special: the special tokens of the tokenizer, one of which ends a turn.
+
+    Raises: ValueError, whose message begins with ":" or a space, if the template fails, or does not
+      show exactly where the assistant's turns are.
+    """
+    turns = [i for i, one in enumerate(talk.messages) if one["role"] == ASSISTANT]
+    try:
+        whole = template.render(talk.messages, tools=talk.tools)
+        spans: Sequence[Span] | None = whole.generated
+        if template.marks_generation:
+            if len(whole.generated) != len(turns):
+                raise ValueError(
+                    f"the chat template of {template.place} marks {len(whole.generated)} of "
+                    f"{len(turns)} turns as generated"
+                )
+        else:
+            spans = _by_beginnings(template, talk, turns, whole.text)
+            spans = spans or _by_contents(template, talk, turns, whole.text, special)
+    except ValueError as error:
+        raise ValueError(f": {error}") from None
+    if not spans:
+        raise ValueError(
+            f": the chat template of {template.place} does not show where the assistant's turns "
+            "are; mark them in it by {% generation %} … {% endgeneration %}"
+        )
+    trained = [span for turn, span in zip(turns, spans, strict=True) if turn >= talk.first]
+    return Answers(whole.text, tuple(trained))
+
+
+def _by_beginnings(
+    template: ChatTemplate, talk: Conversation, turns: Sequence[int], text: str
+) -> list[Span] | None:
+    """The spans that each assistant's message adds, or None if the renderings do not continue."""
+    spans = []
+    for turn in turns:
+        before, with_turn = talk.messages[:turn], talk.messages[: turn + 1]
+        prompt = template.render(before, tools=talk.tools, prompt=True).text
+        until = text
+        if len(with_turn) < len(talk.messages):
+            until = template.render(with_turn, tools=talk.tools).text
+        if not (until.startswith(prompt) and text.startswith(until)):
+            return None
+        spans.append((len(prompt), len(until)))
+    return spans
+
+
+def _by_contents(
+    template: ChatTemplate,
+    talk: Conversation,
+    turns: Sequence[int],
+    text: str,
+    special: Sequence[str],
+) -> list[Span] | None:
+    """The spans from each content to the end of the special token after it.
+
+    The contents are replaced by words that do not occur; None if the text with the contents at the
+    places of these words is not the text, or if no special token follows.
+    """
+    words = {turn: secrets.token_hex(16) for turn in turns}
+    replaced = [
+        {**message, "content": words[i]} if i in words else message
+        for i, message in enumerate(talk.messages)
+    ]
+    rest = template.render(replaced, tools=talk.tools).text
+    made, spans = "", []
+    for turn in turns:
+        before, found, rest = rest.partition(words[turn])
+        content = talk.messages[turn]["content"]
+        if not found or not isinstance(content, str):
+            return None
+        for shown in (content, content.strip()):
+            if text.startswith(made + before + shown):
+                break
+        else:
+            return None
+        made += before
+        start, made = len(made), made + shown
+        ends = [rest.index(token) + len(token) for token in special if token in rest]
+        if not ends:
+            return None
+        spans.append((start, len(made) + min(ends)))
+    return spans if made + rest == text else None
+
+
+def weights(offsets_N2: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """The loss weight [N] of each token: 1 if it begins inside of a span, and 0 elsewhere.
+
+    Args:
+      offsets_N2: the characters [start, stop) of each token; a token that begins before a span and
+        ends inside of it has no weight, because the prompt has a part in it.
+    """
+    weights_N = np.zeros(len(offsets_N2), np.float32)
+    for start, stop in spans:
+        weights_N[(offsets_N2[:, 0] >= start) & (offsets_N2[:, 0] < stop)] = 1
+    return weights_N
+
+
+Encode = Callable[[str], tuple[np.ndarray, np.ndarray]]  # text -> ids [N], offsets [N, 2]
+
+
+def shortened(
+    template: ChatTemplate, talk: Conversation, encode: Encode, most: int, special: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, int] | None:
+    """Ids [N] and weights [N] of at most `most` tokens, and the number of messages left out.
+
+    A conversation that is too long loses its last messages, so that the rest ends with a turn of
+    the assistant, with that turn's end; None if not even its first turn fits.
+    """
+    turns = [i for i, one in enumerate(talk.messages) if one["role"] == ASSISTANT]
+    for turn in reversed([i for i in turns if i >= talk.first]):
+        kept = len(talk.messages) if turn == turns[-1] else turn + 1
+        part = dataclasses.replace(talk, messages=talk.messages[:kept])
+        answers = render(template, part, special)
+        ids_N, offsets_N2 = encode(answers.text)
+        if len(ids_N) <= most:
+            return ids_N, weights(offsets_N2, answers.spans), len(talk.messages) - kept
+    return None

@@ -1,0 +1,206 @@
+"""Loss falls on what the assistant would generate, for the published families of templates."""
+
+import dataclasses
+import pathlib
+import time
+
+import numpy as np
+import pytest
+
+from moe_jax.data import chat, chat_template
+from moe_jax.data.chat_template import ChatTemplate
+
+TEMPLATES = pathlib.Path(__file__).parent / "chat_templates"
+SPECIAL = ("<s>", "</s>", "<|im_end|>", "<|eot_id|>")
+SYSTEM = {"role": "system", "content": "Be brief."}
+TALK = [
+    {"role": "user", "content": "What is a router?"},
+    {"role": "assistant", "content": "A matrix."},
+    {"role": "user", "content": "And an expert?"},
+    {"role": "assistant", "content": "A small network."},
+]
+# Template -> what follows a turn's content and is trained with it.
+ENDS = {
+    "llama2": " </s>",
+    "llama3": "<|eot_id|>",
+    "chatml": "<|im_end|>\n",
+    "chatml_marked": "<|im_end|>",
+    "tulu": "</s>",
+    "mistral": "</s>",
+    "qwen3": "<|im_end|>",
+}
+
+
+def template(name):
+    source = (TEMPLATES / f"{name}.jinja").read_text()
+    return ChatTemplate(source, (("bos_token", "<s>"), ("eos_token", "</s>")), name)
+
+
+def of(source):
+    return ChatTemplate(source, (), "here")
+
+
+def answers(name, messages, **how):
+    talk = chat.Conversation(tuple(messages), **how)
+    found = chat.render(template(name), talk, SPECIAL)
+    return found.text, [found.text[start:stop] for start, stop in found.spans]
+
+
+@pytest.mark.parametrize("system", [True, False])
+@pytest.mark.parametrize("name", ENDS)
+def test_the_assistants_turns_with_their_ends_are_trained_and_nothing_else(name, system):
+    text, trained = answers(name, [SYSTEM] * system + TALK)
+    for turn, message in zip(trained, (TALK[1], TALK[3]), strict=True):
+        assert turn.strip(" ") == (message["content"] + ENDS[name]).strip(" ")
+    rest = text
+    for turn in trained:
+        rest = rest.replace(turn, "", 1)
+    assert "matrix" not in rest and "network" not in rest
+    assert "Be brief." in rest or not system
+    assert "What is a router?" in rest and "And an expert?" in rest
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_single_turn_begins_where_a_prompt_ends(name):
+    """What is trained is what the model is asked for when it generates."""
+    text, (trained,) = answers(name, TALK[:2])
+    prompt = template(name).render(TALK[:1], prompt=True).text
+    assert (prompt + trained).strip() == text.strip()
+
+
+def test_only_the_completion_of_a_prompt_is_trained():
+    record = {"prompt": TALK[:3], "completion": [TALK[3]]}
+    talk = chat.conversation(record)
+    found = chat.render(template("chatml"), talk, SPECIAL)
+    (span,) = found.spans
+    assert found.text[slice(*span)] == "A small network.<|im_end|>\n"
+
+
+def test_three_forms_of_a_record_are_one_conversation():
+    sharegpt = {
+        "conversations": [
+            {"from": "human" if message["role"] == "user" else "gpt", "value": message["content"]}
+            for message in TALK
+        ]
+    }
+    same = [chat.conversation(record).messages for record in ({"messages": TALK}, sharegpt)]
+    assert same[0] == same[1] == tuple(TALK)
+    asked = chat.conversation({"prompt": "Why?", "completion": "So."})
+    assert [message["role"] for message in asked.messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"text": "no"}, "has none of"),
+        ({"messages": []}, "not a list of messages"),
+        ({"messages": "no"}, "not a list of messages"),
+        ({"messages": [{"content": "no"}]}, 'message 1 has no "role"'),
+        ({"messages": [{"role": "user", "content": 3}]}, "message 1 has no"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "neither content nor tool"),
+        ({"messages": TALK[:1]}, "no message is the assistant's"),
+        ({"messages": TALK, "tools": "no"}, '"tools" is not a list'),
+        ({"prompt": TALK, "completion": TALK[:1]}, "no message is the assistant's"),
+    ],
+)
+def test_a_record_that_is_no_conversation_is_refused(record, problem):
+    with pytest.raises(ValueError, match=problem):
+        chat.conversation(record)
+
+
+def test_a_turn_of_a_tool_is_kept_and_not_trained():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+    tool = {"role": "tool", "content": "5"}
+    text, trained = answers("chatml", [TALK[0], call, tool, TALK[1]])
+    assert "<|im_start|>tool\n5<|im_end|>" in text
+    assert trained == ["<|im_end|>\n", "A matrix.<|im_end|>\n"]
+
+
+def test_a_template_that_does_not_show_the_turns_is_refused():
+    """It writes the messages from the last to the first, so that no turn continues another, and a
+    content in upper case, so that it is not to be found."""
+    backwards = of(
+        "{% for m in messages | reverse %}{{ m.role }}{{ m.content | upper }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="does not show where the assistant's turns are"):
+        chat.render(backwards, chat.Conversation(tuple(TALK)), SPECIAL)
+    half = of("{% generation %}{{ messages[1].content }}{% endgeneration %}")
+    with pytest.raises(ValueError, match="marks 1 of 2 turns"):
+        chat.render(half, chat.Conversation(tuple(TALK)), SPECIAL)
+
+
+CHARACTERS = 7
+
+
+def encode(text):
+    """A toy tokenizer with tokens of a few characters, of which some cross a turn's beginning."""
+    stops = range(CHARACTERS, len(text) + CHARACTERS, CHARACTERS)
+    offsets = np.array([(stop - CHARACTERS, min(stop, len(text))) for stop in stops])
+    return np.arange(len(offsets)), offsets
+
+
+def test_a_token_with_a_part_of_the_prompt_has_no_weight():
+    offsets = np.array([(0, 4), (4, 8), (8, 12), (12, 16)])
+    np.testing.assert_array_equal(chat.weights(offsets, [(6, 13)]), [0, 0, 1, 1])
+    np.testing.assert_array_equal(chat.weights(offsets, []), [0, 0, 0, 0])
+
+
+def test_a_long_conversation_loses_whole_turns():
+    name, talk = template("chatml"), chat.Conversation(tuple(TALK))
+    whole = chat.shortened(name, talk, encode, 1000, SPECIAL)
+    assert whole is not None and whole[2] == 0
+    fewer = chat.shortened(name, talk, encode, len(whole[0]) - 1, SPECIAL)
+    assert fewer is not None and fewer[2] == 2
+    first = chat.shortened(
+        name, dataclasses.replace(talk, messages=talk.messages[:2]), encode, 1000, SPECIAL
+    )
+    assert first is not None
+    np.testing.assert_array_equal(fewer[0], first[0])
+    np.testing.assert_array_equal(fewer[1], first[1])
+    assert chat.shortened(name, talk, encode, 3, SPECIAL) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "fails"),
+        ("{{ messages.append(1) }}", "fails"),
+        ("{% import 'os' as os %}", "fails"),
+        ("{% include 'x' %}", "fails"),
+        ("{% for i in range(10**9) %}a{% endfor %}", "fails"),
+        ("{{ cycler.__init__.__globals__.os }}", "fails"),
+        ("{{ 'a' * 10**12 }}", "memory|fails|ends its process"),
+        ("{{ raise_exception('no system turn') }}", "no system turn"),
+        ("{% if %}", "fails"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+            "{% endfor %}{% endfor %}{% endfor %}",
+            "takes more than",
+        ),
+        ("{{ 9**(9**9) }}", "takes more than"),
+        ("{% for a in range(9999) %}{{ 'ab' * 99999 }}{% endfor %}", "writes more than|memory"),
+    ],
+)
+def test_a_malicious_template_is_refused_in_time(source, problem, monkeypatch):
+    began = time.monotonic()
+    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
+    with pytest.raises(ValueError, match=problem) as refused:
+        of(source).render(TALK)
+    assert "\n" not in str(refused.value) and "the chat template of here" in str(refused.value)
+    assert time.monotonic() - began < 5
+    assert of("{{ messages[0].content }}").render(TALK).text == "What is a router?"
+
+
+def test_the_template_of_a_folder_is_found_where_each_version_of_transformers_keeps_it(tmp_path):
+    config = tmp_path / "tokenizer_config.json"
+    with pytest.raises(ValueError, match="has no chat template"):
+        chat_template.load(tmp_path)
+    config.write_text('{"chat_template": "{{ bos_token }}1", "bos_token": {"content": "<b>"}}')
+    assert chat_template.load(tmp_path).render([]).text == "<b>1"
+    config.write_text(
+        '{"chat_template": [{"name": "tool", "template": "3"}, '
+        '{"name": "default", "template": "2"}]}'
+    )
+    assert chat_template.load(tmp_path).render([]).text == "2"
+    (tmp_path / "chat_template.jinja").write_text("4")
+    assert chat_template.load(tmp_path).render([]).text == "4"
