@@ -205,9 +205,7 @@ def decode_cases() -> Iterator[Case]:
         prompts = list(np.random.default_rng(0).integers(0, config.vocab_size, (rows, length)))
 
         def decode(config=config, params=params, prompts=prompts):
-            return generate.generate(
-                params, config, prompts, num_tokens=num_tokens, temperature=0.0, key=None
-            )
+            return generate.generate(params, config, prompts, num_tokens=num_tokens)
 
         @jax.jit
         def products(params, tokens_B, config=config):

@@ -55,7 +55,7 @@ def _train(config: model.ModelConfig, params: dict, rows: int) -> Callable:
 
 def _decode(config: model.ModelConfig, params: dict, rows: int) -> Callable:
     prompts = list(np.asarray(_tokens(config, rows, peers.PROMPT)))
-    return lambda: generate.generate(params, config, prompts, num_tokens=NEW, temperature=0.0)
+    return lambda: generate.generate(params, config, prompts, num_tokens=NEW)
 
 
 def _tokens(config: model.ModelConfig, rows: int, length: int) -> jax.Array:

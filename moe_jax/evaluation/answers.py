@@ -10,6 +10,7 @@ import tqdm
 from moe_jax import model
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import generate, scoring
+from moe_jax.evaluation.sampling import GREEDY, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +19,13 @@ class Settings:
 
     stops: strings that end an answer and do not belong to it.
     end_ids: tokens that end an answer.
-    temperature, top_p, seed: as `generate.generate` describes them.
+    sampling, seed: how tokens are drawn.
     """
 
     num_tokens: int
     stops: tuple[str, ...] = ()
     end_ids: tuple[int, ...] = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
+    sampling: Sampling = GREEDY
     seed: int = 0
 
 
@@ -79,8 +79,7 @@ def answers(
             rows + [rows[-1][:1]] * (batch_size - len(rows)),  # the last batch has this shape too
             lambda new: _has_ended(new, tokenizer, settings),
             num_tokens=settings.num_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
+            sampling=settings.sampling,
             key=jax.random.fold_in(jax.random.key(settings.seed), number),
             length=scoring.row_length(len(rows[0]), room),
             rows=len(rows),

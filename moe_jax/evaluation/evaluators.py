@@ -23,6 +23,7 @@ from moe_jax.evaluation import (
     text_metrics,
 )
 from moe_jax.evaluation.samples import Sample
+from moe_jax.evaluation.sampling import Sampling
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
 
@@ -135,7 +136,7 @@ def continuations(context: Context) -> Callable[[dict], Evaluation]:
             context.model,
             prompts,
             num_tokens=run.evaluation.continuation_tokens,
-            temperature=0.7,
+            sampling=Sampling(temperature=0.7),
             key=jax.random.key(run.seed),
         )
         samples = [

@@ -2,21 +2,21 @@
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import model
+from moe_jax.evaluation.sampling import GREEDY, Sampling, check, draw
 from moe_jax.model import transformer
 from moe_jax.model.layout import layer_groups
 from moe_jax.model.router import ROUTERS
 
 PADDED_TO = 32  # the number of tokens of prompts is rounded up to its multiples
-PIECE = 16  # tokens that `generate_until` computes before it looks for the end of a text
+PIECE = 16  # tokens that `pieces` computes at a time
 
 
 def generate(
@@ -25,8 +25,7 @@ def generate(
     prompts: list[np.ndarray],
     *,
     num_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
 ) -> list[np.ndarray]:
     """Generates `num_tokens` token ids after each prompt.
@@ -36,18 +35,45 @@ def generate(
     token-choice router.
 
     Args:
-      temperature: 0 takes the most probable token, and needs no key.
-      top_p: samples from the smallest set of tokens with at least this total probability (nucleus
-        sampling, Holtzman et al., arXiv 1904.09751).
-      key: a row's samples depend only on it and on the row's index among the prompts.
+      key: a row's samples depend only on it and on the row's index among the prompts; greedy
+        generation needs none.
 
     Raises: ValueError for no prompts or an empty one, ids beyond the vocabulary, settings out of
       range, or a text longer than the learned positions.
     """
-    config, tokens_BT, lengths_B = _checked(config, prompts, num_tokens, temperature, top_p)
-    key = jax.random.key(0) if key is None else key
-    drawn = _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num_tokens)
-    return list(np.asarray(drawn))
+    config, tokens_BT, lengths_B = _checked(config, prompts, num_tokens, sampling)
+    drawing = _Drawing(jax.random.key(0) if key is None else key, sampling)
+    return list(np.asarray(_continue(params, tokens_BT, lengths_B, drawing, config, num_tokens)))
+
+
+def pieces(
+    params: dict,
+    config: model.ModelConfig,
+    prompts: list[np.ndarray],
+    *,
+    num_tokens: int,
+    sampling: Sampling = GREEDY,
+    key: jax.Array | None = None,
+    length: int = 0,
+    piece: int = PIECE,
+) -> Iterator[np.ndarray]:
+    """`generate` as a stream: the first token of each row [B, 1], and then `piece` more at a time.
+
+    Args:
+      length: pads the prompts to this number of tokens, so that batches share compiled code.
+
+    Yields: new ids [B, N] of all rows, at least `num_tokens` of each in all.
+    """
+    config, tokens_BT, lengths_B = _checked(config, prompts, num_tokens, sampling)
+    tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, length - tokens_BT.shape[1]))))
+    drawing = _Drawing(jax.random.key(0) if key is None else key, sampling)
+    firsts = range(1, num_tokens, piece)
+    slots = tokens_BT.shape[1] + 1 + len(firsts) * piece
+    drawn = _begin(params, tokens_BT, lengths_B, drawing, config, slots)
+    yield np.asarray(drawn.token_B)[:, None]
+    for first in firsts:
+        drawn, more_NB = _extend(params, drawn, lengths_B, first, drawing, config, piece)
+        yield np.asarray(more_NB).T
 
 
 def generate_until(
@@ -57,36 +83,23 @@ def generate_until(
     ended: Callable[[np.ndarray], bool],
     *,
     num_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    key: jax.Array | None = None,
-    length: int = 0,
     rows: int = 0,
+    **how: Any,
 ) -> list[np.ndarray]:
-    """`generate`, a piece at a time, until `ended(ids)` is true of the new ids of each row.
+    """`pieces` until `ended(ids)` is true of the new ids of each row.
 
     Args:
-      length: pads the prompts to this number of tokens, so that batches share compiled code.
       rows: the number of prompts that are wanted; the others only fill the batch. 0 is all.
+      how: the other arguments of `pieces`.
 
     Returns: at most `num_tokens` ids of each wanted row, possibly some beyond its end.
     """
-    config, tokens_BT, lengths_B = _checked(config, prompts, num_tokens, temperature, top_p)
-    tokens_BT = np.pad(tokens_BT, ((0, 0), (0, max(0, length - tokens_BT.shape[1]))))
-    sampling = _Sampling(jax.random.key(0) if key is None else key, temperature, top_p)
-    num_pieces = -(-(num_tokens - 1) // PIECE)  # after the first token
-    slots = tokens_BT.shape[1] + 1 + num_pieces * PIECE
-    token_B, cache = _begin(params, tokens_BT, lengths_B, sampling, config, slots)
     rows = rows or len(prompts)
-    found_BN = np.asarray(token_B)[:rows, None]
-    for piece in range(num_pieces):
+    found_BN = np.zeros((rows, 0), np.int32)
+    for more_BN in pieces(params, config, prompts, num_tokens=num_tokens, **how):
+        found_BN = np.concatenate([found_BN, more_BN[:rows]], axis=1)
         if all(map(ended, found_BN)):
             break
-        first = 1 + piece * PIECE
-        (token_B, cache), more_NB = _extend(
-            params, token_B, cache, lengths_B, first, sampling, config, PIECE
-        )
-        found_BN = np.concatenate([found_BN, np.asarray(more_NB).T[:rows]], axis=1)
     return list(found_BN[:, :num_tokens])
 
 
@@ -104,12 +117,9 @@ def independent(config: model.ModelConfig) -> model.ModelConfig:
     return dataclasses.replace(config, dispatch="dropless", router=router, remat="none")
 
 
-def _checked(config, prompts, num_tokens, temperature, top_p):
+def _checked(config, prompts, num_tokens, sampling):
     """The independent model, the padded prompts and their lengths; raises as `generate` does."""
-    if not (0 <= temperature < math.inf and 0 < top_p <= 1):
-        raise ValueError(
-            f"temperature={temperature}, top_p={top_p}: use at least 0, and more than 0 up to 1"
-        )
+    check(sampling)
     if not prompts:
         raise ValueError("there is no prompt")
     lengths_B = np.array([len(prompt) for prompt in prompts])
@@ -133,52 +143,66 @@ def _checked(config, prompts, num_tokens, temperature, top_p):
     return independent(config), tokens_BT, lengths_B
 
 
-class _Sampling(NamedTuple):
+class _Drawing(NamedTuple):
     key: jax.Array
-    temperature: float
-    top_p: float
+    sampling: Sampling
 
-    def draw(self, logits_BV, i):
-        return sample(logits_BV, jax.random.fold_in(self.key, i), self.temperature, self.top_p)
+    def draw(self, logits_BV, i, seen_BV):
+        return draw(logits_BV, self.sampling, jax.random.fold_in(self.key, i), seen_BV)
+
+
+class _Drawn(NamedTuple):
+    """The last token, the cache with all tokens before it, and the tokens that a text has."""
+
+    token_B: jax.Array
+    cache: dict
+    seen_BV: jax.Array
+
+    @classmethod
+    def of(cls, token_B, cache, seen_BV):
+        return cls(token_B, cache, seen_BV.at[jnp.arange(len(token_B)), token_B].set(True))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_tokens"))
-def _continue(params, tokens_BT, lengths_B, key, temperature, top_p, config, num_tokens):
-    slots, sampling = tokens_BT.shape[1] + num_tokens, _Sampling(key, temperature, top_p)
-    first_B, cache = _begin(params, tokens_BT, lengths_B, sampling, config, slots)
-    rest = params, first_B, cache, lengths_B, 1, sampling, config, num_tokens - 1
-    _, token_NB = _extend(*rest)
-    return jnp.concatenate([first_B[None], token_NB]).T
+def _continue(params, tokens_BT, lengths_B, drawing, config, num_tokens):
+    slots = tokens_BT.shape[1] + num_tokens
+    drawn = _begin(params, tokens_BT, lengths_B, drawing, config, slots)
+    _, token_NB = _extend(params, drawn, lengths_B, 1, drawing, config, num_tokens - 1)
+    return jnp.concatenate([drawn.token_B[None], token_NB]).T
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots"), inline=True)
-def _begin(params, tokens_BT, lengths_B, sampling, config, slots):
-    """The first token after each prompt, and the cache with the prompts in it."""
+def _begin(params, tokens_BT, lengths_B, drawing, config, slots):
+    """The first token after each prompt, with the prompts in the cache."""
     B, T = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
     cache = _empty(config, B, slots)
     at_BT = tokens_BT, positions_BT
     logits_BV, cache = _logits_of(params, *at_BT, lengths_B - 1, cache, config)
-    return sampling.draw(logits_BV, 0), cache
+    # Padding sets the last column, which is cut off.
+    there_BT = jnp.where(positions_BT < lengths_B[:, None], tokens_BT, config.vocab_size)
+    seen_BV = jnp.zeros((B, config.vocab_size + 1), bool).at[jnp.arange(B)[:, None], there_BT]
+    seen_BV = seen_BV.set(True)[:, :-1]
+    return _Drawn.of(drawing.draw(logits_BV, 0, seen_BV), cache, seen_BV)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "number"), donate_argnames="cache", inline=True
+    jax.jit, static_argnames=("config", "number"), donate_argnames="drawn", inline=True
 )
-def _extend(params, token_B, cache, lengths_B, first, sampling, config, number):
-    """((the last token, the cache), tokens [number, B]): those of the indices from `first` on."""
+def _extend(params, drawn, lengths_B, first, drawing, config, number):
+    """What `number` more draws lead to, and tokens [number, B]: those of the indices from `first`
+    on."""
 
-    def step(carry, i):
-        token_B, cache = carry
+    def step(drawn, i):
         # A shorter prompt's padding in the cache is overwritten before any query attends to it.
         position_B1 = (lengths_B + i - 1)[:, None]
         zero_B = jnp.zeros_like(lengths_B)
-        at_B1 = token_B[:, None], position_B1
-        logits_BV, cache = _logits_of(params, *at_B1, zero_B, cache, config)
-        token_B = sampling.draw(logits_BV, i)
-        return (token_B, cache), token_B
+        at_B1 = drawn.token_B[:, None], position_B1
+        logits_BV, cache = _logits_of(params, *at_B1, zero_B, drawn.cache, config)
+        token_B = drawing.draw(logits_BV, i, drawn.seen_BV)
+        return _Drawn.of(token_B, cache, drawn.seen_BV), token_B
 
-    return jax.lax.scan(step, (token_B, cache), first + jnp.arange(number))
+    return jax.lax.scan(step, drawn, first + jnp.arange(number))
 
 
 def _logits_of(params, tokens_BT, positions_BT, last_B, cache, config):
@@ -199,26 +223,3 @@ def _empty(config: model.ModelConfig, B: int, S: int) -> dict:
         for group in layer_groups(config.block_kinds)
         for slot, layers in group.layers.items()
     }
-
-
-def sample(logits_BV: jax.Array, key: jax.Array, temperature, top_p) -> jax.Array:
-    """Samples a token for each row, [B]; the most probable at temperature 0. Settings may be
-    traced."""
-    return jax.lax.cond(
-        temperature > 0,
-        lambda: _drawn(logits_BV, key, temperature, top_p),
-        lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
-    )
-
-
-def _drawn(logits_BV, key, temperature, top_p):
-    rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits_BV)))
-    below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)  # prevents overflow
-    scaled_BV = below_BV / jnp.maximum(temperature, 1e-30)
-    order_BV = jnp.argsort(-scaled_BV, axis=-1)
-    sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
-    before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), axis=-1) - jax.nn.softmax(sorted_BV)
-    # The most probable token is always kept, whatever top_p is.
-    kept_BV = (before_BV < top_p) | (jnp.arange(logits_BV.shape[-1]) == 0)
-    place_B = jax.vmap(jax.random.categorical)(rows, jnp.where(kept_BV, sorted_BV, -jnp.inf))
-    return jnp.take_along_axis(order_BV, place_B[:, None], axis=-1)[:, 0].astype(jnp.int32)

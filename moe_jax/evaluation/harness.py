@@ -18,13 +18,14 @@ from lm_eval.tasks import TaskManager
 from moe_jax import spelling
 from moe_jax.evaluation import scoring
 from moe_jax.evaluation.answers import Settings
+from moe_jax.evaluation.sampling import GREEDY, Sampling
 from moe_jax.evaluation.subject import Subject
 from moe_jax.evaluation.task_lists import TASK_LISTS, Task
 
 NAME = "moe_jax"  # of the model in the harness
 BATCH_SIZE = 8  # for the harness's --batch_size=auto
 NUM_TOKENS = 256  # of an answer whose task does not say how long it may be; as the harness's "hf"
-SAMPLING = {"do_sample", "temperature", "top_p", "until", "max_gen_toks"}
+SAMPLING = {"do_sample", "until", "max_gen_toks", *Sampling._fields}
 
 
 class Adapter(models.LM):
@@ -93,11 +94,11 @@ def _settings(given: dict[str, Any]) -> Settings:
     values = model_utils.normalize_gen_kwargs(given, NUM_TOKENS)
     if unknown := sorted(values.keys() - SAMPLING):
         raise ValueError(f"generation with {unknown[0]} is not there; use {sorted(SAMPLING)}")
+    drawn = {name: values[name] for name in Sampling._fields if name in values}
     return Settings(
         num_tokens=values["max_gen_toks"],
         stops=tuple(values["until"]),
-        temperature=values.get("temperature", 0.0) if values["do_sample"] else 0.0,
-        top_p=values.get("top_p", 1.0),
+        sampling=Sampling(**drawn) if values["do_sample"] else GREEDY,
     )
 
 

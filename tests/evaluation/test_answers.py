@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import answers, generate
+from moe_jax.evaluation.sampling import Sampling
 from tests.evaluation.test_scoring import loaded, most_probable
 
 NUM_TOKENS = 20  # more than a piece
@@ -83,7 +84,7 @@ def test_a_long_prompt_loses_its_first_tokens_and_they_are_counted():
 
 
 def test_samples_are_those_of_the_seed():
-    draw = functools.partial(answered, "llama", PROMPTS, temperature=1.0)
+    draw = functools.partial(answered, "llama", PROMPTS, sampling=Sampling(temperature=1.0))
     first = [answer.text for answer in draw(seed=0)]
     assert first == [answer.text for answer in draw(seed=0)]
     assert first != [answer.text for answer in draw(seed=1)]

@@ -18,6 +18,7 @@ from moe_jax import model, stores
 from moe_jax.commands import evaluate
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import scoring, task_lists
+from moe_jax.evaluation.sampling import Sampling
 from tests.evaluation.test_evaluate import CONFIG, run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -133,8 +134,8 @@ def test_settings_of_generation_are_read_or_refused():
     from moe_jax.evaluation import harness
 
     found = harness._settings({"until": "\n", "max_gen_toks": 7, "do_sample": False})
-    assert (found.num_tokens, found.stops, found.temperature) == (7, ("\n",), 0)
-    assert harness._settings({"do_sample": True, "temperature": 0.5}).temperature == 0.5
+    assert (found.num_tokens, found.stops, found.sampling) == (7, ("\n",), Sampling())
+    assert harness._settings({"do_sample": True, "temperature": 0.5}).sampling.temperature == 0.5
     with pytest.raises(ValueError, match="generation with num_beams is not there"):
         harness._settings({"num_beams": 4})
 

@@ -160,9 +160,7 @@ def test_an_interval_is_that_of_the_mean_of_rows_and_rows_of_padding_do_not_coun
 
 def test_greedy_continuation_is_the_likeliest_token_again_and_again(params):
     prompts = [np.array([1, 2, 3]), np.array([4, 5, 6, 7, 8])]
-    found = generate.generate(
-        params, CONFIG, prompts, num_tokens=4, temperature=0.0, key=jax.random.key(0)
-    )
+    found = generate.generate(params, CONFIG, prompts, num_tokens=4, key=jax.random.key(0))
     for prompt, continuation in zip(prompts, found, strict=True):
         ids = list(prompt)
         for token in continuation:

@@ -23,9 +23,7 @@ NUM_TOKENS = 6
 
 
 def tokens_of(params, config, prompts):
-    return np.stack(
-        generate.generate(params, config, prompts, num_tokens=NUM_TOKENS, temperature=0.0)
-    )
+    return np.stack(generate.generate(params, config, prompts, num_tokens=NUM_TOKENS))
 
 
 def expert_bytes(folder):
@@ -83,7 +81,7 @@ def test_a_product_in_parts_counts_its_matrix_once(monkeypatch):
     """LOLA has one expert for a token, whose columns are divided over the cores."""
     monkeypatch.setattr(grouped_host, "_num_cores", lambda: 3)
     config, there, store = offload.load(GOLDEN / "lola", 1e9)
-    generate.generate(there, config, [np.array([1])], num_tokens=3, temperature=0.0)
+    generate.generate(there, config, [np.array([1])], num_tokens=3)
     counts, sparse = store.counts, len(sparse_layers(config))
     assert counts.in_memory + counts.ahead + counts.waited == 3 * sparse * len(("up", "down"))
 

@@ -120,7 +120,7 @@ def test_equal_attention_experts_are_the_attention_and_others_are_not():
 def test_attention_experts_decode_with_their_own_keys_and_values():
     params = jax.tree.map(lambda w: 4 * w, model.init(ATTENTIONS, jax.random.key(1)))
     prompt = np.arange(5)
-    new = generate.generate(params, ATTENTIONS, [prompt], num_tokens=3, temperature=0)[0]
+    new = generate.generate(params, ATTENTIONS, [prompt], num_tokens=3)[0]
     tokens = np.concatenate([prompt, new])[None]
     logits_BTV = model.apply(params, jnp.asarray(tokens), ATTENTIONS).logits_BTV
     np.testing.assert_array_equal(logits_BTV[0, 4:7].argmax(axis=-1), new)

@@ -133,7 +133,7 @@ def test_decoding_one_row_reads_the_matrices_that_it_must_and_no_others(shape, d
         return wide(w)
 
     prompt, tokens = [np.array([1])], 5
-    generate.generate(stored, config, prompt, num_tokens=tokens, temperature=0.0)
+    generate.generate(stored, config, prompt, num_tokens=tokens)
     H = D // config.num_attention_heads
     heads = 2 * config.num_attention_heads + 2 * config.num_kv_heads
     values = config.num_hidden_layers * (heads * H * D + chosen * 3 * D * F)
