@@ -221,11 +221,14 @@ def subject(
 
 def end_ids(workdir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
     """The ids that end a generated text: from the folder, or those that ended training texts."""
-    is_folder = folders.is_folder(workdir)
-    beside_it = workdir if is_folder else workdir / resolved.TOKENIZER
-    named = tokenizer_files.ends(tokenizer_files.Folder(beside_it))
+    named = tokenizer_files.ends(tokenizer_files.Folder(tokenizer_folder(workdir)))
     ends = named or tokenizer.end_ids
-    return ends if is_folder else (*ends, tokenizer.eos_id)
+    return ends if folders.is_folder(workdir) else (*ends, tokenizer.eos_id)
+
+
+def tokenizer_folder(workdir: pathlib.Path) -> pathlib.Path:
+    """The folder of the files that go with a model's tokenizer."""
+    return workdir if folders.is_folder(workdir) else workdir / resolved.TOKENIZER
 
 
 def save_as(

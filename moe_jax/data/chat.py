@@ -50,9 +50,9 @@ def conversation(record: Mapping[str, Any]) -> Conversation:
         raise ValueError(': "tools" is not a list of objects')
     prompt = 0
     if "messages" in record:
-        messages = _list(record, "messages")
+        messages = messages_of(record, "messages")
     elif "conversations" in record:
-        messages = [_of_sharegpt(message) for message in _list(record, "conversations")]
+        messages = [_of_sharegpt(message) for message in messages_of(record, "conversations")]
     elif "prompt" in record and "completion" in record:
         asked = _turns(record, "prompt", "user")
         messages, prompt = [*asked, *_turns(record, "completion", ASSISTANT)], len(asked)
@@ -73,7 +73,8 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-def _list(record: Mapping[str, Any], field: str) -> list[Any]:
+def messages_of(record: Mapping[str, Any], field: str) -> list[Any]:
+    """The list of messages in a field; ValueError for anything else."""
     value = record[field]
     if not isinstance(value, list) or not value or not all(map(_is_mapping, value)):
         raise ValueError(f': "{field}" is not a list of messages')
@@ -83,7 +84,9 @@ def _list(record: Mapping[str, Any], field: str) -> list[Any]:
 def _turns(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
     """The messages of a field that is text or a list of messages."""
     text = record[field]
-    return [{"role": role, "content": text}] if isinstance(text, str) else _list(record, field)
+    return (
+        [{"role": role, "content": text}] if isinstance(text, str) else messages_of(record, field)
+    )
 
 
 def _of_sharegpt(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,6 +190,15 @@ def _by_contents(
             return None
         spans.append((start, len(made) + min(ends)))
     return spans if made + rest == text else None
+
+
+def turn_ends(template: ChatTemplate, special: Sequence[str]) -> tuple[str, ...]:
+    """The special token that ends the assistant's turn in this template; () if none does."""
+    word = secrets.token_hex(16)
+    messages = {"role": "user", "content": "a"}, {"role": ASSISTANT, "content": word}
+    rest = template.render(messages).text.partition(word)[2]
+    found = {rest.index(token): token for token in special if token in rest}
+    return (found[min(found)],) if found else ()
 
 
 def weights(offsets_N2: np.ndarray, spans: Sequence[Span]) -> np.ndarray:

@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,23 @@ USUAL = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<|endoftex
 MARKS = " .| ?| !| ,| ' | n't| 'm| 's| 've| 're".split("|")
 LINE_CHARACTERS = 4096  # the BPE trainer gets longer lines in pieces
 
+# How a chat template spells the begin and end tokens of a tokenizer that has no words for them.
+BEGIN, END = "<s>", "</s>"
+
+Located = tuple[np.ndarray, np.ndarray]  # ids [N], and the characters [start, stop) of each [N, 2]
+
+
+def _located(text: str, special: dict[str, int], of_part: Callable[[str], Located]) -> Located:
+    """The ids of a text, with special tokens recognised, and their places."""
+    ids, offsets, at = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int64)], 0
+    for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
+        end = at + len(part)
+        found = ([special[part]], [[at, end]]) if part in special else of_part(part)
+        ids.append(np.asarray(found[0], np.int32))
+        offsets.append(np.asarray(found[1]) + (0 if part in special else at))
+        at = end
+    return np.concatenate(ids), np.concatenate(offsets)
+
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
@@ -37,6 +55,18 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {BEGIN: self.bos_id, END: self.eos_id}
+
+    def with_offsets(self, text: str) -> Located:
+        return _located(text, self.special_tokens, self._of_part)
+
+    def _of_part(self, text: str) -> Located:
+        widths = [len(character.encode()) for character in text]
+        starts_N = np.repeat(np.arange(len(text)), widths)
+        return self.encode(text), np.stack([starts_N, starts_N + 1], axis=1)
 
     def prompt(self, text: str) -> np.ndarray:
         """The ids of a prompt, for a model to continue."""
@@ -66,6 +96,17 @@ class SentencePieceTokenizer:
         first, *others = map(self._processor.encode, text.split(SPACE))
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         return np.array(first + [i for ids in others for i in (*mark, *ids)], np.int32)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {BEGIN: self.bos_id, END: self.eos_id}
+
+    def with_offsets(self, text: str) -> Located:
+        return _located(text, self.special_tokens, self._of_part)
+
+    def _of_part(self, text: str) -> Located:
+        found = self._processor.encode(text, out_type="offset_mapping")
+        return np.array(found["ids"], np.int32), np.array(found["offsets"], int).reshape(-1, 2)
 
     def prompt(self, text: str) -> np.ndarray:
         return np.array([self.bos_id, *self.encode(text)], np.int32)
@@ -160,6 +201,17 @@ class HuggingFaceTokenizer:
         with tokenizer_limits.without_panics(self._named):
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return np.array(ids, np.int32)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: i for i, token in added if token.special}
+
+    def with_offsets(self, text: str) -> Located:
+        self._tokenizer.encode_special_tokens = self._splits_special
+        with tokenizer_limits.without_panics(self._named):
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.int32), np.array(found.offsets, np.int64).reshape(-1, 2)
 
     def prompt(self, text: str) -> np.ndarray:
         """The ids of a prompt, with the tokenizer's prefix, and with special tokens recognised."""

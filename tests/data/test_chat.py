@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_jax.data import chat, chat_template
+from moe_jax.data import chat, chat_template, tokenizers
 from moe_jax.data.chat_template import ChatTemplate
 
 TEMPLATES = pathlib.Path(__file__).parent / "chat_templates"
@@ -204,3 +204,26 @@ def test_the_template_of_a_folder_is_found_where_each_version_of_transformers_ke
     assert chat_template.load(tmp_path).render([]).text == "2"
     (tmp_path / "chat_template.jinja").write_text("4")
     assert chat_template.load(tmp_path).render([]).text == "4"
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_token_that_ends_a_turn_is_found(name):
+    ends = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>", "qwen3": "<|im_end|>"}
+    expected = ends.get(name.removesuffix("_marked"), "</s>")
+    assert chat.turn_ends(template(name), SPECIAL) == (expected,)
+
+
+def test_tokens_have_the_places_of_their_text(tmp_path):
+    """Begin and end are one token each; every other token stands where its text is."""
+    text = "<s>Größe: 3 µm, 你好 🎉</s><s>and"
+    tokenizers.train_bpe([text * 20], 290, tmp_path / "small.model")
+    for tokenizer in (tokenizers.load("bytes"), tokenizers.load(str(tmp_path / "small.model"))):
+        ids_N, offsets_N2 = tokenizer.with_offsets(text)
+        assert [text[a:b] for a, b in offsets_N2[ids_N == tokenizer.bos_id]] == ["<s>"] * 2
+        assert [text[a:b] for a, b in offsets_N2[ids_N == tokenizer.eos_id]] == ["</s>"]
+        plain = [i for i in ids_N if i not in (tokenizer.bos_id, tokenizer.eos_id)]
+        between = text.replace("</s>", "").split("<s>")
+        expected = [i for part in between for i in tokenizer.encode(part)]
+        assert plain == expected
+        starts = offsets_N2[:, 0]
+        assert (np.diff(starts) >= 0).all() and offsets_N2.max() == len(text)

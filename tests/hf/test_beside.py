@@ -85,7 +85,8 @@ def converted(source: pathlib.Path, output: pathlib.Path, to: str) -> pathlib.Pa
 
 
 def generated(checkpoint: pathlib.Path) -> list[str]:
-    options = {"num_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 0, "tokenizer": None}
+    options = {"num_tokens": 5, "seed": 0, "tokenizer": None}
+    options |= dict.fromkeys(generate.SAMPLING)
     options |= {"checkpoint": str(checkpoint), "allow_nonfinite": False, "offload": None}
     texts = generate.run(argparse.Namespace(prompt=["a"], samples=1, **options))
     return [text.whole for text in texts]
