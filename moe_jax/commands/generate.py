@@ -272,7 +272,10 @@ def _conversations(arguments) -> list[tuple[Message, ...]]:
     first = [{"role": "system", "content": arguments.system}] if arguments.system else []
 
     def parse(record: dict) -> tuple[Message, ...]:
-        return (*first, *chat.messages_of(record, "messages"))
+        try:
+            return (*first, *chat.messages_of(record, "messages"))
+        except (KeyError, ValueError):
+            raise ValueError('"messages" is not a list of messages') from None
 
     return json_lines.read(arguments.messages, parse)
 
