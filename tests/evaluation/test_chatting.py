@@ -109,10 +109,9 @@ def test_a_setting_out_of_range_is_refused(value):
 
 
 def test_the_command_answers_a_file_of_conversations(tmp_path, capsys, monkeypatch):
-    (tmp_path / "moe").mkdir()
-    tokenizers.train_bpe([str(i) for i in range(99)], 270, tmp_path / "moe" / "tokenizer.model")
     config = dataclasses.replace(CONFIG, vocab_size=270)
     hf.save(tmp_path / "moe", config, model.init(config, jax.random.key(1)))
+    tokenizers.train_bpe([str(i) for i in range(99)], 270, tmp_path / "moe" / "tokenizer.model")
     options = ["--chat", f"--checkpoint={tmp_path / 'moe'}", "--num_tokens=4"]
 
     def run(*more):
