@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_jax import strict_json
-from moe_jax.data import tokenizer_files
+from moe_jax.data import tokenizer_files, tokenizers
 
 PROGRAM = pathlib.Path(__file__).with_name("template_worker.py")
 SECONDS = 4.0  # the most time of one rendering
@@ -98,9 +98,9 @@ def load(folder: pathlib.Path) -> ChatTemplate:
 
 
 def _tokens(files: tokenizer_files.Folder) -> tuple[tuple[str, str], ...]:
-    """The contents of the special tokens, by role."""
+    """The contents of the special tokens, by role; the usual ones if no file names any."""
     values = files.read("special_tokens_map.json") | files.read("tokenizer_config.json")
-    found = {}
+    found = {} if values else {"bos_token": tokenizers.BEGIN, "eos_token": tokenizers.END}
     for role in tokenizer_files.ROLES:
         token = values.get(role)
         content = token.get("content") if isinstance(token, dict) else token
