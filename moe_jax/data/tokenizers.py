@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable
@@ -38,6 +39,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3
 
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of each text; the other tokenizers use all cores for it."""
+        return list(map(self.encode, texts))
+
     def prompt(self, text: str) -> np.ndarray:
         """The ids of a prompt, for a model to continue."""
         return np.array([self.bos_id, *self.encode(text)], np.int32)
@@ -62,8 +67,21 @@ class SentencePieceTokenizer:
         self.fingerprint = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        # SPACE itself is encoded as bytes; otherwise it would decode to a space.
-        first, *others = map(self._processor.encode, text.split(SPACE))
+        return self._joined(map(self._processor.encode, text.split(SPACE)))
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of each text, by threads on all cores."""
+        parts = [text.split(SPACE) for text in texts]
+        flat = [part for of_text in parts for part in of_text]
+        ids = iter(self._processor.encode(flat, num_threads=-1))
+        return [self._joined(itertools.islice(ids, len(of_text))) for of_text in parts]
+
+    def _joined(self, parts: Iterable[list[int]]) -> np.ndarray:
+        """The ids of a text from those of its parts, between which is SPACE.
+
+        SPACE itself is encoded as bytes; otherwise it would decode to a space.
+        """
+        first, *others = parts
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         return np.array(first + [i for ids in others for i in (*mark, *ids)], np.int32)
 
@@ -160,6 +178,13 @@ class HuggingFaceTokenizer:
         with tokenizer_limits.without_panics(self._named):
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return np.array(ids, np.int32)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of each text, by threads on all cores."""
+        self._tokenizer.encode_special_tokens = True
+        with tokenizer_limits.without_panics(self._named):
+            found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def prompt(self, text: str) -> np.ndarray:
         """The ids of a prompt, with the tokenizer's prefix, and with special tokens recognised."""

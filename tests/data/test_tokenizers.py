@@ -93,6 +93,19 @@ def test_bytes_cut_within_a_character_decode_to_a_replacement_and_not_to_an_erro
     assert tokenizer.decode(tokenizer.encode("aж")[:-1]) == "a\ufffd"
 
 
+def test_a_batch_gives_the_ids_of_its_texts_one_by_one(bpe, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    made = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE({"a": 0, "<s>": 1, "</s>": 2}, []))
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(path))
+    texts = [*LINES, *AWKWARD] * 3
+    for tokenizer in (tokenizers.load("bytes"), bpe, tokenizers.load(str(path))):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            np.testing.assert_array_equal(ids, tokenizer.encode(text))
+            assert ids.dtype == np.int32
+        assert tokenizer.encode_batch([]) == []
+
+
 def test_special_ids_are_fixed_and_the_vocabulary_has_the_size_asked_for(bpe):
     for tokenizer in (bpe, tokenizers.load("bytes")):
         assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
