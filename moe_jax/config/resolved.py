@@ -17,7 +17,6 @@ from moe_jax.config import checks, machine, reading, sections
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
 from moe_jax.config.section import Section, key_names, section_of
-from moe_jax.data import tokenizer_files
 from moe_jax.hf import beside, folders
 from moe_jax.hf import configs as hf_configs
 from moe_jax.model.config import ModelConfig
@@ -140,8 +139,9 @@ def _filled(config: ConfigDict, parent: ModelConfig | None) -> ConfigDict:
     if not data.tokenizer and (not source or (pathlib.Path(source) / "config.json").exists()):
         with checks.refusing("config.data.tokenizer is not set, and "):
             data.tokenizer = tokenizer_of(pathlib.Path(source)) if source else "bytes"
-    with checks.refusing("config."):
-        data.tokenizer = tokenizer_files.file_of(data.tokenizer)
+    elif data.tokenizer and (folder := pathlib.Path(data.tokenizer)).is_dir():
+        with checks.refusing("config.data.tokenizer: "):
+            data.tokenizer = str(beside.tokenizer_in(folder) or folder)
     if not data.sequence_length:
         data.sequence_length = min(_model_in(config).max_position_embeddings, LONGEST_ROW)
     return config
