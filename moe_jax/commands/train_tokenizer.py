@@ -20,6 +20,7 @@ Exit status: 0 done, 2 a mistake on the command line or in the text.
 import argparse
 import collections
 import functools
+import math
 import pathlib
 import shlex
 from collections.abc import Callable, Iterator
@@ -92,13 +93,15 @@ def run(arguments: argparse.Namespace) -> tuple[tokenizers.Tokenizer, list[str]]
     whole = command_line.typed("characters", arguments.characters or "0", int) if not named else 0
     if bool(arguments.tiktoken) != bool(arguments.pattern):
         raise ValueError("--tiktoken and --pattern belong together; give both or neither")
-    if arguments.vocab_multiple < 1:
-        raise ValueError(f"--vocab_multiple={arguments.vocab_multiple} is less than 1")
+    smallest = {"vocab_multiple": (arguments.vocab_multiple, 1), "characters": (whole, 0)}
+    for name, (value, least) in (smallest | {"alpha": (arguments.alpha, 0)}).items():
+        if not least <= value < math.inf:
+            raise ValueError(f"--{name}={value} is not a number from {least}")
     sources.check(arguments.source)
     documents = functools.partial(_documents, arguments.source)
-    # Reading this first reports a mistake in the text before the long training.
-    held_out = list(documents(VALIDATION))
     with files.whole_folder(arguments.output) as unfinished:
+        # Reading this first reports a mistake in the text before the long training.
+        held_out = list(documents(VALIDATION))
         if arguments.tiktoken:
             family = tiktoken_files.FAMILIES[arguments.pattern]
             made = tiktoken_files.read(arguments.tiktoken, family)

@@ -143,18 +143,19 @@ def cut_into_words(made: tokenizers.Tokenizer, pattern: str) -> None:
 
 def ranks_in(path: pathlib.Path) -> dict[bytes, int]:
     """The tokens of a vocabulary file with their ranks, which are their ids."""
-    ranks: dict[bytes, int] = {}
+    pairs = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            pairs.append((base64.b64decode(token, validate=True), int(rank)))
         except (ValueError, binascii.Error):
             wrong = "is not a token in base64 and its rank, as in a .tiktoken file"
             raise ValueError(f"{path}:{number} {wrong}") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or b"" in ranks:
-        raise ValueError(f"{path} does not have each rank from 0 once; download it again")
+    ranks = dict(pairs)
+    if sorted(rank for _, rank in pairs) != list(range(len(ranks))) or b"" in ranks:
+        raise ValueError(f"{path} does not have each token and each rank from 0 once")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(f"{path} lacks the byte {missing[0]}; download it again")
+        raise ValueError(f"{path} lacks the byte {missing[0]}")
     return ranks
 
 

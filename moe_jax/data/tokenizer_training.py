@@ -78,15 +78,23 @@ def sentencepiece_model(
     so no other piece is lost by it.
     """
     _check_size(vocab_size, kind)
-    lines, more = _lines(texts), 0
+    lines, more, kept = _lines(texts), 0, []
     for _ in range(MOST_TRIES):
-        proto = sentencepiece_folder.parsed(_model(lines, kind, vocab_size + more))
+        try:
+            proto = sentencepiece_folder.parsed(_model(lines, kind, vocab_size + more))
+        except ValueError:
+            if not kept:
+                raise
+            break  # the texts do not allow more
         kept = [piece for piece in proto.pieces if not _is_too_long(piece.piece, most_characters)]
         if len(kept) >= vocab_size:
             break
         more = 2 * (len(proto.pieces) - len(kept))
+    if (size := len(kept)) < vocab_size:
+        limit = f"only {size} pieces are within the lengths of their scripts"
+        raise _refusal(vocab_size, f"{limit}; set it to {size} or less, or raise these lengths")
     of_letters = [p for p in kept if p.type == p.NORMAL and len(p.piece) > 1]
-    worst = sorted(of_letters, key=lambda p: p.score)[: max(len(kept) - vocab_size, 0)]
+    worst = sorted(of_letters, key=lambda p: p.score)[: len(kept) - vocab_size]
     left_out = {piece.piece for piece in worst}
     kept = [type(piece).FromString(piece.SerializeToString()) for piece in kept]
     del proto.pieces[:]
