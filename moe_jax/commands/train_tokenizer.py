@@ -90,7 +90,8 @@ def run(arguments: argparse.Namespace) -> tuple[tokenizers.Tokenizer, list[str]]
     """
     limits = _numbers("max_piece_length", arguments.max_piece_length)
     named = _numbers("characters", arguments.characters) if "=" in arguments.characters else {}
-    whole = command_line.typed("characters", arguments.characters or "0", int) if not named else 0
+    whole = 0 if named else command_line.typed("characters", arguments.characters or "0", int)
+    assert isinstance(whole, int)
     if bool(arguments.tiktoken) != bool(arguments.pattern):
         raise ValueError("--tiktoken and --pattern belong together; give both or neither")
     smallest = {"vocab_multiple": (arguments.vocab_multiple, 1), "characters": (whole, 0)}

@@ -5,6 +5,7 @@ import pathlib
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -78,7 +79,8 @@ def sentencepiece_model(
     so no other piece is lost by it.
     """
     _check_size(vocab_size, kind)
-    lines, more, kept = _lines(texts), 0, []
+    lines, more = _lines(texts), 0
+    kept: list[Any] = []
     for _ in range(MOST_TRIES):
         try:
             proto = sentencepiece_folder.parsed(_model(lines, kind, vocab_size + more))

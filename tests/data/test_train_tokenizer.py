@@ -90,8 +90,8 @@ def test_a_sample_is_taken_by_label(options, expected, command, trained_on):
     records = [{"text": f"{i:09}", "language": "en"} for i in range(10_000)]
     records += [{"text": f"{i:08}Ж", "language": "ru"} for i in range(1000)]
     write("text/train.jsonl", records)
-    status, output, errors = command("--source=text", "--vocab_size=271", "--output=own", *options)
-    assert (status, errors, output.splitlines()[0]) == (0, "", "no held-out text")
+    status, _, errors = command("--source=text", "--vocab_size=271", "--output=own", *options)
+    assert (status, errors) == (0, "")
     taken = {"ru": sum(9 for t in trained_on if "Ж" in t)}
     taken["en"] = sum(map(len, trained_on)) - taken["ru"]
     for label, (least, most) in ({"en": (0, 0), "ru": (0, 0)} | expected).items():
@@ -100,10 +100,10 @@ def test_a_sample_is_taken_by_label(options, expected, command, trained_on):
 
 def test_it_converts_a_vocabulary_of_tiktoken_which_a_run_then_uses(command):
     pathlib.Path("own.tiktoken").write_bytes(b"\n".join(lines_of(RANKS)))
-    write("a.jsonl", [{"text": "to be"}] * 3)
+    write("a.jsonl", [{"text": "a house"}] * 3)
     given = ("--tiktoken=own.tiktoken", "--pattern=o200k", "--source=a.jsonl", "--output=own")
     status, output, errors = command(*given)
-    assert (status, errors) == (0, "")
+    assert (status, errors, output.splitlines()[0]) == (0, "", "no held-out text")
     assert f"own: {len(RANKS) + 1} tokens; use --config.data.tokenizer=own" in output
     config = configs.default()
     config.model.preset = "quickstart"
