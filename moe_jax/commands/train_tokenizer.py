@@ -12,7 +12,8 @@ tokenizer_config.json and, except for byte_bpe and tiktoken, the SentencePiece m
 text can be decoded exactly. Use it by --config.data.tokenizer=FOLDER.
 
 Held-out documents (for a path, the default share of config.data.validation_fraction) are not
-trained on; characters and bytes per token are measured on them. The end token of a text counts.
+trained on; characters and bytes per token are measured on the first 20 million characters of them.
+The end token of a text counts.
 
 Exit status: 0 done, 2 a mistake on the command line or in the text.
 """
@@ -40,6 +41,7 @@ from moe_jax.data.cache import DATASETS, cache_folder
 from moe_jax.data.document import TRAIN, VALIDATION, Document
 
 BATCH = 256  # documents that are tokenized together
+MOST_MEASURED = 20_000_000  # characters of held-out text
 
 
 def main() -> None:
@@ -98,16 +100,17 @@ def run(arguments: argparse.Namespace) -> tuple[tokenizers.Tokenizer, list[str]]
     for name, (value, least) in (smallest | {"alpha": (arguments.alpha, 0)}).items():
         if not least <= value < math.inf:
             raise ValueError(f"--{name}={value} is not a number from {least}")
+    tokenizer_training.check_size(arguments.vocab_size, arguments.kind)
     sources.check(arguments.source)
     documents = functools.partial(_documents, arguments.source)
     with files.whole_folder(arguments.output) as unfinished:
-        # Reading this first reports a mistake in the text before the long training.
-        held_out = list(documents(VALIDATION))
         if arguments.tiktoken:
             family = tiktoken_files.FAMILIES[arguments.pattern]
             made = tiktoken_files.read(arguments.tiktoken, family)
             tokenizer_writing.write(unfinished, made, begin=family.begin, end=family.end)
-        else:
+        # Reading this first reports a mistake in the text before the long training.
+        held_out = list(_first(documents(VALIDATION), MOST_MEASURED))
+        if not arguments.tiktoken:
             chosen = _chosen(functools.partial(documents, TRAIN), whole, arguments.alpha, named)
             tokenizer_training.train(
                 (document.text for document in chosen),
@@ -139,6 +142,14 @@ def _chosen(
         characters[document.label] += len(document.text)
     quotas = text_sampling.quotas(characters, total, alpha, named)
     return text_sampling.sample(documents(), characters, quotas)
+
+
+def _first(documents: Iterator[Document], characters: int) -> Iterator[Document]:
+    for document in documents:
+        yield document
+        characters -= len(document.text)
+        if characters <= 0:
+            return
 
 
 def _documents(source: str, split: str) -> Iterator[Document]:

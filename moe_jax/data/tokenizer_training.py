@@ -78,7 +78,7 @@ def sentencepiece_model(
     that has as many more. A merge of BPE that needs a piece makes a longer one of the same script,
     so no other piece is lost by it.
     """
-    _check_size(vocab_size, kind)
+    check_size(vocab_size, kind)
     lines, more = _lines(texts), 0
     kept: list[Any] = []
     for _ in range(MOST_TRIES):
@@ -88,7 +88,11 @@ def sentencepiece_model(
             if not kept:
                 raise
             break  # the texts do not allow more
-        kept = [piece for piece in proto.pieces if not _is_too_long(piece.piece, most_characters)]
+        kept = [
+            piece
+            for piece in proto.pieces
+            if piece.type != piece.NORMAL or not _is_too_long(piece.piece, most_characters)
+        ]
         if len(kept) >= vocab_size:
             break
         more = 2 * (len(proto.pieces) - len(kept))
@@ -144,7 +148,7 @@ def _model(lines: list[str], kind: str, vocab_size: int) -> bytes:
 
 def _byte_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """BPE of bytes (Radford et al., 2019) in words as in Qwen: each digit is a word."""
-    _check_size(vocab_size, "byte_bpe")
+    check_size(vocab_size, "byte_bpe")
     made = tokenizers.Tokenizer(models.BPE())
     tiktoken_files.cut_into_words(made, tiktoken_files.ONE_DIGIT)
     special = [AddedToken(name, special=True, normalized=False) for name in (PAD, BEGIN, END)]
@@ -161,7 +165,8 @@ def _byte_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     return made
 
 
-def _check_size(vocab_size: int, kind: str) -> None:
+def check_size(vocab_size: int, kind: str) -> None:
+    """Raises ValueError for a vocabulary that no text allows."""
     if vocab_size < (least := LEAST[kind]):
         raise ValueError(f"vocab_size={vocab_size} is less than {least}, the least for {kind}")
 

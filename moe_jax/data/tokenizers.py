@@ -1,6 +1,7 @@
 """Tokenizers: raw bytes, a SentencePiece model, or a Hugging Face tokenizer.json."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -74,7 +75,11 @@ class SentencePieceTokenizer:
         self.end_ids = (self.eos_id,)
         self.vocab_size: int = self._processor.vocab_size()
         self.fingerprint = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-        self.is_exact = self.known(self.encode(PROBE)) == PROBE
+
+    @functools.cached_property
+    def is_exact(self) -> bool:
+        """Whether the ids stand for the text itself, judged by `PROBE`."""
+        return self.known(self.encode(PROBE)) == PROBE
 
     def encode(self, text: str) -> np.ndarray:
         return self._joined(map(self._processor.encode, text.split(SPACE)))
@@ -120,8 +125,7 @@ class HuggingFaceTokenizer:
         folder: tokenizer_files.Folder,
         twin: SentencePieceTokenizer | None = None,
     ):
-        """`twin` encodes text to the same ids, and is faster."""
-        self._twin = twin
+        """`twin` encodes text to the same ids and is faster, but finds no added tokens in it."""
         self._named = f"data.tokenizer={path!r}: "
         content = pathlib.Path(path).read_bytes()
         if path.endswith(".json"):
@@ -156,10 +160,10 @@ class HuggingFaceTokenizer:
         tokenizer_limits.check_ids([self.vocab_size - 1])
         in_order = sorted(self._tokenizer.get_added_tokens_decoder().items())
         added = [(i, tokenizer_files.properties(token)) for i, token in in_order]
+        self._twin = twin if all(token.special for _, token in in_order) else None
         steps = f"{self._tokenizer.normalizer} {self._tokenizer.pre_tokenizer}"
         named = str((sorted(ids.items()), added, steps)).encode()
         self.fingerprint = hashlib.sha256(content + named).hexdigest()
-        self.is_exact = self.known(self.encode(PROBE)) == PROBE
 
     def _template(self, found: Settings) -> processors.PostProcessor:
         """Adds begin and end tokens for a tokenizer.model; a tokenizer.json has its own rule."""
@@ -193,6 +197,11 @@ class HuggingFaceTokenizer:
             for begin, end in [pair for pair in pairs if min(pair) >= 0][:1]:
                 ids = {"bos_token": begin} | ids | {"eos_token": end}
         return ids
+
+    @functools.cached_property
+    def is_exact(self) -> bool:
+        """Whether the ids stand for the text itself, judged by `PROBE`."""
+        return self.known(self.encode(PROBE)) == PROBE
 
     def encode(self, text: str) -> np.ndarray:
         if self._twin:
@@ -235,14 +244,15 @@ Tokenizer = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 
 
 def encoded_text(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> str:
-    """The text that the ids of a text stand for: bits per byte are of its bytes.
+    """The text whose bytes count for bits per byte: the text itself, unless the tokenizer
+    normalises (NFKC, lower case, white space) or has no piece for some character.
 
-    It is another text if the tokenizer normalises (NFKC, lower case, white space) or has no piece
-    for some character, and a model is not asked for what is lost.
+    Such a tokenizer's model is not asked for what is lost, so the text is then what the ids decode
+    to, without unknown characters, if that has fewer bytes.
     """
-    return (
-        text if isinstance(tokenizer, ByteTokenizer) or tokenizer.is_exact else tokenizer.known(ids)
-    )
+    if isinstance(tokenizer, ByteTokenizer) or tokenizer.is_exact:
+        return text
+    return min(text, tokenizer.known(ids), key=lambda one: len(one.encode()))
 
 
 def load(name: str) -> Tokenizer:
@@ -272,12 +282,12 @@ def load(name: str) -> Tokenizer:
         raise ValueError(
             f"data.tokenizer={name!r} has {size:,} bytes, more than {strict_json.MAX_BYTES:,}"
         )
+    is_usual = os.path.basename(name) in tokenizer_files.FILES
+    is_pair = is_usual and tokenizer_writing.has_pair(folder)
     try:
         tokenizer: Tokenizer
         with tokenizer_limits.without_panics():
-            if os.path.basename(name) in tokenizer_files.FILES and tokenizer_writing.has_pair(
-                folder
-            ):
+            if is_pair:
                 json, model = (str(folder.path / file) for file in tokenizer_files.FILES)
                 sentencepiece_folder.parsed(pathlib.Path(model).read_bytes())
                 tokenizer = HuggingFaceTokenizer(json, folder, SentencePieceTokenizer(model))
