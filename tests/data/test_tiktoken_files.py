@@ -73,6 +73,17 @@ def test_ids_are_those_of_the_rule_worked_slowly(converted, text):
         assert made.decode(expected) == text
 
 
+def test_the_lowest_rank_is_joined_first_and_a_word_that_is_a_token_is_not_cut(tmp_path):
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {b"bc": 256, b"ab": 257, b"xyz": 258}  # neither "xy" nor "yz"
+    path = tmp_path / "own.tiktoken"
+    path.write_bytes(b"\n".join(lines_of(ranks)))
+    made = tiktoken_files.read(path, FAMILIES["gpt2"])
+    assert made.encode("abc").ids == [ord("a"), 256]
+    assert made.encode("xyz").ids == [258]
+    assert made.encode("xyzz").ids == [ord(letter) for letter in "xyzz"]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["gpt2", "cl100k", "o200k"])
 def test_ids_are_those_of_the_library_tiktoken_with_its_own_patterns(name, converted, monkeypatch):

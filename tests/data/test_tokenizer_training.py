@@ -13,6 +13,7 @@ import tokenizers as library
 
 from moe_jax.data import (
     corpora,
+    prepare,
     text_sampling,
     tokenizer_training,
     tokenizers,
@@ -116,11 +117,11 @@ def test_sentencepiece_encodes_a_folder_until_one_of_its_files_is_changed(
     assert tokenizers.load(str(copied)).encode("Haus").tolist() == [trained.vocab_size]
     (copied / "added_tokens.json").unlink()
     values = json.loads((copied / "tokenizer.json").read_text())
-    token = {"id": trained.vocab_size, "content": "Haus", "special": False, "normalized": False}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    values["added_tokens"].append(token | flags)
+    pieces = values["model"]["vocab"]  # a dict for BPE, a list of pieces and scores for Unigram
+    a, b = ("a", "b") if isinstance(pieces, dict) else (trained.encode(c).item() for c in "ab")
+    pieces[a], pieces[b] = pieces[b], pieces[a]
     (copied / "tokenizer.json").write_text(json.dumps(values))
-    assert trained._twin and tokenizers.load(str(copied)).encode("Haus").tolist() == [token["id"]]
+    assert tokenizers.load(str(copied)).encode("a").tolist() == trained.encode("b").tolist()
     (copied / "tokenizer.json").unlink()
     left = tokenizers.load(str(copied))
     assert left.encode("Ein Haus").tolist() == trained.encode("Ein Haus").tolist()
@@ -270,7 +271,7 @@ def lower_case(tmp_path):
 @pytest.mark.parametrize(
     ("make", "text", "expected"),
     [
-        (nfkc, "Ａ  ﬁle", "A file"),  # 11 bytes become 6
+        (nfkc, "Ａ  ﬁle", "A file"),  # 10 bytes become 6
         (nfkc, "A 漢file", "A file"),  # a character without a piece
         (lower_case, "Ａ ﬁLE", "a file"),
         (lower_case, "A ½", "A ½"),  # 4 bytes, which NFKC makes 7
@@ -282,6 +283,15 @@ def test_bits_per_byte_count_the_bytes_that_a_normalising_tokenizer_encodes(
     tokenizer = tokenizers.load(str(make(tmp_path)))
     assert not tokenizer.is_exact
     assert tokenizers.encoded_text(tokenizer, text, tokenizer.encode(text)) == expected
+
+
+def test_a_prepared_corpus_has_the_bytes_that_are_encoded(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Ａ  ﬁle"}) + "\n")
+    source, options = str(tmp_path / "a.jsonl"), {"validation_fraction": 0.0}
+    for tokenizer, num_bytes in ((str(nfkc(tmp_path)), 6), ("bytes", 10)):
+        own = tokenizers.load(tokenizer)
+        found = prepare.open_corpus(source, "train", own, cache=tmp_path / "cache", **options)
+        assert found.bytes_per_label == (num_bytes,) and sum(found.byte_counts) == num_bytes
 
 
 def test_exact_tokenizers_count_the_text_itself(trained):
