@@ -37,6 +37,7 @@ NOT_HERE = {
     r"--peer=hf": "needs PyTorch and Transformers",
     r"--tasks=|scripts/harness\.py": "needs lm-evaluation-harness; see evaluation/test_harness.py",
     r"source=hf:": "needs the network; see data/test_hub.py",
+    r"--tiktoken=": "needs a published vocabulary; see data/test_train_tokenizer.py",
     r"--coordinator=host0:": "needs a second host; see test_train_processes.py",
 }
 # The values of these options are replaced in all commands of train.py that train.

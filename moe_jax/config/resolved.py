@@ -139,6 +139,9 @@ def _filled(config: ConfigDict, parent: ModelConfig | None) -> ConfigDict:
     if not data.tokenizer and (not source or (pathlib.Path(source) / "config.json").exists()):
         with checks.refusing("config.data.tokenizer is not set, and "):
             data.tokenizer = tokenizer_of(pathlib.Path(source)) if source else "bytes"
+    elif data.tokenizer and (folder := pathlib.Path(data.tokenizer)).is_dir():
+        with checks.refusing("config.data.tokenizer: "):
+            data.tokenizer = str(beside.tokenizer_in(folder) or folder)
     if not data.sequence_length:
         data.sequence_length = min(_model_in(config).max_position_embeddings, LONGEST_ROW)
     return config

@@ -116,8 +116,8 @@ class Data(Section, path="data", fixed=True):
     source: str = key("embedded", "embedded, tfds:NAME, hf:NAME, or a path or glob of files")
     tokenizer: str = key(
         "",
-        "bytes, or the path of a tokenizer.json or SentencePiece model; empty uses that of "
-        "init.source, or bytes if there is none",
+        "bytes, or the path of a tokenizer.json, a SentencePiece model or a folder with one; empty "
+        "uses that of init.source, or bytes if there is none",
         fixed=False,  # a moved file is the same tokenizer; the tokens themselves are compared
     )
     other_tokenizer: bool = key(

@@ -13,14 +13,14 @@ import tqdm
 from array_record.python import array_record_module
 
 from moe_jax import files
-from moe_jax.data import corpus, sources, text_files
+from moe_jax.data import corpus, sources, text_files, tokenizers
 from moe_jax.data.cache import DATASETS, writing
 from moe_jax.data.corpus import DamagedError, TokenizedCorpus
 from moe_jax.data.document import Document
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.parallel import distributed
 
-FORMAT = 4  # the version of the cache's format, a part of its key
+FORMAT = 5  # the version of the cache's format, a part of its key
 RECORD_TOKENS = 65_536  # a longer document is split into several records
 
 
@@ -93,11 +93,12 @@ def _tokenize(
     for document in tqdm.tqdm(documents, f"tokenizing {name}", unit=" documents", disable=None):
         try:
             ids = tokenizer.encode(document.text)
+            text = tokenizers.encoded_text(tokenizer, document.text, ids)
         except Exception as error:  # the libraries raise many types
             beginning = f"{name}: {document.text[:40]!r} …"
             raise ValueError(f"{beginning} cannot be tokenized ({error!r})") from error
         ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.uint32)
-        text_bytes = np.frombuffer(document.text.encode(), np.uint8)
+        text_bytes = np.frombuffer(text.encode(), np.uint8)
         byte_counts += np.bincount(text_bytes, minlength=256)
         counts[document.label] += 1, len(text_bytes)
         label_id = list(counts).index(document.label)

@@ -18,6 +18,8 @@ from moe_jax.data import tokenizer_files, tokenizer_limits
 from moe_jax.data.tokenizer_files import LLAMA, Settings
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's symbol for a space
+# The score of a piece that a text never has, less than those of all other pieces of it together.
+NEVER = -1e6
 _pb2: Any = sentencepiece_model_pb2  # Any, because its classes are created at run time
 _Piece = _pb2.ModelProto.SentencePiece
 
@@ -55,6 +57,24 @@ def read(model_file: bytes, found: Settings) -> tuple[tokenizers.Tokenizer, Sett
     made = tokenizers.Tokenizer(_model(proto, names, None))
     make_llama(made, found)
     return made, found
+
+
+def exported(model_file: bytes) -> tokenizers.Tokenizer:
+    """The tokenizer.json of a model that keeps its text as it is, such as `tokenizer_training`'s.
+
+    Its ids are the model's, except where two ways to cut a text have equal scores. A space stands
+    for itself in its pieces, and SPACE for nothing, so that a SPACE in a text becomes bytes.
+    """
+    proto = parsed(model_file)
+    unigram = proto.trainer_spec.model_type == _pb2.TrainerSpec.UNIGRAM
+    for piece in proto.pieces:
+        # The library finds these in a text too, unless each other way to cut it is better.
+        if unigram and piece.type != _Piece.NORMAL:
+            piece.score = NEVER
+    names = [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
+    made = tokenizers.Tokenizer(_model(proto, names, proto.trainer_spec.unk_piece))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return made
 
 
 def settings_of(path: pathlib.Path) -> dict[str, Any]:

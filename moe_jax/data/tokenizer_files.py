@@ -6,6 +6,7 @@ tokens, and `GenerationMixin.adjust_generation_fn` for the tokens that end a tex
 """
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -14,6 +15,7 @@ from tokenizers import AddedToken
 
 from moe_jax import strict_json
 
+FILES = ("tokenizer.json", "tokenizer.model")  # if both are there, Transformers uses the first
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # The keys of config.json that describe the tokenizer and not the model.
 OF_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
@@ -186,6 +188,19 @@ def token(value: Any, **flags: bool) -> AddedToken:
 def properties(token: AddedToken) -> dict[str, Any]:
     """Everything that decides how a token is matched in text, for comparing two tokens."""
     return {name: getattr(token, name) for name in _PROPERTIES}
+
+
+def file_of(name: str) -> str:
+    """The path of a tokenizer's file if `name` is its folder; otherwise, `name`.
+
+    Raises: ValueError for a folder without a tokenizer.
+    """
+    if not os.path.isdir(name):
+        return name
+    paths = (os.path.join(name, file) for file in FILES)
+    if found := next(filter(os.path.isfile, paths), None):
+        return found
+    raise ValueError(f"data.tokenizer={name!r} is a folder without {' or '.join(FILES)}")
 
 
 def are_beside(folder: Folder) -> bool:

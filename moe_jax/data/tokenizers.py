@@ -1,10 +1,13 @@
 """Tokenizers: raw bytes, a SentencePiece model, or a Hugging Face tokenizer.json."""
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import os
 import pathlib
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,8 +16,14 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, processors
 
-from moe_jax import files, strict_json
-from moe_jax.data import sentencepiece_folder, tokenizer_files, tokenizer_limits
+from moe_jax import strict_json
+from moe_jax.data import (
+    sentencepiece_folder,
+    tiktoken_files,
+    tokenizer_files,
+    tokenizer_limits,
+    tokenizer_writing,
+)
 from moe_jax.data.sentencepiece_folder import SPACE
 from moe_jax.data.tokenizer_files import LLAMA, Settings
 
@@ -22,7 +31,8 @@ from moe_jax.data.tokenizer_files import LLAMA, Settings
 USUAL = [("<s>", "</s>"), ("<|begin_of_text|>", "<|end_of_text|>"), ("<|endoftext|>",) * 2]
 # Words that clean_up_tokenization_spaces joins to the word before, in Transformers' order.
 MARKS = " .| ?| !| ,| ' | n't| 'm| 's| 've| 're".split("|")
-LINE_CHARACTERS = 4096  # the BPE trainer gets longer lines in pieces
+# Characters that tokenizers replace or drop.
+PROBE = "  Two  spaces,\ta TAB\n\nÉ e\u0301 \ufb01 Ⅳ ½ Ｆ 漢字 🙂 it 's . "
 
 # How a chat template spells the begin and end tokens of a tokenizer that has no words for them.
 BEGIN, END = "<s>", "</s>"
@@ -52,6 +62,7 @@ class ByteTokenizer:
     end_ids: tuple[int, ...] = (2,)
     vocab_size: int = 259
     fingerprint: str = "bytes"
+    is_exact: bool = True
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3
@@ -67,6 +78,10 @@ class ByteTokenizer:
         widths = [len(character.encode()) for character in text]
         starts_N = np.repeat(np.arange(len(text)), widths)
         return self.encode(text), np.stack([starts_N, starts_N + 1], axis=1)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of each text; the other tokenizers use all cores for it."""
+        return list(map(self.encode, texts))
 
     def prompt(self, text: str) -> np.ndarray:
         """The ids of a prompt, for a model to continue."""
@@ -91,9 +106,27 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.fingerprint = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
+    @functools.cached_property
+    def is_exact(self) -> bool:
+        """Whether the ids stand for the text itself, judged by `PROBE`."""
+        return self.known(self.encode(PROBE)) == PROBE
+
     def encode(self, text: str) -> np.ndarray:
-        # SPACE itself is encoded as bytes; otherwise it would decode to a space.
-        first, *others = map(self._processor.encode, text.split(SPACE))
+        return self._joined(map(self._processor.encode, text.split(SPACE)))
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of each text, by threads on all cores."""
+        parts = [text.split(SPACE) for text in texts]
+        flat = [part for of_text in parts for part in of_text]
+        ids = iter(self._processor.encode(flat, num_threads=-1))
+        return [self._joined(itertools.islice(ids, len(of_text))) for of_text in parts]
+
+    def _joined(self, parts: Iterable[list[int]]) -> np.ndarray:
+        """The ids of a text from those of its parts, between which is SPACE.
+
+        SPACE itself is encoded as bytes; otherwise it would decode to a space.
+        """
+        first, *others = parts
         mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         return np.array(first + [i for ids in others for i in (*mark, *ids)], np.int32)
 
@@ -116,6 +149,10 @@ class SentencePieceTokenizer:
         pieces = [int(i) for i in ids if i not in special and i < self.vocab_size]
         return self._processor.decode(pieces)
 
+    def known(self, ids: np.ndarray) -> str:
+        """The text of the ids, without what has no piece."""
+        return self.decode(ids[ids != self._processor.unk_id()])
+
 
 class HuggingFaceTokenizer:
     """The tokenizer.json or tokenizer.model of a Hugging Face folder, with the files next to it.
@@ -123,7 +160,13 @@ class HuggingFaceTokenizer:
     Ids and decoded text equal those of Transformers 5: tests/data/test_tokenizer_folders.py.
     """
 
-    def __init__(self, path: str, folder: tokenizer_files.Folder):
+    def __init__(
+        self,
+        path: str,
+        folder: tokenizer_files.Folder,
+        twin: SentencePieceTokenizer | None = None,
+    ):
+        """`twin` encodes text to the same ids and is faster, but finds no added tokens in it."""
         self._named = f"data.tokenizer={path!r}: "
         content = pathlib.Path(path).read_bytes()
         if path.endswith(".json"):
@@ -158,6 +201,7 @@ class HuggingFaceTokenizer:
         tokenizer_limits.check_ids([self.vocab_size - 1])
         in_order = sorted(self._tokenizer.get_added_tokens_decoder().items())
         added = [(i, tokenizer_files.properties(token)) for i, token in in_order]
+        self._twin = twin if all(token.special for _, token in in_order) else None
         steps = f"{self._tokenizer.normalizer} {self._tokenizer.pre_tokenizer}"
         named = str((sorted(ids.items()), added, steps)).encode()
         self.fingerprint = hashlib.sha256(content + named).hexdigest()
@@ -195,7 +239,14 @@ class HuggingFaceTokenizer:
                 ids = {"bos_token": begin} | ids | {"eos_token": end}
         return ids
 
+    @functools.cached_property
+    def is_exact(self) -> bool:
+        """Whether the ids stand for the text itself, judged by `PROBE`."""
+        return self.known(self.encode(PROBE)) == PROBE
+
     def encode(self, text: str) -> np.ndarray:
+        if self._twin:
+            return self._twin.encode(text)
         # Special tokens that appear literally in training text are encoded as ordinary text.
         self._tokenizer.encode_special_tokens = True
         with tokenizer_limits.without_panics(self._named):
@@ -213,6 +264,15 @@ class HuggingFaceTokenizer:
             found = self._tokenizer.encode(text, add_special_tokens=False)
         return np.array(found.ids, np.int32), np.array(found.offsets, np.int64).reshape(-1, 2)
 
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` of each text, by threads on all cores."""
+        if self._twin:
+            return self._twin.encode_batch(texts)
+        self._tokenizer.encode_special_tokens = True
+        with tokenizer_limits.without_panics(self._named):
+            found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in found]
+
     def prompt(self, text: str) -> np.ndarray:
         """The ids of a prompt, with the tokenizer's prefix, and with special tokens recognised."""
         self._tokenizer.encode_special_tokens = self._splits_special
@@ -221,18 +281,34 @@ class HuggingFaceTokenizer:
         return np.array(ids or [self.bos_id], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        with tokenizer_limits.without_panics(self._named):
-            text = self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        text = self.known(ids)
         for mark in MARKS if self._joins_marks else ():
             text = text.replace(mark, mark.strip())
         return text
+
+    def known(self, ids: np.ndarray) -> str:
+        """The text of the ids, without what has no piece."""
+        with tokenizer_limits.without_panics(self._named):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
 Tokenizer = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 
 
+def encoded_text(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> str:
+    """The text whose bytes count for bits per byte: the text itself, unless the tokenizer
+    normalises (NFKC, lower case, white space) or has no piece for some character.
+
+    Such a tokenizer's model is not asked for what is lost, so the text is then what the ids decode
+    to, without unknown characters, if that has fewer bytes.
+    """
+    if isinstance(tokenizer, ByteTokenizer) or tokenizer.is_exact:
+        return text
+    return min(text, tokenizer.known(ids), key=lambda one: len(one.encode()))
+
+
 def load(name: str) -> Tokenizer:
-    """The tokenizer "bytes", or the SentencePiece model or tokenizer.json at a path.
+    """The tokenizer "bytes", or the SentencePiece model or tokenizer.json at a path or in a folder.
 
     If the path is in a Hugging Face folder, the folder's other tokenizer files are read too.
 
@@ -240,10 +316,17 @@ def load(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
+    name = tokenizer_files.file_of(name)
     if not os.path.isfile(name):
         raise ValueError(
-            f"data.tokenizer={name!r} is not a file; use 'bytes', a model made by "
+            f"data.tokenizer={name!r} is not a file; use 'bytes', a folder made by "
             "scripts/train_tokenizer.py, or a Hugging Face tokenizer.json"
+        )
+    if tiktoken_files.is_one(pathlib.Path(name)):
+        convert = f"--tiktoken={shlex.quote(name)} --pattern=PATTERN --output=FOLDER"
+        raise ValueError(
+            f"data.tokenizer={name!r} is a vocabulary of tiktoken, which lacks the pattern of its "
+            f"words; convert it by scripts/train_tokenizer.py {convert}"
         )
     is_json, folder = name.endswith(".json"), tokenizer_files.Folder(pathlib.Path(name).parent)
     of_folder = is_json or tokenizer_files.are_beside(folder)
@@ -251,10 +334,16 @@ def load(name: str) -> Tokenizer:
         raise ValueError(
             f"data.tokenizer={name!r} has {size:,} bytes, more than {strict_json.MAX_BYTES:,}"
         )
+    is_usual = os.path.basename(name) in tokenizer_files.FILES
+    is_pair = is_usual and tokenizer_writing.has_pair(folder)
     try:
         tokenizer: Tokenizer
         with tokenizer_limits.without_panics():
-            if of_folder:
+            if is_pair:
+                json, model = (str(folder.path / file) for file in tokenizer_files.FILES)
+                sentencepiece_folder.parsed(pathlib.Path(model).read_bytes())
+                tokenizer = HuggingFaceTokenizer(json, folder, SentencePieceTokenizer(model))
+            elif of_folder:
                 tokenizer = HuggingFaceTokenizer(name, folder)
             else:
                 sentencepiece_folder.parsed(pathlib.Path(name).read_bytes())
@@ -269,46 +358,3 @@ def load(name: str) -> Tokenizer:
         fix = "name them in tokenizer_config.json beside it" if of_folder else "train it with both"
         raise ValueError(f"data.tokenizer={name!r} has no begin or end token; {fix}")
     return tokenizer
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, output: pathlib.Path) -> None:
-    """Trains a SentencePiece BPE model for which decode(encode(text)) == text, for every text.
-
-    Raises: ValueError if the texts do not allow `vocab_size` pieces.
-    """
-    if vocab_size < 261:
-        raise ValueError(f"vocab_size={vocab_size} is less than 261: bytes, special ones, a space")
-    # Pieces never span lines, and line ends are pieces of their own. This is a list because the
-    # trainer hides exceptions raised by an iterator.
-    lines = [
-        line[start : start + LINE_CHARACTERS]
-        for text in texts
-        for line in text.splitlines()
-        for start in range(0, len(line), LINE_CHARACTERS)
-    ]
-    try:
-        with files.whole_file(output) as unfinished, open(unfinished, "wb") as model:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
-                model_writer=model,
-                model_type="bpe",
-                vocab_size=vocab_size,
-                pad_id=0,
-                bos_id=1,
-                eos_id=2,
-                unk_id=3,
-                byte_fallback=True,
-                character_coverage=0.9995,
-                split_digits=True,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                max_sentence_length=4 * LINE_CHARACTERS,  # bytes; longer lines would be skipped
-                minloglevel=2,
-            )
-    except RuntimeError as error:
-        # The trainer's message begins with its source line and ends with advice on its own option.
-        reason = str(error).splitlines()[-1].rpartition("] ")[2].partition(" or decrease ")[0]
-        problem = f"cannot be trained on this text: {reason or 'it has no usable lines'}"
-        raise ValueError(f"vocab_size={vocab_size} {problem}") from None

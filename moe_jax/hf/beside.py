@@ -7,14 +7,13 @@ import shutil
 from moe_jax.data import sentencepiece_folder, tokenizer_files
 from moe_jax.hf import safetensors
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-VOCABULARIES = (*TOKENIZERS, "vocab.json", "vocab.txt", "merges.txt")
+VOCABULARIES = (*tokenizer_files.FILES, "vocab.json", "vocab.txt", "merges.txt")
 SETTINGS = """tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
     chat_template.json generation_config.json""".split()
 TEMPLATES = "additional_chat_templates"
 
 
-def tokenizer_in(folder: pathlib.Path, used: str = TOKENIZERS[0]) -> pathlib.Path | None:
+def tokenizer_in(folder: pathlib.Path, used: str = tokenizer_files.FILES[0]) -> pathlib.Path | None:
     """The tokenizer of a folder, or None; if it has two, the one named `used`.
 
     If both are there, Transformers uses tokenizer.json and not tokenizer.model.
@@ -24,7 +23,7 @@ def tokenizer_in(folder: pathlib.Path, used: str = TOKENIZERS[0]) -> pathlib.Pat
     found = [name for name in (*VOCABULARIES, *SETTINGS) if (folder / name).exists()]
     for name in found:
         safetensors.resolve_inside(folder, name)
-    return next((folder / name for name in (used, *TOKENIZERS) if name in found), None)
+    return next((folder / name for name in (used, *tokenizer_files.FILES) if name in found), None)
 
 
 def copy(source: pathlib.Path, target: pathlib.Path, tokenizer: pathlib.Path | None = None) -> None:
@@ -48,7 +47,7 @@ def copy(source: pathlib.Path, target: pathlib.Path, tokenizer: pathlib.Path | N
 
 
 def usual_name(tokenizer: pathlib.Path) -> str:
-    return TOKENIZERS[tokenizer.suffix != ".json"]
+    return tokenizer_files.FILES[tokenizer.suffix != ".json"]
 
 
 def copy_config(source: pathlib.Path, target: pathlib.Path) -> None:

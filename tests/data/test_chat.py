@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_jax.data import chat, chat_template, tokenizers
+from moe_jax.data import chat, chat_template, tokenizer_training, tokenizers
 from moe_jax.data.chat_template import ChatTemplate
 
 TEMPLATES = pathlib.Path(__file__).parent / "chat_templates"
@@ -216,7 +216,8 @@ def test_the_token_that_ends_a_turn_is_found(name):
 def test_tokens_have_the_places_of_their_text(tmp_path):
     """Begin and end are one token each; every other token stands where its text is."""
     text = "<s>Größe: 3 µm, 你好 🎉</s><s>and"
-    tokenizers.train_bpe([text * 20], 290, tmp_path / "small.model")
+    piece_model = tokenizer_training.sentencepiece_model([text * 20], "bpe", 290)
+    (tmp_path / "small.model").write_bytes(piece_model)
     for tokenizer in (tokenizers.load("bytes"), tokenizers.load(str(tmp_path / "small.model"))):
         ids_N, offsets_N2 = tokenizer.with_offsets(text)
         assert [text[a:b] for a, b in offsets_N2[ids_N == tokenizer.bos_id]] == ["<s>"] * 2

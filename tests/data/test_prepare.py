@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from moe_jax.data import prepare, tokenizers
+from moe_jax.data import prepare, tokenizer_training, tokenizers
 from moe_jax.data.cache import cache_folder
 
 BYTES = tokenizers.ByteTokenizer()
@@ -46,7 +46,8 @@ def test_a_second_opening_tokenizes_nothing_wherever_the_text_lies(tmp_path, mon
 
 def test_another_text_tokenizer_split_or_fraction_is_kept_elsewhere(tmp_path):
     bpe = tmp_path / "bpe.model"
-    tokenizers.train_bpe([r["text"] for r in RECORDS], 290, bpe)
+    texts = [record["text"] for record in RECORDS]
+    bpe.write_bytes(tokenizer_training.sentencepiece_model(texts, "bpe", 290))
     source = write(tmp_path / "a.jsonl")
     edited = write(tmp_path / "edited" / "a.jsonl", [{**RECORDS[0], "text": "!"}, *RECORDS[1:]])
     corpora = [

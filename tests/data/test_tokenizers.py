@@ -1,10 +1,7 @@
-"""Exactness of both tokenizers, what training and loading refuse, and the command line."""
+"""Exactness of bytes and SentencePiece, what loading refuses, and the files of a folder."""
 
 import json
-import pathlib
-import runpy
 import shutil
-import sys
 
 import hypothesis
 import numpy as np
@@ -14,8 +11,8 @@ import tokenizers as hf_tokenizers
 from hypothesis import strategies as st
 
 from moe_jax.data import tokenizers
+from moe_jax.data.tokenizer_training import sentencepiece_model as model
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "train_tokenizer.py"
 LINES = [
     "The house is small, the garden is not so small.\n",
     "Das Haus ist klein, der Garten ist nicht so klein.\n",
@@ -54,8 +51,7 @@ def awkward_examples(test):
 @pytest.fixture(scope="module")
 def bpe_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("bpe") / "small.model"
-    tokenizers.train_bpe(["".join(LINES)] * 3, VOCAB_SIZE, path)
-    assert [p.name for p in path.parent.iterdir()] == ["small.model"]
+    path.write_bytes(model(["".join(LINES)] * 3, "bpe", VOCAB_SIZE))
     return path
 
 
@@ -93,6 +89,19 @@ def test_bytes_cut_within_a_character_decode_to_a_replacement_and_not_to_an_erro
     assert tokenizer.decode(tokenizer.encode("aж")[:-1]) == "a\ufffd"
 
 
+def test_a_batch_gives_the_ids_of_its_texts_one_by_one(bpe, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    made = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE({"a": 0, "<s>": 1, "</s>": 2}, []))
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(path))
+    texts = [*LINES, *AWKWARD] * 3
+    for tokenizer in (tokenizers.load("bytes"), bpe, tokenizers.load(str(path))):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            np.testing.assert_array_equal(ids, tokenizer.encode(text))
+            assert ids.dtype == np.int32
+        assert tokenizer.encode_batch([]) == []
+
+
 def test_special_ids_are_fixed_and_the_vocabulary_has_the_size_asked_for(bpe):
     for tokenizer in (bpe, tokenizers.load("bytes")):
         assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
@@ -107,48 +116,12 @@ def test_bpe_learns_words_but_keeps_digits_and_line_ends_apart(bpe):
     assert bpe.encode(".\n.").tolist() == [*dot, *end, *dot]
 
 
-def test_lines_longer_than_the_trainer_takes_are_trained_on_all_the_same(tmp_path):
-    text = "0 " * 5000 + "Das Haus ist klein. " * 2000
-    tokenizers.train_bpe([text], 280, tmp_path / "long.model")
-    assert len(tokenizers.load(str(tmp_path / "long.model")).encode("Haus")) < 4
-
-
 def test_a_fingerprint_is_of_the_model_not_of_its_place(bpe, bpe_path, tmp_path):
     moved = shutil.copy(bpe_path, tmp_path / "moved.model")
-    tokenizers.train_bpe(LINES * 3, VOCAB_SIZE - 1, tmp_path / "other.model")
+    (tmp_path / "other.model").write_bytes(model(LINES * 3, "bpe", VOCAB_SIZE - 1))
     assert tokenizers.load(str(moved)).fingerprint == bpe.fingerprint
     other = tokenizers.load(str(tmp_path / "other.model"))
     assert len({bpe.fingerprint, other.fingerprint, tokenizers.load("bytes").fingerprint}) == 3
-
-
-@pytest.mark.parametrize(
-    ("texts", "vocab_size", "message"),
-    [
-        (LINES, 5000, r"vocab_size=5000 .* too high .* value <= \d+"),
-        (LINES, 270, r"vocab_size=270 .* 270 vs \d+\. Increase vocab_size$"),
-        (LINES, 260, "vocab_size=260 is less than 261"),
-        (LINES, -1, "vocab_size=-1 is less than 261"),
-        ([], 300, "no usable lines"),
-        (["\n\n"], 300, "no usable lines"),
-    ],
-)
-def test_a_vocabulary_the_text_does_not_allow_is_refused_and_leaves_no_file(
-    texts, vocab_size, message, tmp_path
-):
-    (tmp_path / "good.model").write_text("of an earlier training")
-    with pytest.raises(ValueError, match=message) as error:
-        tokenizers.train_bpe(texts, vocab_size, tmp_path / "good.model")
-    assert "\n" not in str(error.value)
-    assert [p.read_text() for p in tmp_path.iterdir()] == ["of an earlier training"]
-
-
-def test_a_mistake_in_the_text_is_reported_as_it_is(tmp_path):
-    def texts():
-        yield LINES[0]
-        raise ValueError("a.jsonl:2 is bad")
-
-    with pytest.raises(ValueError, match=r"^a\.jsonl:2 is bad$"):
-        tokenizers.train_bpe(texts(), 300, tmp_path / "a.model")
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
@@ -163,8 +136,8 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
             minloglevel=2,
         )
     for name, message in {
-        "missing.model": "is not a file; use 'bytes', a model made by",
-        ".": "is not a file",
+        "missing.model": "is not a file; use 'bytes', a folder made by",
+        ".": "is a folder without tokenizer.json or tokenizer.model",
         "empty.model": "is not a SentencePiece model",
         "junk.model": "is not a SentencePiece model",
         "endless.model": "has no begin or end token",
@@ -172,68 +145,6 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             tokenizers.load(str(tmp_path / name))
         assert name in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Runs the script in an empty folder: (exit status, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-        status = 0
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-def test_the_command_trains_without_held_out_text_and_measures_on_it(command, monkeypatch):
-    folder = pathlib.Path("text")
-    folder.mkdir()
-    for i in range(100):
-        (folder / f"{i}.txt").write_text("".join(LINES))
-    trained_on = []
-
-    def train_bpe(texts, *arguments, train=tokenizers.train_bpe):
-        trained_on.extend(texts)
-        train(trained_on, *arguments)
-
-    monkeypatch.setattr(tokenizers, "train_bpe", train_bpe)
-    status, output, errors = command("--source=text", "--vocab_size=420", "--output=my own.model")
-    assert (status, errors) == (0, "")
-    assert 90 < len(trained_on) < 100  # 2 of 100 are held out on average
-    tokenizer = tokenizers.load("my own.model")
-    text = "".join(LINES)
-    bytes_per_token = len(text.encode()) / (len(tokenizer.encode(text)) + 1)
-    assert output == (
-        f"my own.model: 420 pieces, {bytes_per_token:.2f} bytes/token of held-out text; "
-        "use --config.data.tokenizer='my own.model' --config.model.vocab_size=420\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--output=no/a.model"], "--output=no/a.model: no folder no"),
-        (["--output=."], "--output=. is a folder"),
-        (["--output=a.model", "--source=missing"], "data.source='missing' matches no file"),
-        (["--output=a.model", "--source=bad.jsonl"], "data.source: bad.jsonl:1 is not a JSON obj"),
-        (["--output=a.model", "--source=a.txt"], "vocab_size=4096 cannot be trained on this text"),
-        (["--output=a.model", "--source=a.txt", "--vocab_size=9"], "vocab_size=9 is less than 261"),
-    ],
-)
-def test_the_command_says_in_one_line_what_is_wrong(command, arguments, message):
-    pathlib.Path("a.txt").write_text("".join(LINES))
-    pathlib.Path("bad.jsonl").write_text("text\n")
-    status, output, errors = command(*arguments)
-    assert (status, output) == (2, "")
-    assert errors.startswith(f"train_tokenizer.py: {message}") and errors.count("\n") == 1
-    assert not pathlib.Path("a.model").exists()
 
 
 def test_ids_beyond_the_pieces_have_no_text(bpe):

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax import hf, model
 from moe_jax.commands import generate as generate_command
-from moe_jax.data import tokenizers
+from moe_jax.data import tokenizer_training, tokenizers
 from moe_jax.data.chat_template import ChatTemplate
 from moe_jax.evaluation import chatting, generate
 from moe_jax.evaluation.sampling import GREEDY, Sampling
@@ -111,7 +111,9 @@ def test_a_setting_out_of_range_is_refused(value):
 def test_the_command_answers_a_file_of_conversations(tmp_path, capsys, monkeypatch):
     config = dataclasses.replace(CONFIG, vocab_size=270)
     hf.save(tmp_path / "moe", config, model.init(config, jax.random.key(1)))
-    tokenizers.train_bpe([str(i) for i in range(99)], 270, tmp_path / "moe" / "tokenizer.model")
+    words = [str(i) for i in range(99)]
+    piece_model = tokenizer_training.sentencepiece_model(words, "bpe", 270)
+    (tmp_path / "moe" / "tokenizer.model").write_bytes(piece_model)
     options = ["--chat", f"--checkpoint={tmp_path / 'moe'}", "--num_tokens=4"]
 
     def run(*more):

@@ -14,7 +14,14 @@ import pytest
 from moe_jax import config as configs
 from moe_jax import model, strict_json
 from moe_jax.config import environment
-from moe_jax.data import batches, corpus, prepare, tokenizer_files, tokenizers
+from moe_jax.data import (
+    batches,
+    corpus,
+    prepare,
+    tokenizer_files,
+    tokenizer_training,
+    tokenizers,
+)
 from moe_jax.hf import configs as hf_configs
 from moe_jax.hf import safetensors
 from moe_jax.training import bounds, metrics, saving
@@ -116,7 +123,8 @@ def a_tokenizer(folder):
 
 def a_model(folder, beside=False):
     folder.mkdir()
-    tokenizers.train_bpe(["to be or not to be\n"] * 9, 280, folder / "tokenizer.model")
+    trained = tokenizer_training.sentencepiece_model(["to be or not to be\n"] * 9, "bpe", 280)
+    (folder / "tokenizer.model").write_bytes(trained)
     if beside:
         (folder / "tokenizer_config.json").write_text('{"add_bos_token": true}')
 

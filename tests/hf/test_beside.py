@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers as library
 
 from moe_jax import cards, hf, model, stores, train, tree
 from moe_jax import config as configs
 from moe_jax.commands import convert, generate, upcycle
-from moe_jax.data import tokenizers
+from moe_jax.data import tokenizer_training, tokenizers
 from moe_jax.hf import beside
 from moe_jax.parallel import mesh
 from tests.data import tokenizer_folders
@@ -169,11 +170,15 @@ def test_an_upcycled_model_keeps_the_files_beside_its_parent(folder, to, tmp_pat
     assert contents(path) == contents(folder)
 
 
+def trained():
+    return tokenizer_training.sentencepiece_model(["to be or not to be\n"] * 9, "bpe", 280)
+
+
 def test_a_tokenizer_that_a_run_trained_encodes_prompts_alike_in_a_folder(tmp_path):
     own = tmp_path / "files" / "own.model"
     own.parent.mkdir()
     (own.parent / "tokenizer.json").write_text("{}")  # another's
-    tokenizers.train_bpe(["to be or not to be\n"] * 9, 280, own)
+    own.write_bytes(trained())
     before = tokenizers.load(str(own))
     config, params = following([4, 5], 280)
     stores.save(tmp_path / "run", config, params, tokenizer=str(own))
@@ -189,7 +194,7 @@ def test_a_tokenizer_that_a_run_trained_encodes_prompts_alike_in_a_folder(tmp_pa
 @pytest.mark.parametrize("used", ["tokenizer.json", "tokenizer.model"])
 def test_a_run_keeps_both_files_of_a_tokenizer_and_goes_on_with_the_one_it_used(used, tmp_path):
     source = tokenizer_folders.build(tmp_path / "files", DRAWN | {"files": {}}).parent
-    tokenizers.train_bpe(["to be or not to be\n"] * 9, 280, source / "tokenizer.model")
+    (source / "tokenizer.model").write_bytes(trained())
     expected = contents(source)
     config, params = following([4, 5], 300)
     how = {"tokenizer": str(source / used), "source": source}
@@ -199,6 +204,23 @@ def test_a_run_keeps_both_files_of_a_tokenizer_and_goes_on_with_the_one_it_used(
     assert own.fingerprint == tokenizers.load(str(source / used)).fingerprint
     # No file is added that would change how the tokenizer.json is read.
     assert contents(converted(tmp_path / "run", tmp_path / "folder", "hf")) == expected
+
+
+def test_a_run_keeps_a_trained_folder_whole_and_exports_it(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    texts = ["to be or not to be\n"] * 9
+    tokenizer_training.train(texts, own, kind="bpe", vocab_size=280)
+    config, params = following([4, 5], 280)
+    stores.save(tmp_path / "run", config, params, tokenizer=str(own / "tokenizer.json"))
+    path = converted(tmp_path / "run", tmp_path / "folder", "hf")
+    for folder in (tmp_path / "run", path):
+        kept = tokenizers.load(configs.tokenizer_of(folder))
+        assert kept.fingerprint == tokenizers.load(str(own)).fingerprint and kept._twin
+    expected = {file.name: file.read_bytes() for file in own.iterdir()}
+    assert {name: (path / name).read_bytes() for name in expected} == expected
+    theirs = library.Tokenizer.from_file(str(path / "tokenizer.json"))
+    assert theirs.encode("to be").ids == kept.prompt("to be").tolist()
 
 
 def test_a_run_whose_tokenizer_is_gone_says_so(tmp_path, capsys):
