@@ -117,6 +117,16 @@ def of_experts_by_layer(records: list[Record]) -> str:
     return f"Means of the layers: {_listed(pairs)}."
 
 
+def of_parent_similarity(records: list[Record]) -> str:
+    pairs = []
+    for group in groups(records):
+        tokens, values = group.curve("layers", "parent_similarity")
+        if len(tokens):
+            words = f"{values[:, 0].mean():.3f} at the start, {values[:, -1].mean():.3f} at the end"
+            pairs.append((group.name, words))
+    return f"Cosine similarity to the parent's weights: {_listed(pairs)}."
+
+
 def of_training_flops(records: list[Record]) -> str:
     pairs = [
         (
