@@ -117,7 +117,7 @@ def test_saturation_is_one_against_itself_and_less_against_another(root, monkeyp
     for name in ("model", "later"):
         arguments = f"--routing={root / 'model_routing'}", f"--compare={root / name}_routing"
         report = json.loads(run(monkeypatch, capsys, *arguments, *QUICK))
-        (rows[name],) = report["saturation"].values()
+        (rows[name],) = report["compared"].values()
     assert (rows["model"]["top_1"], rows["model"]["top_k"]) == (1, 1)
     later = rows["later"]
     assert later["top_k"] < 1 and 1 / 3 < later["top_k_chance"] < 0.5  # 1/3 if the loads are even
