@@ -256,17 +256,19 @@ def _rows(
         if (number := getattr(arguments, name)) is not None and number < 1:
             raise ValueError(f"--{name}={number} must be at least 1")
     text = arguments.text or EMBEDDED
-    sources.check(text)
+    with command_line.naming("--text", "data.source"):
+        sources.check(text)
     longest = config.max_position_embeddings
     if not folders.is_folder(folder):
         longest = configs.load_json(folder).data.sequence_length
     length = arguments.sequence_length or min(longest, LONGEST_ROW)
     config.check_rows(length, "lower --sequence_length")
-    corpus = prepare.open_corpus(
-        *(text, VALIDATION, tokenizer),
-        validation_fraction=1.0,  # all documents of a source without splits
-        cache=cache_folder(""),
-    )
+    with command_line.naming("--text", "data.source"):
+        corpus = prepare.open_corpus(
+            *(text, VALIDATION, tokenizer),
+            validation_fraction=1.0,  # all documents of a source without splits
+            cache=cache_folder(""),
+        )
     part = sample.balanced(corpus, arguments.max_tokens, seed=arguments.seed)
     per_chunk = max(1, recording.CHUNK_TOKENS // length)
     rows = batches.evaluation_batches(part, sequence_length=length, batch_size=per_chunk)

@@ -1,6 +1,7 @@
 """The tasks that published mixtures were evaluated on, as far as lm-evaluation-harness has them."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,15 @@ TASK_LISTS = {
         ),
     ),
 }
+
+
+def check_harness(what: str) -> None:
+    """Raises: ValueError if `what`, such as an option, needs the harness, which is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            f"{what} needs lm-evaluation-harness, an optional extra of this project: "
+            "pip install 'moe_jax[evaluation]'"
+        )
 
 
 def expand(names: Sequence[str]) -> tuple[list[Task], list[str]]:

@@ -45,7 +45,9 @@ def _figures(
     if facts.num_experts_per_tok > 1:
         matrices = [routing.coactivation(np.asarray(counts[i].pairs_EE)) for i in shown]
         orders = [routing.most_coactive(matrix, COACTIVE) for matrix in matrices]
-        yield "coactivation", routing_figures.coactivation(matrices, orders, chosen)
+        chance = (facts.num_experts_per_tok - 1) / (facts.num_experts - 1)
+        heatmaps = routing_figures.coactivation(matrices, orders, chosen, chance=chance)
+        yield "coactivation", heatmaps
     by_kind = {
         kind: [layer.vocabulary[kind] for layer in layers.values()]
         for kind in routing_summary.VOCABULARIES

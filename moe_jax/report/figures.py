@@ -64,7 +64,7 @@ def _loss_in_panels(arms: list[Group], levels: list[tuple], layout: Layout) -> F
             if name != arm.name and len(tokens):
                 axes.plot(tokens / 1e6, values.mean(axis=0), **OTHERS)
         tokens, values = curves[arm.name]
-        _band(axes, tokens / 1e6, values, arm, marker=None, color="#0072B2", linestyle="-")
+        _band(axes, tokens / 1e6, values, arm, marker=None, **style.FILLS[0], linestyle="-")
         for _, _, bits in levels:
             axes.axhline(bits, **LEVEL)
         axes.set_title(style.short(arm.name), fontsize=style.SMALLEST_TEXT)

@@ -67,7 +67,7 @@ def test_losses_and_counts_are_those_of_a_plain_loop(folders, monkeypatch, capsy
 
 def test_several_rows_have_an_interval_around_their_loss(folders, monkeypatch, capsys):
     root, _ = folders
-    options = f"--source={root / 'text.jsonl'}", "--sequence_length=8", "--json"
+    options = f"--source={root / 'text.jsonl'}", "--sequence_length=2", "--json"
     found = json.loads(run(monkeypatch, capsys, f"--checkpoint={root / 'model'}", *options))
     for name in ("loss", "bits_per_byte"):
         low, high = found[f"{name}_interval"]
@@ -80,8 +80,8 @@ def test_several_rows_have_an_interval_around_their_loss(folders, monkeypatch, c
         ("--max_batches=-1", "--max_batches=-1 must be at least 0"),
         ("--batch_size=0", "--batch_size=0 must be at least 1"),
         ("--num_experts_per_tok=3", "num_experts_per_tok=3 is more than num_experts=2"),
-        ("--source=nowhere.txt", "matches no file"),
-        ("--tokenizer=words", "is not a file"),
+        ("--source=nowhere.txt", "evaluate.py: --source='nowhere.txt' matches no file"),
+        ("--tokenizer=words", "evaluate.py: --tokenizer='words' is not a file"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_weights_are_read(

@@ -121,7 +121,7 @@ def test_empty_texts_have_null_for_what_is_undefined(tmp_path, monkeypatch, caps
     [
         (["--metrics=self_blue"], "did you mean 'self_bleu'"),
         (["--metrics=novelty_5"], "needs --training_text"),
-        (["--training_text=nowhere.txt"], "matches no file"),
+        (["--training_text=nowhere.txt"], "--training_text='nowhere.txt' matches no file"),
         (["--second=nowhere"], "neither a Hugging Face folder nor a run"),
         (["--judge_scale=10,1"], "two rising numbers"),
         (["--judge_template=nowhere.txt"], "nowhere.txt"),
