@@ -6,17 +6,17 @@ import json
 import shutil
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import model, stores
+from moe_jax import stores
 from moe_jax.analysis import decisions, recording, routing, routing_comparison, routing_counts
 from moe_jax.commands import analyze
 from moe_jax.parallel import mesh as meshes
 from moe_jax.report import analysis_text
 from moe_jax.training import checkpoint
+from tests import drawn
 from tests.analysis import test_decisions
 from tests.evaluation.test_evaluate import CONFIG
 from tests.hf.test_golden import GOLDEN
@@ -39,10 +39,7 @@ def root(tmp_path_factory):
     """A model, a text in five languages, and its recorded routing."""
     root = tmp_path_factory.mktemp("analyze")
     for name, seed in (("model", 0), ("later", 1)):
-        params = jax.jit(
-            lambda seed: jax.tree.map(lambda x: 5 * x, model.init(SIX, jax.random.key(seed)))
-        )(seed)
-        stores.save(root / name, SIX, params)
+        stores.save(root / name, SIX, drawn.parameters(SIX, seed))
     lines = [json.dumps({"text": text, "language": label}) for label, text in TEXTS.items()]
     (root / "text.jsonl").write_text("\n".join(lines))
     for name in ("model", "later"):

@@ -7,10 +7,11 @@ import jax
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import model, stores, train
+from moe_jax import stores, train
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import evaluators
 from moe_jax.training import metrics
+from tests import drawn
 from tests.evaluation.test_evaluate import run
 
 ITEM = {"context": "one, two,", "choices": [" three", " eight!"], "answer": 0, "label": "en"}
@@ -52,7 +53,7 @@ def test_the_evaluator_reports_what_the_command_reports(config, tmp_path, monkey
     context = evaluators.Context(settings, mesh, None, tokenizer, {})
     scheduled = evaluators.schedule(context)["multiple_choice"]
     assert scheduled.is_due(1) and scheduled.logged_at_end
-    params = jax.jit(lambda: model.init(settings.model, jax.random.key(0)))()
+    params = drawn.parameters(settings.model)
     stores.save(tmp_path / "run", settings.model, params)
     on_mesh = stores.load(stores.find(str(tmp_path / "run")), mesh)[1]
     found = scheduled.evaluate(on_mesh)
@@ -99,7 +100,7 @@ def test_items_that_cannot_be_read_are_refused_before_the_run(changes, complaint
 def upcycled(config, tmp_path):
     """The config of a mixture made from a dense model, and the parent's parameters."""
     dense = configs.resolve(config).model
-    params = jax.jit(lambda: model.init(dense, jax.random.key(0)))()
+    params = drawn.parameters(dense)
     stores.save(tmp_path / "dense", dense, params)
     config.init.source = str(tmp_path / "dense")
     config.init.upcycle.recipe, config.data.tokenizer = "naive", "bytes"
@@ -122,7 +123,7 @@ def test_copies_of_the_parent_are_like_it_until_it_is_gone(upcycled, tmp_path, c
     row = evaluators.EVALUATORS["parent_similarity"]
     assert row.every(settings.evaluation) == 1
     evaluate = row.make(context)
-    mixture = jax.jit(lambda: model.init(settings.model, jax.random.key(1)))()
+    mixture = drawn.parameters(settings.model, 1)
     layer = mixture["blocks"]["0"]["moe"]["experts"]
     for name in layer:
         w_LXY = params["blocks"]["0"]["mlp"][name]

@@ -2,13 +2,13 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
-from moe_jax import model, stores
+from moe_jax import stores
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import answers, items, multiple_choice, scoring, short_answers
+from tests import drawn
 from tests.evaluation.test_evaluate import CONFIG, run
 from tests.hf.test_golden import GOLDEN
 
@@ -120,9 +120,8 @@ def test_the_nearest_right_answer_counts():
 def folders(tmp_path_factory):
     """Two models, and items of both kinds."""
     root = tmp_path_factory.mktemp("items")
-    init = jax.jit(lambda key: jax.tree.map(lambda x: 5 * x, model.init(CONFIG, key)))
     for name, seed in (("model", 0), ("other", 1)):
-        stores.save(root / name, CONFIG, init(jax.random.key(seed)))
+        stores.save(root / name, CONFIG, drawn.parameters(CONFIG, seed))
     draw = np.random.default_rng(0).integers
     choices = [
         {
