@@ -123,7 +123,7 @@ def test_saturation_is_one_against_itself_and_less_against_another(root, monkeyp
         (rows[name],) = report["compared"].values()
     assert (rows["model"]["top_1"], rows["model"]["top_k"]) == (1, 1)
     later = rows["later"]
-    assert later["top_k"] < 1 and 1 / 3 < later["top_k_chance"] < 0.5  # 1/3 if the loads are even
+    assert later["top_k"] < 1 and 0.2 < later["top_k_chance"] < 0.5  # 1/3 if the loads are even
 
 
 def test_tables_and_files(root, monkeypatch, capsys, tmp_path):
