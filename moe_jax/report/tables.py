@@ -151,7 +151,8 @@ def crossings(every: Sequence[Group]) -> str:
     """When each group passes the controls, which are dense runs that go on and sparse runs from
     scratch; "" without a control that another group can be compared with."""
     controls = [g for g in every if is_control(g) or (g.first.is_sparse and not g.first.sources)]
-    rows, done, is_bare = [], set(), False
+    rows: list[dict[str, Cell]] = []
+    done, is_bare = set(), False
     for control in controls:
         for group in every:
             is_arm = group.first.is_sparse or is_control(group)
