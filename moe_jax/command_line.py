@@ -102,6 +102,19 @@ class Parser(argparse.ArgumentParser):
             )
 
 
+@contextlib.contextmanager
+def naming(option: str, key: str) -> Iterator[None]:
+    """Errors of the block about the value of a config key, "data.source='x' …", name the command's
+    option that gave the value instead, "--text='x' …"."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error).removeprefix("config.")
+        if not text.startswith(key):
+            raise
+        raise type(error)(option + text.removeprefix(key)) from error
+
+
 def _is_of_backend(error: BaseException) -> bool:
     """True for an error raised when JAX looks for devices; some are bare assertions."""
     frames = traceback.extract_tb(error.__traceback__)

@@ -79,6 +79,20 @@ def parameters(settings: configs.Run, mesh: jax.sharding.Mesh, plan: plans.Plan 
     return params
 
 
+def dense_parent(
+    settings: configs.Run, mesh: jax.sharding.Mesh, named: Sequence[str]
+) -> tuple[dict, model.ModelConfig]:
+    """The parameters and the config of a run's first parent, as they are stored now.
+
+    Args: named: the parents' names in the run's `lineage`, with the step that it started from.
+
+    Raises: ValueError or OSError if the parent is gone or damaged.
+    """
+    allow = settings.init.allow_nonfinite
+    config, params = stores.load(configs.source_of(named[0]), mesh, allow_nonfinite=allow)
+    return params, config
+
+
 def keep_from_parents(settings: configs.Run, workdir: pathlib.Path) -> None:
     """Copies the tokenizer and the parents' cards into a run's workdir, where they are found when
     it is read: the paths in a stored config are not followed."""

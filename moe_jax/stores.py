@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import command_line, files, hf, model, spelling, tree
 from moe_jax import config as configs
-from moe_jax import files, hf, model, spelling, tree
 from moe_jax.analysis import recording
 from moe_jax.config import resolved
 from moe_jax.data import tokenizer_files, tokenizers
@@ -160,11 +160,12 @@ def tokenizer_for(
     folder: pathlib.Path, config: model.ModelConfig, name: str | None = None
 ) -> tokenizers.Tokenizer:
     """The model's own tokenizer, or the one named; ValueError if the model has fewer ids."""
-    tokenizer = tokenizers.load(name or configs.tokenizer_of(folder))
+    with command_line.naming("--tokenizer", "data.tokenizer"):
+        tokenizer = tokenizers.load(name or configs.tokenizer_of(folder))
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; "
-            "give the tokenizer that it was trained with"
+            "give the tokenizer that it was trained with, by --tokenizer or config.data.tokenizer"
         )
     return tokenizer
 
@@ -197,14 +198,8 @@ def subject(
 
     Raises: ValueError, in one line, for options that do not fit the model, and as `load` does.
     """
-    found = find(name)
-    config = with_experts_per_token(configs.model_of(found.folder), num_experts_per_tok)
-    generate.independent(config)  # refuses a model that cannot score a continuation
-    limit = config.max_position_embeddings if limit is None else limit
-    if batch_size < 1 or limit < 1:
-        raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1")
-    config.check_rows(limit)
-    own = tokenizer_for(found.folder, config, tokenizer)
+    how: dict[str, Any] = {"tokenizer": tokenizer, "num_experts_per_tok": num_experts_per_tok}
+    found, config, own, limit = readable(name, batch_size=batch_size, limit=limit, **how)
     mesh = evaluation_mesh(config)
     shards = sharding.batch_shards(mesh.shape)
     return Subject(
@@ -217,6 +212,26 @@ def subject(
         batch_size=-(-batch_size // shards) * shards,
         limit=limit,
     )
+
+
+def readable(
+    name: str,
+    *,
+    tokenizer: str | None,
+    batch_size: int,
+    limit: int | None,
+    num_experts_per_tok: int | None,
+) -> tuple[configs.Source, model.ModelConfig, tokenizers.Tokenizer, int]:
+    """The facts of a model to evaluate, without its weights: its source, config, tokenizer and the
+    largest number of tokens to read at once. The arguments and errors are those of `subject`."""
+    found = find(name)
+    config = with_experts_per_token(configs.model_of(found.folder), num_experts_per_tok)
+    generate.independent(config)  # refuses a model that cannot score a continuation
+    limit = config.max_position_embeddings if limit is None else limit
+    if batch_size < 1 or limit < 1:
+        raise ValueError(f"batch_size={batch_size} and limit={limit} must be at least 1")
+    config.check_rows(limit)
+    return found, config, tokenizer_for(found.folder, config, tokenizer), limit
 
 
 def end_ids(workdir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:

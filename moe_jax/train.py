@@ -173,7 +173,8 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
     # loop -----------------------------------------------------------------------------------
     routers = _routers_at_start(workdir, start, state.params, settings.model)
-    context = evaluators.Context(settings, mesh, held_out, tokenizer, routers)
+    parent = functools.partial(init.dense_parent, settings, mesh, kept["lineage"]["parents"])
+    context = evaluators.Context(settings, mesh, held_out, tokenizer, routers, parent)
     saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"], owned)
     kept |= {"text": digests, "versions": environment.versions()}
     kept["resumed_from"] = settings.checkpoint.resume_from

@@ -124,6 +124,17 @@ class Decisions:
             arrays = (np.ascontiguousarray(own[name]) for name in CHOICES)
             yield Tokens(*(np.ascontiguousarray(ids[name]) for name in IDS)), Choices(*arrays)
 
+    def stretches(self) -> np.ndarray:
+        """[N]: the number of each token's stretch, which is the text of one document in one row.
+
+        The tokens of a stretch are not independent, so it is the unit of intervals and tests. Two
+        stretches count as one where the next token of the first happens to begin the second.
+        """
+        tokens = self.tokens()
+        goes_on = tokens.target_N[:-1] == tokens.input_N[1:]
+        goes_on &= tokens.label_N[:-1] == tokens.label_N[1:]
+        return np.concatenate([[0], np.cumsum(~goes_on)])
+
     def check_same(self, **expected: object) -> None:
         """Raises: ValueError if these fields of `Facts` have other values here."""
         for name, value in expected.items():

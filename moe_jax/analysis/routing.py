@@ -13,6 +13,8 @@ from moe_jax.analysis import measures, routing_counts
 from moe_jax.analysis.routing_counts import Counts
 
 CHANCE_DRAWS = 20
+FEWEST_UNITS = 20  # for an interval
+STANDARD_ERRORS = 1.959964  # on either side, for 95 %
 RARE = 0.01  # an expert with a smaller share of a layer's assignments is hardly used
 
 
@@ -190,6 +192,21 @@ def vocabulary(count_VE: np.ndarray, *, frequent: int = 10, seed: int = 0) -> Vo
         share_I=share_V[id_I],
         occurrences_I=total_V[id_I],
     )
+
+
+def interval(sum_U: np.ndarray, size_U: np.ndarray) -> tuple[float, float] | None:
+    """95 % of sum/size, a mean over tokens that are independent only between units.
+
+    The ratio estimator's normal interval (Cochran, "Sampling techniques", 1977, equation 6.13);
+    None for fewer than 20 units.
+    """
+    sum_U, size_U = np.asarray(sum_U, np.float64), np.asarray(size_U, np.float64)
+    if (U := len(size_U)) < FEWEST_UNITS:
+        return None
+    mean = sum_U.sum() / size_U.sum()
+    squares = ((sum_U - mean * size_U) ** 2).sum() * U / (U - 1)
+    half = STANDARD_ERRORS * float(np.sqrt(squares)) / size_U.sum()
+    return float(mean - half), float(mean + half)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -146,7 +146,7 @@ def count_joint(expert_NA: jax.Array, other_NA: jax.Array, *, num_experts: int) 
 
 @jax.jit
 def count_shared(expert_NA: jax.Array, final_NA: jax.Array) -> jax.Array:
-    """int32: the experts that a token's two sets have in common, summed over tokens.
+    """int32 [N]: the number of experts that a token's two sets have in common.
 
     Raises: ValueError for sets of unlike sizes.
     """
@@ -156,7 +156,7 @@ def count_shared(expert_NA: jax.Array, final_NA: jax.Array) -> jax.Array:
             "the same tokens with the same number of experts per token"
         )
     shared_NA = jnp.any(expert_NA[:, :, None] == final_NA[:, None, :], axis=2)
-    return jnp.sum(shared_NA, dtype=jnp.int32)
+    return jnp.sum(shared_NA, axis=1, dtype=jnp.int32)
 
 
 def check_tokens(num_tokens: int) -> None:

@@ -8,12 +8,21 @@ from typing import Any
 import numpy as np
 
 from moe_jax import untrusted
-from moe_jax.analysis import decisions, language_families, languages, routing, routing_counts
+from moe_jax.analysis import (
+    committee,
+    decisions,
+    language_families,
+    languages,
+    routing,
+    routing_counts,
+)
 from moe_jax.analysis.routing_counts import Counts
 
 VOCABULARIES = ("input", "target", "predicted")  # whose ids: OLMoE, arXiv 2409.02060, §5.4
 FEWEST_LANGUAGES = 4
 IN_LAYERS = 999  # permutations for each layer alone
+COMMITTEE_DRAWS = 199  # of labels, for each layer: a p-value is at least 0.005
+MOST_LABELS = 64  # of a committee, whose cost grows with their square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,39 +67,6 @@ def _layer(found: decisions.Decisions, layer: int) -> Layer:
     return Layer(counts, vocabulary, found.num_dropped.get(layer, 0))
 
 
-def saturation(found: decisions.Decisions, final: decisions.Decisions) -> dict[int, dict]:
-    """Router saturation against a later checkpoint, by layer (OLMoE, arXiv 2409.02060, §5.1).
-
-    Raises: ValueError if the two are not of the same text, layers and number of experts.
-    """
-    facts = found.facts
-    check_comparable(final, facts)
-    E, N = facts.num_experts, facts.num_tokens
-    sizes = {"top_1": 1, "top_k": facts.num_experts_per_tok}
-    rows: dict[int, dict] = {}
-    for layer in facts.layers:
-        shared = dict.fromkeys(sizes, 0)
-        load_2E = {name: np.zeros((2, E), np.int64) for name in sizes}
-        for pair in zip(found.chunks(layer), final.chunks(layer), strict=True):
-            for name, k in sizes.items():
-                chosen = [own.expert_NA[:, :k] for _, own in pair]
-                shared[name] += int(routing_counts.count_shared(*chosen))
-                load_2E[name] += [np.bincount(one.ravel(), minlength=E + 1)[:E] for one in chosen]
-        rows[layer] = {"n": N}
-        for name, k in sizes.items():
-            ours_E, theirs_E = load_2E[name]
-            rows[layer][name] = shared[name] / (N * k)
-            # Two independent routers with these loads agree so often; k/E if both are even.
-            rows[layer][f"{name}_chance"] = float(ours_E / N @ theirs_E / (N * k))
-    return rows
-
-
-def check_comparable(final: decisions.Decisions, facts: decisions.Facts) -> None:
-    """Raises: ValueError if routing with these facts cannot be compared token by token."""
-    names = ("text_digest", "layers", "num_experts", "num_experts_per_tok")
-    final.check_same(**{name: getattr(facts, name) for name in names})
-
-
 def row_of_layer(layer: Layer, num_tokens: int) -> dict[str, Any]:
     """The measures of one layer; `label_divergence` is the mean over pairs of labels, in bits."""
     counts = layer.counts
@@ -122,10 +98,52 @@ def _mean_of_pairs(divergence_GG: np.ndarray) -> float | None:
     return float(divergence_GG[np.triu_indices(G, 1)].mean()) if G > 1 else None
 
 
+def committees(
+    found: decisions.Decisions, *, permutations: int, seed: int = 0
+) -> dict[int, committee.Committee]:
+    """The standing committee of each sparse layer over the labels; {} for a single label.
+
+    A top group has as many experts as a token, and a unit is a stretch of text. Of many labels
+    those with the most tokens count.
+    """
+    facts, tokens, unit_N = found.facts, found.tokens(), found.stretches()
+    label_U = tokens.label_N[np.flatnonzero(np.diff(unit_N, prepend=-1))]
+    tokens_G = np.bincount(tokens.label_N, minlength=len(facts.labels))
+    largest = [g for g in np.argsort(-tokens_G, kind="stable")[:MOST_LABELS] if tokens_G[g]]
+    if len(largest) < 2:
+        return {}
+    kept_U = np.isin(label_U, largest)
+    return {
+        layer: committee.committee(
+            _counts_of_units(found, layer, unit_N)[kept_U],
+            label_U[kept_U],
+            num_labels=len(facts.labels),
+            size=min(facts.num_experts_per_tok, facts.num_experts - 1),
+            draws=min(permutations, COMMITTEE_DRAWS),
+            seed=seed,
+        )
+        for layer in facts.layers
+    }
+
+
+def _counts_of_units(found: decisions.Decisions, layer: int, unit_N: np.ndarray) -> np.ndarray:
+    """int64 [U, E]: the assignments of each unit to each expert."""
+    # One more column for unused slots.
+    count_UE = np.zeros((int(unit_N[-1]) + 1, found.facts.num_experts + 1), np.int64)
+    start = 0
+    for _, chosen in found.chunks(layer):
+        end = start + len(chosen.expert_NA)
+        np.add.at(count_UE, (unit_N[start:end, None], chosen.expert_NA.astype(np.int64)), 1)
+        start = end
+    return count_UE[:, :-1]
+
+
 def rows_of_labels(facts: decisions.Facts, layers: Mapping[int, Layer]) -> dict[str, dict]:
     """For each label with tokens: means over layers of its load and of its distance to others.
 
-    `largest_share` is the largest share that one expert of any layer has of the label.
+    `largest_share` is the largest share that one expert of any layer has of the label's
+    assignments, and `specialisation` the largest part of its tokens that have one expert in their
+    set (OLMoE, arXiv 2409.02060, §5.3), whose base line is k/E.
     """
     tokens_G = np.asarray(next(iter(layers.values())).counts.tokens_G)
     there = np.flatnonzero(tokens_G)
@@ -133,6 +151,8 @@ def rows_of_labels(facts: decisions.Facts, layers: Mapping[int, Layer]) -> dict[
     divergence_GG = np.mean([layer.divergence_GG for layer in layers.values()], axis=0)
     effective_G = routing.effective_experts(count_LGE).mean(axis=0)
     largest_G = routing.share(count_LGE).max(axis=(0, 2))
+    special_LGE = [routing.specialisation(count_GE, tokens_G[there]) for count_GE in count_LGE]
+    special_G = np.max(special_LGE, axis=(0, 2))
     rows = {}
     for i, label in enumerate(facts.labels[g] for g in there):
         others = np.delete(np.arange(len(there)), i)
@@ -142,6 +162,7 @@ def rows_of_labels(facts: decisions.Facts, layers: Mapping[int, Layer]) -> dict[
             "tokens": int(tokens_G[there[i]]),
             "effective_experts": float(effective_G[i]),
             "largest_share": float(largest_G[i]),
+            "specialisation": float(special_G[i]),
             "divergence": float(divergence_GG[i, others].mean()) if others.size else None,
             "nearest": None if nearest is None else facts.labels[there[nearest]],
         }

@@ -78,7 +78,7 @@ def experts(
     Raises: ValueError for any other parent.
     """
     if parent is not None:
-        _check_parent(config, parent[1])
+        check_parent(config, parent[1])
     rows = []
     for layer in layout.sparse_layers(config):
         source = None if parent is None else layout.layer(*parent, layer, "mlp")
@@ -96,12 +96,36 @@ def of_layer(layer: int, ffn_E: dict, parent: dict | None = None) -> Experts:
     row = dataclasses.replace(row, intact=_intact(ffn_E, parent))
     if ffn_E["up"].shape[1:] != parent["up"].shape:
         return row
-    of_parent = {name: _to_parent(w, parent[name]) for name, w in ffn_E.items()}
-    return dataclasses.replace(
-        row,
-        parent_cosine={name: float(cosine) for name, (cosine, _) in of_parent.items()},
-        parent_distance={name: float(distance) for name, (_, distance) in of_parent.items()},
-    )
+    cosine, distance = _compared(ffn_E, parent)
+    return dataclasses.replace(row, parent_cosine=cosine, parent_distance=distance)
+
+
+def to_parent(
+    params: dict, config: ModelConfig, parent: tuple[dict, ModelConfig]
+) -> dict[str, list[float]]:
+    """By sparse layer, the experts' `parent_similarity`, which is their cosine similarity to the
+    dense parent, and `parent_distance`, relative to its norm (He et al., arXiv 2410.07524).
+
+    Both are means over experts and matrices: see `Experts`. `parent` is as in `experts`, with
+    feed-forwards of an expert's width.
+
+    Raises: ValueError for any other parent.
+    """
+    check_parent(config, parent[1], of_width=True)
+    found: dict[str, list[float]] = {"parent_similarity": [], "parent_distance": []}
+    for layer in layout.sparse_layers(config):
+        ffn_E = _matrices(layout.layer(params, config, layer, "moe", "experts"))
+        theirs = _matrices(layout.layer(*parent, layer, "mlp"))
+        for name, values in zip(found, _compared(ffn_E, theirs), strict=True):
+            found[name].append(round(float(np.mean(list(values.values()))), 5))
+    return found
+
+
+def _compared(ffn_E: dict, parent: dict) -> tuple[dict[str, float], dict[str, float]]:
+    """The cosine similarity to the parent and the distance from it, by matrix."""
+    found = {name: _to_parent(w, parent[name]) for name, w in ffn_E.items()}
+    cosine = {name: float(cosine) for name, (cosine, _) in found.items()}
+    return cosine, {name: float(distance) for name, (_, distance) in found.items()}
 
 
 def of_layers(params: dict, config: ModelConfig) -> list[float] | None:
@@ -170,13 +194,20 @@ def table(rows: Sequence[Experts | Drift]) -> str:
     )
 
 
-def _check_parent(config: ModelConfig, parent: ModelConfig) -> None:
+def check_parent(config: ModelConfig, parent: ModelConfig, *, of_width: bool = False) -> None:
+    """Raises: ValueError for a parent that is sparse, or has other sizes than the mixture; with
+    `of_width`, for one whose feed-forwards are wider than an expert, too."""
     if MOE in parent.layer_kinds:
         raise ValueError(f"the parent is sparse (num_experts={parent.num_experts}); give a dense")
     for name in ("num_hidden_layers", "hidden_size", "gated_mlp"):
         theirs, ours = getattr(parent, name), getattr(config, name)
         if theirs != ours:
             raise ValueError(f"{name}={theirs} of the parent differs from {ours}; give its parent")
+    if of_width and parent.intermediate_size != config.expert_size:
+        raise ValueError(
+            f"the parent's feed-forwards have {parent.intermediate_size} neurons, and an expert "
+            f"{config.expert_size}: weights are compared place by place"
+        )
 
 
 def _matrices(ffn: dict) -> dict:

@@ -5,6 +5,7 @@ Examples:
   python scripts/analyze.py --checkpoint=path/to/moe --text=path/to/text --output=runs/analysis
   python scripts/analyze.py --checkpoint=path/to/moe --save_routing=runs/routing_last
   python scripts/analyze.py --checkpoint=runs/mine@500 --compare=runs/routing_last
+  python scripts/analyze.py --checkpoint=runs/mine --steps=all --coupling --output=runs/analysis
   python scripts/analyze.py --routing=runs/routing_last --json
 
 The checkpoint is a Hugging Face folder or a run's workdir. A folder is read layer by layer, each
@@ -13,31 +14,44 @@ states are kept on disk meanwhile. If the command is killed, the same command go
 finished layer.
 
 The text is a balanced sample: each label (a language, or "all") has the same number of tokens as
-far as there are enough. --compare gives router saturation: the part of each token's experts that
-the other recording, usually that of the final checkpoint, has too.
+far as there are enough.
+
+--compare gives the part of each token's experts that the other recording has too. If that is of the
+final checkpoint, the number is router saturation; if it is of a run with another seed, read the
+number after the best matching of experts. --steps draws saturation over the checkpoints of a run.
 """
 
 import argparse
 import contextlib
+import csv
+import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from moe_jax import command_line, files, model, stores, strict_json, untrusted
 from moe_jax import config as configs
-from moe_jax.analysis import decisions, languages, recording, routing_summary
-from moe_jax.data import batches, prepare, sample, sources
+from moe_jax.analysis import (
+    coupling,
+    decisions,
+    languages,
+    recording,
+    routing_comparison,
+    routing_summary,
+)
+from moe_jax.data import batches, prepare, sample, sources, tokenizers
 from moe_jax.data.cache import cache_folder
 from moe_jax.data.document import VALIDATION
 from moe_jax.hf import folders
-from moe_jax.report import analysis_figures
+from moe_jax.report import analysis_figures, analysis_text
 
-EMBEDDED = "embedded"
+EMBEDDED, ALL = "embedded", "all"
 LONGEST_ROW = 2048  # tokens, as in LOLA's and OLMoE's analyses
 
 
@@ -57,15 +71,16 @@ def main() -> None:
     keep = "keep every token's routing in this folder"
     add("--save_routing", type=folder, metavar="FOLDER", help=keep)
     add("--routing", type=folder, metavar="FOLDER", help="read such a folder instead of the model")
-    add("--compare", type=folder, metavar="FOLDER", help="such a folder of a later checkpoint")
+    compared = "such a folder of a later checkpoint, or of a run with another seed"
+    add("--compare", type=folder, metavar="FOLDER", help=compared)
+    earlier = f"earlier checkpoints of the run for saturation curves: steps 100,200, or {ALL}"
+    add("--steps", metavar="STEPS", help=earlier)
+    rows = "measure which experts answer their own router row; reads a third of the weights again"
+    add("--coupling", action="store_true", help=rows)
     table = "a CSV of distances between languages, to correlate with the routing's"
     add("--distances", metavar="FILE", help=table)
-    add(
-        "--output",
-        type=folder,
-        metavar="DIR",
-        help="write result.json, counts.npz and figures here",
-    )
+    written = "write result.json, counts.npz, vocabulary.csv and figures here"
+    add("--output", type=folder, metavar="DIR", help=written)
     draws = "permutations of the tests about languages; in single layers at most 999"
     add("--permutations", type=int, default=9999, help=draws)
     add("--seed", type=command_line.seed, default=0, help="seed of the sample and the permutations")
@@ -74,22 +89,32 @@ def main() -> None:
     arguments = parser.parse_args()
     with parser.refusing():
         report = run(arguments)
-    print(strict_json.text(report, indent=1) if arguments.json else text_of(report))
+    print(strict_json.text(report, indent=1) if arguments.json else analysis_text.text(report))
 
 
 def run(arguments: argparse.Namespace) -> dict:
     """The report. Raises: ValueError, in one line, before anything slow, for a mistake."""
     if not (arguments.checkpoint or arguments.routing):
         raise ValueError("give --checkpoint=DIR, or --routing=FOLDER of an earlier analysis")
+    for name in ("coupling", "steps"):
+        if getattr(arguments, name) and not arguments.checkpoint:
+            raise ValueError(f"--{name} needs the model: give --checkpoint")
     if arguments.permutations < 1:
         raise ValueError(f"--permutations={arguments.permutations} must be at least 1")
     if arguments.output and arguments.output.exists():
         raise ValueError(f"{arguments.output} exists; choose another output or remove it")
     distances = languages.read_distances(arguments.distances) if arguments.distances else None
-    final = decisions.load(arguments.compare) if arguments.compare else None
-    with _decisions(arguments, final) as found:
+    other = decisions.load(arguments.compare) if arguments.compare else None
+    how = {"permutations": arguments.permutations, "seed": arguments.seed}
+    with contextlib.ExitStack() as held:
+        made = _made(arguments, other, held)
+        found, facts = made.found, made.found.facts
         layers = routing_summary.layers_of(found)
-        facts = found.facts
+        steps = {
+            step: routing_comparison.compare(decisions.load(record()), found)
+            for step, record in made.earlier.items()
+        }
+        committees = routing_summary.committees(found, **how)
         report = {
             "checkpoint": facts.model,
             "text": facts.text,
@@ -102,54 +127,118 @@ def run(arguments: argparse.Namespace) -> dict:
             },
             "labels": routing_summary.rows_of_labels(facts, layers),
             "languages": routing_summary.language_statistics(
-                facts,
-                layers,
-                distances=distances,
-                permutations=arguments.permutations,
-                seed=arguments.seed,
+                facts, layers, distances=distances, **how
             ),
-            "saturation": routing_summary.saturation(found, final) if final else None,
+            "committee": {number: dataclasses.asdict(row) for number, row in committees.items()},
+            "compared_with": other and other.facts.model,
+            "compared": other and routing_comparison.compare(found, other),
+            "steps": steps,
+            "coupling": {
+                layer: {
+                    "rows": row.rows,
+                    "columns": row.columns,
+                    "p": row.p,
+                    "n": facts.num_experts,
+                }
+                for layer, row in made.couplings.items()
+            },
         }
     if arguments.output:
-        _write(arguments, report, facts, layers)
+        _write(arguments, report, made, layers)
     return report
 
 
-@contextlib.contextmanager
-def _decisions(
-    arguments: argparse.Namespace, final: decisions.Decisions | None
-) -> Iterator[decisions.Decisions]:
-    """The routing that is given, or that of the model on the text."""
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """The routing to analyse, and what the model itself gives besides.
+
+    earlier: functions that record the routing of earlier checkpoints, by step; they return the
+      folder. decode: the text of an id; None without the model.
+    """
+
+    found: decisions.Decisions
+    earlier: Mapping[int, Callable[[], pathlib.Path]] = dataclasses.field(default_factory=dict)
+    couplings: Mapping[int, coupling.Coupling] = dataclasses.field(default_factory=dict)
+    decode: Callable[[int], str] | None = None
+
+
+def _made(
+    arguments: argparse.Namespace, other: decisions.Decisions | None, held: contextlib.ExitStack
+) -> _Made:
+    """The routing that is given, or that of the model on the text; what it records is removed when
+    `held` closes."""
     if not arguments.checkpoint:
         if arguments.text:
             raise ValueError("--text with --routing needs --checkpoint, whose tokenizer reads it")
-        yield decisions.load(arguments.routing)
-        return
+        return _Made(decisions.load(arguments.routing))
     source = stores.find(arguments.checkpoint)
     config = configs.model_of(source.folder)
     recording.check(config)
+    earlier = _earlier(source, arguments.steps) if arguments.steps else {}
     given = decisions.load(arguments.routing) if arguments.routing else None
-    rows = [] if given and not arguments.text else [_rows(arguments, source.folder, config)]
-    for other in filter(None, (given, final)):
+    tokenizer = stores.tokenizer_for(source.folder, config, arguments.tokenizer)
+    text = arguments.text or EMBEDDED
+    rows = []
+    if not given or arguments.text or earlier:
+        rows = [_rows(arguments, source.folder, config, tokenizer)]
+    for one in filter(None, (given, other)):
         for chunks, labels in rows:
-            other.check_same(text_digest=recording.text_digest(chunks, labels))
-    weights = stores.weights(source, allow_nonfinite=arguments.allow_nonfinite)
+            one.check_same(text_digest=recording.text_digest(chunks, labels))
+
+    def record(source: configs.Source, weights: recording.Weights, folder=None) -> pathlib.Path:
+        [(chunks, labels)] = rows
+        facts = recording.facts(weights, chunks, labels, model=source.name, text=text)
+        if other:
+            routing_comparison.check_comparable(other, facts)  # before the model is read
+        cache = cache_folder("") / "routing"
+        kept = folder or cache / _key(facts.model_digest, facts.text_digest)
+        held.enter_context(files.alone(cache / f"{_key(os.path.abspath(kept))}.lock"))
+        recording.record(weights, chunks, facts, kept)
+        if not folder:
+            # Kept after an error, so that the same command goes on from it.
+            held.push(lambda error, *_: None if error else shutil.rmtree(kept))
+        return kept
+
+    def load(source: configs.Source) -> recording.Weights:
+        return stores.weights(source, allow_nonfinite=arguments.allow_nonfinite)
+
+    def record_earlier(source: configs.Source) -> pathlib.Path:
+        return record(source, load(source))
+
+    weights = load(source)
     if given:
         given.check_same(model_digest=recording.model_digest(weights))
-        yield given
-        return
-    [(chunks, labels)] = rows
-    name, text = source.name, arguments.text or EMBEDDED
-    facts = recording.facts(weights, chunks, labels, model=name, text=text)
-    if final:
-        routing_summary.check_comparable(final, facts)  # before the model is read
-    cache = cache_folder("") / "routing"
-    folder = arguments.save_routing or cache / _key(facts.model_digest, facts.text_digest)
-    with files.alone(cache / f"{_key(os.path.abspath(folder))}.lock"):
-        recording.record(weights, chunks, facts, folder)
-        yield decisions.load(folder)
-        if not arguments.save_routing:
-            shutil.rmtree(folder)
+    return _Made(
+        given or decisions.load(record(source, weights, arguments.save_routing)),
+        {step: functools.partial(record_earlier, one) for step, one in earlier.items()},
+        coupling.of_model(weights) if arguments.coupling else {},
+        lambda number: tokenizer.decode(np.array([number])),
+    )
+
+
+def _earlier(source: configs.Source, steps: str) -> dict[int, configs.Source]:
+    """By step, the checkpoints of a run that are named, or all, before the one to analyse.
+
+    Raises: ValueError for a checkpoint that is not there, or none.
+    """
+    if folders.is_folder(source.folder):
+        raise ValueError(f"--steps needs a run; {source} is a Hugging Face folder, without steps")
+    there = source.steps()
+    last = max(there, default=0) if source.step is None else source.step
+    names = [str(step) for step in there if step < last] if steps == ALL else steps.split(",")
+    found = {}
+    for name in names:
+        one = configs.source_of(f"{source.folder}@{name}")
+        one.check()
+        if one.step is None or one.step >= last:
+            raise ValueError(f"--steps={steps} must be steps before {last}, such as 100,200")
+        found[one.step] = one
+    if not found:
+        raise ValueError(
+            f"{source.folder} has no checkpoint before step {last}; config.checkpoint.keep_every "
+            "keeps more of them"
+        )
+    return found
 
 
 def _key(*names: str) -> str:
@@ -157,125 +246,55 @@ def _key(*names: str) -> str:
 
 
 def _rows(
-    arguments: argparse.Namespace, folder: pathlib.Path, config: model.ModelConfig
+    arguments: argparse.Namespace,
+    folder: pathlib.Path,
+    config: model.ModelConfig,
+    tokenizer: tokenizers.Tokenizer,
 ) -> tuple[list[batches.Batch], tuple[str, ...]]:
     """Chunks of rows of the sample, and its labels."""
     for name in ("max_tokens", "sequence_length"):
         if (number := getattr(arguments, name)) is not None and number < 1:
             raise ValueError(f"--{name}={number} must be at least 1")
     text = arguments.text or EMBEDDED
-    sources.check(text)
-    tokenizer = stores.tokenizer_for(folder, config, arguments.tokenizer)
+    with command_line.naming("--text", "data.source"):
+        sources.check(text)
     longest = config.max_position_embeddings
     if not folders.is_folder(folder):
         longest = configs.load_json(folder).data.sequence_length
     length = arguments.sequence_length or min(longest, LONGEST_ROW)
     config.check_rows(length, "lower --sequence_length")
-    corpus = prepare.open_corpus(
-        *(text, VALIDATION, tokenizer),
-        validation_fraction=1.0,  # all documents of a source without splits
-        cache=cache_folder(""),
-    )
+    with command_line.naming("--text", "data.source"):
+        corpus = prepare.open_corpus(
+            *(text, VALIDATION, tokenizer),
+            validation_fraction=1.0,  # all documents of a source without splits
+            cache=cache_folder(""),
+        )
     part = sample.balanced(corpus, arguments.max_tokens, seed=arguments.seed)
     per_chunk = max(1, recording.CHUNK_TOKENS // length)
     rows = batches.evaluation_batches(part, sequence_length=length, batch_size=per_chunk)
     return list(rows), corpus.labels
 
 
-def _write(arguments, report: dict, facts: decisions.Facts, layers: dict) -> None:
+def _write(arguments, report: dict, made: _Made, layers: dict) -> None:
+    facts = made.found.facts
     with files.whole_folder(arguments.output) as unfinished:
         files.write_text(unfinished / "result.json", strict_json.text(report, indent=1))
         counts: dict[str, Any] = routing_summary.arrays(layers)
+        counts |= {f"coupling_{layer}": row.norm_EE for layer, row in made.couplings.items()}
         np.savez_compressed(unfinished / "counts.npz", labels=np.array(facts.labels), **counts)
-        analysis_figures.write(unfinished / "figures", facts, layers, seed=arguments.seed)
+        _write_vocabulary(unfinished / "vocabulary.csv", layers, made.decode)
+        steps, seed = report["steps"], arguments.seed
+        analysis_figures.write(unfinished / "figures", facts, layers, steps=steps, seed=seed)
 
 
-LAYER = "{:>5} {:>9} {:>8} {:>6} {:>10} {:>6} {:>6} {:>9} {:>9} {:>9} {:>7}"
-LABEL = "{:16} {:16} {:>9} {:>9} {:>8} {:>10}  {:16}"
-
-
-def text_of(report: dict) -> str:
-    """The report as tables."""
-    E, name = report["experts"], untrusted.label
-    lines = [
-        f"{name(report['checkpoint'])} on {name(report['text'])}: {report['tokens']:,} tokens, "
-        f"{report['experts_per_token']} of {E} experts per token",
-        "",
-        LAYER.format(
-            *("layer", "effective", "busiest", "rarely", "confidence", "1st/", "2nd/"),
-            *("vocab.", "vocab.", "vocab.", "between"),
-        ),
-        LAYER.format(
-            *("", "experts", "two", "used", "", "2nd", "3rd"),
-            *("input", "target", "predicted", "labels"),
-        ),
-    ]
-    for number, row in report["layers"].items():
-        ratios = [*row["gate_ratios"], None, None][:2]
-        lines.append(
-            LAYER.format(
-                *(number, f"{row['effective_experts']:.2f}", f"{row['busiest_two_share']:.3f}"),
-                *(row["rarely_used"], f"{row['confidence']:.3f}"),
-                *(_number(ratio, 2) for ratio in ratios),
-                *(
-                    "{mean:.2f}/{chance:.2f}".format(**row["vocabulary"][kind])
-                    for kind in routing_summary.VOCABULARIES
-                ),
-                _number(row["label_divergence"], 3),
-            )
-        )
-    lines += [
-        "1st/2nd, 2nd/3rd: ratios of the mean probabilities. Vocabulary: the mean over ids of the "
-        "largest share of one expert, and the same by chance. Between labels: the mean "
-        "Jensen-Shannon divergence in bits.",
-        "",
-        LABEL.format("label", "family", "tokens", "effective", "largest", "divergence", "nearest"),
-    ]
-    for label, row in report["labels"].items():
-        lines.append(
-            LABEL.format(
-                *(name(label)[:16], name(row["family"] or "")[:16], f"{row['tokens']:,}"),
-                *(f"{row['effective_experts']:.2f}", f"{row['largest_share']:.3f}"),
-                *(_number(row["divergence"], 3), name(row["nearest"] or "")[:16]),
-            )
-        )
-    return "\n".join([*lines, *_of_languages(report["languages"]), *_of_saturation(report)])
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-WORDS = {
-    "mantel": "correlation of routing distance with family (Mantel)",
-    "silhouette": "silhouette of families",
-    "purity": "nearest language is of the same family",
-    "given_distances": "correlation of routing distance with the given one (Mantel)",
-}
-
-
-def _of_languages(found: dict | None) -> Iterator[str]:
-    if found is None:
-        return
-    yield ""
-    for key, words in WORDS.items():
-        if finding := found.get(key):
-            low, high = finding["interval"] or (None, None)
-            interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-            yield (
-                f"{words}: {finding['statistic']:.3f}{interval}, p = {finding['p']:.4f}, n = "
-                f"{finding['n']}, by chance {finding['chance']:.3f}"
-            )
-    if left_out := found.get("left_out"):
-        yield f"left out, in one of the two only: {', '.join(map(untrusted.label, left_out))}"
-
-
-def _of_saturation(report: dict) -> Iterator[str]:
-    if report["saturation"] is None:
-        return
-    row = "{:>5} {:>8} {:>8} {:>8} {:>8}"
-    yield ""
-    yield row.format("layer", "top-1", "chance", "top-k", "chance")
-    for number, own in report["saturation"].items():
-        values = (own[n] for n in ("top_1", "top_1_chance", "top_k", "top_k_chance"))
-        yield row.format(number, *(f"{value:.3f}" for value in values))
+def _write_vocabulary(path: pathlib.Path, layers: dict, decode: Callable[[int], str] | None):
+    """A row for each frequent id of a layer, the most specialised first."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        write = csv.writer(file).writerow
+        write(("layer", "ids", "id", "token", "expert", "share", "occurrences"))
+        for number, layer in layers.items():
+            for kind, own in layer.vocabulary.items():
+                columns = own.id_I, own.expert_I, own.share_I, own.occurrences_I
+                for token, expert, share, occurrences in zip(*columns, strict=True):
+                    text = untrusted.label(decode(int(token))) if decode else ""
+                    write((number, kind, token, text, expert, f"{share:.4f}", occurrences))

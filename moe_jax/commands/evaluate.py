@@ -34,10 +34,10 @@ different tokenizers by bits per byte.
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 import shlex
 import sys
+from typing import Any
 
 import jax
 
@@ -178,8 +178,8 @@ def of_text(arguments: argparse.Namespace) -> dict:
 def of_items(arguments: argparse.Namespace) -> dict:
     """The report of `items.report` on the file --items."""
     names = [name for name in (arguments.checkpoint, arguments.compare) if name]
-    for name in names:
-        stores.find(name)  # so that a wrong name is refused before the first model works for long
+    for name in names:  # before the first model works for long
+        stores.readable(name, **_options(arguments))
     stops = tuple(arguments.stop or ["\n"])
     settings = Settings(arguments.num_tokens or NUM_TOKENS, stops)
     load = functools.partial(_subject, arguments)
@@ -191,11 +191,7 @@ def of_tasks(arguments: argparse.Namespace) -> dict:
     tasks, missing = task_lists.expand(arguments.tasks.split(","))
     for line in missing:
         print(line, file=sys.stderr)
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(
-            "--tasks needs lm-evaluation-harness, an optional extra of this project: "
-            "pip install 'moe_jax[evaluation]'"
-        )
+    task_lists.check_harness("--tasks")
     from moe_jax.evaluation import harness
 
     shots, limit = arguments.num_fewshot, arguments.limit
@@ -209,21 +205,26 @@ def of_generated(arguments: argparse.Namespace) -> dict:
     models = [name for name in ("checkpoint", "second", "judge") if getattr(arguments, name)]
     given = {name: getattr(arguments, name) for name in models}
     if arguments.training_text:
-        sources.check(arguments.training_text)
+        with command_line.naming("--training_text", "data.source"):
+            sources.check(arguments.training_text)
         given["training_text"] = arguments.training_text
     names = arguments.metrics.split(",") if arguments.metrics else []
     reasons = generated.choose(names, given)
     samples = json_lines.read(arguments.generated, sample_files.parse)
-    for name in models:
-        stores.find(given[name])
     paths = arguments.judge_template or []
     templates = [judge.read_template(path) for path in paths] or judge.TEMPLATES
     scale = judge.scale(arguments.judge_scale) if arguments.judge_scale else judge.SCALE
     options = {**vars(arguments), "tokenizer": None, "num_experts_per_tok": None}
     others = argparse.Namespace(**options)  # these two options are of --checkpoint
 
+    def owner(name: str) -> argparse.Namespace:
+        return arguments if name == arguments.checkpoint else others
+
+    for name in models:  # before the first model works for long
+        stores.readable(given[name], **_options(owner(given[name])))
+
     def load(name: str) -> Subject:
-        return _subject(arguments if name == arguments.checkpoint else others, name)
+        return _subject(owner(name), name)
 
     tools = generated.tools(given, load, templates=templates, scale=scale, seed=arguments.seed)
     found = generated.report(samples, reasons, tools)
@@ -231,14 +232,17 @@ def of_generated(arguments: argparse.Namespace) -> dict:
 
 
 def _subject(arguments: argparse.Namespace, name: str) -> Subject:
-    return stores.subject(
-        name,
-        tokenizer=arguments.tokenizer,
-        batch_size=arguments.batch_size,
-        limit=arguments.sequence_length,
-        num_experts_per_tok=arguments.num_experts_per_tok,
-        allow_nonfinite=arguments.allow_nonfinite,
-    )
+    allow = arguments.allow_nonfinite
+    return stores.subject(name, allow_nonfinite=allow, **_options(arguments))
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "tokenizer": arguments.tokenizer,
+        "batch_size": arguments.batch_size,
+        "limit": arguments.sequence_length,
+        "num_experts_per_tok": arguments.num_experts_per_tok,
+    }
 
 
 def _data(
@@ -255,7 +259,8 @@ def _data(
     if not source:
         raise ValueError(f"{folder} has no text of its own; give --source=TEXT")
     if arguments.source:
-        sources.check(source)
+        with command_line.naming("--source", "data.source"):
+            sources.check(source)
     if not (arguments.sequence_length or 0 < own.sequence_length <= LONGEST_STORED):
         raise ValueError(
             f"the config of {folder} has rows of {own.sequence_length} tokens, not of 1 to "
@@ -286,9 +291,10 @@ def _corpus(
     cache = cache_folder("")
     if arguments.source or data.source == "embedded":
         fraction = data.validation_fraction
-        return prepare.open_corpus(
-            data.source, VALIDATION, tokenizer, validation_fraction=fraction, cache=cache
-        )
+        with command_line.naming("--source", "data.source"):
+            return prepare.open_corpus(
+                data.source, VALIDATION, tokenizer, validation_fraction=fraction, cache=cache
+            )
     hashes = checkpoint.newest_data(source.checkpoints, source.step).get("text")
     digest = hashes.get(VALIDATION) if isinstance(hashes, dict) else None
     found = prepare.of_digest(digest, cache) if isinstance(digest, str) else None
@@ -329,7 +335,7 @@ def text(report: dict) -> str:
         cells = []
         for name in ("loss", "bits_per_byte"):
             interval = row[f"{name}_interval"]
-            shown = "one row" if interval is None else "{:.4f} – {:.4f}".format(*interval)
+            shown = "too few rows" if interval is None else "{:.4f} – {:.4f}".format(*interval)
             cells += [f"{row[name]:.4f}", shown]
         lines.append(ROW.format(untrusted.label(label), *counts, *cells))
     return "\n".join(map(untrusted.line, lines))

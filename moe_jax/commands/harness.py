@@ -12,10 +12,10 @@ optionally `tokenizer`, `limit` (the tokens to read at once), `num_experts_per_t
 `allow_nonfinite`.
 """
 
-import importlib.util
 import sys
 
 from moe_jax import command_line, stores
+from moe_jax.evaluation import task_lists
 
 
 def main() -> None:
@@ -24,11 +24,7 @@ def main() -> None:
         parser.parse_args()
         parser.error("give the harness's arguments, such as: ls tasks")
     with parser.refusing():
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ValueError(
-                "this needs lm-evaluation-harness, an optional extra of this project: "
-                "pip install 'moe_jax[evaluation]'"
-            )
+        task_lists.check_harness("this")
         from lm_eval import __main__ as command
 
         from moe_jax.evaluation import harness

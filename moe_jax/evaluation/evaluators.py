@@ -24,19 +24,25 @@ from moe_jax.evaluation import (
 )
 from moe_jax.evaluation.samples import Sample
 from moe_jax.evaluation.sampling import Sampling
+from moe_jax.model.config import ModelConfig
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The run, model and data that evaluators are made from."""
+    """The run, model and data that evaluators are made from.
+
+    parent: loads the dense parent's parameters and config, as often as it is called, so that they
+      take no memory between evaluations; it raises ValueError or OSError if they are gone.
+    """
 
     run: configs.Run
     mesh: jax.sharding.Mesh
     held_out: TokenizedCorpus
     tokenizer: tokenizers.Tokenizer
     routers_at_start: Mapping[int, np.ndarray]  # kernels by layer, to measure how far they move
+    parent: Callable[[], tuple[dict, ModelConfig]] | None = None
 
     @functools.cached_property
     def model(self):
@@ -196,6 +202,50 @@ def expert_similarity(context: Context) -> Callable[[dict], Evaluation]:
     return evaluate
 
 
+PARENT = "parent_similarity"
+
+
+def parent_similarity(context: Context) -> Callable[[dict], Evaluation]:
+    """Similarity of the experts to the dense parent and their distance from it, by sparse layer.
+
+    Its row is empty for a run without such a parent, and from the moment when the parent is gone.
+    """
+    load = None if _lacks_parent(context.run) else context.parent
+
+    def evaluate(params: dict) -> Evaluation:
+        nonlocal load
+        if load is None:
+            return Evaluation({}, {})
+        try:
+            parent = load()
+        except (ValueError, OSError) as error:
+            distributed.say(f"{PARENT} is not measured any more: {error}")
+            load = None
+            return Evaluation({}, {})
+        found = similarity.to_parent(params, context.run.model, parent)
+        return Evaluation(found, found)
+
+    return evaluate
+
+
+def _lacks_parent(run: configs.Run) -> str:
+    """Why the experts have no dense parent to be compared with; "" if they have one."""
+    sources = run.init.sources
+    if not run.model.num_experts or not run.init.upcycle.recipe:
+        return "the run is not upcycled from a dense model (config.init.upcycle.recipe)"
+    if len(sources) > 1:
+        return f"config.init.source names {len(sources)} parents, not one"
+    try:
+        parent = configs.model_of(sources[0].folder)
+    except (ValueError, OSError):  # a run that goes on may have lost it
+        return ""
+    try:
+        similarity.check_parent(run.model, parent, of_width=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 EVALUATORS: dict[str, Evaluator] = {
     "held_out_loss": Evaluator(
         held_out_loss, every=lambda evaluation: evaluation.every_steps, logged_at_end=True
@@ -207,6 +257,9 @@ EVALUATORS: dict[str, Evaluator] = {
         logged_at_end=True,
     ),
     "expert_similarity": Evaluator(expert_similarity),
+    PARENT: Evaluator(
+        parent_similarity, every=lambda evaluation: evaluation.every_steps, logged_at_end=True
+    ),
     "continuations": Evaluator(continuations),
 }
 
@@ -235,11 +288,16 @@ def schedule(context: Context) -> dict[str, Scheduled]:
 def check(run: configs.Run) -> None:
     """Refuses a run whose evaluators cannot be made.
 
-    Raises: ConfigError for a name that is not in the table, and for items of multiple choice that
-      cannot be read, or a model that cannot score them.
+    Raises: ConfigError for a name that is not in the table, for items of multiple choice that
+      cannot be read, or a model that cannot score them, and for an interval of parent_similarity in
+      a run without a parent to be compared with.
     """
     intervals(run.evaluation)
     _items(run)
+    if dict(run.evaluation.intervals).get(PARENT) and (reason := _lacks_parent(run)):
+        raise configs.ConfigError(
+            f"config.evaluation.intervals has {PARENT!r}, but {reason}; leave it out"
+        )
 
 
 def intervals(evaluation: configs.Evaluation) -> dict[str, int]:

@@ -76,13 +76,13 @@ class Sums:
         return Sums(self.nats_RN[:, n : n + 1], self.tokens_RN[:, n : n + 1], own, None)
 
     def intervals(self, *, seed: int = 0) -> dict[str, list[float] | None]:
-        """95 % bootstrap intervals of the loss and the bits per byte; None for a single row.
+        """95 % bootstrap intervals of the loss and the bits per byte; None for too few rows.
 
         Rows are drawn with replacement, because tokens of one row, often from one document, are not
         independent (Efron, "Bootstrap methods", Annals of Statistics 7, 1979; percentile method).
         """
         sums_R3 = self._rows[self.tokens_RN.any(axis=1)]
-        if len(sums_R3) < 2:
+        if len(sums_R3) < comparison.FEWEST:
             return {"loss": None, "bits_per_byte": None}
         drawn = [_losses(means_3) for means_3 in comparison.means(sums_R3, seed)]
         return {

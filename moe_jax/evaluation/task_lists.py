@@ -1,6 +1,7 @@
 """The tasks that published mixtures were evaluated on, as far as lm-evaluation-harness has them."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,8 +64,8 @@ TASK_LISTS = {
             Task("truthfulqa_multilingual", None, "acc"),
         ),
         (
-            "the paper's other tasks, of 13, which its released code does not name as tasks of the "
-            "harness or of Okapi",
+            "five of the paper's 13 tasks: its released code names further suites (Mega, XTREME-R, "
+            "XL-Sum, XQuAD, MLQA, MultiQ, OMGEval), but not which of them are in the paper",
         ),
     ),
     "drop_upcycling": TaskList(
@@ -88,6 +89,15 @@ TASK_LISTS = {
         ),
     ),
 }
+
+
+def check_harness(what: str) -> None:
+    """Raises: ValueError if `what`, such as an option, needs the harness, which is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            f"{what} needs lm-evaluation-harness, an optional extra of this project: "
+            "pip install 'moe_jax[evaluation]'"
+        )
 
 
 def expand(names: Sequence[str]) -> tuple[list[Task], list[str]]:

@@ -18,10 +18,16 @@ def write(
     facts: decisions.Facts,
     layers: Mapping[int, routing_summary.Layer],
     *,
+    steps: Mapping[int, Mapping[int, Mapping]],
     seed: int = 0,
 ) -> None:
-    """Writes each figure as PNG and SVG into the folder."""
+    """Writes each figure as PNG and SVG into the folder.
+
+    Args: steps: by step and layer, the rows of `routing_comparison.compare` of earlier checkpoints.
+    """
     folder.mkdir()
+    if steps:
+        routing_figures.save(_saturation(facts, steps), folder / "saturation")
     for name, figure in _figures(facts, layers, seed):
         routing_figures.save(figure, folder / name)
 
@@ -39,7 +45,9 @@ def _figures(
     if facts.num_experts_per_tok > 1:
         matrices = [routing.coactivation(np.asarray(counts[i].pairs_EE)) for i in shown]
         orders = [routing.most_coactive(matrix, COACTIVE) for matrix in matrices]
-        yield "coactivation", routing_figures.coactivation(matrices, orders, chosen)
+        chance = (facts.num_experts_per_tok - 1) / (facts.num_experts - 1)
+        heatmaps = routing_figures.coactivation(matrices, orders, chosen, chance=chance)
+        yield "coactivation", heatmaps
     by_kind = {
         kind: [layer.vocabulary[kind] for layer in layers.values()]
         for kind in routing_summary.VOCABULARIES
@@ -57,6 +65,17 @@ def _figures(
     ratios = {name: quartiles_LRQ[:, i] for i, name in enumerate(names)}
     yield "gate_ratios", routing_figures.gate_ratios(numbers, ratios)
     yield from _of_languages(facts, layers, seed)
+
+
+def _saturation(facts: decisions.Facts, steps: Mapping[int, Mapping[int, Mapping]]) -> Figure:
+    k, E = facts.num_experts_per_tok, facts.num_experts
+    kinds = {"top-1": ("top_1", 1 / E), f"top-{k}": ("top_k", k / E)}
+    panels = {
+        kind: np.array([[rows[layer][name] for layer in facts.layers] for rows in steps.values()])
+        for kind, (name, _) in kinds.items()
+    }
+    chance = {kind: even for kind, (_, even) in kinds.items()}
+    return routing_figures.saturation(list(steps), panels, facts.layers, chance=chance)
 
 
 def _spread(number: int) -> Sequence[int]:

@@ -171,7 +171,7 @@ class CatchUp:
     over: str
 
 
-def catch_up(a: Group, b: Group, axis: Axis = tokens) -> CatchUp | None:
+def catch_up(a: Group, b: Group, axis: Axis = tokens, with_interval: bool = True) -> CatchUp | None:
     """When group `a` passes `b` or is passed; None if their texts differ or a curve has < 2 points.
 
     The interval is over seeds if both groups have several, and over blocks of the held-out text if
@@ -185,7 +185,7 @@ def catch_up(a: Group, b: Group, axis: Axis = tokens) -> CatchUp | None:
         return None
     (x_a, y_a), (x_b, y_b) = curves
     found = crossing(x_a, y_a.mean(axis=0), x_b, y_b.mean(axis=0))
-    drawn, over = _drawn(a, b, axis)
+    drawn, over = _drawn(a, b, axis) if with_interval else ([], comparisons.NOTHING)
     if not drawn:
         return CatchUp(a.name, b.name, found, None, None, comparisons.NOTHING)
     same = [c.at for c in drawn if c.at is not None and c.ahead == found.ahead]

@@ -64,7 +64,7 @@ def _loss_in_panels(arms: list[Group], levels: list[tuple], layout: Layout) -> F
             if name != arm.name and len(tokens):
                 axes.plot(tokens / 1e6, values.mean(axis=0), **OTHERS)
         tokens, values = curves[arm.name]
-        _band(axes, tokens / 1e6, values, arm, marker=None, color="#0072B2", linestyle="-")
+        _band(axes, tokens / 1e6, values, arm, marker=None, **style.FILLS[0], linestyle="-")
         for _, _, bits in levels:
             axes.axhline(bits, **LEVEL)
         axes.set_title(style.short(arm.name), fontsize=style.SMALLEST_TEXT)
@@ -173,6 +173,27 @@ def languages(records: list[Record], layout: Layout = WIDE) -> Figure | None:
     axes.set_yticks(range(len(labels)), map(untrusted.label, labels))
     axes.set_xlabel("bits per byte on held-out text (lower is better)")
     style.limited_legend(figure, layout, axes, known)
+    return figure
+
+
+def parent_similarity(records: list[Record], layout: Layout = WIDE) -> Figure | None:
+    """The experts' similarity to the dense parent and their distance from it over training."""
+    arms = [arm for arm in groups(records) if len(arm.curve("layers", "parent_similarity")[0])]
+    if not arms:
+        return None
+    figure, all_axes = style.panels(2, layout, width=4.8, height=3.4)
+    known = looks(arms)
+    panels = {
+        "parent_similarity": ("Similarity to the parent", "cosine of weights"),
+        "parent_distance": ("Distance from the parent", "in units of the parent's norm"),
+    }
+    for (key, (title, label)), axes in zip(panels.items(), all_axes, strict=True):
+        for arm in arms:
+            tokens, values = arm.curve("layers", key)
+            _band(axes, tokens / 1e6, values, arm, **known.get(arm.name, OTHERS))
+        axes.set(title=title, ylabel=label, xlabel="million tokens after the parent")
+    all_axes[1].set_ylim(bottom=0)
+    style.limited_legend(figure, layout, all_axes[0], known)
     return figure
 
 
@@ -289,6 +310,14 @@ FIGURES: dict[str, Row] = {
         "neurons in a different order. Drift: the distance of the "
         "routers' weights from their initial values.",
         results.of_experts_by_layer,
+    ),
+    "parent_similarity": Row(
+        "Similarity to the dense parent",
+        parent_similarity,
+        "Weights of the experts against the feed-forward of the parent in the same layer, place "
+        "by place: the mean over experts, matrices and sparse layers. Experts whose neurons are in "
+        "another order count as unlike.",
+        results.of_parent_similarity,
     ),
     "training_flops": Row(
         "Training FLOPs",

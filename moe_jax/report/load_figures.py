@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moe_jax.analysis import measures
 from moe_jax.report import results, style
-from moe_jax.report.records import Group, Record, front, groups, looks
+from moe_jax.report.records import Group, Record, front, looks
 from moe_jax.report.style import LEVEL, OTHERS, WIDE, Layout
 
 MOST_PANELS = 12  # of one run each; those with the lowest loss are shown
@@ -169,4 +169,4 @@ def experts_by_layer(records: list[Record], layout: Layout = WIDE) -> Figure | N
 
 def _sparse(records: Sequence[Record], most: int = MOST_PANELS) -> list[Group]:
     """The sparse groups with the lowest losses, in the order of their runs."""
-    return front(groups([record for record in records if record.is_sparse]), most)
+    return front(results.sparse(records), most)

@@ -103,7 +103,7 @@ def _answer(report: Report) -> str:
 
 
 def _runs(report: Report) -> str:
-    parts = ["<h2>Runs</h2>", tables.summary(report.groups, report.records)]
+    parts = ["<h2>Runs</h2>", tables.summary(report.groups)]
     if len(report.groups) < len(report.records):
         parts.append(markup.folded("each run", tables.each_run(report.records)))
     return "\n".join(parts)

@@ -160,7 +160,8 @@ class Group:
     def curve(self, phase: str, value: str) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, values [runs, points]) at the steps that all of its runs have logged.
 
-        phase: "training", "validation" or "score". A missing value is NaN.
+        phase: "training", "validation", "score" or "layers", whose value is the mean of the sparse
+          layers. A missing value is NaN.
         """
         values_of: dict[str, Callable[[Record], dict]] = {
             "training": lambda run: {row["tokens"]: row[value] for row in run.training_rows},
@@ -171,6 +172,9 @@ class Group:
                 row["tokens"]: row[SCORES][value]
                 for row in run.rows
                 if value in row.get(SCORES, {})
+            },
+            "layers": lambda run: {
+                row["tokens"]: np.mean(row[value]) for row in run.rows if value in row
             },
         }
         curves = [values_of[phase](record) for record in self.records]

@@ -21,6 +21,11 @@ def flops_of(record: Record) -> float:
     return record.result["training_flops"] + record.result["parent_training_flops"]
 
 
+def sparse(records: Sequence[Record]) -> list[Group]:
+    """The groups of the sparse runs."""
+    return groups([record for record in records if record.is_sparse])
+
+
 def least_even(load_LE: np.ndarray) -> int:
     """The layer in which the largest share is the farthest above an even load."""
     return int(np.argmax(load_LE.max(axis=1)))
@@ -71,7 +76,7 @@ def of_languages(records: list[Record]) -> str:
 
 def of_expert_load(records: list[Record]) -> str:
     pairs = []
-    for group in groups([record for record in records if record.is_sparse]):
+    for group in sparse(records):
         load_LE = 100 * np.array(group.first.result["tokens_per_expert"], np.float64)
         pairs.append((group.name, f"{load_LE.min():.1f} to {load_LE.max():.1f} %"))
     return f"The shares of the experts over all layers: {_listed(pairs)}."
@@ -79,7 +84,7 @@ def of_expert_load(records: list[Record]) -> str:
 
 def of_load_over_training(records: list[Record]) -> str:
     pairs = []
-    for group in groups([record for record in records if record.is_sparse]):
+    for group in sparse(records):
         load_LE = 100 * np.array(group.first.result["tokens_per_expert"], np.float64)
         layer = least_even(load_LE)
         even = 100 / load_LE.shape[1]
@@ -89,7 +94,7 @@ def of_load_over_training(records: list[Record]) -> str:
 
 def of_drop_rates(records: list[Record]) -> str:
     pairs = []
-    for group in groups([record for record in records if record.is_sparse]):
+    for group in sparse(records):
         rates = [r["router"]["virtual_drop_rate"] for r in group.first.rows if r.get("router")]
         if rates:
             words = f"{100 * max(rates[-1]):.1f} % in the layer that would drop most"
@@ -107,7 +112,7 @@ def of_router_health(records: list[Record]) -> str:
 
 def of_experts_by_layer(records: list[Record]) -> str:
     pairs = []
-    for group in groups([record for record in records if record.is_sparse]):
+    for group in sparse(records):
         similarity, drift = (
             group.first.result.get(key) or [] for key in ("expert_similarity", "router_drift")
         )
@@ -115,6 +120,16 @@ def of_experts_by_layer(records: list[Record]) -> str:
             words = f"similarity {np.mean(similarity):.3f}, drift {np.mean(drift):.2f}"
             pairs.append((group.name, words))
     return f"Means of the layers: {_listed(pairs)}."
+
+
+def of_parent_similarity(records: list[Record]) -> str:
+    pairs = []
+    for group in groups(records):
+        tokens, values = group.curve("layers", "parent_similarity")
+        if len(tokens):
+            words = f"{values[:, 0].mean():.3f} at the start, {values[:, -1].mean():.3f} at the end"
+            pairs.append((group.name, words))
+    return f"Cosine similarity to the parent's weights: {_listed(pairs)}."
 
 
 def of_training_flops(records: list[Record]) -> str:

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib import lines, patches, ticker
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from scipy.cluster import hierarchy
 
@@ -25,6 +26,7 @@ STYLE: dict[Any, Any] = style.STYLE | {"figure.constrained_layout.use": True, "s
 WIDTH = 5.0  # inches: 9.5 points are 10 pixels or more in a figure shown 400 pixels wide
 ROW = 0.155  # inches for a row with a label
 LEVEL: dict[str, Any] = style.LEVEL
+MOST_ON_A_LINEAR_AXIS = 8  # powers of two are too few ticks for ratios near 1
 ALONE = {"color": "#999999", "marker": ".", "hatch": ""}  # families of one language
 MOST_FAMILIES = 14  # with a look of their own
 # Where a label of a point may go, nearest first: factors of its width and height.
@@ -122,16 +124,20 @@ def saturation(
 
 @_styled
 def coactivation(
-    matrices: Sequence[np.ndarray], orders: Sequence[np.ndarray], layers: Sequence[int]
+    matrices: Sequence[np.ndarray],
+    orders: Sequence[np.ndarray],
+    layers: Sequence[int],
+    *,
+    chance: float,
 ) -> Figure:
     """Co-activation N_ij / N_i of chosen experts, a heatmap for each chosen layer.
 
     orders: the experts that are shown, such as `routing.most_coactive` gives. The diagonal, which
-    is 1 by definition, is left grey.
+    is 1 by definition, is left grey. chance: the base line (k - 1)/(E - 1), marked on the colours.
     """
     shown = [m[np.ix_(order, order)] for m, order in zip(matrices, orders, strict=True)]
     off = [np.where(np.eye(len(m)) > 0, np.nan, 100 * m) for m in shown]
-    top = max(float(np.nanmax(m)) for m in off)
+    top = max(100 * chance, *(float(np.nanmax(m)) for m in off))
     figure = Figure(figsize=(WIDTH, 0.9 + 4.1 * len(off)))
     all_axes = figure.subplots(len(off), 1, squeeze=False)[:, 0]
     for axes, matrix, order, layer in zip(all_axes, off, orders, layers, strict=True):
@@ -140,7 +146,10 @@ def coactivation(
         axes.set_xticks(range(0, len(order), every), order[::every])
         axes.set_yticks(range(0, len(order), every), order[::every])
         axes.set(title=f"layer {layer}", ylabel="of the tokens of expert …", xlabel="… go also to")
-    _bar_below(figure, image, all_axes, "% of the expert's tokens")
+    label = f"% of the expert's tokens (line: if independent, {100 * chance:.1f} %)"
+    bar = _bar_below(figure, image, all_axes, label)
+    for width, colour in ((3, "white"), (1, "black")):  # visible on dark and on bright colours
+        bar.ax.axvline(100 * chance, linewidth=width, color=colour)
     return figure
 
 
@@ -214,7 +223,7 @@ def dendrogram(linkage: np.ndarray, languages: Sequence[str], families: Sequence
     figure = Figure(figsize=(WIDTH, 1.5 + 1.06 * ROW * G))
     axes = figure.subplots()
     for across, down in zip(tree["dcoord"], tree["icoord"], strict=True):
-        axes.plot(across, down, color="#555555", linewidth=1.1)
+        axes.plot(across, down, color=LEVEL["color"], linewidth=1.1)
     ends = 10 * np.arange(G) + 5.0  # scipy's places of leaves
     right = float(np.max(tree["dcoord"]))
     for end, g in zip(ends, tree["leaves"], strict=True):
@@ -290,12 +299,8 @@ def vocabulary_specialisation(
     figure = Figure(figsize=(WIDTH, 3.0))
     axes = figure.subplots()
     for i, (kind, value_L) in enumerate(values.items()):
-        look: dict[str, Any] = {"color": records.COLOURS[i], "marker": records.MARKERS[i]}
-        line: dict[str, Any] = {
-            "linestyle": records.DASHES[i % len(records.DASHES)],
-            "markersize": 5,
-        }
-        axes.plot(layers, 100 * np.asarray(value_L), label=kind, **look, **line)
+        look = records.look(i)
+        axes.plot(layers, 100 * np.asarray(value_L), label=kind, **look)
         if chance:
             level: dict[str, Any] = {**LEVEL, "color": look["color"], "linewidth": 1.4}
             axes.plot(layers, 100 * np.asarray(chance[kind]), **level)
@@ -313,10 +318,12 @@ def gate_ratios(layers: Sequence[int], ratios: Mapping[str, np.ndarray]) -> Figu
     axes = figure.subplots()
     for i, (kind, quartile_L3) in enumerate(ratios.items()):
         low_L, median_L, high_L = np.asarray(quartile_L3).T
-        look: dict[str, Any] = {"color": records.COLOURS[i], "marker": records.MARKERS[i]}
-        axes.plot(layers, median_L, label=kind, linestyle=records.DASHES[i], markersize=5, **look)
-        axes.fill_between(layers, low_L, high_L, color=records.COLOURS[i], alpha=0.2, linewidth=0)
-    axes.set_yscale("log", base=2)
+        look = records.look(i)
+        axes.plot(layers, median_L, label=kind, **look)
+        axes.fill_between(layers, low_L, high_L, color=look["color"], alpha=0.2, linewidth=0)
+    if max(np.max(quartile_L3) for quartile_L3 in ratios.values()) > MOST_ON_A_LINEAR_AXIS:
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_locator(ticker.LogLocator(base=2, numticks=7))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.axhline(1, **LEVEL)
     axes.set_ylabel("ratio of probabilities")
@@ -338,7 +345,7 @@ def _top(values: np.ndarray) -> float:
     return max(2.0, float(np.percentile(values, 99.5)))
 
 
-def _bar_below(figure: Figure, image, all_axes, label: str) -> None:
+def _bar_below(figure: Figure, image, all_axes, label: str) -> Colorbar:
     largest = max(axes.images[0].get_array().max() for axes in all_axes)
     bar = figure.colorbar(
         image,
@@ -350,6 +357,7 @@ def _bar_below(figure: Figure, image, all_axes, label: str) -> None:
         aspect=30,
     )
     bar.set_label(label)
+    return bar
 
 
 def _legend_above(figure: Figure, axes: Axes, title: str) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from moe_jax.report.records import COLOURS
+
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -33,7 +35,7 @@ STYLE: dict[Any, Any] = {
 LEVEL = {"color": "#555555", "linewidth": 1, "linestyle": (0, (1, 1))}  # a dotted horizontal line
 # A line behind those of the runs in front.
 OTHERS = {"color": "#bbbbbb", "linewidth": 0.9, "linestyle": "-", "zorder": 1, "marker": None}
-FILLS = ({"color": "#0072B2"}, {"color": "#E69F00", "hatch": "//"})  # of bars
+FILLS = ({"color": COLOURS[0]}, {"color": COLOURS[1], "hatch": "//"})  # of bars
 LONGEST_NAME = 30  # of a run in a figure
 SMALLEST_TEXT = 9  # points
 MOST_COLOURS = 256  # of a PNG

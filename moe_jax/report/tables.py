@@ -53,7 +53,7 @@ def methods(every: Sequence[Group]) -> str:
     return " ".join(text for over, text in comparisons.METHODS.items() if over in used)
 
 
-def summary(every: Sequence[Group], records: Sequence[Record]) -> str:
+def summary(every: Sequence[Group]) -> str:
     """A row per group, with its differences to its parent and to its dense control."""
     rows = []
     for group in every:
@@ -151,20 +151,24 @@ def crossings(every: Sequence[Group]) -> str:
     """When each group passes the controls, which are dense runs that go on and sparse runs from
     scratch; "" without a control that another group can be compared with."""
     controls = [g for g in every if is_control(g) or (g.first.is_sparse and not g.first.sources)]
-    rows, done, is_bare = [], set(), False
+    rows: list[dict[str, Cell]] = []
+    done, is_bare = set(), False
     for control in controls:
         for group in every:
             is_arm = group.first.is_sparse or is_control(group)
             if group is control or not is_arm or frozenset((group.name, control.name)) in done:
                 continue
             done.add(frozenset((group.name, control.name)))
-            found = [catch_up.catch_up(group, control, axis) for axis in AXES.values()]
+            drawn = len(rows) < MOST_ROWS  # the rest is only counted
+            found = [catch_up.catch_up(group, control, axis, drawn) for axis in AXES.values()]
             if found[0] is not None:
                 pairs = zip(AXES.items(), found, strict=True)
                 cells = {h: _crossing(f, axis is not catch_up.tokens) for (h, axis), f in pairs}
                 pair = f"{group.name} and {control.name}"
                 rows.append({"runs": Cell(pair), **cells})
-                is_bare |= any(f and f.crossing.at is not None and not f.over for f in found)
+                is_bare |= drawn and any(
+                    f and f.crossing.at is not None and not f.over for f in found
+                )
     if not rows:
         return ""
     note = (

@@ -1,16 +1,22 @@
 """The command analyze: from a model and a text to tables, and its mistakes."""
 
+import csv
 import dataclasses
 import json
+import shutil
 import sys
 
-import jax
 import numpy as np
 import pytest
 
-from moe_jax import model, stores
-from moe_jax.analysis import decisions, recording, routing, routing_counts
+from moe_jax import config as configs
+from moe_jax import stores
+from moe_jax.analysis import decisions, recording, routing, routing_comparison, routing_counts
 from moe_jax.commands import analyze
+from moe_jax.parallel import mesh as meshes
+from moe_jax.report import analysis_text
+from moe_jax.training import checkpoint
+from tests import drawn
 from tests.analysis import test_decisions
 from tests.evaluation.test_evaluate import CONFIG
 from tests.hf.test_golden import GOLDEN
@@ -33,10 +39,7 @@ def root(tmp_path_factory):
     """A model, a text in five languages, and its recorded routing."""
     root = tmp_path_factory.mktemp("analyze")
     for name, seed in (("model", 0), ("later", 1)):
-        params = jax.jit(
-            lambda seed: jax.tree.map(lambda x: 5 * x, model.init(SIX, jax.random.key(seed)))
-        )(seed)
-        stores.save(root / name, SIX, params)
+        stores.save(root / name, SIX, drawn.parameters(SIX, seed))
     lines = [json.dumps({"text": text, "language": label}) for label, text in TEXTS.items()]
     (root / "text.jsonl").write_text("\n".join(lines))
     for name in ("model", "later"):
@@ -117,10 +120,10 @@ def test_saturation_is_one_against_itself_and_less_against_another(root, monkeyp
     for name in ("model", "later"):
         arguments = f"--routing={root / 'model_routing'}", f"--compare={root / name}_routing"
         report = json.loads(run(monkeypatch, capsys, *arguments, *QUICK))
-        (rows[name],) = report["saturation"].values()
+        (rows[name],) = report["compared"].values()
     assert (rows["model"]["top_1"], rows["model"]["top_k"]) == (1, 1)
     later = rows["later"]
-    assert later["top_k"] < 1 and 1 / 3 < later["top_k_chance"] < 0.5  # 1/3 if the loads are even
+    assert later["top_k"] < 1 and 0.2 < later["top_k_chance"] < 0.5  # 1/3 if the loads are even
 
 
 def test_tables_and_files(root, monkeypatch, capsys, tmp_path):
@@ -131,13 +134,56 @@ def test_tables_and_files(root, monkeypatch, capsys, tmp_path):
     lines = text.splitlines()
     assert "2 of 6 experts per token" in lines[0]
     assert sum("Indo-European" in line for line in lines) == 4
-    assert "p = " in text and "n = 4" in text and "top-1" in text
+    assert "p = " in text and "n = 4" in text and "best matching" in text
+    assert "members" in text and "stretches of text, 99 permutations" in text
     counts = np.load(tmp_path / "out" / "counts.npz")
     report = json.loads((tmp_path / "out" / "result.json").read_text())
     assert counts["tokens_G"].sum() == report["tokens"]
     names = "expert_share coactivation vocabulary gate_ratios languages language_tree language_map"
+    rows = list(csv.DictReader((tmp_path / "out" / "vocabulary.csv").open()))
+    frequent = {(row["ids"], int(row["id"])): int(row["occurrences"]) for row in rows}
+    ids = decisions.load(root / "model_routing").tokens().input_N
+    numbers = np.bincount(ids)
+    expected = {("input", i): int(numbers[i]) for i in np.flatnonzero(numbers >= 10)}
+    assert {key: n for key, n in frequent.items() if key[0] == "input"} == expected
+    assert not any(row["token"] for row in rows)  # without the model
     drawn = sorted(path.name for path in (tmp_path / "out" / "figures").iterdir())
     assert drawn == sorted(f"{name}.{end}" for name in names.split() for end in ("png", "svg"))
+
+
+def test_a_run_has_saturation_curves_and_coupling(root, monkeypatch, capsys, tmp_path):
+    shutil.copytree(root / "model", workdir := tmp_path / "run")
+    _, params = stores.load(root / "later", meshes.one_device())
+    config = configs.load_json(workdir).to_dict()
+    checkpoint.save(workdir / "checkpoints", 7, {"params": params}, data={}, config=config)
+    later = f"--checkpoint={workdir}", *options(root)[1:], "--coupling"
+    output = f"--output={tmp_path / 'o'}"
+    report = json.loads(run(monkeypatch, capsys, *later, "--steps=all", output))
+    ours, theirs = (decisions.load(root / f"{name}_routing") for name in ("model", "later"))
+    compared = routing_comparison.compare(ours, theirs)
+    assert list(report["steps"]) == ["0"]
+    assert report["steps"]["0"]["1"]["top_k"] == compared[1]["top_k"] < 1
+    own = report["coupling"]["1"]
+    assert own["n"] == 6 and 0 < own["p"] <= 1
+    assert (tmp_path / "o" / "figures" / "saturation.png").exists()
+    rows = csv.DictReader((tmp_path / "o" / "vocabulary.csv").open())
+    assert {" "} <= {row["token"] for row in rows}
+    text = analysis_text.text(report)
+    assert "router saturation against run" in text and "own rows" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--steps=all",), "has no checkpoint before step 0"),
+        (("--steps=3",), "has no checkpoint of step 3; it has 0"),
+        (("--steps=0",), "--steps=0 must be steps before 0"),
+        ((f"--checkpoint={GOLDEN / 'mixtral'}", "--steps=all"), "--steps needs a run"),
+    ],
+)
+def test_steps_that_are_not_there_are_refused(arguments, complaint, root, monkeypatch, capsys):
+    monkeypatch.setattr(recording, "record", None)
+    assert complaint in refusal(monkeypatch, capsys, *options(root), *arguments)
 
 
 def test_labels_of_strangers_are_shown_without_their_control_characters(
@@ -152,11 +198,11 @@ def test_labels_of_strangers_are_shown_without_their_control_characters(
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [
-        ("--text=nowhere.txt", "matches no file"),
+        ("--text=nowhere.txt", "analyze.py: --text='nowhere.txt' matches no file"),
         ("--permutations=0", "--permutations=0 must be at least 1"),
         ("--max_tokens=0", "--max_tokens=0 must be at least 1"),
         ("--sequence_length=0", "--sequence_length=0 must be at least 1"),
-        ("--tokenizer=words", "is not a file"),
+        ("--tokenizer=words", "analyze.py: --tokenizer='words' is not a file"),
         ("--distances=nowhere.csv", "cannot be read as CSV"),
     ],
 )
@@ -195,3 +241,4 @@ def test_routing_of_another_model_or_text_is_refused(root, monkeypatch, capsys):
     found = refusal(monkeypatch, capsys, *options(root), "--max_tokens=30", compared)
     assert "is the routing of another text" in found
     assert "give --checkpoint" in refusal(monkeypatch, capsys, "--json")
+    assert "--coupling needs the model" in refusal(monkeypatch, capsys, saved, "--coupling")

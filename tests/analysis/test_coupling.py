@@ -1,8 +1,14 @@
 """The coupling of experts and router rows against loops and cases worked by hand."""
 
 import numpy as np
+import pytest
 
+from moe_jax import config as configs
+from moe_jax import hf, stores
 from moe_jax.analysis import coupling
+from moe_jax.model import layout
+from moe_jax.parallel import mesh as meshes
+from tests.hf.test_golden import GOLDEN
 
 
 def test_coupling_is_that_of_loops_and_finds_experts_that_answer_their_rows():
@@ -21,3 +27,21 @@ def test_coupling_by_hand():
     found = coupling.coupling(np.eye(2), {"up": np.array([np.diag([1.0, 3]), np.diag([2.0, 1])])})
     assert found.norm_EE.tolist() == [[1, 2], [3, 1]]
     assert (found.rows, found.columns) == (0, 0)
+    assert found.p == 1  # no fewer rows than none can be expected
+
+
+def test_the_p_value_is_that_of_a_random_pairing():
+    """All of 4 rows are answered by their own expert in one of 4! = 24 pairings."""
+    found = coupling.coupling(np.eye(4), {"up": np.stack([np.diag(row) for row in np.eye(4)])})
+    assert found.rows == 1 and found.p == pytest.approx(1 / 24, abs=0.01)
+
+
+def test_a_models_coupling_is_that_of_its_layers(tmp_path):
+    weights = stores.weights(configs.Source(GOLDEN / "qwen3_moe_mixed"))
+    params = hf.load(GOLDEN / "qwen3_moe_mixed", mesh=meshes.one_device())[1]
+    found = coupling.of_model(weights)
+    assert list(found) == layout.sparse_layers(weights.config)
+    for layer, own in found.items():
+        moe = layout.layer(params, weights.config, layer, "moe")
+        whole = coupling.coupling(moe["router"]["kernel"], moe["experts"])
+        np.testing.assert_allclose(own.norm_EE, whole.norm_EE, rtol=1e-6)

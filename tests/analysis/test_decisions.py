@@ -64,6 +64,16 @@ def test_what_is_written_is_read_in_chunks(size, tmp_path):
             np.testing.assert_array_equal(np.concatenate(parts), own)
 
 
+def test_a_stretch_ends_with_its_document_its_row_and_its_label(tmp_path):
+    """Two documents "1 2 3" and "1 2" of label 0, the first in two rows, and one of label 1."""
+    arrays = write(tmp_path / "routing")[decisions.TOKENS]
+    arrays["input"] = [1, 2, 7, 8, 1, 2, 1]
+    arrays["target"] = [2, 3, 8, 9, 2, 1, 2]  # the last but one goes on, but in another label
+    arrays["label"] = [0, 0, 0, 0, 0, 0, 1]
+    found = dataclasses.replace(decisions.load(tmp_path / "routing"), _tokens=arrays)
+    assert found.stretches().tolist() == [0, 0, 1, 1, 2, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("num_experts", "dtype"), [(255, np.uint8), (256, np.uint16), (60_000, np.uint16)]
 )

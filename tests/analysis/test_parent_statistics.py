@@ -2,9 +2,8 @@
 
 import argparse
 import dataclasses
+import functools
 import gzip
-import pathlib
-import subprocess
 import sys
 
 import jax
@@ -15,8 +14,10 @@ import pytest
 from moe_jax import hf, model, upcycle
 from moe_jax.analysis import parent_statistics
 from moe_jax.commands import collect_statistics
+from moe_jax.commands import upcycle as upcycle_command
 from moe_jax.data import tokenizers
 from moe_jax.upcycle import plan
+from tests import drawn
 
 DENSE = model.ModelConfig(
     vocab_size=300,
@@ -29,11 +30,9 @@ DENSE = model.ModelConfig(
 )
 MIXTURE = DENSE.to_moe(num_experts=4, num_experts_per_tok=2)
 TOKENS = jax.random.randint(jax.random.key(0), (2, 2, 32), 0, 300)
-ROOT = pathlib.Path(__file__).parents[2]
 
 
-def params_of(config):
-    return jax.tree.map(lambda w: 4 * w, model.init(config, jax.random.key(1)))
+params_of = functools.cache(drawn.parameters)
 
 
 def test_statistics_of_a_mixture_are_those_of_their_definitions():
@@ -110,8 +109,9 @@ def test_importance_is_that_of_the_loss_of_the_whole_model():
         return -jax.nn.log_softmax(logits_V)[row_T[1]]
 
     want_LF, down_LFD = 0, params["blocks"]["0"]["mlp"]["down"]
+    gradient = jax.jit(jax.grad(loss))
     for row_T in rows_BT:
-        gradient_LFD = jax.grad(loss)(params, row_T)["blocks"]["0"]["mlp"]["down"]
+        gradient_LFD = gradient(params, row_T)["blocks"]["0"]["mlp"]["down"]
         want_LF += jnp.abs(jnp.sum(down_LFD * gradient_LFD, axis=-1)) / len(rows_BT)
     found_LF = parent_statistics._importance(params, rows_BT, config)
     np.testing.assert_allclose(found_LF, want_LF, rtol=1e-4, atol=1e-7)
@@ -208,25 +208,25 @@ def test_one_expert_of_the_most_important_neurons_merged_back_is_a_pruned_dense_
     )
 
 
-def test_what_the_script_collects_prunes_a_folder(tmp_path):
+def test_what_the_script_collects_prunes_a_folder(tmp_path, monkeypatch, capsys):
     hf.save(tmp_path / "moe", MIXTURE, params_of(MIXTURE))
     text = tmp_path / "text.txt"
     text.write_text("A short text about nothing. " * 20)
 
-    def run(script, *arguments):
-        command = [sys.executable, f"scripts/{script}", f"--source={tmp_path / 'moe'}", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def run(command, *arguments):
+        argv = [f"{command.__name__}.py", f"--source={tmp_path / 'moe'}", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        command.main()
+        return capsys.readouterr().out
 
     size = ("--num_batches=2", "--batch_size=2", "--sequence_length=32")
     file = tmp_path / "moe.npz"
     run(
-        *("collect_statistics.py", f"--text={text}", f"--output={file}", "--tokenizer=bytes"),
+        *(collect_statistics, f"--text={text}", f"--output={file}", "--tokenizer=bytes"),
         *size,
     )
     said = run(
-        *("upcycle.py", "--recipe=prune", "--num_experts=2", "--num_experts_per_tok=1"),
+        *(upcycle_command, "--recipe=prune", "--num_experts=2", "--num_experts_per_tok=1"),
         *(f"--statistics={file}", f"--output={tmp_path / 'pruned'}"),
     )
     assert "weights that sum to one give the router no gradient" in said

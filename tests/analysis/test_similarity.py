@@ -143,6 +143,21 @@ def test_what_cannot_be_the_parent_is_refused(parent, complaint):
         similarity.experts(random_params(SPARSE), SPARSE, ({}, parent))
 
 
+def test_similarity_to_the_parent_is_the_mean_of_each_layers_columns():
+    params, parent = random_params(SPARSE), random_params(PARENT, seed=1)
+    found = similarity.to_parent(params, SPARSE, (parent, PARENT))
+    rows = similarity.experts(params, SPARSE, (parent, PARENT))
+    for name, of_row in (("similarity", "parent_cosine"), ("distance", "parent_distance")):
+        means = [np.mean(list(getattr(row, of_row).values())) for row in rows]
+        np.testing.assert_allclose(found[f"parent_{name}"], means, atol=1e-5)
+    copies = sparse_model([[dense_layer(parent, layer)] * 3 for layer in (1, 3)])
+    same = similarity.to_parent(copies, SPARSE, (parent, PARENT))
+    assert same == {"parent_similarity": [1, 1], "parent_distance": [0, 0]}
+    wider = dataclasses.replace(PARENT, intermediate_size=12)
+    with pytest.raises(ValueError, match="have 12 neurons, and an expert 6"):
+        similarity.to_parent(params, SPARSE, ({}, wider))
+
+
 def test_models_without_pairs_have_no_similarity():
     assert similarity.of_layers({}, PARENT) is None
     lonely = dataclasses.replace(SPARSE, num_experts=1)

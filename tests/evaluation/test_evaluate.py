@@ -5,13 +5,13 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax import hf, model, stores
 from moe_jax.commands import evaluate
 from moe_jax.data import tokenizers
+from tests import drawn
 from tests.hf.test_golden import GOLDEN
 
 CONFIG = model.ModelConfig(
@@ -30,16 +30,18 @@ TEXTS = {"en": "one and two are three", "ja": "一たす二は三"}
 def folders(tmp_path_factory):
     """A model, a text of two labels, and the nats of each label by a plain loop."""
     root = tmp_path_factory.mktemp("evaluate")
-    params = jax.jit(lambda: jax.tree.map(lambda x: 5 * x, model.init(CONFIG, jax.random.key(0))))()
+    params = drawn.parameters(CONFIG)
     stores.save(root / "model-0123456789", CONFIG, params)
     lines = [json.dumps({"text": text, "language": label}) for label, text in TEXTS.items()]
     (root / "text.jsonl").write_text("\n".join(lines))
-    nats = {}
+    nats, apply = {}, jax.jit(model.apply, static_argnums=2)
     for label, text in TEXTS.items():
-        ids = np.array([[1, *tokenizers.load("bytes").encode(text), 2]])
-        logits_BTV = model.apply(params, jnp.asarray(ids[:, :-1]), CONFIG).logits_BTV
-        log_p_BTV = np.asarray(jax.nn.log_softmax(logits_BTV), np.float64)
-        nats[label] = -np.take_along_axis(log_p_BTV, ids[:, 1:, None], axis=-1)[..., 0].ravel()
+        ids = np.array([1, *tokenizers.load("bytes").encode(text), 2])
+        padded = np.zeros((1, 32), np.int32)  # one shape, one compilation
+        padded[0, : len(ids) - 1] = ids[:-1]
+        logits_TV = apply(params, padded, CONFIG).logits_BTV[0, : len(ids) - 1]
+        log_p_TV = np.asarray(jax.nn.log_softmax(logits_TV), np.float64)
+        nats[label] = -np.take_along_axis(log_p_TV, ids[1:, None], axis=-1)[:, 0]
     return root, nats
 
 
@@ -67,7 +69,7 @@ def test_losses_and_counts_are_those_of_a_plain_loop(folders, monkeypatch, capsy
 
 def test_several_rows_have_an_interval_around_their_loss(folders, monkeypatch, capsys):
     root, _ = folders
-    options = f"--source={root / 'text.jsonl'}", "--sequence_length=8", "--json"
+    options = f"--source={root / 'text.jsonl'}", "--sequence_length=2", "--json"
     found = json.loads(run(monkeypatch, capsys, f"--checkpoint={root / 'model'}", *options))
     for name in ("loss", "bits_per_byte"):
         low, high = found[f"{name}_interval"]
@@ -80,8 +82,8 @@ def test_several_rows_have_an_interval_around_their_loss(folders, monkeypatch, c
         ("--max_batches=-1", "--max_batches=-1 must be at least 0"),
         ("--batch_size=0", "--batch_size=0 must be at least 1"),
         ("--num_experts_per_tok=3", "num_experts_per_tok=3 is more than num_experts=2"),
-        ("--source=nowhere.txt", "matches no file"),
-        ("--tokenizer=words", "is not a file"),
+        ("--source=nowhere.txt", "evaluate.py: --source='nowhere.txt' matches no file"),
+        ("--tokenizer=words", "evaluate.py: --tokenizer='words' is not a file"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_weights_are_read(
@@ -99,7 +101,7 @@ def test_a_mistake_is_one_line_before_the_weights_are_read(
 def test_a_tokenizer_of_more_ids_than_the_model_is_refused(folders, monkeypatch, capsys):
     root, _ = folders
     small = dataclasses.replace(CONFIG, vocab_size=100)
-    stores.save(root / "small", small, jax.jit(lambda: model.init(small, jax.random.key(0)))())
+    stores.save(root / "small", small, drawn.parameters(small))
     with pytest.raises(SystemExit, match="2"):
         run(
             monkeypatch, capsys, f"--checkpoint={root / 'small'}", f"--source={root / 'text.jsonl'}"
@@ -111,8 +113,9 @@ def test_a_model_that_could_not_be_trained_is_evaluated(folders, monkeypatch, ca
     """A single weight of 1 gives the router no gradient, and evaluation needs none."""
     root, _ = folders
     top_1 = dataclasses.replace(CONFIG, num_experts_per_tok=1)
-    stores.save(root / "top_1", top_1, jax.jit(lambda: model.init(top_1, jax.random.key(0)))())
+    stores.save(root / "top_1", top_1, drawn.parameters(top_1))
     options = f"--checkpoint={root / 'top_1'}", f"--source={root / 'text.jsonl'}"
+    options += ("--sequence_length=64",)
     assert "text.jsonl" in run(monkeypatch, capsys, *options)
 
 
@@ -129,7 +132,7 @@ def test_a_hugging_face_folder_needs_a_text_and_a_tokenizer(folders, monkeypatch
         run(monkeypatch, capsys, f"--checkpoint={GOLDEN / 'llama'}")
     assert "has no text of its own; give --source=TEXT" in capsys.readouterr().err
     dense = dataclasses.replace(CONFIG, num_experts=0)
-    hf.save(root / "hf", dense, jax.jit(lambda: model.init(dense, jax.random.key(0)))())
+    hf.save(root / "hf", dense, drawn.parameters(dense))
     options = f"--source={root / 'text.jsonl'}", "--tokenizer=bytes", "--sequence_length=64"
     assert " 41 " in run(monkeypatch, capsys, f"--checkpoint={root / 'hf'}", *options)
 

@@ -13,6 +13,7 @@ from moe_jax.commands import evaluate, generate
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import likelihood, text_metrics
 from moe_jax.parallel import mesh
+from tests import drawn
 
 CONFIG = model.ModelConfig(
     vocab_size=259,
@@ -30,7 +31,7 @@ PAIRS = [("To insert ", "a table"), ("", "a table"), ("ab", ""), ("", "日本")]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generated") / "model"
-    params = jax.jit(lambda: jax.tree.map(lambda x: 5 * x, model.init(CONFIG, jax.random.key(0))))()
+    params = drawn.parameters(CONFIG)
     stores.save(folder, CONFIG, params)
     return folder
 
@@ -121,7 +122,7 @@ def test_empty_texts_have_null_for_what_is_undefined(tmp_path, monkeypatch, caps
     [
         (["--metrics=self_blue"], "did you mean 'self_bleu'"),
         (["--metrics=novelty_5"], "needs --training_text"),
-        (["--training_text=nowhere.txt"], "matches no file"),
+        (["--training_text=nowhere.txt"], "--training_text='nowhere.txt' matches no file"),
         (["--second=nowhere"], "neither a Hugging Face folder nor a run"),
         (["--judge_scale=10,1"], "two rising numbers"),
         (["--judge_template=nowhere.txt"], "nowhere.txt"),

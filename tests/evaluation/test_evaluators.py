@@ -1,4 +1,4 @@
-"""Multiple choice within a run: at its interval, at the end, and as the command reports it."""
+"""Evaluators within a run: multiple choice as the command reports it, similarity to the parent."""
 
 import dataclasses
 import json
@@ -7,10 +7,11 @@ import jax
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import model, stores, train
+from moe_jax import stores, train
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import evaluators
 from moe_jax.training import metrics
+from tests import drawn
 from tests.evaluation.test_evaluate import run
 
 ITEM = {"context": "one, two,", "choices": [" three", " eight!"], "answer": 0, "label": "en"}
@@ -52,7 +53,7 @@ def test_the_evaluator_reports_what_the_command_reports(config, tmp_path, monkey
     context = evaluators.Context(settings, mesh, None, tokenizer, {})
     scheduled = evaluators.schedule(context)["multiple_choice"]
     assert scheduled.is_due(1) and scheduled.logged_at_end
-    params = jax.jit(lambda: model.init(settings.model, jax.random.key(0)))()
+    params = drawn.parameters(settings.model)
     stores.save(tmp_path / "run", settings.model, params)
     on_mesh = stores.load(stores.find(str(tmp_path / "run")), mesh)[1]
     found = scheduled.evaluate(on_mesh)
@@ -93,3 +94,75 @@ def test_items_that_cannot_be_read_are_refused_before_the_run(changes, complaint
     with pytest.raises(configs.ConfigError, match=complaint):
         train.run(configs.resolve(config), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def upcycled(config, tmp_path):
+    """The config of a mixture made from a dense model, and the parent's parameters."""
+    dense = configs.resolve(config).model
+    params = drawn.parameters(dense)
+    stores.save(tmp_path / "dense", dense, params)
+    config.init.source = str(tmp_path / "dense")
+    config.init.upcycle.recipe, config.data.tokenizer = "naive", "bytes"
+    config.model.update(num_experts=4, num_experts_per_tok=2)
+    config.evaluation.multiple_choice = ""
+    return config, (params, dense)
+
+
+def test_copies_of_the_parent_are_like_it_until_it_is_gone(upcycled, tmp_path, capsys):
+    settings, (params, dense) = configs.resolve(upcycled[0]), upcycled[1]
+    evaluators.check(settings)
+    kept = [(params, dense)]
+
+    def parent():
+        if not kept:
+            raise ValueError("the parent is not there")
+        return kept[0]
+
+    context = evaluators.Context(settings, None, None, None, {}, parent)
+    row = evaluators.EVALUATORS["parent_similarity"]
+    assert row.every(settings.evaluation) == 1
+    evaluate = row.make(context)
+    mixture = drawn.parameters(settings.model, 1)
+    layer = mixture["blocks"]["0"]["moe"]["experts"]
+    for name in layer:
+        w_LXY = params["blocks"]["0"]["mlp"][name]
+        layer[name] = jax.numpy.stack([w_LXY, 3 * w_LXY] * 2, axis=1)
+    found = evaluate(mixture)
+    assert found.row == found.result == {"parent_similarity": [1], "parent_distance": [1]}
+    kept.clear()
+    assert evaluate(mixture) == evaluate(mixture) == evaluators.Evaluation({}, {})
+    assert capsys.readouterr().err.count("the parent is not there") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"model.num_experts": None, "model.num_experts_per_tok": None,
+          "init.upcycle.recipe": ""}, "the run is not upcycled"),
+        ({"model.moe_intermediate_size": 16}, "have 32 neurons, and an expert 16"),
+    ],
+)  # fmt: skip
+def test_an_interval_for_a_parent_that_cannot_be_compared_is_refused(changes, complaint, upcycled):
+    config = upcycled[0]
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key: value})
+    evaluators.check(configs.resolve(config))
+    config.evaluation.intervals = (("parent_similarity", 1),)
+    with pytest.raises(configs.ConfigError, match=complaint):
+        evaluators.check(configs.resolve(config))
+
+
+@pytest.mark.long
+def test_an_upcycled_run_measures_its_parent_at_each_evaluation(upcycled, tmp_path):
+    settings = configs.resolve(upcycled[0])
+    train.run(settings, tmp_path / "run")
+    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    found = [row["parent_similarity"] for row in rows if "parent_similarity" in row]
+    assert len(found) == 3 and found[0] == [1] and 0.9 < found[2][0] < 1
+    (tmp_path / "dense").rename(tmp_path / "moved")
+    upcycled[0].training.num_steps = 3
+    train.run(configs.resolve(upcycled[0]), tmp_path / "run")
+    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")  # those of step 2 are written anew
+    assert [row["step"] for row in rows if "parent_similarity" in row] == [0, 1]
+    assert [row["step"] for row in rows if "validation" in row] == [0, 1, 2, 3]

@@ -15,7 +15,6 @@ import jax
 import pytest
 
 from moe_jax import model, stores
-from moe_jax.commands import evaluate
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import scoring, task_lists
 from moe_jax.evaluation.sampling import Sampling
@@ -64,7 +63,7 @@ def test_the_tests_of_this_file_with_the_harness_installed(tmp_path):
 def test_without_the_harness_its_tasks_are_refused_with_the_line_that_installs_it(
     monkeypatch, capsys
 ):
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(task_lists.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, capsys, "--checkpoint=nowhere", "--tasks=piqa")
     error = capsys.readouterr().err

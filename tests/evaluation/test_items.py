@@ -2,14 +2,15 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
-from moe_jax import model, stores
+from moe_jax import stores
 from moe_jax.data import tokenizers
 from moe_jax.evaluation import answers, items, multiple_choice, scoring, short_answers
+from tests import drawn
 from tests.evaluation.test_evaluate import CONFIG, run
+from tests.hf.test_golden import GOLDEN
 
 CHOICE = {"context": "a", "choices": ["b", "cd"], "answer": 1, "label": "x"}
 SHORT = {"prompt": "a", "answers": ["b"]}
@@ -119,9 +120,8 @@ def test_the_nearest_right_answer_counts():
 def folders(tmp_path_factory):
     """Two models, and items of both kinds."""
     root = tmp_path_factory.mktemp("items")
-    init = jax.jit(lambda key: jax.tree.map(lambda x: 5 * x, model.init(CONFIG, key)))
     for name, seed in (("model", 0), ("other", 1)):
-        stores.save(root / name, CONFIG, init(jax.random.key(seed)))
+        stores.save(root / name, CONFIG, drawn.parameters(CONFIG, seed))
     draw = np.random.default_rng(0).integers
     choices = [
         {
@@ -168,12 +168,19 @@ def test_the_command_reports_short_answers(folders, monkeypatch, capsys):
         (["--compare=a"], "--compare does nothing without --items; leave it out"),
         (["--items=a", "--max_batches=2"], "--max_batches does nothing with --items"),
         (["--items=a", "--limit=2"], "--limit does nothing without --tasks"),
+        (["--items=a", "--compare=GOLDEN"], "has no tokenizer.json or tokenizer.model"),
+        (["--items=a", "--compare=BROKEN"], "config.json"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_weights_are_read(
     extra, complaint, folders, monkeypatch, capsys
 ):
     monkeypatch.setattr(stores, "load", None)
+    (folders / "broken").mkdir(exist_ok=True)
+    (folders / "broken" / "config.json").write_text("{")
+    named = {"GOLDEN": str(GOLDEN / "mixtral"), "BROKEN": str(folders / "broken")}
+    for name, path in named.items():
+        extra = [option.replace(name, path) for option in extra]
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, capsys, f"--checkpoint={folders / 'model'}", *extra)
     error = capsys.readouterr().err

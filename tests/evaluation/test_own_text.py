@@ -2,14 +2,14 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
-from moe_jax import model, stores
+from moe_jax import stores
 from moe_jax.commands import evaluate
 from moe_jax.data import prepare, tokenizers
 from moe_jax.training import checkpoint
+from tests import drawn
 from tests.evaluation.test_evaluate import CONFIG, run
 
 
@@ -26,7 +26,7 @@ def workdir(tmp_path, monkeypatch):
         validation_fraction=0.5,
         cache=tmp_path / "home" / "moe_jax",
     )
-    params = jax.jit(lambda: model.init(CONFIG, jax.random.key(0)))()
+    params = drawn.parameters(CONFIG)
     stores.save(tmp_path / "run", CONFIG, params)
     data = {"step": 1, "text": {"validation": held_out.digest}}  # as a training run saves it
     monkeypatch.setattr(checkpoint, "newest_data", lambda directory, step: data)

@@ -10,6 +10,7 @@ import pytest
 from moe_jax import model
 from moe_jax.data.batches import Batch
 from moe_jax.evaluation import generate, perplexity
+from tests import drawn
 
 CONFIG = model.ModelConfig(
     vocab_size=16,
@@ -25,10 +26,7 @@ B, T = 4, 12
 
 @pytest.fixture(scope="module")
 def params():
-    scaled = jax.jit(
-        lambda key: jax.tree.map(lambda x: 5 * x, model.init(CONFIG, key)), donate_argnums=()
-    )
-    return scaled(jax.random.key(0))
+    return drawn.parameters(CONFIG)
 
 
 def batch_of(seed):
@@ -46,8 +44,9 @@ def test_losses_by_language_are_means_over_their_tokens_and_bits_are_per_byte(pa
     found = perplexity.evaluate(eval_step, params, batches, bytes_per_token).loss()
 
     nats = {label: [] for label in bytes_per_token}
+    apply = jax.jit(model.apply, static_argnums=2)
     for batch in batches:
-        logits_BTV = model.apply(params, batch.tokens_BT, CONFIG).logits_BTV
+        logits_BTV = apply(params, batch.tokens_BT, CONFIG).logits_BTV
         log_p_BTV = np.asarray(jax.nn.log_softmax(logits_BTV), np.float64)
         for row, column in zip(*np.nonzero(batch.segment_ids_BT), strict=True):
             label = list(bytes_per_token)[batch.labels_BT[row, column]]
@@ -94,7 +93,7 @@ LONG = ("in turn", "merged")
 def test_the_loss_depends_neither_on_the_batch_size_nor_on_rows_of_padding(kind):
     """Rows of different lengths, by 1, 7 and 64 at a time: the last batch is padded."""
     config = dataclasses.replace(CONFIG, **OF_A_ROW[kind])
-    params = jax.jit(lambda: jax.tree.map(lambda x: 5 * x, model.init(config, jax.random.key(0))))()
+    params = drawn.parameters(config)
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 16, (ROWS, T + 1)), np.arange(T) < rng.integers(1, T + 1, (ROWS, 1))
     eval_step = jax.jit(perplexity.make_eval_step(config, 1))
@@ -111,7 +110,7 @@ def test_the_loss_depends_neither_on_the_batch_size_nor_on_rows_of_padding(kind)
 def test_no_counted_nats_of_merged_experts_depend_on_later_tokens():
     """Nats by position where one token changes; segments are of 4, and the first is left out."""
     config = dataclasses.replace(CONFIG, **OF_A_ROW["merged"])
-    params = jax.jit(lambda: jax.tree.map(lambda x: 5 * x, model.init(config, jax.random.key(0))))()
+    params = drawn.parameters(config)
     eval_step = jax.jit(perplexity.make_eval_step(config, T))
     batch = batch_of(0).replace(
         segment_ids_BT=jnp.ones((B, T), jnp.int32), labels_BT=jnp.tile(jnp.arange(T), (B, 1))

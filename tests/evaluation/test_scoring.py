@@ -89,6 +89,14 @@ def test_neither_the_order_nor_the_batch_nor_the_padding_matters(monkeypatch):
         assert a.is_greedy == b.is_greedy
 
 
+def test_with_one_batch_size_a_score_is_the_same_bit_for_bit_alone_and_in_any_order():
+    params, pairs = loaded("llama")[1], pairs_of("llama")
+    scorer = scorer_of("llama")
+    found = scorer.score(params, pairs)
+    assert scorer.score(params, pairs[::-1])[::-1] == found
+    assert [scorer.score(params, [pair])[0] for pair in pairs] == found
+
+
 def test_a_model_that_drops_tokens_scores_without_dropping():
     config, _ = loaded("olmoe")
     drops = dataclasses.replace(config, dispatch="capacity")

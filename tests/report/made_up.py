@@ -51,6 +51,9 @@ def write_run(folder, *, seed, start, end, num_experts=0, source="", recipe="", 
             share_LE = np.exp(skew * step / last)
             share_LE /= share_LE.sum(axis=1, keepdims=True)
             row["router"] = router_rows(share_LE)
+        if num_experts and source:
+            away = 0.3 * step / last
+            row |= {"parent_similarity": [1 - away, 1.0], "parent_distance": [away, 0.0]}
         if step:
             training = {"loss": bits * 0.7 + rng.normal(0, 0.02), "tokens_per_second": 5000.0}
             rows.append({"step": step, "tokens": step * TOKENS_PER_STEP, **training})

@@ -31,6 +31,7 @@ def make_run(folder, *, num_experts, bits, source="", router=None):
         row = {"step": step, "tokens": step * 100, "validation": {"bits_per_byte": bits}}
         if num_experts:
             row["router"] = router_rows(load)
+            row |= {"parent_similarity": [1, 0.5], "parent_distance": [0, bits]} if source else {}
         rows.append(row)
     result = {
         "steps": 40, "tokens": 4000, "training_flops": 2e12, "loss": bits, "bits_per_byte": bits,
@@ -97,6 +98,10 @@ def test_figures_show_the_numbers_of_the_records(folders):
     assert list(used.get_lines()[0].get_ydata()) == [4, 4]
     curves = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert curves == {"naive": [3.25 / 4, 3.25 / 8], "drop": [3.125 / 4, 3.125 / 8]}
+    cosine, away = figures.parent_similarity(records).axes
+    assert list(cosine.get_lines()[0].get_ydata()) == [0.75] * 5
+    lines = {line.get_label(): list(line.get_ydata()) for line in away.get_lines()}
+    assert lines == {"naive": [3.25 / 2] * 5, "drop": [3.125 / 2] * 5}
     [dots] = figures.languages(records).axes
     assert [tick.get_text() for tick in dots.get_yticklabels()] == ["el", "en"]
 

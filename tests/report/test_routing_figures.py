@@ -39,6 +39,7 @@ FIGURES = {
         [COACTIVATION_EE, COACTIVATION_EE],
         [routing.most_coactive(COACTIVATION_EE, number) for number in (16, 32)],
         [0, 7],
+        chance=7 / 39,
     ),
     "language heatmap": lambda: routing_figures.language_heatmap(
         VECTOR_GX, CODES, FAMILIES, LAYERS
