@@ -16,7 +16,7 @@ from moe_jax import command_line, files, init, model, stores, strict_json, untru
 from moe_jax import config as configs
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
-from moe_jax.data import batches, prepare, sources, tokenizers
+from moe_jax.data import batches, policy, prepare, sources, tokenizers
 from moe_jax.data.cache import DATASETS, cache_folder
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.packing import RowPlan
@@ -268,7 +268,7 @@ def _open_corpora(
                 *(data.source, split, tokenizer),
                 validation_fraction=data.validation_fraction,
                 cache=cache,
-                max_line=data.max_line,
+                reading=policy.of_config(data),
             )
             for split in ("train", "validation")
         ]
