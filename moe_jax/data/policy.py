@@ -69,21 +69,21 @@ class Skipped:
     """Counts the records of a source that are skipped, by reason, up to the most that may be."""
 
     def __init__(self, most: int):
-        self._most = most
+        self._most, self._named = most, 0
         self.by_reason = collections.Counter[str]()
 
     def add(self, error: UnusableError) -> None:
         """Counts a record, and names it in the output; raises ValueError if it is one too many."""
-        before = self.by_reason.total()
-        total = before + error.records
+        total = self.by_reason.total() + error.records
         if total > self._most:
             more = f" ({total:,} records cannot be used, and config.data.skip_damaged={self._most})"
             raise ValueError(f"data.source: {error}{more if self._most else ''}") from error
         self.by_reason[error.reason] += error.records
-        if before < MOST_NAMED:
+        self._named += 1
+        if self._named <= MOST_NAMED:
             distributed.say(f"skipped {total:,} of at most {self._most:,}: {error}")
-            if total >= MOST_NAMED:
-                distributed.say("further records that are skipped are counted, but not named")
+        elif self._named == MOST_NAMED + 1:
+            distributed.say("further records that are skipped are counted, but not named")
 
 
 def check_length(text: str | bytes, max_line: int) -> None:

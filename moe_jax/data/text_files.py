@@ -121,32 +121,37 @@ def find(spec: str) -> list[File]:
         return _in_store(spec)
     root = pathlib.Path(spec)
     if root.is_dir():
-        entries = [p for p in root.rglob("*") if not _is_hidden(p.relative_to(root))]
-        if shut := next((p for p in entries if p.is_dir() and not os.access(p, os.R_OK)), None):
-            raise ValueError(f"data.source: {shut} cannot be read; check its permissions")
-        found = [p for p in entries if _ending(p.name) and not p.is_dir()]
-        caches = {
-            path.parent for path in entries if path.name == cache.TAG
-        }  # with tokens of this very text
-        found = [p for p in found if caches.isdisjoint(p.parents)]
-        if not found:
-            raise ValueError(f"data.source={spec!r} is a folder without {' or '.join(READERS)}")
-        if out := next((path for path in found if untrusted.leads_out(path, root)), None):
-            raise ValueError(
-                f"data.source: {out} is a link out of its folder, which is not followed: put the "
-                "file itself there, or name the files by a glob"
-            )
-    elif root.exists():
+        return _in_folder(spec, root)
+    if root.exists():
         return [_usable(root, root.parent, DIVIDED)]
-    else:
-        found = [pathlib.Path(p) for p in glob.glob(spec, recursive=True) if not os.path.isdir(p)]
-        plain = itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)
-        root = pathlib.Path(*plain)
-        if not found:
-            raise ValueError(
-                f"data.source={spec!r} matches no file; give a file, folder, glob or 'embedded'"
-            )
-    return _with_splits(spec, root, record_files.of_saved_datasets(found))
+    found = [pathlib.Path(p) for p in glob.glob(spec, recursive=True) if not os.path.isdir(p)]
+    plain = itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)
+    if not found:
+        raise ValueError(
+            f"data.source={spec!r} matches no file; give a file, folder, glob or 'embedded'"
+        )
+    return _with_splits(spec, pathlib.Path(*plain), record_files.of_saved_datasets(found))
+
+
+def _in_folder(spec: str, root: pathlib.Path) -> list[File]:
+    """`find` in a folder."""
+    entries = [path for path in root.rglob("*") if not _is_hidden(path.relative_to(root))]
+    folders = {path for path in entries if path.is_dir()}
+    if shut := sorted(path for path in folders if not os.access(path, os.R_OK | os.X_OK)):
+        raise ValueError(f"data.source: {shut[0]} cannot be read; check its permissions")
+    # Folders with tokens of this very text.
+    caches = {path.parent for path in entries if path.name == cache.TAG}
+    found = [path for path in entries if _ending(path.name) and path not in folders]
+    found = [path for path in found if caches.isdisjoint(path.parents)]
+    if not found:
+        raise ValueError(f"data.source={spec!r} is a folder without {' or '.join(READERS)}")
+    files = _with_splits(spec, root, record_files.of_saved_datasets(found))
+    if out := next((f.path for f in files if untrusted.leads_out(f.path, root)), None):
+        raise ValueError(
+            f"data.source: {out} is a link out of its folder, which is not followed: put the "
+            "file itself there, or name the files by a glob"
+        )
+    return files
 
 
 def _in_store(spec: str) -> list[File]:

@@ -46,7 +46,7 @@ def opened(path: stored.Path) -> Iterator[TextIO]:
     except compressed.ERRORS as error:
         where = f" after line {number}" if (number := _good_lines(path)) else ""
         message = f"{path} cannot be read{where} ({' '.join(str(error).split())}); replace it"
-        raise UnusableError(message, "a damaged file", number + 1) from error
+        raise UnusableError(message, "a damaged file", number) from error
 
 
 def check(path: stored.Path, text: str, first_line: int) -> None:
