@@ -72,14 +72,16 @@ class Skipped:
         self._most, self._named = most, 0
         self.by_reason = collections.Counter[str]()
 
-    def add(self, error: UnusableError) -> None:
+    def add(self, error: UnusableError, *, named: bool = True) -> None:
         """Counts a record, and names it in the output; raises ValueError if it is one too many."""
         total = self.by_reason.total() + error.records
         if total > self._most:
             more = f" ({total:,} records cannot be used, and config.data.skip_damaged={self._most})"
             raise ValueError(f"data.source: {error}{more if self._most else ''}") from error
         self.by_reason[error.reason] += error.records
-        self._named += 1
+        self._named += named
+        if not named:
+            return
         if self._named <= MOST_NAMED:
             distributed.say(f"skipped {total:,} of at most {self._most:,}: {error}")
         elif self._named == MOST_NAMED + 1:

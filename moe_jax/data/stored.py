@@ -1,8 +1,10 @@
 """Source files, on this machine or in an object store (gs://, s3://, az://, hf://) by `fsspec`."""
 
 import contextlib
+import glob
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -34,8 +36,13 @@ def path_of(spec: str) -> Path:
     return epath.Path(spec)
 
 
+def _store(path: Path | str):
+    """The `fsspec` file system of an object store."""
+    return epath.backend.fsspec_backend.fs(path)
+
+
 def _facts(path: Path) -> dict:
-    return epath.backend.fsspec_backend.fs(path).info(str(path))
+    return _store(path).info(str(path))
 
 
 def size(path: Path) -> int:
@@ -65,19 +72,18 @@ def found_in(spec: str) -> tuple[Path, list[Path]]:
 
     Raises: ValueError if the store cannot be read.
     """
-    root = path_of(spec)
+    root, scheme = path_of(spec), spec.partition("://")[0]
     try:
-        if "*" in spec or "?" in spec or "[" in spec:
-            plain = [part for part in root.parts if not any(c in part for c in "*?[")]
-            folder = epath.Path(*plain)
-            store = epath.backend.fsspec_backend.fs(spec)
-            scheme = spec.partition("://")[0]
-            names = [f"{scheme}://{name}" for name in store.glob(spec)]
-            return folder, [path for path in map(epath.Path, names) if not path.is_dir()]
-        if root.is_dir():
-            walked = root.walk()
-            return root, [folder / name for folder, _, names in walked for name in names]
-        return root.parent, [root] if root.exists() else []
+        store = _store(spec)
+        if glob.has_magic(spec):
+            plain = itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)
+            root = path_of("/".join([f"{scheme}:/", *list(plain)[2:]]))
+            entries = store.glob(spec, detail=True)
+            names = [name for name, facts in entries.items() if facts["type"] == "file"]
+        elif store.isdir(spec):
+            names = store.find(spec)
+        else:
+            root, names = root.parent, [spec] if store.exists(spec) else []
     except Exception as error:  # the libraries of the stores raise many types
         stopping.pass_on(error)
         reason = " ".join(str(error).split())[:300]
@@ -85,6 +91,9 @@ def found_in(spec: str) -> tuple[Path, list[Path]]:
             f"data.source={spec!r} cannot be listed ({type(error).__name__}: {reason}); install "
             "the store's library (gcsfs, s3fs, adlfs, huggingface_hub) and check your credentials"
         ) from error
+    # Some stores return names without their scheme.
+    urls = [name if "://" in name else f"{scheme}://{name.lstrip('/')}" for name in names]
+    return root, [path_of(url) for url in urls]
 
 
 def digest(path: Path, memory: pathlib.Path) -> str:
