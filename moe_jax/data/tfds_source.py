@@ -92,11 +92,21 @@ def _builder(spec: str, data_dir: pathlib.Path):
                 with contextlib.redirect_stdout(io.StringIO()):
                     builder.download_and_prepare()
         return builder
-    try:
-        return tfds.builder(name, data_dir=data_dir)
     # The last two are raised for an invalid name, and for a version that does not exist.
-    except (tfds.core.DatasetNotFoundError, ModuleNotFoundError, ValueError, AssertionError) as e:
+    absent = (tfds.core.DatasetNotFoundError, ModuleNotFoundError, ValueError, AssertionError)
+    for folder in (data_dir, None):  # None is TFDS's own folder, $TFDS_DATA_DIR
+        with contextlib.suppress(*absent):
+            builder = tfds.builder(name, data_dir=folder)
+            if builder.info.splits:  # those of a dataset that is known but not prepared are empty
+                break
+    else:
         raise ValueError(
-            f"data.source={spec!r} is not a dataset prepared under {data_dir}; embedded ones are "
-            f"{', '.join(corpora.BUILDERS)}"
-        ) from e
+            f"data.source={spec!r} is not a dataset prepared under {data_dir} or $TFDS_DATA_DIR; "
+            f"embedded ones are {', '.join(corpora.BUILDERS)}"
+        )
+    if (form := builder.info.file_format.value) != "array_record":
+        raise ValueError(
+            f"data.source={spec!r} is prepared as {form}, which has no random access; prepare it "
+            "with file_format='array_record'"
+        )
+    return builder
