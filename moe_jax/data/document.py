@@ -70,15 +70,7 @@ def from_record(
         raise UnusableError(f' is not a JSON object with "{name}"', "no text")
     if not isinstance(text, str):
         raise UnusableError(f': "{name}" is not a string', "a text that is no string")
-    for field in reading.labels:
-        if found := _value(record, field):
-            if not isinstance(found, str | int | float):
-                raise UnusableError(
-                    f': "{field}" is not a string; set config.data.label_field to one that is',
-                    "a label that is no string",
-                )
-            label = str(found)
-            break
+    label = _label(record, reading) or label
     key = str(next((record[k] for k in KEYS if record.get(k) not in (None, "")), text))
     try:
         f"{key}{label}{text}".encode()
@@ -86,6 +78,22 @@ def from_record(
         raise UnusableError(" has half a surrogate pair", "half a surrogate pair") from None
     check_length(text, reading.max_line)
     return key, Document(text, label)
+
+
+def _label(record: Mapping[str, Any], reading: Reading) -> str:
+    """The record's own label; "" if it has none, which is refused for a field that was asked for."""
+    for field in reading.labels:
+        found = _value(record, field)
+        if found is None and reading.label_field and not reading.label_pattern:
+            raise UnusableError(f' has no "{field}", which is config.data.label_field', "no label")
+        if found and not isinstance(found, str | int | float):
+            raise UnusableError(
+                f': "{field}" is not a string; set config.data.label_field to one that is',
+                "a label that is no string",
+            )
+        if found:
+            return str(found)
+    return ""
 
 
 def _value(record: Mapping[str, Any], field: str) -> Any:

@@ -141,6 +141,12 @@ def _in_folder(spec: str, root: pathlib.Path) -> list[File]:
     folders = {path for path in entries if path.is_dir()}
     if shut := sorted(path for path in folders if not os.access(path, os.R_OK | os.X_OK)):
         raise ValueError(f"data.source: {shut[0]} cannot be read; check its permissions")
+    for linked in sorted(path for path in folders if path.is_symlink()):
+        if any(_ending(path.name) for path in linked.rglob("*")):
+            raise ValueError(
+                f"data.source: {linked} is a link to a folder of text, which is not followed: name "
+                "the files by a glob"
+            )
     # Folders with tokens of this very text.
     caches = {path.parent for path in entries if path.name == cache.TAG}
     found = [path for path in entries if _ending(path.name) and path not in folders]

@@ -301,6 +301,18 @@ def test_a_folder_may_be_called_as_a_file(tmp_path):
     assert read(tmp_path)[0] == read(tmp_path / "x.jsonl")[0] == TEXTS
 
 
+def test_a_folder_behind_a_link_is_not_left_out(tmp_path):
+    text, other = tmp_path / "text", tmp_path / "other"
+    (other / "deep").mkdir(parents=True)
+    text.mkdir()
+    (text / "a.jsonl").write_bytes(around(b""))
+    (text / "link").symlink_to(other)
+    assert read(text)[0] == TEXTS  # nothing is lost
+    (other / "deep" / "b.jsonl").write_bytes(around(b""))
+    assert f"{text / 'link'} is a link to a folder of text" in refusal(text, most=9)
+    assert read(text / "**" / "*.jsonl")[0] == TEXTS * 2
+
+
 def test_a_folder_that_may_not_be_read_is_not_left_out(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a.jsonl").write_bytes(around(b""))
@@ -388,6 +400,40 @@ def test_the_policy_of_a_config_is_that_of_its_keys():
     ):
         with pytest.raises(configs.ConfigError, match=f"config.data.{key}"):
             sections.Data(**{key: value})
+
+
+@pytest.mark.parametrize("write", ["jsonl", "jsonl.gz", "parquet", "arrow", "array_record"])
+def test_fields_within_fields_and_labels_of_names_are_read_in_every_format(write, tmp_path):
+    records = [{"meta": {"text": f"text {n}", "lang": ("de", "")[n % 2]}, "n": n} for n in range(6)]
+    path = tmp_path / "ja" / f"a.{write}"
+    path.parent.mkdir()
+    lines = [line(record) for record in records]
+    table = pyarrow.Table.from_pylist(records)
+    stream = io.BytesIO()
+    with pyarrow.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    path.write_bytes(
+        {
+            "jsonl": lambda: b"".join(lines),
+            "jsonl.gz": lambda: gzip.compress(b"".join(lines)),
+            "parquet": lambda: parquet(table),
+            "arrow": stream.getvalue,
+            "array_record": lambda: array_record(tmp_path, lines),
+        }[write]()
+    )
+    fields = {"text_field": "meta.text", "label_field": "meta.lang", "label_pattern": r"^(\w+)/"}
+    found = sources.documents(
+        *(str(tmp_path), "train"),
+        validation_fraction=0.0,
+        data_dir=NOWHERE,
+        reading=policy.Reading(**fields),
+    )
+    expected = [(f"text {n}", ("de", "ja")[n % 2]) for n in range(6)]
+    assert [(document.text, document.label) for document in found] == expected
+    del fields["label_pattern"]
+    fields["label_field"] = "meta.lang2"
+    assert 'has no "meta.lang2", which is config' in refusal(tmp_path, **fields)
+    assert "text_field" in refusal(tmp_path) or '"text"' in refusal(tmp_path)
 
 
 @pytest.mark.long
