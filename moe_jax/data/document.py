@@ -81,7 +81,7 @@ def from_record(
 
 
 def _label(record: Mapping[str, Any], reading: Reading) -> str:
-    """The record's own label; "" if it has none, which is refused for a field that was asked for."""
+    """The record's own label; "" for none, which is refused if a field was asked for."""
     for field in reading.labels:
         found = _value(record, field)
         if found is None and reading.label_field and not reading.label_pattern:
