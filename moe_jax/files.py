@@ -63,7 +63,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def is_remote(path: pathlib.Path) -> bool:
+def is_remote(path: str | os.PathLike) -> bool:
     """True for a path in a bucket."""
     return "://" in os.fspath(path)
 

@@ -16,7 +16,7 @@ from moe_jax import command_line, files, init, model, stores, strict_json, untru
 from moe_jax import config as configs
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
-from moe_jax.data import batches, prepare, sources, tokenizers
+from moe_jax.data import batches, policy, prepare, sources, tokenizers
 from moe_jax.data.cache import DATASETS, cache_folder
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.packing import RowPlan
@@ -177,6 +177,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     context = evaluators.Context(settings, mesh, held_out, tokenizer, routers, parent)
     saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"], owned)
     kept |= {"text": digests, "versions": environment.versions()}
+    kept["skipped_records"] = {"train": train_text.skipped, "validation": held_out.skipped}
     kept["resumed_from"] = settings.checkpoint.resume_from
 
     def save(at: int, state: TrainState, skipped: int) -> None:
@@ -185,7 +186,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         write_row.check()
 
     def write(row: dict) -> None:
-        write_row(row)
+        write_row(row | _skipped_records(kept["skipped_records"]))
         if "validation" in row:
             saver.evaluated(row["step"], float(row["validation"]["loss"]))
 
@@ -215,6 +216,12 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         if lock:
             files.write_text(workdir / "result.json", strict_json.text(result, indent=1) + "\n")
     return result
+
+
+def _skipped_records(by_split: dict) -> dict:
+    """A value for a row of metrics.jsonl, if records could not be used and were skipped."""
+    counts = {split: sum(by_reason.values()) for split, by_reason in by_split.items()}
+    return {"skipped_records": counts} if any(counts.values()) else {}
 
 
 def _made_by() -> dict:
@@ -247,6 +254,7 @@ def _facts(settings: configs.Run, costs: flops.Costs, kept: dict, began: float) 
         "device_seconds": _device_seconds(kept, began),
         "parent_device_seconds": lineage.get("device_seconds"),
         "router": settings.model.router if settings.model.num_experts else "",
+        "skipped_records": kept["skipped_records"],
         "versions": environment.versions(),
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "parameters": total,
@@ -269,7 +277,7 @@ def _open_corpora(
                 *(data.source, split, tokenizer),
                 validation_fraction=data.validation_fraction,
                 cache=cache,
-                max_line=data.max_line,
+                reading=policy.of_config(data),
             )
             for split in ("train", "validation")
         ]

@@ -114,3 +114,38 @@ def test_a_run_with_its_checkpoints_in_a_bucket_is_killed_and_goes_on(environmen
     assert f"gs://bucket/runs/run/{last}" in done(inspect, "run", "--verify")
     evaluate = str(ROOT / "scripts" / "evaluate.py")
     assert "bits/byte" in done(evaluate, "--checkpoint=run", "--max_batches=1")
+
+
+READ = """
+import gzip, json, pathlib
+from etils import epath
+from moe_jax.data import sources
+lines = b"".join(json.dumps({"text": f"text {n}"}).encode() + b"\\n" for n in range(2000))
+folder = epath.Path("gs://bucket/text/deep")
+(folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+(folder / "b.jsonl").write_bytes(lines)
+here = pathlib.Path(".")
+for spec in ("gs://bucket/text", "gs://bucket/text/*/*.jsonl*", "gs://bucket/text/deep/b.jsonl"):
+    sources.check(spec)
+    before = sources.fingerprint(spec, here)
+    options = {"validation_fraction": 0.0, "data_dir": here}
+    texts = [d.text for d in sources.documents(spec, "train", **options)]
+    assert texts == [f"text {n}" for n in range(2000)] * (1 if spec.endswith("b.jsonl") else 2)
+    assert sources.fingerprint(spec, here) == before and sources.describe(spec, here)
+(folder / "b.jsonl").write_bytes(lines[:-9])
+assert sources.fingerprint(spec, here) != before
+try:
+    list(sources.documents(spec, "train", **options))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.long
+def test_a_text_in_a_bucket_is_a_source(environment, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", READ], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gs://bucket/text/deep/b.jsonl:2000 is not a JSON object" in done.stdout
+    assert not list(tmp_path.iterdir())

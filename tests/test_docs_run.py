@@ -38,6 +38,8 @@ NOT_HERE = {
     r"--tasks=|scripts/harness\.py": "needs lm-evaluation-harness; see evaluation/test_harness.py",
     r"source=hf:": "needs the network; see data/test_hub.py",
     r"--tiktoken=": "needs a published vocabulary; see data/test_train_tokenizer.py",
+    r"^(hf|wget|grep) |source=corpora/": "needs the network; see data/test_published_corpora.py",
+    r"source=gs:": "needs a bucket; see data/test_stored.py",
     r"--coordinator=host0:": "needs a second host; see test_train_processes.py",
 }
 # The values of these options are replaced in all commands of train.py that train.

@@ -303,3 +303,30 @@ def test_too_little_memory_is_answered_with_the_settings_that_need_less(
     [line] = capsys.readouterr().err.splitlines()
     assert "out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)" in line
     assert "accumulation_steps=2" in line and "remat=full" in line and "mesh.fsdp" in line
+
+
+@pytest.mark.long
+def test_skipped_records_are_in_metrics_result_and_output_and_one_too_many_ends_the_run(
+    config_file, tmp_path
+):
+    lines = [json.dumps({"content": f"text {n} " * 40}) + "\n" for n in range(200)]
+    lines[7] = lines[9] = "broken\n"
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    flags = ("source=a.jsonl", "text_field=content", "skip_damaged=%d")
+    flags = ["--config.training.num_steps=2", *(f"--config.data.{flag}" for flag in flags)]
+    said, workdir = [], tmp_path / "run"
+    for most, status in ((0, 2), (1, 2), (2, 0)):
+        run = command(config_file, workdir, *flags[:-1], flags[-1] % most)
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        said.append(done.stderr)
+    assert (
+        said[0].splitlines()[-1].endswith('a.jsonl:8 is not a JSON object with "content"; mend it')
+    )
+    assert "a.jsonl:10 is not" in said[1].splitlines()[-1] and "skip_damaged=1)" in said[1]
+    assert said[2].count("skipped 1 of at most 2: a.jsonl:8") == 1
+    counts = {"not a JSON object": 2}
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["skipped_records"] == {"train": counts, "validation": counts}
+    rows = metrics.read(workdir / "metrics.jsonl")
+    assert all(row["skipped_records"] == {"train": 2, "validation": 2} for row in rows)

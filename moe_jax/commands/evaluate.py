@@ -44,7 +44,7 @@ import jax
 from moe_jax import command_line, model, stores, strict_json, untrusted
 from moe_jax import config as configs
 from moe_jax.config.resolved import LONGEST_ROW
-from moe_jax.data import batches, prepare, sources, tokenizers
+from moe_jax.data import batches, policy, prepare, sources, tokenizers
 from moe_jax.data.cache import cache_folder
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import VALIDATION
@@ -266,8 +266,10 @@ def _data(
             f"the config of {folder} has rows of {own.sequence_length} tokens, not of 1 to "
             f"{LONGEST_STORED}; give --sequence_length=N"
         )
+    fields = {} if source == own.source else dataclasses.asdict(policy.STRICT)
     data = dataclasses.replace(
         own,
+        **fields,
         source=source,
         sequence_length=arguments.sequence_length or own.sequence_length,
         validation_fraction=own.validation_fraction if source == own.source else 1.0,
@@ -290,10 +292,12 @@ def _corpus(
     """The text given by the person, or else the run's own, which is looked up by its hash."""
     cache = cache_folder("")
     if arguments.source or data.source == "embedded":
-        fraction = data.validation_fraction
         with command_line.naming("--source", "data.source"):
             return prepare.open_corpus(
-                data.source, VALIDATION, tokenizer, validation_fraction=fraction, cache=cache
+                *(data.source, VALIDATION, tokenizer),
+                validation_fraction=data.validation_fraction,
+                cache=cache,
+                reading=policy.of_config(data),
             )
     hashes = checkpoint.newest_data(source.checkpoints, source.step).get("text")
     digest = hashes.get(VALIDATION) if isinstance(hashes, dict) else None

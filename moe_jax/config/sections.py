@@ -5,6 +5,7 @@ ConfigError. `run.Run` holds one of each.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -148,9 +149,37 @@ class Data(Section, path="data", fixed=True):
         POSITIVE,
         fixed=False,
     )
+    text_field: str = key(
+        "text", "field of a record that has its text; a dot leads into a field: meta.text"
+    )
+    label_field: str = key(
+        "", "field of a record by which losses are reported; empty: language, or lang"
+    )
+    label_pattern: str = key(
+        "",
+        "regular expression whose first group, found in a file's name or folder, is the label of "
+        "its records that have none of their own",
+        checks.pattern,
+    )
+    skip_damaged: int = key(
+        0,
+        "most records that may be skipped because they cannot be used; each is counted, and with 0 "
+        "the first is refused",
+        NOT_NEGATIVE,
+        fixed=False,  # the tokens themselves are compared
+    )
     cache_dir: str = key(
         "", "folder for tokens and compiled steps; empty uses the user's cache folder", fixed=False
     )
+
+    def problems(self) -> Iterator[str]:
+        if not self.text_field:
+            yield "config.data.text_field is empty; use the name of a field, such as 'text'"
+        if self.label_pattern and not re.compile(self.label_pattern).groups:
+            yield (
+                f"config.data.label_pattern={self.label_pattern!r} has no group; put the part that "
+                "is the label into parentheses"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,92 +4,143 @@ Errors name records by their numbers, which begin with 0. This module is importe
 because pyarrow takes a third of a second to import.
 """
 
-import pathlib
+import contextlib
 from collections.abc import Iterator
 
 import pyarrow
 import pyarrow.parquet
 
 from moe_jax import untrusted
-from moe_jax.data import document
+from moe_jax.data import document, policy, stored
 from moe_jax.data.document import Document
+from moe_jax.data.policy import Reading, UnusableError
+from moe_jax.files import is_remote
 
 # Rows that are in memory at once: a few bytes of a Parquet file can stand for many equal texts.
 ROWS = 64
 BUFFER_BYTES = 1 << 20  # of a column; by default, a column of a row group is read as a whole
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+ERRORS = (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError)
+Records = Iterator[tuple[str, Document] | UnusableError]
 
 
-def parquet(path: pathlib.Path, max_line: int) -> Iterator[tuple[str, Document]]:
-    """Yields (key, document) for each row of a Parquet file, whose row groups are streamed.
+def parquet(path: stored.Path, reading: Reading, label: str = "all") -> Records:
+    """Yields the key and the document of each row of a Parquet file, or its error.
 
-    A page, of about 1 MB, is decompressed as a whole.
+    Row groups are streamed: a page, of about 1 MB, is decompressed as a whole. What cannot be read
+    of a row group is one error, with its number of rows.
     """
-
-    def batches():
-        with pyarrow.parquet.ParquetFile(
-            path, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
-        ) as file:
-            columns, rows = _columns(path, file.schema_arrow), 0
-            for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
-                rows += len(batch)
-                yield batch
-            if rows != file.metadata.num_rows:
-                raise ValueError(
-                    f"{path} has {rows:,} records, but {file.metadata.num_rows:,} according to its "
-                    "footer; replace it"
-                )
-
-    return _rows(path, batches(), max_line)
-
-
-def arrow(path: pathlib.Path, max_line: int) -> Iterator[tuple[str, Document]]:
-    """Yields (key, document) for each row of an Arrow stream, as `datasets` writes them."""
-
-    def batches():
-        with pyarrow.memory_map(str(path)) as file:
-            # A stream that is cut between two batches is otherwise read as a shorter one.
-            if file.read_at(8, max(0, file.size() - 8)) != END_OF_STREAM:
-                raise OSError("it does not end as an Arrow stream does")
-            with pyarrow.ipc.open_stream(file) as stream:
-                columns = _columns(path, stream.schema)
-                for batch in stream:
-                    yield batch.select(columns)
-
-    return _rows(path, batches(), max_line)
-
-
-def _columns(path: pathlib.Path, schema) -> list[str]:
-    """Those of the fields that the file has."""
-    if schema.names.count("text") != 1:
-        names = untrusted.label(", ".join(schema.names))
-        raise ValueError(f'{path} has no single column "text" among {names}; rename the column')
-    if (kind := schema.field("text").type) not in (pyarrow.string(), pyarrow.large_string()):
-        raise ValueError(f'{path}: "text" is {untrusted.label(str(kind))}, not string; convert it')
-    return [name for name in document.FIELDS if schema.names.count(name) == 1]
+    with contextlib.ExitStack() as held:
+        try:
+            source = held.enter_context(stored.opened(path)) if is_remote(path) else path
+            opened = pyarrow.parquet.ParquetFile(
+                source,
+                pre_buffer=False,
+                buffer_size=BUFFER_BYTES,
+                page_checksum_verification=True,
+            )
+            file = held.enter_context(opened)
+            facts = file.metadata
+            columns = _columns(path, file.schema_arrow, reading, facts.num_rows)
+        except ERRORS as error:
+            raise _lost(path, 0, error) from error
+        number = 0
+        for group in range(facts.num_row_groups):
+            end = number + facts.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(ROWS, [group], columns, use_threads=False):
+                    yield from _rows(path, number, batch, reading, label)
+                    number += len(batch)
+            except ERRORS as error:
+                yield _lost(path, number, error, end - number)
+                number = end
+        if number != facts.num_rows:
+            raise UnusableError(
+                f"{path} has {number:,} records, but {facts.num_rows:,} according to its footer; "
+                "replace it",
+                "a damaged file",
+                abs(facts.num_rows - number),
+            )
 
 
-def _rows(path: pathlib.Path, batches, max_line: int) -> Iterator[tuple[str, Document]]:
+def arrow(path: stored.Path, reading: Reading, label: str = "all") -> Records:
+    """Yields the key and the document of each row of an Arrow stream, or its error.
+
+    `datasets` writes such streams. Those from the first damage on are lost: their number is not
+    known, and they count as one.
+    """
     number = 0
     try:
-        for batch in batches:
-            damage = _damage(batch)
-            for row in range(len(batch)):
-                place = f"{path}: record {number}"
-                try:
-                    if damage and (problem := _damage(batch.slice(row, 1))):
-                        raise ValueError(f" is damaged ({problem})")
-                    columns = zip(batch.schema.names, batch.columns, strict=True)
-                    key, found = document.from_record({n: c[row].as_py() for n, c in columns})
-                except Exception as error:  # a value can be of any type
-                    raise document.refusal(place, error) from None
-                document.check_length(place, found.text, max_line)
-                yield key, found
-                number += 1
-    except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
-        after = f" after record {number - 1}" if number else ""
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read{after} ({reason}); replace it") from error
+        with _arrow_file(path) as file:
+            # A stream that is cut between two batches is otherwise read as a shorter one.
+            is_whole = file.read_at(8, max(0, file.size() - 8)) == END_OF_STREAM
+            if not is_whole and not reading.skip_damaged:
+                raise OSError("it does not end as an Arrow stream does")
+            file.seek(0)
+            with pyarrow.ipc.open_stream(file) as stream:
+                columns = _columns(path, stream.schema, reading)
+                for batch in stream:
+                    yield from _rows(path, number, batch.select(columns), reading, label)
+                    number += len(batch)
+            if not is_whole:
+                raise OSError("it does not end as an Arrow stream does")
+    except ERRORS as error:
+        raise _lost(path, number, error) from error
+
+
+@contextlib.contextmanager
+def _arrow_file(path: stored.Path):
+    if is_remote(path):
+        with stored.opened(path) as content, pyarrow.PythonFile(content, mode="r") as file:
+            yield file
+    else:
+        with pyarrow.memory_map(str(path)) as file:
+            yield file
+
+
+def _columns(path: stored.Path, schema, reading: Reading, rows: int = 1) -> list[str]:
+    """Those of the fields that the file has."""
+    field = reading.text_field
+    inside = field not in schema.names and "." in field
+    name = field.partition(".")[0] if inside else field
+    if schema.names.count(name) != 1:
+        names = untrusted.label(", ".join(schema.names))
+        raise UnusableError(
+            f'{path} has no single column "{name}" among {names}; rename the column, or set '
+            "config.data.text_field",
+            "a file without a text column",
+            rows,
+        )
+    kind = schema.field(name).type
+    if not inside and kind not in (pyarrow.string(), pyarrow.large_string()):
+        raise UnusableError(
+            f'{path}: "{name}" is {untrusted.label(str(kind))}, not string; convert it',
+            "a file without a text column",
+            rows,
+        )
+    return [name for name in schema.names if name in reading.columns]
+
+
+def _rows(path: stored.Path, first: int, batch, reading: Reading, label: str) -> Records:
+    damage = _damage(batch)
+    for row in range(len(batch)):
+        try:
+            if damage and (problem := _damage(batch.slice(row, 1))):
+                raise UnusableError(f" is damaged ({problem})", "a damaged record")
+            columns = zip(batch.schema.names, batch.columns, strict=True)
+            record = {name: column[row].as_py() for name, column in columns}
+            yield document.from_record(record, reading, label)
+        except Exception as error:  # a value can be of any type
+            yield policy.refusal(f"{path}: record {first + row}", error)
+
+
+def _lost(path: stored.Path, number: int, error: Exception, records: int = 1) -> UnusableError:
+    """The error for `records` records from `number` on, which cannot be read."""
+    after = f" after record {number - 1}" if number else ""
+    reason = " ".join(str(error).split())
+    return UnusableError(
+        f"{path} cannot be read{after} ({reason}); replace it", "a damaged file", records
+    )
 
 
 def _damage(batch) -> str:

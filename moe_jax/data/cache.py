@@ -5,6 +5,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from moe_jax import files
+
 DATASETS = "tfds"  # the folder in the cache for datasets that TFDS prepares
 # A folder with this file is a cache: backups, and text sources, leave it out
 # (https://bford.info/cachedir/).
@@ -15,8 +17,10 @@ ADVICE = "set config.data.cache_dir (or XDG_CACHE_HOME) to a folder with room"
 def cache_folder(cache_dir: str) -> pathlib.Path:
     """`cache_dir`, or if it is "", $XDG_CACHE_HOME/moe_jax (by default ~/.cache/moe_jax).
 
-    Raises: ValueError for a user without a home folder.
+    Raises: ValueError for a user without a home folder, and for a place in an object store.
     """
+    if files.is_remote(cache_dir):
+        raise ValueError(f"config.data.cache_dir={cache_dir!r} must be local; {ADVICE}")
     if cache_dir:
         return pathlib.Path(cache_dir)
     try:

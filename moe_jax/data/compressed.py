@@ -1,11 +1,14 @@
 """Compressed files as streams of bytes, in bounded memory; damage and truncation are errors."""
 
+import contextlib
 import gzip
 import io
 import lzma
-import pathlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from moe_jax.data import stored
 
 ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)  # raised by the streams of `open_file`
 BUFFER_BYTES = 65_536
@@ -20,16 +23,12 @@ class _Xz(io.RawIOBase):
     two streams, and the rest of the text is lost.
     """
 
-    def __init__(self, path: pathlib.Path):
-        self._file = open(path, "rb")
+    def __init__(self, file: BinaryIO):
+        self._file = file
         self._stream: lzma.LZMADecompressor | None = None
 
     def readable(self) -> bool:
         return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
     def readinto(self, buffer) -> int:
         while True:
@@ -49,28 +48,32 @@ class _Xz(io.RawIOBase):
                 return len(found)
 
 
-def _zstandard(path: pathlib.Path):
+def _zstandard(file: BinaryIO):
     import pyarrow  # this takes a quarter of a second, and other files do not need it
 
     # pyarrow reads concatenated and skippable frames, checks their checksums, refuses a truncated
     # frame and a window of more than 128 MB.
-    return pyarrow.input_stream(str(path), compression="zstd")
+    return pyarrow.input_stream(file, compression="zstd")
 
 
 OPENERS: dict[str, Callable] = {
-    ".gz": lambda path: gzip.open(path, "rb"),
-    ".xz": lambda path: io.BufferedReader(_Xz(path), BUFFER_BYTES),
-    ".zst": lambda path: io.BufferedReader(_zstandard(path), BUFFER_BYTES),
+    ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
+    ".xz": lambda file: io.BufferedReader(_Xz(file), BUFFER_BYTES),
+    ".zst": lambda file: io.BufferedReader(_zstandard(file), BUFFER_BYTES),
 }
 
 
-def open_file(path: pathlib.Path) -> io.BufferedReader | gzip.GzipFile:
+@contextlib.contextmanager
+def open_file(path: stored.Path) -> Iterator[io.BufferedReader | gzip.GzipFile]:
     """The bytes of a file, decompressed if its name ends as one of `OPENERS`; it cannot seek.
 
     Raises: one of `ERRORS`, also while it is read.
     """
-    if path.suffix not in OPENERS:
-        return open(path, "rb")
-    if not path.stat().st_size:  # gzip and Zstandard would read it as a text without characters
-        raise EOFError("it is empty, and even compressed nothing has some bytes")
-    return OPENERS[path.suffix](path)
+    with stored.opened(path) as file:
+        if path.suffix not in OPENERS:
+            yield file
+            return
+        if not stored.size(path):  # gzip and Zstandard would read a text without characters
+            raise EOFError("it is empty, and even compressed nothing has some bytes")
+        with OPENERS[path.suffix](file) as content:
+            yield content

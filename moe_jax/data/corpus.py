@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Protocol
 
 import grain
@@ -73,6 +74,7 @@ class TokenizedCorpus:
     documents_per_label: tuple[int, ...]
     byte_counts: tuple[int, ...]  # occurrences of each of the 256 bytes
     digest: str  # a hash of all tokens: equal tokens have equal digests, whatever the file names
+    skipped: Mapping[str, int]  # records that could not be used, by reason
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "TokenizedCorpus":
@@ -94,6 +96,7 @@ class TokenizedCorpus:
             documents_per_label=tuple(meta["documents_per_label"]),
             byte_counts=tuple(meta["byte_counts"]),
             digest=meta["digest"],
+            skipped=meta["skipped"],
         )
 
     @functools.cached_property

@@ -6,11 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax import stopping
+from moe_jax.data.policy import KEYS, Reading, UnusableError, check_length
 
 TRAIN, VALIDATION = "train", "validation"
-LABELS, KEYS = ("language", "lang"), ("doc", "id")
-FIELDS = ("text", *LABELS, *KEYS)  # the fields of a record that are read; all but text are optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,52 +28,78 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def check_length(place: str, text: str | bytes, max_line: int) -> None:
-    """Refuses a text of more than `max_line` characters, or bytes that must be one."""
-    if len(text) > max_line * (4 if isinstance(text, bytes) else 1):
-        raise ValueError(
-            f"{place} is longer than the {max_line:,} characters of data.max_line; raise it, or "
-            "make several records of it"
-        )
-
-
-def refusal(place: str, error: Exception) -> ValueError:
-    """The line that refuses the record at `place`, which caused an error.
-
-    A ValueError whose message begins with ":" or a space continues the name of the place.
-    """
-    stopping.pass_on(error)
-    problem = str(error)
-    if not (isinstance(error, ValueError) and problem.startswith((":", " "))):
-        problem = f" cannot be read ({type(error).__name__}: {' '.join(problem.split())})"
-    return ValueError(f"{place}{problem}; mend it")
-
-
-def from_json(line: str) -> tuple[str, Document]:
+def from_json(line: str, reading: Reading, label: str = "all") -> tuple[str, Document]:
     """`from_record` of a JSON object."""
+    # A name that is written twice has two values, of which `json` would take the last.
+    twice = line.count(f'"{reading.text_field}"') > 1
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_without_duplicates if twice else None)
+    except UnusableError:
+        raise
     except ValueError:
         record = None
-    if not isinstance(record, dict) or "text" not in record:
-        raise ValueError(' is not a JSON object with "text"')
-    return from_record(record)
+    if not isinstance(record, dict):
+        hint = "; it begins an array or an object of several lines: write one object per line, for "
+        hint += "example with jq -c '.[]' or jq -c ."
+        begins = line.startswith("[") or line.strip() == "{"
+        problem = f' is not a JSON object with "{reading.text_field}"{hint if begins else ""}'
+        raise UnusableError(problem, "not a JSON object")
+    return from_record(record, reading, label)
 
 
-def from_record(record: Mapping[str, Any]) -> tuple[str, Document]:
-    """The key and the document of a record with the fields `FIELDS`.
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise UnusableError(" has two values for one name", "a name with two values")
+    return record
+
+
+def from_record(
+    record: Mapping[str, Any], reading: Reading, label: str = "all"
+) -> tuple[str, Document]:
+    """The key and the document of a record; `label` is that of a record without one.
 
     The key, by which a document is held out, is `doc`, or else `id`, or else the text.
 
-    Raises: ValueError for a text that is no string or that UTF-8 cannot encode.
+    Raises: UnusableError for a text or a label that is no string, that UTF-8 cannot encode, or that
+      is too long; its message continues the name of the record.
     """
-    text = record["text"]
+    name = reading.text_field
+    text = _value(record, name)
+    if text is None and name not in record:
+        raise UnusableError(f' is not a JSON object with "{name}"', "no text")
     if not isinstance(text, str):
-        raise ValueError(': "text" is not a string')
-    label = str(record.get("language") or record.get("lang") or "all")
+        raise UnusableError(f': "{name}" is not a string', "a text that is no string")
+    label = _label(record, reading) or label
     key = str(next((record[k] for k in KEYS if record.get(k) not in (None, "")), text))
     try:
         f"{key}{label}{text}".encode()
     except UnicodeEncodeError:  # JSON escapes can express surrogates, which UTF-8 cannot encode
-        raise ValueError(" has half a surrogate pair") from None
+        raise UnusableError(" has half a surrogate pair", "half a surrogate pair") from None
+    check_length(text, reading.max_line)
     return key, Document(text, label)
+
+
+def _label(record: Mapping[str, Any], reading: Reading) -> str:
+    """The record's own label; "" for none, which is refused if a field was asked for."""
+    for field in reading.labels:
+        found = _value(record, field)
+        if found is None and reading.label_field and not reading.label_pattern:
+            raise UnusableError(f' has no "{field}", which is config.data.label_field', "no label")
+        if found and not isinstance(found, str | int | float):
+            raise UnusableError(
+                f': "{field}" is not a string; set config.data.label_field to one that is',
+                "a label that is no string",
+            )
+        if found:
+            return str(found)
+    return ""
+
+
+def _value(record: Mapping[str, Any], field: str) -> Any:
+    """The value of a field, whose name may lead into another one; None if there is none."""
+    if field in record or "." not in field:
+        return record.get(field)
+    name, _, rest = field.partition(".")
+    inner = record.get(name)
+    return _value(inner, rest) if isinstance(inner, dict) else None

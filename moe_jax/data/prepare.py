@@ -17,6 +17,7 @@ from moe_jax.data import corpus, sources, text_files, tokenizers
 from moe_jax.data.cache import DATASETS, writing
 from moe_jax.data.corpus import DamagedError, TokenizedCorpus
 from moe_jax.data.document import Document
+from moe_jax.data.policy import STRICT, Reading, Skipped
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.parallel import distributed
 
@@ -31,7 +32,7 @@ def open_corpus(
     *,
     validation_fraction: float,
     cache: pathlib.Path,
-    max_line: int = text_files.MAX_LINE,
+    reading: Reading = STRICT,
 ) -> TokenizedCorpus:
     """The tokenized documents of a split, from the folder `cache` if it has them.
 
@@ -41,7 +42,7 @@ def open_corpus(
     """
     datasets = cache / DATASETS
     content = sources.fingerprint(source, datasets)
-    key = [FORMAT, content, split, validation_fraction, tokenizer.fingerprint]
+    key = [FORMAT, content, split, validation_fraction, tokenizer.fingerprint, reading.key]
     folder = cache / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     if folder.exists():
         try:
@@ -49,21 +50,25 @@ def open_corpus(
         except DamagedError as error:
             distributed.say(f"{error}; it is made anew")
             files.remove_folder(folder)
+    skipped = Skipped(reading.skip_damaged)
     documents = sources.documents(
         source,
         split,
         validation_fraction=validation_fraction,
         data_dir=datasets,
-        max_line=max_line,
+        reading=reading,
+        skipped=skipped,
     )
     with writing(cache), files.whole_folder(folder, shared=True) as unfinished:
-        num_records = _tokenize(documents, tokenizer, unfinished, f"{source} {split}")
+        num_records = _tokenize(documents, tokenizer, unfinished, f"{source} {split}", skipped)
         if not num_records:
             raise ValueError(
                 f"data.source={source!r} has no {split} documents; set config.data."
                 "validation_fraction to another value, or give more text: each record "
                 f"and {text_files.PART_CHARACTERS:,} characters of .txt are one document"
             )
+        if sources.fingerprint(source, datasets) != content:
+            raise ValueError(f"data.source={source!r} changed while it was read; run again")
     return TokenizedCorpus.load(folder)
 
 
@@ -81,7 +86,11 @@ def of_digest(digest: str, cache: pathlib.Path) -> TokenizedCorpus | None:
 
 
 def _tokenize(
-    documents: Iterator[Document], tokenizer: Tokenizer, folder: pathlib.Path, name: str
+    documents: Iterator[Document],
+    tokenizer: Tokenizer,
+    folder: pathlib.Path,
+    name: str,
+    skipped: Skipped,
 ) -> int:
     """Writes tokens, lengths and counts; returns the number of records."""
     pairs, label_ids = [], []
@@ -118,6 +127,7 @@ def _tokenize(
         "documents_per_label": [int(number) for number, _ in counts.values()],
         "byte_counts": byte_counts.tolist(),
         "digest": digest.hexdigest(),
+        "skipped": dict(skipped.by_reason),
     }
     corpus.seal(folder, meta)
     return len(pairs)

@@ -7,43 +7,65 @@ from collections.abc import Iterator
 from array_record.python import array_record_module
 
 from moe_jax import stopping, strict_json, untrusted
-from moe_jax.data import document
+from moe_jax.data import document, policy
 from moe_jax.data.document import Document
+from moe_jax.data.policy import Reading, UnusableError
 
 
-def array_record(path: pathlib.Path, max_line: int) -> Iterator[tuple[str, Document]]:
-    """Yields (key, document) for each record of an ArrayRecord file.
+def array_record(
+    path: pathlib.Path, reading: Reading, label: str = "all"
+) -> Iterator[tuple[str, Document] | UnusableError]:
+    """Yields the key and the document of each record of an ArrayRecord file, or its error.
 
     A record that begins with { is a JSON object, as a line of .jsonl; any other is a text. Errors
     name records by their numbers, which begin with 0.
     """
     if (path.parent / "features.json").exists():
         raise ValueError(f"{path} belongs to a TFDS dataset; prepare it, and give tfds:NAME")
-    number = 0
+    reader, number, end = None, 0, 1
+    while number < end:
+        try:
+            if reader is None:
+                reader, end = _reader(path, number)
+            content = reader.read() if end else None
+        except (RuntimeError, IndexError) as error:
+            stopping.pass_on(error)
+            # The message is empty if the file is truncated.
+            words = " ".join(str(error).split()) or "it is damaged or truncated"
+            message = f"{path} cannot be read at record {number} ({words}); replace it"
+            damage = UnusableError(message, "a damaged file")
+            if reader is None:
+                raise damage from error
+            reader = None  # one that has failed reads nothing more
+            yield damage
+        else:
+            if content is not None:
+                yield _found(f"{path}: record {number}", content, reading, label)
+        number += 1
+
+
+def _reader(path: pathlib.Path, at: int):
+    """A reader whose next record is `at`, and the number of records."""
     reader = array_record_module.ArrayRecordReader(str(path), "")
+    if not reader.ok():  # such a reader has 0 records
+        reader.read()  # raises the reason
+        raise RuntimeError
+    reader.seek(at)
+    return reader, reader.num_records()
+
+
+def _found(
+    place: str, content: bytes, reading: Reading, label: str
+) -> tuple[str, Document] | UnusableError:
     try:
-        if not reader.ok():  # such a reader has 0 records
-            reader.read()  # raises the reason
-            raise RuntimeError
-        for number in range(reader.num_records()):
-            content = reader.read()
-            place = f"{path}: record {number}"
-            document.check_length(place, content, max_line)
-            try:
-                text = content.decode("utf-8-sig")
-                is_json = text.startswith("{")
-                found = document.from_json(text) if is_json else (text, Document(text, "all"))
-            except Exception as error:  # includes RecursionError for a record nested too deeply
-                raise document.refusal(place, error) from None
-            document.check_length(place, text, max_line)
-            yield found
-        reader.close()
-    except (RuntimeError, IndexError) as error:  # with an empty message if the file is truncated
-        stopping.pass_on(error)
-        reason = " ".join(str(error).split()) or "it is damaged or truncated"
-        raise ValueError(
-            f"{path} cannot be read at record {number} ({reason}); replace it"
-        ) from error
+        policy.check_length(content, reading.max_line)
+        text = content.decode("utf-8-sig")
+        if text.startswith("{"):
+            return document.from_json(text, reading, label)
+        policy.check_length(text, reading.max_line)
+        return text, Document(text, label)
+    except Exception as error:  # includes RecursionError for a record nested too deeply
+        return policy.refusal(place, error)
 
 
 def of_saved_datasets(paths: list[pathlib.Path]) -> list[pathlib.Path]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from moe_jax.data import hub, text_files, tfds_source
 from moe_jax.data.document import Document
+from moe_jax.data.policy import STRICT, Reading, Skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Source:
     fingerprint: Callable[[str, pathlib.Path], str]
     documents: Callable[..., Iterator[Document]]
     describe: Callable[[str, pathlib.Path], str] = lambda spec, data_dir: f"data.source={spec!r}"
-    has_lines: bool = False  # `documents` takes `max_line`
+    has_records: bool = False  # `documents` takes `reading` and `skipped`
 
 
 def _of_files(
@@ -39,10 +40,10 @@ def _of_files(
     return Source(
         matches=matches,
         check=check,
-        fingerprint=lambda spec, data_dir: text_files.fingerprint(find(spec)),
+        fingerprint=lambda spec, data_dir: text_files.fingerprint(find(spec), data_dir),
         documents=documents,
         describe=lambda spec, data_dir: text_files.describe(spec, find(spec)),
-        has_lines=True,
+        has_records=True,
     )
 
 
@@ -52,6 +53,7 @@ _tfds = functools.partial(
     fingerprint=tfds_source.fingerprint,
     documents=tfds_source.documents,
     describe=tfds_source.describe,
+    has_records=True,
 )
 # The last row that matches reads the spec, so files, which match every spec, come first.
 SOURCES = {
@@ -85,26 +87,29 @@ def documents(
     *,
     validation_fraction: float,
     data_dir: pathlib.Path,
-    max_line: int = text_files.MAX_LINE,
+    reading: Reading = STRICT,
+    skipped: Skipped | None = None,
 ) -> Iterator[Document]:
     """The documents of a split.
 
     Args:
       spec: "embedded", "tfds:NAME" with NAME a builder of `data/corpora` or a dataset prepared as
         ArrayRecord under `data_dir`, "hf:NAME[/CONFIG]", which the library `datasets` loads, or a
-        file, folder or glob of the formats of `text_files.READERS`.
+        file, folder or glob, here or in an object store, of the formats of `text_files.READERS`.
       split: "train" or "validation"; a TFDS dataset must have splits with these names. Files of a
         folder or glob whose names say validation or test are never trained on.
       validation_fraction: the fraction held out from a source without splits of its own.
-      max_line: the most characters of a line of .jsonl, or of a record's text.
+      reading: the fields that are read, and how many records may be skipped.
+      skipped: counts them, by reason; by default, the count is lost.
 
-    Raises: ValueError, with file and line or record, for a record that cannot be used.
+    Raises: ValueError, with file and line or record, for a record that cannot be used, or for the
+      first one beyond `reading.skip_damaged`.
     """
     source = _source(spec)
-    lines = {"max_line": max_line} if source.has_lines else {}
-    return source.documents(
-        spec, split, validation_fraction=validation_fraction, data_dir=data_dir, **lines
-    )
+    options: dict = {"validation_fraction": validation_fraction, "data_dir": data_dir}
+    if source.has_records:
+        options |= {"reading": reading, "skipped": skipped or Skipped(reading.skip_damaged)}
+    return source.documents(spec, split, **options)
 
 
 def _source(spec: str) -> Source:

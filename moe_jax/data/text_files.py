@@ -1,12 +1,9 @@
 """The user's own files as a source: text, JSON lines and tables, each read by its name's end."""
 
-import codecs
 import collections
-import contextlib
 import dataclasses
 import glob
 import hashlib
-import io
 import itertools
 import os
 import pathlib
@@ -15,27 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
 from moe_jax import untrusted
-from moe_jax.data import cache, compressed, document, record_files
+from moe_jax.data import cache, compressed, document, policy, record_files, stored, utf8
 from moe_jax.data.document import TRAIN, VALIDATION, Document, is_held_out
+from moe_jax.data.policy import STRICT, Reading, Skipped, UnusableError
+from moe_jax.files import is_remote
 
 PART_CHARACTERS = 10_000
-MAX_LINE = 30_000_000  # the default of config.data.max_line
-BYTE_ORDER_MARK = "\ufeff"
-# Byte order marks of encodings other than UTF-8. UTF-32 comes first: its mark begins with UTF-16's.
-MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-# Control characters, which are rare in UTF-8 text but are the high bytes of letters in UTF-16 and
-# UTF-32: 0 for Latin, 3 for Greek, 4 for Cyrillic. Tabs and line ends are excluded.
-CONTROL = bytes(set(range(32)) - set(b"\t\n\r"))
-# Text without a byte order mark is recognised by which of every four bytes are mostly control
-# characters ("0") and which mostly are not ("."). The keys are regular expressions.
-REGULAR = {r"00.\.": "UTF-32BE", r"\..00": "UTF-32LE", r"0\.0\.": "UTF-16BE", r"\.0\.0": "UTF-16LE"}
-SAMPLE_BYTES, MIN_SAMPLE_BYTES, BUFFER_BYTES = 4096, 16, 65_536
-
 TEST, DIVIDED = "test", "divided into train and validation"
 # The words in a file's name that decide its split: those of Hugging Face's datasets
 # (huggingface.co/docs/datasets/repository_structure), and a few more. The first match decides.
@@ -56,14 +38,14 @@ NAMES = {
 class File:
     """A file of a source."""
 
-    path: pathlib.Path
+    path: stored.Path
     name: str  # the path relative to the source, so that it does not depend on the source's place
     split: str  # TRAIN, VALIDATION, TEST, or DIVIDED if each document has its own split
 
 
 def describe(spec: str, files: list[File]) -> str:
     """The number of files and bytes, and the names by which files belong to a split."""
-    num_bytes = sum(file.path.stat().st_size for file in files)
+    num_bytes = sum(stored.size(file.path) for file in files)
     counts = collections.Counter(file.split for file in files)
     shares = [f"{split}: {_number(n)}" for split, n in sorted(counts.items()) if split != TEST]
     if left_out := [file.name for file in files if file.split == TEST]:
@@ -76,35 +58,60 @@ def _number(files: int) -> str:
     return "1 file" if files == 1 else f"{files:,} files"
 
 
-def fingerprint(files: list[File]) -> str:
-    """A hash of the files' names and contents."""
+def fingerprint(files: list[File], memory: pathlib.Path) -> str:
+    """A hash of the files' names and contents; `memory` keeps the hashes of large files."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.name.encode() + b"\0")
-        with open(file.path, "rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(file.name.encode() + b"\0" + stored.digest(file.path, memory).encode())
     return digest.hexdigest()
 
 
 def documents(
-    files: list[File], split: str, *, validation_fraction: float, max_line: int = MAX_LINE
+    files: list[File],
+    split: str,
+    *,
+    validation_fraction: float,
+    reading: Reading = STRICT,
+    skipped: Skipped | None = None,
 ) -> Iterator[Document]:
     """The documents of a split, chosen by file name or otherwise by a hash of the document's key.
 
     The key of a record is its `doc`, or else its `id`, or else its text. The key of a part of
     a .txt file is the file's path relative to the source, with the number of the part. A record of
-    more than `max_line` characters is refused: a small compressed file may hold an endless line.
+    more than `reading.max_line` characters is refused: a small compressed file may hold an endless
+    line. A record that cannot be used is added to `skipped`.
     """
+    skipped = skipped or Skipped(reading.skip_damaged)
+    files = [file for file in files if file.split in (split, DIVIDED)]
+    before = {file: stored.state(file.path) for file in files}
     for file in files:
-        if file.split not in (split, DIVIDED):
-            continue
+        # A run that divides a file has named its records when it read the training text.
+        named = (file.split, split) != (DIVIDED, VALIDATION)
         try:
-            for key, found in READERS[_ending(file.path.name)](file, max_line):
+            for found in _records(file, reading):
+                if isinstance(found, UnusableError):
+                    skipped.add(found, named=named)
+                    continue
+                key, text = found
                 held_out = is_held_out(key, validation_fraction)
                 if file.split == split or held_out == (split == VALIDATION):
-                    yield found
-        except ValueError as error:
-            raise ValueError(f"data.source: {error}") from error
+                    yield text
+        except UnusableError as error:  # the rest of the file is lost
+            skipped.add(error, named=named)
+        if stored.state(file.path) != before[file]:
+            raise ValueError(
+                f"data.source: {file.path} changed while it was read; wait until it is complete"
+            )
+
+
+def _records(file: File, reading: Reading) -> "Records":
+    """The records of a file. Of a compressed file that is damaged none is yielded if damage is
+    skipped, because those before the damage was noticed may be damaged too."""
+    if reading.skip_damaged and file.path.suffix in compressed.OPENERS:
+        with utf8.opened(file.path) as text:
+            while text.read(compressed.BUFFER_BYTES):
+                pass
+    return READERS[_ending(file.path.name)](file, reading)
 
 
 def find(spec: str) -> list[File]:
@@ -112,33 +119,62 @@ def find(spec: str) -> list[File]:
 
     Raises: ValueError if there are none, or for one that cannot be read.
     """
+    if is_remote(spec):
+        return _in_store(spec)
     root = pathlib.Path(spec)
     if root.is_dir():
-        entries = list(root.rglob("*"))
-        found = [p for p in entries if _ending(p.name) and p.is_file()]
-        found = [p for p in found if not _is_hidden(p.relative_to(root))]
-        caches = {
-            path.parent for path in entries if path.name == cache.TAG
-        }  # with tokens of this very text
-        found = [p for p in found if caches.isdisjoint(p.parents)]
-        if not found:
-            raise ValueError(f"data.source={spec!r} is a folder without {' or '.join(READERS)}")
-        if out := next((path for path in found if untrusted.leads_out(path, root)), None):
-            raise ValueError(
-                f"data.source: {out} is a link out of its folder, which is not followed: put the "
-                "file itself there, or name the files by a glob"
-            )
-    elif root.exists():
+        return _in_folder(spec, root)
+    if root.exists():
         return [_usable(root, root.parent, DIVIDED)]
-    else:
-        found = [pathlib.Path(p) for p in glob.glob(spec, recursive=True) if not os.path.isdir(p)]
-        plain = itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)
-        root = pathlib.Path(*plain)
-        if not found:
+    found = [pathlib.Path(p) for p in glob.glob(spec, recursive=True) if not os.path.isdir(p)]
+    plain = itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)
+    if not found:
+        raise ValueError(
+            f"data.source={spec!r} matches no file; give a file, folder, glob or 'embedded'"
+        )
+    return _with_splits(spec, pathlib.Path(*plain), record_files.of_saved_datasets(found))
+
+
+def _in_folder(spec: str, root: pathlib.Path) -> list[File]:
+    """`find` in a folder."""
+    entries = [path for path in root.rglob("*") if not _is_hidden(path.relative_to(root))]
+    folders = {path for path in entries if path.is_dir()}
+    if shut := sorted(path for path in folders if not os.access(path, os.R_OK | os.X_OK)):
+        raise ValueError(f"data.source: {shut[0]} cannot be read; check its permissions")
+    for linked in sorted(path for path in folders if path.is_symlink()):
+        if any(_ending(path.name) for path in linked.rglob("*")):
             raise ValueError(
-                f"data.source={spec!r} matches no file; give a file, folder, glob or 'embedded'"
+                f"data.source: {linked} is a link to a folder of text, which is not followed: name "
+                "the files by a glob"
             )
-    found = record_files.of_saved_datasets(found)
+    # Folders with tokens of this very text.
+    caches = {path.parent for path in entries if path.name == cache.TAG}
+    found = [path for path in entries if _ending(path.name) and path not in folders]
+    found = [path for path in found if caches.isdisjoint(path.parents)]
+    if not found:
+        raise ValueError(f"data.source={spec!r} is a folder without {' or '.join(READERS)}")
+    files = _with_splits(spec, root, record_files.of_saved_datasets(found))
+    if out := next((f.path for f in files if untrusted.leads_out(f.path, root)), None):
+        raise ValueError(
+            f"data.source: {out} is a link out of its folder, which is not followed: put the "
+            "file itself there, or name the files by a glob"
+        )
+    return files
+
+
+def _in_store(spec: str) -> list[File]:
+    """`find` in an object store."""
+    root, found = stored.found_in(spec)
+    if found == [stored.path_of(spec)]:
+        return [_usable(found[0], root, DIVIDED)]
+    if stored.path_of(spec) == root:
+        found = [p for p in found if _ending(p.name) and not _is_hidden(p.relative_to(root))]
+    if not found:
+        raise ValueError(f"data.source={spec!r} matches no {' or '.join(READERS)}")
+    return _with_splits(spec, root, found)
+
+
+def _with_splits(spec: str, root: stored.Path, found: list[stored.Path]) -> list[File]:
     splits = divided(spec, {path: split_in(path.relative_to(root)) for path in sorted(found)})
     return [_usable(path, root, split) for path, split in splits.items()]
 
@@ -180,82 +216,43 @@ def split_in(path: pathlib.Path) -> str:
 
 
 def _usable(path: pathlib.Path, root: pathlib.Path, split: str) -> File:
-    if not _ending(path.name) or not path.is_file():
+    if not _ending(path.name):
         raise ValueError(f"data.source: {path} is not one of {', '.join(READERS)}")
-    if not os.access(path, os.R_OK):
+    if is_remote(path):
+        if _ending(path.name) == ".array_record":
+            raise ValueError(f"data.source: {path} is ArrayRecord; copy it to a local folder")
+    elif not path.is_file():
+        kind = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
+        raise ValueError(f"data.source: {path} is {kind}; remove it, or put the file itself there")
+    elif not os.access(path, os.R_OK):
         raise ValueError(f"data.source: {path} cannot be read; check its permissions")
     return File(path, path.relative_to(root).as_posix(), split)
 
 
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[TextIO]:
-    """The text of a file, which may be compressed.
-
-    Raises: ValueError, with the file and, if known, the line, for a file that is not UTF-8 text or
-      cannot be read.
-    """
-    try:
-        with compressed.open_file(path) as content:
-            kind = _encoding(content.read(SAMPLE_BYTES))
-        if kind != "UTF-8":
-            fix = f"convert it, for example with iconv -f {kind} -t UTF-8"
-            raise ValueError(f"{path} is {kind}, not UTF-8; {fix}")
-        with compressed.open_file(path) as content:
-            yield io.TextIOWrapper(content, encoding="utf-8")
-    except UnicodeDecodeError as error:
-        where = f"line {_good_lines(path) + 1}"
-        raise ValueError(f"{path} is not UTF-8 ({error.reason}, {where}); convert it") from error
-    except compressed.ERRORS as error:
-        where = f" after line {number}" if (number := _good_lines(path)) else ""
-        raise ValueError(f"{path} cannot be read{where} ({error}); replace it") from error
-
-
-def _encoding(sample: bytes) -> str:
-    """The encoding of a file that begins with `sample`, as iconv spells it.
-
-    It is UTF-8 unless a byte order mark or a regular pattern of control characters proves another
-    one; a NUL alone does not, because UTF-8 may contain it.
-    """
-    for mark, kind in MARKS.items():
-        if sample.startswith(mark):
-            return kind
-    if len(sample) < MIN_SAMPLE_BYTES:
-        return "UTF-8"
-    columns = [sample[i::4] for i in range(4)]
-    shares = [1 - len(column.translate(None, CONTROL)) / len(column) for column in columns]
-    found = "".join("0" if share > 0.5 else "." if share < 0.25 else "?" for share in shares)
-    return next((kind for form, kind in REGULAR.items() if re.fullmatch(form, found)), "UTF-8")
-
-
-def _good_lines(path: pathlib.Path) -> int:
-    """The number of lines before the one that cannot be read."""
-    number, decoder = 0, codecs.getincrementaldecoder("utf-8")()
-    with contextlib.suppress(Exception), compressed.open_file(path) as content:
-        while chunk := content.read1(BUFFER_BYTES):  # all that can be read of a damaged archive
+def _txt_documents(file: File, reading: Reading) -> "Records":
+    """The parts of about 10,000 characters, split at line ends if it can; a long line is cut."""
+    label, first_line = _label(file, reading), 1
+    with utf8.opened(file.path) as text:
+        for number, part in enumerate(_parts(text)):
             try:
-                decoder.decode(chunk)
-            except UnicodeDecodeError as error:
-                # `error` counts from the bytes that the decoder kept of the chunk before.
-                begins = len(error.object) - len(chunk)
-                return number + chunk[: max(0, error.start - begins)].count(b"\n")
-            number += chunk.count(b"\n")
-    return number
+                utf8.check(file.path, part, first_line)
+                yield f"{file.name}#{number}", Document(part, label)
+            except UnusableError as error:
+                yield error
+            first_line += part.count("\n")
 
 
-def _txt_documents(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
-    """Yields (key, document) for parts of about 10,000 characters, split at line ends if it can."""
-    del max_line  # a long line is cut
+def _parts(text: TextIO) -> Iterator[str]:
     lines: list[str] = []
-    size = part = 0
-    with _opened(file.path) as text:
-        for line in _lines(text):
-            if lines and size + len(line) > PART_CHARACTERS:
-                yield f"{file.name}#{part}", Document("".join(lines), "all")
-                lines, size, part = [], 0, part + 1
-            lines.append(line)
-            size += len(line)
+    size = 0
+    for line in _lines(text):
+        if lines and size + len(line) > PART_CHARACTERS:
+            yield "".join(lines)
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
     if size:
-        yield f"{file.name}#{part}", Document("".join(lines), "all")
+        yield "".join(lines)
 
 
 def _lines(text: TextIO) -> Iterator[str]:
@@ -267,46 +264,58 @@ def _lines(text: TextIO) -> Iterator[str]:
     rest, begins = "", True
     while line := text.readline(PART_CHARACTERS - len(rest)):
         is_long = len(rest) + len(line) == PART_CHARACTERS and not line.endswith("\n")
-        line = (rest + line).lstrip(BYTE_ORDER_MARK if begins else "")
+        line = (rest + line).lstrip(utf8.BYTE_ORDER_MARK if begins else "")
         end = line.rfind(" ") + 1 if is_long else 0
         yield line[: end or len(line)]
         rest, begins = line[end or len(line) :], not is_long
     yield rest
 
 
-def _jsonl_documents(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
-    """Yields (key, document) for each line that is not empty."""
-    with _opened(file.path) as text:
-        for number, line in enumerate(iter(lambda: text.readline(max_line + 1), ""), start=1):
-            place = f"{file.path}:{number}"
-            document.check_length(place, line.rstrip("\n"), max_line)
+def _jsonl_documents(file: File, reading: Reading) -> "Records":
+    """The lines that are not empty."""
+    label, most = _label(file, reading), reading.max_line
+    with utf8.opened(file.path) as text:
+        for number, line in enumerate(iter(lambda: text.readline(most + 1), ""), start=1):
             try:
-                line = line.strip().lstrip(BYTE_ORDER_MARK)
-                found = document.from_json(line) if line else None
+                policy.check_length(line.rstrip("\n"), most)
+                utf8.check(file.path, line, number)
+                content = line.strip().lstrip(utf8.BYTE_ORDER_MARK)
+                if content:
+                    yield document.from_json(content, reading, label)
             except Exception as error:  # includes RecursionError for a record nested too deeply
-                raise document.refusal(place, error) from None
-            if found:
-                yield found
+                yield policy.refusal(f"{file.path}:{number}", error)
+            if len(line) > most:
+                while line and not line.endswith("\n"):  # the rest of a line that is too long
+                    line = text.readline(utf8.BUFFER_BYTES)
 
 
-def _parquet(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
+def _label(file: File, reading: Reading) -> str:
+    """The label of the records of a file that have none of their own."""
+    found = re.search(reading.label_pattern, file.name) if reading.label_pattern else None
+    return found[1] if found else "all"
+
+
+def _parquet(file: File, reading: Reading) -> "Records":
     from moe_jax.data import arrow_files
 
-    return arrow_files.parquet(file.path, max_line)
+    return arrow_files.parquet(file.path, reading, _label(file, reading))
 
 
-def _arrow(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
+def _arrow(file: File, reading: Reading) -> "Records":
     from moe_jax.data import arrow_files
 
-    return arrow_files.arrow(file.path, max_line)
+    return arrow_files.arrow(file.path, reading, _label(file, reading))
 
 
-def _array_record(file: File, max_line: int) -> Iterator[tuple[str, Document]]:
-    return record_files.array_record(file.path, max_line)
+def _array_record(file: File, reading: Reading) -> "Records":
+    return record_files.array_record(file.path, reading, _label(file, reading))
 
 
+# The key and the document of each record, or the error for one that cannot be used. A reader raises
+# the error that ends the file.
+Records = Iterator[tuple[str, Document] | UnusableError]
 # How a file is read, by the end of its name, before which shards may have their numbers.
-READERS: dict[str, Callable[[File, int], Iterator[tuple[str, Document]]]] = {
+READERS: dict[str, Callable[[File, Reading], Records]] = {
     ".txt": _txt_documents,
     ".jsonl": _jsonl_documents,
     # A .json file may be anything, but corpora publish lines as .json.gz and .json.zst.

@@ -6,9 +6,11 @@ import io
 import pathlib
 from collections.abc import Iterator
 
-from moe_jax import files
+from moe_jax import files, stopping
+from moe_jax.data import document, stored
 from moe_jax.data.cache import writing
 from moe_jax.data.document import VALIDATION, Document
+from moe_jax.data.policy import Reading, Skipped, UnusableError
 
 PREFIX = "tfds:"
 TEST = "test"
@@ -27,13 +29,21 @@ def describe(spec: str, data_dir: pathlib.Path) -> str:
 
 
 def fingerprint(spec: str, data_dir: pathlib.Path) -> str:
-    info = _builder(spec, data_dir).info
-    splits = sorted((s.name, s.shard_lengths, s.num_bytes) for s in info.splits.values())
-    return f"{info.full_name}:{splits}"
+    """A hash of the names and contents of the dataset's files."""
+    builder = _builder(spec, data_dir)
+    folder = pathlib.Path(builder.data_dir)
+    files_ = sorted(path for path in folder.iterdir() if path.is_file())
+    return f"{builder.info.full_name}:{[(p.name, stored.digest(p, data_dir)) for p in files_]}"
 
 
 def documents(
-    spec: str, split: str, *, validation_fraction: float, data_dir: pathlib.Path
+    spec: str,
+    split: str,
+    *,
+    validation_fraction: float,
+    data_dir: pathlib.Path,
+    reading: Reading,
+    skipped: Skipped,
 ) -> Iterator[Document]:
     """The documents of the dataset's own split of this name."""
     del validation_fraction
@@ -47,14 +57,22 @@ def documents(
     records = builder.as_data_source(split)
     for number in range(len(records)):
         try:
-            record = records[number]
-            document = Document(record["text"].decode(), record.get("language", b"all").decode())
+            found = {name: _plain(value) for name, value in records[number].items()}
+            text = document.from_record(found, reading)[1]
         except Exception as error:  # the reader has no exception class for damaged files
-            raise ValueError(
+            stopping.pass_on(error)
+            message = (
                 f"data.source={spec!r}: record {number} of {split} is not one with text in UTF-8 "
                 f"({error!r}); mend the dataset"
-            ) from error
-        yield document
+            )
+            reason = error.reason if isinstance(error, UnusableError) else "a damaged record"
+            skipped.add(UnusableError(message, reason))
+            continue
+        yield text
+
+
+def _plain(value):
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _builder(spec: str, data_dir: pathlib.Path):
@@ -74,11 +92,21 @@ def _builder(spec: str, data_dir: pathlib.Path):
                 with contextlib.redirect_stdout(io.StringIO()):
                     builder.download_and_prepare()
         return builder
-    try:
-        return tfds.builder(name, data_dir=data_dir)
     # The last two are raised for an invalid name, and for a version that does not exist.
-    except (tfds.core.DatasetNotFoundError, ModuleNotFoundError, ValueError, AssertionError) as e:
+    absent = (tfds.core.DatasetNotFoundError, ModuleNotFoundError, ValueError, AssertionError)
+    for folder in (data_dir, None):  # None is TFDS's own folder, $TFDS_DATA_DIR
+        with contextlib.suppress(*absent):
+            builder = tfds.builder(name, data_dir=folder)
+            if builder.info.splits:  # those of a dataset that is known but not prepared are empty
+                break
+    else:
         raise ValueError(
-            f"data.source={spec!r} is not a dataset prepared under {data_dir}; embedded ones are "
-            f"{', '.join(corpora.BUILDERS)}"
-        ) from e
+            f"data.source={spec!r} is not a dataset prepared under {data_dir} or $TFDS_DATA_DIR; "
+            f"embedded ones are {', '.join(corpora.BUILDERS)}"
+        )
+    if (form := builder.info.file_format.value) != "array_record":
+        raise ValueError(
+            f"data.source={spec!r} is prepared as {form}, which has no random access; prepare it "
+            "with file_format='array_record'"
+        )
+    return builder

@@ -98,7 +98,7 @@ def _answer(report: Report) -> str:
     if again := left_out(report.records, report.groups):
         names = ", ".join(record.name for record in again)
         notes.append(f"In no mean, because a run of the same config and seed is in it: {names}.")
-    notes.append(tables.methods(report.groups))
+    notes += [tables.skipped_records(report.records), tables.methods(report.groups)]
     return markup.items(first) + more + markup.paragraph(" ".join(filter(None, notes)))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from moe_jax import untrusted
 from moe_jax.analysis import measures
 from moe_jax.evaluation.text_metrics import METRICS
 from moe_jax.report import catch_up, comparisons, markup
@@ -242,3 +243,17 @@ def versions(records: Sequence[Record]) -> dict[str, list[str]]:
         words = [f"{name} {version}" for name, version in known.items() if version]
         found.setdefault(", ".join([*words, f"device {result['device']}"]), []).append(record.name)
     return found
+
+
+def skipped_records(records: Sequence[Record]) -> str:
+    """How many records of each run's training text could not be used, by reason; "" if none."""
+    found = []
+    for record in records:
+        by_split = record.result.get("skipped_records")
+        counts = by_split.get("train") if isinstance(by_split, dict) else None
+        if isinstance(counts, dict) and counts:
+            words = [
+                f"{untrusted.label(str(n))} {untrusted.label(why)}" for why, n in counts.items()
+            ]
+            found.append(f"{record.name} ({', '.join(words)})")
+    return f"Records of the training text that were skipped: {'; '.join(found)}." if found else ""

@@ -44,6 +44,13 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
+def _are_counts(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(of_split, dict) and all(map(_is_count, of_split.values()))
+        for of_split in value.values()
+    )
+
+
 def _are_losses(value: object) -> bool:
     return isinstance(value, dict) and all(
         re.fullmatch("[0-9]{1,18}", step) and isinstance(loss, int | float) and abs(loss) < 1e300
@@ -71,6 +78,7 @@ FORMS: dict[str, Callable[[object], bool]] = {
     "losses": _are_losses,
     "lineage": _is_lineage,
     "text": _are_texts,
+    "skipped_records": lambda value: value is None or _are_counts(value),
     "versions": _are_texts,
 }
 

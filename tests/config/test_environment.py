@@ -25,6 +25,9 @@ FIXED = {
     "training.batch_size": 64,
     "model.router": "topk_softmax",
     "data.source": "tfds:lm1b",
+    "data.text_field": "content",
+    "data.label_field": "domain",
+    "data.label_pattern": "([a-z]+)",
     "data.sequence_length": 64,
     "data.validation_fraction": 0.3,
 }

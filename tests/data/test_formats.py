@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from array_record.python import array_record_module
 
-from moe_jax.data import sources, text_files
+from moe_jax.data import policy, sources, text_files
 
 RECORDS = [
     {"text": f"text {n} " * (n % 50), "language": ("en", "de")[n % 2], "doc": n // 3}
@@ -302,8 +302,8 @@ def test_an_array_record_may_hold_plain_texts(tmp_path):
 def test_a_text_beyond_max_line_is_refused_with_its_record(name, tmp_path):
     records = [{"text": "short"}, {"text": "x" * 5000}]
     (tmp_path / name).write_bytes(content(name, records, tmp_path))
-    assert len(read(tmp_path / name, max_line=6000)) == 2
-    said = refusal(tmp_path / name, max_line=4000)
+    assert len(read(tmp_path / name, reading=policy.Reading(max_line=6000))) == 2
+    said = refusal(tmp_path / name, reading=policy.Reading(max_line=4000))
     assert f"{name}:2 is longer than" in said or f"{name}: record 1 is longer than" in said
 
 
@@ -327,7 +327,9 @@ def test_a_line_without_an_end_is_refused_in_little_memory(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(member(b'{"text": "short"}\n{"text": "') + member(piece) * 25)
     said = []
-    grown = peak_bytes(lambda: said.append(refusal(path, max_line=2_000_000)))
+    grown = peak_bytes(
+        lambda: said.append(refusal(path, reading=policy.Reading(max_line=2_000_000)))
+    )
     assert "2 is longer than the 2,000,000 characters" in said[0] and grown < 60_000_000
 
 

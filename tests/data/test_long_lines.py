@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from moe_jax import config as configs
-from moe_jax.data import sources, text_files
+from moe_jax.data import policy, sources, utf8
 
 
 def read(path, **options):
@@ -23,10 +23,10 @@ def record(characters):
 def test_a_record_may_be_as_long_as_the_key_says(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(f"{record(50)}\n{record(100)}\n{record(100)}")
-    assert len(read(path, max_line=100)) == 3
+    assert len(read(path, reading=policy.Reading(max_line=100))) == 3
     with pytest.raises(ValueError, match=r"a.jsonl:2 is longer than the 99 characters of data.ma"):
-        read(path, max_line=99)
-    assert configs.default().data.max_line == text_files.MAX_LINE
+        read(path, reading=policy.Reading(max_line=99))
+    assert configs.default().data.max_line == policy.STRICT.max_line
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
@@ -41,7 +41,7 @@ def test_a_line_without_an_end_is_refused_in_little_memory(suffix, tmp_path):
     with pytest.raises(
         ValueError, match=r"a.jsonl[.gxz]*:2 is longer than the 2,000,000"
     ) as refused:
-        read(path, max_line=2_000_000)
+        read(path, reading=policy.Reading(max_line=2_000_000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert "\n" not in str(refused.value) and peak < 30_000_000
@@ -52,7 +52,7 @@ def test_a_line_without_an_end_is_refused_in_little_memory(suffix, tmp_path):
     [(b"\xff", "line 3"), ("é".encode()[:1] + b"a", "line 3"), (b"\n\n" + b"\xff", "line 5")],
 )
 def test_the_line_of_a_damaged_character_is_found_in_pieces(damage, where, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BUFFER_BYTES", 7)
+    monkeypatch.setattr(utf8, "BUFFER_BYTES", 7)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n{"text": "two"}\n' + damage)
     with pytest.raises(ValueError, match=f"is not UTF-8 .*, {where}"):
@@ -60,7 +60,7 @@ def test_the_line_of_a_damaged_character_is_found_in_pieces(damage, where, tmp_p
 
 
 def test_the_last_good_line_before_a_truncated_end_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "BUFFER_BYTES", 100)
+    monkeypatch.setattr(utf8, "BUFFER_BYTES", 100)
     path = tmp_path / "a.jsonl.gz"
     lines = "".join(json.dumps({"text": f"{n} {n * n}"}) + "\n" for n in range(5000))
     content = gzip.compress(lines.encode())

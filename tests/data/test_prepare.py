@@ -131,6 +131,13 @@ def test_the_cache_is_the_users_unless_a_folder_is_given(monkeypatch):
     assert cache_folder("") == pathlib.Path.home() / ".cache" / "moe_jax"
 
 
+def test_a_cache_in_a_bucket_is_refused_and_not_made_as_a_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cache_dir='gs://bucket/cache' must be local; set"):
+        cache_folder("gs://bucket/cache")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_person_without_a_home_is_told_what_to_set(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME", raising=False)

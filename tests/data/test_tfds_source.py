@@ -68,7 +68,7 @@ def test_a_record_without_a_text_is_refused_with_its_number(tmp_path, monkeypatc
         name = "other"
 
         def _info(self):
-            return builders._information(self, "MIT", "sentence")
+            return builders.information(self, "MIT", "sentence")
 
         def _generate_examples(self):
             yield 0, {"sentence": "text under another name"}

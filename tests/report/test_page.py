@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from moe_jax.report import figures, load_figures, page, style
+from moe_jax.report import figures, load_figures, page, style, tables
 from moe_jax.report.records import COLOURS
 from tests.report.made_up import router_rows
 
@@ -229,3 +229,18 @@ def test_figures_are_not_written_through_links(tmp_path, one_figure):
     with pytest.raises(ValueError, match="figures is a link"):
         page.write(tmp_path, {"run": folder}, [])
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_records_that_were_skipped_are_said_with_their_reasons(tmp_path):
+    folder = make_run(tmp_path / "run", num_experts=0, bits=2.0)
+    assert tables.skipped_records([page.read_record("run", 0, folder)]) == ""
+    for skipped, said in (
+        ({"train": {"not UTF-8": 2, "too long": 1}}, "run (2 not UTF-8, 1 too long)."),
+        ({"train": {}}, ""),
+        ({"train": 3}, ""),
+        ([3], ""),
+        ({"train": {"a\x1b[31m": 1}}, "run (1 a\N{REPLACEMENT CHARACTER}[31m)."),
+    ):
+        result = json.loads((folder / "result.json").read_text()) | {"skipped_records": skipped}
+        (folder / "result.json").write_text(json.dumps(result))
+        assert tables.skipped_records([page.read_record("run", 0, folder)]).endswith(said)

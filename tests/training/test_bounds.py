@@ -37,6 +37,9 @@ FORGED = (
     {"text": ["a"]},
     {"text": {"train": 3}},
     {"versions": None},
+    {"skipped_records": 3},
+    {"skipped_records": {"train": 3}},
+    {"skipped_records": {"train": {"not UTF-8": "3"}}},
 )
 
 

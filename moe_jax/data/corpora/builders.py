@@ -4,6 +4,7 @@ import json
 import lzma
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -18,12 +19,14 @@ def records(name: str) -> Iterator[dict]:
         yield from map(json.loads, lines)
 
 
-def _information(builder, license: str, *features: str) -> tfds.core.DatasetInfo:
+def information(builder, license: str, *features: str, **facts: Any) -> tfds.core.DatasetInfo:
+    """The information of a dataset whose features are texts."""
     return tfds.core.DatasetInfo(
         builder=builder,
         description=builder.__doc__,
         license=license,
         features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in features}),
+        **facts,
     )
 
 
@@ -36,7 +39,7 @@ class LoParallel19(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        return _information(self, "MPL-2.0", "text", "language", "doc", "domain")
+        return information(self, "MPL-2.0", "text", "language", "doc", "domain")
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing to download: the text is in the package
@@ -56,7 +59,7 @@ class UdhrLanguages(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        return _information(self, "MIT", "text", "language", "name", "family", "branch")
+        return information(self, "MIT", "text", "language", "name", "family", "branch")
 
     def _split_generators(self, dl_manager):
         del dl_manager

@@ -1,0 +1,114 @@
+"""How records are read: their fields, and the records that cannot be used and may be skipped."""
+
+import collections
+import dataclasses
+from typing import Any
+
+from moe_jax import stopping
+from moe_jax.parallel import distributed
+
+LABELS, KEYS = ("language", "lang"), ("doc", "id")
+MOST_NAMED = 20  # skipped records that are named in the output; the others are counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """The fields of a record that are read, and what happens to records that cannot be used.
+
+    A field in another one is written with a dot: `meta.language`.
+    """
+
+    max_line: int = 30_000_000  # most characters of a line of .jsonl, or of a record's text
+    text_field: str = "text"
+    label_field: str = ""  # empty: `LABELS`
+    # A regular expression. Its first group in a file's name is the label of its records that have
+    # none of their own.
+    label_pattern: str = ""
+    skip_damaged: int = 0  # the most records that may be skipped; the first is refused by default
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return (self.label_field,) if self.label_field else LABELS
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The names that a table's columns may have to be read."""
+        fields = (self.text_field, *self.labels, *KEYS)
+        return frozenset({*fields, *(field.split(".")[0] for field in fields)})
+
+    @property
+    def key(self) -> list:
+        """What decides which documents a source has, for the key of a cache."""
+        found = [self.text_field, self.label_field, self.label_pattern, self.skip_damaged]
+        return [*found, self.max_line if self.skip_damaged else None]
+
+
+STRICT = Reading()  # refuses the first record that cannot be used
+
+
+def of_config(data: Any) -> Reading:
+    """The part of a run's `config.data` that says how records are read."""
+    return Reading(
+        **{field.name: getattr(data, field.name) for field in dataclasses.fields(Reading)}
+    )
+
+
+class UnusableError(ValueError):
+    """A record, or the rest of a file, that cannot be used; the message names it.
+
+    `reason` is a phrase for counts, and `records` the number that is lost: at least that many, if
+    it is a file whose number of records cannot be known.
+    """
+
+    def __init__(self, message: str, reason: str, records: int = 1):
+        super().__init__(message)
+        self.reason, self.records = reason, max(1, records)
+
+
+class Skipped:
+    """Counts the records of a source that are skipped, by reason, up to the most that may be."""
+
+    def __init__(self, most: int):
+        self._most, self._named = most, 0
+        self.by_reason = collections.Counter[str]()
+
+    def add(self, error: UnusableError, *, named: bool = True) -> None:
+        """Counts a record, and names it in the output; raises ValueError if it is one too many."""
+        total = self.by_reason.total() + error.records
+        if total > self._most:
+            more = f" ({total:,} records cannot be used, and config.data.skip_damaged={self._most})"
+            raise ValueError(f"data.source: {error}{more if self._most else ''}") from error
+        self.by_reason[error.reason] += error.records
+        self._named += named
+        if not named:
+            return
+        if self._named <= MOST_NAMED:
+            distributed.say(f"skipped {total:,} of at most {self._most:,}: {error}")
+        elif self._named == MOST_NAMED + 1:
+            distributed.say("further records that are skipped are counted, but not named")
+
+
+def check_length(text: str | bytes, max_line: int) -> None:
+    """Refuses a text of more than `max_line` characters, or bytes that must be one."""
+    if len(text) > max_line * (4 if isinstance(text, bytes) else 1):
+        raise UnusableError(
+            f" is longer than the {max_line:,} characters of data.max_line; raise it, or make "
+            "several records of it",
+            "too long",
+        )
+
+
+def refusal(place: str, error: Exception) -> UnusableError:
+    """The error with the line that refuses the record at `place`, which caused `error`.
+
+    The message of an UnusableError continues the name of the place if it begins with a space or a
+    colon, and names the place itself otherwise.
+    """
+    stopping.pass_on(error)
+    if isinstance(error, UnusableError):
+        if not str(error).startswith((" ", ":")):
+            return error
+        fix = "" if ";" in str(error) else "; mend it"
+        return UnusableError(f"{place}{error}{fix}", error.reason, error.records)
+    name, words = type(error).__name__, " ".join(str(error).split())
+    return UnusableError(f"{place} cannot be read ({name}: {words}); mend it", name)
