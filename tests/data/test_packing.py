@@ -50,7 +50,7 @@ def lengths_like_text(number, seed=0):
 
 
 @hypothesis.given(n=st.integers(0, 5), packing=packing_names, **sizes)
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=25)
 def test_every_pair_is_seen_exactly_once_an_epoch(n, pairs, **kwargs):
     plan = make(pairs, **kwargs)
     rows = epoch(plan, n)
@@ -88,14 +88,14 @@ def test_a_piece_is_never_empty_and_a_record_is_cut_at_row_ends_only(pairs, **kw
 
 @each_packing
 def test_a_row_does_not_depend_on_what_was_asked_before(packing):
-    pairs, how = np.random.default_rng(0).integers(0, 30, 100), {"cell_size": 16}
+    pairs, how = np.random.default_rng(0).integers(0, 12, 100), {"cell_size": 16}
     how["packing"] = packing
-    asked = np.random.default_rng(1).permutation(1000)
+    asked = np.random.default_rng(1).permutation(200)
     in_order = make(pairs, **how)
-    rows = [in_order.row(g) for g in range(1000)]
-    assert 1000 > 2 * in_order.rows_per_epoch
+    rows = [in_order.row(g) for g in range(200)]
+    assert 200 > 2 * in_order.rows_per_epoch
     at_random = make(pairs.tolist(), **how)
-    assert all(at_random.row(int(g)) == rows[g] for g in asked[:100])
+    assert all(at_random.row(int(g)) == rows[g] for g in asked[:50])
     assert make(pairs, **how).row(10**12) == in_order.row(10**12)
 
 
@@ -129,9 +129,9 @@ def test_the_cells_come_in_another_order_in_each_epoch_and_seed():
 
     def cells(seed, n):
         plan = make([7] * 256, sequence_length=7, seed=seed, cell_size=16)
-        found = [row[0].record // 16 for row in epoch(plan, n)]
-        assert sorted(found[::16]) == list(range(16))  # one after another
-        return found[::16]
+        found = [plan.row(256 * n + i)[0].record // 16 for i in range(0, 256, 16)]
+        assert sorted(found) == list(range(16))  # one after another
+        return found
 
     orders = [cells(seed=0, n=0), cells(seed=0, n=1), cells(seed=1, n=0)]
     for i, j in ((0, 1), (0, 2), (1, 2)):
@@ -168,7 +168,7 @@ def decreasing(sizes, T, best):
     sequence_length=st.integers(1, 40),
     pairs=st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(any),
 )
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=25)
 def test_the_fitting_packings_are_the_textbooks_and_cut_long_documents_only(packing, **sizes):
     plan, T = make(packing=packing, **sizes), sizes["sequence_length"]
     rows = epoch(plan)
@@ -183,7 +183,7 @@ def test_the_fitting_packings_are_the_textbooks_and_cut_long_documents_only(pack
 
 @pytest.mark.parametrize("packing", FITTING)
 def test_in_many_cells_half_a_percent_of_padding_leaves_no_document_cut(packing):
-    pairs, T = lengths_like_text(32_000), 512
+    pairs, T = lengths_like_text(16_000), 512
     plan = make(pairs, sequence_length=T, packing=packing, cell_size=3200)
     assert plan.padding < 0.012
     cut = {
@@ -203,7 +203,7 @@ def test_a_cell_that_fits_worse_than_the_first_has_its_last_documents_cut():
 
 @pytest.mark.parametrize("packing", FITTING)
 def test_rows_are_no_fewer_full_than_those_of_grain(packing):
-    pairs, T = lengths_like_text(5000), 512
+    pairs, T = lengths_like_text(1500), 512
     theirs = {
         "first_fit": grain.experimental.FirstFitPackIterDataset,
         "best_fit": grain.experimental.BestFitPackIterDataset,
