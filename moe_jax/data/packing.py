@@ -7,7 +7,7 @@ pairs. Each pair is in exactly one row of an epoch.
 import dataclasses
 import functools
 import mmap
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -42,6 +42,14 @@ PACKINGS = {
 }
 
 
+class Lengths(Protocol):
+    """An array, or what computes one when it is indexed by a slice or an array."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: Any, /) -> Any: ...
+
+
 class RowPlan:
     """The rows of an endless, seeded pass over records.
 
@@ -63,19 +71,18 @@ class RowPlan:
 
     def __init__(
         self,
-        pairs: np.ndarray,
+        pairs: Lengths,
         *,
         sequence_length: int,
         seed: int,
         packing: str = "concat",
         cell_size: int = 0,
     ):
-        """`pairs`: the number of pairs of each record (may be memory-mapped, or anything with a
-        length that can be indexed by slices and arrays). `cell_size` 0 is the packing's own."""
+        """`pairs`: the number of pairs of each record. `cell_size` 0 is that of the packing."""
         self.sequence_length, self._seed, self._pairs = sequence_length, seed, pairs
         self._packing = PACKINGS[packing]
         cell_size = cell_size or self._packing.cell_size
-        self._num_cells = max(1, -(-len(pairs) // cell_size))
+        self.num_cells = max(1, -(-len(pairs) // cell_size))
         self._run = min(NEIGHBOURS, cell_size)
         self._sums_C = self._sum_cells()
         self._rows_C = self._count_rows()
@@ -113,7 +120,7 @@ class RowPlan:
 
     def _order_cells(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The cells in the order of an epoch, and the number of the first row of each."""
-        cells = _generator(self._seed, epoch, 0, 1).permutation(self._num_cells)
+        cells = _generator(self._seed, epoch, 0, 1).permutation(self.num_cells)
         return cells, np.cumsum([0, *self._rows_C[cells][:-1]])
 
     def _pack_cell(self, epoch: int, cell: int):
@@ -134,13 +141,13 @@ class RowPlan:
 
     def _records(self, cell: int) -> np.ndarray:
         """The records of a cell, ascending: every run whose number is `cell` modulo num_cells."""
-        first = np.arange(cell * self._run, len(self._pairs), self._num_cells * self._run)
+        first = np.arange(cell * self._run, len(self._pairs), self.num_cells * self._run)
         records = (first[:, None] + np.arange(self._run)).reshape(-1)
         return records[: np.searchsorted(records, len(self._pairs))]
 
     def _sum_cells(self) -> np.ndarray:
         """The number of pairs of each cell; a deal, one run for each cell, is read at a time."""
-        sums_C, deal = np.zeros(self._num_cells, np.int64), self._num_cells * self._run
+        sums_C, deal = np.zeros(self.num_cells, np.int64), self.num_cells * self._run
         for start in range(0, len(self._pairs), deal):
             lengths = np.asarray(self._pairs[start : start + deal])
             runs = np.add.reduceat(lengths, np.arange(0, len(lengths), self._run), dtype=np.int64)
@@ -155,7 +162,7 @@ class RowPlan:
         lengths = np.asarray(self._pairs[self._records(0)], np.int64)
         *_, row = _pack(lengths, T, len(lengths) + int(rows_C[0]), self._packing.order)
         needed = int(row.max(initial=-1)) + 1
-        if self._num_cells == 1:
+        if self.num_cells == 1:
             return np.array([needed])
         per_pair = SLACK * needed / max(int(self._sums_C[0]), 1)
         return np.maximum(rows_C, np.ceil(self._sums_C * per_pair).astype(np.int64))
@@ -165,7 +172,7 @@ def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key))
 
 
-def _forget(array: np.ndarray) -> None:
+def _forget(array: Lengths) -> None:
     """Lets go of the pages of a memory-mapped array, which count as this process's memory."""
     owner: Any = array
     while isinstance(owner, np.ndarray):
