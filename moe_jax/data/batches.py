@@ -169,6 +169,8 @@ def batches(
             flags.FLAGS.mark_as_parsed()  # grain reads its own flags
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(processes, _start_worker)
+        # A batch lies in memory shared with its worker, which is released once it is copied.
+        dataset = dataset.map(functools.partial(jax.tree.map, np.array))
     with contextlib.closing(iter(dataset)) as made:
         yield from made
 
