@@ -12,7 +12,8 @@ repository.
 
 Learning rates, batches, the z-loss of 1e-4 and AdamW's constants are from the authors' Megatron-LM
 scripts; the initialisation is Megatron-LM's. By its default, a document sees earlier ones in its
-sequence.
+sequence. Differs from the paper: the shares of the languages are those of the files of
+`data.source`.
 """
 
 from moe_jax import config as configs

@@ -13,8 +13,8 @@ repository.
 
 Rates, steps and the warmup from 2e-5 are from the authors' moe-recipes scripts, in which weight
 decay applies to all parameters; the balancing loss is that of Transformers' Mixtral, over all
-layers together and one device's microbatch. Attention crosses documents, as in the
-paper. Differs from it: a device's microbatch has as many sequences as the mesh gives it.
+layers together and one device's microbatch. Attention crosses documents. Differs from the paper: a
+device's microbatch has as many sequences as the mesh gives it.
 
 The smallest v5p slice that can train 8x3.7b, compiled ahead of time with jax 0.10.2 (2x2x1 is
 2.3 GB short even with one sequence per device):

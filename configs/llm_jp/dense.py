@@ -10,6 +10,7 @@ only in shape, learning rate and batch. Not known here: hardware and time. On fe
 training.accumulation_steps.
 
 The initialisation is Megatron-LM's. By its default, a document sees earlier ones in its sequence.
+Differs from the paper: the data mixture.
 """
 
 from moe_jax import config as configs

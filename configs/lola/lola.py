@@ -12,9 +12,9 @@ repository.
 
 Differs from the paper: there is no dropout (the paper: 0.1); the dtype is bfloat16 (the paper:
 float16); the tokenizer is the file that data.tokenizer names (the paper's is a byte-level BPE,
-whose tokenizer.json works); a device's microbatch has as many sequences as the mesh gives it. As in
-the paper, attention crosses documents. In evaluation, tokens compete for an expert's slots within their
-sequence, not the device's batch, and the tokens dropped at random are the same each time.
+whose tokenizer.json works); a device's microbatch has as many sequences as the mesh gives it. In
+evaluation, tokens compete for an expert's slots within their sequence, not the device's batch, and
+the tokens dropped at random are the same each time. Attention crosses documents, as in the paper.
 
 The smallest v5p slice that exists can train it, compiled ahead of time with jax 0.10.2:
 
