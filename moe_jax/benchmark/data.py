@@ -30,9 +30,7 @@ class Lengths:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, at):
-        if not isinstance(at, slice):
-            return self.drawn[at % len(self.drawn)]
+    def __getitem__(self, at: slice) -> np.ndarray:
         first, last, _ = at.indices(self.size)
         skipped = first % len(self.drawn)
         repeated = np.tile(self.drawn, -(-(skipped + last - first) // len(self.drawn)))

@@ -7,7 +7,7 @@ pairs. Each pair is in exactly one row of an epoch.
 import dataclasses
 import functools
 import mmap
-from typing import Any, Protocol
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -43,11 +43,11 @@ PACKINGS = {
 
 
 class Lengths(Protocol):
-    """An array, or what computes one when it is indexed by a slice or an array."""
+    """An array, or what computes a part of one when it is sliced."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, at: Any, /) -> Any: ...
+    def __getitem__(self, at: slice, /) -> np.ndarray: ...
 
 
 class RowPlan:
@@ -126,9 +126,9 @@ class RowPlan:
     def _pack_cell(self, epoch: int, cell: int):
         """The order of the cell's rows, all its pieces, [pieces, 3], by row, and the first piece of
         each row."""
-        records = self._records(cell)
-        records = records[_generator(self._seed, epoch, cell, 0).permutation(len(records))]
-        lengths = np.asarray(self._pairs[records], np.int64)
+        records, lengths = self._records(cell)
+        order = _generator(self._seed, epoch, cell, 0).permutation(len(records))
+        records, lengths = records[order], lengths[order]
         num_rows = int(self._rows_C[cell])
         item, start, stop, row = _pack(lengths, self.sequence_length, num_rows, self._packing.order)
         by_row = np.lexsort((item, row))
@@ -136,30 +136,30 @@ class RowPlan:
         first_piece = np.searchsorted(row[by_row], np.arange(num_rows + 1))
         # Random access to a permutation, stored as a key instead of a list.
         seed = int(np.random.SeedSequence([self._seed, epoch, cell]).generate_state(1)[0])
-        _forget(self._pairs)
         return grain.MapDataset.range(num_rows).seed(seed).shuffle(), pieces, first_piece.tolist()
 
-    def _records(self, cell: int) -> np.ndarray:
-        """The records of a cell, ascending: every run whose number is `cell` modulo num_cells."""
+    def _records(self, cell: int) -> tuple[np.ndarray, np.ndarray]:
+        """The records of a cell, ascending, and their lengths: the cell has every run whose number
+        is `cell` modulo num_cells."""
         first = np.arange(cell * self._run, len(self._pairs), self.num_cells * self._run)
         records = (first[:, None] + np.arange(self._run)).reshape(-1)
-        return records[: np.searchsorted(records, len(self._pairs))]
+        records = records[: np.searchsorted(records, len(self._pairs))]
+        return records, _read(self._pairs, first, self._run)
 
     def _sum_cells(self) -> np.ndarray:
         """The number of pairs of each cell; a deal, one run for each cell, is read at a time."""
         sums_C, deal = np.zeros(self.num_cells, np.int64), self.num_cells * self._run
         for start in range(0, len(self._pairs), deal):
-            lengths = np.asarray(self._pairs[start : start + deal])
-            runs = np.add.reduceat(lengths, np.arange(0, len(lengths), self._run), dtype=np.int64)
+            lengths = _read(self._pairs, np.array([start]), deal)
+            runs = np.add.reduceat(lengths, np.arange(0, len(lengths), self._run))
             sums_C[: len(runs)] += runs
-            _forget(self._pairs)
         return sums_C
 
     def _count_rows(self) -> np.ndarray:
         T, rows_C = self.sequence_length, -(-self._sums_C // self.sequence_length)
         if self._packing.order is None:
             return rows_C
-        lengths = np.asarray(self._pairs[self._records(0)], np.int64)
+        _, lengths = self._records(0)
         *_, row = _pack(lengths, T, len(lengths) + int(rows_C[0]), self._packing.order)
         needed = int(row.max(initial=-1)) + 1
         if self.num_cells == 1:
@@ -172,13 +172,19 @@ def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key))
 
 
-def _forget(array: Lengths) -> None:
-    """Lets go of the pages of a memory-mapped array, which count as this process's memory."""
-    owner: Any = array
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    if isinstance(owner, mmap.mmap):
-        owner.madvise(mmap.MADV_DONTNEED)
+def _read(pairs: Lengths, starts: np.ndarray, size: int) -> np.ndarray:
+    """The lengths [start, start + size) for each of the starts, one after another."""
+    stops = np.minimum(starts + size, len(pairs))
+    if not isinstance(pairs, np.memmap) or not isinstance(pairs.base, mmap.mmap):
+        parts = [pairs[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        return np.concatenate(parts).astype(np.int64)
+    # Through the map, each page would count as this process's memory, with 2 MB around it.
+    with open(pairs.filename, "rb") as file:
+        found = []
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            file.seek(pairs.offset + start * pairs.itemsize)
+            found.append(file.read((stop - start) * pairs.itemsize))
+    return np.frombuffer(b"".join(found), pairs.dtype).astype(np.int64)
 
 
 def _pack(lengths: np.ndarray, T: int, num_rows: int, order: str | None):
