@@ -89,7 +89,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
         backends.check(settings.training.log_to)
     evaluators.check(settings)
-    training, length = settings.training, settings.data.sequence_length
+    training = settings.training
     # Runs of a sweep that differ only in the values of their parameters share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
@@ -156,14 +156,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
             checkpoint.set_aside_after(directory, at)
         configs.save_json(settings.config, workdir)
         init.keep_from_parents(settings, workdir)
-    text = batches.feed(
-        *(batches.batches, train_text),
-        RowPlan(train_text.pairs, sequence_length=length, seed=settings.seed),
-        sharding=jax.NamedSharding(mesh, sharding.BATCH),
-        batch_size=training.batch_size,
-        start_step=start,
-        left_out=kept["left_out"],
-    )
+    text = _feed(settings, mesh, train_text, start, kept["left_out"])
 
     # step -----------------------------------------------------------------------------------
     compiled = step.jitted(settings, tx, state_shardings, mesh, frozen)
@@ -194,6 +187,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with (
         contextlib.closing(lock) if lock else contextlib.nullcontext(),
+        contextlib.closing(text),
         library_threads.quiet(),
         metrics.writer(workdir, resume_step=start, log_to=training.log_to) as write_row,
         saving.finishing(saver),
@@ -281,6 +275,24 @@ def _open_corpora(
             )
             for split in ("train", "validation")
         ]
+
+
+def _feed(settings: configs.Run, mesh: jax.sharding.Mesh, corpus, start: int, left_out):
+    """The batches from step `start` on, on the devices of the mesh."""
+    data, length = settings.data, settings.data.sequence_length
+    plan = RowPlan(corpus.pairs, sequence_length=length, seed=settings.seed, packing=data.packing)
+    if data.packing != "concat":
+        distributed.say(f"data.packing={data.packing}: {plan.padding:.2%} of the rows is padding")
+    return batches.feed(
+        *(batches.batches, corpus, plan),
+        sharding=jax.NamedSharding(mesh, sharding.BATCH),
+        batch_size=settings.training.batch_size,
+        start_step=start,
+        left_out=left_out,
+        document_mask=data.document_mask,
+        reset_positions=data.reset_positions,
+        workers=data.workers,
+    )
 
 
 def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict, dict]:

@@ -11,8 +11,9 @@ English and code, 2 T or 1 T tokens) and the tokenizers (LLM-jp 3.0; 2.2 for 1.5
 repository.
 
 Learning rates, batches, the z-loss of 1e-4 and AdamW's constants are from the authors' Megatron-LM
-scripts; the initialisation is Megatron-LM's. Differs from the paper: attention does not cross
-documents; by default, Megatron-LM lets a document see earlier ones in its sequence.
+scripts; the initialisation is Megatron-LM's. By its default, a document sees earlier ones in its
+sequence. Differs from the paper: the shares of the languages are those of the files of
+`data.source`.
 """
 
 from moe_jax import config as configs
@@ -38,6 +39,8 @@ def get_config(size: str = "152m"):
     config.data.source = "data/drop-upcycling/*.jsonl"
     config.data.tokenizer = "data/drop-upcycling/tokenizer.model"
     config.data.sequence_length = 4096
+    config.data.document_mask = False
+    config.data.reset_positions = False
     config.optimizer.learning_rate = learning_rate
     config.optimizer.final_learning_rate_ratio = 0.1
     config.optimizer.warmup_steps = 2000

@@ -13,8 +13,8 @@ repository.
 
 Rates, steps and the warmup from 2e-5 are from the authors' moe-recipes scripts, in which weight
 decay applies to all parameters; the balancing loss is that of Transformers' Mixtral, over all
-layers together and one device's microbatch. Differs from the paper: attention does not cross
-documents; a device's microbatch has as many sequences as the mesh gives it.
+layers together and one device's microbatch. Attention crosses documents. Differs from the paper: a
+device's microbatch has as many sequences as the mesh gives it.
 
 The smallest v5p slice that can train 8x3.7b, compiled ahead of time with jax 0.10.2 (2x2x1 is
 2.3 GB short even with one sequence per device):
@@ -55,6 +55,8 @@ def get_config(size: str = "8x152m"):
     config.data.source = "data/drop-upcycling/*.jsonl"
     config.data.tokenizer = "data/drop-upcycling/tokenizer.model"
     config.data.sequence_length = 4096
+    config.data.document_mask = False
+    config.data.reset_positions = False
     config.optimizer.learning_rate = 2e-4
     config.optimizer.final_learning_rate_ratio = 0.1
     config.optimizer.warmup_steps = 2000

@@ -13,7 +13,7 @@ Not known here: hardware and time. The text (SlimPajama with Sheared-LLaMA's sam
 not part of this repository.
 
 Differs from the paper: the sampling weights of its sources are those of the files of `data.source`,
-and do not change during training; attention does not cross documents.
+and do not change during training. Attention crosses documents.
 """
 
 from moe_jax import config as configs
@@ -33,6 +33,8 @@ def get_config():
     config.data.source = "data/slimpajama/*.jsonl"
     config.data.tokenizer = "data/slimpajama/tokenizer.model"
     config.data.sequence_length = 4096
+    config.data.document_mask = False
+    config.data.reset_positions = False
     config.optimizer.learning_rate = 2e-4
     config.optimizer.final_learning_rate_ratio = 0.1
     config.optimizer.warmup_steps = 100

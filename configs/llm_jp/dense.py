@@ -9,8 +9,8 @@ not part of this repository; the files of `data.source` determine the data mixtu
 only in shape, learning rate and batch. Not known here: hardware and time. On few devices, raise
 training.accumulation_steps.
 
-The initialisation is Megatron-LM's. Differs from the paper: attention does not cross documents; by
-default, Megatron-LM lets a document see earlier ones in its sequence.
+The initialisation is Megatron-LM's. By its default, a document sees earlier ones in its sequence.
+Differs from the paper: the data mixture.
 """
 
 from moe_jax import config as configs
@@ -41,6 +41,8 @@ def get_config(size: str = "150m"):
     config.data.source = "data/llm-jp/*.jsonl"
     config.data.tokenizer = "data/llm-jp/tokenizer.model"
     config.data.sequence_length = 4096
+    config.data.document_mask = False
+    config.data.reset_positions = False
     config.optimizer.learning_rate = learning_rate
     config.optimizer.final_learning_rate_ratio = 0.1
     config.optimizer.warmup_steps = 2000

@@ -10,7 +10,7 @@ the logits was kept (it is here), hardware and time. The text is not part of thi
 
 Differs from the paper: the model cards do not say how neurons are redrawn, so the paper's way is
 used (by neuron); a device's microbatch, over which the balancing loss is computed as in
-Megatron-LM, has as many sequences as the mesh gives it; attention does not cross documents.
+Megatron-LM, has as many sequences as the mesh gives it.
 """
 
 from moe_jax import config as configs
@@ -36,6 +36,8 @@ def get_config(size: str = "8x1.8b"):
     config.data.source = "data/llm-jp/*.jsonl"
     config.data.tokenizer = "data/llm-jp/tokenizer.model"
     config.data.sequence_length = 4096
+    config.data.document_mask = False
+    config.data.reset_positions = False
     config.optimizer.learning_rate = learning_rate
     config.optimizer.final_learning_rate_ratio = 0.1
     config.optimizer.warmup_steps = 2000

@@ -11,10 +11,10 @@ languages is not known; the files of `data.source` determine it. CulturaX is not
 repository.
 
 Differs from the paper: there is no dropout (the paper: 0.1); the dtype is bfloat16 (the paper:
-float16); attention does not cross documents; the tokenizer is the file that data.tokenizer names
-(the paper's is a byte-level BPE, whose tokenizer.json works); a device's microbatch has as many
-sequences as the mesh gives it. In evaluation, tokens compete for an expert's slots within their
-sequence, not the device's batch, and the tokens dropped at random are the same each time.
+float16); the tokenizer is the file that data.tokenizer names (the paper's is a byte-level BPE,
+whose tokenizer.json works); a device's microbatch has as many sequences as the mesh gives it. In
+evaluation, tokens compete for an expert's slots within their sequence, not the device's batch, and
+the tokens dropped at random are the same each time. Attention crosses documents, as in the paper.
 
 The smallest v5p slice that exists can train it, compiled ahead of time with jax 0.10.2:
 
@@ -43,6 +43,8 @@ def get_config():
     config.data.source = "data/culturax/*.jsonl"
     config.data.tokenizer = "data/culturax/tokenizer.model"
     config.data.sequence_length = 2048
+    config.data.document_mask = False
+    config.data.reset_positions = False
     config.optimizer.learning_rate = 2e-4
     config.optimizer.final_learning_rate_ratio = 0.1
     config.optimizer.warmup_steps = STEPS_OF_1T // 10

@@ -8,7 +8,7 @@ Published: 8 T tokens in sequences of 4096 on 384 nodes of 8 H100, with the batc
 and the warmup. The initialisation is Megatron-LM's, with the standard deviation of the released
 config. The text is not part of this repository.
 
-Differs from the paper: the batch size is 1152 throughout; attention does not cross documents.
+Differs from the paper: the batch size is 1152 throughout. Attention crosses documents.
 """
 
 from moe_jax import config as configs
@@ -25,6 +25,8 @@ def get_config():
     config.data.source = "data/nemotron/*.jsonl"
     config.data.tokenizer = "data/nemotron/tokenizer.model"
     config.data.sequence_length = 4096
+    config.data.document_mask = False
+    config.data.reset_positions = False
     config.optimizer.learning_rate = 4.5e-4
     config.optimizer.final_learning_rate_ratio = 0.1
     config.optimizer.warmup_steps = 2000

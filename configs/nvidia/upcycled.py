@@ -11,8 +11,8 @@ unclear and which is taken to be 4.5e-5), hardware and time. The text is not par
 repository.
 
 The balancing loss of 0.01 is summed over layers and computed over a device's microbatch, as in
-Megatron-LM. Differs from the paper: that microbatch has as many sequences as the mesh gives it;
-attention does not cross documents.
+Megatron-LM, and attention crosses documents. Differs from the paper: that microbatch has as many
+sequences as the mesh gives it.
 """
 
 from moe_jax import config as configs
@@ -35,6 +35,8 @@ def get_config(size: str = "e8g1t2"):
     config.data.source = "data/nemotron/*.jsonl"
     config.data.tokenizer = "data/nemotron/tokenizer.model"
     config.data.sequence_length = 4096
+    config.data.document_mask = False
+    config.data.reset_positions = False
     config.optimizer.learning_rate = 3e-4
     config.optimizer.final_learning_rate_ratio = 4.5e-7 / 3e-4
     config.training.batch_size = 1024

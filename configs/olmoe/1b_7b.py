@@ -9,9 +9,9 @@ init.source is this one, with fresh optimizer moments (the paper keeps the old o
 those of megablocks: averaged over layers, computed over a device's microbatch. The text (OLMoE-mix)
 is not part of this repository.
 
-Differs from the paper: documents with repeated n-grams are not filtered out; attention does not
-cross documents; the tokenizer is the file that data.tokenizer names (the paper's is a BPE, whose
-tokenizer.json works); a device's microbatch has as many sequences as the mesh gives it.
+Differs from the paper: documents with repeated n-grams are not filtered out; the tokenizer is the
+file that data.tokenizer names (the paper's is a BPE, whose tokenizer.json works); a device's
+microbatch has as many sequences as the mesh gives it. As in the paper, attention crosses documents.
 
 The smallest v5p slice that exists can train it, compiled ahead of time with jax 0.10.2:
 
@@ -38,6 +38,8 @@ def get_config():
     config.data.source = "data/olmoe-mix/*.jsonl"
     config.data.tokenizer = "data/olmoe-mix/tokenizer.model"
     config.data.sequence_length = 4096
+    config.data.document_mask = False
+    config.data.reset_positions = False
     config.optimizer.learning_rate = 4e-4
     config.optimizer.final_learning_rate_ratio = 0.1
     config.optimizer.warmup_steps = 2500

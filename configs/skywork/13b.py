@@ -8,7 +8,7 @@ Published: 3.2 T tokens of English, Chinese and code; a thin and deep Llama. The
 against the report's text; warmup, hardware and time are not known here. The later stages, at the
 final rate and on other text, are further runs whose init.source is this one. The initialisation is
 Megatron's. The text is not part of this repository. Differs from the paper: only one of several
-stages; attention does not cross documents.
+stages. Attention crosses documents.
 """
 
 from moe_jax import config as configs
@@ -25,6 +25,8 @@ def get_config():
     config.data.source = "data/skypile/*.jsonl"
     config.data.tokenizer = "data/skypile/tokenizer.model"
     config.data.sequence_length = 4096
+    config.data.document_mask = False
+    config.data.reset_positions = False
     config.optimizer.learning_rate = 6e-4
     config.optimizer.final_learning_rate_ratio = 0.1
     config.optimizer.warmup_steps = 2000

@@ -4,12 +4,14 @@ Examples:
   python scripts/benchmark.py train_step
   python scripts/benchmark.py grouped_matmul --repeats=21 --json
   python scripts/benchmark.py train_step --peer=hf       (needs transformers and torch)
+  python scripts/benchmark.py data --repeats=3           (rows of packed documents)
   python scripts/benchmark.py real --model=runs/smollm2/dense --model=runs/smollm2/moe --repeats=3
 
 It times small float32 models on a CPU, and four layers of Drop-Upcycling 8x1.5B and of OLMoE-1B-7B
 in bfloat16 on a GPU or TPU. Times are medians; a ratio of 1.20 means 20 % slower than the bound.
 The benchmark "real" times Hugging Face folders on a CPU: 4 x 512 tokens forward and trained, and 32
 new tokens decoded for 1, 8 and 64 rows. scripts/smollm2.py makes the two folders of the example.
+The benchmark "data" opens plans of 65,536 to a thousand million documents and times rows of them.
 Leave the machine idle otherwise while it runs.
 """
 
@@ -18,7 +20,7 @@ import pathlib
 from collections.abc import Iterator
 
 from moe_jax import command_line, strict_json
-from moe_jax.benchmark import cases, peers, real
+from moe_jax.benchmark import cases, data, peers, real
 from moe_jax.benchmark import rows as benchmark
 from moe_jax.config import machine
 from moe_jax.parallel import allocator
@@ -29,7 +31,7 @@ ROW = "{:24} {:15} {:10.1f} {:10,.0f}  {:26} {:10.1f} {:7.2f}"
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    names = [*cases.BENCHMARKS, "real"]
+    names = [*cases.BENCHMARKS, "data", "real"]
     parser.add_argument("name", choices=names, metavar="NAME", help="one of %(choices)s")
     parser.add_argument("--repeats", type=int, default=11, help="number of timed calls")
     library = "also time this library on the same work: %(choices)s"
@@ -54,6 +56,10 @@ def main() -> None:
         if is_real:
             works = arguments.work or list(real.WORKS)
             rows = real.run(arguments.model, works, arguments.repeats, arguments.peer)
+        elif arguments.name == "data":
+            if arguments.peer:
+                parser.error("the benchmark data has no --peer")
+            rows = data.run(arguments.repeats)
         else:
             rows = benchmark.run(arguments.name, arguments.repeats, arguments.peer)
     if arguments.json:

@@ -13,6 +13,7 @@ from moe_jax.config import checks
 from moe_jax.config.checks import DECAY_RATE, NOT_NEGATIVE, POSITIVE, SHARE, one_of
 from moe_jax.config.section import Section, key, part
 from moe_jax.config.source import Source, source_of
+from moe_jax.data import packing
 from moe_jax.model.fields import Need
 from moe_jax.upcycle import recipes, router_init
 
@@ -131,6 +132,17 @@ class Data(Section, path="data", fixed=True):
     )
     sequence_length: int = key(
         256, "tokens per sequence; 0 uses the model's limit, at most 4096", NOT_NEGATIVE
+    )
+    packing: str = key(
+        "concat",
+        "concat cuts documents wherever a row is full; first_fit and best_fit cut only documents "
+        "longer than a row, and pad rows",
+        one_of(*packing.PACKINGS),
+    )
+    document_mask: bool = key(True, "False lets the tokens of a row attend to other documents")
+    reset_positions: bool = key(True, "False counts positions over a row, not over each document")
+    workers: int = key(
+        0, "processes that make batches; 0 uses threads of this one", NOT_NEGATIVE, fixed=False
     )
     validation_fraction: float = key(
         0.05, "share of documents to hold out if no file or split is named validation", SHARE

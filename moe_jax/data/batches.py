@@ -4,21 +4,39 @@ Batch N is a pure function of (corpus, seed, sizes, N), whatever the number of h
 the whole state of the data pipeline is {"step": N}.
 """
 
+import contextlib
+import copyreg
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+import mmap
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from flax import struct
 
+from moe_jax import stopping
 from moe_jax.data.corpus import Records
-from moe_jax.data.packing import RowPlan
+from moe_jax.data.packing import Piece, RowPlan
 from moe_jax.parallel import distributed
+
+
+class Rows(Protocol):
+    """A plan of rows: `packing.RowPlan`, or another."""
+
+    sequence_length: int
+
+    def row(self, g: int) -> list[Piece]: ...
+
 
 Arrays = TypeVar("Arrays")  # a tree of arrays
 Ranges = tuple[tuple[int, int], ...]  # the first and the last number of each range
@@ -42,8 +60,8 @@ class Batch:
 
     tokens_BT: jax.Array
     targets_BT: jax.Array  # the next token of the same document
-    segment_ids_BT: jax.Array  # 1, 2, … along a row, 0 for padding
-    positions_BT: jax.Array  # from 0 in each segment
+    segment_ids_BT: jax.Array  # tokens with equal ids see each other; 0 is padding
+    positions_BT: jax.Array
     weights_BT: jax.Array  # the loss weight of each target: 1, and 0 for padding
     labels_BT: jax.Array  # indices into the corpus's labels
 
@@ -78,12 +96,14 @@ class _BatchSource:
     """
 
     corpus: Records
-    plan: RowPlan
+    plan: Rows
     batch_size: int
     mine: Sequence[int]
     num_batches: int
     num_rows: float = math.inf
     left_out: Ranges = ()
+    document_mask: bool = True
+    reset_positions: bool = True
 
     def __len__(self) -> int:
         return self.num_batches
@@ -104,8 +124,9 @@ class _BatchSource:
             there = slice(at, at + piece.stop - piece.start)
             row.tokens_BT[there] = tokens[piece.start : piece.stop]
             row.targets_BT[there] = tokens[piece.start + 1 : piece.stop + 1]
-            row.segment_ids_BT[there] = segment
-            row.positions_BT[there] = np.arange(piece.stop - piece.start)
+            row.segment_ids_BT[there] = segment if self.document_mask else 1
+            first = 0 if self.reset_positions else at
+            row.positions_BT[there] = np.arange(first, first + piece.stop - piece.start)
             row.weights_BT[there] = 1
             row.labels_BT[there] = self.corpus.label_ids[piece.record]
             at = there.stop
@@ -113,22 +134,68 @@ class _BatchSource:
 
 def batches(
     corpus: Records,
-    plan: RowPlan,
+    plan: Rows,
     *,
     batch_size: int,
     start_step: int = 0,
     left_out: Ranges = (),
     rows: Sequence[int] | None = None,
+    document_mask: bool = True,
+    reset_positions: bool = True,
     num_threads: int = 2,
-) -> Iterator[Batch]:
+    workers: int = 0,
+) -> Generator[Batch, None, None]:
     """An endless iterator over batches start_step, start_step + 1, … of the plan's rows, with only
-    the rows `rows` of each (None is all); batches that are `left_out` do not count."""
-    mine = range(batch_size) if rows is None else rows
-    # A dataset must have a length; this one is long enough to be endless.
-    source = _BatchSource(corpus, plan, batch_size, mine, num_batches=2**40, left_out=left_out)
-    dataset = grain.MapDataset.source(source)[start_step:]
+    the rows `rows` of each (None is all); batches that are `left_out` do not count.
+
+    Without `document_mask`, all tokens of a row have segment 1, so that attention crosses
+    documents. Without `reset_positions`, positions count from the start of the row instead of that
+    of each piece.
+
+    Threads of this process make the batches, or those of `workers` spawned processes, which end
+    with the iterator (`close()`) or with this process.
+    """
+    source = _BatchSource(
+        *(corpus, plan, batch_size, range(batch_size) if rows is None else rows),
+        num_batches=2**40,  # a dataset must have a length; this one is long enough to be endless
+        left_out=left_out,
+        document_mask=document_mask,
+        reset_positions=reset_positions,
+    )
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
-    return iter(dataset.to_iter_dataset(options))
+    dataset = grain.MapDataset.source(source)[start_step:].to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads its own flags
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(processes, _start_worker)
+        # A batch lies in memory shared with its worker, which is released once it is copied.
+        dataset = dataset.map(functools.partial(jax.tree.map, np.array))
+    with contextlib.closing(iter(dataset)) as made:
+        yield from made
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Lets the parent process alone decide when this process ends."""
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def end_with_parent():
+        if parent := multiprocessing.parent_process():
+            parent.join()
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _pickle_mapped(array: np.memmap) -> Any:
+    """Pickles a memory-mapped file by its name: a worker process maps it, too."""
+    if not isinstance(array.base, mmap.mmap):  # a part of one
+        return np.asarray(array).__reduce__()
+    return np.memmap, (array.filename, array.dtype, "r", array.offset, array.shape)
+
+
+copyreg.pickle(np.memmap, _pickle_mapped)
 
 
 def evaluation_batches(
@@ -178,9 +245,19 @@ def feed(
     sharding: jax.NamedSharding,
     batch_size: int,
     **how,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Global arrays of `batches` or `evaluation_batches` of `text`; each process reads only its own
     rows."""
     rows = distributed.rows_of(sharding.addressable_devices, sharding, batch_size)
     parts = make(*text, batch_size=batch_size, rows=rows, **how)
-    return (to_device(batch, sharding, rows, batch_size) for batch in parts)
+    return _ahead(parts, lambda batch: to_device(batch, sharding, rows, batch_size))
+
+
+def _ahead(parts: Iterator[Batch], put: Callable[[Batch], Batch]) -> Generator[Batch, None, None]:
+    """Puts each batch on the devices before the one that precedes it is used."""
+    ahead: list[Batch] = []
+    for part in parts:
+        ahead.append(put(part))
+        if len(ahead) > 1:
+            yield ahead.pop(0)
+    yield from ahead

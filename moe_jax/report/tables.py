@@ -138,14 +138,25 @@ def compute(every: Sequence[Group], records: Sequence[Record]) -> str:
             values = [getattr(cost, field) for cost in costs]
             mean = None if None in values else sum(values) / len(values)
             row[head] = _number(mean, form)
+        row["waiting for data"] = _number(_data_wait(group), ".1%")
         row["device"] = Cell(group.first.result["device"])
         rows.append(row)
         of_steps |= any(catch_up.hours_are_of_steps(record) for record in group.records)
     note = "Device hours are wall time, with start-up and evaluation, times devices; of several "
-    note += "seeds, the mean. “—”: not recorded."
+    note += (
+        "seeds, the mean. “Waiting for data”: the share of the steps' time in which devices had "
+    )
+    note += "nothing to do for want of a batch. “—”: not recorded."
     if of_steps:
         note += " Runs of older versions: the time of their training steps only."
     return markup.table(rows) + markup.paragraph(note)
+
+
+def _data_wait(group: Group) -> float | None:
+    """The mean share of the steps' time in which the devices waited for a batch."""
+    waits = [row.get("data_wait") for record in group.records for row in record.training_rows]
+    shares = [wait for wait in waits if isinstance(wait, int | float)]
+    return sum(shares) / len(shares) if shares else None
 
 
 def crossings(every: Sequence[Group]) -> str:
