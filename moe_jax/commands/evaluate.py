@@ -161,7 +161,7 @@ def of_text(arguments: argparse.Namespace) -> dict:
     # The number of documents in only the first batches is not known.
     numbers = corpus.documents_per_label if not arguments.max_batches else ()
     documents = dict(zip(corpus.labels, numbers, strict=False))
-    parts = {label: sums.of_label(label) for label in corpus.labels}
+    parts = {label: sums.of_labels(label) for label in corpus.labels}
     return {
         "checkpoint": str(found),
         "source": data.source,

@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_jax.config import checks
 from moe_jax.config.checks import DECAY_RATE, NOT_NEGATIVE, POSITIVE, SHARE, one_of
+from moe_jax.config.mixture import Mixture
 from moe_jax.config.section import Section, key, part
 from moe_jax.config.source import Source, source_of
 from moe_jax.model.fields import Need
@@ -113,7 +114,12 @@ class Init(Section, path="init"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(Section, path="data", fixed=True):
-    source: str = key("embedded", "embedded, tfds:NAME, hf:NAME, or a path or glob of files")
+    source: str = key(
+        "embedded",
+        "embedded, tfds:NAME, hf:NAME, or a path or glob of files; {name} in it is replaced by the "
+        "name of each source of data.mixture",
+    )
+    mixture: Mixture = part(Mixture)
     tokenizer: str = key(
         "",
         "bytes, or the path of a tokenizer.json or SentencePiece model; empty uses that of "
@@ -151,6 +157,23 @@ class Data(Section, path="data", fixed=True):
     cache_dir: str = key(
         "", "folder for tokens and compiled steps; empty uses the user's cache folder", fixed=False
     )
+
+    @property
+    def named_sources(self) -> dict[str, str]:
+        """The text of each source of the mixture by name; a single source has the name ""."""
+        specs, names = dict(self.mixture.sources), self.mixture.names
+        of_all = {name: self.source.replace("{name}", name) for name in names}
+        return {**of_all, **{n: spec for n, spec in specs.items() if spec}} or {"": self.source}
+
+    def problems(self) -> Iterator[str]:
+        specs = dict(self.mixture.sources)
+        without = [name for name in self.mixture.names if not specs.get(name)]
+        if without and "{name}" not in self.source:
+            yield (
+                f"config.data.mixture: {', '.join(without)} have no text of their own, and "
+                f"data.source={self.source!r} has no {{name}} to be replaced; put it in, or give "
+                "mixture.sources, or set mixture.shares=() to train on data.source alone"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
