@@ -144,7 +144,7 @@ def stages(name: str, value: tuple) -> None:
                 _refuse_unless(False, name, stage, need)
 
 
-def _is_weight(value: object) -> bool:
+def _is_weight(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
 
 

@@ -76,6 +76,11 @@ def of_stored(config: ConfigDict) -> Run:
     return _run(config.copy_and_resolve_references())
 
 
+def data_of(config: ConfigDict) -> sections.Data:
+    """The section `data` of a config. Raises: ConfigError for an invalid value."""
+    return _section(sections.Data, _with_tuples(config.data.to_dict()))
+
+
 def _run(config: ConfigDict) -> Run:
     values = _with_tuples(config.to_dict())
     upcycle = values["init"]["upcycle"]

@@ -165,6 +165,12 @@ class Data(Section, path="data", fixed=True):
         of_all = {name: self.source.replace("{name}", name) for name in names}
         return {**of_all, **{n: spec for n, spec in specs.items() if spec}} or {"": self.source}
 
+    @property
+    def in_words(self) -> str:
+        """What the run is trained on, for people."""
+        named = [f"{name}: {spec}" if name else spec for name, spec in self.named_sources.items()]
+        return ", ".join(named)
+
     def problems(self) -> Iterator[str]:
         specs = dict(self.mixture.sources)
         without = [name for name in self.mixture.names if not specs.get(name)]

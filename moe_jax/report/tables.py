@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from moe_jax import untrusted
 from moe_jax.analysis import measures
 from moe_jax.evaluation.text_metrics import METRICS
 from moe_jax.report import catch_up, comparisons, markup
@@ -227,6 +228,27 @@ def of_texts(records: Sequence[Record]) -> str:
     meaning = (f"{name}: {METRICS[name].about} ({METRICS[name].better})" for name in names)
     few = "A few short texts: the numbers show repetition and the wrong language, not quality."
     return markup.table(rows) + markup.paragraph(". ".join([*meaning, few]))
+
+
+def of_sources(every: Sequence[Group]) -> str:
+    """What each source of a mixture has given to the first run of a group; "" without mixtures."""
+    rows = []
+    for group in every:
+        result = group.first.result
+        losses = result.get("per_source") or {}
+        for name, given in (result.get("sources") or {}).items():
+            bits = losses.get(name, {}).get("bits_per_byte")
+            rows.append(
+                {
+                    "run": Cell(group.name),
+                    "source": Cell(untrusted.label(name)),
+                    "share of tokens": _number(100 * given["share"], ".2f", " %"),
+                    "tokens": _number(given["tokens"], "tokens"),
+                    "epochs": _number(given["epochs"], ".3g"),
+                    "bits/byte": _number(bits, ".3f") if bits is not None else EMPTY,
+                }
+            )
+    return markup.table(rows) if rows else ""
 
 
 def versions(records: Sequence[Record]) -> dict[str, list[str]]:
