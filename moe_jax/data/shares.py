@@ -62,7 +62,7 @@ class Stage:
         """A stage from what `to_json` returned. Raises: ValueError for anything else."""
         match value:
             case [int() as first, dict() as shares, dict() as most_rows] if first >= 0:
-                are_shares = all(type(w) is float and 0 < w <= 1 for w in shares.values())
+                are_shares = all(type(w) in (int, float) and 0 < w <= 1 for w in shares.values())
                 if are_shares and all(type(n) is int and n >= 0 for n in most_rows.values()):
                     return cls(first, shares, most_rows)
         raise ValueError(f"it is no stage of a mixture: {str(value)[:80]}")
