@@ -91,7 +91,7 @@ class Mixture(Section, path="data.mixture", fixed=False):
         for step, shares in self.stages:
             if not any(weight for _, weight in shares):
                 yield f"config.data.mixture.stages, step {step}, has no positive weight; give one"
-        if not self.by_label:
+        if self.names and not self.by_label:
             yield from self.unknown(self.names)
 
     def unknown(self, known: tuple[str, ...]) -> Iterator[str]:

@@ -53,6 +53,12 @@ class Run(Section, path=""):
                 f"config.balance.bias_update_rate={rate} needs a router with a bias, "
                 f"not model.router={model.router!r}; use {biased}, or a rate of 0"
             )
+        for step, _ in self.data.mixture.stages:
+            if step >= num_steps:
+                yield (
+                    f"config.data.mixture.stages, step {step}, never begins: training.num_steps="
+                    f"{num_steps}; lower the step, or leave the stage out"
+                )
         yield from _problems_of_merging(model, self.data.sequence_length)
         yield from _problems_of_top_1(model, optimizer.frozen)
         if self.evaluation.num_experts_per_tok > model.num_experts:

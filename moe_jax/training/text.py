@@ -109,7 +109,11 @@ def _stages(
         if (limit := epochs.get(name, epochs.get(EVERY))) is not None
     }
     every = [(0, weights), *((step, dict(own)) for step, own in settings.stages)]
-    return [shares.Stage(step, shares.normalised(w), most_rows) for step, w in every]
+    stages = [shares.Stage(step, shares.normalised(w), most_rows) for step, w in every]
+    without = [name for name in sizes if not any(name in stage.shares for stage in stages)]
+    if without:
+        distributed.say(f"held-out text only, for they have no share: {', '.join(without)}")
+    return stages
 
 
 @dataclasses.dataclass(frozen=True)
