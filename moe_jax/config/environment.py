@@ -76,7 +76,8 @@ def _validate_sources(run: Run) -> None:
             if not name:
                 with refusing("config."):
                     raise
-            problems[name] = f"{name} ({' '.join(str(error).removeprefix('data.source=').split())})"
+            reason = " ".join(str(error).removeprefix("data.source=").partition(";")[0].split())
+            problems[name] = f"{name} ({reason})"
     if problems:
         raise ConfigError(
             f"config.data.mixture: {len(problems)} of {len(run.data.named_sources)} sources cannot "

@@ -172,7 +172,8 @@ def test_sources_without_a_text_are_all_named(folder, tmp_path):
     with pytest.raises(configs.ConfigError) as error:
         run(folder, tmp_path / "run", **missing)
     assert "2 of 4 sources cannot be read: x (" in str(error.value)
-    assert "; y (" in str(error.value) and "\n" not in str(error.value)
+    assert "; y ('" in str(error.value) and "matches no file); give" in str(error.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
