@@ -128,13 +128,14 @@ def test_a_row_does_not_depend_on_what_was_asked_before_and_each_source_goes_on_
 
 
 @hypothesis.given(splits=st.lists(st.integers(0, 90), max_size=4), seed=seeds)
+@hypothesis.example(splits=[70], seed=0)
 @SETTINGS
 def test_a_run_resumed_anywhere_has_the_rows_of_the_unbroken_one(splits, seed):
     unbroken = Schedule(STAGES, batch_size=4, seed=seed)
     kept = STAGES
     for batch in sorted(splits):
         kept, changes = shares.resumed([Stage.of_json(s.to_json()) for s in kept], STAGES, batch)
-        assert not changes
+        assert not changes and kept == STAGES
     schedule = Schedule(kept, batch_size=4, seed=seed)
     assert [schedule.source(g) for g in range(380)] == [unbroken.source(g) for g in range(380)]
 
