@@ -91,7 +91,7 @@ def _of_training(run: ConfigDict, converted: configs.Source) -> Iterator[tuple[s
     tokens = step * run.training.batch_size * run.data.sequence_length
     yield "seed", str(run.seed)
     yield "training", f"{step:,} steps, {tokens:,} tokens"
-    yield "text", f"`{untrusted.label(run.data.source)}`"
+    yield "text", f"`{untrusted.label(configs.data_of(run).in_words)}`"
     try:
         found = strict_json.read_object(workdir / "result.json")
     except (ValueError, OSError):  # it is missing or damaged

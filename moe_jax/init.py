@@ -105,10 +105,11 @@ def _saw_these_rows(source: str, settings: configs.Run) -> bool:
     if folders.is_folder(source):
         return False
     parent, own = configs.load_json(pathlib.Path(source)), settings.data
-    theirs = parent.seed, parent.data.source, parent.data.sequence_length
-    if theirs != (settings.seed, own.source, own.sequence_length):
-        return False
     try:
+        text = configs.data_of(parent)
+        theirs = parent.seed, text.source, text.mixture, text.sequence_length
+        if theirs != (settings.seed, own.source, own.mixture, own.sequence_length):
+            return False
         names = configs.tokenizer_of(pathlib.Path(source)), own.tokenizer
         first, second = (tokenizers.load(name).fingerprint for name in names)
     except ValueError:  # the parent keeps no tokenizer

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import json
 import pathlib
 import time
 from typing import Any
@@ -16,12 +15,9 @@ from moe_jax import command_line, files, init, model, stores, strict_json, untru
 from moe_jax import config as configs
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
-from moe_jax.data import batches, policy, prepare, sources, tokenizers
-from moe_jax.data.cache import DATASETS, cache_folder
-from moe_jax.data.corpus import TokenizedCorpus
-from moe_jax.data.packing import RowPlan
+from moe_jax.data import batches, tokenizers
+from moe_jax.data.cache import cache_folder
 from moe_jax.evaluation import evaluators
-from moe_jax.hf import folders
 from moe_jax.model.router import ROUTERS
 from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
@@ -42,6 +38,7 @@ from moe_jax.training import (
     saving,
     step,
 )
+from moe_jax.training import text as texts
 from moe_jax.training.state import TrainState
 
 # A checkpoint keeps these values besides the state; here they are as before the first step.
@@ -122,11 +119,10 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
     # data -----------------------------------------------------------------------------------
     tokenizer = tokenizers.load(settings.data.tokenizer)
-    open_corpora = functools.partial(_open_corpora, settings, tokenizer, cache)
-    train_text, held_out = distributed.first_alone(open_corpora, configs.ConfigError)
-    digests = {"train": train_text.digest, "validation": held_out.digest}
+    open_text = functools.partial(texts.open_text, settings, tokenizer, cache)
+    text = distributed.first_alone(open_text, configs.ConfigError)
     with checks.refusing():
-        distributed.check_equal("the text of config.data.source", json.dumps(digests))
+        distributed.check_equal("the text of config.data", text.facts)
 
     # state ----------------------------------------------------------------------------------
     named = environment.naming_differences(workdir, settings, checkpoint.Mismatch)
@@ -143,10 +139,12 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         start, state = restored.step, _with_history(restored.state, settings, state_shardings)
         with together():
             environment.check_step(start, settings)
-            changed = environment.changes_since(restored.config, restored.data, settings, digests)
+            before = restored.config, restored.data
+            changed = environment.changes_since(*before, settings, text.digests)
         distributed.say(f"going on from step {start}", *changed)
     with together():
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
+        rows = texts.rows(text, settings, kept, start)
         room = functools.partial(saving.check_room, directory, saving.num_bytes(abstract))
         workdir.exists() or room()
         lock = _lock(workdir, owned.claim, bool(restored)) if distributed.is_first() else None
@@ -156,7 +154,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
             checkpoint.set_aside_after(directory, at)
         configs.save_json(settings.config, workdir)
         init.keep_from_parents(settings, workdir)
-    text = _feed(settings, mesh, train_text, start, kept["left_out"])
+    fed = _feed(settings, mesh, text.train, rows.plan, start, kept["left_out"])
 
     # step -----------------------------------------------------------------------------------
     compiled = step.jitted(settings, tx, state_shardings, mesh, frozen)
@@ -167,10 +165,10 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     # loop -----------------------------------------------------------------------------------
     routers = _routers_at_start(workdir, start, state.params, settings.model)
     parent = functools.partial(init.dense_parent, settings, mesh, kept["lineage"]["parents"])
-    context = evaluators.Context(settings, mesh, held_out, tokenizer, routers, parent)
+    context = evaluators.Context(settings, mesh, text.held_out, tokenizer, routers, parent)
     saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"], owned)
-    kept |= {"text": digests, "versions": environment.versions()}
-    kept["skipped_records"] = {"train": train_text.skipped, "validation": held_out.skipped}
+    kept |= {"text": text.digests, "mixture": rows.to_json(), "versions": environment.versions()}
+    kept["skipped_records"] = text.skipped
     kept["resumed_from"] = settings.checkpoint.resume_from
 
     def save(at: int, state: TrainState, skipped: int) -> None:
@@ -179,6 +177,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         write_row.check()
 
     def write(row: dict) -> None:
+        row |= rows.row(row["step"]) if "validation" in row else {}
         write_row(row | _skipped_records(kept["skipped_records"]))
         if "validation" in row:
             saver.evaluated(row["step"], float(row["validation"]["loss"]))
@@ -187,7 +186,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         distributed.say(f"router={settings.model.router}: for timing only, no routing is learned")
     with (
         contextlib.closing(lock) if lock else contextlib.nullcontext(),
-        contextlib.closing(text),
+        contextlib.closing(fed),
         library_threads.quiet(),
         metrics.writer(workdir, resume_step=start, log_to=training.log_to) as write_row,
         saving.finishing(saver),
@@ -203,10 +202,11 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
             largest=distributed.Largest(mesh),
             pulse=pulse.Pulse(settings.guards, workdir),
         )
-        state, results = loop.run(state, start, text, settings, parts, kept["skipped_steps"])
+        state, results = loop.run(state, start, fed, settings, parts, kept["skipped_steps"])
 
         # result -----------------------------------------------------------------------------
         result = _facts(settings, parts.costs, kept, began) | made_by | results
+        result |= rows.row(training.last_step)
         if lock:
             files.write_text(workdir / "result.json", strict_json.text(result, indent=1) + "\n")
     return result
@@ -256,33 +256,9 @@ def _facts(settings: configs.Run, costs: flops.Costs, kept: dict, began: float) 
     }
 
 
-def _open_corpora(
-    settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
-) -> list[TokenizedCorpus]:
-    """The corpora for training and for evaluation."""
-    of_folder = any(folders.is_folder(source.folder) for source in settings.init.sources)
-    if settings.data.source == "embedded" and of_folder:
-        distributed.say("config.data.source='embedded' is software help; set it to your own text")
-    data = settings.data
-    with checks.refusing():
-        distributed.say(sources.describe(data.source, cache / DATASETS))
-        return [
-            prepare.open_corpus(
-                *(data.source, split, tokenizer),
-                validation_fraction=data.validation_fraction,
-                cache=cache,
-                reading=policy.of_config(data),
-            )
-            for split in ("train", "validation")
-        ]
-
-
-def _feed(settings: configs.Run, mesh: jax.sharding.Mesh, corpus, start: int, left_out):
+def _feed(settings: configs.Run, mesh: jax.sharding.Mesh, corpus, plan, start: int, left_out):
     """The batches from step `start` on, on the devices of the mesh."""
-    data, length = settings.data, settings.data.sequence_length
-    plan = RowPlan(corpus.pairs, sequence_length=length, seed=settings.seed, packing=data.packing)
-    if data.packing != "concat":
-        distributed.say(f"data.packing={data.packing}: {plan.padding:.2%} of the rows is padding")
+    data = settings.data
     return batches.feed(
         *(batches.batches, corpus, plan),
         sharding=jax.NamedSharding(mesh, sharding.BATCH),

@@ -2,14 +2,14 @@
 
     python scripts/train.py --config=configs/drop_upcycling/moe.py:8x1.5b \\
         --workdir=runs/drop-upcycling-8x1.5b \\
-        --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
+        --config.data.source="corpus/{name}/*.jsonl" --config.data.tokenizer=tokenizer.model
 
 arXiv 2502.19261: 500 B tokens for every method, at the same learning rate. For naive upcycling, set
 `--config.init.upcycle.ratio=0`; for training from scratch, remove the `init` lines from this file.
 Needs the parent, trained with configs/drop_upcycling/dense.py. Published hardware: 8 nodes of 4
 H100 for 8x1.5b, 16 for 8x3.7b. The released code redraws with `index_sharing=per_matrix` and
 `permute_neurons=True`; the paper, followed here, redraws by neuron. The text is not part of this
-repository.
+repository: `data.source` says where the sources are, by the names of the parent's mixture.
 
 Rates, steps and the warmup from 2e-5 are from the authors' moe-recipes scripts, in which weight
 decay applies to all parameters; the balancing loss is that of Transformers' Mixtral, over all
@@ -29,19 +29,20 @@ The smallest v5p slice that can train 8x3.7b, compiled ahead of time with jax 0.
 """
 
 from moe_jax import config as configs
+from moe_jax.data.published_mixtures import DROP_UPCYCLING_1_5B, LLM_JP_3
 
-# Size to parent, sequences a step and steps.
+# Size to parent, sequences a step, steps and mixture.
 SIZES = {
-    "8x152m": ("152m", 512, 238_419),
-    "8x1.5b": ("1.5b", 1024, 119_210),
-    "8x3.7b": ("3.7b", 1024, 119_210),
+    "8x152m": ("152m", 512, 238_419, LLM_JP_3),
+    "8x1.5b": ("1.5b", 1024, 119_210, DROP_UPCYCLING_1_5B),
+    "8x3.7b": ("3.7b", 1024, 119_210, LLM_JP_3),
 }
 
 
 def get_config(size: str = "8x152m"):
     if size not in SIZES:
         raise ValueError(f"size {size!r} is unknown; use one of {', '.join(SIZES)}")
-    parent, batch_size, num_steps = SIZES[size]
+    parent, batch_size, num_steps, mixture = SIZES[size]
     config = configs.default()
     config.seed = 1  # the parent's is 0: this run sees the text in another order
     config.model.preset = f"drop-upcycling-{size}"
@@ -52,7 +53,8 @@ def get_config(size: str = "8x152m"):
     config.init.upcycle.ratio = 0.5
     config.init.upcycle.index_sharing = "neuron"
     config.init.upcycle.router = "centred_uniform"
-    config.data.source = "data/drop-upcycling/*.jsonl"
+    config.data.source = "data/drop-upcycling/{name}/*.jsonl"
+    config.data.mixture.shares = mixture
     config.data.tokenizer = "data/drop-upcycling/tokenizer.model"
     config.data.sequence_length = 4096
     config.data.document_mask = False

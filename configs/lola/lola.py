@@ -6,9 +6,12 @@
 arXiv 2409.11272. Published hardware and time: 96 A100 with 40 GB, 19 days to step 296,000 (465 B
 tokens), where the authors stopped; the schedule is longer: warmup over 10 % and decay over 80 % of
 1 T tokens. Learning rate, batch, capacity and losses are from the authors' scripts (DeepSpeed,
-which sums the balancing loss over layers); the initialisation is Megatron's. The sampling of
-languages is not known; the files of `data.source` determine it. CulturaX is not part of this
-repository.
+which sums the balancing loss over layers); the initialisation is Megatron's. CulturaX is not part
+of this repository. The sampling of languages is not known for certain: the authors' scripts
+disagree, and the one followed here gives every language of a million documents the same share.
+For shares n^0.3 / sum n^0.3 of the languages' tokens n:
+
+    --config.data.mixture.weights=temperature --config.data.mixture.exponent=0.3
 
 Differs from the paper: there is no dropout (the paper: 0.1); the dtype is bfloat16 (the paper:
 float16); the tokenizer is the file that data.tokenizer names (the paper's is a byte-level BPE,
@@ -41,6 +44,9 @@ def get_config():
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.data.source = "data/culturax/*.jsonl"
+    config.data.mixture.by_label = True
+    config.data.mixture.weights = "uniform"
+    config.data.mixture.minimum_documents = 1_000_000
     config.data.tokenizer = "data/culturax/tokenizer.model"
     config.data.sequence_length = 2048
     config.data.document_mask = False

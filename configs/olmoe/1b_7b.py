@@ -1,13 +1,15 @@
 """OLMoE-1B-7B: 64 narrow experts, top-8, from scratch on 5 T tokens (Muennighoff et al., 2024).
 
     python scripts/train.py --config=configs/olmoe/1b_7b.py --workdir=runs/olmoe-1b-7b \\
-        --config.data.source="corpus/*.jsonl" --config.data.tokenizer=tokenizer.model
+        --config.data.source="corpus/{name}/*.jsonl" --config.data.tokenizer=tokenizer.model
 
 arXiv 2409.02060. Published hardware and time: 256 H100, about 10 days. The paper ends with 100 B
 tokens of linear decay to 0 (schedule "wsd", 23,842 steps from 4e-5): here a second run whose
 init.source is this one, with fresh optimizer moments (the paper keeps the old ones). The losses are
 those of megablocks: averaged over layers, computed over a device's microbatch. The text (OLMoE-mix)
-is not part of this repository.
+is not part of this repository: `data.source` says where its seven sources are, by name. Their
+shares are those of their tokens, in the anneal too: 4.06 T tokens are seen 1.3 times. For other
+shares in the last 100 B tokens, add --config.data.mixture.stages="((1168250,(('pes2o',1),)),)".
 
 Differs from the paper: documents with repeated n-grams are not filtered out; the tokenizer is the
 file that data.tokenizer names (the paper's is a BPE, whose tokenizer.json works); a device's
@@ -25,6 +27,7 @@ The smallest v5p slice that exists can train it, compiled ahead of time with jax
 """
 
 from moe_jax import config as configs
+from moe_jax.data import published_mixtures
 
 TOKENS = 5_000_000_000_000  # of the cosine
 
@@ -35,7 +38,8 @@ def get_config():
     config.model.initializer = "truncated_normal"
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
-    config.data.source = "data/olmoe-mix/*.jsonl"
+    config.data.source = "data/olmoe-mix/{name}/*.jsonl"
+    config.data.mixture.shares = published_mixtures.OLMOE
     config.data.tokenizer = "data/olmoe-mix/tokenizer.model"
     config.data.sequence_length = 4096
     config.data.document_mask = False

@@ -37,6 +37,7 @@ import functools
 import pathlib
 import shlex
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,8 +47,8 @@ from moe_jax import config as configs
 from moe_jax.config.resolved import LONGEST_ROW
 from moe_jax.data import batches, policy, prepare, sources, tokenizers
 from moe_jax.data.cache import cache_folder
-from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import VALIDATION
+from moe_jax.data.mixed import MixedText
 from moe_jax.evaluation import generated, items, json_lines, judge, perplexity, task_lists
 from moe_jax.evaluation import samples as sample_files
 from moe_jax.evaluation.answers import Settings
@@ -161,18 +162,31 @@ def of_text(arguments: argparse.Namespace) -> dict:
     # The number of documents in only the first batches is not known.
     numbers = corpus.documents_per_label if not arguments.max_batches else ()
     documents = dict(zip(corpus.labels, numbers, strict=False))
-    parts = {label: sums.of_label(label) for label in corpus.labels}
+    of_sources = corpus.labels_of if len(corpus.sources) > 1 else {}
+    of_labels = {label: (label,) for label in corpus.labels}
+    entries = functools.partial(_entries, sums, documents, arguments.seed)
     return {
         "checkpoint": str(found),
-        "source": data.source,
+        "source": data.in_words,
         "tokenizer": tokenizer.fingerprint,
         **_entry(sums, sum(documents.values()) or None, arguments.seed),
-        "labels": {
-            label: _entry(part, documents.get(label), arguments.seed)
-            for label, part in parts.items()
-            if part.tokens_RN.any()
-        },
+        "sources": dict(entries(of_sources)),
+        "labels": dict(entries(of_labels)),
     }
+
+
+def _entries(
+    sums: perplexity.Sums,
+    documents: Mapping[str, int],
+    seed: int,
+    labels_of: Mapping[str, Sequence[str]],
+) -> Iterator[tuple[str, dict]]:
+    """An entry for each name, over all its labels."""
+    for name, labels in labels_of.items():
+        own = sums.of_labels(*labels)
+        number = sum(documents[label] for label in labels) if documents else None
+        if own.tokens_RN.any():
+            yield name, _entry(own, number, seed)
 
 
 def of_items(arguments: argparse.Namespace) -> dict:
@@ -254,8 +268,9 @@ def _data(
             raise ValueError(f"--{name}={number} must be at least {least}")
     own = configs.Data(source="", sequence_length=min(config.max_position_embeddings, LONGEST_ROW))
     if not folders.is_folder(folder):
-        own = configs.Data(**configs.load_json(folder).data)
+        own = configs.data_of(configs.load_json(folder))
     source = arguments.source or own.source
+    mixture = configs.Mixture() if arguments.source else own.mixture
     if not source:
         raise ValueError(f"{folder} has no text of its own; give --source=TEXT")
     if arguments.source:
@@ -271,6 +286,7 @@ def _data(
         own,
         **fields,
         source=source,
+        mixture=mixture,
         sequence_length=arguments.sequence_length or own.sequence_length,
         validation_fraction=own.validation_fraction if source == own.source else 1.0,
     )
@@ -288,26 +304,31 @@ def _corpus(
     source: configs.Source,
     data: configs.Data,
     tokenizer: tokenizers.Tokenizer,
-) -> TokenizedCorpus:
-    """The text given by the person, or else the run's own, which is looked up by its hash."""
+) -> MixedText:
+    """The text given by the person, or else the run's own, which is looked up by its hashes."""
     cache = cache_folder("")
-    if arguments.source or data.source == "embedded":
+    if arguments.source or data.named_sources == {"": "embedded"}:
         with command_line.naming("--source", "data.source"):
-            return prepare.open_corpus(
+            given = prepare.open_corpus(
                 *(data.source, VALIDATION, tokenizer),
                 validation_fraction=data.validation_fraction,
                 cache=cache,
                 reading=policy.of_config(data),
             )
+        return MixedText({"": given})
     hashes = checkpoint.newest_data(source.checkpoints, source.step).get("text")
-    digest = hashes.get(VALIDATION) if isinstance(hashes, dict) else None
-    found = prepare.of_digest(digest, cache) if isinstance(digest, str) else None
-    if found is None:
-        raise ValueError(
-            f"the held-out text of {source} is not in the cache {cache}, and {data.source}, which "
-            f"its config names, is not read for it; give --source={shlex.quote(data.source)}"
-        )
-    return found
+    hashes = hashes if isinstance(hashes, dict) else {}
+    corpora = {}
+    for name, spec in data.named_sources.items():
+        digest = hashes.get(f"{name}/{VALIDATION}" if name else VALIDATION)
+        found = prepare.of_digest(digest, cache) if isinstance(digest, str) else None
+        if found is None:
+            raise ValueError(
+                f"the held-out text of {source} is not in the cache {cache}, and {spec}, which "
+                f"its config names, is not read for it; give --source={shlex.quote(spec)}"
+            )
+        corpora[name] = found
+    return MixedText(corpora)
 
 
 def _entry(sums: perplexity.Sums, documents: int | None, seed: int) -> dict:
@@ -328,7 +349,8 @@ ROW = "{:16} {:>10} {:>12} {:>10} {:>17} {:>10} {:>17}"
 
 def text(report: dict) -> str:
     """The report as a table."""
-    rows = {"all": report, **report["labels"]} if len(report["labels"]) > 1 else {"all": report}
+    labels = report["labels"] if len(report["labels"]) > 1 else {}
+    rows = {"all": report, **report["sources"], **labels}
     lines = [
         f"{report['checkpoint']} on {report['source']}",
         ROW.format("label", "documents", "tokens", "nats/token", "95 %", "bits/byte", "95 %"),

@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from moe_jax import files, spelling
 
@@ -115,3 +117,47 @@ def intervals(name: str, value: tuple) -> None:
                 continue
         need = "pairs of an evaluator's name and a whole number of steps of at least 0"
         raise ConfigError(f"{name} has {pair!r}; use {need}")
+
+
+def named_texts(name: str, value: tuple) -> None:
+    """Refuses anything but pairs of a name and a text."""
+    need = "pairs (name, text) with different names, such as \"(('wiki', 'wiki.jsonl'),)\""
+    _refuse_unless(_is_table(value, lambda text: isinstance(text, str)), name, value, need)
+
+
+def named_numbers(name: str, value: tuple) -> None:
+    """Refuses anything but pairs of a name and a finite number of at least 0."""
+    need = "pairs (name, number of at least 0) with different names, such as \"(('wiki', 0.5),)\""
+    _refuse_unless(_is_table(value, _is_weight), name, value, need)
+
+
+def stages(name: str, value: tuple) -> None:
+    """Refuses anything but pairs of a step and a table for `named_numbers`, by growing steps."""
+    need = "pairs (step, shares) of growing steps, such as \"((9000, (('wiki', 1),)),)\""
+    before = 0
+    for stage in value:
+        match stage:
+            case (int() as step, tuple() as shares) if step > before and shares:
+                _refuse_unless(_is_table(shares, _is_weight), name, stage, need)
+                before = step
+            case _:
+                _refuse_unless(False, name, stage, need)
+
+
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _is_table(pairs: tuple, is_value: Callable[[Any], bool]) -> bool:
+    try:
+        names = [
+            name for name, value in pairs if isinstance(name, str) and name and is_value(value)
+        ]
+    except (ValueError, TypeError):  # they are no pairs
+        return False
+    return len(set(names)) == len(pairs)
+
+
+def _refuse_unless(right: bool, name: str, value: object, need: str) -> None:
+    if not right:
+        raise ConfigError(f"{name} has {reprlib.repr(value)}; use {need}")

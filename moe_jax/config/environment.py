@@ -48,8 +48,8 @@ def validate_environment(run: Run, num_devices: int, *, goes_on: bool = False) -
                 f"config.{key}={source!r} has no checkpoints; give the workdir of a run that saved "
                 f"one, or a Hugging Face folder{fetch if hub else ''}"
             )
+    _validate_sources(run)
     with refusing("config."):
-        sources.check(run.data.source)
         tokenizer = tokenizers.load(run.data.tokenizer)
     vocab_size = run.model.vocab_size
     if tokenizer.vocab_size > vocab_size:
@@ -64,6 +64,26 @@ def validate_environment(run: Run, num_devices: int, *, goes_on: bool = False) -
             run.model.check_rows(max(prompts) + run.evaluation.continuation_tokens, fix)
     _validate_dtype(run)
     _validate_tokenizer(run, tokenizer)
+
+
+def _validate_sources(run: Run) -> None:
+    """Refuses texts that cannot be read; names all of those of a mixture."""
+    problems = {}
+    for name, spec in run.data.named_sources.items():
+        try:
+            sources.check(spec)
+        except (ValueError, OSError) as error:
+            if not name:
+                with refusing("config."):
+                    raise
+            reason = " ".join(str(error).removeprefix("data.source=").partition(";")[0].split())
+            problems[name] = f"{name} ({reason})"
+    if problems:
+        raise ConfigError(
+            f"config.data.mixture: {len(problems)} of {len(run.data.named_sources)} sources cannot "
+            f"be read: {'; '.join(problems.values())}; give their texts by mixture.sources, or by "
+            "data.source with {name}"
+        )
 
 
 def _validate_tokenizer(run: Run, tokenizer: tokenizers.Tokenizer) -> None:
@@ -222,9 +242,11 @@ def changed_text(before: dict[str, str], now: dict[str, str], run: Run) -> list[
     """
     changed = [split for split, digest in now.items() if before.get(split, digest) != digest]
     if changed and not run.data.other_text:
+        name, _, split = changed[0].rpartition("/")  # a mixture's are SOURCE/SPLIT
+        key = f"config.data.mixture, source {name}:" if name else "config.data.source="
         raise ConfigError(
-            f"config.data.source={run.data.source!r} (tokenizer {run.data.tokenizer!r}) holds "
-            f"another {changed[0]} text than when the run in --workdir began; restore the files, "
+            f"{key}{run.data.named_sources.get(name, '')!r} (tokenizer {run.data.tokenizer!r}) "
+            f"holds another {split} text than when the run in --workdir began; restore the files, "
             "set config.data.other_text=True, or give another --workdir"
         )
     return [f"the {split} text is another" for split in changed]

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from moe_jax import spelling, untrusted
 from moe_jax.config import checks, machine, reading, sections
 from moe_jax.config.checks import ConfigError
+from moe_jax.config.data import Data
 from moe_jax.config.run import Run
 from moe_jax.config.section import Section, key_names, section_of
 from moe_jax.hf import beside, folders
@@ -74,6 +75,11 @@ def of_stored(config: ConfigDict) -> Run:
     A run stores what it took from its parent, so the paths in the config are not followed.
     """
     return _run(config.copy_and_resolve_references())
+
+
+def data_of(config: ConfigDict) -> Data:
+    """The section `data` of a config. Raises: ConfigError for an invalid value."""
+    return _section(Data, _with_tuples(config.data.to_dict()))
 
 
 def _run(config: ConfigDict) -> Run:

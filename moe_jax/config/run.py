@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from moe_jax.config import checks, monitoring, sections
+from moe_jax.config.data import Data
 from moe_jax.config.section import Section, key, part
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.router import ROUTERS
@@ -25,7 +26,7 @@ class Run(Section, path=""):
     # The router must not change in a resumed run: it decides whether routing is learned at all.
     model: ModelConfig = dataclasses.field(metadata={"fixed": ("router",)})
     init: sections.Init = part(sections.Init)
-    data: sections.Data = part(sections.Data)
+    data: Data = part(Data)
     mesh: sections.Mesh = part(sections.Mesh)
     optimizer: sections.Optimizer = part(sections.Optimizer)
     training: sections.Training = part(sections.Training)
@@ -53,6 +54,12 @@ class Run(Section, path=""):
                 f"config.balance.bias_update_rate={rate} needs a router with a bias, "
                 f"not model.router={model.router!r}; use {biased}, or a rate of 0"
             )
+        for step, _ in self.data.mixture.stages:
+            if step >= num_steps:
+                yield (
+                    f"config.data.mixture.stages, step {step}, never begins: training.num_steps="
+                    f"{num_steps}; lower the step, or leave the stage out"
+                )
         yield from _problems_of_merging(model, self.data.sequence_length)
         yield from _problems_of_top_1(model, optimizer.frozen)
         if self.evaluation.num_experts_per_tok > model.num_experts:

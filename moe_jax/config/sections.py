@@ -5,7 +5,6 @@ ConfigError. `run.Run` holds one of each.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ from moe_jax.config import checks
 from moe_jax.config.checks import DECAY_RATE, NOT_NEGATIVE, POSITIVE, SHARE, one_of
 from moe_jax.config.section import Section, key, part
 from moe_jax.config.source import Source, source_of
-from moe_jax.data import packing
 from moe_jax.model.fields import Need
 from moe_jax.upcycle import recipes, router_init
 
@@ -110,87 +108,6 @@ class Init(Section, path="init"):
             yield (
                 "config.init.upcycle.optimizer_state='copy' is for one parent, and not for recipe "
                 f"{recipe!r} here; use 'fresh'"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data(Section, path="data", fixed=True):
-    source: str = key("embedded", "embedded, tfds:NAME, hf:NAME, or a path or glob of files")
-    tokenizer: str = key(
-        "",
-        "bytes, or the path of a tokenizer.json, a SentencePiece model or a folder with one; empty "
-        "uses that of init.source, or bytes if there is none",
-        fixed=False,  # a moved file is the same tokenizer; the tokens themselves are compared
-    )
-    other_tokenizer: bool = key(
-        False,
-        "allows a tokenizer other than that of init.source, which the embeddings belong to",
-        fixed=False,
-    )
-    other_text: bool = key(
-        False, "allows a run to go on with another text than it began with", fixed=False
-    )
-    sequence_length: int = key(
-        256, "tokens per sequence; 0 uses the model's limit, at most 4096", NOT_NEGATIVE
-    )
-    packing: str = key(
-        "concat",
-        "concat cuts documents wherever a row is full; first_fit and best_fit cut only documents "
-        "longer than a row, and pad rows",
-        one_of(*packing.PACKINGS),
-    )
-    document_mask: bool = key(True, "False lets the tokens of a row attend to other documents")
-    reset_positions: bool = key(True, "False counts positions over a row, not over each document")
-    workers: int = key(
-        0, "processes that make batches; 0 uses threads of this one", NOT_NEGATIVE, fixed=False
-    )
-    validation_fraction: float = key(
-        0.05, "share of documents to hold out if no file or split is named validation", SHARE
-    )
-    skip_batches: tuple = key(
-        (),
-        "(first, last) pairs of numbers of batches that are left out; without any, step N trains "
-        "on batch N - 1",
-        checks.ranges,
-        fixed=False,
-    )
-    max_line: int = key(
-        30_000_000,
-        "most characters of a line of .jsonl or a record's text; a longer one is refused, for it "
-        "has to fit into memory several times",
-        POSITIVE,
-        fixed=False,
-    )
-    text_field: str = key(
-        "text", "field of a record that has its text; a dot leads into a field: meta.text"
-    )
-    label_field: str = key(
-        "", "field of a record by which losses are reported; empty: language, or lang"
-    )
-    label_pattern: str = key(
-        "",
-        "regular expression whose first group, found in a file's name or folder, is the label of "
-        "its records that have none of their own",
-        checks.pattern,
-    )
-    skip_damaged: int = key(
-        0,
-        "most records that may be skipped because they cannot be used; each is counted, and with 0 "
-        "the first is refused",
-        NOT_NEGATIVE,
-        fixed=False,  # the tokens themselves are compared
-    )
-    cache_dir: str = key(
-        "", "folder for tokens and compiled steps; empty uses the user's cache folder", fixed=False
-    )
-
-    def problems(self) -> Iterator[str]:
-        if not self.text_field:
-            yield "config.data.text_field is empty; use the name of a field, such as 'text'"
-        if self.label_pattern and not re.compile(self.label_pattern).groups:
-            yield (
-                f"config.data.label_pattern={self.label_pattern!r} has no group; put the part that "
-                "is the label into parentheses"
             )
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -57,13 +57,53 @@ class Records(Protocol):
     def pairs(self) -> np.ndarray: ...
 
     @property
-    def label_ids(self) -> np.ndarray: ...
+    def label_ids(self) -> Any: ...  # by record
 
     def tokens(self, record: int) -> np.ndarray: ...
 
 
+class Counts(Protocol):
+    """The counts of a text: bytes and documents for each label, and of each of the 256 bytes."""
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def pairs(self) -> np.ndarray: ...
+
+    @property
+    def label_ids(self) -> Any: ...
+
+    @property
+    def bytes_per_label(self) -> tuple[int, ...]: ...
+
+    @property
+    def byte_counts(self) -> tuple[int, ...]: ...
+
+
+class Counted:
+    """What follows from the counts of a text."""
+
+    @property
+    def num_tokens(self: Counts) -> int:
+        return int(self.pairs.sum(dtype=np.int64))
+
+    @property
+    def bytes_per_token(self: Counts) -> dict[str, float]:
+        """Mean bytes of text per predicted token, by label."""
+        pairs = np.bincount(self.label_ids, weights=self.pairs, minlength=len(self.labels))
+        rows = zip(self.labels, self.bytes_per_label, pairs, strict=True)
+        return {label: num_bytes / num_pairs for label, num_bytes, num_pairs in rows}
+
+    @property
+    def byte_unigram_bits(self: Counts) -> float:
+        """Entropy of the byte frequencies: bits per byte of a model that knows only these."""
+        share = np.array(self.byte_counts) / max(sum(self.byte_counts), 1)
+        return float(-sum(p * math.log2(p) for p in share if p))
+
+
 @dataclasses.dataclass(frozen=True)
-class TokenizedCorpus:
+class TokenizedCorpus(Counted):
     """Token records with random access, and facts about them that are stored separately."""
 
     folder: pathlib.Path
@@ -113,20 +153,3 @@ class TokenizedCorpus:
             stopping.pass_on(error)
             raise DamagedError(f"{self.folder} is damaged ({error}); delete the folder") from error
         return tokens
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.pairs.sum(dtype=np.int64))
-
-    @property
-    def bytes_per_token(self) -> dict[str, float]:
-        """Mean bytes of text per predicted token, by label."""
-        pairs = np.bincount(self.label_ids, weights=self.pairs, minlength=len(self.labels))
-        rows = zip(self.labels, self.bytes_per_label, pairs, strict=True)
-        return {label: num_bytes / num_pairs for label, num_bytes, num_pairs in rows}
-
-    @property
-    def byte_unigram_bits(self) -> float:
-        """Entropy of the byte frequencies: bits per byte of a model that knows only these."""
-        share = np.array(self.byte_counts) / max(sum(self.byte_counts), 1)
-        return float(-sum(p * math.log2(p) for p in share if p))

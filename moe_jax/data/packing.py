@@ -12,6 +12,8 @@ from typing import Protocol
 import grain
 import numpy as np
 
+from moe_jax.data.packings import PACKINGS
+
 NEIGHBOURS = 64  # records that stay together when records are dealt to cells
 SLACK = 1.005  # rows of a cell, relative to those that the first cell's fill would ask for
 
@@ -23,23 +25,6 @@ class Piece:
     record: int
     start: int
     stop: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Packing:
-    """A way to fill rows. `order` sorts the rows that have room for a document, by their room: the
-    document goes into the first; None cuts documents wherever a row is full."""
-
-    cell_size: int  # most records that are packed together
-    order: str | None = None
-
-
-PACKINGS = {
-    "concat": Packing(65_536),
-    # Packing a cell takes about as long for a million records as for 65,536: it goes by lengths.
-    "first_fit": Packing(2**20, order="number"),
-    "best_fit": Packing(2**20, order="room"),
-}
 
 
 class Lengths(Protocol):

@@ -12,7 +12,7 @@ from moe_jax import config as configs
 from moe_jax.analysis import measures, similarity
 from moe_jax.config import checks
 from moe_jax.data import batches, tokenizers
-from moe_jax.data.corpus import TokenizedCorpus
+from moe_jax.data.mixed import MixedText
 from moe_jax.evaluation import (
     generate,
     generated,
@@ -39,7 +39,7 @@ class Context:
 
     run: configs.Run
     mesh: jax.sharding.Mesh
-    held_out: TokenizedCorpus
+    held_out: MixedText
     tokenizer: tokenizers.Tokenizer
     routers_at_start: Mapping[int, np.ndarray]  # kernels by layer, to measure how far they move
     parent: Callable[[], tuple[dict, ModelConfig]] | None = None
@@ -107,14 +107,16 @@ def _held_out_loss(context: Context, max_batches: int) -> Callable[[dict], Evalu
             max_batches=max_batches,
         )
         bytes_per_token = held_out.bytes_per_token
-        found = perplexity.evaluate(context.eval_step, params, text, bytes_per_token).loss()
-        row, sums = {"validation": found.row()}, None
+        measured = perplexity.evaluate(context.eval_step, params, text, bytes_per_token)
+        found, sums = measured.loss(), None
+        losses = {**found.row(), **measured.by_source(held_out.labels_of)}
+        row = {"validation": losses}
         if found.router is not None:
             kind, capacity_factor = run.model.router, run.model.capacity_factor
             sums = measures.Sums(found.router, kind, capacity_factor, measures.VALIDATION)
             row["router"] = measures.rows(sums)
         result = {
-            **found.row(),
+            **losses,
             **measures.result(sums),
             "byte_unigram_bits": held_out.byte_unigram_bits,
         }

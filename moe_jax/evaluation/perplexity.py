@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class Sums:
     router: Mapping[str, np.ndarray] | None
 
     def loss(self) -> HeldOutLoss:
-        labels = {label: self.of_label(label) for label in self.bytes_per_token}
+        labels = {label: self.of_labels(label) for label in self.bytes_per_token}
         return HeldOutLoss(
             **self._mean(),
             held_out_tokens=int(self.tokens_RN.sum()),
@@ -70,10 +70,26 @@ class Sums:
         parts = np.array_split(self._rows, max(1, min(MOST_BLOCKS, len(self._rows))))
         return [part.sum(axis=0).round(3).tolist() for part in parts]
 
-    def of_label(self, label: str) -> "Sums":
-        n = list(self.bytes_per_token).index(label)
-        own = {label: self.bytes_per_token[label]}
-        return Sums(self.nats_RN[:, n : n + 1], self.tokens_RN[:, n : n + 1], own, None)
+    def of_labels(self, *labels: str) -> "Sums":
+        """The sums of these labels only."""
+        known = list(self.bytes_per_token)
+        at = [known.index(label) for label in labels]
+        own = {label: self.bytes_per_token[label] for label in labels}
+        return Sums(self.nats_RN[:, at], self.tokens_RN[:, at], own, None)
+
+    def by_source(self, labels_of: Mapping[str, Sequence[str]]) -> dict:
+        """The entry "per_source" of the validation row: the losses of each source of a mixture,
+        whose labels are given; none for a single source."""
+        if len(labels_of) < 2:
+            return {}
+        every = {name: self.of_labels(*labels) for name, labels in labels_of.items()}
+        return {
+            "per_source": {
+                name: {**sums._mean(), "held_out_tokens": int(sums.tokens_RN.sum())}
+                for name, sums in every.items()
+                if sums.tokens_RN.any()
+            }
+        }
 
     def intervals(self, *, seed: int = 0) -> dict[str, list[float] | None]:
         """95 % bootstrap intervals of the loss and the bits per byte; None for too few rows.

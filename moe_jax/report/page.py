@@ -89,7 +89,7 @@ def _answer(report: Report) -> str:
     sentences = tables.sentences(report.groups)
     first, rest = sentences[:MOST_SENTENCES], sentences[MOST_SENTENCES:]
     more = markup.folded(f"{len(rest)} more comparisons", markup.items(rest)) if rest else ""
-    texts = dict.fromkeys(record.config["data"]["source"] for record in report.records)
+    texts = dict.fromkeys(record.source for record in report.records)
     notes = [f"Text: {REGISTERS.get(source, source)}." for source in texts]
     unigrams = sorted({f"{r.result['byte_unigram_bits']:.3f}" for r in report.records})
     notes.append(f"A model that knows only byte frequencies needs {', '.join(unigrams)} bits/byte.")
@@ -131,6 +131,11 @@ def _compute(report: Report) -> str:
     return "\n".join(parts)
 
 
+def _sources(report: Report) -> str:
+    table = tables.of_sources(report.groups)
+    return markup.folded("what each source of the mixtures gave", table) if table else ""
+
+
 def _samples(report: Report) -> str:
     prompts = [sample["prompt"] for sample in report.records[0].result["samples"]]
     parts = []
@@ -165,6 +170,7 @@ SECTIONS: dict[str, Callable[[Report], str]] = {
     "runs": _runs,
     "figures": _figures,
     "compute": _compute,
+    "sources": _sources,
     "samples": _samples,
     "commands": _commands,
 }

@@ -61,6 +61,14 @@ class Record:
         return [configs.source_of(part) for part in named.split(",")] if named else []
 
     @property
+    def source(self) -> str:
+        """The text that the run was trained on: its `data.source`, or the names of its mixture."""
+        data = self.config["data"]
+        mixture = data.get("mixture") or {}
+        pairs = [*mixture.get("sources", ()), *mixture.get("shares", ())]
+        return ", ".join(dict.fromkeys(str(pair[0]) for pair in pairs)) or data["source"]
+
+    @property
     def training_rows(self) -> list[dict]:
         return [row for row in self.rows if "loss" in row]
 
@@ -72,7 +80,7 @@ class Record:
     def text(self) -> tuple:
         """Runs with different values of this were evaluated on different texts."""
         data, unigram = self.config["data"], self.result["byte_unigram_bits"]
-        return data["source"], data.get("validation_fraction"), round(unigram, 9)
+        return self.source, data.get("validation_fraction"), round(unigram, 9)
 
 
 NUMBERS = (

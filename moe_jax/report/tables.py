@@ -245,6 +245,27 @@ def of_texts(records: Sequence[Record]) -> str:
     return markup.table(rows) + markup.paragraph(". ".join([*meaning, few]))
 
 
+def of_sources(every: Sequence[Group]) -> str:
+    """What each source of a mixture has given to the first run of a group; "" without mixtures."""
+    rows = []
+    for group in every:
+        result = group.first.result
+        losses = result.get("per_source") or {}
+        for name, given in (result.get("sources") or {}).items():
+            bits = losses.get(name, {}).get("bits_per_byte")
+            rows.append(
+                {
+                    "run": Cell(group.name),
+                    "source": Cell(untrusted.label(name)),
+                    "share of tokens": _number(100 * given["share"], ".2f", " %"),
+                    "tokens": _number(given["tokens"], "tokens"),
+                    "epochs": _number(given["epochs"], ".3g"),
+                    "bits/byte": _number(bits, ".3f") if bits is not None else EMPTY,
+                }
+            )
+    return markup.table(rows) if rows else ""
+
+
 def versions(records: Sequence[Record]) -> dict[str, list[str]]:
     """The commit, versions and device in words -> the names of the runs that have them."""
     found: dict[str, list[str]] = {}

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from moe_jax import strict_json
+from moe_jax.data import shares
 
 # Without values a checkpoint of 250 MB is small enough to read. Weights compress at most 2 to 3
 # times; Adam's moments are zeros in parts that are not trained.
@@ -67,6 +68,16 @@ def _is_lineage(value: object) -> bool:
     return False
 
 
+def _are_stages(value: object) -> bool:
+    def is_stage(stage: Any) -> bool:
+        try:
+            return bool(shares.Stage.of_json(stage))
+        except ValueError:
+            return False
+
+    return _is_list(value, is_stage)
+
+
 # The forms of the values that a run keeps in its checkpoints besides the state, `data`. A model
 # that was imported has only the step.
 FORMS: dict[str, Callable[[object], bool]] = {
@@ -79,6 +90,7 @@ FORMS: dict[str, Callable[[object], bool]] = {
     "lineage": _is_lineage,
     "text": _are_texts,
     "skipped_records": lambda value: value is None or _are_counts(value),
+    "mixture": _are_stages,
     "versions": _are_texts,
 }
 

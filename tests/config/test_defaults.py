@@ -57,5 +57,7 @@ def test_reading_a_config_needs_no_tokenizer_no_corpus_and_no_mesh():
             elif isinstance(node, ast.ImportFrom):
                 imported |= {f"{node.module}.{alias.name}" for alias in node.names}
         slow = {name for name in imported if name.startswith(("moe_jax.data", "moe_jax.parallel"))}
+        # These import nothing but the standard library.
+        slow -= {"moe_jax.data.shares.WEIGHTS", "moe_jax.data.packings.PACKINGS"}
         assert not slow or path.stem == "environment"
         assert not any("environment" in name for name in imported)

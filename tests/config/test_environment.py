@@ -29,6 +29,9 @@ FIXED = {
     "data.label_field": "domain",
     "data.label_pattern": "([a-z]+)",
     "data.sequence_length": 64,
+    "data.packing": "best_fit",
+    "data.document_mask": False,
+    "data.reset_positions": False,
     "data.validation_fraction": 0.3,
 }
 
@@ -43,12 +46,12 @@ def test_a_key_of_the_data_is_fixed_unless_it_says_otherwise():
         pattern: str = section.key("", "documents to leave out")
 
     @dataclasses.dataclass(frozen=True)
-    class Data(sections.Data, path="data", fixed=sections.Data.fixed):
+    class Data(configs.Data, path="data", fixed=configs.Data.fixed):
         mask: str = section.key("document", "tokens that a token sees")
         workers: int = section.key(1, "threads that read", fixed=False)
         filter: Filter = section.part(Filter)
 
-    new = environment.fixed_keys(Data) - environment.fixed_keys(sections.Data)
+    new = environment.fixed_keys(Data) - environment.fixed_keys(configs.Data)
     assert new == {"data.mask", "data.filter.pattern"}
 
 
@@ -141,9 +144,12 @@ def test_a_mesh_that_does_not_fit_the_devices_or_the_batch_is_refused(values, co
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({"data": sections.Data(source="does/not/exist")}, "matches no file"),
-        ({"data": sections.Data(source="tfds:")}, "config.data.source='tfds:' names no dataset"),
-        ({"data": sections.Data(tokenizer="does/not/exist")}, "does/not/exist"),
+        ({"data": configs.Data(source="does/not/exist")}, "matches no file"),
+        (
+            {"data": configs.Data(source="tfds:")},
+            "config.data.source='tfds:' names no dataset",
+        ),
+        ({"data": configs.Data(tokenizer="does/not/exist")}, "does/not/exist"),
         ({"init": sections.Init(source="runs/none")}, "config.init.source='runs/none' has no ch"),
         (
             {
@@ -176,7 +182,7 @@ def test_the_largest_id_of_a_tokenizer_decides_not_the_number_of_its_tokens(tmp_
     words = {"<s>": 0, "</s>": 1, "a": 300}
     path = tmp_path / "tokenizer.json"
     tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a")).save(str(path))
-    run = dataclasses.replace(RUN, data=sections.Data(tokenizer=str(path)))
+    run = dataclasses.replace(RUN, data=configs.Data(tokenizer=str(path)))
     with pytest.raises(configs.ConfigError, match="vocab_size=259 is less than the 301 of"):
         environment.validate_environment(run, 8)
     model = dataclasses.replace(RUN.model, vocab_size=301)

@@ -31,6 +31,18 @@ WRONG = {
         ("a",),
     ),
 }
+OF_NAMES = ("ab", ("a",), (("", "x"),), ((1, "x"),), (("a", "x", "y"),))
+WRONG |= {
+    checks.named_texts: (*OF_NAMES, (("a", 1),), (("a", "x"), ("a", "y"))),
+    checks.named_numbers: (
+        *(*OF_NAMES, (("a", "x"),), (("a", -1),), (("a", True),), (("a", 1), ("a", 2))),
+        *((("a", number),) for number in NOT_FINITE),
+    ),
+    checks.stages: (
+        *((9,), ((0, (("a", 1),)),), ((9, ()),), ((9, (("a", -1),)),), ((9.5, (("a", 1),)),)),
+        ((9, (("a", 1),)), (9, (("a", 2),))),
+    ),
+}
 SECTIONS = (*section.Section.__subclasses__(),)
 KEYS = [
     pytest.param(section, field, id=f"{section.path}.{field.name}")

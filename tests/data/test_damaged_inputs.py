@@ -15,7 +15,7 @@ import pytest
 from array_record.python import array_record_module
 
 from moe_jax import config as configs
-from moe_jax.config import sections
+from moe_jax.config.data import Data
 from moe_jax.data import policy, prepare, sources, tokenizers
 from tests.data.test_formats import peak_bytes
 
@@ -389,9 +389,9 @@ def test_a_text_that_changes_while_it_is_tokenized_is_not_kept(tmp_path, monkeyp
 
 def test_the_policy_of_a_config_is_that_of_its_keys():
     fields = {"text_field": "content", "label_field": "meta.lang", "label_pattern": "([a-z]+)_part"}
-    data = sections.Data(skip_damaged=3, max_line=9, **fields)
+    data = Data(skip_damaged=3, max_line=9, **fields)
     assert policy.of_config(data) == policy.Reading(9, *fields.values(), 3)
-    assert policy.of_config(sections.Data()) == policy.STRICT
+    assert policy.of_config(Data()) == policy.STRICT
     for key, value in (
         ("text_field", ""),
         ("label_pattern", "a("),
@@ -399,7 +399,7 @@ def test_the_policy_of_a_config_is_that_of_its_keys():
         ("skip_damaged", -1),
     ):
         with pytest.raises(configs.ConfigError, match=f"config.data.{key}"):
-            sections.Data(**{key: value})
+            Data(**{key: value})
 
 
 @pytest.mark.parametrize("write", ["jsonl", "jsonl.gz", "parquet", "arrow", "array_record"])

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moe_jax.config import sections
+from moe_jax.config.data import Data
 from moe_jax.data import policy, sources
 from tests.data.test_damaged_inputs import zstandard
 
@@ -107,7 +107,7 @@ def test_a_command_reads_the_corpus_as_it_is_published(corpus, tmp_path, monkeyp
         write(pathlib.Path("corpora", corpus, name), {"text": text, **fields})
         if split:
             expected[split].add((text, label))
-    settings = sections.Data(**commands()[corpus])
+    settings = Data(**commands()[corpus])
     sources.check(settings.source)
     for split, documents in expected.items():
         found = sources.documents(

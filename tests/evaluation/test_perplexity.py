@@ -148,8 +148,8 @@ def test_an_interval_is_that_of_the_mean_of_rows_and_rows_of_padding_do_not_coun
     step = iter([(*rows, None)])
     sums = perplexity.evaluate(lambda *_: next(step), {}, [None], {"en": 1.0, "ja": 2.0})
     assert sums.loss().held_out_tokens == 400 * 32
-    assert sums.of_label("ja").router is None
-    found = sums.of_label("ja").intervals()
+    assert sums.of_labels("ja").router is None
+    found = sums.of_labels("ja").intervals()
     mean, error = nats_RN[:, 1].mean() / 16, nats_RN[:, 1].std() / 20 / 16
     expected = np.array([mean - 1.96 * error, mean + 1.96 * error])
     np.testing.assert_allclose(found["loss"], expected, atol=error / 4)

@@ -1,0 +1,208 @@
+"""The text of a run: its sources, the stages of their mixture, and what they have given so far."""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from moe_jax import config as configs
+from moe_jax.config import checks
+from moe_jax.config.mixture import EVERY
+from moe_jax.data import batches, mixture, policy, prepare, shares, sources, tokenizers
+from moe_jax.data.cache import DATASETS
+from moe_jax.data.corpus import TokenizedCorpus
+from moe_jax.data.document import TRAIN, VALIDATION
+from moe_jax.data.mixed import MixedRecords, MixedText, by_label
+from moe_jax.data.packing import RowPlan
+from moe_jax.hf import folders
+from moe_jax.parallel import distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The tokenized splits of a run's sources, and a plan of rows for each source to train on.
+
+    opened: the corpora of each split, by source.
+    digests: a hash of the tokens of each split, by "SOURCE/SPLIT", or by split for a single source.
+    """
+
+    opened: Mapping[str, Mapping[str, TokenizedCorpus]]
+    train: MixedRecords
+    held_out: MixedText
+    plans: Mapping[str, mixture.Plan]
+    stages: Sequence[shares.Stage]  # those of the config
+    digests: dict[str, str]
+
+    @property
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """The records of each split that could not be used, by reason."""
+        found = {}
+        for split, corpora in self.opened.items():
+            counts = collections.Counter[str]()
+            for corpus in corpora.values():
+                counts.update(corpus.skipped)
+            found[split] = dict(counts)
+        return found
+
+    @property
+    def facts(self) -> str:
+        """What must be equal in all processes."""
+        stages = [stage.to_json() for stage in self.stages]
+        return json.dumps([self.digests, stages], sort_keys=True)
+
+
+def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path) -> Text:
+    """Opens, and if necessary tokenizes, all sources.
+
+    Raises: ConfigError for a source that cannot be read, and for shares of a label that is not
+      there.
+    """
+    data = settings.data
+    of_folder = any(folders.is_folder(source.folder) for source in settings.init.sources)
+    if data.named_sources == {"": "embedded"} and of_folder:
+        distributed.say("config.data.source='embedded' is software help; set it to your own text")
+    opened: dict[str, dict[str, TokenizedCorpus]] = {TRAIN: {}, VALIDATION: {}}
+    for name, spec in data.named_sources.items():
+        with checks.refusing(f"config.data.mixture, source {name}: " if name else ""):
+            line = sources.describe(spec, cache / DATASETS)
+            distributed.say(f"{name}: {line.removeprefix('data.source=')}" if name else line)
+            for split, corpora in opened.items():
+                corpora[name] = prepare.open_corpus(
+                    *(spec, split, tokenizer),
+                    validation_fraction=data.validation_fraction,
+                    cache=cache,
+                    reading=policy.of_config(data),
+                )
+    digests = {
+        f"{name}/{split}" if name else split: corpus.digest
+        for split, corpora in opened.items()
+        for name, corpus in corpora.items()
+    }
+    named = by_label(opened[TRAIN]) if data.mixture.by_label else opened[TRAIN].items()
+    train = MixedRecords(dict(named))
+    plans = {
+        name: RowPlan(
+            part.pairs,
+            sequence_length=data.sequence_length,
+            seed=mixture.seed_of(name, settings.seed),
+            packing=data.packing,
+        )
+        for name, part in train.sources.items()
+    }
+    for name, plan in plans.items() if data.packing != "concat" else ():
+        beginning = f"{name}: " if name else ""
+        distributed.say(
+            f"{beginning}data.packing={data.packing}: {plan.padding:.2%} of the rows is padding"
+        )
+    stages = _stages(data.mixture, train, plans)
+    return Text(opened, train, MixedText(opened[VALIDATION]), plans, stages, digests)
+
+
+def _stages(
+    settings: configs.Mixture, train: MixedRecords, plans: Mapping[str, mixture.Plan]
+) -> list[shares.Stage]:
+    """The stages that a config asks for. Raises: ConfigError if no source is left."""
+    if not settings.is_set:
+        return [shares.Stage(0, dict.fromkeys(plans, 1.0), {})]
+    for line in settings.unknown(tuple(plans)):
+        raise configs.ConfigError(line)
+    sizes, few = {}, []
+    for name, part in train.sources.items():
+        if (documents := sum(part.documents_per_label)) >= settings.minimum_documents:
+            sizes[name] = shares.Size(part.num_tokens, documents)
+        else:
+            few.append(f"{name} ({documents:,})")
+    if few:
+        least = settings.minimum_documents
+        distributed.say(f"left out for fewer than {least:,} documents: {', '.join(few)}")
+    if not sizes:
+        raise configs.ConfigError(
+            f"config.data.mixture.minimum_documents={settings.minimum_documents} leaves out all "
+            "sources; lower it"
+        )
+    weights = shares.WEIGHTS[settings.weights].of(dict(settings.shares), sizes, settings.exponent)
+    epochs = dict(settings.most_epochs)
+    most_rows = {
+        name: int(limit * plan.rows_per_epoch)
+        for name, plan in plans.items()
+        if (limit := epochs.get(name, epochs.get(EVERY))) is not None
+    }
+    every = [(0, weights), *((step, dict(own)) for step, own in settings.stages)]
+    stages = [shares.Stage(step, shares.normalised(w), most_rows) for step, w in every]
+    without = [name for name in sizes if not any(name in stage.shares for stage in stages)]
+    if without:
+        distributed.say(f"held-out text only, for they have no share: {', '.join(without)}")
+    return stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows of a run: those that its checkpoint says were seen, and those of its config."""
+
+    text: Text
+    stages: Sequence[shares.Stage]
+    plan: mixture.MixturePlan
+    batch_size: int
+    left_out: batches.Ranges
+
+    def to_json(self) -> list:
+        """The stages, as a checkpoint keeps them."""
+        return [stage.to_json() for stage in self.stages]
+
+    def row(self, step: int) -> dict:
+        """The entry "sources" of a validation row and of result.json: what each source has given up
+        to a step; none for a single source.
+
+        Padding is counted by its mean in a pass over the source, so the tokens are exact after
+        whole passes only.
+        """
+        if len(self.text.plans) < 2:
+            return {}
+        taken = self.plan.schedule.taken_by(
+            batches.number(step - 1, self.left_out) + 1 if step else 0,
+            self.batch_size,
+            self.left_out,
+        )
+        epochs, tokens = {}, {}
+        for name, plan in self.text.plans.items():
+            epochs[name] = taken.get(name, 0) / plan.rows_per_epoch
+            tokens[name] = epochs[name] * self.text.train.sources[name].num_tokens
+        total = max(math.fsum(tokens.values()), 1)
+        return {
+            "sources": {
+                name: {
+                    "share": round(tokens[name] / total, 6),
+                    "tokens": round(tokens[name]),
+                    "epochs": round(epochs[name], 6),
+                }
+                for name in tokens
+            }
+        }
+
+
+def rows(text: Text, settings: configs.Run, kept: Mapping, start: int) -> Rows:
+    """The rows of a run that begins, or goes on, at a step; says what changes in its mixture.
+
+    `kept` is the data of its checkpoint, with the batches that it leaves out.
+
+    Raises: ConfigError if the sources end before the run.
+    """
+    size, left_out = settings.training.batch_size, tuple(kept["left_out"])
+    single = [shares.Stage(0, {"": 1.0}, {})]  # a checkpoint without stages is of such a run
+    before = [shares.Stage.of_json(stage) for stage in kept.get("mixture", ())] or single
+    stages, changes = shares.resumed(before, text.stages, batches.number(start, left_out))
+    if changes:
+        distributed.say(*changes)
+    schedule = mixture.Schedule(stages, batch_size=size, seed=settings.seed)
+    last = settings.training.last_step
+    if (batches.number(last - 1, left_out) + 1) * size > schedule.num_rows:
+        ends = sum(batches.number(n, left_out) < schedule.num_rows // size for n in range(last))
+        raise configs.ConfigError(
+            f"config.data.mixture: the sources have given all that most_epochs allows at step "
+            f"{ends}, before the run's last step {last}; raise most_epochs, or set "
+            f"training.num_steps={ends}"
+        )
+    plan = mixture.MixturePlan(schedule, text.plans, text.train.first_record)
+    return Rows(text, stages, plan, size, left_out)
