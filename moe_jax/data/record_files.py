@@ -19,6 +19,8 @@ def array_record(path: pathlib.Path, max_line: int) -> Iterator[tuple[str, Docum
     """
     if (path.parent / "features.json").exists():
         raise ValueError(f"{path} belongs to a TFDS dataset; prepare it, and give tfds:NAME")
+    if (path.parent / "manifest.json").exists():
+        raise ValueError(f"{path} has tokens, no text; give prepared:{path.parent.parent}")
     number = 0
     reader = array_record_module.ArrayRecordReader(str(path), "")
     try:

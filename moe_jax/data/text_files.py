@@ -19,6 +19,7 @@ from moe_jax.data import cache, compressed, document, record_files
 from moe_jax.data.document import TRAIN, VALIDATION, Document, is_held_out
 
 PART_CHARACTERS = 10_000
+GROUP_BYTES = 256 << 20
 MAX_LINE = 30_000_000  # the default of config.data.max_line
 BYTE_ORDER_MARK = "\ufeff"
 # Byte order marks of encodings other than UTF-8. UTF-32 comes first: its mark begins with UTF-16's.
@@ -105,6 +106,17 @@ def documents(
                     yield found
         except ValueError as error:
             raise ValueError(f"data.source: {error}") from error
+
+
+def parts(files: list[File]) -> list[slice]:
+    """The files in groups of neighbours; each but the last has at least `GROUP_BYTES`."""
+    ends, size = [0], 0
+    for number, file in enumerate(files, start=1):
+        size += file.path.stat().st_size
+        if size >= GROUP_BYTES or number == len(files):
+            ends.append(number)
+            size = 0
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 def find(spec: str) -> list[File]:
