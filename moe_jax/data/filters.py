@@ -237,3 +237,4 @@ class Chosen:
 
 
 NONE = Chosen()
+choose = functools.lru_cache(maxsize=8)(Chosen)

@@ -37,9 +37,9 @@ class Job:
     most_bad: int = 0  # records that may be set aside because they cannot be used
     shard_bytes: int = SHARD_BYTES
 
-    @functools.cached_property
+    @property
     def chosen(self) -> filters.Chosen:
-        return filters.Chosen(self.specs)
+        return filters.choose(self.specs)
 
     def write(self, unit: "Unit") -> shards.Facts:
         return shards.write(
@@ -68,119 +68,39 @@ class Unit:
         return sum(len(document.text.encode()) for document in self.documents)
 
 
-def units(
-    folder: pathlib.Path, parts: Iterable[Iterable[Document]], shard_bytes: int
-) -> Iterator[Unit]:
-    """The units of a source's parts; no unit has documents of two parts."""
-    first = 0
-    for part, documents in enumerate(parts):
-        for number, found in enumerate(shards.batches(documents, shard_bytes)):
-            yield Unit(folder / shards.NAME.format(part, number), first, found)
-            first += len(found)
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Processes that do a job. `start(method, *arguments)` starts a method of the job; calling what
+    it returns waits for the result."""
 
+    job: Job
+    workers: int
+    start: Callable[..., Callable[[], Any]]
 
-def prepare(
-    folder: pathlib.Path,
-    parts: Iterable[Iterable[Document]],
-    job: Job,
-    *,
-    name: str,
-    made_of: dict[str, Any],
-    workers: int = 1,
-    seen: duplicates.Seen | None = None,
-    rank: int = 0,
-    unread: Sequence[tuple[str, str]] = (),
-) -> shards.Facts:
-    """Writes the prepared corpus of a split into `folder`, which may have some of its shards.
-
-    Args:
-      parts: the parts of the source, each with its documents.
-      name: begins the line of progress, and of errors.
-      made_of: goes into the manifest; among it "tokenizer", the fingerprint.
-      workers: the number of processes; 1 is this one.
-      seen: the documents of the splits of lower `rank`, if a filter compares documents.
-      unread: the records, [place, reason], that reading `parts` adds to this list.
-
-    Returns: the facts; nothing is written if all documents are dropped.
-    Raises: ValueError if there are more than `job.most_bad` records that cannot be used.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    bad: list[Sequence[str]] = []
-    bar = tqdm.tqdm(desc=f"tokenizing {name}", unit="B", unit_scale=True, disable=None)
-    try:
-        with bar, _pool(job, workers) as submit:
-            found = units(folder, parts, job.shard_bytes)
-            if job.chosen.compares and seen is not None:
-                found = _new(found, submit, seen, rank << 48, workers)
-            for unit, facts in _in_order(
-                ((unit, _written(unit, submit)) for unit in found), workers
-            ):
-                bar.update(unit.num_bytes)
-                bad += facts.bad
-                if len(bad) + len(unread) > job.most_bad:
-                    raise ValueError(" ".join([*unread, *bad][-1]))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    finally:
-        _quarantine(folder, [*unread, *bad])
-    return shards.finish(folder, made_of, unread)
-
-
-def _new(
-    found: Iterator[Unit], submit: Callable, seen: duplicates.Seen, base: int, workers: int
-) -> Iterator[Unit]:
-    """The units without the documents that have an equal among the documents before them."""
-    asked = (
-        (unit, (lambda: None) if shards.read(unit.path) else submit(Job.keys, unit.documents))
-        for unit in found
-    )
-    for unit, keys in _in_order(asked, workers):
-        if keys is None:
-            yield unit  # it was written after its keys were noted
-            continue
-        kept, dropped = [], collections.Counter[str]()
-        for number, (document, own) in enumerate(zip(unit.documents, keys, strict=True)):
-            at = base + unit.first + number
-            fault = next((name for name, k in own if not seen.is_new(at, name, k)), None)
-            if fault:
-                dropped[fault] += 1
-            else:
-                kept.append(document)
-        seen.commit()
-        yield dataclasses.replace(unit, documents=kept, dropped=dropped)
-
-
-def _written(unit: Unit, submit: Callable) -> Callable[[], shards.Facts]:
-    if facts := shards.read(unit.path):
-        return lambda: facts
-    return submit(Job.write, unit)
-
-
-def _in_order(asked: Iterable[tuple[Unit, Callable[[], Any]]], workers: int) -> Iterator[tuple]:
-    """Each unit with its result, while the workers are busy with those that follow."""
-    waiting = collections.deque[tuple[Unit, Callable[[], Any]]]()
-    for pair in asked:
-        waiting.append(pair)
-        if len(waiting) > (workers if workers > 1 else 0):
-            unit, result = waiting.popleft()
+    def in_order(self, started: Iterable[tuple[Unit, Callable[[], Any]]]) -> Iterator[tuple]:
+        """Each unit with its result, while the workers are busy with those that follow."""
+        waiting = collections.deque[tuple[Unit, Callable[[], Any]]]()
+        for pair in started:
+            waiting.append(pair)
+            if len(waiting) > (self.workers if self.workers > 1 else 0):
+                unit, result = waiting.popleft()
+                yield unit, result()
+        for unit, result in waiting:
             yield unit, result()
-    for unit, result in waiting:
-        yield unit, result()
 
 
 @contextlib.contextmanager
-def _pool(job: Job, workers: int) -> Iterator[Callable[..., Callable[[], Any]]]:
-    """A function that starts a method of the job, with arguments, in one of the processes; calling
-    what it returns waits for the result."""
+def pool_of(job: Job, workers: int = 1) -> Iterator[Pool]:
+    """A pool of processes, which end with the block, or if this process is killed; one worker is
+    this process itself."""
     if workers == 1:
-        yield lambda method, *arguments: functools.partial(method, job, *arguments)
+        yield Pool(job, 1, lambda method, *arguments: functools.partial(method, job, *arguments))
         return
     context = multiprocessing.get_context("spawn")
-    # The workers end when this process does, even if it is killed: then the pipe is closed.
-    watched, held = context.Pipe(duplex=False)
+    watched, held = context.Pipe(duplex=False)  # closed when this process ends
     with futures.ProcessPoolExecutor(workers, context, _begin, (job, watched)) as pool:
         try:
-            yield lambda method, *arguments: pool.submit(_do, method, *arguments).result
+            yield Pool(job, workers, lambda *what: pool.submit(_do, *what).result)
         except BaseException:
             stopping.quiet()  # or its repetitions would interrupt the end of the workers
             held.close()
@@ -206,6 +126,88 @@ def _begin(job: Job, watched) -> None:
 
 def _do(method: Callable, *arguments):
     return method(_jobs[0], *arguments)
+
+
+def units(
+    folder: pathlib.Path, parts: Iterable[Iterable[Document]], shard_bytes: int
+) -> Iterator[Unit]:
+    """The units of a source's parts; no unit has documents of two parts."""
+    first = 0
+    for part, documents in enumerate(parts):
+        for number, found in enumerate(shards.batches(documents, shard_bytes)):
+            yield Unit(folder / shards.NAME.format(part, number), first, found)
+            first += len(found)
+
+
+def prepare(
+    folder: pathlib.Path,
+    parts: Iterable[Iterable[Document]],
+    pool: Pool,
+    *,
+    name: str,
+    made_of: dict[str, Any],
+    seen: duplicates.Seen | None = None,
+    rank: int = 0,
+    unread: Sequence[tuple[str, str]] = (),
+) -> shards.Facts:
+    """Writes the prepared corpus of a split into `folder`, which may have some of its shards.
+
+    Args:
+      parts: the parts of the source, each with its documents.
+      name: begins the line of progress, and of errors.
+      made_of: goes into the manifest; among it "tokenizer", the fingerprint.
+      seen: the documents of the splits of lower `rank`, if a filter compares documents.
+      unread: the records, [place, reason], that reading `parts` adds to this list.
+
+    Returns: the facts; nothing is written if all documents are dropped.
+    Raises: ValueError if there are more than `job.most_bad` records that cannot be used.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    bad: list[Sequence[str]] = []
+    bar = tqdm.tqdm(desc=f"tokenizing {name}", unit="B", unit_scale=True, disable=None)
+    try:
+        with bar:
+            found = units(folder, parts, pool.job.shard_bytes)
+            if pool.job.chosen.compares and seen is not None:
+                found = _new(found, pool, seen, rank << 48)
+            for unit, facts in pool.in_order((unit, _written(unit, pool)) for unit in found):
+                bar.update(unit.num_bytes)
+                bad += facts.bad
+                if len(bad) + len(unread) > pool.job.most_bad:
+                    raise ValueError(" ".join([*unread, *bad][-1]))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    finally:
+        _quarantine(folder, [*unread, *bad])
+    return shards.finish(folder, made_of, unread)
+
+
+def _new(found: Iterator[Unit], pool: Pool, seen: duplicates.Seen, base: int) -> Iterator[Unit]:
+    """The units without the documents that have an equal among the documents before them."""
+    asked = (
+        (unit, (lambda: None) if shards.read(unit.path) else pool.start(Job.keys, unit.documents))
+        for unit in found
+    )
+    for unit, keys in pool.in_order(asked):
+        if keys is None:
+            yield unit  # it was written after its keys were noted
+            continue
+        kept, dropped = [], collections.Counter[str]()
+        for number, (document, own) in enumerate(zip(unit.documents, keys, strict=True)):
+            at = base + unit.first + number
+            fault = next((name for name, k in own if not seen.is_new(at, name, k)), None)
+            if fault:
+                dropped[fault] += 1
+            else:
+                kept.append(document)
+        seen.commit()
+        yield dataclasses.replace(unit, documents=kept, dropped=dropped)
+
+
+def _written(unit: Unit, pool: Pool) -> Callable[[], shards.Facts]:
+    if facts := shards.read(unit.path):
+        return lambda: facts
+    return pool.start(Job.write, unit)
 
 
 def _quarantine(folder: pathlib.Path, bad: Sequence[Sequence[str]]) -> None:

@@ -65,9 +65,8 @@ def open_corpus(
     )
     with writing(cache), files.whole_folder(folder, shared=True) as unfinished:
         name = f"{source} {split}"
-        facts = preparation.prepare(
-            unfinished, [documents], Job(tokenizer), name=name, made_of=made_of
-        )
+        with preparation.pool_of(Job(tokenizer)) as pool:
+            facts = preparation.prepare(unfinished, [documents], pool, name=name, made_of=made_of)
         if not facts.documents:
             raise ValueError(
                 f"data.source={source!r} has no {split} documents; set config.data."
@@ -129,32 +128,38 @@ def prepare_folder(
         "filters": list(job.specs),
         "shard_bytes": job.shard_bytes,
     }
-    with _claimed(output, {"version": corpus.VERSION, **made_of}):
+    with (
+        _claimed(output, {"version": corpus.VERSION, **made_of}),
+        preparation.pool_of(job, workers) as pool,
+    ):
         seen = duplicates.Seen(output / SEEN) if job.chosen.compares else None
         for rank, split in enumerate(SPLITS):
             if (output / split / corpus.MANIFEST).exists():
                 shards.remove_facts(output / split)
                 continue
             facts = preparation.prepare(
-                *(output / split, text.parts(split), job),
+                *(output / split, text.parts(split), pool),
                 name=f"{text.source} {split}",
                 made_of={**made_of, "split": split},
-                workers=workers,
                 seen=seen,
                 rank=rank,
             )
             if not facts.documents:
-                if split == TRAIN:
-                    reasons = ", ".join(f"{n:,} by {r}" for r, n in facts.dropped.items())
-                    raise ValueError(
-                        f"--source={text.source}: no documents are left to train on (dropped: "
-                        f"{reasons or 'none'}); give more text or other filters"
-                    )
-                files.remove_folder(output / split)
+                _refuse_or_remove(text, output / split, split, facts)
         if seen:
             seen.remove()
     found = [split for split in SPLITS if (output / split).exists()]
     return {split: corpus.read_manifest(output / split) for split in found}
+
+
+def _refuse_or_remove(text: Text, folder: pathlib.Path, split: str, facts: shards.Facts) -> None:
+    if split == TRAIN:
+        reasons = ", ".join(f"{number:,} by {name}" for name, number in facts.dropped.items())
+        raise ValueError(
+            f"--source={text.source}: no documents are left to train on (dropped: "
+            f"{reasons or 'none'}); give more text or other filters"
+        )
+    files.remove_folder(folder)
 
 
 @contextlib.contextmanager
