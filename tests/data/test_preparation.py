@@ -19,13 +19,11 @@ from tests.data.test_prepare import BYTES, RECORDS, open_corpus, tokens_of, writ
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def text_of(source, cache, fraction=0.2):
-    return prepare.Text(source, fraction, cache)
-
-
-def make(source, output, *, specs=(), workers=1, shard_bytes=200, tokenizer=BYTES, **how):
+def make(
+    source, output, *, specs=(), workers=1, shard_bytes=200, tokenizer=BYTES, fraction=0.2, **how
+):
     job = Job(tokenizer, tuple(specs), shard_bytes=shard_bytes, **how)
-    text = text_of(source, output.parent / "cache")
+    text = prepare.Text(source, fraction, output.parent / "cache")
     return prepare.prepare_folder(text, output, job, workers=workers)
 
 
@@ -168,9 +166,7 @@ def test_the_parts_of_a_source_are_groups_of_files_and_change_no_document(tmp_pa
     sizes = [path.stat().st_size for path in sorted((tmp_path / "text").iterdir())]
     assert 1 < len(sources.parts(source)) < 6 and min(sizes) > 0
     make(source, tmp_path / "parts")
-    loaded = [
-        corpus.TokenizedCorpus.load(tmp_path / name / "train") for name in ("one", "parts")
-    ]
+    loaded = [corpus.TokenizedCorpus.load(tmp_path / name / "train") for name in ("one", "parts")]
     assert len({shard.name[:12] for shard in loaded[1].shards}) == len(sources.parts(source))
     assert tokens_of(loaded[0]) == tokens_of(loaded[1]) and loaded[0].digest == loaded[1].digest
 
