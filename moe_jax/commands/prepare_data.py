@@ -15,8 +15,11 @@ documents (training text that equals held-out text is dropped), then those of to
 """
 
 import argparse
+import functools
+import importlib.util
 import os
 import pathlib
+import shlex
 import textwrap
 
 import tqdm
@@ -65,6 +68,17 @@ def main() -> None:
         type=int,
         help="records that cannot be used and are set aside, with the reason, in the split's "
         "quarantine.jsonl; one more is an error",
+    )
+    parser.add_argument(
+        "--runner",
+        metavar="NAME",
+        help="the Apache Beam runner that does the work instead of --workers (needs apache-beam)",
+    )
+    parser.add_argument(
+        "--runner_options",
+        default="",
+        metavar="OPTIONS",
+        help="further options of Beam, as one word, such as '--direct_num_workers=2'",
     )
     parser.add_argument(
         "--verify", action="store_true", help="only compare the folder's files with their hashes"
@@ -129,9 +143,26 @@ def prepare_data(arguments: argparse.Namespace) -> list[str]:
         tokenizers.load(arguments.tokenizer), specs, arguments.most_bad, arguments.shard_mb << 20
     )
     text = prepare.Text(arguments.source, arguments.validation_fraction, cache_folder(""))
-    made = prepare.prepare_folder(text, arguments.output, job, workers=arguments.workers)
+    how = {"write_shards": _by_beam(arguments)} if arguments.runner else {}
+    workers = 1 if arguments.runner else arguments.workers
+    made = prepare.prepare_folder(text, arguments.output, job, workers=workers, **how)
     lines = [line for split, facts in made.items() for line in summary(split, facts)]
     return [*lines, f"use --config.data.source=prepared:{arguments.output}"]
+
+
+def _by_beam(arguments: argparse.Namespace):
+    """The function that writes shards by a pipeline.
+
+    Raises: ValueError if apache-beam is missing.
+    """
+    if importlib.util.find_spec("apache_beam") is None:
+        raise ValueError(
+            f"--runner={arguments.runner} needs apache-beam: pip install 'apache-beam>=2.77'"
+        )
+    from moe_jax.data import beam_pipeline
+
+    options = [f"--runner={arguments.runner}", *shlex.split(arguments.runner_options)]
+    return functools.partial(beam_pipeline.write_shards, options=options)
 
 
 def summary(split: str, facts: dict) -> list[str]:

@@ -36,6 +36,9 @@ class Seen:
         """Keeps what was noted so far if the process is killed."""
         self._database.commit()
 
-    def remove(self) -> None:
+    def close(self) -> None:
         self._database.close()
+
+    def remove(self) -> None:
+        self.close()
         self._path.unlink()

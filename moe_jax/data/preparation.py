@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -20,12 +21,35 @@ from typing import Any
 import tqdm
 
 from moe_jax import files, stopping, strict_json
-from moe_jax.data import duplicates, filters, shards
+from moe_jax.data import duplicates, filters, shards, sources, text_files
+from moe_jax.data.cache import DATASETS
 from moe_jax.data.document import Document
 from moe_jax.data.tokenizers import Tokenizer
 
 SHARD_BYTES = 64 << 20  # of text; a worker holds a few times as many
 QUARANTINE = "quarantine.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A source, and how it is divided."""
+
+    source: str
+    validation_fraction: float
+    cache: pathlib.Path
+    max_line: int = text_files.MAX_LINE
+
+    def num_parts(self) -> int:
+        return len(sources.parts(self.source))
+
+    def part(self, split: str, number: int) -> Iterator[Document]:
+        return sources.documents(
+            *(self.source, split),
+            validation_fraction=self.validation_fraction,
+            data_dir=self.cache / DATASETS,
+            max_line=self.max_line,
+            part=sources.parts(self.source)[number],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +83,17 @@ class Unit:
     """Neighbouring documents of a part of the source."""
 
     path: pathlib.Path  # of the shard, without an ending
-    first: int  # the number of the first document in the split
+    part: int
+    first: int  # the number of the first document in the part
     documents: list[Document]
     dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by reason
+
+    def without(self, reasons: Mapping[int, str]) -> "Unit":
+        """The unit without documents that are dropped, by their number in the part."""
+        numbered = list(enumerate(self.documents, start=self.first))
+        kept = [document for number, document in numbered if number not in reasons]
+        dropped = collections.Counter(reasons[n] for n, _ in numbered if n in reasons)
+        return dataclasses.replace(self, documents=kept, dropped=dropped)
 
     @property
     def num_bytes(self) -> int:
@@ -128,15 +160,14 @@ def _do(method: Callable, *arguments):
     return method(_jobs[0], *arguments)
 
 
-def units(
-    folder: pathlib.Path, parts: Iterable[Iterable[Document]], shard_bytes: int
+def units_of_part(
+    folder: pathlib.Path, part: int, documents: Iterable[Document], shard_bytes: int
 ) -> Iterator[Unit]:
-    """The units of a source's parts; no unit has documents of two parts."""
+    """The units of a part of the source."""
     first = 0
-    for part, documents in enumerate(parts):
-        for number, found in enumerate(shards.batches(documents, shard_bytes)):
-            yield Unit(folder / shards.NAME.format(part, number), first, found)
-            first += len(found)
+    for number, found in enumerate(shards.batches(documents, shard_bytes)):
+        yield Unit(folder / shards.NAME.format(part, number), part, first, found)
+        first += len(found)
 
 
 def prepare(
@@ -163,27 +194,29 @@ def prepare(
     Raises: ValueError if there are more than `job.most_bad` records that cannot be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    bad: list[Sequence[str]] = []
+    units: Iterator[Unit] = itertools.chain.from_iterable(
+        units_of_part(folder, part, documents, pool.job.shard_bytes)
+        for part, documents in enumerate(parts)
+    )
+    if pool.job.chosen.compares and seen is not None:
+        units = _new(units, pool, seen, rank)
     bar = tqdm.tqdm(desc=f"tokenizing {name}", unit="B", unit_scale=True, disable=None)
     try:
         with bar:
-            found = units(folder, parts, pool.job.shard_bytes)
-            if pool.job.chosen.compares and seen is not None:
-                found = _new(found, pool, seen, rank << 48)
-            for unit, facts in pool.in_order((unit, _written(unit, pool)) for unit in found):
+            bad = 0
+            for unit, facts in pool.in_order((unit, _written(unit, pool)) for unit in units):
                 bar.update(unit.num_bytes)
-                bad += facts.bad
-                if len(bad) + len(unread) > pool.job.most_bad:
-                    raise ValueError(" ".join([*unread, *bad][-1]))
+                bad += len(facts.bad)
+                if bad + len(unread) > pool.job.most_bad:
+                    break
+        _check_bad(folder, pool.job.most_bad, unread)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    finally:
-        _quarantine(folder, [*unread, *bad])
     return shards.finish(folder, made_of, unread)
 
 
-def _new(found: Iterator[Unit], pool: Pool, seen: duplicates.Seen, base: int) -> Iterator[Unit]:
-    """The units without the documents that have an equal among the documents before them."""
+def _new(found: Iterator[Unit], pool: Pool, seen: duplicates.Seen, rank: int) -> Iterator[Unit]:
+    """The units without the documents that have an equal one among those before."""
     asked = (
         (unit, (lambda: None) if shards.read(unit.path) else pool.start(Job.keys, unit.documents))
         for unit in found
@@ -192,16 +225,13 @@ def _new(found: Iterator[Unit], pool: Pool, seen: duplicates.Seen, base: int) ->
         if keys is None:
             yield unit  # it was written after its keys were noted
             continue
-        kept, dropped = [], collections.Counter[str]()
-        for number, (document, own) in enumerate(zip(unit.documents, keys, strict=True)):
-            at = base + unit.first + number
-            fault = next((name for name, k in own if not seen.is_new(at, name, k)), None)
-            if fault:
-                dropped[fault] += 1
-            else:
-                kept.append(document)
+        reasons = {}
+        for number, own in enumerate(keys, start=unit.first):
+            at = (((rank << 22) + unit.part) << 38) + number  # in the order of all documents
+            if fault := next((name for name, k in own if not seen.is_new(at, name, k)), None):
+                reasons[number] = fault
         seen.commit()
-        yield dataclasses.replace(unit, documents=kept, dropped=dropped)
+        yield unit.without(reasons)
 
 
 def _written(unit: Unit, pool: Pool) -> Callable[[], shards.Facts]:
@@ -210,8 +240,12 @@ def _written(unit: Unit, pool: Pool) -> Callable[[], shards.Facts]:
     return pool.start(Job.write, unit)
 
 
-def _quarantine(folder: pathlib.Path, bad: Sequence[Sequence[str]]) -> None:
-    """Writes the records that could not be used, one a line."""
+def _check_bad(folder: pathlib.Path, most: int, unread: Sequence[Sequence[str]]) -> None:
+    """Writes the records that cannot be used, one a line; raises if there are more than `most`."""
+    found = (shards.read(path.with_suffix("")) for path in shards.finished(folder))
+    bad = [*unread, *(pair for facts in found if facts for pair in facts.bad)]
     if bad:
         lines = (strict_json.text({"place": place, "reason": reason}) for place, reason in bad)
         files.write_text(folder / QUARANTINE, "".join(f"{line}\n" for line in lines))
+    if len(bad) > most:
+        raise ValueError(" ".join(bad[-1]))

@@ -1,22 +1,21 @@
 """Corpora of token records: opened from the cache or a prepared folder, and made if need be."""
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from moe_jax import files, strict_json
 from moe_jax.data import corpus, duplicates, preparation, shards, sources, text_files
 from moe_jax.data.cache import DATASETS, writing
 from moe_jax.data.corpus import DamagedError, TokenizedCorpus
-from moe_jax.data.document import TRAIN, VALIDATION, Document
-from moe_jax.data.preparation import Job
+from moe_jax.data.document import TRAIN, VALIDATION
+from moe_jax.data.preparation import Job, Text
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.parallel import distributed
 
@@ -89,31 +88,17 @@ def of_digest(digest: str, cache: pathlib.Path) -> TokenizedCorpus | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """The text of a prepared folder, and how it is divided."""
-
-    source: str
-    validation_fraction: float
-    cache: pathlib.Path
-    max_line: int = text_files.MAX_LINE
-
-    def parts(self, split: str) -> Iterator[Iterable[Document]]:
-        for part in sources.parts(self.source):
-            yield sources.documents(
-                *(self.source, split),
-                validation_fraction=self.validation_fraction,
-                data_dir=self.cache / DATASETS,
-                max_line=self.max_line,
-                part=part,
-            )
-
-
 def prepare_folder(
-    text: Text, output: pathlib.Path, job: Job, *, workers: int = 1
+    text: Text,
+    output: pathlib.Path,
+    job: Job,
+    *,
+    workers: int = 1,
+    write_shards: Callable[[Text, pathlib.Path, Job, Sequence[str]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes a prepared corpus for each split; goes on with what a killed process left.
 
+    `write_shards(text, output, job, splits)` writes all shards; by default, `workers` processes do.
     A document of the training split that equals a held-out one is a duplicate, for a filter that
     compares documents.
 
@@ -128,24 +113,29 @@ def prepare_folder(
         "filters": list(job.specs),
         "shard_bytes": job.shard_bytes,
     }
-    with (
-        _claimed(output, {"version": corpus.VERSION, **made_of}),
-        preparation.pool_of(job, workers) as pool,
-    ):
-        seen = duplicates.Seen(output / SEEN) if job.chosen.compares else None
+    with contextlib.ExitStack() as held:
+        held.enter_context(_claimed(output, {"version": corpus.VERSION, **made_of}))
+        pool = held.enter_context(preparation.pool_of(job, workers))
+        seen = None
+        if write_shards:
+            write_shards(text, output, job, SPLITS)
+        elif job.chosen.compares:
+            seen = held.enter_context(contextlib.closing(duplicates.Seen(output / SEEN)))
         for rank, split in enumerate(SPLITS):
-            if (output / split / corpus.MANIFEST).exists():
-                shards.remove_facts(output / split)
+            folder = output / split
+            if (folder / corpus.MANIFEST).exists():
+                shards.remove_facts(folder)
                 continue
+            parts = (text.part(split, number) for number in range(text.num_parts()))
             facts = preparation.prepare(
-                *(output / split, text.parts(split), pool),
+                *(folder, () if write_shards else parts, pool),
                 name=f"{text.source} {split}",
                 made_of={**made_of, "split": split},
                 seen=seen,
                 rank=rank,
             )
             if not facts.documents:
-                _refuse_or_remove(text, output / split, split, facts)
+                _refuse_or_remove(text, folder, split, facts)
         if seen:
             seen.remove()
     found = [split for split in SPLITS if (output / split).exists()]

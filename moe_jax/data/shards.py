@@ -87,6 +87,11 @@ def read(path: pathlib.Path) -> Facts | None:
     return Facts.of_plain(values["facts"])
 
 
+def finished(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of facts of the finished shards, in order."""
+    return sorted(folder.glob("tokens-*.json"))
+
+
 def write(
     path: pathlib.Path,
     documents: Sequence[Document],
@@ -189,7 +194,7 @@ def finish(folder: pathlib.Path, made_of: dict[str, Any], bad: Sequence = ()) ->
 
     Returns: the facts; nothing is written if there are no records.
     """
-    paths = sorted(folder.glob("tokens-*.json"))
+    paths = finished(folder)
     facts, shards = Facts(bad=list(bad)), []
     for path in paths:
         found = strict_json.read_object(path)

@@ -9,8 +9,8 @@ from moe_jax.commands import prepare_data
 from moe_jax.data import duplicates, filters, prepare
 from moe_jax.data.document import Document
 from moe_jax.data.tokenizers import ByteTokenizer
-from tests.data.test_prepare import write
 from tests.data.test_preparation import make
+from tests.data.test_prepare import write
 
 
 def fault(spec, text, label="en", ids=()):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_jax.data import corpus, prepare, preparation, shards, sources, text_files, tokenizers
+from moe_jax.data import corpus, preparation, prepare, shards, sources, text_files, tokenizers
 from moe_jax.data.document import Document
 from moe_jax.data.preparation import Job
 from tests.data.test_prepare import BYTES, RECORDS, open_corpus, tokens_of, write
