@@ -11,7 +11,8 @@ Examples:
 Killed and started again with the same options, it goes on: finished shards are not made again. The
 folder has a corpus for each split, with a manifest of its shards, its counts by language, and the
 documents that were dropped, by filter. The filters of text come first, then those that compare
-documents (training text that equals held-out text is dropped), then those of tokens:
+documents (training text that equals held-out text is dropped), then those of tokens. What a name
+stands for, with its default after a colon:
 """
 
 import argparse
@@ -99,13 +100,13 @@ def table() -> str:
     """The filters, as a part of the help."""
     rows = []
     for name, row in filters.FILTERS.items():
-        default = f":{row.default}" if row.default.strip() else ""
+        default = f":{row.default}" if row.default else ""
         rows.append(
             textwrap.fill(
-                f"  {name + default:24} keeps {row.explanation}", 100, subsequent_indent=" " * 33
+                f"  {name + default:24} {row.explanation}", 100, subsequent_indent=" " * 27
             )
         )
-    groups = (f"  {name:24} all of {', '.join(rows)}" for name, rows in filters.GROUPS.items())
+    groups = (f"  {name:24} {', '.join(rows)}" for name, rows in filters.GROUPS.items())
     return "\n".join([*rows, *groups]) + "\n"
 
 

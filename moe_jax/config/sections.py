@@ -113,7 +113,9 @@ class Init(Section, path="init"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(Section, path="data", fixed=True):
-    source: str = key("embedded", "embedded, tfds:NAME, hf:NAME, or a path or glob of files")
+    source: str = key(
+        "embedded", "embedded, tfds:NAME, hf:NAME, prepared:FOLDER, or a path or glob of files"
+    )
     tokenizer: str = key(
         "",
         "bytes, or the path of a tokenizer.json or SentencePiece model; empty uses that of "

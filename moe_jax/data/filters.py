@@ -37,7 +37,7 @@ class Filter:
     explanation: str
     reads: str
     judge: Callable[[str], Callable[..., Any]]
-    default: str = ""  # the argument if there is none; "" if there must be one
+    default: str | None = None  # the argument if there is none; None if there must be one
     extra: str = ""  # the package that it needs
 
 
@@ -131,12 +131,12 @@ def _near_keys(sketch, bands: int, rows: int, document: Document) -> list[bytes]
     return [_hash(bytes([band]) + part) for band, part in enumerate(parts)]
 
 
-def _bounds(explanation: str, measure: Callable[..., float], default: str = "") -> Filter:
-    return Filter(explanation, TEXT, _within(measure), default)
+def _bounds(explanation: str, measure: Callable[..., float], default: str | None = None) -> Filter:
+    return Filter(f"{explanation}, within LEAST,MOST", TEXT, _within(measure), default)
 
 
 FILTERS = {
-    "language": Filter("documents with one of these labels (en,fr)", TEXT, _languages),
+    "language": Filter("keeps documents with one of these labels, as in en,fr", TEXT, _languages),
     "characters": _bounds("number of characters", lambda d: len(d.text)),
     "words": _bounds("number of words between spaces", lambda d: len(_words(d)), "50,100000"),
     "mean_word_length": _bounds("characters per word", _mean_word_length, "3,10"),
@@ -159,19 +159,21 @@ FILTERS = {
     "stop_words": _bounds(
         f"number of different words of {', '.join(sorted(STOP_WORDS))}", _stop_words, "2,"
     ),
-    "tokens": Filter("number of tokens", TOKENS, _within(lambda document, ids: len(ids))),
+    "tokens": Filter(
+        "number of tokens, within LEAST,MOST", TOKENS, _within(lambda document, ids: len(ids))
+    ),
     # OLMoE (arXiv 2409.02060, section 2) drops documents with an n-gram of 1 to 13 tokens 32 times
     # or more in sequence.
     "repeated_ngrams": Filter(
-        f"documents in which no n-gram of 1 to {MOST_PERIOD} tokens follows itself so often",
+        f"keeps documents in which no n-gram of 1 to {MOST_PERIOD} tokens follows itself so often",
         TOKENS,
         _repeats,
         "32",
     ),
-    "exact_duplicates": Filter("the first of equal texts", OTHERS, _exact, " "),
+    "exact_duplicates": Filter("keeps the first of equal texts", OTHERS, _exact, ""),
     "near_duplicates": Filter(
-        f"the first of texts whose sets of {SHINGLE_WORDS}-grams of words have about this Jaccard "
-        f"similarity (MinHash with {PERMUTATIONS} permutations, locality-sensitive hashing)",
+        f"keeps the first of texts whose sets of {SHINGLE_WORDS}-grams of words have about this "
+        f"Jaccard similarity (MinHash of {PERMUTATIONS} permutations, locality-sensitive hashing)",
         OTHERS,
         _near,
         "0.8",
@@ -204,10 +206,10 @@ class Chosen:
         if name not in FILTERS:
             raise ValueError(spelling.unknown("--filter", name, [*FILTERS, *GROUPS]))
         row = FILTERS[name]
-        if not (argument or row.default):
+        if not argument and row.default is None:
             raise ValueError(f"--filter={spec} needs an argument: {row.explanation}")
         try:
-            judge = row.judge(argument or row.default)
+            judge = row.judge(argument or row.default or "")
         except ModuleNotFoundError:
             raise ValueError(
                 f"--filter={spec} needs the package {row.extra}, an optional extra of this "
