@@ -1,4 +1,4 @@
-"""Random access to the token records that `prepare.open_corpus` wrote."""
+"""Random access to a prepared corpus: the token records of a split that `shards.py` wrote."""
 
 import dataclasses
 import functools
@@ -6,48 +6,81 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
-from moe_jax import stopping, strict_json
+from moe_jax import files, stopping, strict_json
 
+VERSION = 5  # of the format
+MANIFEST = "manifest.json"  # it is written last, so a folder without it is unfinished
 ARRAYS = ("pairs.npy", "label_ids.npy")
-RECORDS = "tokens.array_record"  # this format detects damage when a record is read
+# An array of this size or less is hashed when the corpus is opened (0.1 s); `verify` hashes all.
+HASHED_BYTES = 1 << 27
 
 
 class DamagedError(ValueError):
     """The folder's contents have changed since they were written."""
 
 
-def seal(folder: pathlib.Path, facts: dict) -> None:
-    """Writes the facts of a corpus, with hashes by which `TokenizedCorpus.load` detects damage."""
-    sealed = {"facts": facts, **_hashes(folder), "records": (folder / RECORDS).stat().st_size}
-    meta = {**sealed, "sha256": _hash(json.dumps(sealed).encode())}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of token records (ArrayRecord, which detects damage when a record is read)."""
+
+    name: str
+    records: int
+    bytes: int
+    sha256: str
 
 
-def _hashes(folder: pathlib.Path) -> dict[str, str]:
-    return {name: _hash((folder / name).read_bytes()) for name in ARRAYS}
+def seal(folder: pathlib.Path, facts: dict[str, Any]) -> None:
+    """Writes the manifest: the facts of a corpus, and hashes by which damage is detected."""
+    hashes = {name: hash_file(folder / name) for name in ARRAYS}
+    sealed = {"version": VERSION, "facts": facts, "arrays": hashes}
+    manifest = {**sealed, "sha256": _hash(sealed)}
+    files.write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _facts(folder: pathlib.Path) -> dict:
-    """The facts that `seal` wrote, if the folder is unchanged since then."""
-    meta = strict_json.read_object(folder / "meta.json")
-    if meta.pop("sha256") != _hash(json.dumps(meta).encode()):
-        raise ValueError("meta.json")
-    for name, digest in _hashes(folder).items():
-        if meta[name] != digest:
-            raise ValueError(name)
-    if meta["records"] != (folder / RECORDS).stat().st_size:
-        raise ValueError(RECORDS)
-    return meta["facts"]
+def hash_file(path: pathlib.Path) -> str:
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    """The facts that `seal` wrote.
+
+    Raises: DamagedError if the manifest has changed or is of another version.
+    """
+    with _naming(folder):
+        manifest = strict_json.read_object(folder / MANIFEST)
+        if manifest.pop("sha256") != _hash(manifest) or manifest["version"] != VERSION:
+            raise ValueError(MANIFEST)
+        return manifest["facts"] | {"arrays": manifest["arrays"]}
+
+
+class _naming:
+    """Raises DamagedError for any error of the block that does not mean that the files are sound,
+    because damaged JSON text or arrays can raise any type."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        if not isinstance(error, Exception) or isinstance(error, DamagedError):
+            return
+        stopping.pass_on(error)
+        passing = isinstance(error, OSError | MemoryError)
+        if not passing or isinstance(error, FileNotFoundError | EOFError):
+            raise DamagedError(f"{self._folder} is damaged ({error!r})") from error
 
 
 class Records(Protocol):
@@ -63,16 +96,14 @@ class Records(Protocol):
 
 
 class Counts(Protocol):
-    """The counts of a text: bytes and documents for each label, and of each of the 256 bytes."""
+    """The counts of a text: bytes, documents and predicted tokens for each label, and of each of
+    the 256 bytes."""
 
     @property
     def labels(self) -> tuple[str, ...]: ...
 
     @property
-    def pairs(self) -> np.ndarray: ...
-
-    @property
-    def label_ids(self) -> Any: ...
+    def pairs_per_label(self) -> tuple[int, ...]: ...
 
     @property
     def bytes_per_label(self) -> tuple[int, ...]: ...
@@ -86,13 +117,12 @@ class Counted:
 
     @property
     def num_tokens(self: Counts) -> int:
-        return int(self.pairs.sum(dtype=np.int64))
+        return sum(self.pairs_per_label)
 
     @property
     def bytes_per_token(self: Counts) -> dict[str, float]:
         """Mean bytes of text per predicted token, by label."""
-        pairs = np.bincount(self.label_ids, weights=self.pairs, minlength=len(self.labels))
-        rows = zip(self.labels, self.bytes_per_label, pairs, strict=True)
+        rows = zip(self.labels, self.bytes_per_label, self.pairs_per_label, strict=True)
         return {label: num_bytes / num_pairs for label, num_bytes, num_pairs in rows}
 
     @property
@@ -108,40 +138,67 @@ class TokenizedCorpus(Counted):
 
     folder: pathlib.Path
     labels: tuple[str, ...]
-    pairs: np.ndarray  # the number of predicted tokens of each record
-    label_ids: np.ndarray  # each record's index into `labels`
+    pairs: np.ndarray  # the number of predicted tokens of each record, memory-mapped
+    label_ids: np.ndarray  # each record's index into `labels`, memory-mapped
+    pairs_per_label: tuple[int, ...]
     bytes_per_label: tuple[int, ...]  # bytes of text
     documents_per_label: tuple[int, ...]
     byte_counts: tuple[int, ...]  # occurrences of each of the 256 bytes
     digest: str  # a hash of all tokens: equal tokens have equal digests, whatever the file names
+    tokenizer: str  # the tokenizer's fingerprint
+    shards: tuple[Shard, ...]
     skipped: Mapping[str, int]  # records that could not be used, by reason
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "TokenizedCorpus":
-        """The corpus in a folder; raises DamagedError if it has changed since it was written."""
-        try:
-            meta = _facts(folder)
-        except Exception as error:  # damaged JSON text or arrays can raise any type
-            stopping.pass_on(error)
-            passing = isinstance(error, OSError | MemoryError)
-            if passing and not isinstance(error, FileNotFoundError | EOFError):
-                raise  # the files may be sound
-            raise DamagedError(f"{folder} is damaged ({error!r})") from error
-        return cls(
-            folder=folder,
-            labels=tuple(meta["labels"]),
-            pairs=np.load(folder / "pairs.npy", mmap_mode="r"),
-            label_ids=np.load(folder / "label_ids.npy", mmap_mode="r"),
-            bytes_per_label=tuple(meta["bytes_per_label"]),
-            documents_per_label=tuple(meta["documents_per_label"]),
-            byte_counts=tuple(meta["byte_counts"]),
-            digest=meta["digest"],
-            skipped=meta["skipped"],
-        )
+        """The corpus in a folder, whose token records are not read.
+
+        Raises: DamagedError if it has changed since it was written.
+        """
+        facts = read_manifest(folder)
+        with _naming(folder):
+            pairs, label_ids = (np.load(folder / name, mmap_mode="r") for name in ARRAYS)
+            shards = tuple(Shard(*shard) for shard in facts["shards"])
+            records = sum(shard.records for shard in shards)
+            for name, array in zip(ARRAYS, (pairs, label_ids), strict=True):
+                if array.shape != (records,) or array.dtype != np.int32:
+                    raise ValueError(name)
+                if array.nbytes <= HASHED_BYTES:
+                    _check_hash(folder / name, facts["arrays"][name])
+            for shard in shards:
+                if (folder / shard.name).stat().st_size != shard.bytes:
+                    raise ValueError(shard.name)
+            return cls(
+                folder=folder,
+                labels=tuple(facts["labels"]),
+                pairs=pairs,
+                label_ids=label_ids,
+                pairs_per_label=tuple(facts["pairs_per_label"]),
+                bytes_per_label=tuple(facts["bytes_per_label"]),
+                documents_per_label=tuple(facts["documents_per_label"]),
+                byte_counts=tuple(facts["byte_counts"]),
+                digest=facts["digest"],
+                tokenizer=facts["made_of"]["tokenizer"],
+                shards=shards,
+                skipped=facts["skipped"],
+            )
+
+    def verify(self) -> Iterator[int]:
+        """Hashes all files; yields the bytes of each that is sound.
+
+        Raises: DamagedError, with the file's name.
+        """
+        hashes = read_manifest(self.folder)["arrays"]
+        for name, sha256 in [*hashes.items(), *((s.name, s.sha256) for s in self.shards)]:
+            with _naming(self.folder):
+                _check_hash(self.folder / name, sha256)
+            yield (self.folder / name).stat().st_size
 
     @functools.cached_property
     def _records(self) -> grain.sources.ArrayRecordDataSource:
-        return grain.sources.ArrayRecordDataSource(str(self.folder / RECORDS))
+        # With the ranges of the records, no file is opened before a record of it is read.
+        paths = [f"{self.folder / shard.name}[0:{shard.records}]" for shard in self.shards]
+        return grain.sources.ArrayRecordDataSource(paths)
 
     def tokens(self, record: int) -> np.ndarray:
         """The tokens of a record; raises ValueError if it is damaged."""
@@ -153,3 +210,8 @@ class TokenizedCorpus(Counted):
             stopping.pass_on(error)
             raise DamagedError(f"{self.folder} is damaged ({error}); delete the folder") from error
         return tokens
+
+
+def _check_hash(path: pathlib.Path, sha256: str) -> None:
+    if hash_file(path) != sha256:
+        raise ValueError(path.name)

@@ -27,7 +27,7 @@ class OfLabel:
 
     @property
     def num_tokens(self) -> int:
-        return int(self.pairs.sum(dtype=np.int64))
+        return self.corpus.pairs_per_label[self.label_id]
 
     @property
     def label_ids(self) -> np.ndarray:
@@ -109,6 +109,10 @@ class MixedText(MixedRecords, Counted):
     @property
     def labels(self) -> tuple[str, ...]:
         return tuple(label for labels in self.labels_of.values() for label in labels)
+
+    @property
+    def pairs_per_label(self) -> tuple[int, ...]:
+        return tuple(n for text in self.sources.values() for n in text.pairs_per_label)
 
     @property
     def bytes_per_label(self) -> tuple[int, ...]:

@@ -66,11 +66,15 @@ class UnusableError(ValueError):
 
 
 class Skipped:
-    """Counts the records of a source that are skipped, by reason, up to the most that may be."""
+    """Counts the records of a source that are skipped, by reason, up to the most that may be.
+
+    `errors` are the messages and the reasons.
+    """
 
     def __init__(self, most: int):
         self._most, self._named = most, 0
         self.by_reason = collections.Counter[str]()
+        self.errors: list[tuple[str, str]] = []
 
     def add(self, error: UnusableError, *, named: bool = True) -> None:
         """Counts a record, and names it in the output; raises ValueError if it is one too many."""
@@ -79,6 +83,7 @@ class Skipped:
             more = f" ({total:,} records cannot be used, and config.data.skip_damaged={self._most})"
             raise ValueError(f"data.source: {error}{more if self._most else ''}") from error
         self.by_reason[error.reason] += error.records
+        self.errors.append((str(error), error.reason))
         self._named += named
         if not named:
             return

@@ -1,28 +1,27 @@
-"""Turns text into token records: each document is tokenized once and cached."""
+"""Corpora of token records: opened from the cache or a prepared folder, and made if need be."""
 
-import collections
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
-import tqdm
-from array_record.python import array_record_module
-
-from moe_jax import files
-from moe_jax.data import corpus, sources, text_files, tokenizers
+from moe_jax import files, strict_json
+from moe_jax.data import corpus, duplicates, preparation, shards, sources, text_files
 from moe_jax.data.cache import DATASETS, writing
 from moe_jax.data.corpus import DamagedError, TokenizedCorpus
-from moe_jax.data.document import Document
+from moe_jax.data.document import TRAIN, VALIDATION
 from moe_jax.data.policy import STRICT, Reading, Skipped
+from moe_jax.data.preparation import Job, Text
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.parallel import distributed
 
-FORMAT = 5  # the version of the cache's format, a part of its key
-RECORD_TOKENS = 65_536  # a longer document is split into several records
+PLAN, SEEN = "plan.json", "seen.sqlite"
+SPLITS = (VALIDATION, TRAIN)  # in the order in which they are made
 
 
 def open_corpus(
@@ -34,15 +33,23 @@ def open_corpus(
     cache: pathlib.Path,
     reading: Reading = STRICT,
 ) -> TokenizedCorpus:
-    """The tokenized documents of a split, from the folder `cache` if it has them.
+    """The tokenized documents of a split: a prepared corpus, or one in the folder `cache`.
 
     The cache stores them under a hash of text, tokenizer and options.
 
     Raises: ValueError if the split is empty or the source cannot be used.
     """
     datasets = cache / DATASETS
-    content = sources.fingerprint(source, datasets)
-    key = [FORMAT, content, split, validation_fraction, tokenizer.fingerprint, reading.key]
+    if (opened := sources.load(source, split, tokenizer.fingerprint)) is not None:
+        return opened
+    made_of = {
+        "source": sources.fingerprint(source, datasets),
+        "split": split,
+        "validation_fraction": validation_fraction,
+        "tokenizer": tokenizer.fingerprint,
+        "reading": reading.key,
+    }
+    key = [corpus.VERSION, *made_of.values()]
     folder = cache / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     if folder.exists():
         try:
@@ -60,14 +67,18 @@ def open_corpus(
         skipped=skipped,
     )
     with writing(cache), files.whole_folder(folder, shared=True) as unfinished:
-        num_records = _tokenize(documents, tokenizer, unfinished, f"{source} {split}", skipped)
-        if not num_records:
+        name = f"{source} {split}"
+        with preparation.pool_of(Job(tokenizer, skip_damaged=reading.skip_damaged)) as pool:
+            facts = preparation.prepare(
+                *(unfinished, [documents], pool), name=name, made_of=made_of, skipped=skipped
+            )
+        if not facts.documents:
             raise ValueError(
                 f"data.source={source!r} has no {split} documents; set config.data."
                 "validation_fraction to another value, or give more text: each record "
                 f"and {text_files.PART_CHARACTERS:,} characters of .txt are one document"
             )
-        if sources.fingerprint(source, datasets) != content:
+        if sources.fingerprint(source, datasets) != made_of["source"]:
             raise ValueError(f"data.source={source!r} changed while it was read; run again")
     return TokenizedCorpus.load(folder)
 
@@ -76,7 +87,7 @@ def of_digest(digest: str, cache: pathlib.Path) -> TokenizedCorpus | None:
     """The corpus of the folder `cache` with this hash of its tokens; None if there is none."""
     if not re.fullmatch("[0-9a-f]{64}", digest):
         return None
-    for path in sorted((cache / "tokens").glob("*/meta.json")):
+    for path in sorted((cache / "tokens").glob(f"*/{corpus.MANIFEST}")):
         with contextlib.suppress(DamagedError, OSError, UnicodeDecodeError):
             if digest in path.read_text(encoding="utf-8"):
                 found = TokenizedCorpus.load(path.parent)
@@ -85,49 +96,109 @@ def of_digest(digest: str, cache: pathlib.Path) -> TokenizedCorpus | None:
     return None
 
 
-def _tokenize(
-    documents: Iterator[Document],
-    tokenizer: Tokenizer,
-    folder: pathlib.Path,
-    name: str,
-    skipped: Skipped,
-) -> int:
-    """Writes tokens, lengths and counts; returns the number of records."""
-    pairs, label_ids = [], []
-    # Label -> its number of documents and number of bytes of text, in the order of `label_ids`.
-    counts = collections.defaultdict[str, np.ndarray](lambda: np.zeros(2, np.int64))
-    byte_counts, digest = np.zeros(256, np.int64), hashlib.sha256()
-    path = str(folder / corpus.RECORDS)
-    writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
-    for document in tqdm.tqdm(documents, f"tokenizing {name}", unit=" documents", disable=None):
-        try:
-            ids = tokenizer.encode(document.text)
-            text = tokenizers.encoded_text(tokenizer, document.text, ids)
-        except Exception as error:  # the libraries raise many types
-            beginning = f"{name}: {document.text[:40]!r} …"
-            raise ValueError(f"{beginning} cannot be tokenized ({error!r})") from error
-        ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]]).astype(np.uint32)
-        text_bytes = np.frombuffer(text.encode(), np.uint8)
-        byte_counts += np.bincount(text_bytes, minlength=256)
-        counts[document.label] += 1, len(text_bytes)
-        label_id = list(counts).index(document.label)
-        digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-        # Neighbouring records share a token: the last target of one is the first input of the next.
-        for start in range(0, len(ids) - 1, RECORD_TOKENS - 1):
-            record = ids[start : start + RECORD_TOKENS]
-            writer.write(record.tobytes())
-            pairs.append(len(record) - 1)
-            label_ids.append(label_id)
-    writer.close()
-    np.save(folder / "pairs.npy", np.array(pairs, np.int32))
-    np.save(folder / "label_ids.npy", np.array(label_ids, np.int32))
-    meta = {
-        "labels": list(counts),
-        "bytes_per_label": [int(num_bytes) for _, num_bytes in counts.values()],
-        "documents_per_label": [int(number) for number, _ in counts.values()],
-        "byte_counts": byte_counts.tolist(),
-        "digest": digest.hexdigest(),
-        "skipped": dict(skipped.by_reason),
+def prepare_folder(
+    text: Text,
+    output: pathlib.Path,
+    job: Job,
+    *,
+    workers: int = 1,
+    write_shards: Callable[[Text, pathlib.Path, Job, Sequence[str]], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Writes a prepared corpus for each split; goes on with what a killed process left.
+
+    `write_shards(text, output, job, splits)` writes all shards; by default, `workers` processes do.
+    A document of the training split that equals a held-out one is a duplicate, for a filter that
+    compares documents.
+
+    Returns: the manifests' facts by split, without a split that has no documents.
+    Raises: ValueError if the folder has something else, or if no text is left to train on.
+    """
+    sources.check(text.source)
+    made_of = {
+        "source": sources.fingerprint(text.source, text.cache / DATASETS),
+        "validation_fraction": text.validation_fraction,
+        "tokenizer": job.tokenizer.fingerprint,
+        "filters": list(job.specs),
+        "shard_bytes": job.shard_bytes,
+        "reading": text.reading.key,
     }
-    corpus.seal(folder, meta)
-    return len(pairs)
+    with contextlib.ExitStack() as held:
+        held.enter_context(_claimed(output, {"version": corpus.VERSION, **made_of}))
+        pool = held.enter_context(preparation.pool_of(job, workers))
+        seen = None
+        if write_shards:
+            write_shards(text, output, job, SPLITS)
+        elif job.chosen.compares:
+            seen = held.enter_context(contextlib.closing(duplicates.Seen(output / SEEN)))
+        for rank, split in enumerate(SPLITS):
+            folder = output / split
+            if (folder / corpus.MANIFEST).exists():
+                shards.remove_facts(folder)
+                continue
+            skipped = Skipped(text.reading.skip_damaged)
+            parts = (text.part(split, number, skipped) for number in range(text.num_parts()))
+            facts = preparation.prepare(
+                *(folder, () if write_shards else parts, pool),
+                name=f"{text.source} {split}",
+                made_of={**made_of, "split": split},
+                skipped=skipped,
+                seen=seen,
+                rank=rank,
+            )
+            if not facts.documents:
+                _refuse_or_remove(text, folder, split, facts)
+        if seen:
+            seen.remove()
+        if sources.fingerprint(text.source, text.cache / DATASETS) != made_of["source"]:
+            raise ValueError(f"--source={text.source} changed while it was read; begin anew")
+    found = [split for split in SPLITS if (output / split).exists()]
+    return {split: corpus.read_manifest(output / split) for split in found}
+
+
+def _refuse_or_remove(text: Text, folder: pathlib.Path, split: str, facts: shards.Facts) -> None:
+    if split == TRAIN:
+        reasons = ", ".join(f"{number:,} by {name}" for name, number in facts.dropped.items())
+        raise ValueError(
+            f"--source={text.source}: no documents are left to train on (dropped: "
+            f"{reasons or 'none'}); give more text or other filters"
+        )
+    files.remove_folder(folder)
+
+
+@contextlib.contextmanager
+def _claimed(output: pathlib.Path, plan: dict[str, Any]) -> Iterator[None]:
+    """Locks the folder against another process, and notes what it is to hold."""
+    if output.exists() and not (output.is_dir() and (output / PLAN).exists()):
+        if not output.is_dir() or any(output.iterdir()):
+            raise ValueError(f"--output={output} has something else; choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    lock = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--output={output}: another process is preparing it") from None
+        except OSError:  # a file system without locks
+            pass
+        if (output / PLAN).exists():
+            there = strict_json.read_object(output / PLAN)
+            if differing := [name for name in plan if there.get(name) != plan[name]]:
+                raise ValueError(
+                    f"--output={output} was begun with another {' and '.join(differing)}; choose "
+                    "another folder or remove it"
+                )
+        else:
+            files.write_text(output / PLAN, strict_json.text(plan, indent=1) + "\n")
+        yield
+    finally:
+        os.close(lock)
+
+
+def verify(output: pathlib.Path) -> Iterator[int]:
+    """Hashes all files of a prepared folder; yields the bytes of each.
+
+    Raises: DamagedError, with the name of a file that has changed.
+    """
+    for split in SPLITS:
+        if split == TRAIN or (output / split).exists():
+            yield from TokenizedCorpus.load(output / split).verify()

@@ -22,6 +22,8 @@ def array_record(
     """
     if (path.parent / "features.json").exists():
         raise ValueError(f"{path} belongs to a TFDS dataset; prepare it, and give tfds:NAME")
+    if (path.parent / "manifest.json").exists():
+        raise ValueError(f"{path} has tokens, no text; give prepared:{path.parent.parent}")
     reader, number, end = None, 0, 1
     while number < end:
         try:

@@ -4,8 +4,10 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from moe_jax.data import hub, text_files, tfds_source
+from moe_jax.data import hub, prepared, text_files, tfds_source
+from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import Document
 from moe_jax.data.policy import STRICT, Reading, Skipped
 
@@ -24,6 +26,9 @@ class Source:
     documents: Callable[..., Iterator[Document]]
     describe: Callable[[str, pathlib.Path], str] = lambda spec, data_dir: f"data.source={spec!r}"
     has_records: bool = False  # `documents` takes `reading` and `skipped`
+    # The source in parts that can be read alone: values of `part`, which `documents` takes.
+    parts: Callable[[str], list[Any]] = lambda spec: []
+    load: Callable[[str, str, str], TokenizedCorpus | None] = lambda spec, split, tokenizer: None
 
 
 def _of_files(
@@ -33,9 +38,9 @@ def _of_files(
 ) -> Source:
     """A source that consists of the files that `find` finds."""
 
-    def documents(spec, split, *, data_dir, **options):
+    def documents(spec, split, *, data_dir, part=slice(None), **options):
         del data_dir  # not needed: the files are read where they are
-        return text_files.documents(find(spec), split, **options)
+        return text_files.documents(find(spec)[part], split, **options)
 
     return Source(
         matches=matches,
@@ -44,6 +49,7 @@ def _of_files(
         documents=documents,
         describe=lambda spec, data_dir: text_files.describe(spec, find(spec)),
         has_records=True,
+        parts=lambda spec: text_files.parts(find(spec)),
     )
 
 
@@ -61,6 +67,14 @@ SOURCES = {
     "hub": _of_files(lambda spec: spec.startswith(hub.PREFIX), hub.check, hub.find),
     "tfds": _tfds(lambda spec: spec.startswith(tfds_source.PREFIX)),
     "embedded": _tfds(lambda spec: spec == "embedded"),
+    "prepared": Source(
+        matches=lambda spec: spec.startswith(prepared.PREFIX),
+        check=prepared.check,
+        fingerprint=lambda spec, data_dir: prepared.fingerprint(spec),
+        documents=lambda spec, split, **options: prepared.documents(spec),
+        describe=lambda spec, data_dir: prepared.describe(spec),
+        load=prepared.load,
+    ),
 }
 
 
@@ -81,6 +95,19 @@ def describe(spec: str, data_dir: pathlib.Path) -> str:
     return _source(spec).describe(spec, data_dir)
 
 
+def load(spec: str, split: str, tokenizer: str) -> TokenizedCorpus | None:
+    """The token records of a split, if the source has been tokenized; None if it is text.
+
+    Raises: ValueError if they were not made by the tokenizer with the fingerprint `tokenizer`.
+    """
+    return _source(spec).load(spec, split, tokenizer)
+
+
+def parts(spec: str) -> list[Any]:
+    """The parts of a source that can be read alone, in order: values of `part` for `documents`."""
+    return _source(spec).parts(spec) or [None]
+
+
 def documents(
     spec: str,
     split: str,
@@ -89,6 +116,7 @@ def documents(
     data_dir: pathlib.Path,
     reading: Reading = STRICT,
     skipped: Skipped | None = None,
+    part: Any = None,
 ) -> Iterator[Document]:
     """The documents of a split.
 
@@ -101,6 +129,7 @@ def documents(
       validation_fraction: the fraction held out from a source without splits of its own.
       reading: the fields that are read, and how many records may be skipped.
       skipped: counts them, by reason; by default, the count is lost.
+      part: one of `parts`; None is the whole source.
 
     Raises: ValueError, with file and line or record, for a record that cannot be used, or for the
       first one beyond `reading.skip_damaged`.
@@ -109,6 +138,7 @@ def documents(
     options: dict = {"validation_fraction": validation_fraction, "data_dir": data_dir}
     if source.has_records:
         options |= {"reading": reading, "skipped": skipped or Skipped(reading.skip_damaged)}
+    options |= {} if part is None else {"part": part}
     return source.documents(spec, split, **options)
 
 

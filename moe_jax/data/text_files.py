@@ -18,6 +18,7 @@ from moe_jax.data.policy import STRICT, Reading, Skipped, UnusableError
 from moe_jax.files import is_remote
 
 PART_CHARACTERS = 10_000
+GROUP_BYTES = 256 << 20
 TEST, DIVIDED = "test", "divided into train and validation"
 # The words in a file's name that decide its split: those of Hugging Face's datasets
 # (huggingface.co/docs/datasets/repository_structure), and a few more. The first match decides.
@@ -112,6 +113,17 @@ def _records(file: File, reading: Reading) -> "Records":
             while text.read(compressed.BUFFER_BYTES):
                 pass
     return READERS[_ending(file.path.name)](file, reading)
+
+
+def parts(files: list[File]) -> list[slice]:
+    """The files in groups of neighbours; each but the last has at least `GROUP_BYTES`."""
+    ends, size = [0], 0
+    for number, file in enumerate(files, start=1):
+        size += stored.size(file.path)
+        if size >= GROUP_BYTES or number == len(files):
+            ends.append(number)
+            size = 0
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
 def find(spec: str) -> list[File]:

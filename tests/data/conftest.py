@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.data import prepare
+from moe_jax.data import shards
 from tests.data.test_prepare import RECORD_TOKENS, RECORDS, open_corpus, write
 
 
@@ -10,7 +10,7 @@ from tests.data.test_prepare import RECORD_TOKENS, RECORDS, open_corpus, write
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "RECORD_TOKENS", RECORD_TOKENS)
+        patch.setattr(shards, "RECORD_TOKENS", RECORD_TOKENS)
         corpus = open_corpus(write(folder / "text.jsonl"), folder)
     assert len(corpus.pairs) > len(RECORDS)
     return corpus

@@ -57,7 +57,7 @@ def test_byte_unigram_bits_agree_with_entropies_by_hand(texts, bits, tmp_path):
 def test_a_cache_that_is_truncated_after_it_was_opened_is_called_damaged(keep, tmp_path):
     """Before that it is made anew: test_prepare.py."""
     corpus = open_corpus(write(tmp_path / "a.jsonl"), tmp_path)
-    path = corpus.folder / "tokens.array_record"
+    path = corpus.folder / "tokens-00000-00000.array_record"
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if keep == 0.5 else keep])
     with pytest.raises(
@@ -71,7 +71,7 @@ def test_a_flipped_bit_is_called_damage_or_lies_in_padding(tmp_path):
     source = write(tmp_path / "a.jsonl")
     corpus = open_corpus(source, tmp_path)
     expected = tokens_of(corpus)
-    path = corpus.folder / "tokens.array_record"
+    path = corpus.folder / "tokens-00000-00000.array_record"
     content = path.read_bytes()
     random = np.random.default_rng(0)
     damaged = 0
@@ -93,6 +93,8 @@ def test_records_of_another_text_are_called_damage(tmp_path):
     source = write(tmp_path / "a.jsonl")
     corpus = open_corpus(source, tmp_path)
     other = open_corpus(write(tmp_path / "b.jsonl", RECORDS[::-1]), tmp_path)
-    (other.folder / "tokens.array_record").rename(corpus.folder / "tokens.array_record")
+    (other.folder / "tokens-00000-00000.array_record").rename(
+        corpus.folder / "tokens-00000-00000.array_record"
+    )
     with pytest.raises(ValueError, match=r"is damaged \(record \d+\); delete the folder"):
         batches(open_corpus(source, tmp_path), 1)

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from moe_jax.data import prepare, tokenizer_training, tokenizers
+from moe_jax.data import preparation, prepare, tokenizer_training, tokenizers
 from moe_jax.data.cache import cache_folder
 
 BYTES = tokenizers.ByteTokenizer()
@@ -35,10 +35,10 @@ def tokens_of(corpus):
 def test_a_second_opening_tokenizes_nothing_wherever_the_text_lies(tmp_path, monkeypatch):
     first = open_corpus(write(tmp_path / "here" / "a.jsonl"), tmp_path)
 
-    def refuse(*arguments):
+    def refuse(*arguments, **how):
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(prepare, "_tokenize", refuse)
+    monkeypatch.setattr(preparation, "prepare", refuse)
     again = open_corpus(write(tmp_path / "moved" / "a.jsonl"), tmp_path)
     assert again.folder == first.folder
     assert tokens_of(again) == tokens_of(first)
@@ -103,14 +103,14 @@ def test_a_document_that_cannot_be_tokenized_is_named_by_its_beginning(tmp_path)
 
 def test_two_processes_that_tokenize_at_once_end_with_one_folder(tmp_path, monkeypatch):
     source = write(tmp_path / "a.jsonl")
-    tokenize = prepare._tokenize
+    make = preparation.prepare
 
-    def overtaken(*arguments):
-        monkeypatch.setattr(prepare, "_tokenize", tokenize)
+    def overtaken(*arguments, **how):
+        monkeypatch.setattr(preparation, "prepare", make)
         open_corpus(source, tmp_path)
-        return tokenize(*arguments)
+        return make(*arguments, **how)
 
-    monkeypatch.setattr(prepare, "_tokenize", overtaken)
+    monkeypatch.setattr(preparation, "prepare", overtaken)
     corpus = open_corpus(source, tmp_path)
     assert list((tmp_path / "tokens").iterdir()) == [corpus.folder]
     assert len(tokens_of(corpus)) == len(RECORDS)
@@ -154,10 +154,10 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_key_to_set(
     source, cache = write(tmp_path / "a.jsonl"), tmp_path
     if lacking == "room":
 
-        def no_room(*_):
+        def no_room(*_, **__):
             raise RuntimeError("write() failed: No space left on device")
 
-        monkeypatch.setattr(prepare, "_tokenize", no_room)
+        monkeypatch.setattr(preparation, "prepare", no_room)
     elif lacking == "home":
         cache = pathlib.Path("/proc/nope/.cache/moe_jax")
     else:

@@ -1,4 +1,4 @@
-"""The commands of docs/data.md for published corpora read files of their names and fields."""
+"""The commands of docs/published_corpora.md read files of the names and fields of the corpora."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from moe_jax.config.data import Data
 from moe_jax.data import policy, sources
 from tests.data.test_damaged_inputs import zstandard
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "published_corpora.md"
 C4 = {"url": "https://a.example", "timestamp": "2019-04-25T12:57:54Z"}
 DOLMA = {
     **{"id": "7", "added": "2023-04-01T00:00:00Z", "created": "2020-01-01T00:00:00Z"},

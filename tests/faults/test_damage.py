@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax import hf, tree
-from moe_jax.data import prepare
+from moe_jax.data import corpus, prepare
 from moe_jax.training import checkpoint
 from tests.data.test_prepare import open_corpus, tokens_of, write
 from tests.faults import runs
@@ -139,7 +139,7 @@ def test_a_file_of_a_checkpoint_that_is_deleted_halved_or_emptied_is_found_or_no
 
 # --------------------------------------------------------------------------------- the token cache
 
-CACHE = ("meta.json", "pairs.npy", "label_ids.npy", "tokens.array_record")
+CACHE = (corpus.MANIFEST, *corpus.ARRAYS, "tokens-00000-00000.array_record")
 
 
 @pytest.mark.parametrize("flips", [5, pytest.param(40, marks=LONG)])

@@ -182,7 +182,7 @@ TARGETS = {
         "tokenizer.model",
         tokenizer,
     ),
-    "manifest": (a_corpus, "meta.json", manifest),
+    "manifest": (a_corpus, "manifest.json", manifest),
     "metrics": (a_log, "metrics.jsonl", rows),
     "run": (a_run, "config.json", run_config),
     "description": (a_description, "meta.json", description),
