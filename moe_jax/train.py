@@ -7,6 +7,7 @@ import functools
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,12 +17,9 @@ from moe_jax import command_line, files, init, model, stores, strict_json, untru
 from moe_jax import config as configs
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
-from moe_jax.data import batches, prepare, sources, tokenizers
-from moe_jax.data.cache import DATASETS, cache_folder
-from moe_jax.data.corpus import TokenizedCorpus
-from moe_jax.data.packing import RowPlan
+from moe_jax.data import batches, tokenizers
+from moe_jax.data.cache import cache_folder
 from moe_jax.evaluation import evaluators
-from moe_jax.hf import folders
 from moe_jax.model.router import ROUTERS
 from moe_jax.ops import verify
 from moe_jax.parallel import distributed, sharding
@@ -41,6 +39,7 @@ from moe_jax.training import (
     pulse,
     saving,
     step,
+    texts,
 )
 from moe_jax.training.state import TrainState
 
@@ -89,28 +88,17 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
         backends.check(settings.training.log_to)
     evaluators.check(settings)
-    training, length = settings.training, settings.data.sequence_length
     # Runs of a sweep that differ only in the values of their parameters share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
     # mesh -----------------------------------------------------------------------------------
     mesh = meshes.make(vars(settings.mesh))
     on_mesh = functools.partial(meshes.under, mesh)
-    tx = optimizer.adamw(settings.optimizer, training.num_steps)
-    create_state = functools.partial(
-        TrainState.create,
-        optimizer=tx,
-        router_state=balance.initial(settings.model, settings.balance),
-        history=guards.history(settings.guards),
-    )
-    shapes = jax.eval_shape(
-        lambda: create_state(model.init(settings.model, jax.random.key(settings.seed)))
-    )
+    random = functools.partial(model.init, settings.model, jax.random.key(settings.seed))
     with checks.refusing():
-        abstract = sharding.abstract(shapes, mesh)
+        shapes = sharding.abstract(jax.eval_shape(random), mesh)
     with checks.refusing("config."):
-        optimizer.check_paths(settings.optimizer, shapes.params)
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        optimizer.check_paths(settings.optimizer, shapes)
 
     # kernels --------------------------------------------------------------------------------
     with checks.refusing("config.model: "):
@@ -122,13 +110,21 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
     # data -----------------------------------------------------------------------------------
     tokenizer = tokenizers.load(settings.data.tokenizer)
-    open_corpora = functools.partial(_open_corpora, settings, tokenizer, cache)
-    train_text, held_out = distributed.first_alone(open_corpora, configs.ConfigError)
-    digests = {"train": train_text.digest, "validation": held_out.digest}
+    open_text = functools.partial(texts.open_text, settings, tokenizer, cache)
     with checks.refusing():
-        distributed.check_equal("the text of config.data.source", json.dumps(digests))
+        text = distributed.first_alone(open_text, configs.ConfigError)
+        distributed.check_equal("the text of config.data.source", json.dumps(text.digests))
+    settings = texts.with_steps(settings, text)
+    training = settings.training
+    text, frozen, frozen_params = texts.with_reference(
+        *(settings, text, mesh, cache, frozen, frozen_params)
+    )
 
     # state ----------------------------------------------------------------------------------
+    tx = optimizer.adamw(settings.optimizer, training.num_steps)
+    create_state = _state_of(settings, tx)
+    abstract = sharding.abstract(jax.eval_shape(lambda: create_state(random())), mesh)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     named = environment.naming_differences(workdir, settings, checkpoint.Mismatch)
     with checks.refusing(), named:
         newest = distributed.of_first(checkpoint.newest_data(directory))
@@ -143,7 +139,9 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         start, state = restored.step, _with_history(restored.state, settings, state_shardings)
         with together():
             environment.check_step(start, settings)
-            changed = environment.changes_since(restored.config, restored.data, settings, digests)
+            changed = environment.changes_since(
+                *(restored.config, restored.data, settings, text.digests)
+            )
         distributed.say(f"going on from step {start}", *changed)
     with together():
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
@@ -156,9 +154,9 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
             checkpoint.set_aside_after(directory, at)
         configs.save_json(settings.config, workdir)
         init.keep_from_parents(settings, workdir)
-    text = batches.feed(
-        *(batches.batches, train_text),
-        RowPlan(train_text.pairs, sequence_length=length, seed=settings.seed),
+    fed = batches.feed(
+        *(batches.batches, text.records, text.plan),
+        columns=text.columns,
         sharding=jax.NamedSharding(mesh, sharding.BATCH),
         batch_size=training.batch_size,
         start_step=start,
@@ -173,9 +171,9 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
     # loop -----------------------------------------------------------------------------------
     routers = _routers_at_start(workdir, start, state.params, settings.model)
-    context = evaluators.Context(settings, mesh, held_out, tokenizer, routers)
+    context = evaluators.Context(settings, mesh, text.held_out, tokenizer, routers, text.pairs)
     saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"], owned)
-    kept |= {"text": digests, "versions": environment.versions()}
+    kept |= {"text": text.digests, "versions": environment.versions()}
     kept["resumed_from"] = settings.checkpoint.resume_from
 
     def save(at: int, state: TrainState, skipped: int) -> None:
@@ -207,7 +205,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
             largest=distributed.Largest(mesh),
             pulse=pulse.Pulse(settings.guards, workdir),
         )
-        state, results = loop.run(state, start, text, settings, parts, kept["skipped_steps"])
+        state, results = loop.run(state, start, fed, settings, parts, kept["skipped_steps"])
 
         # result -----------------------------------------------------------------------------
         result = _facts(settings, parts.costs, kept, began) | made_by | results
@@ -253,27 +251,6 @@ def _facts(settings: configs.Run, costs: flops.Costs, kept: dict, began: float) 
     }
 
 
-def _open_corpora(
-    settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
-) -> list[TokenizedCorpus]:
-    """The corpora for training and for evaluation."""
-    of_folder = any(folders.is_folder(source.folder) for source in settings.init.sources)
-    if settings.data.source == "embedded" and of_folder:
-        distributed.say("config.data.source='embedded' is software help; set it to your own text")
-    data = settings.data
-    with checks.refusing():
-        distributed.say(sources.describe(data.source, cache / DATASETS))
-        return [
-            prepare.open_corpus(
-                *(data.source, split, tokenizer),
-                validation_fraction=data.validation_fraction,
-                cache=cache,
-                max_line=data.max_line,
-            )
-            for split in ("train", "validation")
-        ]
-
-
 def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
     """The configs and the parameters, by name, of the models besides the trained one."""
     sources = objective.choose(settings.objective.name).frozen_models(settings.objective)
@@ -291,6 +268,16 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
                 f"one of {settings.model.vocab_size}"
             )
     return frozen, params
+
+
+def _state_of(settings: configs.Run, tx) -> Callable[[dict], TrainState]:
+    """A function from parameters to the state before the first step."""
+    return functools.partial(
+        TrainState.create,
+        optimizer=tx,
+        router_state=balance.initial(settings.model, settings.balance),
+        history=guards.history(settings.guards),
+    )
 
 
 def _first_state(settings: configs.Run, mesh: jax.sharding.Mesh, create) -> TrainState:

@@ -1,6 +1,7 @@
 """All settings of a run, with checks of each and of their combinations."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -37,11 +38,23 @@ class Run(Section, path=""):
     # The config that the settings come from; it is stored in the run's workdir and checkpoints.
     config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
 
+    def with_rows_per_epoch(self, rows: int) -> "Run":
+        """The settings with `training.num_steps` in place of `training.num_epochs`.
+
+        Raises: ConfigError for settings that do not fit the steps.
+        """
+        training = self.training
+        num_steps = math.ceil(training.num_epochs * rows / training.batch_size)
+        config = self.config.copy_and_resolve_references()
+        config.training.update(num_steps=num_steps, num_epochs=0.0)
+        resolved = dataclasses.replace(training, num_steps=num_steps, num_epochs=0.0)
+        return dataclasses.replace(self, training=resolved, config=config)
+
     def problems(self) -> Iterator[str]:
         with checks.refusing("config.data.sequence_length: "):
             self.model.check_rows(self.data.sequence_length)
         optimizer, num_steps = self.optimizer, self.training.num_steps
-        if optimizer.warmup_steps + optimizer.decay_steps > num_steps:
+        if num_steps and optimizer.warmup_steps + optimizer.decay_steps > num_steps:
             yield (
                 f"config.optimizer: warmup_steps={optimizer.warmup_steps} and "
                 f"decay_steps={optimizer.decay_steps} exceed training.num_steps={num_steps}"

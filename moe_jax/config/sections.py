@@ -253,6 +253,11 @@ class Distillation(Section, path="objective.distillation", needs=(TEACHER,)):
     )
     coefficient: float = key(0.0, "coefficient of the divergence from the teacher", NOT_NEGATIVE)
     temperature: float = key(1.0, "divisor of the logits of both model and teacher", POSITIVE)
+    cross_entropy_coefficient: float = key(
+        1.0,
+        "coefficient of the text's cross-entropy; 0 trains on the divergence alone",
+        NOT_NEGATIVE,
+    )
 
     def problems(self) -> Iterator[str]:
         if self.source and not self.coefficient:
@@ -260,11 +265,41 @@ class Distillation(Section, path="objective.distillation", needs=(TEACHER,)):
                 f"config.objective.distillation.source={self.source!r} teaches nothing "
                 "with a coefficient of 0; set objective.distillation.coefficient"
             )
+        if not self.cross_entropy_coefficient and not self.source:
+            yield (
+                "config.objective.distillation.cross_entropy_coefficient=0 leaves nothing to train "
+                "on without a teacher; set objective.distillation.source"
+            )
         if self.coefficient and not self.source:
             yield (
                 f"config.objective.distillation.coefficient={self.coefficient} needs "
                 "a teacher; set objective.distillation.source"
             )
+
+
+PAIRS = Need(lambda run: run.objective.name != "next_token", "config.objective.name='dpo'")
+SMOOTHED = Need(lambda run: run.objective.name == "cdpo", "config.objective.name='cdpo'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preference(Section, path="objective.preference", needs=(PAIRS,)):
+    """Settings of the losses on pairs of answers: `training.preferences.LOSSES`."""
+
+    reference: str = key(
+        "",
+        "reference model, usually the value of init.source: a run, RUN@STEP or a Hugging Face "
+        "folder",
+    )
+    reference_log_probs: str = key(
+        "cached",
+        "cached computes those of the reference once, before the first step, and keeps them in the "
+        "cache folder; frozen computes them in each step, with the reference in memory",
+        one_of("cached", "frozen"),
+    )
+    beta: float = key(0.1, "factor of an answer's log-ratio in its reward", POSITIVE)
+    label_smoothing: float = key(
+        0.0, "share of the pairs that are taken to be the wrong way round", SHARE, SMOOTHED
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,6 +309,7 @@ class Objective(Section, path="objective"):
         0.0, "coefficient of the z-loss on the output logits", NOT_NEGATIVE
     )
     distillation: Distillation = part(Distillation)
+    preference: Preference = part(Preference)
 
 
 WSD = Need(lambda run: run.optimizer.schedule == "wsd", "config.optimizer.schedule='wsd'")
@@ -331,7 +367,15 @@ class Optimizer(Section, path="optimizer"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(Section, path="training"):
-    num_steps: int = key(1000, "number of updates of the parameters", POSITIVE)
+    num_steps: int = key(
+        1000, "number of updates of the parameters; 0 if num_epochs is set", NOT_NEGATIVE
+    )
+    num_epochs: float = key(
+        0.0,
+        "passes over the text, in place of num_steps, which is set to them, rounded up, when the "
+        "text is known",
+        NOT_NEGATIVE,
+    )
     stop_step: int = key(
         0, "step to stop at, on the schedule of num_steps; 0 means num_steps", NOT_NEGATIVE
     )
@@ -355,7 +399,12 @@ class Training(Section, path="training"):
                 f"config.training.batch_size={self.batch_size} is not divisible by "
                 f"accumulation_steps={self.accumulation_steps}; use a multiple of it"
             )
-        if self.stop_step > self.num_steps:
+        if bool(self.num_steps) == bool(self.num_epochs):
+            yield (
+                f"config.training.num_steps={self.num_steps} and num_epochs={self.num_epochs}: set "
+                "exactly one of them to more than 0"
+            )
+        if self.num_steps and self.stop_step > self.num_steps:
             yield (
                 f"config.training.stop_step={self.stop_step} is beyond num_steps={self.num_steps}; "
                 "lower it, or raise num_steps"

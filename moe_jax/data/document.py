@@ -14,6 +14,15 @@ FIELDS = ("text", *LABELS, *KEYS)  # the fields of a record that are read; all b
 
 
 @dataclasses.dataclass(frozen=True)
+class Preference:
+    """A prompt with a preferred and a rejected answer; None for the one that nobody wrote."""
+
+    prompt: str
+    chosen: str | None
+    rejected: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Document:
     """A text and its labels."""
 
@@ -23,6 +32,7 @@ class Document:
     messages: tuple[Mapping[str, str], ...] | None = None
     weights: tuple[float, ...] | None = None  # the loss weight of each message
     labels: Mapping[str, str] | None = None  # further labels by kind, such as {"domain": "code"}
+    preference: Preference | None = None  # `text` is then its prompt and an answer
 
 
 def is_held_out(key: str, fraction: float) -> bool:
@@ -57,25 +67,46 @@ def from_json(line: str) -> tuple[str, Document]:
         record = json.loads(line)
     except ValueError:
         record = None
-    if not isinstance(record, dict) or "text" not in record:
-        raise ValueError(' is not a JSON object with "text"')
+    if not isinstance(record, dict) or not ({"text", "prompt"} & record.keys()):
+        raise ValueError(' is not a JSON object with "text", or with "prompt" and answers')
     return from_record(record)
 
 
 def from_record(record: Mapping[str, Any]) -> tuple[str, Document]:
-    """The key and the document of a record with the fields `FIELDS`.
+    """The key and the document of a record with the fields `FIELDS`, or of a preference.
 
-    The key, by which a document is held out, is `doc`, or else `id`, or else the text.
+    A preference has no `text` but the strings `prompt`, `chosen` and `rejected`, or `prompt`,
+    `completion` and a `label`, which is true for a good completion. The key, by which a document is
+    held out, is `doc`, or else `id`, or else the text; for a preference the prompt, so that no
+    prompt is in both splits.
 
     Raises: ValueError for a text that is no string or that UTF-8 cannot encode.
     """
+    preference = None if "text" in record else _preference(record)
+    if preference:
+        answer = preference.rejected if preference.chosen is None else preference.chosen
+        record = {**record, "text": preference.prompt + str(answer)}
     text = record["text"]
     if not isinstance(text, str):
         raise ValueError(': "text" is not a string')
     label = str(record.get("language") or record.get("lang") or "all")
-    key = str(next((record[k] for k in KEYS if record.get(k) not in (None, "")), text))
+    whole = preference.prompt if preference else text
+    key = str(next((record[k] for k in KEYS if record.get(k) not in (None, "")), whole))
     try:
-        f"{key}{label}{text}".encode()
+        f"{key}{label}{text}{record.get('rejected')}".encode()
     except UnicodeEncodeError:  # JSON escapes can express surrogates, which UTF-8 cannot encode
         raise ValueError(" has half a surrogate pair") from None
-    return key, Document(text, label)
+    return key, Document(text, label, preference=preference)
+
+
+def _preference(record: Mapping[str, Any]) -> Preference:
+    names = ("chosen", "rejected") if "chosen" in record else ("completion",)
+    for name in ("prompt", *names):
+        if not isinstance(record.get(name), str):
+            raise ValueError(f': "{name}" of a preference is not a string')
+    if len(names) == 2:
+        return Preference(record["prompt"], record["chosen"], record["rejected"])
+    if not isinstance(label := record.get("label"), bool):
+        raise ValueError(': "label" of a completion is neither true nor false')
+    answers = (record["completion"], None) if label else (None, record["completion"])
+    return Preference(record["prompt"], *answers)
