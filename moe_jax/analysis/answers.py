@@ -8,6 +8,7 @@ reference model (Rafailov et al., arXiv 2305.18290, section 4, without the const
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ class Measure:
     unit: str
     over: str
     value: Callable[[Answers, float], jax.Array]
-    in_results: bool = True  # a column of results.csv
+    title: str  # of its panel in a report
 
 
 def reward_margin(answers: Answers, beta: float) -> jax.Array:
@@ -110,17 +111,33 @@ def reference_kl(answers: Answers, beta: float) -> jax.Array:
     return answers.square_BPK / 2
 
 
+def chosen_log_prob(answers: Answers, beta: float) -> jax.Array:
+    return answers.log_prob_BPK[..., CHOSEN]
+
+
+def rejected_log_prob(answers: Answers, beta: float) -> jax.Array:
+    return answers.log_prob_BPK[..., REJECTED]
+
+
 MEASURES: dict[str, Measure] = {
-    "reward_margin": Measure("nats", "pairs", reward_margin),
-    "preference_accuracy": Measure("share of pairs", "pairs", accuracy),
-    "reference_kl": Measure("nats per token", "tokens", reference_kl),
+    "reward_margin": Measure("nats", "pairs", reward_margin, "Reward margin"),
+    "preference_accuracy": Measure("share of pairs", "pairs", accuracy, "Pairs in the right order"),
+    "reference_kl": Measure("nats per token", "tokens", reference_kl, "Distance to the reference"),
     "chosen_log_prob": Measure(
-        "nats per answer", "chosen", lambda answers, beta: answers.log_prob_BPK[..., CHOSEN]
+        "nats per answer", "chosen", chosen_log_prob, "Log-probability of chosen answers"
     ),
     "rejected_log_prob": Measure(
-        "nats per answer", "rejected", lambda answers, beta: answers.log_prob_BPK[..., REJECTED]
+        "nats per answer", "rejected", rejected_log_prob, "Log-probability of rejected answers"
     ),
 }
+
+
+def columns(result: Mapping[str, Any]) -> dict[str, float | str]:
+    """The columns of results.csv from a result.json; "" for what a run does not measure."""
+    kept = result.get("preferences")
+    values = kept if isinstance(kept, dict) else {}
+    numbers = {name: values.get(name) for name in MEASURES}
+    return {n: value if isinstance(value, int | float) else "" for n, value in numbers.items()}
 
 
 def measured(

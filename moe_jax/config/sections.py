@@ -64,7 +64,10 @@ def parents_in(text: str) -> tuple[str, ...]:
 
 
 GIVEN = Need(
-    lambda run: bool(run.init.source or run.objective.distillation.source), "config.init.source"
+    lambda run: bool(
+        run.init.source or run.objective.distillation.source or run.objective.preference.reference
+    ),
+    "config.init.source",
 )
 
 

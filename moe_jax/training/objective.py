@@ -184,6 +184,22 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+def batch_shapes(run: configs.Run, make: Callable) -> Batch:
+    """`make(shape, dtype)` for each array of a run's batch.
+
+    Raises: ConfigError for a run whose step needs a frozen model.
+    """
+    row, section = choose(run.objective.name), run.objective
+    cached = row.pairs and section.preference.reference_log_probs == "cached"
+    for name in () if cached else row.frozen_models(section):
+        raise configs.ConfigError(
+            f"a dry run has no {name} model; leave it out of config.objective, or cache its "
+            "log-probabilities by objective.preference.reference_log_probs='cached'"
+        )
+    size = run.training.batch_size, run.data.sequence_length
+    return Batch.of_shape(size, make, reference=cached)
+
+
 def choose(name: str) -> Objective:
     """Raises: ConfigError for a name that is not in the table."""
     if name not in OBJECTIVES:
