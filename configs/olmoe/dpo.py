@@ -3,11 +3,11 @@
     python scripts/train.py --config=configs/olmoe/dpo.py --workdir=runs/olmoe-1b-7b-dpo \\
         --config.init.source=runs/olmoe-1b-7b-sft --config.data.source="pairs/*.jsonl"
 
-arXiv 2409.02060, section 2 and appendix: 3 epochs at 5e-7 with beta 0.1. The load-balancing loss is
-off, which gave 57.7 on average against 57.1 with it (--config.balance.load_balancing_coefficient=
-0.01). A line of data.source is {"prompt": ..., "chosen": ..., "rejected": ...} (docs/adaptation.md);
-the paper's 61 k pairs (UltraFeedback, binarised) are not part of this repository. A row holds one
-pair, so the batch is 32 pairs. The router is trained; optimizer.frozen="moe/router" keeps it.
+arXiv 2409.02060: 3 epochs at 5e-7 with beta 0.1. The load-balancing loss is off, which gave 57.7 on
+average against 57.1 with it (--config.balance.load_balancing_coefficient=0.01). docs/adaptation.md
+says what a line of data.source is; the 61 k pairs of the paper (UltraFeedback) are not in this
+repository. A row holds one pair, so the batch is 32 pairs. The router is trained;
+--config.optimizer.frozen=moe/router keeps it.
 
 Differs from the authors' program: the learning rate falls to 0 by a cosine instead of linearly,
 with a warmup of 570 steps, a tenth of those of 61 k pairs.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import checks, monitoring, sections
+from moe_jax.config import checks, monitoring, objectives, sections
 from moe_jax.config.section import Section, key, part
 from moe_jax.model.config import ModelConfig
 from moe_jax.model.router import ROUTERS
@@ -31,7 +31,7 @@ class Run(Section, path=""):
     optimizer: sections.Optimizer = part(sections.Optimizer)
     training: sections.Training = part(sections.Training)
     balance: sections.Balance = part(sections.Balance)
-    objective: sections.Objective = part(sections.Objective)
+    objective: objectives.Objective = part(objectives.Objective)
     evaluation: monitoring.Evaluation = part(monitoring.Evaluation)
     checkpoint: monitoring.Checkpoint = part(monitoring.Checkpoint)
     guards: monitoring.Guards = part(monitoring.Guards)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.analysis import answers
-from moe_jax.config.sections import Preference
+from moe_jax.config.objectives import Preference
 
 
 @dataclasses.dataclass(frozen=True)

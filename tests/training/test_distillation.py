@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_jax import config as configs
 from moe_jax import model
-from moe_jax.config.sections import Distillation
+from moe_jax.config.objectives import Distillation
 from moe_jax.data.batches import Batch
 from moe_jax.model import transformer
 from moe_jax.ops import cross_entropy

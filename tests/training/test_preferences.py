@@ -14,10 +14,11 @@ import pytest
 from moe_jax import config as configs
 from moe_jax import model, stores, train
 from moe_jax.analysis import answers
-from moe_jax.config.sections import Preference
+from moe_jax.config.objectives import Preference
+from moe_jax.data import document, preferences, tokenizers
 from moe_jax.data.batches import Batch
 from moe_jax.parallel import mesh as meshes
-from moe_jax.training import metrics, objective, optimizer, step
+from moe_jax.training import metrics, objective, optimizer, reference, step
 from moe_jax.training.preferences import LOSSES
 from moe_jax.training.state import RouterState, TrainState
 
@@ -298,36 +299,72 @@ def run(tmp_path_factory):
     return config
 
 
-def test_a_run_prefers_and_its_cached_reference_is_the_frozen_one(run, tmp_path, capsys):
-    cached = train.run(configs.resolve(run), tmp_path / "cached")
-    first = metrics.read(tmp_path / "cached" / "metrics.jsonl")
-    again, said = run.copy_and_resolve_references(), capsys.readouterr().err
-    again.objective.preference.reference_log_probs = "frozen"
-    frozen = train.run(configs.resolve(again), tmp_path / "frozen")
-    second = metrics.read(tmp_path / "frozen" / "metrics.jsonl")
-    assert said.count("computing the reference's") == 2  # of the text and the held-out pairs
-    assert "computing the reference's" not in capsys.readouterr().err
-    training, held_out = (
-        [row for row in first if key in row] for key in ("gradient_norm", "preferences")
-    )
+def rows_of(workdir, key):
+    return [row for row in metrics.read(workdir / "metrics.jsonl") if key in row]
+
+
+def test_a_run_comes_to_prefer_what_is_chosen(run, tmp_path, capsys):
+    result = train.run(configs.resolve(run), tmp_path)
+    said = capsys.readouterr().err
     [number] = re.findall(r"train pairs: (\d+), prompts cut: 0, left out: 0", said)
     steps = -(-5 * int(number) // 16)
-    assert cached["steps"] == steps == len(training)
-    assert f"is training.num_steps={steps}" in said
-    names = (*answers.MEASURES, "loss", "gradient_norm")
-    twin = [row for row in second if "gradient_norm" in row]
-    for a, b in zip(training, twin, strict=True):
-        ours, theirs = ([row[name] for name in names] for row in (a, b))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-12)
-    assert frozen["preferences"] == pytest.approx(cached["preferences"], rel=1e-6)
+    training, held_out = (rows_of(tmp_path, key) for key in ("gradient_norm", "preferences"))
+    assert result["steps"] == steps == len(training)
+    assert f"training.num_epochs=2.5 of {number} rows is training.num_steps={steps}" in said
+    assert configs.load_json(tmp_path).training.num_steps == steps
     # It begins as its reference.
     np.testing.assert_allclose(training[0]["loss"], np.log(2), rtol=1e-6)
-    assert training[0]["reference_kl"] < 1e-9 and held_out[0]["preferences"]["reward_margin"] == 0
+    assert training[0]["reference_kl"] < 1e-9
     begin, *_, end = (row["preferences"] for row in held_out)
     assert begin["preference_accuracy"] == 0 and end["preference_accuracy"] == 1
     assert end["chosen_log_prob"] > begin["chosen_log_prob"]
-    assert end == cached["preferences"]
-    assert configs.load_json(tmp_path / "cached").training.num_steps == steps
+    assert end == result["preferences"]
+
+
+def test_the_cached_log_probs_are_the_reference_models(run, tmp_path):
+    mesh = meshes.make({"fsdp": 8})
+    config, params = stores.load(pathlib.Path(run.init.source), mesh)
+    text = pathlib.Path(run.data.source).read_text()
+    lines = [document.from_json(line)[1] for line in text.splitlines()[:6]]
+    pairs = preferences.of_documents(lines, tokenizers.load("bytes"), 48)
+    how = {"cache": tmp_path, "sequence_length": 48, "batch_size": 8}
+    made = reference.with_reference(pairs, config, params, mesh, **how)
+    for record in range(len(pairs.pairs)):
+        tokens, at = pairs.tokens(record), int(pairs.answers_R[record])
+        padded = jnp.asarray(np.pad(tokens, (0, 48 - len(tokens))))[None]
+        log_p = jax.nn.log_softmax(jitted_apply(params, padded, config))[0]
+        by_hand = log_p[np.arange(at - 1, len(tokens) - 1), tokens[at:]]
+        np.testing.assert_allclose(made.reference(record)[at - 1 :], by_hand, atol=2e-6)
+        assert not made.reference(record)[: at - 1].any()
+    [path] = (tmp_path / "references").iterdir()
+    np.save(path, made.reference_X - 1)  # the file is read, unless the model or the pairs changed
+    again = reference.with_reference(pairs, config, params, mesh, **how)
+    np.testing.assert_array_equal(again.reference_X, made.reference_X - 1)
+    other = jax.tree.map(lambda x: x * 1.5, params)
+    changed = reference.with_reference(pairs, config, other, mesh, **how)
+    assert np.abs(changed.reference_X - made.reference_X).max() > 1e-3
+    path.write_bytes(path.read_bytes()[:-9])  # a damaged file is not read
+    mended = reference.with_reference(pairs, config, params, mesh, **how)
+    np.testing.assert_array_equal(mended.reference_X, made.reference_X)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def jitted_apply(params, tokens_BT, config):
+    return model.apply(params, tokens_BT, config).logits_BTV
+
+
+@pytest.mark.long
+def test_a_run_with_a_frozen_reference_has_the_numbers_of_one_with_a_cached_one(run, tmp_path):
+    frozen = run.copy_and_resolve_references()
+    frozen.objective.preference.reference_log_probs = "frozen"
+    names = (*answers.MEASURES, "loss", "gradient_norm")
+    found = []
+    for name, config in (("cached", run), ("frozen", frozen)):
+        result = train.run(configs.resolve(config), tmp_path / name)
+        rows = rows_of(tmp_path / name, "gradient_norm")
+        found.append([[row[n] for n in names] for row in rows])
+        found[-1].append([*result["preferences"].values(), 0.0])
+    np.testing.assert_allclose(*found, rtol=1e-6, atol=1e-12)
 
 
 REFUSED = {
