@@ -9,7 +9,7 @@ says what a line of data.source is; the 61 k pairs of the paper (UltraFeedback) 
 repository. A row holds one pair, so the batch is 32 pairs. The router is trained;
 --config.optimizer.frozen=moe/router keeps it.
 
-Differs from the authors' program: the learning rate falls to 0 by a cosine instead of linearly,
+Differs from the paper: the schedule falls to 0 by a cosine instead of linearly,
 with a warmup of 570 steps, a tenth of those of 61 k pairs.
 """
 
