@@ -106,7 +106,8 @@ def preference(context: Context, row: preferences.Loss) -> Loss:
     router_losses = _router_losses(context)
 
     def forward(params, microbatch, key):
-        """The final norm's output, the statistics, and the sums over answers of token losses."""
+        """The final norm's output, the routers' statistics, the tokens' losses and their
+        log-probabilities under the reference."""
         x_BTD, stats = hidden_states(params, microbatch, key, run.model)
         reference_BT = _reference_log_probs(context, microbatch)
         nats_BT = token_losses(params, x_BTD, microbatch)
@@ -116,7 +117,7 @@ def preference(context: Context, row: preferences.Loss) -> Loss:
         *_, nats_BT, reference_BT = forward(context.params, microbatch, key)
         return jnp.sum(answers.sums(-nats_BT, reference_BT, microbatch).log_ratio_BPK)
 
-    # One more forward pass: the mean is over the whole batch.
+    # One more forward pass if there are several microbatches: the mean is over the whole batch.
     baseline = context.over_microbatches(log_ratios) if row.baseline else jnp.zeros(())
     baseline = jax.lax.stop_gradient(baseline) / jnp.maximum(number["answers"], 1)
 

@@ -66,7 +66,7 @@ def prospect(ratio_BPK: jax.Array, baseline: jax.Array, settings: Preference) ->
 
     Both kinds of answers have weight 1. The paper estimates z, the divergence from the reference,
     from answers to other prompts; here it is the mean log-ratio of the batch's own answers, if that
-    is positive, which needs no further forward pass.
+    is positive.
     """
     sign_K = jnp.array([1.0, -1.0])
     return 1 - jax.nn.sigmoid(sign_K * settings.beta * (ratio_BPK - jnp.maximum(baseline, 0)))
