@@ -157,6 +157,7 @@ def test_loss_gradient_and_measures_are_those_of_trl(name, monkeypatch):
             np.testing.assert_allclose(found.terms[key], expected, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_step_of_dpo_is_that_of_numpy():
     pairs = random_pairs(8)
     batch = batch_of([[pair] for pair in pairs])
@@ -206,6 +207,7 @@ def test_a_step_of_dpo_is_that_of_numpy():
         np.testing.assert_allclose(x + update, y, atol=2e-4)
 
 
+@pytest.mark.long
 def test_a_step_is_the_same_accumulated_with_a_mean_over_the_whole_batch():
     """KTO's baseline and the balance loss are both of the whole batch."""
     batch, reference = batch_of([[pair] for pair in random_pairs(16)]), parameters(1)
