@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from moe_jax import config as configs
 from moe_jax import files, spelling, stopping, strict_json, untrusted
-from moe_jax.analysis import measures
+from moe_jax.analysis import answers, measures
 from moe_jax.config import checks, program
 from moe_jax.model.config import ModelConfig
 
@@ -260,12 +260,12 @@ def write_results(
     """Writes one row per run; the numbers of an unfinished run are empty."""
     with files.whole_file(path) as unfinished, open(unfinished, "w", newline="") as file:
         rows = csv.writer(file)
-        columns = (*RESULT_COLUMNS, *measures.columns({}))
+        columns = (*RESULT_COLUMNS, *measures.columns({}), *answers.columns({}))
         rows.writerow(["name", "run_id", "status", *columns, "workdir", "error"])
         for run in runs:
             result = run.result or {}
             values = [result.get(column, "") for column in RESULT_COLUMNS]
-            values += measures.columns(result).values()
+            values += [*measures.columns(result).values(), *answers.columns(result).values()]
             error = errors.get(run.name, "")
             rows.writerow([run.name, run.run_id, status[run.name], *values, run.workdir, error])
 

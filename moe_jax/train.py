@@ -6,6 +6,7 @@ import fcntl
 import functools
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,28 +87,17 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         environment.validate_environment(settings, jax.device_count(), goes_on=goes_on)
         backends.check(settings.training.log_to)
     evaluators.check(settings)
-    training = settings.training
     # Runs of a sweep that differ only in the values of their parameters share one compilation.
     jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
     # mesh -----------------------------------------------------------------------------------
     mesh = meshes.make(vars(settings.mesh))
     on_mesh = functools.partial(meshes.under, mesh)
-    tx = optimizer.adamw(settings.optimizer, training.num_steps)
-    create_state = functools.partial(
-        TrainState.create,
-        optimizer=tx,
-        router_state=balance.initial(settings.model, settings.balance),
-        history=guards.history(settings.guards),
-    )
-    shapes = jax.eval_shape(
-        lambda: create_state(model.init(settings.model, jax.random.key(settings.seed)))
-    )
+    random = functools.partial(model.init, settings.model, jax.random.key(settings.seed))
     with checks.refusing():
-        abstract = sharding.abstract(shapes, mesh)
+        shapes = sharding.abstract(jax.eval_shape(random), mesh)
     with checks.refusing("config."):
-        optimizer.check_paths(settings.optimizer, shapes.params)
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        optimizer.check_paths(settings.optimizer, shapes)
 
     # kernels --------------------------------------------------------------------------------
     with checks.refusing("config.model: "):
@@ -120,11 +110,20 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     # data -----------------------------------------------------------------------------------
     tokenizer = tokenizers.load(settings.data.tokenizer)
     open_text = functools.partial(texts.open_text, settings, tokenizer, cache)
-    text = distributed.first_alone(open_text, configs.ConfigError)
     with checks.refusing():
+        text = distributed.first_alone(open_text, configs.ConfigError)
         distributed.check_equal("the text of config.data", text.facts)
+    settings = texts.with_steps(settings, text)
+    training = settings.training
+    text, frozen, frozen_params = texts.with_reference(
+        *(settings, text, mesh, cache, frozen, frozen_params)
+    )
 
     # state ----------------------------------------------------------------------------------
+    tx = optimizer.adamw(settings.optimizer, training.num_steps)
+    create_state = _state_of(settings, tx)
+    abstract = sharding.abstract(jax.eval_shape(lambda: create_state(random())), mesh)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     named = environment.naming_differences(workdir, settings, checkpoint.Mismatch)
     with checks.refusing(), named:
         newest = distributed.of_first(checkpoint.newest_data(directory))
@@ -154,7 +153,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
             checkpoint.set_aside_after(directory, at)
         configs.save_json(settings.config, workdir)
         init.keep_from_parents(settings, workdir)
-    fed = _feed(settings, mesh, text.train, rows.plan, start, kept["left_out"])
+    fed = _feed(settings, mesh, text, rows.plan, start, kept["left_out"])
 
     # step -----------------------------------------------------------------------------------
     compiled = step.jitted(settings, tx, state_shardings, mesh, frozen)
@@ -165,7 +164,9 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     # loop -----------------------------------------------------------------------------------
     routers = _routers_at_start(workdir, start, state.params, settings.model)
     parent = functools.partial(init.dense_parent, settings, mesh, kept["lineage"]["parents"])
-    context = evaluators.Context(settings, mesh, text.held_out, tokenizer, routers, parent)
+    context = evaluators.Context(
+        *(settings, mesh, text.held_out, tokenizer, routers, parent, text.pairs)
+    )
     saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"], owned)
     kept |= {"text": text.digests, "mixture": rows.to_json(), "versions": environment.versions()}
     kept["skipped_records"] = text.skipped
@@ -256,11 +257,12 @@ def _facts(settings: configs.Run, costs: flops.Costs, kept: dict, began: float) 
     }
 
 
-def _feed(settings: configs.Run, mesh: jax.sharding.Mesh, corpus, plan, start: int, left_out):
+def _feed(settings: configs.Run, mesh: jax.sharding.Mesh, text: texts.Text, plan, start, left_out):
     """The batches from step `start` on, on the devices of the mesh."""
     data = settings.data
     return batches.feed(
-        *(batches.batches, corpus, plan),
+        *(batches.batches, text.train, plan),
+        columns=text.columns,
         sharding=jax.NamedSharding(mesh, sharding.BATCH),
         batch_size=settings.training.batch_size,
         start_step=start,
@@ -288,6 +290,16 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
                 f"one of {settings.model.vocab_size}"
             )
     return frozen, params
+
+
+def _state_of(settings: configs.Run, tx) -> Callable[[dict], TrainState]:
+    """A function from parameters to the state before the first step."""
+    return functools.partial(
+        TrainState.create,
+        optimizer=tx,
+        router_state=balance.initial(settings.model, settings.balance),
+        history=guards.history(settings.guards),
+    )
 
 
 def _first_state(settings: configs.Run, mesh: jax.sharding.Mesh, create) -> TrainState:

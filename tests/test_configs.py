@@ -13,11 +13,10 @@ import pytest
 
 from moe_jax import config as configs
 from moe_jax import model
-from moe_jax.data.batches import Batch
 from moe_jax.model.routing import RouterStats
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
-from moe_jax.training import balance, optimizer, step
+from moe_jax.training import balance, objective, optimizer, step
 from moe_jax.training.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -156,9 +155,9 @@ def test_a_config_is_valid_and_its_train_step_fits_a_mesh(case):
         )
     )
     state = sharding.abstract(shapes, mesh)
-    size = (settings.training.batch_size, settings.data.sequence_length)
     on_batch = jax.NamedSharding(mesh, sharding.BATCH)
-    batch = Batch.of_shape(size, functools.partial(jax.ShapeDtypeStruct, sharding=on_batch))
+    leaf = functools.partial(jax.ShapeDtypeStruct, sharding=on_batch)
+    batch = objective.batch_shapes(settings, leaf)
     with jax.set_mesh(mesh):
         train_step = step.make_train_step(settings, tx)
         new, metrics = jax.eval_shape(train_step, state, batch)
@@ -172,7 +171,8 @@ def test_every_published_preset_has_a_valid_config_and_every_parent_one_too():
         configs.resolve(config)
     assert sorted({c.model.preset for c in loaded}) == sorted(set(model.PRESETS) - WITHOUT_CONFIG)
     workdirs = {f"runs/{config.model.preset}" for config in loaded}
-    assert {config.init.source for config in loaded} - {"", "path/to/llama-2-7b"} <= workdirs
+    workdirs |= {"", "path/to/llama-2-7b", "runs/olmoe-1b-7b-sft"}
+    assert {config.init.source for config in loaded} <= workdirs
 
 
 def test_an_upcycled_model_sees_the_text_in_another_order_than_its_parent():

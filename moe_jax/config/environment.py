@@ -35,8 +35,11 @@ def validate_environment(run: Run, num_devices: int, *, goes_on: bool = False) -
     """
     validate_mesh(run, num_devices)
     named = [("init.source", source) for source in run.init.sources if not goes_on]
-    if teacher := run.objective.distillation.source:
-        named.append(("objective.distillation.source", source_of(teacher)))
+    for key, source in {
+        "objective.distillation.source": run.objective.distillation.source,
+        "objective.preference.reference": run.objective.preference.reference,
+    }.items():
+        named += [(key, source_of(source))] if source else []
     for key, model in named:
         with refusing(f"config.{key}={str(model)!r}: "):
             model.check()

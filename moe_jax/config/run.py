@@ -1,12 +1,13 @@
 """All settings of a run, with checks of each and of their combinations."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from moe_jax.config import checks, monitoring, sections
+from moe_jax.config import checks, monitoring, objectives, sections
 from moe_jax.config.data import Data
 from moe_jax.config.section import Section, key, part
 from moe_jax.model.config import ModelConfig
@@ -31,18 +32,30 @@ class Run(Section, path=""):
     optimizer: sections.Optimizer = part(sections.Optimizer)
     training: sections.Training = part(sections.Training)
     balance: sections.Balance = part(sections.Balance)
-    objective: sections.Objective = part(sections.Objective)
+    objective: objectives.Objective = part(objectives.Objective)
     evaluation: monitoring.Evaluation = part(monitoring.Evaluation)
     checkpoint: monitoring.Checkpoint = part(monitoring.Checkpoint)
     guards: monitoring.Guards = part(monitoring.Guards)
     # The config that the settings come from; it is stored in the run's workdir and checkpoints.
     config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
 
+    def with_rows_per_epoch(self, rows: int) -> "Run":
+        """The settings with `training.num_steps` in place of `training.num_epochs`.
+
+        Raises: ConfigError for settings that do not fit the steps.
+        """
+        training = self.training
+        num_steps = math.ceil(training.num_epochs * rows / training.batch_size)
+        config = self.config.copy_and_resolve_references()
+        config.training.update(num_steps=num_steps, num_epochs=0.0)
+        resolved = dataclasses.replace(training, num_steps=num_steps, num_epochs=0.0)
+        return dataclasses.replace(self, training=resolved, config=config)
+
     def problems(self) -> Iterator[str]:
         with checks.refusing("config.data.sequence_length: "):
             self.model.check_rows(self.data.sequence_length)
         optimizer, num_steps = self.optimizer, self.training.num_steps
-        if optimizer.warmup_steps + optimizer.decay_steps > num_steps:
+        if num_steps and optimizer.warmup_steps + optimizer.decay_steps > num_steps:
             yield (
                 f"config.optimizer: warmup_steps={optimizer.warmup_steps} and "
                 f"decay_steps={optimizer.decay_steps} exceed training.num_steps={num_steps}"

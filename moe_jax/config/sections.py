@@ -64,7 +64,10 @@ def parents_in(text: str) -> tuple[str, ...]:
 
 
 GIVEN = Need(
-    lambda run: bool(run.init.source or run.objective.distillation.source), "config.init.source"
+    lambda run: bool(
+        run.init.source or run.objective.distillation.source or run.objective.preference.reference
+    ),
+    "config.init.source",
 )
 
 
@@ -199,41 +202,6 @@ class Balance(Section, path="balance", needs=(SPARSE, ROUTED)):
             )
 
 
-TEACHER = Need(
-    lambda run: bool(run.objective.distillation.source), "config.objective.distillation.source"
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Distillation(Section, path="objective.distillation", needs=(TEACHER,)):
-    source: str = key(
-        "", "teacher with the same vocabulary: a run, RUN@STEP or a Hugging Face folder"
-    )
-    coefficient: float = key(0.0, "coefficient of the divergence from the teacher", NOT_NEGATIVE)
-    temperature: float = key(1.0, "divisor of the logits of both model and teacher", POSITIVE)
-
-    def problems(self) -> Iterator[str]:
-        if self.source and not self.coefficient:
-            yield (
-                f"config.objective.distillation.source={self.source!r} teaches nothing "
-                "with a coefficient of 0; set objective.distillation.coefficient"
-            )
-        if self.coefficient and not self.source:
-            yield (
-                f"config.objective.distillation.coefficient={self.coefficient} needs "
-                "a teacher; set objective.distillation.source"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Objective(Section, path="objective"):
-    name: str = key("next_token", "name of the loss that is minimised")
-    logit_z_coefficient: float = key(
-        0.0, "coefficient of the z-loss on the output logits", NOT_NEGATIVE
-    )
-    distillation: Distillation = part(Distillation)
-
-
 WSD = Need(lambda run: run.optimizer.schedule == "wsd", "config.optimizer.schedule='wsd'")
 DECAY = Need(
     lambda run: run.optimizer.schedule != "wsd" or run.optimizer.decay_steps > 0,
@@ -289,7 +257,15 @@ class Optimizer(Section, path="optimizer"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(Section, path="training"):
-    num_steps: int = key(1000, "number of updates of the parameters", POSITIVE)
+    num_steps: int = key(
+        1000, "number of updates of the parameters; 0 if num_epochs is set", NOT_NEGATIVE
+    )
+    num_epochs: float = key(
+        0.0,
+        "passes over the text, in place of num_steps, which is set to them, rounded up, when the "
+        "text is known",
+        NOT_NEGATIVE,
+    )
     stop_step: int = key(
         0, "step to stop at, on the schedule of num_steps; 0 means num_steps", NOT_NEGATIVE
     )
@@ -313,7 +289,12 @@ class Training(Section, path="training"):
                 f"config.training.batch_size={self.batch_size} is not divisible by "
                 f"accumulation_steps={self.accumulation_steps}; use a multiple of it"
             )
-        if self.stop_step > self.num_steps:
+        if bool(self.num_steps) == bool(self.num_epochs):
+            yield (
+                f"config.training.num_steps={self.num_steps} and num_epochs={self.num_epochs}: set "
+                "exactly one of them to more than 0"
+            )
+        if self.num_steps and self.stop_step > self.num_steps:
             yield (
                 f"config.training.stop_step={self.stop_step} is beyond num_steps={self.num_steps}; "
                 "lower it, or raise num_steps"

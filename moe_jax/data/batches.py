@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grain
@@ -40,6 +40,8 @@ class Rows(Protocol):
 
 Arrays = TypeVar("Arrays")  # a tree of arrays
 Ranges = tuple[tuple[int, int], ...]  # the first and the last number of each range
+# Name of an array of `Batch` -> its values for a record, one for each target.
+Columns = Mapping[str, Callable[[int], np.ndarray]]
 
 
 def number(n: int, left_out: Ranges) -> int:
@@ -56,7 +58,12 @@ def number(n: int, left_out: Ranges) -> int:
 
 @struct.dataclass
 class Batch:
-    """Rows of packed documents, each array [B, T]: int32, and `weights_BT` float32."""
+    """Rows of packed documents, each array [B, T]: int32, and the weights and reference float32.
+
+    Pairs of answers (`data.preferences`) are packed too: segments 2i - 1 and 2i of a row are the
+    chosen and the rejected answer of its i-th pair, each after the prompt, and weights are 1 on the
+    answers' tokens only.
+    """
 
     tokens_BT: jax.Array
     targets_BT: jax.Array  # the next token of the same document
@@ -64,12 +71,16 @@ class Batch:
     positions_BT: jax.Array
     weights_BT: jax.Array  # the loss weight of each target: 1, and 0 for padding
     labels_BT: jax.Array  # indices into the corpus's labels
+    # Log-probabilities of the targets under a reference model, if they were computed beforehand.
+    reference_BT: jax.Array | None = None
 
     @classmethod
-    def of_shape(cls, shape: tuple[int, int], make: Callable = np.zeros) -> "Batch":
+    def of_shape(
+        cls, shape: tuple[int, int], make: Callable = np.zeros, *, reference: bool = False
+    ) -> "Batch":
         """`make(shape, dtype)` for each array, for example `jax.ShapeDtypeStruct`."""
-        dtypes = {"weights_BT": np.float32}
-        names = (field.name for field in dataclasses.fields(cls))
+        dtypes = {"weights_BT": np.float32, "reference_BT": np.float32}
+        names = [field.name for field in dataclasses.fields(cls)][: None if reference else -1]
         return cls(**{name: make(shape, dtypes.get(name, np.int32)) for name in names})
 
     @classmethod
@@ -104,12 +115,14 @@ class _BatchSource:
     left_out: Ranges = ()
     document_mask: bool = True
     reset_positions: bool = True
+    columns: Columns = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __getitem__(self, n: int) -> Batch:
-        batch = Batch.of_shape((len(self.mine), self.plan.sequence_length))
+        shape = len(self.mine), self.plan.sequence_length
+        batch = Batch.of_shape(shape, reference="reference_BT" in self.columns)
         n = number(n, self.left_out)
         for i, slot in enumerate(self.mine):
             g = n * self.batch_size + int(slot)
@@ -128,6 +141,8 @@ class _BatchSource:
             first = 0 if self.reset_positions else at
             row.positions_BT[there] = np.arange(first, first + piece.stop - piece.start)
             row.weights_BT[there] = 1
+            for name, column in self.columns.items():
+                getattr(row, name)[there] = column(piece.record)[piece.start : piece.stop]
             row.labels_BT[there] = self.corpus.label_ids[piece.record]
             at = there.stop
 
@@ -144,13 +159,15 @@ def batches(
     reset_positions: bool = True,
     num_threads: int = 2,
     workers: int = 0,
+    columns: Columns | None = None,
 ) -> Generator[Batch, None, None]:
     """An endless iterator over batches start_step, start_step + 1, … of the plan's rows, with only
     the rows `rows` of each (None is all); batches that are `left_out` do not count.
 
     Without `document_mask`, all tokens of a row have segment 1, so that attention crosses
     documents. Without `reset_positions`, positions count from the start of the row instead of that
-    of each piece.
+    of each piece. `columns` are arrays of the batch that do not follow from the tokens, such as
+    loss weights.
 
     Threads of this process make the batches, or those of `workers` spawned processes, which end
     with the iterator (`close()`) or with this process.
@@ -161,6 +178,7 @@ def batches(
         left_out=left_out,
         document_mask=document_mask,
         reset_positions=reset_positions,
+        columns=columns or {},
     )
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     dataset = grain.MapDataset.source(source)[start_step:].to_iter_dataset(options)
@@ -211,9 +229,25 @@ def evaluation_batches(
     Because of the shuffle, its first `max_batches` (0 is all) are a fair sample of the documents.
     """
     plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=0)
+    return one_pass(corpus, plan, batch_size=batch_size, max_batches=max_batches, rows=rows)
+
+
+def one_pass(
+    corpus: Records,
+    plan: RowPlan,
+    *,
+    batch_size: int,
+    max_batches: int = 0,
+    rows: Sequence[int] | None = None,
+    columns: Columns | None = None,
+) -> Iterator[Batch]:
+    """The batches of the plan's first epoch, the last one padded; `max_batches` (0 is all) of
+    them."""
     num_batches = -(-plan.rows_per_epoch // batch_size)
     mine = range(batch_size) if rows is None else rows
-    source = _BatchSource(corpus, plan, batch_size, mine, num_batches, plan.rows_per_epoch)
+    source = _BatchSource(
+        *(corpus, plan, batch_size, mine, num_batches, plan.rows_per_epoch), columns=columns or {}
+    )
     return (source[n] for n in range(min(num_batches, max_batches or num_batches)))
 
 

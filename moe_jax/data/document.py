@@ -12,6 +12,15 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 @dataclasses.dataclass(frozen=True)
+class Preference:
+    """A prompt with a preferred and a rejected answer; None for the one that nobody wrote."""
+
+    prompt: str
+    chosen: str | None
+    rejected: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Document:
     """A text and its labels."""
 
@@ -21,6 +30,7 @@ class Document:
     messages: tuple[Mapping[str, str], ...] | None = None
     weights: tuple[float, ...] | None = None  # the loss weight of each message
     labels: Mapping[str, str] | None = None  # further labels by kind, such as {"domain": "code"}
+    preference: Preference | None = None  # `text` is then its prompt and an answer
 
 
 def is_held_out(key: str, fraction: float) -> bool:
@@ -59,25 +69,33 @@ def from_record(
 ) -> tuple[str, Document]:
     """The key and the document of a record; `label` is that of a record without one.
 
-    The key, by which a document is held out, is `doc`, or else `id`, or else the text.
+    A preference has no `text` but the strings `prompt`, `chosen` and `rejected`, or `prompt`,
+    `completion` and a `label`, which is true for a good completion. The key, by which a document is
+    held out, is `doc`, or else `id`, or else the text; for a preference the prompt, so that no
+    prompt is in both splits.
 
     Raises: UnusableError for a text or a label that is no string, that UTF-8 cannot encode, or that
       is too long; its message continues the name of the record.
     """
     name = reading.text_field
+    preference = None if name in record else _preference(record)
+    if preference:
+        answer = preference.rejected if preference.chosen is None else preference.chosen
+        record = {**record, name: preference.prompt + str(answer)}
     text = _value(record, name)
     if text is None and name not in record:
         raise UnusableError(f' is not a JSON object with "{name}"', "no text")
     if not isinstance(text, str):
         raise UnusableError(f': "{name}" is not a string', "a text that is no string")
     label = _label(record, reading) or label
-    key = str(next((record[k] for k in KEYS if record.get(k) not in (None, "")), text))
+    whole = preference.prompt if preference else text
+    key = str(next((record[k] for k in KEYS if record.get(k) not in (None, "")), whole))
     try:
-        f"{key}{label}{text}".encode()
+        f"{key}{label}{text}{record.get('rejected')}".encode()
     except UnicodeEncodeError:  # JSON escapes can express surrogates, which UTF-8 cannot encode
         raise UnusableError(" has half a surrogate pair", "half a surrogate pair") from None
     check_length(text, reading.max_line)
-    return key, Document(text, label)
+    return key, Document(text, label, preference=preference)
 
 
 def _label(record: Mapping[str, Any], reading: Reading) -> str:
@@ -103,3 +121,22 @@ def _value(record: Mapping[str, Any], field: str) -> Any:
     name, _, rest = field.partition(".")
     inner = record.get(name)
     return _value(inner, rest) if isinstance(inner, dict) else None
+
+
+def _preference(record: Mapping[str, Any]) -> Preference | None:
+    """The preference of a record; None for a record of another form."""
+    is_pair = "chosen" in record or "rejected" in record
+    if "prompt" not in record or not (is_pair or {"completion", "label"} <= record.keys()):
+        return None
+    names = ("chosen", "rejected") if is_pair else ("completion",)
+    for name in ("prompt", *names):
+        if not isinstance(record.get(name), str):
+            raise UnusableError(f': "{name}" of a preference is not a string', "a damaged pair")
+    if is_pair:
+        return Preference(record["prompt"], record["chosen"], record["rejected"])
+    if not isinstance(label := record["label"], bool):
+        raise UnusableError(
+            ': "label" of a completion is neither true nor false', "a damaged preference"
+        )
+    answers = (record["completion"], None) if label else (None, record["completion"])
+    return Preference(record["prompt"], *answers)

@@ -12,11 +12,10 @@ import jax
 
 from moe_jax import model
 from moe_jax.config import Run
-from moe_jax.data.batches import Batch
 from moe_jax.model import exchange_cost
 from moe_jax.ops import attention_kernels
 from moe_jax.parallel import sharding
-from moe_jax.training import balance, optimizer, step
+from moe_jax.training import balance, objective, optimizer, step
 from moe_jax.training.state import TrainState
 
 
@@ -49,7 +48,7 @@ def lower(settings: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """
     state = abstract_state(settings, mesh)
     leaf = functools.partial(jax.ShapeDtypeStruct, sharding=jax.NamedSharding(mesh, sharding.BATCH))
-    batch = Batch.of_shape((settings.training.batch_size, settings.data.sequence_length), leaf)
+    batch = objective.batch_shapes(settings, leaf)
     tx = optimizer.adamw(settings.optimizer, settings.training.num_steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):

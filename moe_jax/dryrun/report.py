@@ -18,7 +18,7 @@ from moe_jax.dryrun import hlo, hlo_traffic, lowering
 from moe_jax.dryrun import roofline as rooflines
 from moe_jax.parallel import chips
 from moe_jax.parallel import mesh as meshes
-from moe_jax.training import flops
+from moe_jax.training import flops, objective
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # The compiler's messages for a program that does not fit; the total includes the arguments.
@@ -81,10 +81,7 @@ def run(
     Raises: ConfigError, in one line, for a config that is wrong or does not fit the devices.
     """
     environment.validate_mesh(settings, len(devices))
-    if settings.objective.distillation.coefficient:
-        raise configs.ConfigError(
-            "a dry run has no teacher; set config.objective.distillation.coefficient=0"
-        )
+    objective.batch_shapes(settings, jax.ShapeDtypeStruct)
     with checks.refusing():
         mesh = meshes.make(vars(settings.mesh), devices)
         arguments = lowering.state_bytes(lowering.abstract_state(settings, mesh))

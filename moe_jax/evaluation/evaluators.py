@@ -13,12 +13,14 @@ from moe_jax.analysis import measures, similarity
 from moe_jax.config import checks
 from moe_jax.data import batches, tokenizers
 from moe_jax.data.mixed import MixedText
+from moe_jax.data.preferences import PairCorpus, PairPlan
 from moe_jax.evaluation import (
     generate,
     generated,
     json_lines,
     multiple_choice,
     perplexity,
+    preferences,
     scoring,
     text_metrics,
 )
@@ -43,6 +45,7 @@ class Context:
     tokenizer: tokenizers.Tokenizer
     routers_at_start: Mapping[int, np.ndarray]  # kernels by layer, to measure how far they move
     parent: Callable[[], tuple[dict, ModelConfig]] | None = None
+    pairs: PairCorpus | None = None  # held-out pairs of answers, with the reference's log-probs
 
     @functools.cached_property
     def model(self):
@@ -187,6 +190,30 @@ def _items(run: configs.Run) -> list[multiple_choice.Item]:
         return json_lines.read(path, multiple_choice.parse) if path else []
 
 
+def held_out_pairs(context: Context) -> Callable[[dict], Evaluation]:
+    """The measures of `analysis.answers` on held-out pairs, each in its mean over all of them."""
+    run, pairs = context.run, context.pairs
+    if pairs is None:
+        return lambda params: Evaluation({}, {})
+    eval_step = preferences.make_eval_step(context.model, run.objective.preference.beta)
+    replicated = jax.NamedSharding(context.mesh, jax.P())
+    compiled = meshes.under(context.mesh, jax.jit(eval_step, out_shardings=replicated))
+    length = run.data.sequence_length
+
+    def evaluate(params: dict) -> Evaluation:
+        fed = batches.feed(
+            *(batches.one_pass, pairs),
+            PairPlan(pairs.pairs, sequence_length=length, seed=0),
+            sharding=jax.NamedSharding(context.mesh, sharding.BATCH),
+            batch_size=run.evaluation.batch_size,
+            columns=pairs.columns,
+        )
+        found = preferences.evaluate(compiled, params, fed)
+        return Evaluation({"preferences": found}, {"preferences": found})
+
+    return evaluate
+
+
 def expert_similarity(context: Context) -> Callable[[dict], Evaluation]:
     """Similarity of the experts, and the routers' distance from their initial values."""
     config = context.run.model
@@ -257,6 +284,9 @@ EVALUATORS: dict[str, Evaluator] = {
         answers_to_choices,
         every=lambda evaluation: evaluation.every_steps if evaluation.multiple_choice else 0,
         logged_at_end=True,
+    ),
+    "held_out_pairs": Evaluator(
+        held_out_pairs, every=lambda evaluation: evaluation.every_steps, logged_at_end=True
     ),
     "expert_similarity": Evaluator(expert_similarity),
     PARENT: Evaluator(

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_jax import untrusted
-from moe_jax.report import catch_up, load_figures, results, style
+from moe_jax.report import catch_up, load_figures, preference_figures, results, style
 from moe_jax.report.records import Group, Record, front, groups, looks
 from moe_jax.report.style import LEVEL, NARROW, OTHERS, WIDE, Layout
 
@@ -300,6 +300,13 @@ FIGURES: dict[str, Row] = {
         load_figures.router_health,
         "Evenness of the load on held-out text during training; of several seeds, the first.",
         results.of_router_health,
+    ),
+    "preferences": Row(
+        "Preferences",
+        preference_figures.preferences,
+        "Held-out pairs of answers during training; of several seeds, the first. The distance is "
+        "half the mean squared log-ratio of the answers' tokens.",
+        results.of_preferences,
     ),
     "experts_by_layer": Row(
         "Experts by layer",

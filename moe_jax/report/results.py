@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_jax.analysis import measures
+from moe_jax.analysis import answers, measures
 from moe_jax.report import comparisons
 from moe_jax.report.records import Group, Record, groups
 
@@ -72,6 +72,16 @@ def of_languages(records: list[Record]) -> str:
         f"In {best.name}, the run with the lowest loss, bits per byte go from {bits[easy]:.3f} "
         f"({easy}) to {bits[hard]:.3f} ({hard})."
     )
+
+
+def of_preferences(records: list[Record]) -> str:
+    found = [(g.name, answers.columns(g.first.result)) for g in groups(records)]
+    pairs = [
+        (name, f"{100 * float(row['preference_accuracy']):.1f} %")
+        for name, row in found
+        if row["preference_accuracy"] != ""
+    ]
+    return f"Held-out pairs whose chosen answer has the larger reward: {_listed(pairs)}."
 
 
 def of_expert_load(records: list[Record]) -> str:

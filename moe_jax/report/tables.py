@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moe_jax import untrusted
-from moe_jax.analysis import measures
+from moe_jax.analysis import answers, measures
 from moe_jax.evaluation.text_metrics import METRICS
 from moe_jax.report import catch_up, comparisons, markup
 from moe_jax.report.markup import Cell
@@ -56,7 +56,7 @@ def methods(every: Sequence[Group]) -> str:
 
 def summary(every: Sequence[Group]) -> str:
     """A row per group, with its differences to its parent and to its dense control."""
-    rows = []
+    rows, on_pairs = [], any("preferences" in group.first.result for group in every)
     for group in every:
         result = group.first.result
         half = comparisons.spread(group.bits)
@@ -76,6 +76,8 @@ def summary(every: Sequence[Group]) -> str:
         for name, value in measures.columns(result).items():
             cell = EMPTY if value == "" else _number(float(value), ".1f")
             row[name.replace("_", " ")] = cell
+        for name, value in answers.columns(result).items() if on_pairs else ():
+            row[name.replace("_", " ")] = EMPTY if value == "" else _number(float(value), ".3g")
         rows.append(row)
     best = comparisons.proven_best(every)
     return markup.table(rows, best=None if best is None else list(every).index(best))

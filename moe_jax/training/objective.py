@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from moe_jax import config as configs
 from moe_jax import model, spelling
-from moe_jax.analysis import measures
+from moe_jax.analysis import answers, measures
 from moe_jax.data.batches import Batch
 from moe_jax.model import transformer
 from moe_jax.ops import cross_entropy
-from moe_jax.training import balance, distillation
+from moe_jax.training import balance, distillation, preferences
 from moe_jax.training.state import Measures, RouterState
 
 Loss = Callable[[dict, Batch, jax.Array | None], tuple[jax.Array, Measures]]
@@ -51,25 +51,14 @@ class Objective:
 
     make: Callable[[Context], Loss]
     frozen_models: Callable[[configs.Objective], Mapping[str, str]] = lambda objective: {}
+    pairs: bool = False  # its batches are pairs of answers (`data.preferences`), not text
+    unpaired: bool = False  # one answer of a pair may be missing
 
 
 def next_token(context: Context) -> Loss:
     """Next-token cross-entropy in nats, plus the auxiliary losses and a distillation loss."""
-    run, batch = context.run, context.batch
-    num_tokens = jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1)
-    router_losses: Callable = functools.partial(
-        balance.router_losses,
-        balance=run.balance,
-        num_experts_per_tok=run.model.num_experts_per_tok,
-        num_tokens=num_tokens,
-        accumulation_steps=run.training.accumulation_steps,
-        coefficients_L=context.router_state.coefficients_L,
-    )
-    # Merged experts are not chosen between, so their load cannot be unbalanced.
-    chosen = run.model.num_experts > 0 and run.model.dispatch != "merge"
-    several = run.training.accumulation_steps > 1
-    if several and run.balance.load_balancing_over == "window" and chosen:
-        router_losses = _over_window(context, router_losses)
+    run, num_tokens = context.run, _num_tokens(context.batch)
+    router_losses = _router_losses(context)
 
     def loss(params, microbatch, key):
         x_BTD, stats = hidden_states(params, microbatch, key, run.model)
@@ -82,10 +71,8 @@ def next_token(context: Context) -> Loss:
             weights_BT,
             z_coefficient=run.objective.logit_z_coefficient,
         )
-        total, terms = sums.total, {}
-        if chosen:
-            router_total, terms = router_losses(stats)
-            total += router_total
+        router_total, terms = router_losses(stats)
+        total = run.objective.distillation.cross_entropy_coefficient * sums.total + router_total
         if "teacher" in context.frozen:
             teacher, teacher_params = context.frozen["teacher"]
             teacher_x_BTC, _ = hidden_states(teacher_params, microbatch, None, teacher)
@@ -108,7 +95,110 @@ def _teacher(objective: configs.Objective) -> Mapping[str, str]:
     return {"teacher": section.source} if section.coefficient else {}
 
 
-OBJECTIVES: dict[str, Objective] = {"next_token": Objective(next_token, _teacher)}
+def preference(context: Context, row: preferences.Loss) -> Loss:
+    """A loss on pairs of answers, the mean over the batch's pairs or answers, plus the auxiliary
+    losses.
+
+    The reference is a frozen model, or `batch.reference_BT` if that was computed beforehand.
+    """
+    run, settings = context.run, context.run.objective.preference
+    number = answers.counts(answers.tokens(context.batch))
+    router_losses = _router_losses(context)
+
+    def forward(params, microbatch, key):
+        """The final norm's output, the routers' statistics, the tokens' losses and their
+        log-probabilities under the reference."""
+        x_BTD, stats = hidden_states(params, microbatch, key, run.model)
+        reference_BT = _reference_log_probs(context, microbatch)
+        nats_BT = token_losses(params, x_BTD, microbatch)
+        return x_BTD, stats, nats_BT, reference_BT
+
+    def log_ratios(microbatch, key):
+        *_, nats_BT, reference_BT = forward(context.params, microbatch, key)
+        return jnp.sum(answers.sums(-nats_BT, reference_BT, microbatch).log_ratio_BPK)
+
+    # One more forward pass if there are several microbatches: the mean is over the whole batch.
+    baseline = context.over_microbatches(log_ratios) if row.baseline else jnp.zeros(())
+    baseline = jax.lax.stop_gradient(baseline) / jnp.maximum(number["answers"], 1)
+
+    def loss(params, microbatch, key):
+        x_BTD, stats, nats_BT, reference_BT = forward(params, microbatch, key)
+
+        def of_tokens(nats_BT):
+            found = answers.sums(-nats_BT, reference_BT, microbatch)
+            total = row.summed(found, baseline, settings) / jnp.maximum(number[row.over], 1)
+            return total, answers.measured(found, number, settings.beta)
+
+        # The gradient by the tokens' losses, then theirs by the parameters, without all logits.
+        (value, terms), slope_BT = jax.value_and_grad(of_tokens, has_aux=True)(nats_BT)
+        along = cross_entropy.cross_entropy(
+            x_BTD, transformer.unembedding(params), microbatch.targets_BT, slope_BT
+        ).total
+        router_total, router_terms = router_losses(stats)
+        total = value + along - jax.lax.stop_gradient(along) + router_total
+        router = measures.router_sums(stats)
+        return total, Measures(loss=value, terms=terms | router_terms, router=router)
+
+    return loss
+
+
+def token_losses(params: dict, x_BTD: jax.Array, batch: Batch) -> jax.Array:
+    """The cross-entropy of each target in nats, [B, T], without a gradient."""
+    x_BTD, unembed_DV = jax.lax.stop_gradient((x_BTD, transformer.unembedding(params)))
+    return cross_entropy.token_losses(x_BTD, unembed_DV, batch.targets_BT)
+
+
+def _reference_log_probs(context: Context, batch: Batch) -> jax.Array:
+    if batch.reference_BT is not None:
+        return batch.reference_BT
+    config, params = context.frozen["reference"]
+    x_BTD, _ = hidden_states(params, batch, None, config)
+    return -token_losses(params, x_BTD, batch)
+
+
+def _reference(objective: configs.Objective) -> Mapping[str, str]:
+    section, name = objective.preference, objective.name
+    if not section.reference:
+        raise configs.ConfigError(
+            f"config.objective.name={name!r} needs a reference model; set "
+            "objective.preference.reference, usually to the value of init.source"
+        )
+    for key, value in {
+        "logit_z_coefficient": objective.logit_z_coefficient,
+        "distillation.coefficient": objective.distillation.coefficient,
+    }.items():
+        if value:
+            raise configs.ConfigError(
+                f"config.objective.{key}={value} is for objective.name='next_token'; set it to 0"
+            )
+    return {"reference": section.reference}
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "next_token": Objective(next_token, _teacher),
+    **{
+        name: Objective(
+            functools.partial(preference, row=row), _reference, pairs=True, unpaired=not row.paired
+        )
+        for name, row in preferences.LOSSES.items()
+    },
+}
+
+
+def batch_shapes(run: configs.Run, make: Callable) -> Batch:
+    """`make(shape, dtype)` for each array of a run's batch.
+
+    Raises: ConfigError for a run whose step needs a frozen model.
+    """
+    row, section = choose(run.objective.name), run.objective
+    cached = row.pairs and section.preference.reference_log_probs == "cached"
+    for name in () if cached else row.frozen_models(section):
+        raise configs.ConfigError(
+            f"a dry run has no {name} model; leave it out of config.objective, or cache its "
+            "log-probabilities by objective.preference.reference_log_probs='cached'"
+        )
+    size = run.training.batch_size, run.data.sequence_length
+    return Batch.of_shape(size, make, reference=cached)
 
 
 def choose(name: str) -> Objective:
@@ -122,6 +212,30 @@ def hidden_states(params: dict, batch: Batch, key: jax.Array | None, config: mod
     """The final norm's output for a batch, and the routers' statistics."""
     shared = transformer.Shared(batch.positions_BT, batch.segment_ids_BT, key)
     return transformer.hidden_states(params, batch.tokens_BT, shared, config)
+
+
+def _num_tokens(batch: Batch) -> jax.Array:
+    return jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1)
+
+
+def _router_losses(context: Context) -> Callable:
+    """A function of the routers' statistics: the sum of the auxiliary losses, and each of them."""
+    run = context.run
+    # Merged experts are not chosen between, so their load cannot be unbalanced.
+    if not run.model.num_experts or run.model.dispatch == "merge":
+        return lambda stats: (jnp.zeros(()), {})
+    router_losses = functools.partial(
+        balance.router_losses,
+        balance=run.balance,
+        num_experts_per_tok=run.model.num_experts_per_tok,
+        num_tokens=_num_tokens(context.batch),
+        accumulation_steps=run.training.accumulation_steps,
+        coefficients_L=context.router_state.coefficients_L,
+    )
+    several = run.training.accumulation_steps > 1
+    if several and run.balance.load_balancing_over == "window":
+        return _over_window(context, router_losses)
+    return router_losses
 
 
 def _over_window(context: Context, router_losses: Callable) -> Callable:

@@ -7,17 +7,31 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import jax
+
 from moe_jax import config as configs
+from moe_jax import model
 from moe_jax.config import checks
 from moe_jax.config.mixture import EVERY
-from moe_jax.data import batches, mixture, policy, prepare, shares, sources, tokenizers
+from moe_jax.data import (
+    batches,
+    mixture,
+    policy,
+    preferences,
+    prepare,
+    shares,
+    sources,
+    tokenizers,
+)
 from moe_jax.data.cache import DATASETS
 from moe_jax.data.corpus import TokenizedCorpus
 from moe_jax.data.document import TRAIN, VALIDATION
 from moe_jax.data.mixed import MixedRecords, MixedText, by_label
 from moe_jax.data.packing import RowPlan
+from moe_jax.data.preferences import PairCorpus, PairPlan
 from moe_jax.hf import folders
 from moe_jax.parallel import distributed
+from moe_jax.training import objective, reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +40,21 @@ class Text:
 
     opened: the corpora of each split, by source.
     digests: a hash of the tokens of each split, by "SOURCE/SPLIT", or by split for a single source.
+    pairs: held-out pairs of answers for an objective on pairs, which trains on pairs too.
     """
 
     opened: Mapping[str, Mapping[str, TokenizedCorpus]]
-    train: MixedRecords
+    train: MixedRecords | PairCorpus
     held_out: MixedText
     plans: Mapping[str, mixture.Plan]
     stages: Sequence[shares.Stage]  # those of the config
     digests: dict[str, str]
+    pairs: PairCorpus | None = None
+
+    @property
+    def columns(self) -> batches.Columns:
+        """The arrays of a batch that do not follow from the tokens."""
+        return self.train.columns if isinstance(self.train, PairCorpus) else {}
 
     @property
     def skipped(self) -> dict[str, dict[str, int]]:
@@ -45,6 +66,16 @@ class Text:
                 counts.update(corpus.skipped)
             found[split] = dict(counts)
         return found
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """The rows of a single source. Raises: ConfigError for a mixture, which has no epochs."""
+        if len(self.plans) > 1:
+            raise configs.ConfigError(
+                "config.training.num_epochs is for a single source; set training.num_steps for "
+                "config.data.mixture"
+            )
+        return next(iter(self.plans.values())).rows_per_epoch
 
     @property
     def facts(self) -> str:
@@ -59,11 +90,17 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
     Raises: ConfigError for a source that cannot be read, and for shares of a label that is not
       there.
     """
-    data = settings.data
+    data, row = settings.data, objective.choose(settings.objective.name)
     of_folder = any(folders.is_folder(source.folder) for source in settings.init.sources)
     if data.named_sources == {"": "embedded"} and of_folder:
         distributed.say("config.data.source='embedded' is software help; set it to your own text")
-    opened: dict[str, dict[str, TokenizedCorpus]] = {TRAIN: {}, VALIDATION: {}}
+    if row.pairs and data.mixture.is_set:
+        raise configs.ConfigError(
+            f"config.data.mixture is not for objective.name={settings.objective.name!r}, which "
+            "trains on pairs of a single source; set mixture.shares=()"
+        )
+    opened: dict[str, dict[str, TokenizedCorpus]] = {VALIDATION: {}}
+    opened |= {} if row.pairs else {TRAIN: {}}
     for name, spec in data.named_sources.items():
         with checks.refusing(f"config.data.mixture, source {name}: " if name else ""):
             line = sources.describe(spec, cache / DATASETS)
@@ -80,6 +117,13 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
         for split, corpora in opened.items()
         for name, corpus in corpora.items()
     }
+    if row.pairs:
+        pairs = _open_pairs(settings, tokenizer, cache)
+        length, seed = data.sequence_length, settings.seed
+        by_name = {"": PairPlan(pairs[TRAIN].pairs, sequence_length=length, seed=seed)}
+        stages = [shares.Stage(0, {"": 1.0}, {})]
+        held_out, digests = MixedText(opened[VALIDATION]), digests | {TRAIN: pairs[TRAIN].digest}
+        return Text(*(opened, pairs[TRAIN], held_out, by_name, stages, digests), pairs[VALIDATION])
     named = by_label(opened[TRAIN]) if data.mixture.by_label else opened[TRAIN].items()
     train = MixedRecords(dict(named))
     plans = {
@@ -98,6 +142,79 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
         )
     stages = _stages(data.mixture, train, plans)
     return Text(opened, train, MixedText(opened[VALIDATION]), plans, stages, digests)
+
+
+def _open_pairs(
+    settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
+) -> dict[str, PairCorpus]:
+    """The pairs of answers of each split. Raises: ConfigError for a source without any."""
+    data, row = settings.data, objective.choose(settings.objective.name)
+    found = {}
+    for split in (TRAIN, VALIDATION):
+        with checks.refusing():
+            found[split] = pairs = preferences.open_pairs(
+                *(data.source, split, tokenizer),
+                sequence_length=data.sequence_length,
+                validation_fraction=data.validation_fraction,
+                cache=cache,
+                reading=policy.of_config(data),
+            )
+        counts = ", ".join(f"{name}: {number:,}" for name, number in pairs.counts.items())
+        distributed.say(f"{split} {counts}")
+        if pairs.unpaired and not row.unpaired:
+            raise configs.ConfigError(
+                f"config.objective.name={settings.objective.name!r} is on pairs, and "
+                f"{pairs.unpaired:,} prompts of data.source={data.source!r} have one answer; use "
+                '\'kto\', or give "chosen" and "rejected"'
+            )
+    return found
+
+
+def with_steps(settings: configs.Run, text: Text) -> configs.Run:
+    """The settings with a number of steps, in place of `training.num_epochs` if that is set.
+
+    Raises: ConfigError for settings that do not fit the steps, such as a longer warmup.
+    """
+    epochs = settings.training.num_epochs
+    if not epochs:
+        return settings
+    found = settings.with_rows_per_epoch(text.rows_per_epoch)
+    steps = f"training.num_steps={found.training.num_steps:,}"
+    distributed.say(f"training.num_epochs={epochs:g} of {text.rows_per_epoch:,} rows is {steps}")
+    return found
+
+
+def with_reference(
+    settings: configs.Run,
+    text: Text,
+    mesh: jax.sharding.Mesh,
+    cache: pathlib.Path,
+    frozen: dict[str, model.ModelConfig],
+    params: dict[str, dict],
+) -> tuple[Text, dict[str, model.ModelConfig], dict[str, dict]]:
+    """The text with the log-probabilities of its pairs under the frozen model "reference", and the
+    frozen models that the steps still need. Any other text is returned as it is.
+
+    Those of held-out pairs are always computed beforehand, those of the pairs to train on unless
+    `objective.preference.reference_log_probs` is "frozen".
+    """
+    train = text.train
+    if text.pairs is None or not isinstance(train, PairCorpus):
+        return text, frozen, params
+
+    def known(pairs: PairCorpus) -> PairCorpus:
+        return reference.with_reference(
+            *(pairs, frozen["reference"], params["reference"], mesh),
+            cache=cache,
+            sequence_length=settings.data.sequence_length,
+            batch_size=settings.evaluation.batch_size,
+        )
+
+    with checks.refusing():
+        text = dataclasses.replace(text, pairs=known(text.pairs))
+        if settings.objective.preference.reference_log_probs == "frozen":
+            return text, frozen, params
+        return dataclasses.replace(text, train=known(train)), {}, {}
 
 
 def _stages(
@@ -165,6 +282,7 @@ class Rows:
             self.batch_size,
             self.left_out,
         )
+        assert isinstance(self.text.train, MixedRecords)
         epochs, tokens = {}, {}
         for name, plan in self.text.plans.items():
             epochs[name] = taken.get(name, 0) / plan.rows_per_epoch
@@ -204,5 +322,6 @@ def rows(text: Text, settings: configs.Run, kept: Mapping, start: int) -> Rows:
             f"{ends}, before the run's last step {last}; raise most_epochs, or set "
             f"training.num_steps={ends}"
         )
-    plan = mixture.MixturePlan(schedule, text.plans, text.train.first_record)
+    first = text.train.first_record if isinstance(text.train, MixedRecords) else {"": 0}
+    plan = mixture.MixturePlan(schedule, text.plans, first)
     return Rows(text, stages, plan, size, left_out)

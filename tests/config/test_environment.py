@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from moe_jax import config as configs
-from moe_jax.config import environment, monitoring, section, sections
+from moe_jax.config import environment, monitoring, objectives, section, sections
 from moe_jax.model.presets import PRESETS
 
 RUN = configs.Run(model=PRESETS["quickstart"], data=configs.Data(tokenizer="bytes"))
@@ -153,8 +153,8 @@ def test_a_mesh_that_does_not_fit_the_devices_or_the_batch_is_refused(values, co
         ({"init": sections.Init(source="runs/none")}, "config.init.source='runs/none' has no ch"),
         (
             {
-                "objective": sections.Objective(
-                    distillation=sections.Distillation(source="runs/none", coefficient=1.0)
+                "objective": objectives.Objective(
+                    distillation=objectives.Distillation(source="runs/none", coefficient=1.0)
                 )
             },
             "config.objective.distillation.source='runs/none' has no checkpoints",

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from moe_jax.config import checks, monitoring, section, sections
+from moe_jax.config import checks, monitoring, objectives, section, sections
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.run import Run
 from moe_jax.model.presets import PRESETS
@@ -125,8 +125,8 @@ COPY = sections.Upcycle(recipe="bam", optimizer_state="copy")
             {"load_balancing_schedule": "adaptive", "load_balancing_scope": "all_layers"},
             "set balance.load_balancing_scope='layer'",
         ),
-        (sections.Distillation, {"source": "a"}, "set objective.distillation.coefficient"),
-        (sections.Distillation, {"coefficient": 0.5}, "set objective.distillation.source"),
+        (objectives.Distillation, {"source": "a"}, "set objective.distillation.coefficient"),
+        (objectives.Distillation, {"coefficient": 0.5}, "set objective.distillation.source"),
         (sections.Upcycle, {"recipe": "no-such"}, "recipe='no-such' is unknown; use one of"),
         (
             sections.Upcycle,

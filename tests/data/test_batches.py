@@ -69,7 +69,8 @@ def test_each_seed_and_epoch_has_an_order_of_its_own(corpus):
 def test_all_arrays_have_the_documented_types_and_shape(corpus):
     rows = jnp.zeros((B, T + 1), jnp.int32)
     for batch in (*batches(corpus, 1), evaluation_batches(corpus)[-1], Batch.of_rows(rows)):
-        for name, array in vars(batch).items():
+        assert batch.reference_BT is None
+        for name, array in vars(batch.replace(reference_BT=batch.tokens_BT)).items():
             assert array.dtype == (np.float32 if name == "weights_BT" else np.int32)
             assert array.shape == (B, T)
 

@@ -4,9 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax import config as configs
+from moe_jax import model
+from moe_jax.config.objectives import Distillation
+from moe_jax.data.batches import Batch
+from moe_jax.model import transformer
 from moe_jax.ops import cross_entropy
 from moe_jax.parallel import mesh as meshes
+from moe_jax.training import objective
 from moe_jax.training.distillation import distillation_loss
+from moe_jax.training.state import RouterState
 
 
 def distillation(x_BTD, unembed_DV, y_BTC, teacher_CV, weight_BT, temperature):
@@ -47,3 +54,38 @@ def test_distillation_on_eight_devices_is_that_on_one():
         spread = jax.jit(function, static_argnums=5)(*distillation_case(), 1.0)
     for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_distillation_alone_has_the_value_and_the_gradient_of_the_divergence():
+    config = model.ModelConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        remat="none",
+    )
+    alone = Distillation(source="t", coefficient=1.0, temperature=2.0, cross_entropy_coefficient=0)
+    run = configs.Run(model=config, objective=configs.Objective(distillation=alone))
+    params, teacher = (
+        jax.jit(lambda key: model.init(config, key))(jax.random.key(seed)) for seed in range(2)
+    )
+    batch = Batch.of_rows(jax.random.randint(jax.random.key(2), (2, 9), 0, 32))
+
+    def by_itself(params):
+        x, y = (objective.hidden_states(p, batch, None, config)[0] for p in (params, teacher))
+        w, v = transformer.unembedding(params), transformer.unembedding(teacher)
+        return distillation_loss(x, w, y, v, batch.weights_BT / 16, temperature=2.0)
+
+    context = objective.Context(
+        run, params, batch, RouterState(), {"teacher": (config, teacher)}, lambda function: None
+    )
+    loss = objective.next_token(context)
+    (value, measured), slope = jax.jit(
+        lambda params: jax.value_and_grad(loss, has_aux=True)(params, batch, None)
+    )(params)
+    expected, direction = jax.jit(jax.value_and_grad(by_itself))(params)
+    assert value == expected == measured.terms["distillation_loss"] > 1e-3
+    assert measured.loss > 1  # the cross-entropy is still measured
+    for a, b in zip(jax.tree.leaves(slope), jax.tree.leaves(direction), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
