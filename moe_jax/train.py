@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import command_line, files, init, model, stores, strict_json, untrusted
+from moe_jax import command_line, files, init, model, stores, strict_json, tree, untrusted
 from moe_jax import config as configs
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
@@ -34,6 +34,7 @@ from moe_jax.training import (
     guards,
     library_threads,
     loop,
+    lora,
     metrics,
     objective,
     optimizer,
@@ -97,20 +98,16 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     mesh = meshes.make(vars(settings.mesh))
     on_mesh = functools.partial(meshes.under, mesh)
     tx = optimizer.adamw(settings.optimizer, training.num_steps)
-    create_state = functools.partial(
-        TrainState.create,
-        optimizer=tx,
-        router_state=balance.initial(settings.model, settings.balance),
-        history=guards.history(settings.guards),
-    )
-    shapes = jax.eval_shape(
-        lambda: create_state(model.init(settings.model, jax.random.key(settings.seed)))
-    )
+    create_state = functools.partial(_create_state, settings, tx)
+    with checks.refusing("config."):
+        shapes = jax.eval_shape(
+            lambda: create_state(model.init(settings.model, jax.random.key(settings.seed)))
+        )
+        optimizer.check_paths(settings.optimizer, shapes.params)
     with checks.refusing():
         abstract = sharding.abstract(shapes, mesh)
-    with checks.refusing("config."):
-        optimizer.check_paths(settings.optimizer, shapes.params)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    trained = _trained(settings, shapes)
 
     # kernels --------------------------------------------------------------------------------
     with checks.refusing("config.model: "):
@@ -206,14 +203,37 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
             batch_of=lambda at: batches.number(at - 1, kept["left_out"]),
             largest=distributed.Largest(mesh),
             pulse=pulse.Pulse(settings.guards, workdir),
+            merged=lora.merging(settings.lora, mesh),
         )
         state, results = loop.run(state, start, text, settings, parts, kept["skipped_steps"])
 
         # result -----------------------------------------------------------------------------
-        result = _facts(settings, parts.costs, kept, began) | made_by | results
+        result = _facts(settings, parts.costs, kept, began) | trained | made_by | results
         if lock:
             files.write_text(workdir / "result.json", strict_json.text(result, indent=1) + "\n")
     return result
+
+
+def _create_state(settings: configs.Run, tx, params: dict) -> TrainState:
+    """The state before the first step, with the pairs of LoRA if the run has any."""
+    key = tree.fold_in(jax.random.key(settings.seed), "lora")
+    return TrainState.create(
+        lora.added(params, settings.lora, key),
+        optimizer=tx,
+        router_state=balance.initial(settings.model, settings.balance),
+        history=guards.history(settings.guards),
+    )
+
+
+def _trained(settings: configs.Run, state: TrainState) -> dict:
+    """The sizes of what the optimizer updates and keeps, which are also printed."""
+    part, _ = optimizer.split(state.params, settings.optimizer.frozen)
+    total, trained = (sum(leaf.size for leaf in jax.tree.leaves(x)) for x in (state.params, part))
+    num_bytes = saving.num_bytes(state.opt_state)
+    distributed.say(
+        f"trains {trained:,} of {total:,} parameters; the optimizer state has {num_bytes:,} bytes"
+    )
+    return {"trained_parameters": trained, "optimizer_state_bytes": num_bytes}
 
 
 def _made_by() -> dict:

@@ -28,6 +28,7 @@ class Run(Section, path=""):
     data: sections.Data = part(sections.Data)
     mesh: sections.Mesh = part(sections.Mesh)
     optimizer: sections.Optimizer = part(sections.Optimizer)
+    lora: sections.Lora = part(sections.Lora)
     training: sections.Training = part(sections.Training)
     balance: sections.Balance = part(sections.Balance)
     objective: sections.Objective = part(sections.Objective)
@@ -52,6 +53,11 @@ class Run(Section, path=""):
             yield (
                 f"config.balance.bias_update_rate={rate} needs a router with a bias, "
                 f"not model.router={model.router!r}; use {biased}, or a rate of 0"
+            )
+        if self.lora.rank and not optimizer.frozen:
+            yield (
+                f"config.lora.rank={self.lora.rank} would train the matrices besides their pairs; "
+                "set optimizer.frozen='^(?!.*lora)', or lora.rank=0"
             )
         yield from _problems_of_merging(model, self.data.sequence_length)
         yield from _problems_of_top_1(model, optimizer.frozen)
