@@ -75,7 +75,7 @@ def _block(x_BTD, block, per_layer, shared, *, config: ModelConfig, kind: BlockK
         ),
         "influence": jnp.sum(1 - _cosine(x_BTD, out_BTD)),
     }
-    if kind.feed_forward == DENSE:
+    if output.stats is None:
         h_BTF = _hidden(y_BTD, block["mlp"], config)
         return out_BTD, {**found, "neurons": _square(h_BTF)}
     routing, experts = output.stats.routing, block["moe"]["experts"]

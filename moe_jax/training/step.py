@@ -1,6 +1,7 @@
 """The pure train step: accumulates gradients, updates, and skips steps that are not finite or are
 spikes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -70,7 +71,7 @@ def make_train_step(
         unchanged = jnp.bool(True)
         new, sound = jax.lax.cond(
             *(applied, updated, lambda state, _: (state, unchanged)),
-            *(state.replace(params=trained), grads),
+            *(dataclasses.replace(state, params=trained), grads),
         )
         params = optimizer.joined(new.params, frozen)
         return new.replace(params=params, step=state.step + 1, history=history), measures.replace(

@@ -7,6 +7,8 @@ al., arXiv 2510.13999) experts. `analysis/importance.py` measures the importance
 
 import dataclasses
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,13 +91,15 @@ def config_of(config: ModelConfig, sizes: dict[str, int]) -> ModelConfig:
         )
     if "num_experts" in sizes and config.num_expert_groups > 1:
         raise ValueError("--model.num_experts: experts in groups cannot be pruned; leave it out")
-    rows = sizes.get("num_hidden_layers", config.num_hidden_layers)
-    kinds = {
-        name: None if (kinds := getattr(config, name)) is None else kinds[:rows]
-        for name in ("layers", "layer_types")
-    }
+    rows = range(sizes.get("num_hidden_layers", config.num_hidden_layers))
     own = {"head_dim": config.head_size, "num_key_value_heads": N // group}
-    return dataclasses.replace(config, **{**kinds, **own, **sizes})
+    return dataclasses.replace(config, **{**_kinds(config, rows), **own, **sizes})
+
+
+def _kinds(config: ModelConfig, layers: Iterable[int]) -> dict[str, Any]:
+    """The fields that name the kinds of layers, for these layers alone."""
+    fields = {name: getattr(config, name) for name in ("layers", "layer_types")}
+    return {name: kinds and tuple(kinds[i] for i in layers) for name, kinds in fields.items()}
 
 
 def pruned(
@@ -106,11 +110,7 @@ def pruned(
     Parts of the same size stay bitwise the parent's.
     """
     layers = best(importance.layers_L, smaller.num_hidden_layers)
-    kinds = {
-        name: None if (kinds := getattr(config, name)) is None else tuple(kinds[i] for i in layers)
-        for name in ("layers", "layer_types")
-    }
-    smaller = dataclasses.replace(smaller, **kinds)
+    smaller = dataclasses.replace(smaller, **_kinds(config, layers))
     channels = {"channel": best(importance.channels_D, smaller.hidden_size)}
     shell = {name: leaf for name, leaf in params.items() if name != "blocks"}
     made = {name: _taken(name, leaf, channels) for name, leaf in tree.flatten(shell).items()}
