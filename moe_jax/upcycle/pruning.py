@@ -77,6 +77,8 @@ def config_of(config: ModelConfig, sizes: dict[str, int]) -> ModelConfig:
         raise ValueError(
             "a model with attention experts or a router of two layers cannot be pruned"
         )
+    if not sizes:
+        raise ValueError(f"nothing is pruned: give --model.NAME=SIZE, one of {', '.join(SIZES)}")
     for name, size in sizes.items():
         if name not in SIZES:
             raise ValueError(spelling.unknown("--model", name, SIZES))
