@@ -94,6 +94,7 @@ def batch_of(seed):
     return Batch.of_rows(jax.random.randint(jax.random.key(seed), (8, 17), 0, 64))
 
 
+@pytest.mark.long
 def test_the_pairs_gradients_are_those_of_the_merged_model():
     """A twin: differentiated through W + A B, whose own gradient is a whole matrix."""
     params = with_random_b(lora.added(base(MOE), PAIRS, jax.random.key(0)))

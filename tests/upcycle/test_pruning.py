@@ -45,7 +45,9 @@ def found_of(config):
     return importance.measure(params_of(config), config, TOKENS_NBT)
 
 
-@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(DENSE, marks=pytest.mark.long), MOE], ids=["dense", "moe"]
+)
 def test_a_model_pruned_to_its_own_sizes_is_the_parent_bitwise(config):
     sizes = {name: getattr(config, name) for name in pruning.SIZES if getattr(config, name)}
     same = pruning.config_of(config, sizes)
@@ -63,7 +65,7 @@ SMALLER = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
     [
         (DENSE, {**SMALLER, "intermediate_size": 10}),
         (MOE, {**SMALLER, "moe_intermediate_size": 5, "num_experts": 3}),
-        (MOE, {"num_hidden_layers": 2, "num_experts": 2}),
+        pytest.param(MOE, {"num_hidden_layers": 2, "num_experts": 2}, marks=pytest.mark.long),
     ],
     ids=["dense", "mixture", "layers and experts"],
 )
