@@ -18,6 +18,7 @@ from moe_jax import command_line, files, hf, model, spelling, tree
 from moe_jax import config as configs
 from moe_jax.analysis import recording
 from moe_jax.config import resolved
+from moe_jax.config.sections import Lora
 from moe_jax.data import tokenizer_files, tokenizers
 from moe_jax.evaluation import generate
 from moe_jax.evaluation.subject import Subject
@@ -26,7 +27,7 @@ from moe_jax.model import comparison
 from moe_jax.model.fields import without_effect
 from moe_jax.parallel import distributed, sharding
 from moe_jax.parallel import mesh as meshes
-from moe_jax.training import checkpoint
+from moe_jax.training import checkpoint, lora
 from moe_jax.upcycle import plan as plans
 from moe_jax.upcycle import streaming
 
@@ -88,7 +89,8 @@ def load(
 ) -> tuple[model.ModelConfig, dict]:
     """The model config and the sharded parameters of a Hugging Face folder or a run's workdir.
 
-    For a run without a step it loads the newest checkpoint that verifies.
+    For a run without a step it loads the newest checkpoint that verifies. The pairs of LoRA are
+    merged into their matrices.
 
     Raises: ValueError for a folder that is neither, or is damaged, for a step that the run does not
       have, and for values that are not finite unless they are allowed.
@@ -99,7 +101,10 @@ def load(
     if folders.is_folder(workdir):
         return hf.load(workdir, mesh=mesh, allow_nonfinite=allow_nonfinite)
     model_config = configs.model_of(workdir)
-    shapes = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
+    pairs = Lora(**configs.load_json(workdir).lora.to_dict())
+    shapes = jax.eval_shape(
+        lambda key: lora.added(model.init(model_config, key), pairs, key), jax.random.key(0)
+    )
     abstract = sharding.abstract(shapes, mesh)
     loaded, saved = checkpoint.load(
         *(source.checkpoints, {"params": abstract}), own_dtypes=True, step=source.step
@@ -110,7 +115,7 @@ def load(
             f"{'; '.join(differing)}; set these as they were"
         )
     check_finite(source, loaded["params"], allow=allow_nonfinite)
-    return model_config, loaded["params"]
+    return model_config, lora.merging(pairs, mesh)(loaded["params"])
 
 
 def weights(source: configs.Source, *, allow_nonfinite: bool = False) -> recording.Weights:

@@ -6,13 +6,12 @@ import fcntl
 import functools
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from moe_jax import command_line, files, init, model, stores, strict_json, untrusted
+from moe_jax import command_line, files, init, model, stores, strict_json, tree, untrusted
 from moe_jax import config as configs
 from moe_jax.analysis import similarity
 from moe_jax.config import checks, environment
@@ -31,6 +30,7 @@ from moe_jax.training import (
     guards,
     library_threads,
     loop,
+    lora,
     metrics,
     objective,
     optimizer,
@@ -95,7 +95,8 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     on_mesh = functools.partial(meshes.under, mesh)
     random = functools.partial(model.init, settings.model, jax.random.key(settings.seed))
     with checks.refusing():
-        shapes = sharding.abstract(jax.eval_shape(random), mesh)
+        shapes = jax.eval_shape(lambda: _with_pairs(settings, random()))
+        sharding.abstract(shapes, mesh)
     with checks.refusing("config."):
         optimizer.check_paths(settings.optimizer, shapes)
 
@@ -121,9 +122,10 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
     # state ----------------------------------------------------------------------------------
     tx = optimizer.adamw(settings.optimizer, training.num_steps)
-    create_state = _state_of(settings, tx)
+    create_state = functools.partial(_create_state, settings, tx)
     abstract = sharding.abstract(jax.eval_shape(lambda: create_state(random())), mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    trained = _trained(settings, abstract)
     named = environment.naming_differences(workdir, settings, checkpoint.Mismatch)
     with checks.refusing(), named:
         newest = distributed.of_first(checkpoint.newest_data(directory))
@@ -202,11 +204,12 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
             batch_of=lambda at: batches.number(at - 1, kept["left_out"]),
             largest=distributed.Largest(mesh),
             pulse=pulse.Pulse(settings.guards, workdir),
+            merged=lora.merging(settings.lora, mesh),
         )
         state, results = loop.run(state, start, fed, settings, parts, kept["skipped_steps"])
 
         # result -----------------------------------------------------------------------------
-        result = _facts(settings, parts.costs, kept, began) | made_by | results
+        result = _facts(settings, parts.costs, kept, began) | trained | made_by | results
         result |= rows.row(training.last_step)
         if lock:
             files.write_text(workdir / "result.json", strict_json.text(result, indent=1) + "\n")
@@ -217,6 +220,33 @@ def _skipped_records(by_split: dict) -> dict:
     """A value for a row of metrics.jsonl, if records could not be used and were skipped."""
     counts = {split: sum(by_reason.values()) for split, by_reason in by_split.items()}
     return {"skipped_records": counts} if any(counts.values()) else {}
+
+
+def _with_pairs(settings: configs.Run, params: dict) -> dict:
+    """The parameters with the pairs of LoRA, if the run has any."""
+    key = tree.fold_in(jax.random.key(settings.seed), "lora")
+    return lora.added(params, settings.lora, key)
+
+
+def _create_state(settings: configs.Run, tx, params: dict) -> TrainState:
+    """The state before the first step."""
+    return TrainState.create(
+        _with_pairs(settings, params),
+        optimizer=tx,
+        router_state=balance.initial(settings.model, settings.balance),
+        history=guards.history(settings.guards),
+    )
+
+
+def _trained(settings: configs.Run, state: TrainState) -> dict:
+    """The sizes of what the optimizer updates and keeps, which are also printed."""
+    part, _ = optimizer.split(state.params, settings.optimizer.frozen)
+    total, trained = (sum(leaf.size for leaf in jax.tree.leaves(x)) for x in (state.params, part))
+    num_bytes = saving.num_bytes(state.opt_state)
+    distributed.say(
+        f"trains {trained:,} of {total:,} parameters; the optimizer state has {num_bytes:,} bytes"
+    )
+    return {"trained_parameters": trained, "optimizer_state_bytes": num_bytes}
 
 
 def _made_by() -> dict:
@@ -290,16 +320,6 @@ def _frozen_models(settings: configs.Run, mesh: jax.sharding.Mesh) -> tuple[dict
                 f"one of {settings.model.vocab_size}"
             )
     return frozen, params
-
-
-def _state_of(settings: configs.Run, tx) -> Callable[[dict], TrainState]:
-    """A function from parameters to the state before the first step."""
-    return functools.partial(
-        TrainState.create,
-        optimizer=tx,
-        router_state=balance.initial(settings.model, settings.balance),
-        history=guards.history(settings.guards),
-    )
 
 
 def _first_state(settings: configs.Run, mesh: jax.sharding.Mesh, create) -> TrainState:

@@ -45,7 +45,7 @@ def of_mixture(params: dict, config: ModelConfig, tokens_NBT: Sequence) -> dict[
 
     Raises: ValueError for tokens that this model cannot read.
     """
-    _check(_problems_of_tokens(config, tokens_NBT))
+    check_tokens(config, tokens_NBT)
     L, E = config.num_hidden_layers, config.num_experts
     found = {
         "load": np.zeros((L, E)),
@@ -186,6 +186,11 @@ def balanced_clusters(points_NX: np.ndarray, k: int, *, seed: int, rounds: int =
     return groups
 
 
+def check_tokens(config: ModelConfig, tokens_NBT: Sequence) -> None:
+    """Raises: ValueError for tokens that this model cannot read."""
+    _check(_problems_of_tokens(config, tokens_NBT))
+
+
 def _check(*problems: Iterator[str]) -> None:
     for problem in itertools.chain(*problems):
         raise ValueError(problem)
@@ -246,7 +251,7 @@ def _features(neurons: str, ffn: dict, x_MD: jax.Array, config: ModelConfig) -> 
 
 def _layers(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> Iterator[tuple]:
     """Yields for each layer its feed-forward's parameters, its normalised inputs, and its load."""
-    shared = _one_document(tokens_BT)
+    shared = one_document(tokens_BT)
     x_BTD = transformer.embed(params["embed"], tokens_BT, shared.positions_BT, config)
     for layer, kind, block in layout.layers(params, config):
         x_BTD, output = _block(x_BTD, block, {"index": layer}, shared, config=config, kind=kind)
@@ -261,7 +266,7 @@ _block = jax.jit(
 )
 
 
-def _one_document(tokens_BT: jax.Array) -> transformer.Shared:
+def one_document(tokens_BT: jax.Array) -> transformer.Shared:
     """Positions and segment ids for rows that are one document each."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     return transformer.Shared(positions_BT, jnp.ones_like(positions_BT))
@@ -269,7 +274,7 @@ def _one_document(tokens_BT: jax.Array) -> transformer.Shared:
 
 def _importance(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> np.ndarray:
     """[L, F]: the importance of each neuron of a dense model on these tokens."""
-    shared, inputs, found = _one_document(tokens_BT[:, :-1]), [], []
+    shared, inputs, found = one_document(tokens_BT[:, :-1]), [], []
     x_BTD = transformer.embed(params["embed"], tokens_BT[:, :-1], shared.positions_BT, config)
     for layer, kind, block in layout.layers(params, config):
         inputs.append(x_BTD)
@@ -314,7 +319,7 @@ def _of_block(gradient_BTD, x_BTD, block, *others, config, kind):
 def _gradient(params, tokens_BT, config):
     def loss(params):
         inputs_BT, unembed_DV = tokens_BT[:, :-1], transformer.unembedding(params)
-        shared = _one_document(inputs_BT)
+        shared = one_document(inputs_BT)
         x_BTD, _ = transformer.hidden_states(params, inputs_BT, shared, config)
         return cross_entropy.token_losses(x_BTD, unembed_DV, tokens_BT[:, 1:]).mean()
 

@@ -34,7 +34,7 @@ def main() -> None:
     parser = command_line.Parser(__doc__)
     given = "a run's workdir, RUN@STEP or a Hugging Face folder"
     parser.add_argument("--source", required=True, metavar="DIR", help=given)
-    parser.add_argument("--text", required=True, help="the text, given as for config.data.source")
+    add_sample(parser)
     parser.add_argument(
         "--output",
         required=True,
@@ -42,10 +42,6 @@ def main() -> None:
         metavar="FILE.npz",
         help="the file to write",
     )
-    parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
-    parser.add_argument("--num_batches", type=int, default=8, help="number of batches to read")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch")
-    parser.add_argument("--sequence_length", type=int, default=256, help="tokens per sequence")
     parser.add_argument(
         "--num_experts", type=int, default=8, help="number of experts to make from a dense model"
     )
@@ -64,7 +60,18 @@ def main() -> None:
     print(f"done: {arguments.output}")
 
 
+def add_sample(parser: command_line.Parser) -> None:
+    """Adds the options of a text of which a sample is read, for `batches_of`."""
+    parser.add_argument("--text", required=True, help="the text, given as for config.data.source")
+    parser.add_argument("--tokenizer", help="a tokenizer to use instead of the model's own")
+    parser.add_argument("--num_batches", type=int, default=8, help="number of batches to read")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch")
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens per sequence")
+
+
 def run(arguments) -> None:
+    if arguments.num_experts < 1:
+        raise ValueError(f"--num_experts={arguments.num_experts} must be at least 1")
     source, allow = stores.find(arguments.source), arguments.allow_nonfinite
     config, params = stores.load(source, mesh.one_device(), allow_nonfinite=allow)
     tokenizer = stores.tokenizer_for(source.folder, config, arguments.tokenizer)
@@ -87,7 +94,7 @@ def run(arguments) -> None:
 def batches_of(arguments, tokenizer) -> list[np.ndarray]:
     """Batches of tokens, each [B, T], from the beginning of the text."""
     shape = (arguments.num_batches, arguments.batch_size, arguments.sequence_length)
-    for name in ("num_batches", "batch_size", "sequence_length", "num_experts"):
+    for name in ("num_batches", "batch_size", "sequence_length"):
         if (number := getattr(arguments, name)) < 1:
             raise ValueError(f"--{name}={number} must be at least 1")
     wanted, parts, number = int(np.prod(shape)), [], 0

@@ -30,6 +30,7 @@ class Run(Section, path=""):
     data: Data = part(Data)
     mesh: sections.Mesh = part(sections.Mesh)
     optimizer: sections.Optimizer = part(sections.Optimizer)
+    lora: sections.Lora = part(sections.Lora)
     training: sections.Training = part(sections.Training)
     balance: sections.Balance = part(sections.Balance)
     objective: objectives.Objective = part(objectives.Objective)
@@ -73,6 +74,11 @@ class Run(Section, path=""):
                     f"config.data.mixture.stages, step {step}, never begins: training.num_steps="
                     f"{num_steps}; lower the step, or leave the stage out"
                 )
+        if self.lora.rank and not optimizer.frozen:
+            yield (
+                f"config.lora.rank={self.lora.rank} would train the matrices besides their pairs; "
+                "set optimizer.frozen='^(?!.*lora)', or lora.rank=0"
+            )
         yield from _problems_of_merging(model, self.data.sequence_length)
         yield from _problems_of_top_1(model, optimizer.frozen)
         if self.evaluation.num_experts_per_tok > model.num_experts:

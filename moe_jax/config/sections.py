@@ -255,6 +255,23 @@ class Optimizer(Section, path="optimizer"):
     )
 
 
+LORA = Need(lambda run: run.lora.rank > 0, "config.lora.rank")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora(Section, path="lora", fixed=True):
+    """LoRA (Hu et al., arXiv 2106.09685): x W + alpha / rank · (x A) B, with A and B trained."""
+
+    rank: int = key(0, "columns of A and rows of B; 0 turns LoRA off", NOT_NEGATIVE, ROUTED)
+    alpha: float = key(16.0, "numerator of the scale alpha / rank", POSITIVE, LORA)
+    targets: str = key(
+        r"/(w[qkvo]|gate|up|down)$",
+        "regular expression for the paths of the matrices that get a pair; an expert gets its own",
+        checks.pattern,
+        LORA,
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(Section, path="training"):
     num_steps: int = key(

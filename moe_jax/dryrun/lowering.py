@@ -15,7 +15,7 @@ from moe_jax.config import Run
 from moe_jax.model import exchange_cost
 from moe_jax.ops import attention_kernels
 from moe_jax.parallel import sharding
-from moe_jax.training import balance, objective, optimizer, step
+from moe_jax.training import balance, lora, objective, optimizer, step
 from moe_jax.training.state import TrainState
 
 
@@ -26,9 +26,12 @@ def abstract_state(settings: Run, mesh: jax.sharding.Mesh) -> TrainState:
     """
     tx = optimizer.adamw(settings.optimizer, settings.training.num_steps)
     router_state = balance.initial(settings.model, settings.balance)
-    shapes = jax.eval_shape(
-        lambda: TrainState.create(model.init(settings.model, jax.random.key(0)), tx, router_state)
-    )
+
+    def create(key):
+        params = lora.added(model.init(settings.model, key), settings.lora, key)
+        return TrainState.create(params, tx, router_state)
+
+    shapes = jax.eval_shape(create, jax.random.key(0))
     state: Any = sharding.abstract(shapes, mesh)
     return state
 

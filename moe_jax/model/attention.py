@@ -79,7 +79,7 @@ def attention(
 
 
 def _attention_of_one(x_BTD, params, cache, positions_BT, segment_ids_BT, config, window):
-    qkv = layers.products(x_BTD, tuple(params[f"w{n}"] for n in "qkv"))
+    qkv = layers.projected(x_BTD, params, ("wq", "wk", "wv"))
     q_BTNH, k_BTKH, v_BTKH = (
         layers.add_bias(x, params, f"b{n}") for n, x in zip("qkv", qkv, strict=True)
     )
@@ -106,7 +106,8 @@ def _attention_of_one(x_BTD, params, cache, positions_BT, segment_ids_BT, config
             implementation=config.attention,
         )
     y_BTNH = remat.named("attention", y_BTNH)
-    return layers.add_bias(layers.product(y_BTNH, params["wo"], contracted=2), params, "bo"), cache
+    [y_BTD] = layers.projected(y_BTNH, params, ("wo",), contracted=2)
+    return layers.add_bias(y_BTD, params, "bo"), cache
 
 
 def _written(cache, at: tuple, x_BTKH, positions_BT):

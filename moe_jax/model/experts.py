@@ -38,15 +38,22 @@ def experts_of_rows(
             for w in weights
         )
 
+    def of_pair(x, name):
+        return product(x, name)[0]
+
+    def projected(x, *names):
+        ys = zip(names, product(x, *names), strict=True)
+        return tuple(layers.add_low_rank(y, x, experts, name, of_pair) for name, y in ys)
+
     inner = [name for name in ("gate", "up") if name in experts]
-    hidden = product(x_RD, *inner)
+    hidden = projected(x_RD, *inner)
     if "up_bias" in experts:
         biases = (_bias_of_rows(experts[f"{name}_bias"], group_sizes_E, x_RD) for name in inner)
         hidden = tuple(h + b for h, b in zip(hidden, biases, strict=True))
 
     @remat.made_again
     def down(hidden, weight_R1):
-        return product(layers.activate(hidden, config) * weight_R1, "down")[0]
+        return projected(layers.activate(hidden, config) * weight_R1, "down")[0]
 
     y_RD = down(remat.named("gate_up", hidden), weight_R1)
     if "down_bias" in experts:

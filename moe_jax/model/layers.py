@@ -73,6 +73,35 @@ def products(
     return tuple(y.reshape(*rows, *w.shape[contracted:]) for y, w in zip(ys, weights, strict=True))
 
 
+LOW_RANK = ("lora_a", "lora_b")  # the ends of the names of a matrix's low-rank pair
+
+
+def add_low_rank(
+    y: jax.Array, x: jax.Array, params: dict, name: str, product: Callable
+) -> jax.Array:
+    """y = x W plus (x A) B, if the matrix `name` has a low-rank pair.
+
+    LoRA (Hu et al., arXiv 2106.09685, §4.1). A B itself is never made: its gradient would be that
+    of the whole matrix. `product(x, name)` is x times the parameter of this name.
+    """
+    a, b = (f"{name}_{end}" for end in LOW_RANK)
+    return y + product(product(x, a), b) if a in params else y
+
+
+def projected(
+    x: jax.Array, params: dict, names: tuple[str, ...], contracted: int = 1
+) -> tuple[jax.Array, ...]:
+    """`products` of x with the matrices of these names and their low-rank pairs."""
+    ys = products(x, tuple(params[name] for name in names), contracted)
+
+    def of_pair(x, name):
+        return product(x, params[name], contracted if name.endswith(LOW_RANK[0]) else 1)
+
+    return tuple(
+        add_low_rank(y, x, params, name, of_pair) for y, name in zip(ys, names, strict=True)
+    )
+
+
 def _as_one_expert(w: Matrix, size: int) -> stacks.OfStack:
     """The row of a stack, which is a matrix, as one expert: [1, D, F]."""
     assert isinstance(w, stacks.OfStack)
@@ -109,10 +138,11 @@ def feed_forward(x: jax.Array, params: dict, config: ModelConfig) -> jax.Array:
 
     @remat.made_again
     def down(hidden):
-        return add_bias(product(activate(hidden, config), params["down"]), params, "down_bias")
+        [y] = projected(activate(hidden, config), params, ("down",))
+        return add_bias(y, params, "down_bias")
 
-    inner = [name for name in ("gate", "up") if name in params]
-    hidden = products(x, tuple(params[n] for n in inner))
+    inner = tuple(name for name in ("gate", "up") if name in params)
+    hidden = projected(x, params, inner)
     hidden = tuple(add_bias(h, params, f"{n}_bias") for n, h in zip(inner, hidden, strict=True))
     return down(remat.named("gate_up", hidden))
 

@@ -36,6 +36,7 @@ class Parts:
     batch_of: Callable[[int], int]  # the number of the batch that a step trains on
     largest: Callable[[int], int]  # the maximum over all processes: parallel.distributed.Largest
     pulse: pulse.Pulse
+    merged: Callable[[dict], dict] = lambda params: params  # the parameters that are evaluated
 
 
 def run(
@@ -83,7 +84,7 @@ def run(
                     begin(step, pulse.EVALUATION)
                     try:
                         with log.clock_stopped(), stop.at_once():
-                            found = evaluator.evaluate(state.params)
+                            found = evaluator.evaluate(parts.merged(state.params))
                     except _Stopped:
                         if step > start and not due:
                             parts.save(step, state, log.skipped)

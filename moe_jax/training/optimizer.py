@@ -1,14 +1,15 @@
 """AdamW in optax, with the papers' schedules, rules per parameter path, and OMoE."""
 
 import functools
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax import tree
+from moe_jax import spelling, tree
 from moe_jax.config.sections import Optimizer
 
 
@@ -57,9 +58,9 @@ def adamw(optimizer: Optimizer, num_steps: int) -> optax.GradientTransformation:
     2112.10684, divide the experts' gradients by the square root of the number of devices that the
     experts are sharded over), weight-decay factors inside AdamW, and learning-rate factors after
     it, weight decay included. Paths of `no_weight_decay` do not decay. Nor does a router's
-    selection bias, which gets no gradient and is updated by `training/balance.py`. `frozen` paths
-    are not updated, have no moments and do not count in the norm (MoE-CT, arXiv 2407.00875, trains
-    only the experts).
+    selection bias, which gets no gradient and is updated by `training/balance.py`. Parameters on
+    `frozen` paths have no moments and do not count in the norm (MoE-CT, arXiv 2407.00875, trains
+    only the experts): gradients and updates are those of `split`'s first part.
     """
     undecayed = ((optimizer.no_weight_decay or NOTHING, 0.0), (r"moe/router/bias$", 0.0))
     gradient = optax.chain(
@@ -71,18 +72,15 @@ def adamw(optimizer: Optimizer, num_steps: int) -> optax.GradientTransformation:
         optax.scale_by_learning_rate(schedule(optimizer, num_steps)),
     )
     rate, orthogonal = optimizer.learning_rate_factors, optimizer.orthogonal_every
-    trained = optax.chain(
-        gradient, adam, optax.chain(_scaled(rate), orthogonal_experts(orthogonal))
+    whole = optax.chain(gradient, adam, optax.chain(_scaled(rate), orthogonal_experts(orthogonal)))
+
+    def trained(params):
+        return split(params, optimizer.frozen)[0]
+
+    return optax.GradientTransformation(
+        lambda params: whole.init(trained(params)),
+        lambda grads, state, params: whole.update(trained(grads), state, trained(params)),
     )
-    if not optimizer.frozen:
-        return trained
-
-    def labels(params):
-        return tree.map_with_name(
-            lambda name, _: "frozen" if re.search(optimizer.frozen, name) else "trained", params
-        )
-
-    return optax.partition({"trained": trained, "frozen": optax.set_to_zero()}, labels)
 
 
 NOTHING = r"(?!)"  # matches no path
@@ -100,19 +98,41 @@ def check_paths(optimizer: Optimizer, params: dict) -> None:
         (key, pattern) for key, pattern in single if pattern not in ("", getattr(default, key))
     ]
     for key, pattern in patterns:
-        if not any(re.search(pattern, name) for name in names):
-            raise ValueError(
-                f"optimizer.{key}: {pattern!r} matches no parameter; paths are like {names[-1]!r}"
-            )
+        check_pattern(f"optimizer.{key}", pattern, names)
 
 
-def without_gradient(params: dict, frozen: str) -> dict:
-    """The parameters, with those on `frozen` paths treated as constants by the gradient."""
-    if not frozen:
-        return params
-    return tree.map_with_name(
-        lambda name, x: jax.lax.stop_gradient(x) if re.search(frozen, name) else x, params
+def check_pattern(key: str, pattern: str, names: Sequence[str]) -> None:
+    """Raises: ValueError, with the nearest part of a path, if a key's pattern matches no name."""
+    if any(re.search(pattern, name) for name in names):
+        return
+    parts = {
+        "/".join(words[i:j])
+        for words in (name.split("/") for name in names)
+        for i, j in itertools.combinations(range(len(words) + 1), 2)
+    }
+    meant = spelling.did_you_mean(pattern, sorted(parts))
+    raise ValueError(
+        f"{key}: {pattern!r} matches no parameter{meant}; paths are like {names[-1]!r}"
     )
+
+
+def split(params: dict, frozen: str) -> tuple[dict, dict]:
+    """The trained and the frozen part of a tree of parameters; `joined` is the inverse.
+
+    A step differentiates and updates the first part only, so the second has no gradient in memory,
+    and its values are the same bits after any number of steps.
+    """
+    if not frozen:
+        return params, {}
+    parts: tuple[dict, dict] = ({}, {})
+    for name, leaf in tree.flatten(params).items():
+        parts[bool(re.search(frozen, name))][name] = leaf
+    return tree.unflatten(parts[0]), tree.unflatten(parts[1])
+
+
+def joined(trained: dict, frozen: dict) -> dict:
+    """One tree from the parts of `split`."""
+    return tree.unflatten(tree.flatten(trained) | tree.flatten(frozen)) if frozen else trained
 
 
 def orthogonal_experts(every: int) -> optax.GradientTransformation:

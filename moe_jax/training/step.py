@@ -1,6 +1,7 @@
 """The pure train step: accumulates gradients, updates, and skips steps that are not finite or are
 spikes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -12,7 +13,7 @@ from moe_jax import config as configs
 from moe_jax import model
 from moe_jax.data.batches import Batch
 from moe_jax.parallel import sharding
-from moe_jax.training import balance, guards, objective, optimizer
+from moe_jax.training import balance, guards, lora, objective, optimizer
 from moe_jax.training.state import Measures, TrainState
 
 Models = Mapping[str, model.ModelConfig]
@@ -36,7 +37,7 @@ def make_train_step(
         loss = make_loss(
             objective.Context(
                 run=run,
-                params=state.params,
+                params=lora.scaled(state.params, run.lora),
                 batch=batch,
                 router_state=state.router_state,
                 frozen={n: (frozen_configs[n], p) for n, p in (frozen_params or {}).items()},
@@ -44,10 +45,13 @@ def make_train_step(
             )
         )
 
-        def trained(params, microbatch, key):
-            return loss(optimizer.without_gradient(params, run.optimizer.frozen), microbatch, key)
+        trained, frozen = optimizer.split(state.params, run.optimizer.frozen)
 
-        grads, measures = summed(functools.partial(jax.grad(trained, has_aux=True), state.params))
+        def of_trained(trained, microbatch, key):
+            params = lora.scaled(optimizer.joined(trained, frozen), run.lora)
+            return loss(params, microbatch, key)
+
+        grads, measures = summed(functools.partial(jax.grad(of_trained, has_aux=True), trained))
         norm = optax.tree.norm(grads)
         spiked, history = jnp.bool(False), state.history
         if history is not None:
@@ -66,9 +70,11 @@ def make_train_step(
         # and once for the parameters: 116 ms instead of 46 ms for 25 million parameters.
         unchanged = jnp.bool(True)
         new, sound = jax.lax.cond(
-            applied, updated, lambda state, _: (state, unchanged), state, grads
+            *(applied, updated, lambda state, _: (state, unchanged)),
+            *(dataclasses.replace(state, params=trained), grads),
         )
-        return new.replace(step=state.step + 1, history=history), measures.replace(
+        params = optimizer.joined(new.params, frozen)
+        return new.replace(params=params, step=state.step + 1, history=history), measures.replace(
             gradient_norm=norm,
             learning_rate=optimizer.learning_rate(
                 run.optimizer, run.training.num_steps, state.opt_state
@@ -84,7 +90,7 @@ def make_train_step(
 
 def _all_finite(params: dict) -> jax.Array:
     finite = jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
-    return jax.tree.reduce(jnp.logical_and, finite)
+    return jax.tree.reduce(jnp.logical_and, finite, jnp.bool(True))
 
 
 def over_microbatches(function: Callable, *, batch: Batch, key: jax.Array, number: int):
