@@ -115,13 +115,12 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         text = distributed.first_alone(open_text, configs.ConfigError)
         distributed.check_equal("the text of config.data", text.facts)
     settings = texts.with_steps(settings, text)
-    training = settings.training
     text, frozen, frozen_params = texts.with_reference(
         *(settings, text, mesh, cache, frozen, frozen_params)
     )
 
     # state ----------------------------------------------------------------------------------
-    tx = optimizer.adamw(settings.optimizer, training.num_steps)
+    tx = optimizer.adamw(settings.optimizer, settings.training.num_steps)
     create_state = functools.partial(_create_state, settings, tx)
     abstract = sharding.abstract(jax.eval_shape(lambda: create_state(random())), mesh)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -191,7 +190,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         contextlib.closing(lock) if lock else contextlib.nullcontext(),
         contextlib.closing(fed),
         library_threads.quiet(),
-        metrics.writer(workdir, resume_step=start, log_to=training.log_to) as write_row,
+        metrics.writer(workdir, resume_step=start, log_to=settings.training.log_to) as write_row,
         saving.finishing(saver),
     ):
         parts = loop.Parts(
@@ -210,7 +209,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
         # result -----------------------------------------------------------------------------
         result = _facts(settings, parts.costs, kept, began) | trained | made_by | results
-        result |= rows.row(training.last_step)
+        result |= rows.row(settings.training.last_step)
         if lock:
             files.write_text(workdir / "result.json", strict_json.text(result, indent=1) + "\n")
     return result

@@ -45,7 +45,7 @@ import jax
 from moe_jax import command_line, model, stores, strict_json, untrusted
 from moe_jax import config as configs
 from moe_jax.config.resolved import LONGEST_ROW
-from moe_jax.data import batches, policy, prepare, sources, tokenizers
+from moe_jax.data import batches, chat, policy, prepare, sources, tokenizers
 from moe_jax.data.cache import cache_folder
 from moe_jax.data.document import VALIDATION
 from moe_jax.data.mixed import MixedText
@@ -153,6 +153,7 @@ def of_text(arguments: argparse.Namespace) -> dict:
         batch_size=-(-arguments.batch_size // shards) * shards,
         sequence_length=data.sequence_length,
         max_batches=arguments.max_batches,
+        columns=corpus.columns(),
     )
     step = jax.jit(
         perplexity.make_eval_step(config, len(corpus.labels)),
@@ -314,6 +315,7 @@ def _corpus(
                 validation_fraction=data.validation_fraction,
                 cache=cache,
                 reading=policy.of_config(data),
+                form=chat.form_of(data),
             )
         return MixedText({"": given})
     hashes = checkpoint.newest_data(source.checkpoints, source.step).get("text")

@@ -33,6 +33,15 @@ class Data(Section, path="data", fixed=True):
     other_text: bool = key(
         False, "allows a run to go on with another text than it began with", fixed=False
     )
+    conversations: bool = key(
+        False, "records are conversations, of which the assistant's turns are trained"
+    )
+    chat_template: str = key(
+        "",
+        "Jinja file that makes text of a conversation, or plain; empty uses that beside the "
+        "tokenizer, or plain for bytes",
+        fixed=False,  # the tokens themselves are compared
+    )
     sequence_length: int = key(
         256, "tokens per sequence; 0 uses the model's limit, at most 4096", NOT_NEGATIVE
     )

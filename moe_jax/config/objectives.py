@@ -71,6 +71,9 @@ class Preference(Section, path="objective.preference", needs=(PAIRS,)):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(Section, path="objective"):
     name: str = key("next_token", "name of the loss that is minimised")
+    average: str = key(
+        "token", "token, or document for equal weights of all records", one_of("token", "document")
+    )
     logit_z_coefficient: float = key(
         0.0, "coefficient of the z-loss on the output logits", NOT_NEGATIVE
     )

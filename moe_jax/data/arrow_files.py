@@ -100,6 +100,8 @@ def _arrow_file(path: stored.Path):
 
 def _columns(path: stored.Path, schema, reading: Reading, rows: int = 1) -> list[str]:
     """Those of the fields that the file has."""
+    if reading.conversations:
+        return [name for name in schema.names if name in reading.columns]
     field = reading.text_field
     inside = field not in schema.names and "." in field
     name = field.partition(".")[0] if inside else field

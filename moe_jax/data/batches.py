@@ -223,13 +223,15 @@ def evaluation_batches(
     batch_size: int,
     max_batches: int = 0,
     rows: Sequence[int] | None = None,
+    columns: Columns | None = None,
 ) -> Iterator[Batch]:
     """One pass over the corpus, always in the same shuffled order, with the last batch padded.
 
     Because of the shuffle, its first `max_batches` (0 is all) are a fair sample of the documents.
     """
     plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=0)
-    return one_pass(corpus, plan, batch_size=batch_size, max_batches=max_batches, rows=rows)
+    how: dict[str, Any] = {"max_batches": max_batches, "rows": rows, "columns": columns}
+    return one_pass(corpus, plan, batch_size=batch_size, **how)
 
 
 def one_pass(

@@ -10,12 +10,15 @@ exactly is refused.
 """
 
 import dataclasses
+import hashlib
+import pathlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from moe_jax.data import chat_template
 from moe_jax.data.chat_template import ChatTemplate, Message
 
 ASSISTANT = "assistant"
@@ -217,20 +220,66 @@ def weights(offsets_N2: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
 Encode = Callable[[str], tuple[np.ndarray, np.ndarray]]  # text -> ids [N], offsets [N, 2]
 
 
-def shortened(
-    template: ChatTemplate, talk: Conversation, encode: Encode, most: int, special: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """Ids [N] and weights [N] of at most `most` tokens, and the number of messages left out.
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A conversation as a model reads it.
 
-    A conversation that is too long loses its last messages, so that the rest ends with a turn of
-    the assistant, with that turn's end; None if not even its first turn fits.
+    ids_N, weights_N: the tokens, and the loss weight of each, 1 or 0.
+    text: what the tokens with a weight say.
+    left_out: the number of messages at the end that did not fit.
     """
-    turns = [i for i, one in enumerate(talk.messages) if one["role"] == ASSISTANT]
-    for turn in reversed([i for i in turns if i >= talk.first]):
-        kept = len(talk.messages) if turn == turns[-1] else turn + 1
-        part = dataclasses.replace(talk, messages=talk.messages[:kept])
-        answers = render(template, part, special)
-        ids_N, offsets_N2 = encode(answers.text)
-        if len(ids_N) <= most:
-            return ids_N, weights(offsets_N2, answers.spans), len(talk.messages) - kept
-    return None
+
+    ids_N: np.ndarray
+    weights_N: np.ndarray
+    text: str
+    left_out: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How conversations become tokens: by a template, in at most `most` tokens."""
+
+    template: ChatTemplate
+    most: int
+
+    @property
+    def key(self) -> list:
+        """What decides the tokens, for the key of a cache."""
+        source = hashlib.sha256(self.template.source.encode()).hexdigest()
+        return [source, self.template.tokens, self.most]
+
+    def tokens(self, talk: Conversation, encode: Encode, special: Sequence[str]) -> Tokens | None:
+        """The tokens of a conversation; None if not even its first turn fits.
+
+        A conversation that is too long loses its last messages, so that the rest ends with a turn
+        of the assistant, with that turn's end.
+
+        Raises: ValueError as `render` does.
+        """
+        turns = [i for i, one in enumerate(talk.messages) if one["role"] == ASSISTANT]
+        for turn in reversed([i for i in turns if i >= talk.first]):
+            kept = len(talk.messages) if turn == turns[-1] else turn + 1
+            part = dataclasses.replace(talk, messages=talk.messages[:kept])
+            answers = render(self.template, part, special)
+            ids_N, offsets_N2 = encode(answers.text)
+            if len(ids_N) <= self.most:
+                text = "".join(answers.text[start:stop] for start, stop in answers.spans)
+                weights_N = weights(offsets_N2, answers.spans)
+                return Tokens(ids_N, weights_N, text, len(talk.messages) - kept)
+        return None
+
+
+def form_of(data: Any) -> Form | None:
+    """The form of the conversations of a run's `config.data`; None for text.
+
+    Raises: ValueError for a template that is not there.
+    """
+    if not data.conversations:
+        return None
+    if data.chat_template:
+        template = chat_template.named(data.chat_template)
+    elif data.tokenizer == "bytes":
+        template = chat_template.PLAIN
+    else:
+        template = chat_template.load(pathlib.Path(data.tokenizer).parent)
+    return Form(template, data.sequence_length + 1)

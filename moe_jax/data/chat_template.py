@@ -75,6 +75,30 @@ class ChatTemplate:
         return _without_marks(answer["text"], answer["begin"], answer["end"], self.place)
 
 
+# For tokenizers without a template of their own.
+PLAIN = ChatTemplate(
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message.role + ':\n' + message.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}",
+    (("bos_token", tokenizers.BEGIN), ("eos_token", tokenizers.END)),
+    "plain",
+)
+
+
+def named(name: str) -> ChatTemplate:
+    """The template "plain", or that of a Jinja file, with the special tokens of its folder.
+
+    Raises: ValueError if it is neither.
+    """
+    if name == PLAIN.place:
+        return PLAIN
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise ValueError(f"data.chat_template={name!r} is no file; give a Jinja file, or 'plain'")
+    tokens = _tokens(tokenizer_files.Folder(path.parent))
+    return ChatTemplate(path.read_text(encoding="utf-8"), tokens, name)
+
+
 def load(folder: pathlib.Path) -> ChatTemplate:
     """The template of a Hugging Face folder.
 

@@ -17,6 +17,8 @@ from moe_jax import files, stopping, strict_json
 VERSION = 5  # of the format
 MANIFEST = "manifest.json"  # it is written last, so a folder without it is unfinished
 ARRAYS = ("pairs.npy", "label_ids.npy")
+# The bit of a stored token that is not trained, such as a token of a prompt.
+NO_LOSS = np.uint32(1 << 31)
 # An array of this size or less is hashed when the corpus is opened (0.1 s); `verify` hashes all.
 HASHED_BYTES = 1 << 27
 
@@ -148,6 +150,7 @@ class TokenizedCorpus(Counted):
     tokenizer: str  # the tokenizer's fingerprint
     shards: tuple[Shard, ...]
     skipped: Mapping[str, int]  # records that could not be used, by reason
+    weighted: bool  # some tokens are not trained
 
     @classmethod
     def load(cls, folder: pathlib.Path) -> "TokenizedCorpus":
@@ -181,6 +184,7 @@ class TokenizedCorpus(Counted):
                 tokenizer=facts["made_of"]["tokenizer"],
                 shards=shards,
                 skipped=facts["skipped"],
+                weighted=facts["weighted"],
             )
 
     def verify(self) -> Iterator[int]:
@@ -202,6 +206,14 @@ class TokenizedCorpus(Counted):
 
     def tokens(self, record: int) -> np.ndarray:
         """The tokens of a record; raises ValueError if it is damaged."""
+        tokens = self._stored(record)
+        return tokens & ~NO_LOSS if self.weighted else tokens
+
+    def weights(self, record: int) -> np.ndarray:
+        """The loss weight of each predicted token of a record, 1 or 0."""
+        return (self._stored(record)[1:] < NO_LOSS).astype(np.float32)
+
+    def _stored(self, record: int) -> np.ndarray:
         try:
             tokens = np.frombuffer(self._records[int(record)], np.uint32)
             if len(tokens) != self.pairs[record] + 1:

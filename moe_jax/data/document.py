@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.data import chat
 from moe_jax.data.policy import KEYS, Reading, UnusableError, check_length
 
 TRAIN, VALIDATION = "train", "validation"
@@ -26,9 +27,7 @@ class Document:
 
     text: str
     label: str  # losses are reported by this label: a language, or "all"
-    # A conversation, with each message as {"role", "content"}.
-    messages: tuple[Mapping[str, str], ...] | None = None
-    weights: tuple[float, ...] | None = None  # the loss weight of each message
+    conversation: chat.Conversation | None = None  # `text` is then what its messages say
     labels: Mapping[str, str] | None = None  # further labels by kind, such as {"domain": "code"}
     preference: Preference | None = None  # `text` is then its prompt and an answer
 
@@ -77,6 +76,8 @@ def from_record(
     Raises: UnusableError for a text or a label that is no string, that UTF-8 cannot encode, or that
       is too long; its message continues the name of the record.
     """
+    if reading.conversations:
+        return _of_conversation(record, reading, label)
     name = reading.text_field
     preference = None if name in record else _preference(record)
     if preference:
@@ -96,6 +97,24 @@ def from_record(
         raise UnusableError(" has half a surrogate pair", "half a surrogate pair") from None
     check_length(text, reading.max_line)
     return key, Document(text, label, preference=preference)
+
+
+def _of_conversation(
+    record: Mapping[str, Any], reading: Reading, label: str
+) -> tuple[str, Document]:
+    """The key is the first message, so that no prompt is in both splits."""
+    try:
+        talk = chat.conversation(record)
+        text = "\n".join(str(message.get("content") or "") for message in talk.messages)
+        text.encode()
+    except UnicodeEncodeError:
+        raise UnusableError(" has half a surrogate pair", "half a surrogate pair") from None
+    except ValueError as error:
+        raise UnusableError(str(error), "no conversation") from None
+    check_length(text, reading.max_line)
+    first = str(talk.messages[0].get("content"))
+    key = str(next((record[k] for k in KEYS if record.get(k) not in (None, "")), first))
+    return key, Document(text, _label(record, reading) or label, conversation=talk)
 
 
 def _label(record: Mapping[str, Any], reading: Reading) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from moe_jax.data.batches import Columns
 from moe_jax.data.corpus import Counted, TokenizedCorpus
 
 
@@ -44,6 +45,13 @@ class OfLabel:
     def tokens(self, record: int) -> np.ndarray:
         return self.corpus.tokens(self.records[record])
 
+    @property
+    def weighted(self) -> bool:
+        return self.corpus.weighted
+
+    def weights(self, record: int) -> np.ndarray:
+        return self.corpus.weights(self.records[record])
+
 
 @dataclasses.dataclass(frozen=True)
 class MixedRecords:
@@ -75,6 +83,26 @@ class MixedRecords:
         """The tokens of a record; raises ValueError if it is damaged."""
         index, own = self.locate(record)
         return self._parts[index].tokens(own)
+
+    def weights(self, record: int) -> np.ndarray:
+        """The loss weight of each predicted token of a record."""
+        index, own = self.locate(record)
+        return self._parts[index].weights(own)
+
+    @property
+    def weighted(self) -> bool:
+        """True if some tokens are not trained."""
+        return any(part.weighted for part in self._parts)
+
+    def columns(self, *, per_document: bool = False) -> Columns:
+        """The loss weights, if they are not 1: for `per_document`, those of a record sum to 1."""
+
+        def shares(record: int) -> np.ndarray:
+            weights = self.weights(record)
+            return weights / max(weights.sum(), 1)
+
+        chosen = shares if per_document else self.weights
+        return {"weights_BT": chosen} if self.weighted or per_document else {}
 
     @functools.cached_property
     def pairs(self) -> np.ndarray:

@@ -8,6 +8,7 @@ from moe_jax import stopping
 from moe_jax.parallel import distributed
 
 LABELS, KEYS = ("language", "lang"), ("doc", "id")
+CONVERSATION = ("messages", "conversations", "prompt", "completion", "tools")  # its fields
 MOST_NAMED = 20  # skipped records that are named in the output; the others are counted
 
 
@@ -25,6 +26,7 @@ class Reading:
     # none of their own.
     label_pattern: str = ""
     skip_damaged: int = 0  # the most records that may be skipped; the first is refused by default
+    conversations: bool = False  # records are conversations (`chat.conversation`), not text
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -33,14 +35,16 @@ class Reading:
     @property
     def columns(self) -> frozenset[str]:
         """The names that a table's columns may have to be read."""
-        fields = (self.text_field, *self.labels, *KEYS)
+        texts = CONVERSATION if self.conversations else (self.text_field,)
+        fields = (*texts, *self.labels, *KEYS)
         return frozenset({*fields, *(field.split(".")[0] for field in fields)})
 
     @property
     def key(self) -> list:
         """What decides which documents a source has, for the key of a cache."""
         found = [self.text_field, self.label_field, self.label_pattern, self.skip_damaged]
-        return [*found, self.max_line if self.skip_damaged else None]
+        found.append(self.max_line if self.skip_damaged else None)
+        return [*found, "conversations"] if self.conversations else found
 
 
 STRICT = Reading()  # refuses the first record that cannot be used

@@ -21,7 +21,7 @@ from typing import Any
 import tqdm
 
 from moe_jax import files, stopping, strict_json
-from moe_jax.data import duplicates, filters, shards, sources
+from moe_jax.data import chat, duplicates, filters, shards, sources
 from moe_jax.data.cache import DATASETS
 from moe_jax.data.document import Document
 from moe_jax.data.policy import STRICT, Reading, Skipped
@@ -62,6 +62,7 @@ class Job:
     specs: tuple[str, ...] = ()  # of filters
     skip_damaged: int = 0  # the most records that may be skipped because they cannot be used
     shard_bytes: int = SHARD_BYTES
+    form: chat.Form | None = None  # how conversations become tokens; None for text
 
     @property
     def chosen(self) -> filters.Chosen:
@@ -70,6 +71,7 @@ class Job:
     def write(self, unit: "Unit") -> shards.Facts:
         return shards.write(
             *(unit.path, unit.documents, self.tokenizer, self.chosen),
+            form=self.form,
             dropped=unit.dropped,
             skip_damaged=self.skip_damaged,
         )

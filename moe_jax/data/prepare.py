@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from moe_jax import files, strict_json
-from moe_jax.data import corpus, duplicates, preparation, shards, sources, text_files
+from moe_jax.data import chat, corpus, duplicates, preparation, shards, sources, text_files
 from moe_jax.data.cache import DATASETS, writing
 from moe_jax.data.corpus import DamagedError, TokenizedCorpus
 from moe_jax.data.document import TRAIN, VALIDATION
@@ -32,10 +32,12 @@ def open_corpus(
     validation_fraction: float,
     cache: pathlib.Path,
     reading: Reading = STRICT,
+    form: chat.Form | None = None,
 ) -> TokenizedCorpus:
     """The tokenized documents of a split: a prepared corpus, or one in the folder `cache`.
 
-    The cache stores them under a hash of text, tokenizer and options.
+    The cache stores them under a hash of text, tokenizer and options. `form` says how conversations
+    become tokens; the run prints how many did not fit into a row.
 
     Raises: ValueError if the split is empty or the source cannot be used.
     """
@@ -48,6 +50,7 @@ def open_corpus(
         "validation_fraction": validation_fraction,
         "tokenizer": tokenizer.fingerprint,
         "reading": reading.key,
+        **({"form": form.key} if form else {}),
     }
     key = [corpus.VERSION, *made_of.values()]
     folder = cache / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
@@ -68,10 +71,13 @@ def open_corpus(
     )
     with writing(cache), files.whole_folder(folder, shared=True) as unfinished:
         name = f"{source} {split}"
-        with preparation.pool_of(Job(tokenizer, skip_damaged=reading.skip_damaged)) as pool:
+        job = Job(tokenizer, skip_damaged=reading.skip_damaged, form=form)
+        with preparation.pool_of(job) as pool:
             facts = preparation.prepare(
                 *(unfinished, [documents], pool), name=name, made_of=made_of, skipped=skipped
             )
+        for reason, number in facts.dropped.items():
+            distributed.say(f"{name}: left out, {reason}: {number:,}")
         if not facts.documents:
             raise ValueError(
                 f"data.source={source!r} has no {split} documents; set config.data."

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from moe_jax import files, stopping, strict_json
-from moe_jax.data import corpus, filters, tokenizers
+from moe_jax import files, strict_json
+from moe_jax.data import chat, corpus, encoding, filters
 from moe_jax.data.document import Document
+from moe_jax.data.encoding import Encoded
 from moe_jax.data.tokenizers import Tokenizer
 
 RECORD_TOKENS = 65_536  # a longer document is split into several records
@@ -53,12 +54,12 @@ class Facts:
         self.dropped += later.dropped
         self.bad += later.bad
 
-    def add_document(self, document: Document, text: str, ids: np.ndarray) -> int:
-        """Counts a document with these tokens, which have this text; returns the number of its
-        label."""
-        own_bytes = np.frombuffer(text.encode(), np.uint8)
+    def add_document(self, document: Document, found: Encoded) -> int:
+        """Counts a document with its tokens; returns the number of its label."""
+        ids = found.ids_N
+        own_bytes = np.frombuffer(found.text.encode(), np.uint8)
         own = hashlib.sha256(len(ids).to_bytes(8, "little") + ids.tobytes()).digest()
-        counts = {document.label: np.array([1, len(own_bytes), len(ids) - 1])}
+        counts = {document.label: np.array([1, len(own_bytes), found.targets])}
         self.add(Facts(counts, np.bincount(own_bytes, minlength=256), int.from_bytes(own), 1))
         return list(self.labels).index(document.label)
 
@@ -100,6 +101,7 @@ def write(
     tokenizer: Tokenizer,
     chosen: filters.Chosen = filters.NONE,
     *,
+    form: chat.Form | None = None,
     dropped: Mapping[str, int] | None = None,
     skip_damaged: int = 0,
 ) -> Facts:
@@ -108,6 +110,7 @@ def write(
     Args:
       path: a path without an ending; the facts at .json, which are written last, make the others
         valid: .array_record holds the records, .npy their numbers of predicted tokens and labels.
+      form: how conversations become tokens; None for text.
       dropped: documents, by reason, that were dropped before.
       skip_damaged: documents that cannot be tokenized are counted; if there are more, it raises.
 
@@ -116,9 +119,8 @@ def write(
     facts, rows = Facts(dropped=collections.Counter(dropped or {})), list[tuple[int, int]]()
     with files.whole_file(path.with_suffix(".array_record")) as unfinished:
         writer = array_record_module.ArrayRecordWriter(str(unfinished), WRITER)
-        for document, ids in _encoded(documents, tokenizer, chosen, facts, skip_damaged):
-            text = tokenizers.encoded_text(tokenizer, document.text, ids[1:-1])
-            label_id = facts.add_document(document, text, ids)
+        for document, found in _encoded(documents, tokenizer, chosen, form, facts, skip_damaged):
+            label_id, ids = facts.add_document(document, found), found.ids_N
             # Neighbouring records share a token: the last target of one is the next one's first
             # input.
             for start in range(0, len(ids) - 1, RECORD_TOKENS - 1):
@@ -142,9 +144,10 @@ def _encoded(
     documents: Sequence[Document],
     tokenizer: Tokenizer,
     chosen: filters.Chosen,
+    form: chat.Form | None,
     facts: Facts,
     skip_damaged: int,
-) -> Iterator[tuple[Document, np.ndarray]]:
+) -> Iterator[tuple[Document, Encoded]]:
     """The documents that are kept, with their tokens; the facts count the others."""
     for batch in batches(documents, BATCH_BYTES):
         kept = []
@@ -153,36 +156,20 @@ def _encoded(
                 facts.dropped[reason] += 1
             else:
                 kept.append(document)
-        for document, ids in zip(kept, _ids(kept, tokenizer), strict=True):
-            if isinstance(ids, Exception):
+        for document, found in zip(kept, encoding.encode(kept, tokenizer, form), strict=True):
+            if isinstance(found, Exception):
                 place = f"{document.text[:40]!r} …"
-                facts.bad.append([place, f"{NOT_TOKENIZED} ({ids!r})"])
+                facts.bad.append([place, f"{NOT_TOKENIZED} ({found!r})"])
                 if len(facts.bad) > skip_damaged:
-                    raise ValueError(" ".join(facts.bad[-1])) from ids
-            elif reason := chosen.fault_of_tokens(document, ids):
+                    raise ValueError(" ".join(facts.bad[-1])) from found
+            elif found is None:
+                facts.dropped[encoding.TOO_LONG] += 1
+            elif reason := chosen.fault_of_tokens(document, found.ids_N[1:-1] & ~corpus.NO_LOSS):
                 facts.dropped[reason] += 1
             else:
-                around = np.array([tokenizer.bos_id]), ids, np.array([tokenizer.eos_id])
-                yield document, np.concatenate(around).astype(np.uint32)
-
-
-def _ids(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterable[np.ndarray | Exception]:
-    """The ids of each document, or the error of one that cannot be tokenized."""
-    try:
-        return tokenizer.encode_batch([document.text for document in documents])
-    except Exception as error:  # the libraries raise many types
-        stopping.pass_on(error)
-        return _ids_one_by_one(documents, tokenizer)
-
-
-def _ids_one_by_one(
-    documents: Sequence[Document], tokenizer: Tokenizer
-) -> Iterator[np.ndarray | Exception]:
-    for document in documents:
-        try:
-            yield tokenizer.encode(document.text)
-        except Exception as error:  # the libraries raise many types
-            yield error
+                if found.left_out:
+                    facts.dropped[encoding.CUT] += found.left_out
+                yield document, found
 
 
 def batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
@@ -230,6 +217,7 @@ def finish(
         "dropped": dict(sorted(facts.dropped.items())),
         "skipped": dict(skipped or {}) | ({NOT_TOKENIZED: len(facts.bad)} if facts.bad else {}),
         "made_of": made_of,
+        "weighted": "form" in made_of,
         "shards": shards,
     }
     corpus.seal(folder, described)

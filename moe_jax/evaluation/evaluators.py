@@ -108,6 +108,7 @@ def _held_out_loss(context: Context, max_batches: int) -> Callable[[dict], Evalu
             batch_size=run.evaluation.batch_size,
             sequence_length=run.data.sequence_length,
             max_batches=max_batches,
+            columns=held_out.columns(),
         )
         bytes_per_token = held_out.bytes_per_token
         measured = perplexity.evaluate(context.eval_step, params, text, bytes_per_token)

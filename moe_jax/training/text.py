@@ -15,6 +15,7 @@ from moe_jax.config import checks
 from moe_jax.config.mixture import EVERY
 from moe_jax.data import (
     batches,
+    chat,
     mixture,
     policy,
     preferences,
@@ -41,6 +42,7 @@ class Text:
     opened: the corpora of each split, by source.
     digests: a hash of the tokens of each split, by "SOURCE/SPLIT", or by split for a single source.
     pairs: held-out pairs of answers for an objective on pairs, which trains on pairs too.
+    per_document: the loss is a mean over documents, and not over tokens.
     """
 
     opened: Mapping[str, Mapping[str, TokenizedCorpus]]
@@ -50,11 +52,14 @@ class Text:
     stages: Sequence[shares.Stage]  # those of the config
     digests: dict[str, str]
     pairs: PairCorpus | None = None
+    per_document: bool = False
 
     @property
     def columns(self) -> batches.Columns:
         """The arrays of a batch that do not follow from the tokens."""
-        return self.train.columns if isinstance(self.train, PairCorpus) else {}
+        if isinstance(self.train, PairCorpus):
+            return self.train.columns
+        return self.train.columns(per_document=self.per_document)
 
     @property
     def skipped(self) -> dict[str, dict[str, int]]:
@@ -99,6 +104,8 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
             f"config.data.mixture is not for objective.name={settings.objective.name!r}, which "
             "trains on pairs of a single source; set mixture.shares=()"
         )
+    with checks.refusing():
+        form = chat.form_of(data)
     opened: dict[str, dict[str, TokenizedCorpus]] = {VALIDATION: {}}
     opened |= {} if row.pairs else {TRAIN: {}}
     for name, spec in data.named_sources.items():
@@ -111,6 +118,7 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
                     validation_fraction=data.validation_fraction,
                     cache=cache,
                     reading=policy.of_config(data),
+                    form=form,
                 )
     digests = {
         f"{name}/{split}" if name else split: corpus.digest
@@ -141,7 +149,9 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
             f"{beginning}data.packing={data.packing}: {plan.padding:.2%} of the rows is padding"
         )
     stages = _stages(data.mixture, train, plans)
-    return Text(opened, train, MixedText(opened[VALIDATION]), plans, stages, digests)
+    per_document = settings.objective.average == "document"
+    held_out = MixedText(opened[VALIDATION])
+    return Text(*(opened, train, held_out, plans, stages, digests), per_document=per_document)
 
 
 def _open_pairs(

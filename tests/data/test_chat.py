@@ -1,6 +1,5 @@
 """Loss falls on what the assistant would generate, for the published families of templates."""
 
-import dataclasses
 import pathlib
 import time
 
@@ -146,18 +145,18 @@ def test_a_token_with_a_part_of_the_prompt_has_no_weight():
 
 
 def test_a_long_conversation_loses_whole_turns():
-    name, talk = template("chatml"), chat.Conversation(tuple(TALK))
-    whole = chat.shortened(name, talk, encode, 1000, SPECIAL)
-    assert whole is not None and whole[2] == 0
-    fewer = chat.shortened(name, talk, encode, len(whole[0]) - 1, SPECIAL)
-    assert fewer is not None and fewer[2] == 2
-    first = chat.shortened(
-        name, dataclasses.replace(talk, messages=talk.messages[:2]), encode, 1000, SPECIAL
-    )
-    assert first is not None
-    np.testing.assert_array_equal(fewer[0], first[0])
-    np.testing.assert_array_equal(fewer[1], first[1])
-    assert chat.shortened(name, talk, encode, 3, SPECIAL) is None
+    def tokens(most, messages=tuple(TALK)):
+        form = chat.Form(template("chatml"), most)
+        return form.tokens(chat.Conversation(messages), encode, SPECIAL)
+
+    whole = tokens(1000)
+    assert whole is not None and whole.left_out == 0
+    fewer, first = tokens(len(whole.ids_N) - 1), tokens(1000, tuple(TALK[:2]))
+    assert fewer is not None and fewer.left_out == 2 and first is not None
+    np.testing.assert_array_equal(fewer.ids_N, first.ids_N)
+    np.testing.assert_array_equal(fewer.weights_N, first.weights_N)
+    assert fewer.text == first.text == "A matrix.<|im_end|>\n"
+    assert tokens(3) is None
 
 
 @pytest.mark.parametrize(

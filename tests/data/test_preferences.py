@@ -8,6 +8,7 @@ import pytest
 from moe_jax.data import batches, document, preferences, tokenizers
 from moe_jax.data.document import Document, Preference
 from moe_jax.data.packing import Piece
+from moe_jax.data.policy import STRICT
 
 BYTES = tokenizers.load("bytes")
 
@@ -98,17 +99,17 @@ def test_batches_have_the_answers_weights_and_the_reference():
 
 def test_records_of_preferences_are_read_and_held_out_by_their_prompt():
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    key, found = document.from_record(pair)
+    key, found = document.from_record(pair, STRICT)
     assert key == "p" and found.text == "pa" and found.preference == Preference("p", "a", "b")
     for label, expected in ((True, ("a", None)), (False, (None, "a"))):
-        _, found = document.from_record({"prompt": "p", "completion": "a", "label": label})
+        _, found = document.from_record({"prompt": "p", "completion": "a", "label": label}, STRICT)
         assert (found.preference.chosen, found.preference.rejected) == expected
         assert found.text == "pa"
     for wrong in ({**pair, "chosen": ["a"]}, {"prompt": "p", "completion": "a", "label": 1}):
         with pytest.raises(ValueError, match='"chosen" of a pref|neither true nor false'):
-            document.from_record(wrong)
+            document.from_record(wrong, STRICT)
     with pytest.raises(ValueError, match="surrogate"):
-        document.from_record({**pair, "rejected": "\ud800"})
+        document.from_record({**pair, "rejected": "\ud800"}, STRICT)
 
 
 def test_pairs_are_cached_and_damage_is_noticed(tmp_path):

@@ -22,6 +22,7 @@ from moe_jax.data import (
     tokenizers,
 )
 from moe_jax.data.document import Document
+from moe_jax.data.encoding import Encoded
 from moe_jax.data.preparation import Job
 from tests.data.test_prepare import BYTES, RECORDS, open_corpus, tokens_of, write
 
@@ -187,7 +188,7 @@ def test_the_digest_depends_on_documents_and_their_order_but_not_on_where_shards
         for group in groups:
             part = shards.Facts()
             for ids in group:
-                part.add_document(Document("", "all"), "", np.array(ids, np.uint32))
+                part.add_document(Document("", "all"), Encoded(np.array(ids, np.uint32), ""))
             facts.add(part)
         return facts.hash
 

@@ -17,6 +17,7 @@ from moe_jax.analysis import answers
 from moe_jax.config.objectives import Preference
 from moe_jax.data import document, preferences, tokenizers
 from moe_jax.data.batches import Batch
+from moe_jax.data.policy import STRICT
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import metrics, objective, optimizer, reference, step
 from moe_jax.training.preferences import LOSSES
@@ -327,7 +328,7 @@ def test_the_cached_log_probs_are_the_reference_models(run, tmp_path):
     mesh = meshes.make({"fsdp": 8})
     config, params = stores.load(pathlib.Path(run.init.source), mesh)
     text = pathlib.Path(run.data.source).read_text()
-    lines = [document.from_json(line)[1] for line in text.splitlines()[:6]]
+    lines = [document.from_json(line, STRICT)[1] for line in text.splitlines()[:6]]
     pairs = preferences.of_documents(lines, tokenizers.load("bytes"), 48)
     how = {"cache": tmp_path, "sequence_length": 48, "batch_size": 8}
     made = reference.with_reference(pairs, config, params, mesh, **how)

@@ -1,0 +1,147 @@
+"""Conversations as token records: the loss is that of the answers, whatever happens to prompts."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import model
+from moe_jax.config.data import Data
+from moe_jax.data import batches, chat, chat_template, policy, prepare, tokenizers
+from moe_jax.data.mixed import MixedText
+from moe_jax.data.packing import RowPlan
+from moe_jax.training import objective
+
+BYTES = tokenizers.load("bytes")
+T = 64
+
+
+def talk(*contents):
+    roles = ("user", "assistant") * len(contents)
+    pairs = zip(roles, contents, strict=False)
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+TALKS = [
+    talk("What?", "This."),
+    talk("Why?", "So.", "And?", "No."),
+    talk("Long?", "Yes.", "More?", "x" * 40),
+    talk("Too long?", "y" * 90),
+]
+
+
+def opened(tmp_path, records=TALKS, most=T + 1, **how):
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    form = chat.Form(chat_template.PLAIN, most)
+    reading = policy.Reading(conversations=True, **how)
+    return prepare.open_corpus(
+        str(tmp_path / "talks.jsonl"),
+        "train",
+        BYTES,
+        validation_fraction=0,
+        cache=tmp_path / "cache",
+        reading=reading,
+        form=form,
+    )
+
+
+def trained(corpus, record):
+    tokens, weights = corpus.tokens(record), corpus.weights(record)
+    return BYTES.decode(tokens[1:][weights > 0])
+
+
+def test_the_answers_of_a_record_are_trained_and_its_prompts_are_not(tmp_path, capsys):
+    corpus = opened(tmp_path)
+    assert [trained(corpus, i) for i in range(3)] == ["This.\n", "So.\nNo.\n", "Yes.\n"]
+    whole = BYTES.decode(corpus.tokens(1))
+    assert whole == "user:\nWhy?\nassistant:\nSo.\nuser:\nAnd?\nassistant:\nNo.\n"
+    assert len(corpus.pairs) == 3  # the last conversation fits into no row
+    assert corpus.num_tokens == sum(int(corpus.weights(i).sum()) for i in range(3))
+    said = "".join(capsys.readouterr())
+    assert "conversation that does not fit into a row: 1" in said
+    assert "message at the end that does not fit into a row: 2" in said
+
+
+def test_bytes_per_token_are_those_of_the_answers(tmp_path):
+    corpus = opened(tmp_path, TALKS[:1])
+    # "This." with the end token, as 6 tokens, and a newline; the end token is written </s>.
+    assert corpus.num_tokens == 7 and corpus.bytes_per_label == (len("This.</s>\n"),)
+
+
+def made(corpus, per_document=False):
+    plan = RowPlan(corpus.pairs, sequence_length=T, seed=0, packing="best_fit")
+    columns = MixedText({"": corpus}).columns(per_document=per_document)
+    return next(batches.batches(corpus, plan, batch_size=2, columns=columns))
+
+
+CONFIG = model.ModelConfig(
+    model_type="mixtral",
+    vocab_size=BYTES.vocab_size,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_experts=2,
+    num_experts_per_tok=1,
+)
+
+
+def test_a_changed_prompt_target_changes_no_loss_and_a_changed_answer_changes_its_own(tmp_path):
+    batch = made(opened(tmp_path))
+    params = model.init(CONFIG, jax.random.key(0))
+    x_BTD, _ = objective.hidden_states(params, batch, None, CONFIG)
+
+    def losses(targets_BT):
+        changed = batch.replace(targets_BT=targets_BT)
+        return np.asarray(objective.token_losses(params, x_BTD, changed) * batch.weights_BT)
+
+    before = losses(batch.targets_BT)
+    is_answer = batch.weights_BT > 0
+    np.testing.assert_array_equal(losses(np.where(is_answer, batch.targets_BT, 7)), before)
+    row, column = np.argwhere(is_answer)[3]
+    targets = batch.targets_BT.copy()
+    targets[row, column] = 7
+    changed = np.argwhere(losses(targets) != before)
+    assert changed.tolist() == [[row, column]]
+
+
+def test_per_document_the_weights_of_each_conversation_sum_to_1(tmp_path):
+    batch = made(opened(tmp_path), per_document=True)
+    for weights_T, segments_T in zip(batch.weights_BT, batch.segment_ids_BT, strict=True):
+        for segment in set(segments_T.tolist()) - {0}:
+            assert weights_T[segments_T == segment].sum() == pytest.approx(1)
+
+
+def test_a_record_that_is_no_conversation_is_named_or_skipped_and_counted(tmp_path):
+    records = [TALKS[0], {"text": "no"}, {"messages": [{"role": "user", "content": "?"}]}]
+    with pytest.raises(ValueError, match='talks.jsonl:2 has none of "messages"'):
+        opened(tmp_path, records)
+    corpus = opened(tmp_path, records, skip_damaged=2)
+    assert corpus.skipped == {"no conversation": 2} and len(corpus.pairs) == 1
+
+
+def test_text_and_conversations_can_be_mixed(tmp_path):
+    talks = opened(tmp_path)
+    (tmp_path / "a.txt").write_text("plain text")
+    text = prepare.open_corpus(
+        str(tmp_path / "a.txt"), "train", BYTES, validation_fraction=0, cache=tmp_path / "cache"
+    )
+    mixed = MixedText({"text": text, "talks": talks})
+    (column,) = mixed.columns().values()
+    assert (column(0) == 1).all() and column(1).tolist() == talks.weights(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("keys", "place"),
+    [
+        ({"conversations": False}, None),
+        ({"conversations": True, "tokenizer": "bytes"}, "plain"),
+        ({"conversations": True, "tokenizer": "x/t.json", "chat_template": "plain"}, "plain"),
+    ],
+)
+def test_the_form_of_a_config(keys, place):
+    form = chat.form_of(Data(**keys))
+    assert (form and form.template.place) == place
+    with pytest.raises(ValueError, match="data.chat_template='none.jinja' is no file"):
+        chat.form_of(Data(conversations=True, chat_template="none.jinja"))
