@@ -171,14 +171,15 @@ def test_every_published_preset_has_a_valid_config_and_every_parent_one_too():
         configs.resolve(config)
     assert sorted({c.model.preset for c in loaded}) == sorted(set(model.PRESETS) - WITHOUT_CONFIG)
     workdirs = {f"runs/{config.model.preset}" for config in loaded}
-    workdirs |= {"", "path/to/llama-2-7b", "runs/olmoe-1b-7b-sft"}
+    workdirs |= {"", "path/to/llama-2-7b", "runs/olmoe-1b-7b-sft", "runs/olmoe-1b-7b"}
     assert {config.init.source for config in loaded} <= workdirs
 
 
 def test_an_upcycled_model_sees_the_text_in_another_order_than_its_parent():
     """Batch N depends on the seed: with the parent's a child would see its rows as they came."""
     loaded = [configs.load(str(ROOT / case)) for case in CASES]
-    seeds = {f"runs/{config.model.preset}": config.seed for config in loaded}
+    parents = [config for config in loaded if not config.init.source]
+    seeds = {f"runs/{config.model.preset}": config.seed for config in parents}
     children = [config for config in loaded if config.init.source in seeds]
     assert len(children) > 5
     assert all(config.seed != seeds[config.init.source] for config in children)

@@ -15,8 +15,8 @@ from moe_jax.data.packings import PACKINGS
 class Data(Section, path="data", fixed=True):
     source: str = key(
         "embedded",
-        "embedded, tfds:NAME, hf:NAME, prepared:FOLDER, or a path or glob of files; {name} in it "
-        "is replaced by the name of each source of data.mixture",
+        "embedded, instructions, tfds:NAME, hf:NAME, prepared:FOLDER, or a path or glob of files; "
+        "{name} in it is replaced by the name of each source of data.mixture",
     )
     mixture: Mixture = part(Mixture)
     tokenizer: str = key(

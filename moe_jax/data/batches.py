@@ -33,7 +33,8 @@ from moe_jax.parallel import distributed
 class Rows(Protocol):
     """A plan of rows: `packing.RowPlan`, or another."""
 
-    sequence_length: int
+    @property
+    def sequence_length(self) -> int: ...
 
     def row(self, g: int) -> list[Piece]: ...
 

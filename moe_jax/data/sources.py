@@ -67,6 +67,9 @@ SOURCES = {
     "hub": _of_files(lambda spec: spec.startswith(hub.PREFIX), hub.check, hub.find),
     "tfds": _tfds(lambda spec: spec.startswith(tfds_source.PREFIX)),
     "embedded": _tfds(lambda spec: spec == "embedded"),
+    "instructions": _tfds(
+        lambda spec: spec == tfds_source.INSTRUCTIONS, documents=tfds_source.instructions
+    ),
     "prepared": Source(
         matches=lambda spec: spec.startswith(prepared.PREFIX),
         check=prepared.check,
@@ -121,9 +124,10 @@ def documents(
     """The documents of a split.
 
     Args:
-      spec: "embedded", "tfds:NAME" with NAME a builder of `data/corpora` or a dataset prepared as
-        ArrayRecord under `data_dir`, "hf:NAME[/CONFIG]", which the library `datasets` loads, or a
-        file, folder or glob, here or in an object store, of the formats of `text_files.READERS`.
+      spec: "embedded", "instructions" (the same as conversations), "tfds:NAME" with NAME a builder
+        of `data/corpora` or a dataset prepared as ArrayRecord under `data_dir`,
+        "hf:NAME[/CONFIG]", which the library `datasets` loads, or a file, folder or glob, of the
+        formats of `text_files.READERS`.
       split: "train" or "validation"; a TFDS dataset must have splits with these names. Files of a
         folder or glob whose names say validation or test are never trained on.
       validation_fraction: the fraction held out from a source without splits of its own.

@@ -1,13 +1,15 @@
 """TFDS datasets as a source: the package's own, and those that the user has prepared."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from moe_jax import files, stopping
-from moe_jax.data import document, stored
+from moe_jax.data import chat, document, stored
 from moe_jax.data.cache import writing
 from moe_jax.data.document import VALIDATION, Document
 from moe_jax.data.policy import Reading, Skipped, UnusableError
@@ -15,6 +17,7 @@ from moe_jax.data.policy import Reading, Skipped, UnusableError
 PREFIX = "tfds:"
 TEST = "test"
 EMBEDDED = "lo_parallel19"
+INSTRUCTIONS = "instructions"  # the embedded text as conversations
 
 
 def check(spec: str) -> None:
@@ -71,6 +74,24 @@ def documents(
         yield text
 
 
+def instructions(spec: str, split: str, *, reading: Reading, **how: Any) -> Iterator[Document]:
+    """The embedded text as conversations: a page's title is asked, and its body answers.
+
+    Raises: ValueError unless `reading` is of conversations.
+    """
+    if not reading.conversations:
+        raise ValueError(f"data.source={spec!r} are conversations; set data.conversations=True")
+    pages = documents(
+        "embedded", split, reading=dataclasses.replace(reading, conversations=False), **how
+    )
+    for page in pages:
+        title, _, body = page.text.partition("\n")
+        if body:
+            turns = ("user", title), ("assistant", body)
+            messages = tuple({"role": role, "content": content} for role, content in turns)
+            yield dataclasses.replace(page, conversation=chat.Conversation(messages))
+
+
 def _plain(value):
     return value.decode() if isinstance(value, bytes) else value
 
@@ -81,7 +102,8 @@ def _builder(spec: str, data_dir: pathlib.Path):
 
     from moe_jax.data import corpora
 
-    name = EMBEDDED if spec == "embedded" else spec.removeprefix(PREFIX)
+    own = spec in ("embedded", INSTRUCTIONS)
+    name = EMBEDDED if own else spec.removeprefix(PREFIX)
     if name in corpora.BUILDERS:
         make = functools.partial(corpora.BUILDERS[name], file_format="array_record")
         if not pathlib.Path((builder := make(data_dir=data_dir)).data_dir).exists():

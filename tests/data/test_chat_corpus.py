@@ -145,3 +145,17 @@ def test_the_form_of_a_config(keys, place):
     assert (form and form.template.place) == place
     with pytest.raises(ValueError, match="data.chat_template='none.jinja' is no file"):
         chat.form_of(Data(conversations=True, chat_template="none.jinja"))
+
+
+def test_the_embedded_pages_are_questions_and_answers(tmp_path):
+    from moe_jax.data import sources
+    from moe_jax.data.cache import DATASETS, cache_folder
+
+    how = {"validation_fraction": 0, "data_dir": cache_folder("") / DATASETS}
+    reading = policy.Reading(conversations=True)
+    page = next(iter(sources.documents("instructions", "validation", reading=reading, **how)))
+    asked, answered = page.conversation.messages
+    assert asked["role"] == "user" and answered["role"] == "assistant"
+    assert page.text == f"{asked['content']}\n{answered['content']}"
+    with pytest.raises(ValueError, match=r"set data\.conversations=True"):
+        list(sources.documents("instructions", "validation", **how))
