@@ -329,6 +329,9 @@ class Optimizer(Section, path="optimizer"):
     )
 
 
+LOGGED = Need(lambda run: bool(run.training.log_to), "config.training.log_to")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(Section, path="training"):
     num_steps: int = key(1000, "number of updates of the parameters", POSITIVE)
@@ -342,6 +345,12 @@ class Training(Section, path="training"):
         ("tensorboard",),
         "names of back ends that get the numbers of metrics.jsonl too: tensorboard, wandb, trackio",
         checks.texts,
+    )
+    run_group: str = key(
+        "",
+        "group of the run in those back ends; a sweep groups runs that differ in seeds",
+        None,
+        LOGGED,
     )
     max_nonfinite_steps: int = key(
         3,

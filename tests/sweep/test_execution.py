@@ -1,5 +1,6 @@
 """Sweeps: ids that name the work, an order, what a failure stops and what it does not."""
 
+import concurrent.futures
 import csv
 import json
 import os
@@ -12,39 +13,11 @@ import time
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import sweep
+from moe_jax.sweep import execution, launchers, plan
+from tests.sweep import stand_in
+from tests.sweep.stand_in import entry, execute, order, read
 
-ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = """
-from moe_jax import config as configs
-
-def get_config():
-    config = configs.default()
-    config.model.preset = "quickstart"
-    return config
-
-def get_sweep():
-    return SWEEP
-"""
-# Stands in for scripts/train.py: fails at seed 13, waits at seed 60, leaves a result otherwise.
-TRAIN = """
-import json, pathlib, sys, time
-flags = dict(flag.removeprefix("--").split("=", 1) for flag in sys.argv[1:])
-workdir, seed = pathlib.Path(flags["workdir"]), flags.get("config.seed", "0")
-with open(workdir.parent / "order.txt", "a") as order:
-    order.write(workdir.name.rsplit("-", 1)[0] + chr(10))
-source = flags.get("config.init.source")
-if source is not None:
-    assert (pathlib.Path(source) / "result.json").exists()
-if seed == "13":
-    sys.exit("train.py: out of luck")
-(workdir / "config.json").write_text("{}")
-if seed == "60":
-    time.sleep(60)
-(workdir / "result.json").write_text(json.dumps({"steps": 1, "loss": 2.0, "bits_per_byte": 3.0}))
-"""
-
-
+ROOT = pathlib.Path(__file__).parents[2]
 DATACLASS = """
 from __future__ import annotations
 import dataclasses
@@ -57,27 +30,8 @@ class Arm:
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "train.py").write_text(TRAIN)
-    (tmp_path / "out").mkdir()
+    stand_in.write(tmp_path)
     return tmp_path
-
-
-def read(folder, entries):
-    path = folder / "config.py"
-    path.write_text(CONFIG.replace("SWEEP", repr(entries)))
-    return sweep.read(str(path), folder / "out")
-
-
-def execute(folder, runs, **options):
-    return sweep.execute(runs, ["python", str(folder / "train.py")], folder / "out", **options)
-
-
-def order(folder):
-    return (folder / "out" / "order.txt").read_text().split()
-
-
-def entry(name, after=(), **overrides):
-    return {"name": name, "overrides": overrides, "after": list(after)}
 
 
 PARENT = entry("parent")
@@ -129,7 +83,7 @@ def test_a_failed_run_ends_only_the_runs_that_start_from_it(folder):
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert {name: row["status"] for name, row in rows.items()} == status
     assert rows["bad"]["error"] == "exit 1: train.py: out of luck"
-    assert (rows["other"]["loss"], rows["other"]["bits_per_byte"]) == ("2.0", "3.0")
+    assert (rows["other"]["loss"], rows["other"]["bits_per_byte"]) == ("2.5", "3.0")
 
 
 def test_finished_runs_are_skipped_and_equal_work_is_done_once(folder):
@@ -146,12 +100,15 @@ def test_several_runs_go_at_a_time_only_where_asked(folder):
     runs = read(folder, [entry("a", seed=60), entry("b", seed=60, **{"data.sequence_length": 9})])
     script = f"""
 import pathlib
-from moe_jax import sweep
+from moe_jax.sweep import execution, launchers, plan
+from tests.sweep import stand_in
+from tests.sweep.stand_in import entry, execute, order, read
 folder = pathlib.Path({str(folder)!r})
-runs = sweep.read(str(folder / "config.py"), folder / "out")
-sweep.execute(runs, ["python", str(folder / "train.py")], folder / "out", max_parallel=2)
+runs = plan.read(str(folder / "config.py"), folder / "out")
+stand_in.execute(folder, runs, max_parallel=2)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    how = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    process = subprocess.Popen([sys.executable, "-c", script], **how)
     while not all((run.workdir / "config.json").exists() for run in runs):
         assert process.poll() is None
         time.sleep(0.02)
@@ -190,7 +147,7 @@ def test_a_run_may_leave_its_model_to_a_parent_that_is_not_trained_yet(tmp_path)
         "    return [{'name': 'dense', 'overrides': {'model.preset': 'quickstart'}},\n"
         "            {'name': 'moe', 'overrides': moe}]\n"
     )
-    dense, moe = sweep.read(str(path), tmp_path / "runs")
+    dense, moe = plan.read(str(path), tmp_path / "runs")
     assert moe.sources == ("dense",) and f"--config.init.source={dense.workdir}" in moe.flags
 
 
@@ -200,11 +157,13 @@ def test_list_shows_every_command_and_starts_nothing(tmp_path):
     listed = subprocess.run(
         [*script, *flags], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True
     )
-    rows = [line.split() for line in listed.stdout.splitlines()]
+    *rows, total = [line.split() for line in listed.stdout.splitlines()]
     controls = ["dense", "scratch", "dense_continued"]
     assert [row[2] for row in rows] == [*controls, "naive", "drop_0.5", "drop_1.0"]
     assert {row[0] for row in rows} == {"pending"}
     assert all("scripts/train.py" in row for row in rows)
+    assert sum(float(row[3]) for row in rows) == pytest.approx(float(total[5]), rel=0.01)
+    assert " ".join(total[:7]).startswith("6 runs in 6 groups,") and total[6] == "FLOP,"
     assert not (tmp_path / "out").exists()
     assert json.dumps(listed.stderr) == '""'
 
@@ -212,10 +171,6 @@ def test_list_shows_every_command_and_starts_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "complaint"),
     [
-        (
-            {"name": "a", "overrides": {"optimizer": {"learning_rate": 1e-3}}},
-            "use a dict of dotted",
-        ),
         ({"name": "a", "overrides": [("seed", 1)]}, "use a dict of dotted keys"),
         (["a", {"seed": 1}], "a sweep entry is .* use a dict"),
     ],
@@ -232,7 +187,98 @@ def test_none_and_a_dataclass_are_as_in_any_program(folder):
     ]
     assert [run.name for run in read(folder, entries)] == ["base", "full"]
     path = folder / "config.py"
-    path.write_text(DATACLASS + CONFIG.replace("SWEEP", '[{"name": a.name} for a in [Arm("x")]]'))
-    assert [run.name for run in sweep.read(str(path), folder / "out")] == ["x"]
+    path.write_text(
+        DATACLASS + stand_in.CONFIG.replace("SWEEP", '[{"name": a.name} for a in [Arm("x")]]')
+    )
+    assert [run.name for run in plan.read(str(path), folder / "out")] == ["x"]
     with pytest.raises(configs.ConfigError, match="commas separate parents"):
-        sweep.read(str(path), folder / "a,1")
+        plan.read(str(path), folder / "a,1")
+
+
+def test_none_a_nested_dict_and_a_tuple_are_values_of_overrides(folder):
+    own = {"optimizer": {"learning_rate": 1e-3}, "evaluation.prompts": ("a, b", "c")}
+    [run, plain] = read(folder, [entry("a", **own), entry("b")])
+    config = configs.parse(list(run.flags))
+    assert (config.optimizer.learning_rate, config.evaluation.prompts) == (1e-3, ("a, b", "c"))
+    # None is a key's default: this is the work of a run that does not override it.
+    none = {"init.source": None, "model.sliding_window": None, "training.num_steps": None}
+    [unset] = read(folder, [entry("c", **none)])
+    assert unset.run_id == plain.run_id
+
+
+def test_a_failed_run_is_tried_again_and_its_children_wait_for_it(folder, capsys):
+    entries = [
+        entry("once", seed=14),
+        entry("child", **{"init.source": "@once", "seed": 1}),
+        entry("always", seed=13),
+        entry("mistake", seed=22),
+    ]
+    status = execute(folder, read(folder, entries), retries=2)
+    assert status == {"once": "done", "child": "done", "always": "failed", "mistake": "failed"}
+    assert {n: order(folder).count(n) for n in status} == {
+        "once": 2, "child": 1, "always": 3, "mistake": 1
+    }  # fmt: skip
+    assert "always: goes on" not in (said := capsys.readouterr().out)
+    assert "once: goes on (try 2 of 3)" in said
+
+
+def test_only_executes_the_runs_that_match_and_those_that_they_start_from(folder):
+    runs = read(folder, [PARENT, CHILD, entry("other", ["x"], seed=3), entry("x", seed=4)])
+    assert [run.name for run in plan.only(runs, "ch*")] == ["parent", "child"]
+    with pytest.raises(ValueError, match=r"--only=y\* matches none of parent, "):
+        plan.only(runs, "ch*,y*")
+    status = execute(folder, runs, chosen=plan.only(runs, "other"))  # it need not wait for x
+    assert status == {"parent": "pending", "child": "pending", "other": "done", "x": "pending"}
+    assert [run.name for run in plan.only(runs, "child,x")] == ["parent", "child", "x"]
+    execute(folder, runs, chosen=plan.only(runs, "parent"))
+    assert [run.name for run in plan.only(runs, "child")] == ["child"]
+
+
+def test_cores_are_shared_out_evenly_and_whole():
+    assert launchers.shares([0, 1, 2, 3], 1) == [[]]  # no restriction
+    assert launchers.shares([0, 1, 2, 3, 6], 2) == [[0, 1], [2, 3, 6]]
+    assert launchers.shares([4, 5], 3) == [[4], [5], [4]]
+    for number in range(2, 9):
+        parts = launchers.shares(range(8), number)
+        assert sorted(core for part in parts for core in part) == list(range(8))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.skipif(len(launchers.available_cores()) < 2, reason="one core cannot be shared")
+def test_runs_at_the_same_time_have_cores_of_their_own(folder, monkeypatch):
+    monkeypatch.setenv("SHARES", "")
+    runs = read(folder, [entry("a", seed=1), entry("b", seed=2)])
+    execute(folder, runs, max_parallel=2)
+    shares = [json.loads((run.workdir / "share.json").read_text()) for run in runs]
+    (a, a_threads), (b, b_threads) = shares
+    assert not set(a) & set(b) and sorted(a + b) == launchers.available_cores()
+    assert (a_threads, b_threads) == (str(len(a)), str(len(b)))
+
+
+def test_a_run_that_a_killed_sweep_left_at_work_is_waited_for(folder):
+    [run] = read(folder, [entry("a", seed=1)])
+    run.workdir.mkdir()
+    # It holds the file as a run does that was started with it open.
+    script = "import sys, time; sys.stdin.read()"
+    with open(run.workdir / launchers.LAUNCHED, "a") as lock:
+        assert launchers.locked(lock)
+        how = {"pass_fds": [lock.fileno()], "stdin": subprocess.PIPE}
+        left = subprocess.Popen([sys.executable, "-c", script], **how)
+    assert launchers.is_running(run.workdir)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(launchers.Local(stand_in.train(folder), 1).launch, run)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)
+        (run.workdir / "result.json").write_text('{"loss": 1.0}')  # it ends, with a result
+        left.communicate(b"")
+        assert waiting.result().status == "done"
+    assert run.result == {"loss": 1.0} and not (folder / "out" / "order.txt").exists()
+
+
+def test_a_workdir_has_one_sweep_at_a_time(tmp_path):
+    with execution.alone(tmp_path):
+        with pytest.raises(ValueError, match="another sweep is using it"):
+            with execution.alone(tmp_path):
+                pass
+    with execution.alone(tmp_path):
+        pass
