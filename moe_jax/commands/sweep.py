@@ -26,7 +26,7 @@ import shlex
 import sys
 
 from moe_jax import command_line
-from moe_jax.sweep import execution, launchers, plan, results, slurm, status
+from moe_jax.sweep import execution, launchers, plan, results, slurm
 
 
 def main() -> None:
@@ -62,6 +62,9 @@ def main() -> None:
             raise ValueError(f"--retries={arguments.retries} must be at least 0")
         runs = plan.read(arguments.config, workdir)
         chosen = plan.only(runs, arguments.only) if arguments.only else runs
+    if arguments.list or arguments.status:
+        from moe_jax.sweep import status  # Pallas takes time
+
     if arguments.list:
         print(status.listing(chosen, train))
         return

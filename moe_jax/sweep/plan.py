@@ -18,7 +18,6 @@ from moe_jax.config import checks, program
 from moe_jax.model.config import ModelConfig
 from moe_jax.report import records
 from moe_jax.sweep import arms
-from moe_jax.training import flops
 
 ENTRY = {"name", "overrides", "after"}  # the keys of an entry of get_sweep()
 
@@ -37,8 +36,7 @@ class Run:
     group: str = ""
     seed: int = 0
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as in the file
-    steps: int = 0
-    flops: float = 0.0  # model FLOPs of its training, without its parents'
+    settings: configs.Run | None = None
 
     def command(self, train: Sequence[str]) -> list[str]:
         """The command of this run; `train` begins with "python" and starts the command train as a
@@ -103,8 +101,6 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
             config.init.source = ",".join(f"@{runs[s].group}{at}" for s, at in starts)
         same = next((run for run in runs.values() if run.run_id == run_id), None)
         kept = [] if same else sorted(workdir.glob(f"*-{run_id}"))
-        tokens = settings.training.batch_size * settings.data.sequence_length
-        per_token = flops.model_flops(settings.model, settings.data.sequence_length)
         runs[name] = Run(
             name=name,
             run_id=run_id,
@@ -115,8 +111,7 @@ def read(path: str, workdir: pathlib.Path) -> list[Run]:
             group=_digest(config, without_seed=True),
             seed=settings.seed,
             overrides=entries[name]["overrides"],
-            steps=settings.training.last_step,
-            flops=settings.training.last_step * tokens * per_token,
+            settings=settings,
         )
         with checks.refusing():
             untrusted.check_folder(runs[name].workdir)

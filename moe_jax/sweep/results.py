@@ -64,20 +64,27 @@ class Group:
         return statistic([value for value in values if isinstance(value, int | float)])
 
 
+def distinct(runs: Sequence[Run]) -> list[Run]:
+    """The first run of each id: equal runs have one workdir."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        found.setdefault(run.run_id, run)
+    return list(found.values())
+
+
 def groups(runs: Sequence[Run]) -> list[Group]:
     """The groups in the order of their first runs."""
-    members: dict[str, dict[str, Run]] = {}
-    for run in runs:
-        members.setdefault(run.group, {}).setdefault(run.run_id, run)
+    members: dict[str, list[Run]] = {}
+    for run in distinct(runs):
+        members.setdefault(run.group, []).append(run)
     group_of = {run.name: run.group for run in runs}
     found = []
-    for name, by_id in members.items():
-        own = tuple(by_id.values())
+    for name, own in members.items():
         overrides = {key: value for key, value in own[0].overrides.items() if key != "seed"}
         if own[0].sources:
             overrides["init.source"] = ",".join(f"@{group_of[s]}" for s in own[0].sources)
         finished = tuple(_columns(result) for run in own if (result := run.result))
-        found.append(Group(name, own, overrides, finished))
+        found.append(Group(name, tuple(own), overrides, finished))
     return found
 
 

@@ -12,7 +12,7 @@ from moe_jax import strict_json
 from moe_jax.sweep import launchers, results, slurm
 from moe_jax.sweep.plan import Run
 from moe_jax.sweep.results import DONE, PENDING
-from moe_jax.training import metrics
+from moe_jax.training import flops, metrics
 
 RUNNING, BEGUN = "running", "begun"
 BEATS_SECONDS = 60.0  # a heartbeat this old is of a run that has ended; one is written every 10 s
@@ -33,13 +33,26 @@ class Rate:
         return flops / self.flops
 
 
+def steps(run: Run) -> int:
+    return run.settings.training.last_step if run.settings else 0
+
+
+def cost(run: Run) -> float:
+    """The model FLOPs of a run's training, without its parents'."""
+    if run.settings is None:
+        return 0.0
+    length = run.settings.data.sequence_length
+    tokens = steps(run) * run.settings.training.batch_size * length
+    return tokens * flops.model_flops(run.settings.model, length)
+
+
 def measured(runs: Sequence[Run]) -> Rate | None:
     """The rate of the finished runs; None if there is none."""
-    costs = [(run.flops, seconds) for run in runs if (seconds := _wall(run.result or {}))]
+    costs = [(cost(run), seconds) for run in runs if (seconds := _wall(run.result or {}))]
     if not costs:
         return None
-    flops, seconds = np.sum(costs, axis=0)
-    return Rate(flops / seconds, f"as fast as the {len(costs)} finished")
+    total, seconds = np.sum(costs, axis=0)
+    return Rate(total / seconds, f"as fast as the {len(costs)} finished")
 
 
 def _wall(result: dict) -> float:
@@ -92,10 +105,10 @@ def listing(runs: Sequence[Run], train: Sequence[str]) -> str:
     width = max(len(run.name) for run in runs)
     rows = []
     for run in runs:
-        cost = f"{run.flops:8.2e} {'~' + duration(rate.seconds(run.flops)):>7}"
+        costs = f"{cost(run):8.2e} {'~' + duration(rate.seconds(cost(run))):>7}"
         command = shlex.join(run.command(train))
-        rows.append(f"{state(run):8} {run.run_id}  {run.name:{width}} {cost} {command}")
-    total = sum({run.run_id: run.flops for run in runs}.values())
+        rows.append(f"{state(run):8} {run.run_id}  {run.name:{width}} {costs} {command}")
+    total = sum(cost(run) for run in results.distinct(runs))
     rows.append(
         f"{len(runs)} runs in {len({run.group for run in runs})} groups, {total:.2e} FLOP, "
         f"about {duration(rate.seconds(total))} one by one ({rate.origin})"
@@ -116,14 +129,15 @@ def table(runs: Sequence[Run]) -> str:
     rate = measured(runs) or assumed()
     rows = [["run", "state", "step", "bits/byte", "left"]]
     left, running = 0.0, 0
-    for run in {run.run_id: run for run in reversed(runs)}.values():
+    for run in results.distinct(runs):
         at = state(run)
-        step = run.steps if at == DONE else _step(run)
-        rest = rate.seconds(run.flops * (1 - min(step, run.steps) / max(run.steps, 1)))
+        step = steps(run) if at == DONE else _step(run)
+        rest = rate.seconds(cost(run) * (1 - min(step, steps(run)) / max(steps(run), 1)))
         left, running = left + rest, running + (at == RUNNING)
         bits = (run.result or {}).get("bits_per_byte")
         shown = "-" if bits is None else f"{bits:.3f}"
-        rows.insert(1, [run.name, at, f"{step}/{run.steps}", shown, duration(rest) if rest else ""])
+        rest_shown = duration(rest) if rest else ""
+        rows.append([run.name, at, f"{step}/{steps(run)}", shown, rest_shown])
     number = sum(row[1] == DONE for row in rows[1:])
     end = f"{number} of {len(rows) - 1} runs done"
     if left:

@@ -103,14 +103,14 @@ def test_status_counts_what_is_done_and_estimates_what_is_left(folder):
     assert status.measured(runs) is None and status.assumed().flops > 1e6
     execute(folder, runs, chosen=[run for run in runs if run.name == "dense_s1"])
     rate = status.measured(runs)  # the stand-in says 5 seconds
-    assert rate.seconds(runs[0].flops) == pytest.approx(5)
+    assert rate.seconds(status.cost(runs[0])) == pytest.approx(5)
     moe = next(run for run in runs if run.group == "drop")
     moe.workdir.mkdir()
     (moe.workdir / "config.json").write_text("{}")
     (moe.workdir / "metrics.jsonl").write_text('{"step": 250, "tokens": 1, "loss": 2.0}\n')
     lines = {line.split()[0]: line.split() for line in status.table(runs).splitlines() if line}
     assert lines["dense_s1"][1:4] == ["done", "1000/1000", "3.000"]
-    half = status.duration(rate.seconds(moe.flops) / 2)
+    half = status.duration(rate.seconds(status.cost(moe)) / 2)
     assert lines[moe.name][1:] == ["begun", "250/500", "-", half]
     assert lines["naive_s1"][1:4] == ["pending", "0/500", "-"]
     assert lines["1"][:5] == ["1", "of", "9", "runs", "done,"]
@@ -123,7 +123,7 @@ def test_estimated_flops_are_those_of_the_result(folder):
         settings = configs.resolve(configs.parse(list(run.flags)), parent=dense)
         costs = flops.costs(settings, ())
         tokens = settings.training.last_step * costs.tokens_per_step
-        assert run.flops == pytest.approx(tokens * costs.model_flops_per_token)
+        assert status.cost(run) == pytest.approx(tokens * costs.model_flops_per_token)
 
 
 def test_durations_read_at_a_glance():
