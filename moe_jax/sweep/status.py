@@ -18,19 +18,21 @@ RUNNING, BEGUN = "running", "begun"
 BEATS_SECONDS = 60.0  # a heartbeat this old is of a run that has ended; one is written every 10 s
 REFRESH_SECONDS = 2.0
 # Without a finished run: the share of this machine's peak that training at the quickstart's size
-# reaches, and the seconds that a run takes besides.
-SHARE_OF_PEAK, START_SECONDS = 0.2, 20.0
+# reaches with its evaluation, and the seconds in which a run starts and compiles.
+SHARE_OF_PEAK, START_SECONDS = 0.3, 20.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Model FLOPs per second of a run, evaluation and start-up included, and what says so."""
+    """Model FLOPs per second of a run, evaluation included, the seconds until its first step, and
+    where both come from."""
 
     flops: float
+    start: float
     origin: str
 
     def seconds(self, flops: float) -> float:
-        return flops / self.flops
+        return self.start + flops / self.flops if flops else 0.0
 
 
 def steps(run: Run) -> int:
@@ -52,7 +54,7 @@ def measured(runs: Sequence[Run]) -> Rate | None:
     if not costs:
         return None
     total, seconds = np.sum(costs, axis=0)
-    return Rate(total / seconds, f"as fast as the {len(costs)} finished")
+    return Rate(total / seconds, 0.0, f"as fast as the {len(costs)} finished")
 
 
 def _wall(result: dict) -> float:
@@ -74,7 +76,7 @@ def assumed() -> Rate:
         times.append(time.perf_counter() - began)
     peak = 2 * len(matrix) ** 3 / min(times)
     share = f"{SHARE_OF_PEAK:.0%} of this CPU's {peak / 1e9:.0f} GFLOP/s; no run is finished yet"
-    return Rate(SHARE_OF_PEAK * peak, share)
+    return Rate(SHARE_OF_PEAK * peak, START_SECONDS, share)
 
 
 def state(run: Run) -> str:
@@ -105,13 +107,14 @@ def listing(runs: Sequence[Run], train: Sequence[str]) -> str:
     width = max(len(run.name) for run in runs)
     rows = []
     for run in runs:
-        costs = f"{cost(run):8.2e} {'~' + duration(rate.seconds(cost(run))):>7}"
+        shown = f"{cost(run):8.2e} {'~' + duration(rate.seconds(cost(run))):>7}"
         command = shlex.join(run.command(train))
-        rows.append(f"{state(run):8} {run.run_id}  {run.name:{width}} {costs} {command}")
-    total = sum(cost(run) for run in results.distinct(runs))
+        rows.append(f"{state(run):8} {run.run_id}  {run.name:{width}} {shown} {command}")
+    costs = [cost(run) for run in results.distinct(runs)]
+    total, seconds = sum(costs), sum(map(rate.seconds, costs))
     rows.append(
         f"{len(runs)} runs in {len({run.group for run in runs})} groups, {total:.2e} FLOP, "
-        f"about {duration(rate.seconds(total))} one by one ({rate.origin})"
+        f"about {duration(seconds)} one by one ({rate.origin})"
     )
     return "\n".join(rows)
 
