@@ -11,13 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_jax import files, spelling
+from moe_jax import files, spelling, stopping
 from moe_jax.sweep import launchers
 from moe_jax.sweep.launchers import Ended
 from moe_jax.sweep.plan import Run
 from moe_jax.sweep.results import FAILED, STOPPED
 
 POLL_SECONDS, SQUEUE_SECONDS = 0.5, 20.0
+KILL_SECONDS = 90.0  # longer than a cluster lets a job live after SIGTERM (KillWait: 30 s)
 JOB = "slurm_job.txt"  # in a run's workdir: the number of its job
 # submitit's names that are the same for all clusters; others are options of sbatch.
 SHARED = ("timeout_min", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb")
@@ -39,6 +40,10 @@ class Job:
             )
         while (code := self._process.poll()) is None:
             time.sleep(POLL_SECONDS)
+        if code == stopping.EXIT_PREEMPTED:
+            # Slurm has told it to end, and will end this process too: a job that it puts into the
+            # queue again must have no result yet.
+            time.sleep(KILL_SECONDS)
         return code
 
     def checkpoint(self) -> Any:
