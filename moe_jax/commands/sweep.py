@@ -50,6 +50,8 @@ def main() -> None:
     add("--retries", type=int, default=0, help=tries)
     add("--slurm.NAME", dest="slurm", metavar="VALUE", help="an option of sbatch")
     arguments, others = parser.parse_known_args()
+    if unknown := [text for text in others if not text.startswith("--slurm.")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     train = command_line.command("train")
     workdir = arguments.workdir
     with parser.refusing():

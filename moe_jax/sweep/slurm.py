@@ -68,20 +68,14 @@ class Slurm:
 
         Raises: ValueError if submitit or Slurm is missing, or an option is unknown.
         """
-        try:
-            import submitit
-        except ImportError:
-            raise ValueError(
-                "--launcher=slurm needs a package that is not installed; pip install submitit"
-            ) from None
-        self._submitit, self._train = submitit, train
+        self._submitit, self._train = _submitit(), train
         self._cluster = options.get("cluster", "slurm")
         if self._cluster not in ("slurm", "local"):
             near = spelling.did_you_mean(self._cluster, ("slurm", "local"))
             raise ValueError(f"--slurm.cluster={self._cluster}: use slurm or local{near}")
         folder = workdir.absolute() / "slurm"
         try:
-            self._executor = submitit.AutoExecutor(folder=folder, cluster=self._cluster)
+            self._executor = self._submitit.AutoExecutor(folder=folder, cluster=self._cluster)
             self._executor.update_parameters(**_parameters(options))
         except (RuntimeError, NameError, TypeError) as error:
             raise ValueError(f"--launcher=slurm: {' '.join(str(error).split())[:300]}") from None
@@ -144,6 +138,22 @@ class Slurm:
             return False
         time.sleep(2)  # a network file system may show the result late
         return not job.paths.result_pickle.exists()
+
+
+def _submitit() -> Any:
+    """The package; it would replace the handlers of Python's logging when it is imported."""
+    asked = os.environ.get("SUBMITIT_LOG_LEVEL")
+    os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError(
+            "--launcher=slurm needs a package that is not installed; pip install submitit"
+        ) from None
+    finally:
+        if asked is None:  # a job on a node says what happens to it
+            del os.environ["SUBMITIT_LOG_LEVEL"]
+    return submitit
 
 
 def _in_queue(number: str) -> bool:

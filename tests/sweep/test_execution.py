@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import csv
+import importlib.util
 import json
 import os
 import pathlib
@@ -13,7 +14,8 @@ import time
 import pytest
 
 from moe_jax import config as configs
-from moe_jax.sweep import execution, launchers, plan
+from moe_jax.commands import sweep
+from moe_jax.sweep import execution, launchers, plan, slurm
 from tests.sweep import stand_in
 from tests.sweep.stand_in import entry, execute, order, read
 
@@ -282,3 +284,32 @@ def test_a_workdir_has_one_sweep_at_a_time(tmp_path):
                 pass
     with execution.alone(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--retries=-1"], "--retries=-1 must be at least 0"),
+        (["--only=dens"], "--only=dens matches none of dense, scratch, "),
+        (["--slurm.partition=gpu"], "--slurm.partition needs --launcher=slurm"),
+        (["--config.seed=3"], "unrecognized arguments: --config.seed=3"),
+        (["--launcher=slurm", "--slurm.cluster=slum"], "--slurm.cluster=slum: use slurm or local"),
+        (["--launcher=slurm", "--slurm.cluster=local", "--slurm.tim=1"], "--launcher=slurm: "),
+    ],
+)
+def test_a_mistake_in_an_option_is_one_line(options, line, tmp_path, monkeypatch, capsys):
+    if "--launcher=slurm" in options and importlib.util.find_spec("submitit") is None:
+        pytest.skip("submitit, an optional extra, is not installed")
+    workdir = tmp_path / "out"
+    command = ["sweep", f"--config={ROOT}/configs/quickstart.py", f"--workdir={workdir}"]
+    monkeypatch.setattr(sys, "argv", [*command, *options])
+    with pytest.raises(SystemExit) as ended:
+        sweep.main()
+    [said] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and said.startswith(f"sweep: {line}")
+
+
+def test_a_missing_submitit_is_named_with_its_command(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ValueError, match="pip install submitit"):
+        slurm.Slurm(["python"], folder, {})

@@ -91,6 +91,8 @@ def test_the_name_of_a_group_is_in_the_config_and_not_in_the_id(folder):
     one = read(folder, SWEEP[:1])
     several = read(folder, SWEEP)
     assert one[0].run_id == several[0].run_id
+    [mine] = read(folder, arms.product(SWEEP[:1], {"training.run_group": "mine"}))
+    assert mine.run_id == one[0].run_id and mine.flags[-1] == "--config.training.run_group=mine"
     assert not any("run_group" in flag for flag in one[0].flags)
     groups = [configs.parse(list(run.flags)).training.run_group for run in several]
     assert groups == [run.group for run in several] and set(groups) == {"dense", "naive", "drop"}
