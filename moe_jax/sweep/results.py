@@ -14,7 +14,8 @@ from moe_jax.report import comparisons
 from moe_jax.sweep.plan import Run
 
 DONE, FAILED, STOPPED, BLOCKED, PENDING = "done", "failed", "stopped", "blocked", "pending"
-RESULT_COLUMNS = """steps tokens training_flops loss bits_per_byte parent_tokens
+LOSSES = ("loss", "bits_per_byte")
+RESULT_COLUMNS = f"""steps tokens training_flops {" ".join(LOSSES)} parent_tokens
     parent_training_flops parameters active_parameters router seconds""".split()
 RESULTS, GROUPS = "results.csv", "groups.csv"
 
@@ -107,14 +108,15 @@ def write(
         rows.append([*row, run.workdir, errors.get(run.name, "")])
     _write(workdir / RESULTS, rows)
 
-    numbers = [name for name in columns if name not in ("router", "seconds")]
+    facts = [name for name in RESULT_COLUMNS if name not in (*LOSSES, "router", "seconds")]
+    numbers = [*LOSSES, *measures.columns({})]
     ends = ("mean", "deviation", "low", "high")
-    rows = [
-        ["group", "runs", "done", *keys, *(f"{name}_{end}" for name in numbers for end in ends)]
-    ]
+    ended = [f"{name}_{end}" for name in numbers for end in ends]
+    rows = [["group", "runs", "done", *keys, *facts, *ended]]
     for group in groups(runs):
         row = [group.name, len(group.runs), len(group.results)]
         row += [group.overrides.get(key, "") for key in keys]
+        row += [number.mean if (number := group.statistic(name)) else "" for name in facts]
         for name in numbers:
             number = group.statistic(name)
             row += number.cells() if number else [""] * len(ends)

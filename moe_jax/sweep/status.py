@@ -111,12 +111,17 @@ def listing(runs: Sequence[Run], train: Sequence[str]) -> str:
         command = shlex.join(run.command(train))
         rows.append(f"{state(run):8} {run.run_id}  {run.name:{width}} {shown} {command}")
     costs = [cost(run) for run in results.distinct(runs)]
+    groups = len({run.group for run in runs})
     total, seconds = sum(costs), sum(map(rate.seconds, costs))
     rows.append(
-        f"{len(runs)} runs in {len({run.group for run in runs})} groups, {total:.2e} FLOP, "
+        f"{_count(len(runs), 'run')} in {_count(groups, 'group')}, {total:.2e} FLOP, "
         f"about {duration(seconds)} one by one ({rate.origin})"
     )
     return "\n".join(rows)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:
