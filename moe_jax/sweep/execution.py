@@ -35,7 +35,7 @@ class Execution:
     """The state of a sweep that is executed; nothing of it but the runs' own files is needed to go
     on after a kill.
 
-    status, errors: of each run by its name.
+    chosen: the runs to execute, by default all. status, errors: of each run by its name.
     """
 
     def __init__(
@@ -48,9 +48,6 @@ class Execution:
         retries: int = 0,
         chosen: Sequence[Run] | None = None,
     ):
-        """Args:
-        chosen: the runs to execute; by default all.
-        """
         self._runs, self._launcher, self._workdir = runs, launcher, workdir
         self._max_parallel, self._retries = max_parallel, retries
         self._chosen = list(runs if chosen is None else chosen)
@@ -115,10 +112,15 @@ class Execution:
                 self.status[other.name] = PENDING if once_more else ended.status
                 self.errors[other.name] = ended.error
         news = f"{ended.status} after {ended.seconds:.0f} s ({ended.error})"
-        if result := ended.status == DONE and run.result:
-            news = f"done in {ended.seconds:.0f} s, held-out {result['loss']:.3f} nats/token"
-            news += f", {result['bits_per_byte']:.3f} bits/byte"
+        if ended.status == DONE:
+            result = run.result or {}
+            nats, bits = (_shown(result.get(name)) for name in results.LOSSES)
+            news = f"done in {ended.seconds:.0f} s, held-out {nats} nats/token, {bits} bits/byte"
         self._announce(run, news)
 
     def _announce(self, run: Run, news: str) -> None:
         print(f"[{self._runs.index(run) + 1}/{len(self._runs)}] {run.name}: {news}", flush=True)
+
+
+def _shown(loss: float | None) -> str:
+    return "unknown" if loss is None else f"{loss:.3f}"  # a loss that is not finite is None

@@ -62,7 +62,9 @@ class Slurm:
     same command finds them again by the numbers in the runs' workdirs."""
 
     def __init__(self, train: Sequence[str], workdir: pathlib.Path, options: Mapping[str, str]):
-        """Args:
+        """Opens submitit's executor, which keeps its files in <workdir>/slurm.
+
+        Args:
           options: those of sbatch ("partition") and of submitit ("timeout_min"); "cluster" may be
             "local", for submitit's own executor on this machine.
 

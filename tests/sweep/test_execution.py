@@ -236,6 +236,15 @@ def test_only_executes_the_runs_that_match_and_those_that_they_start_from(folder
     assert [run.name for run in plan.only(runs, "child")] == ["child"]
 
 
+def test_a_loss_that_is_not_finite_is_unknown_and_ends_no_sweep(folder, capsys):
+    train = folder / "train.py"
+    train.write_text(train.read_text().replace("2 + int(seed) / 10", "None"))
+    assert execute(folder, read(folder, [entry("a"), entry("b", seed=1)])) == dict.fromkeys(
+        "ab", "done"
+    )
+    assert "held-out unknown nats/token, 3.000 bits/byte" in capsys.readouterr().out
+
+
 def test_cores_are_shared_out_evenly_and_whole():
     assert launchers.shares([0, 1, 2, 3], 1) == [[]]  # no restriction
     assert launchers.shares([0, 1, 2, 3, 6], 2) == [[0, 1], [2, 3, 6]]
