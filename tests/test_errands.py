@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import stores, sweep, train
+from moe_jax import stores, train
 from moe_jax.analysis import measures
 from moe_jax.evaluation import evaluators
 from moe_jax.model import router, transformer
 from moe_jax.ops import cross_entropy
 from moe_jax.parallel import mesh as meshes
 from moe_jax.report import figures, page
+from moe_jax.sweep import plan, results
 from moe_jax.training import metrics, objective
 from moe_jax.training.state import Measures
 
@@ -110,8 +111,7 @@ def test_a_measure_from_outside_is_in_the_metrics_the_results_and_the_report(
     np.testing.assert_allclose(found, np.log(4), atol=0.05)
     assert result["router_entropy"] == found[-1]
 
-    run = sweep.Run("run", "0", workdir, (), (), ())
-    sweep.write_results(tmp_path / "results.csv", [run], {"run": sweep.DONE}, {})
+    results.write(tmp_path, [plan.Run("run", "0", workdir, ())], {"run": results.DONE}, {})
     with open(tmp_path / "results.csv") as file:
         [line] = csv.DictReader(file)
     assert float(line["router_entropy"]) == pytest.approx(np.mean(found[-1]))

@@ -1,5 +1,7 @@
 """scripts/slurm_train.sh on a real Slurm of one node, started for the test."""
 
+import csv
+import importlib.util
 import json
 import os
 import pathlib
@@ -87,6 +89,14 @@ def free_ports(number):
     for each in sockets:
         each.close()
     return ports
+
+
+SWEEP = """
+
+def get_sweep():
+    whole = {"training.num_steps": 3000, "checkpoint.every_steps": 100, "training.log_to": ()}
+    return [{"name": name, "overrides": {**whole, "seed": seed}} for seed, name in enumerate("ab")]
+"""
 
 
 class Slurm:
@@ -217,3 +227,43 @@ def test_a_job_goes_on_after_the_end_of_its_time_and_after_preemption_until_canc
     slurm.wait(job, lambda job: job["JobState"] == "CANCELLED")
     steps = slurm.steps("long")
     assert steps == sorted(set(steps)), "a step that was saved was trained again"
+
+
+@pytest.mark.long
+def test_a_sweep_submits_its_runs_goes_on_after_a_kill_and_a_requeued_job_finishes(slurm):
+    if importlib.util.find_spec("submitit") is None:
+        pytest.skip("submitit, an optional extra, is not installed")
+    (slurm.folder / "sweep.py").write_text((slurm.folder / "config.py").read_text() + SWEEP)
+    workdir = slurm.folder / "sweep"
+    command = [sys.executable, "scripts/sweep.py", f"--config={slurm.folder}/sweep.py"]
+    command += [f"--workdir={workdir}", "--launcher=slurm"]
+    command += ["--slurm.partition=low", "--slurm.timeout_min=30"]
+
+    def start():
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=ROOT, env=slurm.environ, **how)
+
+    def numbers():
+        return {path.parent.name[0]: path for path in workdir.glob("*/slurm_job.txt")}
+
+    sweep = start()
+    until(lambda: len(numbers()) == 2, lambda: "no two jobs")
+    jobs = {name: path.read_text().strip() for name, path in numbers().items()}
+    sweep.kill()  # its jobs go on
+    sweep.communicate()
+    sweep = start()
+
+    [first] = [name for name, job in jobs.items() if slurm.job(job)["JobState"] == "RUNNING"]
+    path = next(workdir.glob(f"{first}-*"))
+    until(lambda: slurm.steps(f"sweep/{path.name}")[-1:] > [100], lambda: "no step")
+    slurm.ask("scontrol", "requeue", jobs[first])
+    said, _ = sweep.communicate(timeout=2 * PATIENCE)
+    assert sweep.returncode == 0, said
+    assert slurm.job(jobs[first])["Restarts"] == "1"
+    for run in workdir.glob("[ab]-*"):
+        steps = slurm.steps(f"sweep/{run.name}")
+        assert steps[-1] == 3000 and steps == sorted(set(steps))
+    with open(workdir / "results.csv") as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["done", "done"]
+    accounted = slurm.ask("squeue", "--noheader", "--states=all", "--format=%i").split()
+    assert len([job for job in accounted if job in jobs.values()]) == 2, "submitted twice"

@@ -69,7 +69,7 @@ def test_the_commands_that_a_sweep_lists_can_be_copied(programs):
     config = f"--config={ROOT / 'configs' / 'quickstart.py'}"
     listed = run(programs, "moe_jax", "sweep", "--list", config, "--workdir=runs")
     assert listed.returncode == 0, listed.stderr
-    command = listed.stdout.splitlines()[0].split()[3:]
+    command = listed.stdout.splitlines()[0].split()[5:]
     assert command[:4] == ["python", "-m", "moe_jax", "train"]
     refused = run(programs, *command, "--config.seed=-1")
     assert refused.returncode == 2

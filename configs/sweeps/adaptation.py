@@ -10,8 +10,9 @@ Hardware and time: 2 CPU cores, about 10 minutes.
 """
 
 from moe_jax import config as configs
+from moe_jax.sweep import arms
 
-MIXTURE, ARMS = 0, (1, 2, 3)  # seeds
+MIXTURE, SEEDS = 0, (1, 2, 3)
 
 
 def get_config():
@@ -41,19 +42,22 @@ def get_sweep():
         "training.num_steps": 120,
         "optimizer.learning_rate": 1e-3,
     }
-    arms = [
-        {
-            "name": f"{balance}-{routers}-s{seed}",
-            "overrides": {
-                **arm,
-                "seed": seed,
-                "balance.load_balancing_coefficient": 0.01 if balance == "balanced" else 0.0,
-                "optimizer.frozen": "moe/router" if routers == "frozen" else "",
-            },
-            "after": [],
-        }
-        for balance in ("balanced", "free")
-        for routers in ("trained", "frozen")
-        for seed in ARMS
+    losses = [
+        ("balanced", {"balance.load_balancing_coefficient": 0.01}),
+        ("free", {"balance.load_balancing_coefficient": 0.0}),
     ]
-    return [{"name": "mixture", "overrides": {}, "after": []}, *arms]
+    routers = [
+        ("trained", {"optimizer.frozen": ""}),
+        ("frozen", {"optimizer.frozen": "moe/router"}),
+    ]
+    return [
+        {"name": "mixture", "overrides": {}, "after": []},
+        *arms.seeds(
+            [
+                {"name": f"{loss}-{router}", "overrides": {**arm, **a, **b}, "after": []}
+                for loss, a in losses
+                for router, b in routers
+            ],
+            SEEDS,
+        ),
+    ]

@@ -13,6 +13,7 @@ the pooled loss leaves layers uneven for both, but no layer collapses to two exp
 """
 
 from moe_jax import config as configs
+from moe_jax.sweep import arms
 
 PARENT, ARMS = 0, 1  # seeds
 
@@ -45,19 +46,6 @@ def get_sweep():
         "balance.load_balancing_coefficient": 0.02,
         "balance.load_balancing_divide_by_k": False,
     }
-    return [
-        {"name": "dense", "overrides": {}, "after": []},
-        *(
-            {
-                "name": f"{recipe}-{scope}",
-                "overrides": {
-                    **arm,
-                    "init.upcycle.recipe": recipe,
-                    "balance.load_balancing_scope": scope,
-                },
-                "after": [],
-            }
-            for recipe in ("naive", "drop")
-            for scope in ("layer", "all_layers")
-        ),
-    ]
+    recipes = arms.over("init.upcycle.recipe", ["naive", "drop"])
+    scopes = arms.over("balance.load_balancing_scope", ["layer", "all_layers"])
+    return arms.chain(arms.named({"dense": {}}), arms.product(arm, recipes, scopes))

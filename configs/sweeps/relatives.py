@@ -10,6 +10,7 @@ nothing about which system is best; the report shows loss, experts in use and ho
 """
 
 from moe_jax import config as configs
+from moe_jax.sweep import arms
 
 RECIPE, SOURCE = "init.upcycle.recipe", "init.source"
 BALANCE, ROUTER = "balance.load_balancing_coefficient", "model.router"
@@ -90,8 +91,5 @@ def get_sweep():
         **rate,
     }
     second = {"seed": 2, SOURCE: "@dense", "training.num_steps": 200, **rate}
-    return [
-        {"name": "dense", "overrides": {}, "after": []},
-        {"name": "second", "overrides": second, "after": []},
-        *({"name": n, "overrides": {**arm, **own}, "after": []} for n, own in SYSTEMS.items()),
-    ]
+    parents = arms.named({"dense": {}, "second": second})
+    return arms.chain(parents, arms.product(arm, arms.named(SYSTEMS)))

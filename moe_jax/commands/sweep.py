@@ -3,20 +3,30 @@
 Examples:
   python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart
   python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart --list
+  python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart --status
+  python scripts/sweep.py --config=configs/quickstart.py --workdir=runs/quickstart \\
+      --only='drop*' --max_parallel=2 --retries=1
 
 The file defines get_config() and get_sweep(), which returns a list of {"name", "overrides",
-"after"}. Each run is a process of the command train in <workdir>/<name>-<id>, where the id is a
-hash of its config. Run the same command again to resume: finished runs are skipped, and unfinished
-ones resumed. results.csv, report.html and figures/*.png are written to the workdir.
+"after"}; moe_jax/sweep/arms.py has products, pairs, chains and seeds of such lists. Each run is a
+process of the command train in <workdir>/<name>-<id>, where the id is a hash of its config. Run the
+same command again to resume: finished runs are skipped, and unfinished ones resumed, also after a
+kill. results.csv (runs), groups.csv (mean, deviation and 95 % interval over seeds), report.html and
+figures/*.png are written to the workdir.
+
+--launcher=slurm submits each run as a job, with options of sbatch such as --slurm.partition=gpu,
+--slurm.gpus_per_node=8 and --slurm.timeout_min=600. It needs the package submitit.
 
 Exit status: 0 all runs are done, 1 some are not, 2 a mistake in the config, 75 stopped by SIGTERM
 or Ctrl-C (run again to resume).
 """
 
+import contextlib
 import shlex
 import sys
 
-from moe_jax import command_line, sweep
+from moe_jax import command_line
+from moe_jax.sweep import execution, launchers, plan, results, slurm
 
 
 def main() -> None:
@@ -26,29 +36,63 @@ def main() -> None:
     add("--config", metavar="FILE[:ARG]", required=True, help=file)
     kept = "where the runs, results.csv and report.html are kept"
     add("--workdir", metavar="DIR", required=True, type=command_line.folder, help=kept)
-    add("--list", action="store_true", help="only print the runs and their commands")
-    add("--launcher", choices=["local"], default="local", help="where the runs are started")
-    add("--max_parallel", type=int, default=1, help="number of runs at the same time")
-    arguments = parser.parse_args()
+    listed = "only print the runs with their FLOPs, estimated times and commands"
+    add("--list", action="store_true", help=listed)
+    shown = "only print a table of what is done, running and left, live on a terminal"
+    add("--status", action="store_true", help=shown)
+    some = "names of runs or groups to execute, with the runs that they start from: 'drop*,naive'"
+    add("--only", metavar="PATTERNS", help=some)
+    where = "where the runs are started: processes here, or jobs of Slurm"
+    add("--launcher", choices=["local", "slurm"], default="local", help=where)
+    several = "number of runs at the same time, which share the cores (default: 1; slurm: all)"
+    add("--max_parallel", type=int, help=several)
+    tries = "how often a run that fails is started again, unless its config has a mistake"
+    add("--retries", type=int, default=0, help=tries)
+    add("--slurm.NAME", dest="slurm", metavar="VALUE", help="an option of sbatch")
+    arguments, others = parser.parse_known_args()
+    if unknown := [text for text in others if not text.startswith("--slurm.")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     train = command_line.command("train")
+    workdir = arguments.workdir
     with parser.refusing():
-        if arguments.max_parallel < 1:
+        options = command_line.options("slurm", others)
+        if options and arguments.launcher != "slurm":
+            raise ValueError(f"--slurm.{next(iter(options))} needs --launcher=slurm")
+        if arguments.max_parallel is not None and arguments.max_parallel < 1:
             raise ValueError(f"--max_parallel={arguments.max_parallel} must be at least 1")
-        runs = sweep.read(arguments.config, arguments.workdir)
+        if arguments.retries < 0:
+            raise ValueError(f"--retries={arguments.retries} must be at least 0")
+        runs = plan.read(arguments.config, workdir)
+        chosen = plan.only(runs, arguments.only) if arguments.only else runs
+    if arguments.list or arguments.status:
+        from moe_jax.sweep import status  # Pallas takes time
+
     if arguments.list:
-        print(sweep.listing(runs, train))
+        print(status.listing(chosen, train))
         return
-    arguments.workdir.mkdir(parents=True, exist_ok=True)
-    status = sweep.execute(runs, train, arguments.workdir, max_parallel=arguments.max_parallel)
-    finished = [run for run in runs if status[run.name] == sweep.DONE]
+    if arguments.status:
+        status.watch(chosen)
+        return
+    with contextlib.ExitStack() as held:
+        with parser.refusing():
+            held.enter_context(execution.alone(workdir))
+            at_once = arguments.max_parallel or 1
+            launcher: launchers.Launcher = launchers.Local(train, at_once)
+            if arguments.launcher == "slurm":
+                launcher = slurm.Slurm(train, workdir, options)
+                at_once = arguments.max_parallel or len(chosen)
+        how = {"max_parallel": at_once, "retries": arguments.retries, "chosen": chosen}
+        ended = execution.Execution(runs, launcher, workdir, **how).execute()
+    finished = [run for run in runs if ended[run.name] == results.DONE]
     if finished:
-        from moe_jax.report import page
+        from moe_jax.report import page  # matplotlib takes a second
 
         commands = [[*command_line.command("sweep"), *sys.argv[1:]]]
         commands += [run.command(train) for run in runs]
         folders = {run.name: run.workdir if run in finished else None for run in runs}
         with parser.refusing():
-            shown = [shlex.join(words) for words in commands]
-            written = page.write(arguments.workdir, folders, shown)
+            words = [shlex.join(command) for command in commands]
+            written = page.write(workdir, folders, words)
+        print(results.table(runs))
         print(f"report: {written}")
-    raise SystemExit(0 if len(finished) == len(runs) else 1)
+    raise SystemExit(0 if all(run in finished for run in chosen) else 1)

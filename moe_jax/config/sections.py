@@ -255,6 +255,9 @@ class Optimizer(Section, path="optimizer"):
     )
 
 
+LOGGED = Need(lambda run: bool(run.training.log_to), "config.training.log_to")
+
+
 LORA = Need(lambda run: run.lora.rank > 0, "config.lora.rank")
 
 
@@ -293,6 +296,12 @@ class Training(Section, path="training"):
         ("tensorboard",),
         "names of back ends that get the numbers of metrics.jsonl too: tensorboard, wandb, trackio",
         checks.texts,
+    )
+    run_group: str = key(
+        "",
+        "group of the run in those back ends; a sweep groups runs that differ in seeds",
+        None,
+        LOGGED,
     )
     max_nonfinite_steps: int = key(
         3,

@@ -41,9 +41,9 @@ def loss(records: list[Record], layout: Layout = WIDE) -> Figure | None:
     for arm in arms:
         tokens, values = arm.curve("training", "loss")
         smooth = np.array([_smooth(list(row)) for row in values])
-        _band(left, tokens / 1e6, smooth, arm, marker=None)
+        style.band(left, tokens / 1e6, smooth, arm.name, arm.look | {"marker": None})
         tokens, values = arm.curve("validation", "bits_per_byte")
-        _band(right, tokens / 1e6, values, arm)
+        style.band(right, tokens / 1e6, values, arm.name, arm.look)
     for label, nats, bits in levels:
         left.axhline(nats, **LEVEL)
         right.axhline(bits, label=label, **LEVEL)
@@ -64,7 +64,7 @@ def _loss_in_panels(arms: list[Group], levels: list[tuple], layout: Layout) -> F
             if name != arm.name and len(tokens):
                 axes.plot(tokens / 1e6, values.mean(axis=0), **OTHERS)
         tokens, values = curves[arm.name]
-        _band(axes, tokens / 1e6, values, arm, marker=None, **style.FILLS[0], linestyle="-")
+        style.band(axes, tokens / 1e6, values, arm.name, {**style.FILLS[0], "linestyle": "-"})
         for _, _, bits in levels:
             axes.axhline(bits, **LEVEL)
         axes.set_title(style.short(arm.name), fontsize=style.SMALLEST_TEXT)
@@ -108,16 +108,6 @@ def _limits(arms: Sequence[Group]) -> tuple[float | None, float | None]:
     return low - margin, top + margin
 
 
-def _band(axes, x: np.ndarray, values: np.ndarray, group: Group, **other) -> None:
-    """The mean of a group's runs, and their range if there are several."""
-    look = {**group.look, **other}
-    if not len(x):
-        return
-    axes.plot(x, values.mean(axis=0), label=group.name, **look)
-    if len(values) > 1:
-        axes.fill_between(x, values.min(axis=0), values.max(axis=0), alpha=0.2, color=look["color"])
-
-
 def loss_against_flops(records: list[Record], layout: Layout = WIDE) -> Figure | None:
     """Held-out loss, and the score if runs have one, against training FLOPs, without and with the
     parents'."""
@@ -138,7 +128,7 @@ def loss_against_flops(records: list[Record], layout: Layout = WIDE) -> Figure |
             tokens, values = arm.curve(phase, value)
             after = tokens > 0
             x, y = axis(arm.first, tokens[after]) / scale, values[:, after]
-            _band(axes, x, y, arm, **known.get(arm.name, OTHERS))
+            style.band(axes, x, y, arm.name, known.get(arm.name, OTHERS))
         if phase == "validation":
             axes.set_ylim(*_limits(arms))
         axes.set(title=title, xlabel=f"training {unit}FLOP", ylabel=label)
@@ -190,7 +180,7 @@ def parent_similarity(records: list[Record], layout: Layout = WIDE) -> Figure | 
     for (key, (title, label)), axes in zip(panels.items(), all_axes, strict=True):
         for arm in arms:
             tokens, values = arm.curve("layers", key)
-            _band(axes, tokens / 1e6, values, arm, **known.get(arm.name, OTHERS))
+            style.band(axes, tokens / 1e6, values, arm.name, known.get(arm.name, OTHERS))
         axes.set(title=title, ylabel=label, xlabel="million tokens after the parent")
     all_axes[1].set_ylim(bottom=0)
     style.limited_legend(figure, layout, all_axes[0], known)
@@ -298,7 +288,8 @@ FIGURES: dict[str, Row] = {
     "router_health": Row(
         "Health of the routers",
         load_figures.router_health,
-        "Evenness of the load on held-out text during training; of several seeds, the first.",
+        "Evenness of the load on held-out text during training; bands: lowest to highest of the "
+        "seeds.",
         results.of_router_health,
     ),
     "preferences": Row(
@@ -315,7 +306,7 @@ FIGURES: dict[str, Row] = {
         "all, evenly). Similarity: of their weights, entry by entry, the mean of all pairs of "
         "experts and of their matrices: 1 for copies, 0 for random ones and for copies with their "
         "neurons in a different order. Drift: the distance of the "
-        "routers' weights from their initial values.",
+        "routers' weights from their initial values. Bands: lowest to highest of the seeds.",
         results.of_experts_by_layer,
     ),
     "parent_similarity": Row(

@@ -1,6 +1,7 @@
 """Figures of the load of experts and of the state of routers; each is None without a sparse run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -123,17 +124,31 @@ def router_health(records: list[Record], layout: Layout = WIDE) -> Figure | None
     known = looks(arms)
     for (name, panel), axes in zip(measured.items(), all_axes, strict=True):
         for arm in arms:
-            rows = arm.first.validation_rows
-            rows = [r for r in rows if r["step"] and name in r.get("router", {})]
-            values = [panel.reduce(row["router"][name]) for row in rows]
-            look = known.get(arm.name, OTHERS)
-            axes.plot([r["tokens"] / 1e6 for r in rows], values, label=arm.name, **look)
+            tokens, values = _over_training(arm, name, panel.reduce)
+            style.band(axes, tokens / 1e6, values, arm.name, known.get(arm.name, OTHERS))
         axes.set(title=panel.title, ylabel=panel.label, xlabel="million tokens as MoE")
         axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1))
     for number in {arm.first.config["model"]["num_experts"] for arm in arms} - {None}:
         all_axes[0].axhline(number, **LEVEL)
     style.limited_legend(figure, layout, all_axes[0], known)
     return figure
+
+
+def _over_training(
+    arm: Group, name: str, reduce: Callable[[Any], Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, a measure's number [runs, points]) at the evaluations that all runs have."""
+    curves = [
+        {
+            row["tokens"]: reduce(row["router"][name])
+            for row in record.validation_rows
+            if row["step"] and name in row.get("router", {})
+        }
+        for record in arm.records
+    ]
+    tokens = sorted(set.intersection(*map(set, curves)))
+    values = [[points[at] for at in tokens] for points in curves]
+    return np.array(tokens, np.float64), np.array(values, np.float64).reshape(len(curves), -1)
 
 
 BY_LAYER = {  # key of result.json: title, label
@@ -152,9 +167,10 @@ def experts_by_layer(records: list[Record], layout: Layout = WIDE) -> Figure | N
     known = looks(arms)
     for (key, (title, label)), axes in zip(BY_LAYER.items(), all_axes, strict=True):
         for arm in arms:
-            values = arm.first.result[key]
-            look = known.get(arm.name, OTHERS)
-            axes.plot(range(len(values)), values, label=arm.name, **look)
+            measured = [r.result[key] for r in arm.records if r.result.get(key)]
+            values = np.array(measured, np.float64).reshape(len(measured), -1)
+            layers = np.arange(values.shape[1])
+            style.band(axes, layers, values, arm.name, known.get(arm.name, OTHERS))
         axes.set(title=title, ylabel=label, xlabel="sparse layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     left, middle, right = all_axes

@@ -21,12 +21,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")
 SCORES = "multiple_choice"  # the evaluator in whose rows each score is a number
 MOST_LOOKS = len(COLOURS)  # that a reader can tell apart
-# Config keys that say where a run keeps its files, and change none of its numbers.
+# Config keys that say where a run keeps its files and rows, and change none of its numbers.
 OF_THE_MACHINE = (
-    ("data", "cache_dir"),
-    ("data", "workers"),
-    ("checkpoint", "directory"),
-    ("training", "log_to"),
+    *(("data", "cache_dir"), ("data", "workers"), ("checkpoint", "directory")),
+    *(("training", "log_to"), ("training", "run_group")),
 )
 
 
@@ -208,7 +206,7 @@ def groups(records: Sequence[Record]) -> list[Group]:
         key = keys[record.name] if "seed" in record.config else record.name
         found.setdefault(key, {}).setdefault(record.config.get("seed"), record)
     alone = all(len(same) == 1 for same in found.values())
-    names = _names(list(found.values()))
+    names = group_names([[record.name for record in same.values()] for same in found.values()])
     return [
         Group(name, next(iter(same.values())).place if alone else place, tuple(same.values()))
         for place, (name, same) in enumerate(zip(names, found.values(), strict=True))
@@ -248,19 +246,16 @@ def _shown(source: configs.Source, records: Sequence[Record]) -> Record | None:
     return found[0] if len(found) == 1 else None
 
 
-def _names(found: list[dict[Any, Record]]) -> list[str]:
-    """The name of each group: that of its runs without their seeds if they then agree."""
+def group_names(members: Sequence[Sequence[str]]) -> list[str]:
+    """The name of each group: that of its runs without the numbers of seeds if they then agree."""
     names = []
-    for same in found:
-        own = [record.name for record in same.values()]
-        if len(own) > 1:
-            ends = (rf"[-_. ]*(?:seed|s)?[-_=. ]*{seed}$" for seed in same)
-            bare = {re.sub(end, "", name) for end, name in zip(ends, own, strict=True)} - {""}
-            own = sorted(bare) if len(bare) == 1 else [f"{own[0]} …"]
-        names.append(own[0])
+    for own in members:
+        end = r"[-_. ]*(?:seed|s)?[-_=. ]*(?<!\d)\d{1,6}$"
+        bare = {re.sub(end, "", name) for name in own} - {""}
+        agreed = f"{own[0]} …" if len(bare) > 1 or not bare else min(bare)
+        names.append(own[0] if len(own) == 1 else agreed)
     again = {name for name in names if names.count(name) > 1}
-    firsts = [next(iter(same.values())).name for same in found]
-    return [f if name in again else name for name, f in zip(names, firsts, strict=True)]
+    return [own[0] if name in again else name for name, own in zip(names, members, strict=True)]
 
 
 def parents_of(record: Record, records: Sequence[Record]) -> list[Record]:

@@ -6,9 +6,10 @@ line styles and markers differ too, so figures are also readable in greyscale.
 
 import dataclasses
 import io
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -78,6 +79,19 @@ def panels(number: int, layout: Layout, *, width: float, height: float):
     for spare in axes[number:]:
         figure.delaxes(spare)
     return figure, axes[:number]
+
+
+def band(axes, x, values: np.ndarray, label: str, look: Mapping[str, Any]) -> None:
+    """The mean of the curves of a group's runs, and their range if there are several.
+
+    Args: values: [runs, points].
+    """
+    if not len(x):
+        return
+    axes.plot(x, values.mean(axis=0), label=label, **look)
+    if len(values) > 1:
+        low, high = values.min(axis=0), values.max(axis=0)
+        axes.fill_between(x, low, high, alpha=0.2, color=look["color"], linewidth=0)
 
 
 def legend(figure: Figure, layout: Layout, handles: Sequence, labels: Iterable[str]) -> None:

@@ -73,8 +73,10 @@ def summary(every: Sequence[Group]) -> str:
             "parameters": _number(result["parameters"], "count"),
             "active": _number(result["active_parameters"], "count"),
         }
-        for name, value in measures.columns(result).items():
-            cell = EMPTY if value == "" else _number(float(value), ".1f")
+        columns = [measures.columns(record.result) for record in group.records]
+        for name in columns[0]:
+            values = [float(own[name]) for own in columns if own[name] != ""]
+            cell = _number(sum(values) / len(values), ".1f") if values else EMPTY
             row[name.replace("_", " ")] = cell
         for name, value in answers.columns(result).items() if on_pairs else ():
             row[name.replace("_", " ")] = EMPTY if value == "" else _number(float(value), ".3g")

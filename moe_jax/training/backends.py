@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import tensorboardX
+from tensorboardX.proto import plugin_hparams_pb2, summary_pb2
 
 from moe_jax import files, spelling, stopping, strict_json
 from moe_jax.config import ConfigError
@@ -45,11 +46,17 @@ class Row:
 
 
 class TensorBoard:
-    """Event files in <workdir>/tensorboard; rows that the run writes again replace the old ones."""
+    """Event files in <workdir>/tensorboard; rows that the run writes again replace the old ones.
+
+    The page "HParams" of TensorBoard shows the runs of a group as one, with their mean.
+    """
 
     def __init__(self, workdir: pathlib.Path, resume_step: int):
         folder = str(workdir / "tensorboard")
         self._writer = tensorboardX.SummaryWriter(folder, purge_step=resume_step or None)
+        config = strict_json.read_object(workdir / "config.json")
+        if group := _group(config):
+            self._writer.file_writer.add_summary(_session(group, config.get("seed")))
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
@@ -67,13 +74,15 @@ class Wandb:
     def __init__(self, workdir: pathlib.Path, resume_step: int):
         import wandb
 
+        config = strict_json.read_object(workdir / "config.json")
         self._run = wandb.init(
             project=PROJECT,
             name=workdir.name,
+            group=_group(config),
             id=_id(workdir, "wandb", resume_step),
             resume="allow",
             dir=str(workdir),
-            config=strict_json.read_object(workdir / "config.json"),
+            config=config,
             settings=wandb.Settings(console="off", silent=True),
         )
         # The library's own count of rows only grows: it would drop the rows of a run that goes on
@@ -94,11 +103,13 @@ class Trackio:
     def __init__(self, workdir: pathlib.Path, resume_step: int):
         import trackio
 
+        config = strict_json.read_object(workdir / "config.json")
         self._run = trackio.init(
             project=PROJECT,
             name=f"{workdir.name}-{_id(workdir, 'trackio', resume_step)}",
+            group=_group(config),
             resume="allow",
-            config=strict_json.read_object(workdir / "config.json"),
+            config=config,
             embed=False,
             auto_log_cpu=False,
             auto_log_gpu=False,
@@ -129,6 +140,26 @@ def _id(workdir: pathlib.Path, name: str, resume_step: int) -> str:
     new = uuid.uuid4().hex[:12]
     files.write_text(path, f"{new}\n")
     return new
+
+
+def _group(config: dict) -> str | None:
+    """The run's group, training.run_group; None without one, as in configs of older versions."""
+    return config.get("training", {}).get("run_group") or None
+
+
+def _session(group: str, seed: int | None) -> summary_pb2.Summary:
+    """The record with which TensorBoard's HParams sorts runs into groups."""
+    start = plugin_hparams_pb2.SessionStartInfo(group_name=group)
+    start.hparams["run_group"].string_value = group
+    if seed is not None:
+        start.hparams["seed"].number_value = seed
+    content = plugin_hparams_pb2.HParamsPluginData(session_start_info=start, version=0)
+    plugin = summary_pb2.SummaryMetadata.PluginData(
+        plugin_name="hparams", content=content.SerializeToString()
+    )
+    metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
+    value = summary_pb2.Summary.Value(tag="_hparams_/session_start_info", metadata=metadata)
+    return summary_pb2.Summary(value=[value])
 
 
 def check(names: tuple[str, ...]) -> None:

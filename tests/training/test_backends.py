@@ -5,10 +5,13 @@ import dataclasses
 import importlib.util
 import json
 import sqlite3
+import sys
 import threading
 import time
+import types
 
 import pytest
+from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
 from moe_jax import __main__ as entry
 from moe_jax import stopping
@@ -205,6 +208,44 @@ def of_wandb(workdir) -> list[dict[int, float]]:
                 runs.setdefault(path.stem, {})[int(row["step"])] = float(row["loss"])
             content = content[7 + size :]
     return list(runs.values())
+
+
+def values_of_tensorboard(workdir):
+    [path] = (workdir / "tensorboard").glob("events.out.tfevents.*")
+    content = path.read_bytes()
+    while content:  # TFRecord: length (8 bytes), its checksum (4), data, checksum (4)
+        size = int.from_bytes(content[:8], "little")
+        yield from event_pb2.Event.FromString(content[12 : 12 + size]).summary.value
+        content = content[16 + size :]
+
+
+def test_tensorboard_knows_the_group_and_the_seed_of_a_run(workdir):
+    config = {"seed": 3, "training": {"run_group": "drop_0.5"}}
+    (workdir / "config.json").write_text(json.dumps(config))
+    write_rows("tensorboard", workdir, 0, (1,))
+    session, loss = values_of_tensorboard(workdir)
+    assert (session.tag, session.metadata.plugin_data.plugin_name) == (
+        "_hparams_/session_start_info", "hparams"
+    )  # fmt: skip
+    content = plugin_hparams_pb2.HParamsPluginData.FromString(session.metadata.plugin_data.content)
+    start = content.session_start_info
+    assert (start.group_name, start.hparams["seed"].number_value) == ("drop_0.5", 3)
+    assert (loss.tag, loss.simple_value) == ("loss", 1)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("group", ["drop_0.5", ""])
+def test_other_back_ends_are_opened_with_the_group(name, group, workdir, monkeypatch):
+    """With a stand-in for the library: what it does with the argument is its own."""
+    (workdir / "config.json").write_text(json.dumps({"training": {"run_group": group}}))
+    opened = {}
+    stand_in = types.ModuleType(name)
+    stand_in.Settings = dict
+    run = types.SimpleNamespace(define_metric=lambda *_, **how: None)
+    stand_in.init = lambda **how: opened.update(how) or run
+    monkeypatch.setitem(sys.modules, name, stand_in)
+    backends.BACKENDS[name].open(workdir, 0)
+    assert opened["group"] == (group or None)
 
 
 @pytest.mark.parametrize(("name", "read"), [("wandb", of_wandb), ("trackio", of_trackio)])

@@ -62,6 +62,7 @@ def test_a_run_from_the_start_begins_an_empty_file(tmp_path):
 
 def test_scalars_go_to_tensorboard_under_their_path(tmp_path):
     row = {"step": 7, "loss": 2.5, "validation": {"bits_per_byte": 1.5}}
+    (tmp_path / "config.json").write_text("{}")
     with metrics.writer(tmp_path, resume_step=0, log_to=("tensorboard",)) as write_row:
         write_row(row)
     [file] = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
