@@ -18,6 +18,7 @@ from moe_jax import model, spelling
 from moe_jax.analysis import measures
 from moe_jax.data.batches import Batch
 from moe_jax.model import transformer
+from moe_jax.model.routing import BY_SHARD, Counted
 from moe_jax.ops import cross_entropy
 from moe_jax.training import balance, distillation
 from moe_jax.training.state import Measures, RouterState
@@ -67,12 +68,13 @@ def next_token(context: Context) -> Loss:
     )
     # Merged experts are not chosen between, so their load cannot be unbalanced.
     chosen = run.model.num_experts > 0 and run.model.dispatch != "merge"
+    counted = balance.counted(run.balance) if chosen else BY_SHARD
     several = run.training.accumulation_steps > 1
     if several and run.balance.load_balancing_over == "window" and chosen:
         router_losses = _over_window(context, router_losses)
 
     def loss(params, microbatch, key):
-        x_BTD, stats = hidden_states(params, microbatch, key, run.model)
+        x_BTD, stats = hidden_states(params, microbatch, key, run.model, counted)
         unembed_DV = transformer.unembedding(params)
         weights_BT = microbatch.weights_BT / num_tokens
         sums = cross_entropy.cross_entropy(
@@ -85,7 +87,10 @@ def next_token(context: Context) -> Loss:
         total, terms = sums.total, {}
         if chosen:
             router_total, terms = router_losses(stats)
-            total += router_total
+            penalty, penalties = balance.penalties(
+                params, run.balance, accumulation_steps=run.training.accumulation_steps
+            )
+            total, terms = total + router_total + penalty, terms | penalties
         if "teacher" in context.frozen:
             teacher, teacher_params = context.frozen["teacher"]
             teacher_x_BTC, _ = hidden_states(teacher_params, microbatch, None, teacher)
@@ -98,7 +103,12 @@ def next_token(context: Context) -> Loss:
             )
             total += run.objective.distillation.coefficient * divergence
             terms = terms | {"distillation_loss": divergence}
-        return total, Measures(loss=sums.nats, terms=terms, router=measures.router_sums(stats))
+        return total, Measures(
+            loss=sums.nats,
+            terms=terms,
+            router=measures.router_sums(stats),
+            shortfall_LEH=stats.shortfall_EH.sum(axis=1) if counted.shortfalls else None,
+        )
 
     return loss
 
@@ -118,9 +128,15 @@ def choose(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def hidden_states(params: dict, batch: Batch, key: jax.Array | None, config: model.ModelConfig):
+def hidden_states(
+    params: dict,
+    batch: Batch,
+    key: jax.Array | None,
+    config: model.ModelConfig,
+    counted: Counted = BY_SHARD,
+):
     """The final norm's output for a batch, and the routers' statistics."""
-    shared = transformer.Shared(batch.positions_BT, batch.segment_ids_BT, key)
+    shared = transformer.Shared(batch.positions_BT, batch.segment_ids_BT, key, counted)
     return transformer.hidden_states(params, batch.tokens_BT, shared, config)
 
 
