@@ -9,6 +9,8 @@ weights that sum to one. Learning rate, batch and losses are from its ablation s
 other router: biases that move by 1e-3 per step, weights times 2.5, a sequence-wise loss of 1e-4.
 Not known here: warmup and tokens (the values set are placeholders), hardware and time. The text is
 not part of this repository.
+
+Differs from the paper: a sequence of the sequence-wise loss is a row of packed documents.
 """
 
 from moe_jax import config as configs
