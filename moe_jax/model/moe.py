@@ -21,9 +21,9 @@ from moe_jax.model.routing import (
     Groups,
     RouterStats,
     Routing,
+    grouped_statistics,
     router_logits,
     shortfall_histogram,
-    statistics,
 )
 from moe_jax.ops import stacks
 from moe_jax.parallel import sharding
@@ -163,8 +163,7 @@ def _of_device(x_BTD, params, valid_BT, key, config, training, counted, return_r
     groups = Groups(valid_BT.ravel(), 1 if training else len(valid_BT), order_key)
     noise_key = tree.fold_in(key, "noise") if key is not None and training else None
     y_BTD, routing, num_dropped = mix(x_BTD, params, groups, noise_key, config)
-    shape = valid_BT.shape if counted.by_row else (1, valid_BT.size)
-    stats = jax.vmap(statistics)(_of_shape(shape, routing), valid_BT.reshape(shape))
+    stats = grouped_statistics(routing, valid_BT, counted.by_row)
     stats = dataclasses.replace(stats, num_dropped=jnp.reshape(num_dropped, 1))
     if counted.shortfalls:
         bias_E = params["router"]["bias"]
@@ -174,13 +173,8 @@ def _of_device(x_BTD, params, valid_BT, key, config, training, counted, return_r
         histogram_EH = shortfall_histogram(shortfall_ME, bias_E, groups.valid_M)
         stats = dataclasses.replace(stats, shortfall_EH=histogram_EH[None])
     if return_routing:
-        stats = dataclasses.replace(stats, routing=_of_shape(valid_BT.shape, routing))
+        stats = dataclasses.replace(stats, routing=routing.reshaped(*valid_BT.shape))
     return y_BTD, stats
-
-
-def _of_shape(shape: tuple[int, int], routing: Routing) -> Routing:
-    """The routing of M tokens by rows and columns."""
-    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), routing)
 
 
 def routed(x_BTD, params, groups, noise_key, config):

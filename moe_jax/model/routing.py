@@ -25,6 +25,10 @@ class Routing:
     probabilities_ME: jax.Array
     load_ME: jax.Array | None = None
 
+    def reshaped(self, *shape: int) -> "Routing":
+        """The same with other axes instead of M."""
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), self)
+
 
 def router_logits(x_MD: jax.Array, kernel_DE: jax.Array) -> jax.Array:
     """x · kernel [M, E] in float32 at highest precision, which holds for its gradients too.
@@ -152,6 +156,12 @@ def statistics(
         num_tokens=jnp.sum(valid_M),
         num_dropped=jnp.asarray(num_dropped),
     )
+
+
+def grouped_statistics(routing: Routing, valid_BT: jax.Array, by_row: bool) -> RouterStats:
+    """The statistics [groups, ...] of M = B · T tokens: of all as one group, or of each row."""
+    shape = valid_BT.shape if by_row else (1, valid_BT.size)
+    return jax.vmap(statistics)(routing.reshaped(*shape), valid_BT.reshape(shape))
 
 
 NUM_BINS = 2048  # of a histogram of shortfalls
