@@ -39,9 +39,6 @@ class Found:
     gradient: float | None = None
     missing: str = ""
 
-    def passes(self, limit: float) -> bool:
-        return self.loss is not None and max(self.loss, self.gradient or 0) <= limit
-
 
 def transformers(data: Vectors) -> Iterator[Found]:
     """Transformers' load-balancing and z-losses, family by family.
