@@ -1,6 +1,6 @@
 """The results of `moe_jax conformance` as Markdown tables."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from moe_jax.conformance import ours
 from moe_jax.conformance.peers import Found
@@ -41,7 +41,7 @@ def _cell(difference: float | None, limit: float) -> str:
     return f"{PASS if difference <= limit else FAIL} {difference:.0e}"
 
 
-def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
     lines = [titles, tuple("-" * width for width in widths), *rows]
     padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
