@@ -16,7 +16,7 @@ ROOMS = (
     ("commands",),
     ("train", "sweep", "adviser"),
     ("report",),
-    ("dryrun", "benchmark"),
+    ("dryrun", "benchmark", "conformance"),
     ("init",),
     ("cards", "stores"),
     ("training",),

@@ -35,7 +35,7 @@ NOT_HERE = {
     r"^tensorboard ": "a server that runs until it is stopped, of a package of its own",
     r"scripts/test\.sh": "is what runs this test",
     r"scripts/smollm2\.py": "downloads a model; see hf/test_scripts.py",
-    r"--peer=hf": "needs PyTorch and Transformers",
+    r"--peer=(hf|transformers)": "needs PyTorch and Transformers",
     r"--tasks=|scripts/harness\.py": "needs lm-evaluation-harness; see evaluation/test_harness.py",
     r"source=hf:": "needs the network; see data/test_hub.py",
     r"--tiktoken=": "needs a published vocabulary; see data/test_train_tokenizer.py",

@@ -10,8 +10,7 @@ other router: biases that move by 1e-3 per step, weights times 2.5, a sequence-w
 Not known here: warmup and tokens (the values set are placeholders), hardware and time. The text is
 not part of this repository.
 
-Differs from the paper: the sigmoid variant's load balancing loss is computed over a device's
-microbatch, not per sequence.
+Differs from the paper: a sequence of the sequence-wise loss is a row of packed documents.
 """
 
 from moe_jax import config as configs
@@ -39,7 +38,7 @@ def get_config(size: str = "32b-a3.8b"):
     config.balance.bias_update_rate = 1e-3 if sigmoid else 0.0
     config.balance.load_balancing_coefficient = 1e-4 if sigmoid else 1e-2
     config.balance.load_balancing_scope = "layer"
-    config.balance.load_balancing_over = "device"
+    config.balance.load_balancing_over = "sequence" if sigmoid else "device"
     config.balance.over_layers = "sum"  # as Megatron adds them
     config.balance.router_z_coefficient = 1e-3
     config.evaluation.batch_size = 1024

@@ -61,15 +61,10 @@ class Run(Section, path=""):
                 f"config.optimizer: warmup_steps={optimizer.warmup_steps} and "
                 f"decay_steps={optimizer.decay_steps} exceed training.num_steps={num_steps}"
             )
-        model, rate = self.model, self.balance.bias_update_rate
-        if rate and model.num_experts and "bias" not in ROUTERS[model.router].leaves:
-            biased = " or ".join(repr(n) for n, row in ROUTERS.items() if "bias" in row.leaves)
-            yield (
-                f"config.balance.bias_update_rate={rate} needs a router with a bias, "
-                f"not model.router={model.router!r}; use {biased}, or a rate of 0"
-            )
+        model = self.model
+        yield from _problems_of_biases(model, self.balance)
         for step, _ in self.data.mixture.stages:
-            if step >= num_steps:
+            if 0 < num_steps <= step:
                 yield (
                     f"config.data.mixture.stages, step {step}, never begins: training.num_steps="
                     f"{num_steps}; lower the step, or leave the stage out"
@@ -99,6 +94,30 @@ class Run(Section, path=""):
                 f"config.init.upcycle.recipe={recipe!r} makes a sparse model; "
                 "set config.model.num_experts"
             )
+
+
+def _problems_of_biases(model: ModelConfig, balance: sections.Balance) -> Iterator[str]:
+    rate, quantile = balance.bias_update_rate, balance.bias_update == "quantile"
+    if not model.num_experts or not (rate or quantile):
+        return
+    if "bias" not in ROUTERS[model.router].leaves:
+        biased = " or ".join(repr(n) for n, row in ROUTERS.items() if "bias" in row.leaves)
+        what, off = (
+            ("bias_update='quantile'", "bias_update='sign'")
+            if quantile
+            else (f"bias_update_rate={rate}", "a rate of 0")
+        )
+        yield (
+            f"config.balance.{what} needs a router with a bias, "
+            f"not model.router={model.router!r}; use {biased}, or {off}"
+        )
+    if quantile and (model.num_expert_groups > 1 or model.num_experts_per_tok == model.num_experts):
+        yield (
+            "config.balance.bias_update='quantile' reads the largest score that is not chosen; set "
+            f"model.num_expert_groups={model.num_expert_groups} to 1 and "
+            f"model.num_experts_per_tok={model.num_experts_per_tok} below num_experts="
+            f"{model.num_experts}"
+        )
 
 
 def _problems_of_merging(model: ModelConfig, T: int) -> Iterator[str]:

@@ -175,9 +175,10 @@ class Balance(Section, path="balance", needs=(SPARSE, ROUTED)):
     )
     load_balancing_over: str = key(
         "global",
-        "tokens that a router loss is computed over: one device's, those of the microbatch of all "
-        "devices (global), or the whole batch's (window: one more forward pass if accumulating)",
-        one_of("device", "global", "window"),
+        "tokens that a router loss is computed over: one row's (sequence), one device's, those of "
+        "the microbatch of all devices (global), or the whole batch's (window: one more forward "
+        "pass if accumulating)",
+        one_of("sequence", "device", "global", "window"),
     )
     load_balancing_schedule: str = key(
         "constant",
@@ -185,8 +186,18 @@ class Balance(Section, path="balance", needs=(SPARSE, ROUTED)):
         one_of("constant", "adaptive"),
     )
     adaptive: AdaptiveBalance = part(AdaptiveBalance)
+    bias_update: str = key(
+        "sign",
+        "update of the selection biases: sign moves them by bias_update_rate towards an even load; "
+        "quantile solves for them from each batch's scores",
+        one_of("sign", "quantile"),
+    )
     bias_update_rate: float = key(
-        0.0, "change of a router's selection bias per step; 0 turns it off", NOT_NEGATIVE
+        *(0.0, "change of a router's selection bias per step; 0 turns it off", NOT_NEGATIVE),
+        Need(lambda run: run.balance.bias_update == "sign", "config.balance.bias_update='sign'"),
+    )
+    orthogonality_coefficient: float = key(
+        0.0, "coefficient of SimBal's penalty on the routers' matrices", NOT_NEGATIVE
     )
     importance_coefficient: float = key(0.0, "coefficient of the importance loss", NOT_NEGATIVE)
     mutual_information_coefficient: float = key(

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from moe_jax import tree
 from moe_jax.model import exchange, exchange_cost, layers, merging, remat, router
 from moe_jax.model.config import ModelConfig
-from moe_jax.model.routing import Groups, RouterStats, Routing, router_logits, statistics
+from moe_jax.model.routing import (
+    BY_SHARD,
+    Counted,
+    Groups,
+    RouterStats,
+    Routing,
+    grouped_statistics,
+    router_logits,
+    shortfall_histogram,
+)
 from moe_jax.ops import stacks
 from moe_jax.parallel import sharding
 
@@ -43,9 +52,10 @@ def moe(
     *,
     key: jax.Array | None = None,
     training: bool = False,
+    counted: Counted = BY_SHARD,
     return_routing: bool = False,
 ) -> tuple[jax.Array, RouterStats]:
-    """The layer's output (to be added to x) and its statistics, one row per batch shard.
+    """The layer's output (to be added to x) and its statistics, by batch shard or by row.
 
     Args:
       key: for the router's noise (in training only) and, with `token_priority` "random", for
@@ -56,7 +66,7 @@ def moe(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         alone = dataclasses.replace(config, expert_parallel="fsdp")
-        return _of_device(x_BTD, params, valid_BT, key, alone, training, return_routing)
+        return _of_device(x_BTD, params, valid_BT, key, alone, training, counted, return_routing)
     if config.dispatch == "merge" and mesh.shape["edp"] > 1:
         raise ValueError("dispatch='merge' averages all experts; set config.mesh.edp=1")
     num_tokens = valid_BT.size // sharding.batch_shards(mesh.shape)
@@ -78,7 +88,9 @@ def moe(
         params = _bias_once(params)
         if key is not None and training:
             key = jax.random.fold_in(key, jax.lax.axis_index(sharding.BATCH_AXES))
-        y_BTD, stats = _of_device(x_BTD, params, valid_BT, key, config, training, return_routing)
+        y_BTD, stats = _of_device(
+            x_BTD, params, valid_BT, key, config, training, counted, return_routing
+        )
         return jax.lax.psum(y_BTD, sharding.TENSOR), stats
 
     # check_vma=False: the loops of the grouped matmul start from zeros that no axis varies.
@@ -144,18 +156,24 @@ def _bias_once(params: dict) -> dict:
     return params
 
 
-def _of_device(x_BTD, params, valid_BT, key, config, training, return_routing):
+def _of_device(x_BTD, params, valid_BT, key, config, training, counted, return_routing):
     x_BTD = layers.norm(x_BTD, params["norm"], config)
     mix = merging.merged if config.dispatch == "merge" else routed
     order_key = key if config.token_priority == "random" else None
     groups = Groups(valid_BT.ravel(), 1 if training else len(valid_BT), order_key)
     noise_key = tree.fold_in(key, "noise") if key is not None and training else None
     y_BTD, routing, num_dropped = mix(x_BTD, params, groups, noise_key, config)
-    stats = statistics(routing, groups.valid_M, num_dropped)
-    stats = jax.tree.map(lambda x: x[None], stats)
+    stats = grouped_statistics(routing, valid_BT, counted.by_row)
+    stats = dataclasses.replace(stats, num_dropped=jnp.reshape(num_dropped, 1))
+    if counted.shortfalls:
+        bias_E = params["router"]["bias"]
+        shortfall_ME = router.shortfall(
+            routing.logits_ME, bias_E, num_experts_per_tok=config.num_experts_per_tok
+        )
+        histogram_EH = shortfall_histogram(shortfall_ME, bias_E, groups.valid_M)
+        stats = dataclasses.replace(stats, shortfall_EH=histogram_EH[None])
     if return_routing:
-        by_token = jax.tree.map(lambda x: x.reshape(*valid_BT.shape, *x.shape[1:]), routing)
-        stats = dataclasses.replace(stats, routing=by_token)
+        stats = dataclasses.replace(stats, routing=routing.reshaped(*valid_BT.shape))
     return y_BTD, stats
 
 

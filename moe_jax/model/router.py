@@ -99,6 +99,15 @@ def sigmoid_topk(
     return Routing(expert_index_MA, weight_MA * routed_scaling_factor, logits_ME, probabilities_ME)
 
 
+def shortfall(logits_ME: jax.Array, bias_E: jax.Array, *, num_experts_per_tok: int) -> jax.Array:
+    """[M, E]: the bias that each expert lacks to reach a token's threshold with its sigmoid score.
+
+    The threshold is the (k+1)-th largest biased score. The chosen experts have negative shortfalls.
+    """
+    choice_ME = jax.nn.sigmoid(jax.lax.stop_gradient(logits_ME).astype(jnp.float32)) + bias_E
+    return jax.lax.top_k(choice_ME, num_experts_per_tok + 1)[0][:, -1:] - choice_ME
+
+
 def noisy_topk(
     logits_ME: jax.Array, noise_ME: jax.Array, key: jax.Array | None, *, num_experts_per_tok: int
 ) -> Routing:

@@ -25,6 +25,10 @@ class Routing:
     probabilities_ME: jax.Array
     load_ME: jax.Array | None = None
 
+    def reshaped(self, *shape: int) -> "Routing":
+        """The same with other axes instead of M."""
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), self)
+
 
 def router_logits(x_MD: jax.Array, kernel_DE: jax.Array) -> jax.Array:
     """x · kernel [M, E] in float32 at highest precision, which holds for its gradients too.
@@ -39,7 +43,7 @@ def router_logits(x_MD: jax.Array, kernel_DE: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterStats:
-    """Sums over the tokens of a batch shard; padding is not counted.
+    """Sums over the tokens of a batch shard or, by `Counted.by_row`, of a row without its padding.
 
     In `model.Output` every field has two leading axes: sparse layers (in the model's order) and
     batch shards. The shards are kept apart so that a balance loss can be computed either per device
@@ -55,7 +59,24 @@ class RouterStats:
     entropy_sum: jax.Array  # summed entropy of the probabilities, in nats
     num_tokens: jax.Array
     num_dropped: jax.Array  # assignments beyond an expert's capacity; 0 when dropless
+    shortfall_EH: jax.Array | None = None  # histogram: see `shortfall_histogram`
     routing: Routing | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What the statistics of a training step hold besides the sums of each batch shard.
+
+    by_row: the sums are those of each row instead. `num_dropped` and `shortfall_EH`, which no
+      loss reads, keep one entry for each batch shard.
+    shortfalls: `RouterStats.shortfall_EH` is there.
+    """
+
+    by_row: bool = False
+    shortfalls: bool = False
+
+
+BY_SHARD = Counted()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +133,9 @@ def virtual_drop_rate(tokens_per_expert_E: jax.Array | np.ndarray, factor: float
     return beyond / total[..., 0].clip(min=1)
 
 
-def statistics(routing: Routing, valid_M: jax.Array, num_dropped: jax.Array) -> RouterStats:
+def statistics(
+    routing: Routing, valid_M: jax.Array, num_dropped: jax.Array | int = 0
+) -> RouterStats:
     """Sums over the tokens where `valid_M` holds."""
     E = routing.logits_ME.shape[-1]
     counted_MA = jnp.where(valid_M[:, None], routing.expert_index_MA, E)
@@ -131,5 +154,40 @@ def statistics(routing: Routing, valid_M: jax.Array, num_dropped: jax.Array) -> 
         z_sum=jnp.sum(z_M * valid_M),
         entropy_sum=jnp.sum(entropy_M * valid_M),
         num_tokens=jnp.sum(valid_M),
-        num_dropped=num_dropped,
+        num_dropped=jnp.asarray(num_dropped),
     )
+
+
+def grouped_statistics(routing: Routing, valid_BT: jax.Array, by_row: bool) -> RouterStats:
+    """The statistics [groups, ...] of M = B · T tokens: of all as one group, or of each row."""
+    shape = valid_BT.shape if by_row else (1, valid_BT.size)
+    return jax.vmap(statistics)(routing.reshaped(*shape), valid_BT.reshape(shape))
+
+
+NUM_BINS = 2048  # of a histogram of shortfalls
+
+
+def bin_width(bias_XE: jax.Array) -> jax.Array:
+    """[X, 1]: the width of the bins of a histogram of shortfalls; half of them are below 0.
+
+    Scores are between 0 and 1, so a shortfall is at most 1 and the range of the biases. The width
+    is a power of two, so that a product with it is exact: 1/512 if that range is less than 1.
+    """
+    reach_X1 = 1 + bias_XE.max(axis=-1, keepdims=True) - bias_XE.min(axis=-1, keepdims=True)
+    _, exponent_X1 = jnp.frexp(reach_X1)
+    return jnp.ldexp(jnp.float32(2 / NUM_BINS), exponent_X1)
+
+
+def shortfall_histogram(shortfall_ME: jax.Array, bias_E: jax.Array, valid_M: jax.Array):
+    """[E, NUM_BINS]: the number of valid tokens whose shortfall for an expert is in each bin.
+
+    The counts are int32: their sums over devices and microbatches do not depend on the order.
+    """
+    E = bias_E.shape[0]
+    # A shortfall of exactly 0, which one expert of every token has, is in the bin that begins at 0.
+    bin_ME = jnp.floor(shortfall_ME / bin_width(bias_E)).astype(jnp.int32) + NUM_BINS // 2
+    flat_ME = jnp.clip(bin_ME, 0, NUM_BINS - 1) + NUM_BINS * jnp.arange(E)
+    flat_ME = jnp.where(valid_M[:, None], flat_ME, E * NUM_BINS)
+    # Not `bins.count_by_bin`, which on a GPU would compare each value with all these bins.
+    counts_R = jnp.zeros(E * NUM_BINS, jnp.int32).at[flat_ME.ravel()].add(1, mode="drop")
+    return counts_R.reshape(E, NUM_BINS)

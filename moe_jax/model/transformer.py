@@ -14,7 +14,7 @@ from moe_jax.model.config import DENSE, MOE, BlockKind, ModelConfig
 from moe_jax.model.initialisation import INITIALIZERS
 from moe_jax.model.layout import LayerGroup, layer_groups, rows_of_stacks
 from moe_jax.model.router import ROUTERS
-from moe_jax.model.routing import RouterStats
+from moe_jax.model.routing import BY_SHARD, Counted, RouterStats
 from moe_jax.ops import host_memory, implementations
 from moe_jax.parallel import sharding
 
@@ -29,11 +29,12 @@ class Output:
 
 @struct.dataclass
 class Shared:
-    """The arrays that are the same for all layers."""
+    """What is the same for all layers."""
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array  # 0 is padding
     key: jax.Array | None = None  # for the random parts of training; None in evaluation
+    counted: Counted = struct.field(pytree_node=False, default=BY_SHARD)
 
 
 @struct.dataclass
@@ -119,6 +120,7 @@ def block(
             *(x_BTD, params["moe"], shared.segment_ids_BT > 0, config),
             key=jax.random.fold_in(key, per_layer["index"]),
             training=shared.key is not None,
+            counted=shared.counted,
             return_routing=return_routing,
         )
     return sharding.constrain_batch(x_BTD + y_BTD), BlockOutput(stats, cache, tapped)

@@ -2,7 +2,8 @@
 outside the gradient, or both.
 
 The losses are functions of `RouterStats`, which are sums over tokens. One function therefore
-computes them over a device, a batch, or all microbatches of a batch.
+computes them over a sequence, a device, a batch, or all microbatches of a batch. A penalty is a
+loss of the routers' matrices alone.
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ from moe_jax import config as configs
 from moe_jax import model, tree
 from moe_jax.model.config import MOE
 from moe_jax.model.layout import layer_groups
-from moe_jax.model.routing import RouterStats, virtual_drop_rate
+from moe_jax.model.routing import Counted, RouterStats, bin_width, virtual_drop_rate
 from moe_jax.training.state import Measures, RouterState
 
 BIAS = re.compile(r"blocks/(\w+)/moe/router/bias")
+KERNEL = re.compile(r"blocks/\w+/moe/router/kernel")
 
 
 def initial(config: model.ModelConfig, balance: configs.Balance) -> RouterState:
@@ -29,6 +31,14 @@ def initial(config: model.ModelConfig, balance: configs.Balance) -> RouterState:
     if balance.load_balancing_schedule != "adaptive" or not num_sparse:
         return RouterState()
     return RouterState(jnp.full(num_sparse, balance.load_balancing_coefficient, jnp.float32))
+
+
+def counted(balance: configs.Balance) -> Counted:
+    """The statistics that the rules of this section need."""
+    return Counted(
+        by_row=balance.load_balancing_over == "sequence",
+        shortfalls=balance.bias_update == "quantile",
+    )
 
 
 def router_losses(
@@ -45,22 +55,22 @@ def router_losses(
     A term is the mean over layers. The loss uses that mean or the sum over layers, depending on
     `balance.over_layers`: megablocks (OLMoE) averages; Megatron, DeepSpeed, Skywork-MoE and
     LLaMA-MoE sum. Terms that are not a mean over tokens are computed over the tokens that
-    `balance.load_balancing_over` names: "device" computes them for each batch shard and averages
-    over the shards that have tokens; "global" and "window" compute them over all of `stats`.
+    `balance.load_balancing_over` names: "device" computes them for each batch shard, "sequence" for
+    each row, and both average over the groups that have tokens; "global" and "window" compute them
+    over all of `stats`.
     Unless it is "window", `stats` may come from one of the `accumulation_steps` microbatches. The
     results of all microbatches then add up to their average over microbatches or, for a term that
     is a mean over tokens, to the mean over the batch.
 
     Args:
-      stats: [L, batch shards, ...], like `model.Output.router`.
+      stats: [L, batch shards or rows, ...], like `model.Output.router`.
       num_tokens: the number of tokens in the whole batch, at least 1.
       coefficients_L: each layer's coefficient of the load-balancing loss, instead of the config's.
     """
-    groups = stats if balance.load_balancing_over == "device" else pooled(stats)
+    groups = stats if balance.load_balancing_over in ("device", "sequence") else pooled(stats)
     filled_LG = groups.num_tokens > 0
     share = 1 if balance.load_balancing_over == "window" else 1 / accumulation_steps
     mean_over_groups_LG = share * filled_LG / jnp.maximum(filled_LG.sum(axis=1, keepdims=True), 1)
-    over_layers = {"mean": jnp.mean, "sum": jnp.sum}[balance.over_layers]
     total, terms = jnp.zeros(()), {}
     for name, rule in RULES.items():
         coefficient = getattr(balance, rule.coefficient)
@@ -70,8 +80,31 @@ def router_losses(
         loss_L = jnp.sum(weight_LG * rule.loss(groups, balance, num_experts_per_tok), axis=1)
         if name == "load_balancing_loss" and coefficients_L is not None:
             coefficient = coefficients_L
-        total += rule.sign * over_layers(coefficient * loss_L)
+        total += rule.sign * OVER_LAYERS[balance.over_layers](coefficient * loss_L)
         terms[name] = loss_L.mean()
+    return total, terms
+
+
+OVER_LAYERS = {"mean": jnp.mean, "sum": jnp.sum}
+
+
+def penalties(
+    params: dict, balance: configs.Balance, *, accumulation_steps: int = 1
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The penalties of the routers' matrices, summed, and each one before its coefficient.
+
+    Both are those of one of `accumulation_steps` microbatches, which add up.
+    """
+    total, terms = jnp.zeros(()), {}
+    for name, rule in RULES.items():
+        coefficient = getattr(balance, rule.coefficient)
+        if rule.penalty is None or not coefficient:
+            continue
+        leaves = tree.flatten(params).items()
+        penalty_L = jnp.concatenate([rule.penalty(x) for n, x in leaves if KERNEL.fullmatch(n)])
+        penalty_L /= accumulation_steps
+        total += coefficient * OVER_LAYERS[balance.over_layers](penalty_L)
+        terms[name] = penalty_L.mean()
     return total, terms
 
 
@@ -167,8 +200,15 @@ def mutual_information(stats: RouterStats, *_) -> jax.Array:
     return -jnp.sum(P_LGE * log_LGE, axis=-1) - stats.entropy_sum / tokens_LG
 
 
+def orthogonality(kernel_LDE: jax.Array) -> jax.Array:
+    """The sum of |R^T R - I| over pairs of experts for each layer's router matrix R: SimBal, which
+    reads no token (arXiv 2506.14038)."""
+    gram_LEE = jnp.einsum("lde,ldf->lef", kernel_LDE, kernel_LDE, precision="highest")
+    return jnp.abs(gram_LEE - jnp.eye(kernel_LDE.shape[-1])).sum(axis=(1, 2))
+
+
 def pooled(stats: RouterStats) -> RouterStats:
-    """The statistics of all batch shards, summed into one group of tokens."""
+    """The statistics of all batch shards or rows, summed into one group of tokens."""
     return jax.tree.map(lambda x: x.sum(axis=1, keepdims=True), stats)
 
 
@@ -201,10 +241,73 @@ def with_updated_biases(
     layer's biases is then subtracted, which changes no choice and keeps them from drifting. A bias
     whose path matches `optimizer.frozen` keeps its value.
     """
-    rate, frozen = run.balance.bias_update_rate, run.optimizer.frozen
+    rate = run.balance.bias_update_rate
     if not rate or measures.router is None:
         return params, state
     tokens_per_expert_LE = measures.router["tokens_per_expert_E"]
+
+    def stepped(bias_LE, rows):
+        load_LE = tokens_per_expert_LE[rows]
+        bias_LE += rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
+        return bias_LE - bias_LE.mean(axis=1, keepdims=True)
+
+    return _with_biases(params, run, stepped), state
+
+
+def with_quantile_biases(
+    params: dict, state: RouterState, run: configs.Run, measures: Measures
+) -> tuple[dict, RouterState]:
+    """Parameters with the biases that would give every expert its even share of this batch, if the
+    tokens' thresholds stayed as they are: quantile balancing.
+
+    A token chooses the experts whose score plus bias is above its threshold, the (k+1)-th largest;
+    the others have a shortfall. Each expert's bias changes by the k/E quantile of its shortfalls
+    over the tokens of the whole batch, less the mean over experts (J. Su, kexue.fm/archives/11619;
+    Kimi K3's technical report, §2.3.3 and appendix D). The quantile is read from a histogram, by
+    linear interpolation within a bin. The authors' bins are those of the new biases; ours, of their
+    changes, let the loads get more even: 0 is the edge of a bin. Equal histograms give bitwise
+    equal biases in any program, because nothing is rounded but the sum of an old bias and its
+    change. A frozen bias keeps its value.
+    """
+    if measures.shortfall_LEH is None:
+        return params, state
+    E, k = run.model.num_experts, run.model.num_experts_per_tok
+
+    def solved(bias_LE, rows):
+        tick_L1 = bin_width(bias_LE) / TICKS
+        new_LE = bias_LE + tick_L1 * quantile(measures.shortfall_LEH[rows], k, E)
+        total_L1 = jnp.round(new_LE / tick_L1).astype(jnp.int32).sum(axis=1, keepdims=True)
+        return new_LE - tick_L1 * (total_L1 // E)
+
+    return _with_biases(params, run, solved), state
+
+
+TICKS = 64  # per bin: a power of two
+
+
+def quantile(counts_LEH: jax.Array, numerator: int, denominator: int) -> jax.Array:
+    """[L, E]: the quantile of each histogram, in whole ticks; 0 for an empty one.
+
+    Bins are `TICKS` wide, and half of them are below 0. The arithmetic is that of int32, for
+    batches of at most 2^31 / max(TICKS, numerator) tokens: 33 million with up to 64 experts each.
+    """
+    below_LEH = jnp.cumsum(counts_LEH, axis=-1)
+    wanted_LE = below_LEH[..., -1] * numerator // denominator
+    bin_LE1 = jnp.argmax(below_LEH >= wanted_LE[..., None], axis=-1, keepdims=True)
+    here_LE, upto_LE = (
+        jnp.take_along_axis(x_LEH, bin_LE1, axis=-1)[..., 0] for x_LEH in (counts_LEH, below_LEH)
+    )
+    part_LE = TICKS * (wanted_LE - upto_LE + here_LE) // jnp.maximum(here_LE, 1)
+    ticks_LE = TICKS * (bin_LE1[..., 0] - counts_LEH.shape[-1] // 2) + part_LE
+    return jnp.where(wanted_LE > 0, ticks_LE, 0)
+
+
+def _with_biases(params: dict, run: configs.Run, new: Callable) -> dict:
+    """Parameters with `new(bias_LE, rows)` for the routers' biases.
+
+    `rows` are the positions of a leaf's layers among the sparse layers.
+    """
+    frozen = run.optimizer.frozen
     sparse = [layer for layer, kind in enumerate(run.model.layer_kinds) if kind == MOE]
     layers = {s: ls for g in layer_groups(run.model.block_kinds) for s, ls in g.layers.items()}
 
@@ -212,27 +315,24 @@ def with_updated_biases(
         match = BIAS.fullmatch(name)
         if not match or (frozen and re.search(frozen, name)):
             return leaf
-        rows = jnp.array([sparse.index(layer) for layer in layers[match[1]]])
-        load_LE = tokens_per_expert_LE[rows]
-        bias_LE = leaf + rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
-        return bias_LE - bias_LE.mean(axis=1, keepdims=True)
+        return new(leaf, jnp.array([sparse.index(layer) for layer in layers[match[1]]]))
 
-    return tree.map_with_name(updated_leaf, params), state
+    return tree.map_with_name(updated_leaf, params)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """One way to balance experts.
 
-    coefficient: the key of its coefficient in `config.balance`; 0 turns the rule off.
-    loss: (statistics [L, G, ...], config.balance, num_experts_per_tok) -> [L, G]; None for a rule
-      outside the gradient.
-    update: changes parameters and RouterState after a step, like `updated`; None for a rule that
-      is only a loss.
+    coefficient: the key of `config.balance` that turns the rule on: its coefficient, or its name.
+    loss: (statistics [L, G, ...], config.balance, num_experts_per_tok) -> [L, G].
+    penalty: router matrices [L, D, E] -> [L], a loss of these alone.
+    update: changes parameters and RouterState after a step, like `updated`.
     """
 
     coefficient: str
     loss: Callable[[RouterStats, configs.Balance, int], jax.Array] | None = None
+    penalty: Callable[[jax.Array], jax.Array] | None = None
     update: Callable[..., tuple[dict, RouterState]] | None = None
     sign: int = 1
     per_token: bool = False  # a mean over tokens: groups count by their tokens, otherwise equally
@@ -256,5 +356,7 @@ RULES = {
     "router_z_loss": Rule("router_z_coefficient", router_z, per_token=True, always=True),
     "importance_loss": Rule("importance_coefficient", importance),
     "mutual_information": Rule("mutual_information_coefficient", mutual_information, sign=-1),
+    "router_orthogonality": Rule("orthogonality_coefficient", penalty=orthogonality),
     "selection_bias": Rule("bias_update_rate", update=with_updated_biases),
+    "quantile_bias": Rule("bias_update", update=with_quantile_biases),
 }

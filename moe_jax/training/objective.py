@@ -18,6 +18,7 @@ from moe_jax import model, spelling
 from moe_jax.analysis import answers, measures
 from moe_jax.data.batches import Batch
 from moe_jax.model import transformer
+from moe_jax.model.routing import BY_SHARD, Counted
 from moe_jax.ops import cross_entropy
 from moe_jax.training import balance, distillation, preferences
 from moe_jax.training.state import Measures, RouterState
@@ -57,13 +58,14 @@ class Objective:
 
 def next_token(context: Context) -> Loss:
     """Next-token cross-entropy in nats, plus the auxiliary losses and a distillation loss."""
-    run, num_tokens = context.run, _num_tokens(context.batch)
-    router_losses = _router_losses(context)
+    run = context.run
+    total_weight = _total_weight(context.batch)
+    counted, router_losses = _router_losses(context)
 
     def loss(params, microbatch, key):
-        x_BTD, stats = hidden_states(params, microbatch, key, run.model)
+        x_BTD, stats = hidden_states(params, microbatch, key, run.model, counted)
         unembed_DV = transformer.unembedding(params)
-        weights_BT = microbatch.weights_BT / num_tokens
+        weights_BT = microbatch.weights_BT / total_weight
         sums = cross_entropy.cross_entropy(
             x_BTD,
             unembed_DV,
@@ -71,7 +73,7 @@ def next_token(context: Context) -> Loss:
             weights_BT,
             z_coefficient=run.objective.logit_z_coefficient,
         )
-        router_total, terms = router_losses(stats)
+        router_total, terms = router_losses(params, stats)
         total = run.objective.distillation.cross_entropy_coefficient * sums.total + router_total
         if "teacher" in context.frozen:
             teacher, teacher_params = context.frozen["teacher"]
@@ -85,7 +87,12 @@ def next_token(context: Context) -> Loss:
             )
             total += run.objective.distillation.coefficient * divergence
             terms = terms | {"distillation_loss": divergence}
-        return total, Measures(loss=sums.nats, terms=terms, router=measures.router_sums(stats))
+        return total, Measures(
+            loss=sums.nats,
+            terms=terms,
+            router=measures.router_sums(stats),
+            shortfall_LEH=_shortfalls(stats, counted),
+        )
 
     return loss
 
@@ -103,12 +110,12 @@ def preference(context: Context, row: preferences.Loss) -> Loss:
     """
     run, settings = context.run, context.run.objective.preference
     number = answers.counts(answers.tokens(context.batch))
-    router_losses = _router_losses(context)
+    counted, router_losses = _router_losses(context)
 
     def forward(params, microbatch, key):
         """The final norm's output, the routers' statistics, the tokens' losses and their
         log-probabilities under the reference."""
-        x_BTD, stats = hidden_states(params, microbatch, key, run.model)
+        x_BTD, stats = hidden_states(params, microbatch, key, run.model, counted)
         reference_BT = _reference_log_probs(context, microbatch)
         nats_BT = token_losses(params, x_BTD, microbatch)
         return x_BTD, stats, nats_BT, reference_BT
@@ -134,10 +141,14 @@ def preference(context: Context, row: preferences.Loss) -> Loss:
         along = cross_entropy.cross_entropy(
             x_BTD, transformer.unembedding(params), microbatch.targets_BT, slope_BT
         ).total
-        router_total, router_terms = router_losses(stats)
+        router_total, router_terms = router_losses(params, stats)
         total = value + along - jax.lax.stop_gradient(along) + router_total
-        router = measures.router_sums(stats)
-        return total, Measures(loss=value, terms=terms | router_terms, router=router)
+        return total, Measures(
+            loss=value,
+            terms=terms | router_terms,
+            router=measures.router_sums(stats),
+            shortfall_LEH=_shortfalls(stats, counted),
+        )
 
     return loss
 
@@ -208,34 +219,55 @@ def choose(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def hidden_states(params: dict, batch: Batch, key: jax.Array | None, config: model.ModelConfig):
+def hidden_states(
+    params: dict,
+    batch: Batch,
+    key: jax.Array | None,
+    config: model.ModelConfig,
+    counted: Counted = BY_SHARD,
+):
     """The final norm's output for a batch, and the routers' statistics."""
-    shared = transformer.Shared(batch.positions_BT, batch.segment_ids_BT, key)
+    shared = transformer.Shared(batch.positions_BT, batch.segment_ids_BT, key, counted)
     return transformer.hidden_states(params, batch.tokens_BT, shared, config)
 
 
-def _num_tokens(batch: Batch) -> jax.Array:
-    return jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1)
+def _total_weight(batch: Batch) -> jax.Array:
+    """The sum of the loss weights: the number of trained tokens, or of documents."""
+    total = jnp.sum(batch.weights_BT)
+    return jnp.where(total > 0, total, 1)
 
 
-def _router_losses(context: Context) -> Callable:
-    """A function of the routers' statistics: the sum of the auxiliary losses, and each of them."""
-    run = context.run
+def _shortfalls(stats, counted: Counted) -> jax.Array | None:
+    return stats.shortfall_EH.sum(axis=1) if counted.shortfalls else None
+
+
+def _router_losses(context: Context) -> tuple[Counted, Callable]:
+    """What the layers count, and a function of parameters and the routers' statistics: the sum of
+    the auxiliary losses, and each of them."""
+    run, batch = context.run, context.batch
     # Merged experts are not chosen between, so their load cannot be unbalanced.
     if not run.model.num_experts or run.model.dispatch == "merge":
-        return lambda stats: (jnp.zeros(()), {})
-    router_losses = functools.partial(
+        return BY_SHARD, lambda params, stats: (jnp.zeros(()), {})
+    of_stats: Callable = functools.partial(
         balance.router_losses,
         balance=run.balance,
         num_experts_per_tok=run.model.num_experts_per_tok,
-        num_tokens=_num_tokens(context.batch),
+        num_tokens=jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1),
         accumulation_steps=run.training.accumulation_steps,
         coefficients_L=context.router_state.coefficients_L,
     )
     several = run.training.accumulation_steps > 1
     if several and run.balance.load_balancing_over == "window":
-        return _over_window(context, router_losses)
-    return router_losses
+        of_stats = _over_window(context, of_stats)
+
+    def losses(params, stats):
+        total, terms = of_stats(stats)
+        penalty, penalties = balance.penalties(
+            params, run.balance, accumulation_steps=run.training.accumulation_steps
+        )
+        return total + penalty, terms | penalties
+
+    return balance.counted(run.balance), losses
 
 
 def _over_window(context: Context, router_losses: Callable) -> Callable:

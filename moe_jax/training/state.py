@@ -50,6 +50,7 @@ class Measures:
     loss: jax.Array  # the objective without its terms: for text, nats per token
     terms: dict[str, jax.Array] = struct.field(default_factory=dict)
     router: dict[str, jax.Array] | None = None
+    shortfall_LEH: jax.Array | None = None  # for quantile balancing; None after the step
     # None until all microbatches are summed.
     gradient_norm: jax.Array | None = None  # before clipping
     learning_rate: jax.Array | None = None  # this update's; the next one's if this one is skipped

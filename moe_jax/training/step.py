@@ -83,6 +83,7 @@ def make_train_step(
             spiked=spiked,
             diverged=~sound,
             load_balancing_coefficients_L=state.router_state.coefficients_L,
+            shortfall_LEH=None,
         )
 
     return train_step

@@ -42,6 +42,7 @@ def other(default):
         case tuple():
             return (("a", 1.0),)
     others = {"layer": "all_layers", "switch": "squared", "global": "device", "mean": "sum"}
+    others["sign"] = "quantile"
     return others.get(default, "adaptive")
 
 
@@ -121,6 +122,10 @@ UPCYCLED = {"init.source": "a", "init.upcycle.recipe": "merge_back"}
         (
             {**SPARSE, "balance.load_balancing_form": "squared"},
             *("balance.load_balancing_divide_by_k", False, "load_balancing_form='switch'"),
+        ),
+        (
+            {**BIASED, "balance.bias_update": "quantile"},
+            *("balance.bias_update_rate", 0.1, "config.balance.bias_update='sign'"),
         ),
         ({}, "optimizer.decay_steps", 5, "config.optimizer.schedule='wsd'"),
         (

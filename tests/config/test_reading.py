@@ -81,7 +81,7 @@ def test_rules_of_paths_are_set_on_the_command_line(tmp_path):
 
 
 def test_the_table_of_moves_leads_from_keys_that_are_gone_to_keys_that_are_there():
-    assert len(OLD) == 18
+    assert len(OLD) == 20
     assert not set(OLD) & set(NEW)
     assert {new_name(old) for old in OLD} <= set(NEW)
 

@@ -83,6 +83,13 @@ def test_a_stored_config_gives_the_run_that_it_was_stored_of(tmp_path):
             "needs a router with a bias, not model.router='softmax_topk'",
         ),
         (
+            {
+                "model": MOE,
+                "balance": sections.Balance(bias_update="quantile", bias_update_rate=0.1),
+            },
+            "needs a router with a bias, not model.router='softmax_topk'",
+        ),
+        (
             {"model": MOE, "evaluation": monitoring.Evaluation(num_experts_per_tok=5)},
             "num_experts_per_tok=5 is more than the 4 experts of the model",
         ),

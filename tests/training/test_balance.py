@@ -166,6 +166,31 @@ def test_importance_loss_is_the_squared_coefficients_of_variation():
     np.testing.assert_array_equal(rules.importance(made_up(E=1)), 0)
 
 
+def test_orthogonality_is_0_for_orthonormal_columns_and_by_hand_elsewhere():
+    rng = np.random.default_rng(0)
+    orthonormal_DE = np.linalg.qr(rng.normal(size=(8, E)))[0]
+    skewed_DE = np.array([[1.0, 0.5, 0, 0], [0, 2.0, 0, 0]])
+    # The products of columns are 1, 0.5 (twice) and 4.25, against 1, 0 and 1, and 0 against 1.
+    penalties = (
+        rules.orthogonality(jnp.float32(orthonormal_DE)[None]),
+        rules.orthogonality(jnp.float32(skewed_DE)[None]),
+    )
+    np.testing.assert_allclose(penalties[0], 0, atol=1e-5)
+    np.testing.assert_allclose(penalties[1], 0 + 2 * 0.5 + 3.25 + 1 + 1)
+
+
+@pytest.mark.parametrize(("over_layers", "layers"), [("mean", 1), ("sum", 3)])
+def test_penalties_of_microbatches_add_up_to_those_of_all_layers(over_layers, layers):
+    kernels = {"0": np.zeros((2, 8, E)), "1": np.zeros((1, 8, E)), "2": 9 * np.ones((1, 8, E))}
+    params = {"blocks": {slot: {"moe": {"router": {"kernel": x}}} for slot, x in kernels.items()}}
+    params["blocks"]["2"] = {"mlp": params["blocks"]["2"]["moe"]}  # no router
+    settings = configs.Balance(orthogonality_coefficient=0.5, over_layers=over_layers)
+    total, terms = rules.penalties(params, settings, accumulation_steps=4)
+    np.testing.assert_allclose(4 * terms["router_orthogonality"], E)
+    np.testing.assert_allclose(4 * total, 0.5 * layers * E)
+    assert rules.penalties(params, configs.Balance()) == (0, {})
+
+
 @functools.partial(jax.jit, static_argnames=("names", "values"))
 def router_losses(stats, num_tokens, coefficients_L=None, names=(), values=()):
     settings = dataclasses.replace(BALANCE, **dict(zip(names, values, strict=True)))
