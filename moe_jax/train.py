@@ -38,6 +38,7 @@ from moe_jax.training import (
     objective,
     optimizer,
     ownership,
+    profiling,
     pulse,
     saving,
     step,
@@ -49,6 +50,7 @@ NOTHING_KEPT = {
     "lineage": init.NO_LINEAGE,
     "skipped_steps": 0,
     "device_seconds": 0.0,
+    "spent": {},
     "left_out": [],
     "losses": {},
 }
@@ -167,9 +169,8 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
     # step -----------------------------------------------------------------------------------
     compiled = step.jitted(settings, tx, state_shardings, mesh, frozen)
-
-    def train_step(state: TrainState, batch: batches.Batch):
-        return compiled(state, batch, *([frozen_params] if frozen else []))
+    extra = [frozen_params] if frozen else []
+    train_step = profiling.traced(compiled, extra, settings.profile, workdir, start)
 
     # loop -----------------------------------------------------------------------------------
     routers = _routers_at_start(workdir, start, state.params, settings.model)
@@ -177,10 +178,11 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"], owned)
     kept |= {"text": digests, "versions": environment.versions()}
     kept["resumed_from"] = settings.checkpoint.resume_from
+    beat = pulse.Pulse(settings.guards, workdir, began, kept.get("spent"))
 
     def save(at: int, state: TrainState, skipped: int) -> None:
-        spent = _device_seconds(kept, began)
-        saver.save(at, state, {**kept, "skipped_steps": skipped, "device_seconds": spent})
+        spent = {"spent": beat.clock.seconds(), "device_seconds": _device_seconds(kept, began)}
+        saver.save(at, state, {**kept, **spent, "skipped_steps": skipped})
         write_row.check()
 
     def write(row: dict) -> None:
@@ -205,7 +207,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
             costs=flops.costs(settings, frozen.values()),
             batch_of=lambda at: batches.number(at - 1, kept["left_out"]),
             largest=distributed.Largest(mesh),
-            pulse=pulse.Pulse(settings.guards, workdir),
+            pulse=beat,
         )
         state, results = loop.run(state, start, text, settings, parts, kept["skipped_steps"])
 

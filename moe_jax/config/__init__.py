@@ -1,7 +1,7 @@
 """A run's config: read from files and flags, then resolved into dataclasses with checks."""
 
 from moe_jax.config.checks import ConfigError
-from moe_jax.config.monitoring import Checkpoint, Evaluation, Guards
+from moe_jax.config.monitoring import Checkpoint, Evaluation, Guards, Profile
 from moe_jax.config.reading import default, load, load_json, model_fields, parse, save_json
 from moe_jax.config.resolved import AUTO, model_of, of_stored, resolve, tokenizer_of
 from moe_jax.config.run import Run
@@ -12,4 +12,4 @@ __all__ = ["AUTO", "ConfigError", "Run", "checkpoints_of", "default", "load", "l
 __all__ += ["model_fields", "parse"]
 __all__ += ["model_of", "of_stored", "resolve", "save_json", "source_of", "tokenizer_of"]
 __all__ += ["Balance", "Checkpoint", "Data", "Evaluation", "Guards", "Objective", "Optimizer"]
-__all__ += ["Source", "Training"]
+__all__ += ["Profile", "Source", "Training"]

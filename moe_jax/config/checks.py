@@ -115,3 +115,13 @@ def intervals(name: str, value: tuple) -> None:
                 continue
         need = "pairs of an evaluator's name and a whole number of steps of at least 0"
         raise ConfigError(f"{name} has {pair!r}; use {need}")
+
+
+def steps(name: str, value: tuple) -> None:
+    """Refuses anything but (first, last) with 1 <= first <= last, or nothing."""
+    match value:
+        case () | []:
+            return
+        case (int() as first, int() as last) if 1 <= first <= last and not isinstance(first, bool):
+            return
+    raise ConfigError(f'{name}={value!r} is no pair of steps; use (first, last), such as "(5,7)"')

@@ -34,6 +34,7 @@ class Run(Section, path=""):
     evaluation: monitoring.Evaluation = part(monitoring.Evaluation)
     checkpoint: monitoring.Checkpoint = part(monitoring.Checkpoint)
     guards: monitoring.Guards = part(monitoring.Guards)
+    profile: monitoring.Profile = part(monitoring.Profile)
     # The config that the settings come from; it is stored in the run's workdir and checkpoints.
     config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
 
@@ -45,6 +46,11 @@ class Run(Section, path=""):
             yield (
                 f"config.optimizer: warmup_steps={optimizer.warmup_steps} and "
                 f"decay_steps={optimizer.decay_steps} exceed training.num_steps={num_steps}"
+            )
+        if self.profile.steps and self.profile.steps[1] > self.training.last_step:
+            yield (
+                f"config.profile.steps={self.profile.steps} end after the run's last step, "
+                f"{self.training.last_step}; choose earlier ones"
             )
         model, rate = self.model, self.balance.bias_update_rate
         if rate and model.num_experts and "bias" not in ROUTERS[model.router].leaves:

@@ -22,7 +22,12 @@ DASHES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")
 SCORES = "multiple_choice"  # the evaluator in whose rows each score is a number
 MOST_LOOKS = len(COLOURS)  # that a reader can tell apart
 # Config keys that say where a run keeps its files, and change none of its numbers.
-OF_THE_MACHINE = (("data", "cache_dir"), ("checkpoint", "directory"), ("training", "log_to"))
+OF_THE_MACHINE = (
+    ("data", "cache_dir"),
+    ("checkpoint", "directory"),
+    ("training", "log_to"),
+    ("profile", "steps"),
+)
 
 
 def look(place: int) -> dict[str, Any]:

@@ -137,14 +137,24 @@ def compute(every: Sequence[Group], records: Sequence[Record]) -> str:
             values = [getattr(cost, field) for cost in costs]
             mean = None if None in values else sum(values) / len(values)
             row[head] = _number(mean, form)
+        row["goodput"] = _number(_goodput(group), ".0%")
         row["device"] = Cell(group.first.result["device"])
         rows.append(row)
         of_steps |= any(catch_up.hours_are_of_steps(record) for record in group.records)
     note = "Device hours are wall time, with start-up and evaluation, times devices; of several "
-    note += "seeds, the mean. “—”: not recorded."
+    note += "seeds, the mean. Goodput is the share of the wall time in training steps that are in "
+    note += "the model. “—”: not recorded."
     if of_steps:
         note += " Runs of older versions: the time of their training steps only."
     return markup.table(rows) + markup.paragraph(note)
+
+
+def _goodput(group: Group) -> float | None:
+    """The mean share of the wall time in training steps; None if a run has not recorded it."""
+    found = [record.result.get("goodput") for record in group.records]
+    shares = [parts.get("compute") if isinstance(parts, dict) else None for parts in found]
+    known = [share for share in shares if isinstance(share, int | float)]
+    return sum(known) / len(known) if len(known) == len(shares) else None
 
 
 def crossings(every: Sequence[Group]) -> str:

@@ -75,16 +75,18 @@ def next_token(context: Context) -> Loss:
         x_BTD, stats = hidden_states(params, microbatch, key, run.model)
         unembed_DV = transformer.unembedding(params)
         weights_BT = microbatch.weights_BT / num_tokens
-        sums = cross_entropy.cross_entropy(
-            x_BTD,
-            unembed_DV,
-            microbatch.targets_BT,
-            weights_BT,
-            z_coefficient=run.objective.logit_z_coefficient,
-        )
+        with jax.named_scope("unembedding_loss"):
+            sums = cross_entropy.cross_entropy(
+                x_BTD,
+                unembed_DV,
+                microbatch.targets_BT,
+                weights_BT,
+                z_coefficient=run.objective.logit_z_coefficient,
+            )
         total, terms = sums.total, {}
         if chosen:
-            router_total, terms = router_losses(stats)
+            with jax.named_scope("balance"):
+                router_total, terms = router_losses(stats)
             total += router_total
         if "teacher" in context.frozen:
             teacher, teacher_params = context.frozen["teacher"]
