@@ -1,5 +1,6 @@
 """Whole runs that go back to a checkpoint: by hand, by themselves, and with batches left out."""
 
+import json
 import os
 import random
 import shutil

@@ -87,14 +87,14 @@ def summary(workdir: pathlib.Path) -> tuple[list[Row], dict[str, Any]]:
             number = last - first + 1
         case _:
             raise ValueError(f"{folder / profiling.FACTS} is not as a run writes it")
-    [trace] = sorted(folder.glob("plugins/profile/*/*.xplane.pb"))[-1:] or [None]
-    if trace is None or trace.stat().st_size > MOST_BYTES:
+    traces = sorted(folder.glob("plugins/profile/*/*.xplane.pb"))
+    if not traces or traces[-1].stat().st_size > MOST_BYTES:
         raise ValueError(f"{folder} has no trace, *.xplane.pb, of at most {MOST_BYTES:,} bytes")
     text = (folder / profiling.HLO).read_text(encoding="utf-8")
     module = text.split(maxsplit=1)[1].split(",")[0] if text.startswith("HloModule ") else ""
     names = op_names(text)
-    seconds: dict[tuple[str, str], float] = collections.Counter()
-    for events in lines(jax.profiler.ProfileData.from_file(str(trace))):
+    seconds: dict[tuple[str, str], float] = collections.defaultdict(float)
+    for events in lines(jax.profiler.ProfileData.from_file(str(traces[-1]))):
         for event, own in self_times(events):
             name = names.get(event.name) if event.module in ("", module) else None
             seconds[place(name)] += own / 1e9 / number / devices

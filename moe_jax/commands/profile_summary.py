@@ -1,10 +1,11 @@
 """Prints the time of a profiled step by part of the model, and its memory.
 
 Examples:
-  python scripts/train.py --config=configs/quickstart.py --workdir=runs/dense \\
-      --config.profile.steps="(5,7)"
-  python scripts/profile_summary.py runs/dense
-  xprof --logdir=runs/dense/profile       (pip install xprof; or TensorBoard with its plugin)
+  python scripts/profile_summary.py runs/mine
+  python scripts/profile_summary.py runs/mine --json
+
+The run has to be told which steps to profile: --config.profile.steps="(5,7)". `xprof
+--logdir=runs/mine/profile` (pip install xprof), or TensorBoard with its plugin, shows the trace.
 
 A part is a jax.named_scope: router, dispatch, experts, combine and so on. The times are those of
 the instructions that the compiler made, on average over the profiled steps and the devices; an
