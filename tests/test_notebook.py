@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from moe_jax.analysis import routing
+from tests import test_docs_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -81,6 +82,22 @@ def test_a_notebook_runs(name, steps, monkeypatch, tmp_path):
     text, num_images = executed(name, steps, monkeypatch, tmp_path)
     assert text.count("not answered yet") == 3
     globals()[f"runs_{name}"](text, num_images)
+
+
+@pytest.mark.long
+def test_a_checkpoint_with_a_tokenizer_goes_through_both_notebooks(monkeypatch, tmp_path):
+    test_docs_run.tiny_model(tmp_path / "dense")
+    monkeypatch.setenv("MOE_JAX_NOTEBOOK_CHECKPOINT", str(tmp_path / "dense"))
+    text, _ = executed("upcycle_your_checkpoint", 6, monkeypatch, tmp_path)
+    for goal in ("the folder holds a mixture", "the function is preserved at step 0"):
+        assert f"passed  {goal}" in text.replace("passed \n ", "passed  ")
+    mixture = tmp_path / "runs" / "my_mixture" / "moe"
+    assert (mixture / "tokenizer.json").read_bytes() == (
+        tmp_path / "dense" / "tokenizer.json"
+    ).read_bytes()
+    monkeypatch.setenv("MOE_JAX_NOTEBOOK_CHECKPOINT", str(mixture))
+    text, num_images = executed("what_experts_learn", 6, monkeypatch, tmp_path)
+    assert "19 labels, 2 sparse layers" in text and num_images == 3  # one checkpoint: no saturation
 
 
 def executed(name, steps, monkeypatch, folder):
