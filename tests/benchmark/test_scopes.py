@@ -172,6 +172,12 @@ def test_a_run_records_its_steps_and_computes_the_same(config, tmp_path, monkeyp
         for name in ("plain", "profiled")
     ]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
+    [trace] = (tmp_path / "profiled" / "profile").glob("plugins/profile/*/*.xplane.pb")
+    lines = (
+        line for p in jax.profiler.ProfileData.from_file(str(trace)).planes for line in p.lines
+    )
+    events = [dict(event.stats) for line in lines for event in line.events if event.name == "train"]
+    assert sorted(stats["step_num"] for stats in events) == [2, 3]
     command = ["profile_summary", str(tmp_path / "profiled"), "--json"]
     monkeypatch.setattr(sys, "argv", command)
     capsys.readouterr()
