@@ -35,6 +35,7 @@ from moe_jax.training import (
     objective,
     optimizer,
     ownership,
+    profiling,
     pulse,
     saving,
     step,
@@ -47,6 +48,7 @@ NOTHING_KEPT = {
     "lineage": init.NO_LINEAGE,
     "skipped_steps": 0,
     "device_seconds": 0.0,
+    "spent": {},
     "left_out": [],
     "losses": {},
 }
@@ -158,9 +160,8 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
 
     # step -----------------------------------------------------------------------------------
     compiled = step.jitted(settings, tx, state_shardings, mesh, frozen)
-
-    def train_step(state: TrainState, batch: batches.Batch):
-        return compiled(state, batch, *([frozen_params] if frozen else []))
+    extra = [frozen_params] if frozen else []
+    train_step = profiling.traced(compiled, extra, settings.profile, workdir, start)
 
     # loop -----------------------------------------------------------------------------------
     routers = _routers_at_start(workdir, start, state.params, settings.model)
@@ -172,10 +173,11 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     kept |= {"text": text.digests, "mixture": rows.to_json(), "versions": environment.versions()}
     kept["skipped_records"] = text.skipped
     kept["resumed_from"] = settings.checkpoint.resume_from
+    beat = pulse.Pulse(settings.guards, workdir, began, kept.get("spent"))
 
     def save(at: int, state: TrainState, skipped: int) -> None:
-        spent = _device_seconds(kept, began)
-        saver.save(at, state, {**kept, "skipped_steps": skipped, "device_seconds": spent})
+        spent = {"spent": beat.clock.seconds(), "device_seconds": _device_seconds(kept, began)}
+        saver.save(at, state, {**kept, **spent, "skipped_steps": skipped})
         write_row.check()
 
     def write(row: dict) -> None:
@@ -202,7 +204,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
             costs=flops.costs(settings, frozen.values()),
             batch_of=lambda at: batches.number(at - 1, kept["left_out"]),
             largest=distributed.Largest(mesh),
-            pulse=pulse.Pulse(settings.guards, workdir),
+            pulse=beat,
             merged=lora.merging(settings.lora, mesh),
         )
         state, results = loop.run(state, start, fed, settings, parts, kept["skipped_steps"])

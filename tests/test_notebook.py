@@ -1,6 +1,6 @@
-"""The notebook runs from top to bottom on small settings, and is kept without outputs.
+"""The notebooks run from top to bottom on small settings, and are kept without outputs.
 
-Its first cell installs the project into a runtime like Colab's, which has jax 0.7.2 with its CUDA
+Their first cell installs the project into a runtime like Colab's, which has jax 0.7.2 with its CUDA
 plugin: once with a pip that only records its arguments, and with --long into such a runtime.
 """
 
@@ -22,55 +22,137 @@ import nbformat
 import numpy as np
 import pytest
 
+from moe_jax.analysis import routing
+from tests import test_docs_run
+
 ROOT = pathlib.Path(__file__).parents[1]
-PATH = ROOT / "notebooks" / "quickstart.ipynb"
+FOLDER = ROOT / "notebooks"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 COLAB = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt")  # all of version 0.7.2
 UNINSTALL = ["uninstall", "--yes", "jax-cuda12-pjrt", "jax-cuda12-plugin"]
 
 
+def read(name):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
 @pytest.fixture
 def notebook():
-    return nbformat.read(PATH, as_version=4)
+    return read("quickstart")
 
 
-def test_outputs_are_stripped_and_it_is_short(notebook):
-    assert len(notebook.cells) <= 20
-    for cell in notebook.cells:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_short_without_outputs_and_opens_itself_in_colab(name):
+    cells = read(name).cells
+    assert len(cells) <= 20
+    for cell in cells:
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None
+    assert f"/blob/main/notebooks/{name}.ipynb" in cells[0].source
+    assert first_cell(read(name)) == first_cell(read("quickstart"))
 
 
-def test_the_notebook_runs(notebook, monkeypatch):
-    monkeypatch.setenv("MOE_JAX_NOTEBOOK_STEPS", "6")
+def runs_quickstart(text, num_images):
+    difference = float(text.split("largest difference of naive and dense logits: ")[1].split()[0])
+    assert difference < 1e-5 and num_images == 2
+
+
+def runs_upcycle_your_checkpoint(text, num_images):
+    found = re.findall(r"(naive|drop 0.5): largest difference (\S+) of", text)
+    differences = {name: float(value) for name, value in found}
+    assert differences["naive"] < 1e-5 < 1e-3 < differences["drop 0.5"]
+    assert text.count("goodput: ") == 4  # of the parent and three runs
+    assert "5 of 5 goals reached" in text and num_images == 1
+
+
+def runs_what_experts_learn(text, num_images):
+    assert "19 labels, 4 sparse layers" in text and num_images == 4
+    assert re.search(r"mantel: -?0\.\d+, by chance \S+, p = \d\.\d+, n = 19", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("quickstart", 6),
+        pytest.param("upcycle_your_checkpoint", 12, marks=pytest.mark.long),
+        pytest.param("what_experts_learn", 8, marks=pytest.mark.long),
+    ],
+)
+def test_a_notebook_runs(name, steps, monkeypatch, tmp_path):
+    text, num_images = executed(name, steps, monkeypatch, tmp_path)
+    assert text.count("not answered yet") == 3
+    globals()[f"runs_{name}"](text, num_images)
+
+
+@pytest.mark.long
+def test_a_checkpoint_with_a_tokenizer_goes_through_both_notebooks(monkeypatch, tmp_path):
+    test_docs_run.tiny_model(tmp_path / "dense")
+    monkeypatch.setenv("MOE_JAX_NOTEBOOK_CHECKPOINT", str(tmp_path / "dense"))
+    text, _ = executed("upcycle_your_checkpoint", 6, monkeypatch, tmp_path)
+    for goal in ("the folder holds a mixture", "the function is preserved at step 0"):
+        assert f"passed  {goal}" in text.replace("passed \n ", "passed  ")
+    mixture = tmp_path / "runs" / "my_mixture" / "moe"
+    assert (mixture / "tokenizer.json").read_bytes() == (
+        tmp_path / "dense" / "tokenizer.json"
+    ).read_bytes()
+    monkeypatch.setenv("MOE_JAX_NOTEBOOK_CHECKPOINT", str(mixture))
+    text, num_images = executed("what_experts_learn", 6, monkeypatch, tmp_path)
+    assert "19 labels, 2 sparse layers" in text and num_images == 3  # one checkpoint: no saturation
+
+
+def executed(name, steps, monkeypatch, folder):
+    """Everything that the notebook prints, and the number of its figures."""
+    monkeypatch.setenv("MOE_JAX_NOTEBOOK_STEPS", str(steps))
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.delenv("MPLBACKEND", raising=False)  # figures are outputs of their cells
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    notebook, place = read(name), {"metadata": {"path": str(folder)}}
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place)
+    client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    text = "".join(output.get("text", "") for output in outputs)
-    difference = float(text.split("largest difference of naive and dense logits: ")[1].split()[0])
-    assert difference < 1e-5
-    assert text.count("not answered yet") == 3
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    num_images = sum("image/png" in output.get("data", {}) for output in outputs)
+    return "".join(output.get("text", "") for output in outputs), num_images
 
 
-def test_the_exercises_know_the_right_answers_and_refuse_wrong_ones(notebook):
-    exercises = next(c.source for c in notebook.cells if "def check(" in c.source)
-    names = {"hidden_size": 4, "intermediate_size": 6}
-    dense = types.SimpleNamespace(**names)
-    moe = types.SimpleNamespace(num_experts_per_tok=2, num_hidden_layers=3)
-    right = ["3 * D * F", "total - 6 * 3 * 3 * D * F", "two_largest(logits)"]
-    for answers, said in ((right, "right"), (["1", "2", "0 * logits[:2]"], "not yet")):
+MOE = types.SimpleNamespace(num_experts_per_tok=2, num_hidden_layers=3)
+DENSE = types.SimpleNamespace(hidden_size=4, intermediate_size=6, num_hidden_layers=3)
+# By notebook: what its cells know before the exercises, and the right answers.
+EXERCISES = {
+    "quickstart": (
+        {
+            **{"dense": DENSE, "moe": MOE, "total": 10_000, "E": 8},
+            "two_largest": lambda x: np.exp(np.sort(x)[:-3:-1]) / np.exp(np.sort(x)[-2:]).sum(),
+        },
+        ["3 * D * F", "total - 6 * 3 * 3 * D * F", "two_largest(logits)"],
+    ),
+    "upcycle_your_checkpoint": (
+        {
+            **{"dense": DENSE, "parent_total": 10_000, "total": 10_000 + 3 * (3 * 72 + 16)},
+            **{"NUM_EXPERTS": 4, "EXPERTS_PER_TOKEN": 2},
+        },
+        ["P + L * (3 * D * F * (E - 1) + D * E)", "4 * 4 * total", "2"],
+    ),
+    "what_experts_learn": (
+        {"E": 8, "routing": routing},
+        ["2 ** 1.75", "1", "(1 + 1 / 8) / 2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_exercises_know_the_right_answers_and_refuse_wrong_ones(name):
+    exercises = next(c.source for c in read(name).cells if "def check(" in c.source)
+    known, right = EXERCISES[name]
+    for answers, said in ((right, "right"), (["1.5", "2.5", "0 * np.ones(2)"], "not yet")):
         code = exercises
         for answer in answers:
             code = re.sub(
                 r"(answer = |return )\.\.\.$", rf"\g<1>{answer}", code, count=1, flags=re.M
             )
         output = io.StringIO()
-        known = {"dense": dense, "moe": moe, "total": 10_000, "E": 8, "np": np}
-        known["two_largest"] = lambda x: np.exp(np.sort(x)[:-3:-1]) / np.exp(np.sort(x)[-2:]).sum()
         with contextlib.redirect_stdout(output):
-            exec(code, known)
+            exec(code, {"np": np, **known})
         lines = output.getvalue().splitlines()
         assert len(lines) == 3 and all(line.startswith(said) for line in lines)
 

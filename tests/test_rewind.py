@@ -1,5 +1,6 @@
 """Whole runs that go back to a checkpoint: by hand, by themselves, and with batches left out."""
 
+import json
 import os
 import random
 import shutil
@@ -121,6 +122,8 @@ def test_a_run_goes_back_by_itself_and_leaves_the_batches_out(
     assert "leaves out the batches to 12" in said and "going on from step 10" in said
     data = checkpoint.newest_data(tmp_path / "by-itself" / "checkpoints")
     assert data["left_out"] == [[10, 12]]
+    result = json.loads((tmp_path / "by-itself" / "result.json").read_text())
+    assert result["goodput"]["lost"] > 0  # the steps 11 to 13
     assert list(losses(tmp_path / "by-itself")) == list(range(1, 21))
 
     by_hand = tmp_path / "by-hand"

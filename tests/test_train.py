@@ -110,6 +110,8 @@ def test_a_run_leaves_what_it_promises(unbroken):
     assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
     assert result["device_seconds"] == pytest.approx(8 * result["seconds"], rel=0.01)
     assert result["parent_device_seconds"] == 0 and result["command"]
+    assert sum(result["goodput"].values()) == pytest.approx(1, abs=1e-3)
+    assert result["goodput"]["compile"] > 0 and result["goodput"]["lost"] == 0
     health = rows[-1]["router"]
     np.testing.assert_allclose(np.sum(health["tokens_per_expert"], axis=1), 1, atol=1e-4)
     assert 1 <= health["effective_experts"][0] <= 4

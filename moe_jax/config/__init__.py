@@ -3,7 +3,7 @@
 from moe_jax.config.checks import ConfigError
 from moe_jax.config.data import Data
 from moe_jax.config.mixture import Mixture
-from moe_jax.config.monitoring import Checkpoint, Evaluation, Guards
+from moe_jax.config.monitoring import Checkpoint, Evaluation, Guards, Profile
 from moe_jax.config.objectives import Objective
 from moe_jax.config.reading import default, load, load_json, model_fields, parse, save_json
 from moe_jax.config.resolved import AUTO, data_of, model_of, of_stored, resolve, tokenizer_of
@@ -24,4 +24,4 @@ __all__ += [
     "Objective",
     "Optimizer",
 ]
-__all__ += ["Source", "Training"]
+__all__ += ["Profile", "Source", "Training"]

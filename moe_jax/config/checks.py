@@ -161,3 +161,13 @@ def _is_table(pairs: tuple, is_value: Callable[[Any], bool]) -> bool:
 def _refuse_unless(right: bool, name: str, value: object, need: str) -> None:
     if not right:
         raise ConfigError(f"{name} has {reprlib.repr(value)}; use {need}")
+
+
+def steps(name: str, value: tuple) -> None:
+    """Refuses anything but (first, last) with 1 <= first <= last, or nothing."""
+    match value:
+        case () | []:
+            return
+        case (int() as first, int() as last) if 1 <= first <= last and not isinstance(first, bool):
+            return
+    raise ConfigError(f'{name}={value!r} is no pair of steps; use (first, last), such as "(5,7)"')

@@ -1,4 +1,4 @@
-"""The sections of a run's config about evaluation, checkpoints and guards.
+"""The sections of a run's config about evaluation, checkpoints, guards and profiles.
 
 `run.Run` holds one of each.
 """
@@ -132,4 +132,26 @@ class Guards(Section, path="guards"):
             yield (
                 f"config.guards.stall_end_seconds={self.stall_end_seconds:g} is less than "
                 f"stall_seconds={self.stall_seconds:g}; raise it, or lower the other"
+            )
+
+
+MOST_PROFILED = 50  # steps: the profiler's buffers drop events of a longer trace without a word
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile(Section, path="profile"):
+    """The steps of which the run records a trace, its compiled step and its memory."""
+
+    steps: tuple = key(
+        (),
+        "(first, last) of the steps to profile into the workdir's folder profile, counted from 1; "
+        "step 1 compiles",
+        checks.steps,
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.steps and self.steps[1] - self.steps[0] >= MOST_PROFILED:
+            yield (
+                f"config.profile.steps={self.steps} are more than {MOST_PROFILED} steps, which the "
+                "profiler does not hold; choose fewer"
             )

@@ -37,6 +37,7 @@ class Run(Section, path=""):
     evaluation: monitoring.Evaluation = part(monitoring.Evaluation)
     checkpoint: monitoring.Checkpoint = part(monitoring.Checkpoint)
     guards: monitoring.Guards = part(monitoring.Guards)
+    profile: monitoring.Profile = part(monitoring.Profile)
     # The config that the settings come from; it is stored in the run's workdir and checkpoints.
     config: ConfigDict = dataclasses.field(default_factory=ConfigDict, compare=False, repr=False)
 
@@ -60,6 +61,11 @@ class Run(Section, path=""):
             yield (
                 f"config.optimizer: warmup_steps={optimizer.warmup_steps} and "
                 f"decay_steps={optimizer.decay_steps} exceed training.num_steps={num_steps}"
+            )
+        if self.profile.steps and self.profile.steps[1] > self.training.last_step:
+            yield (
+                f"config.profile.steps={self.profile.steps} end after the run's last step, "
+                f"{self.training.last_step}; choose earlier ones"
             )
         model = self.model
         yield from _problems_of_biases(model, self.balance)

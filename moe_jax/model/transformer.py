@@ -101,28 +101,31 @@ def block(
       taps: names of intermediate values to return as well: "feed_forward_input" is the normalised
         input of the feed-forward, [B, T, D].
     """
-    y_BTD, cache = attention.attention(
-        *(x_BTD, params["attention"], shared.positions_BT, shared.segment_ids_BT, config),
-        window=kind.window,
-        cache=per_layer.get("cache"),
-    )
+    with jax.named_scope("attention"):
+        y_BTD, cache = attention.attention(
+            *(x_BTD, params["attention"], shared.positions_BT, shared.segment_ids_BT, config),
+            window=kind.window,
+            cache=per_layer.get("cache"),
+        )
     x_BTD = remat.named("middle", sharding.constrain_batch(x_BTD + y_BTD))
     tapped = {}
     if "feed_forward_input" in taps:
         feed_forward = params["mlp" if kind.feed_forward == DENSE else "moe"]
         tapped["feed_forward_input"] = layers.norm(x_BTD, feed_forward["norm"], config)
     if kind.feed_forward == DENSE:
-        y_BTD, stats = layers.mlp(x_BTD, params["mlp"], config), None
+        with jax.named_scope("mlp"):
+            y_BTD, stats = layers.mlp(x_BTD, params["mlp"], config), None
     else:
         # With a fixed key, evaluation always drops the same tokens, even if drawn at random.
         key = jax.random.key(0) if shared.key is None else shared.key
-        y_BTD, stats = moe.moe(
-            *(x_BTD, params["moe"], shared.segment_ids_BT > 0, config),
-            key=jax.random.fold_in(key, per_layer["index"]),
-            training=shared.key is not None,
-            counted=shared.counted,
-            return_routing=return_routing,
-        )
+        with jax.named_scope("moe"):
+            y_BTD, stats = moe.moe(
+                *(x_BTD, params["moe"], shared.segment_ids_BT > 0, config),
+                key=jax.random.fold_in(key, per_layer["index"]),
+                training=shared.key is not None,
+                counted=shared.counted,
+                return_routing=return_routing,
+            )
     return sharding.constrain_batch(x_BTD + y_BTD), BlockOutput(stats, cache, tapped)
 
 
@@ -271,7 +274,8 @@ def run_blocks(
     Args:
       cache: by slot, stacks [L, B, S, K, H] of the keys and values before these positions.
     """
-    x_BTD = embed(params["embed"], tokens_BT, shared.positions_BT, config)
+    with jax.named_scope("embedding"):
+        x_BTD = embed(params["embed"], tokens_BT, shared.positions_BT, config)
     stats_of_layers, order, caches = [], [], dict(cache or {})
     for group in layer_groups(config.block_kinds):
         per_layer = {slot: {"index": jnp.array(ls)} for slot, ls in group.layers.items()}

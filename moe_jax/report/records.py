@@ -24,7 +24,7 @@ MOST_LOOKS = len(COLOURS)  # that a reader can tell apart
 # Config keys that say where a run keeps its files and rows, and change none of its numbers.
 OF_THE_MACHINE = (
     *(("data", "cache_dir"), ("data", "workers"), ("checkpoint", "directory")),
-    *(("training", "log_to"), ("training", "run_group")),
+    *(("training", "log_to"), ("training", "run_group"), ("profile", "steps")),
 )
 
 

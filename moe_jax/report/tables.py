@@ -143,14 +143,16 @@ def compute(every: Sequence[Group], records: Sequence[Record]) -> str:
             mean = None if None in values else sum(values) / len(values)
             row[head] = _number(mean, form)
         row["waiting for data"] = _number(_data_wait(group), ".1%")
+        row["goodput"] = _number(_goodput(group), ".0%")
         row["device"] = Cell(group.first.result["device"])
         rows.append(row)
         of_steps |= any(catch_up.hours_are_of_steps(record) for record in group.records)
     note = "Device hours are wall time, with start-up and evaluation, times devices; of several "
     note += (
         "seeds, the mean. “Waiting for data”: the share of the steps' time in which devices had "
+        "nothing to do for want of a batch. Goodput is the share of the wall time in training "
+        "steps that are in the model. “—”: not recorded."
     )
-    note += "nothing to do for want of a batch. “—”: not recorded."
     if of_steps:
         note += " Runs of older versions: the time of their training steps only."
     return markup.table(rows) + markup.paragraph(note)
@@ -161,6 +163,14 @@ def _data_wait(group: Group) -> float | None:
     waits = [row.get("data_wait") for record in group.records for row in record.training_rows]
     shares = [wait for wait in waits if isinstance(wait, int | float)]
     return sum(shares) / len(shares) if shares else None
+
+
+def _goodput(group: Group) -> float | None:
+    """The mean share of the wall time in training steps; None if a run has not recorded it."""
+    found = [record.result.get("goodput") for record in group.records]
+    shares = [parts.get("compute") if isinstance(parts, dict) else None for parts in found]
+    known = [share for share in shares if isinstance(share, int | float)]
+    return sum(known) / len(known) if len(known) == len(shares) else None
 
 
 def crossings(every: Sequence[Group]) -> str:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from moe_jax import strict_json
 from moe_jax.data import shares
+from moe_jax.training import goodput
 
 # Without values a checkpoint of 250 MB is small enough to read. Weights compress at most 2 to 3
 # times; Adam's moments are zeros in parts that are not trained.
@@ -85,6 +86,7 @@ FORMS: dict[str, Callable[[object], bool]] = {
     "resumed_from": _is_count,
     "skipped_steps": _is_count,
     "device_seconds": _is_size_or_unknown,
+    "spent": lambda value: isinstance(value, dict) and goodput.are_seconds(value),
     "left_out": _are_pairs,
     "losses": _are_losses,
     "lineage": _is_lineage,

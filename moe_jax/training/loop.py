@@ -16,7 +16,7 @@ from moe_jax.analysis import measures
 from moe_jax.data.batches import Batch
 from moe_jax.evaluation.evaluators import Scheduled
 from moe_jax.parallel import distributed
-from moe_jax.training import flops, guards, pulse
+from moe_jax.training import flops, goodput, guards, pulse
 from moe_jax.training.state import Measures, TrainState
 
 
@@ -108,7 +108,9 @@ def run(
         begin(last, "save")
         parts.saved(True)
         stopping.over()  # what is left to do takes seconds
-    return state, {**results, "skipped_steps": log.skipped}
+    shares = goodput.shares(parts.pulse.clock.seconds(), log.skipped / last)
+    distributed.say(goodput.line(shares))
+    return state, {**results, "skipped_steps": log.skipped, "goodput": shares}
 
 
 class _TrainingLog:
@@ -172,8 +174,10 @@ class _TrainingLog:
         """The next batch; notes the time if the device had nothing left to do meanwhile."""
         began = time.monotonic()
         batch = get()
-        if self.pending is not None and _is_ready(self.pending[1].loss):
-            self._waited += time.monotonic() - began
+        seconds = time.monotonic() - began
+        if self.pending is None or _is_ready(self.pending[1].loss):
+            self._parts.pulse.clock.waited(seconds)
+            self._waited += seconds if self.pending else 0.0
         return batch
 
     @contextlib.contextmanager

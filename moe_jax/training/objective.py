@@ -66,13 +66,14 @@ def next_token(context: Context) -> Loss:
         x_BTD, stats = hidden_states(params, microbatch, key, run.model, counted)
         unembed_DV = transformer.unembedding(params)
         weights_BT = microbatch.weights_BT / total_weight
-        sums = cross_entropy.cross_entropy(
-            x_BTD,
-            unembed_DV,
-            microbatch.targets_BT,
-            weights_BT,
-            z_coefficient=run.objective.logit_z_coefficient,
-        )
+        with jax.named_scope("unembedding_loss"):
+            sums = cross_entropy.cross_entropy(
+                x_BTD,
+                unembed_DV,
+                microbatch.targets_BT,
+                weights_BT,
+                z_coefficient=run.objective.logit_z_coefficient,
+            )
         router_total, terms = router_losses(params, stats)
         total = run.objective.distillation.cross_entropy_coefficient * sums.total + router_total
         if "teacher" in context.frozen:
@@ -260,6 +261,7 @@ def _router_losses(context: Context) -> tuple[Counted, Callable]:
     if several and run.balance.load_balancing_over == "window":
         of_stats = _over_window(context, of_stats)
 
+    @jax.named_scope("balance")
     def losses(params, stats):
         total, terms = of_stats(stats)
         penalty, penalties = balance.penalties(

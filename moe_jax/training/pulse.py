@@ -8,11 +8,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from moe_jax import config as configs
 from moe_jax import files, stopping, strict_json
 from moe_jax.parallel import distributed, watchdog
+from moe_jax.training import goodput
 
 WRITE_SECONDS = 10
 EVALUATION = "evaluation"  # a phase that may take as long as it takes
@@ -22,17 +23,30 @@ class Pulse:
     """Knows what a run does and since when; a thread of `watched` looks at it.
 
     The first process writes heartbeat.json into the workdir: step, phase, seconds in this phase,
-    Unix time, host and process id. If its time is old, the run is dead.
+    Unix time, host and process id, and the seconds spent on each part of `goodput.PARTS`. If its
+    time is old, the run is dead.
+
+    Args:
+      began: when the run began, on `time.monotonic`.
+      spent: the seconds of each part that the run's checkpoint says.
     """
 
-    def __init__(self, guards: configs.Guards, workdir: pathlib.Path):
+    def __init__(
+        self,
+        guards: configs.Guards,
+        workdir: pathlib.Path,
+        began: float | None = None,
+        spent: Mapping[str, float] | None = None,
+    ):
         self._guards = guards
         self._path = workdir / "heartbeat.json" if distributed.is_first() else None
         self._now = (0, "start", time.monotonic())
+        self.clock = goodput.Clock(began, spent, self._path)
 
     def at(self, step: int, phase: str) -> None:
         """Notes that the run begins a phase, such as "data", of the step after `step`."""
         self._now = (step, phase, time.monotonic())
+        self.clock.begin(goodput.PART_OF_PHASE.get(phase, phase))
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -81,6 +95,7 @@ class Pulse:
             "time": round(time.time(), 1),
             "host": socket.gethostname(),
             "process": os.getpid(),
+            "spent": {part: round(s, 1) for part, s in self.clock.seconds().items()},
         }
         with contextlib.suppress(OSError):  # a full disk ends the run at its checkpoint, not here
             files.write_text(self._path, strict_json.text(beat) + "\n")

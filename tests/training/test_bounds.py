@@ -21,6 +21,8 @@ FORGED = (
     {"step": 2**70},
     {"skipped_steps": "999"},
     {"resumed_from": None},
+    {"spent": {"compute": -1}},
+    {"spent": [3]},
     {"left_out": [[1, 2], [3]]},
     {"left_out": [[1, "2"]]},
     {"left_out": {}},

@@ -75,7 +75,7 @@ def test_every_skipped_step_is_said_counted_and_in_the_checkpoint(capsys):
     saved, outcomes = [], iter(["", "skipped", "", "skipped"])
     parts = parts_of(step_with(outcomes), saved)
     _, results = loop.run(jnp.zeros(3), 0, iter([None] * 4), settings_of(4), parts, skipped=5)
-    assert results == {"skipped_steps": 7} and saved == [(4, 7)]
+    assert results["skipped_steps"] == 7 and saved == [(4, 7)]
     said = capsys.readouterr().err
     assert "step 2: loss or gradient not finite, no update was made (6 in this run)" in said
     assert "step 4: " in said and "step 3: " not in said
