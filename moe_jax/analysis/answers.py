@@ -8,19 +8,21 @@ reference model (Rafailov et al., arXiv 2305.18290, section 4, without the const
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from moe_jax.data.batches import Batch
 from moe_jax.ops import bins
+
+if TYPE_CHECKING:  # the commands that list these columns do not wait for grain
+    from moe_jax.data.batches import Batch
 
 CHOSEN, REJECTED = 0, 1
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Answers:
     """Sums over the tokens of each answer: [B, P, K], rows, pairs of a row, chosen and rejected.
 
@@ -46,7 +48,7 @@ class Answers:
         return self.log_ratio_BPK / jnp.maximum(self.tokens_BPK, 1)
 
 
-def sums(log_prob_BT: jax.Array, reference_BT: jax.Array, batch: Batch) -> Answers:
+def sums(log_prob_BT: jax.Array, reference_BT: jax.Array, batch: "Batch") -> Answers:
     """The sums over each answer of log-probabilities of the targets, weighted by the batch."""
     ratio_BT = log_prob_BT - reference_BT
     by_answer = functools.partial(_by_answer, batch)
@@ -55,12 +57,12 @@ def sums(log_prob_BT: jax.Array, reference_BT: jax.Array, batch: Batch) -> Answe
     )
 
 
-def tokens(batch: Batch) -> jax.Array:
+def tokens(batch: "Batch") -> jax.Array:
     """The number of tokens of each answer, [B, P, K]."""
     return _by_answer(batch, jnp.ones_like(batch.weights_BT))
 
 
-def _by_answer(batch: Batch, values_BT: jax.Array) -> jax.Array:
+def _by_answer(batch: "Batch", values_BT: jax.Array) -> jax.Array:
     B, T = values_BT.shape
     S = T + T % 2
     segment_BT = jnp.where(batch.segment_ids_BT > 0, batch.segment_ids_BT - 1, S)  # S: no bin

@@ -63,7 +63,7 @@ def test_a_run_is_evaluated_on_its_own_text_without_its_files(workdir, monkeypat
 def test_forged_values_read_and_write_nothing(forged, complaint, workdir, monkeypatch, capsys):
     monkeypatch.chdir(workdir)
     monkeypatch.setattr(evaluate.prepare, "open_corpus", None)
-    for path in (workdir.parent / "home").rglob("meta.json"):
+    for path in (workdir.parent / "home").rglob("manifest.json"):
         path.unlink()
     forge(workdir, **forged)
     with pytest.raises(SystemExit, match="2"):
