@@ -53,6 +53,7 @@ def settings_of(root, file, **keys):
     return configs.resolve(config)
 
 
+@pytest.mark.long
 def test_a_run_of_lora_is_resumed_bitwise_and_read_as_a_merged_model_everywhere(root):
     whole = train.run(settings_of(root, "lora"), root / "whole")
     assert whole["trained_parameters"] < 0.5 * whole["parameters"]

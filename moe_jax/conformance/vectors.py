@@ -57,15 +57,14 @@ def load() -> Vectors:
 
 def mixture(num_experts: int, **fields) -> model.ModelConfig:
     """A small model with this router; only its routing is used."""
-    return model.ModelConfig(
+    small = model.ModelConfig(
         vocab_size=8,
         hidden_size=8,
         intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=1,
-        num_experts=num_experts,
-        **fields,
     )
+    return dataclasses.replace(small, num_experts=num_experts, **fields)
 
 
 def _rule(entry: dict[str, Any], num_experts: int) -> Rule:

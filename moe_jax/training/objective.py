@@ -261,13 +261,13 @@ def _router_losses(context: Context) -> tuple[Counted, Callable]:
     if several and run.balance.load_balancing_over == "window":
         of_stats = _over_window(context, of_stats)
 
-    @jax.named_scope("balance")
     def losses(params, stats):
-        total, terms = of_stats(stats)
-        penalty, penalties = balance.penalties(
-            params, run.balance, accumulation_steps=run.training.accumulation_steps
-        )
-        return total + penalty, terms | penalties
+        with jax.named_scope("balance"):
+            total, terms = of_stats(stats)
+            penalty, penalties = balance.penalties(
+                params, run.balance, accumulation_steps=run.training.accumulation_steps
+            )
+            return total + penalty, terms | penalties
 
     return balance.counted(run.balance), losses
 

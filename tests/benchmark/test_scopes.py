@@ -162,6 +162,7 @@ def config(tmp_path_factory):
     return config
 
 
+@pytest.mark.long
 def test_a_run_records_its_steps_and_computes_the_same(config, tmp_path, monkeypatch, capsys):
     plain = train.run(configs.resolve(config), tmp_path / "plain")
     config.profile.steps = (2, 3)

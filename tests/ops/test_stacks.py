@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax import model
 from moe_jax.evaluation import generate
+from moe_jax.evaluation.sampling import GREEDY
 from moe_jax.ops import grouped_gpu, grouped_host, grouped_matmul, grouped_tpu, stacks
 from moe_jax.parallel import mesh
 
@@ -94,7 +95,8 @@ def training_text(config):
 
 def decoding_text(config):
     config = dataclasses.replace(config, dispatch="dropless")
-    arguments = params(), jnp.zeros((1, 4), jnp.int32), jnp.array([4]), jax.random.key(0), 0.0, 1.0
+    drawing = generate._Drawing(jax.random.key(0), GREEDY)
+    arguments = params(), jnp.zeros((1, 4), jnp.int32), jnp.array([4]), drawing
     lowered = generate._continue.lower(*arguments, config=config, num_tokens=8)
     return lowered.compile().as_text()
 

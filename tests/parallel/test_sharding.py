@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from moe_jax import model, tree
-from moe_jax.config.sections import Optimizer
+from moe_jax.config.sections import Lora, Optimizer
 from moe_jax.model.config import DENSE, MOE
 from moe_jax.parallel import mesh as meshes
 from moe_jax.parallel import sharding
-from moe_jax.training import optimizer
+from moe_jax.training import lora, optimizer
 from moe_jax.training.state import TrainState
 
 DENSE_CONFIG = model.ModelConfig(
@@ -38,11 +38,15 @@ CONFIGS = {
 
 
 @functools.cache
-def leaves_of(config):
-    """Path to shape of everything in a train state; nothing is computed."""
+def leaves_of(config, rank=0):
+    """Path to shape of everything in a train state, with LoRA's pairs of a rank; nothing is computed."""
     adamw = optimizer.adamw(Optimizer(), 10)
-    state = jax.eval_shape(lambda: TrainState.create(model.init(config, jax.random.key(0)), adamw))
-    leaves = jax.tree_util.tree_leaves_with_path(state)
+
+    def state():
+        params = model.init(config, jax.random.key(0))
+        return TrainState.create(lora.added(params, Lora(rank=rank), jax.random.key(0)), adamw)
+
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(state))
     return {tree.path_name(path): leaf for path, leaf in leaves}
 
 
@@ -67,7 +71,7 @@ def test_every_rule_is_the_first_to_match_some_leaf_of_a_preset():
     alive = {
         next(pattern for pattern in patterns if re.search(pattern, name))
         for config in model.PRESETS.values()
-        for name in leaves_of(config)
+        for name in leaves_of(config, rank=2)
     }
     assert set(patterns) - alive == set()
 

@@ -153,6 +153,7 @@ def step_of(params, accumulation_steps=1, mesh=None):
     return np.asarray(tree.flatten(after.params)["blocks/0/moe/router/bias"]), measures
 
 
+@pytest.mark.long
 def test_a_step_has_bitwise_equal_biases_on_8_devices_and_in_4_microbatches():
     """The loss of each sequence and its gradient are equal too, up to rounding."""
     params = initial_params()

@@ -99,6 +99,7 @@ def test_a_run_resumed_in_a_stage_and_in_another_is_the_unbroken_one(unbroken, f
     assert at_stops == [row for row in rows_of(unbroken[0]) if "loss" in row]
 
 
+@pytest.mark.long
 def test_a_mixture_changed_at_resume_says_so_and_keeps_its_history(folder, tmp_path, capsys):
     run(folder, tmp_path, training__stop_step=4)
     other = {"data__mixture__shares": (("a", 1), ("b", 1))}
