@@ -39,7 +39,7 @@ CONFIGS = {
 
 @functools.cache
 def leaves_of(config, rank=0):
-    """Path to shape of everything in a train state, with LoRA's pairs of a rank; nothing is computed."""
+    """Path to shape of everything in a train state, with LoRA's pairs; nothing is computed."""
     adamw = optimizer.adamw(Optimizer(), 10)
 
     def state():
