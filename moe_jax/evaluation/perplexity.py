@@ -140,7 +140,7 @@ def make_eval_step(config: model.ModelConfig, num_labels: int) -> Callable:
         x_BTD, stats = transformer.hidden_states(params, batch.tokens_BT, shared, config)
         unembed_DV = transformer.unembedding(params)
         nats_BT = cross_entropy.token_losses(x_BTD, unembed_DV, batch.targets_BT)
-        counted_BT = (batch.segment_ids_BT > 0) & (jnp.arange(nats_BT.shape[1]) >= looks_ahead)
+        counted_BT = (batch.weights_BT > 0) & (jnp.arange(nats_BT.shape[1]) >= looks_ahead)
         label_BT = jnp.where(counted_BT, batch.labels_BT, num_labels)  # uncounted: no bin
         by_label = jax.vmap(functools.partial(bins.sum_by_bin, num_bins=num_labels))
         nats, tokens = by_label(nats_BT, label_BT), by_label(jnp.ones_like(label_BT), label_BT)

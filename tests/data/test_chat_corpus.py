@@ -11,6 +11,7 @@ from moe_jax.config.data import Data
 from moe_jax.data import batches, chat, chat_template, policy, prepare, tokenizers
 from moe_jax.data.mixed import MixedText
 from moe_jax.data.packing import RowPlan
+from moe_jax.evaluation import perplexity
 from moe_jax.training import objective
 
 BYTES = tokenizers.load("bytes")
@@ -104,6 +105,20 @@ def test_a_changed_prompt_target_changes_no_loss_and_a_changed_answer_changes_it
     targets[row, column] = 7
     changed = np.argwhere(losses(targets) != before)
     assert changed.tolist() == [[row, column]]
+
+
+def test_the_held_out_loss_is_that_of_the_answers(tmp_path):
+    held_out = MixedText({"": opened(tmp_path)})
+    how = {"sequence_length": T, "batch_size": 3, "columns": held_out.columns()}
+    (batch,) = batches.evaluation_batches(held_out, **how)
+    params = model.init(CONFIG, jax.random.key(0))
+    step = perplexity.make_eval_step(CONFIG, len(held_out.labels))
+    found = perplexity.evaluate(step, params, [batch], held_out.bytes_per_token).loss()
+    x_BTD, _ = objective.hidden_states(params, batch, None, CONFIG)
+    nats_BT = np.asarray(objective.token_losses(params, x_BTD, batch))
+    assert found.held_out_tokens == held_out.num_tokens == batch.weights_BT.sum()
+    expected = (nats_BT * batch.weights_BT).sum() / batch.weights_BT.sum()
+    assert found.loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_per_document_the_weights_of_each_conversation_sum_to_1(tmp_path):

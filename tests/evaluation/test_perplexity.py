@@ -113,7 +113,9 @@ def test_no_counted_nats_of_merged_experts_depend_on_later_tokens():
     params = drawn.parameters(config)
     eval_step = jax.jit(perplexity.make_eval_step(config, T))
     batch = batch_of(0).replace(
-        segment_ids_BT=jnp.ones((B, T), jnp.int32), labels_BT=jnp.tile(jnp.arange(T), (B, 1))
+        segment_ids_BT=jnp.ones((B, T), jnp.int32),
+        weights_BT=jnp.ones((B, T)),
+        labels_BT=jnp.tile(jnp.arange(T), (B, 1)),
     )
     nats_BN, tokens_BN, _ = eval_step(params, batch)
     np.testing.assert_array_equal(tokens_BN, np.tile(np.arange(T) >= 4, (B, 1)))
