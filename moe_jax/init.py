@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax import cards, model, stores, tree
+from moe_jax import cards, files, model, stores, tree
 from moe_jax import config as configs
 from moe_jax.analysis import parent_statistics
-from moe_jax.data import tokenizers
+from moe_jax.data import chat, tokenizers
 from moe_jax.hf import folders
 from moe_jax.model import comparison
 from moe_jax.parallel import distributed, sharding
@@ -94,9 +94,13 @@ def dense_parent(
 
 
 def keep_from_parents(settings: configs.Run, workdir: pathlib.Path) -> None:
-    """Copies the tokenizer and the parents' cards into a run's workdir, where they are found when
-    it is read: the paths in a stored config are not followed."""
+    """Copies the tokenizer, the chat template and the parents' cards into a run's workdir, where
+    they are found when it is read: the paths in a stored config are not followed."""
     stores.keep_tokenizer(workdir, settings.data.tokenizer)
+    if form := chat.form_of(settings.data):
+        kept = stores.template_of(workdir)
+        kept.parent.mkdir(exist_ok=True)
+        files.write_text(kept, form.template.source)
     cards.keep(workdir, [source.folder for source in settings.init.sources])
 
 

@@ -19,7 +19,7 @@ from moe_jax import config as configs
 from moe_jax.analysis import recording
 from moe_jax.config import resolved
 from moe_jax.config.sections import Lora
-from moe_jax.data import tokenizer_files, tokenizers
+from moe_jax.data import chat_template, tokenizer_files, tokenizers
 from moe_jax.evaluation import generate
 from moe_jax.evaluation.subject import Subject
 from moe_jax.hf import beside, folders, safetensors, tensors, writing
@@ -244,6 +244,11 @@ def end_ids(workdir: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> tuple[int
     named = tokenizer_files.ends(tokenizer_files.Folder(tokenizer_folder(workdir)))
     ends = named or tokenizer.end_ids
     return ends if folders.is_folder(workdir) else (*ends, tokenizer.eos_id)
+
+
+def template_of(workdir: pathlib.Path) -> pathlib.Path:
+    """The file of a model's chat template."""
+    return tokenizer_folder(workdir) / chat_template.FILE
 
 
 def tokenizer_folder(workdir: pathlib.Path) -> pathlib.Path:
