@@ -23,7 +23,7 @@ from etils import epath
 
 from moe_jax import files, stopping, tree, untrusted
 from moe_jax.parallel import distributed
-from moe_jax.training import bounds
+from moe_jax.training import bounds, library_threads
 
 DESCRIPTION = "meta/data.json"  # JsonHandler's file
 COMMITTED = "commit_success.txt"  # Orbax's last file of a checkpoint in a bucket
@@ -357,6 +357,7 @@ def _load(
 
 
 def _read(folder: pathlib.Path, abstract: dict) -> dict[str, jax.Array]:
+    library_threads.report_first_failure_only()
     with _reading():
         leaves = ocp.load_checkpointables(_absolute(folder), {"state": abstract})["state"]
     return {path: leaves[path] for path in abstract}

@@ -1,9 +1,12 @@
-"""Threads of libraries that print a traceback for a fault which the run reports in one line."""
+"""Threads of libraries that print a traceback for a fault which we report in one line."""
 
 import contextlib
+import functools
 import logging
+import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 # `result()` of a save raises the fault, and the back end's next row does.
 REPORTED = ("orbax.", "tensorboardX.")
@@ -28,3 +31,22 @@ def quiet() -> Iterator[None]:
     finally:
         threading.excepthook = hook
         log.removeFilter(is_new)
+
+
+@functools.cache
+def report_first_failure_only() -> None:
+    """From now on, Orbax's reads print no traceback: when files of a checkpoint are missing, many
+    reads fail at once, and Orbax raises the error of the first. The others are those that nobody
+    waits for any more, and those that TensorStore answers after the event loop has been closed."""
+    hook = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        late = isinstance(unraisable.exc_value, RuntimeError) and unraisable.object is None
+        if not (late and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
+
+    def is_awaited(record: logging.LogRecord) -> bool:
+        return "Task exception was never retrieved" not in record.getMessage()
+
+    sys.unraisablehook = report
+    logging.getLogger("asyncio").addFilter(is_awaited)

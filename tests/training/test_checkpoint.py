@@ -3,6 +3,8 @@
 import pathlib
 import random
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -173,3 +175,32 @@ def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(
     with pytest.raises(SystemExit) as ended:
         checkpoint.restore_latest(directory, SHAPES)
     assert ended.value.code == 75
+
+
+MISSING = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from moe_jax.training import checkpoint
+
+directory = pathlib.Path(sys.argv[1])
+state = {f"leaf{i}": jnp.zeros((4, 4)) for i in range(60)}
+checkpoint.save(directory, 1, state, data={}, config={})
+for path in directory.rglob("manifest.ocdbt"):
+    path.unlink()
+for _ in range(10):
+    try:
+        checkpoint.restore_latest(directory, jax.eval_shape(lambda: state))
+    except checkpoint.NoneVerifies as error:
+        last = str(error)
+print(last, file=sys.stderr)
+"""
+
+
+def test_files_of_many_leaves_that_are_missing_are_one_line_and_no_traceback(tmp_path):
+    """TensorStore answers reads after Orbax has given up, from threads of its own; the process ends
+    so that all that they print is there."""
+    ended = subprocess.run(
+        [sys.executable, "-c", MISSING, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "Traceback" not in ended.stderr
+    assert "none of the 1 checkpoints" in ended.stderr.splitlines()[-1]
