@@ -377,6 +377,10 @@ REFUSED = {
     "logit_z_coefficient=0.1 is for objective.name='next_token'": {
         "objective.logit_z_coefficient": 0.1
     },
+    "document_mask=False has no effect without config.objective.name='next_token'": {
+        "data.document_mask": False
+    },
+    "average='document' has no effect": {"objective.average": "document"},
     "label_smoothing=0.1 has no effect": {"objective.preference.label_smoothing": 0.1},
     "set exactly one of them": {"training.num_steps": 10},
     "warmup_steps=100": {"optimizer.warmup_steps": 100},
