@@ -44,8 +44,8 @@ class Distillation(Section, path="objective.distillation", needs=(TEACHER,)):
 
 
 PAIRS = Need(lambda run: run.objective.name != "next_token", "config.objective.name='dpo'")
-# A row of pairs is not packed; its two answers are told apart by the mask, and each has the positions
-# with which the reference model has read it.
+# A row of pairs is not packed, the mask tells its two answers apart, and each answer has the
+# positions with which the reference model has read it.
 TEXT = Need(
     lambda run: not run.objective.preference.reference, "config.objective.name='next_token'"
 )
