@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,6 +101,11 @@ def generate_until(
         if all(map(ended, found_BN)):
             break
     return list(found_BN[:, :num_tokens])
+
+
+def before_end(ids: np.ndarray, end_ids: Sequence[int]) -> np.ndarray:
+    """The ids before the first one that ends a text."""
+    return ids[~np.logical_or.accumulate(np.isin(ids, end_ids))]
 
 
 def independent(config: model.ModelConfig) -> model.ModelConfig:
