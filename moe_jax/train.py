@@ -148,7 +148,8 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
         rows = texts.rows(text, settings, kept, start)
         room = functools.partial(saving.check_room, directory, saving.num_bytes(abstract))
-        workdir.exists() or room()
+        if not workdir.exists():
+            room()
         lock = _lock(workdir, owned.claim, bool(restored)) if distributed.is_first() else None
         room()  # when what a killed save had left is removed
     if lock:

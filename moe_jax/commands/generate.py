@@ -259,7 +259,7 @@ def _chat(arguments) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What the user says, until the input ends."""
+    """The lines that the user types, until the input ends."""
     asks = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
         while True:

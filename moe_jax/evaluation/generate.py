@@ -195,8 +195,8 @@ def _begin(params, tokens_BT, lengths_B, drawing, config, slots):
     jax.jit, static_argnames=("config", "number"), donate_argnames="drawn", inline=True
 )
 def _extend(params, drawn, lengths_B, first, drawing, config, number):
-    """What `number` more draws lead to, and tokens [number, B]: those of the indices from `first`
-    on."""
+    """The state after `number` more draws, and their tokens [number, B], whose indices in the new
+    text begin at `first`."""
 
     def step(drawn, i):
         # A shorter prompt's padding in the cache is overwritten before any query attends to it.
