@@ -172,8 +172,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     )
     saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"], owned)
     kept |= {"text": text.digests, "mixture": rows.to_json(), "versions": environment.versions()}
-    kept["skipped_records"] = text.skipped
-    kept["resumed_from"] = settings.checkpoint.resume_from
+    kept |= {"skipped_records": text.skipped, "resumed_from": settings.checkpoint.resume_from}
     beat = pulse.Pulse(settings.guards, workdir, began, kept.get("spent"))
 
     def save(at: int, state: TrainState, skipped: int) -> None:
