@@ -1,8 +1,8 @@
 """Low-rank pairs beside a model's matrices (LoRA: Hu et al., arXiv 2106.09685).
 
 The pair of a matrix `gate` are its neighbours `gate_lora_a` and `gate_lora_b`; an expert has its
-own. The model adds (x A) B to x W (`model.layers.add_low_rank`). Here pairs are added to parameters,
-scaled for the model by alpha / rank, and merged into their matrices.
+own. The model adds (x A) B to x W (`model.layers.add_low_rank`). This file adds pairs to
+parameters, scales them for the model by alpha / rank, and merges them into their matrices.
 """
 
 import functools
