@@ -7,9 +7,10 @@
         --config.objective.distillation.source=path/to/parent
 
 The model, its tokenizer and the sequence length (at most 4096 tokens) come from init.source. The
-loss is the cross-entropy of the text plus the divergence from the parent's predictions.
-Differs from the paper, whose loss is the divergence alone. The learning rate is a tenth of a usual
-pre-training rate, no published value. Memory holds the parent too, without gradients or moments.
+loss is the cross-entropy of the text plus the divergence from the parent's predictions; the
+paper's loss is the divergence alone, --config.objective.distillation.cross_entropy_coefficient=0.
+The learning rate is a tenth of a usual pre-training rate, no published value. Memory holds the
+parent too, without gradients or moments.
 Expect the held-out loss to fall from the pruned model's towards the parent's, which the command
 prune prints for its sample of text.
 """

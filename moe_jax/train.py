@@ -148,7 +148,8 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         kept["left_out"] = environment.left_out(settings, kept["left_out"], start, leave_out_to)
         rows = texts.rows(text, settings, kept, start)
         room = functools.partial(saving.check_room, directory, saving.num_bytes(abstract))
-        workdir.exists() or room()
+        if not workdir.exists():
+            room()
         lock = _lock(workdir, owned.claim, bool(restored)) if distributed.is_first() else None
         room()  # when what a killed save had left is removed
     if lock:
@@ -171,8 +172,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     )
     saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"], owned)
     kept |= {"text": text.digests, "mixture": rows.to_json(), "versions": environment.versions()}
-    kept["skipped_records"] = text.skipped
-    kept["resumed_from"] = settings.checkpoint.resume_from
+    kept |= {"skipped_records": text.skipped, "resumed_from": settings.checkpoint.resume_from}
     beat = pulse.Pulse(settings.guards, workdir, began, kept.get("spent"))
 
     def save(at: int, state: TrainState, skipped: int) -> None:

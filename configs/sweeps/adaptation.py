@@ -42,22 +42,8 @@ def get_sweep():
         "training.num_steps": 120,
         "optimizer.learning_rate": 1e-3,
     }
-    losses = [
-        ("balanced", {"balance.load_balancing_coefficient": 0.01}),
-        ("free", {"balance.load_balancing_coefficient": 0.0}),
-    ]
-    routers = [
-        ("trained", {"optimizer.frozen": ""}),
-        ("frozen", {"optimizer.frozen": "moe/router"}),
-    ]
-    return [
-        {"name": "mixture", "overrides": {}, "after": []},
-        *arms.seeds(
-            [
-                {"name": f"{loss}-{router}", "overrides": {**arm, **a, **b}, "after": []}
-                for loss, a in losses
-                for router, b in routers
-            ],
-            SEEDS,
-        ),
-    ]
+    balance, frozen = "balance.load_balancing_coefficient", "optimizer.frozen"
+    losses = arms.named({"balanced": {balance: 0.01}, "free": {balance: 0.0}})
+    routers = arms.named({"trained": {frozen: ""}, "frozen": {frozen: "moe/router"}})
+    tuned = arms.product(arm, losses, routers)
+    return arms.chain(arms.named({"mixture": {}}), arms.seeds(tuned, SEEDS))

@@ -16,7 +16,6 @@ import tqdm
 from moe_jax.analysis import parent_statistics
 from moe_jax.model import attention, layers, layout, transformer
 from moe_jax.model.config import DENSE, BlockKind, ModelConfig
-from moe_jax.ops import cross_entropy
 from moe_jax.upcycle.pruning import Importance
 
 
@@ -76,7 +75,7 @@ def _block(x_BTD, block, per_layer, shared, *, config: ModelConfig, kind: BlockK
         "influence": jnp.sum(1 - _cosine(x_BTD, out_BTD)),
     }
     if output.stats is None:
-        h_BTF = _hidden(y_BTD, block["mlp"], config)
+        h_BTF = parent_statistics.hidden_neurons(y_BTD, block["mlp"], config)
         return out_BTD, {**found, "neurons": _square(h_BTF)}
     routing, experts = output.stats.routing, block["moe"]["experts"]
 
@@ -85,7 +84,8 @@ def _block(x_BTD, block, per_layer, shared, *, config: ModelConfig, kind: BlockK
         chosen_BTA = routing.expert_index_MA == e
         weight_BT = jnp.sum(jnp.where(chosen_BTA, routing.weight_MA, 0), axis=-1)
         routed_BT = chosen_BTA.any(axis=-1)
-        h_BTF = jnp.where(routed_BT[..., None], _hidden(y_BTD, expert, config), 0)
+        h_BTF = parent_statistics.hidden_neurons(y_BTD, expert, config)
+        h_BTF = jnp.where(routed_BT[..., None], h_BTF, 0)
         norm_BT = jnp.linalg.norm(layers.feed_forward(y_BTD, expert, config), axis=-1)
         saliency = jnp.sum(jnp.where(routed_BT, weight_BT * norm_BT, 0))
         return {"neurons": _square(h_BTF), "saliency": saliency, "load": jnp.sum(routed_BT)}
@@ -116,19 +116,7 @@ def _heads(x_BTD, params: dict, shared, config: ModelConfig, kind: BlockKind) ->
     return y_BTX.astype(jnp.float32).reshape(*x_BTD.shape[:2], N, H)
 
 
-def _hidden(x_BTD: jax.Array, ffn: dict, config: ModelConfig) -> jax.Array:
-    """[B, T, F]: the input of the down projection."""
-    return parent_statistics.hidden_neurons(x_BTD, ffn, config)
-
-
 def loss(params: dict, config: ModelConfig, tokens_NBT: Sequence[np.ndarray]) -> float:
     """The mean loss, in nats per token, of the same batches."""
-    return float(np.mean([_loss(params, jnp.asarray(tokens), config) for tokens in tokens_NBT]))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _loss(params, tokens_BT, config):
-    inputs_BT, unembed_DV = tokens_BT[:, :-1], transformer.unembedding(params)
-    shared = parent_statistics.one_document(inputs_BT)
-    x_BTD, _ = transformer.hidden_states(params, inputs_BT, shared, config)
-    return cross_entropy.token_losses(x_BTD, unembed_DV, tokens_BT[:, 1:]).mean()
+    of_batch = jax.jit(parent_statistics.loss, static_argnames="config")
+    return float(np.mean([of_batch(params, jnp.asarray(tokens), config) for tokens in tokens_NBT]))

@@ -17,7 +17,7 @@ import tqdm
 from moe_jax.model import layers, layout, transformer
 from moe_jax.model.config import ModelConfig
 from moe_jax.ops import cross_entropy
-from moe_jax.upcycle import plan
+from moe_jax.upcycle import plan, pruning
 
 SAMPLE = 1024  # number of tokens on which clusters and similarities are measured
 
@@ -116,8 +116,7 @@ def of_dense(
         batches = tqdm.tqdm(tokens_NBT, "gradients", unit="batch", disable=None)
         for number, tokens_BT in enumerate(batches):
             importance[:, number % E] += _importance(params, jnp.asarray(tokens_BT), config)
-        best = np.argsort(-importance, axis=-1, kind="stable")[..., :size]
-        found["neurons"] = np.sort(best, axis=-1)
+        found["neurons"] = pruning.best(importance, size)
     return found
 
 
@@ -161,6 +160,14 @@ def cka_of_experts(x_MD: jax.Array, experts_E: dict, config: ModelConfig) -> jax
 
     gram_EX = jax.lax.map(gram, experts_E).reshape(config.num_experts, -1)
     return gram_EX @ gram_EX.T
+
+
+def loss(params: dict, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """The mean cross-entropy, in nats, of the tokens after the first one of each row."""
+    inputs_BT, unembed_DV = tokens_BT[:, :-1], transformer.unembedding(params)
+    shared = one_document(inputs_BT)
+    x_BTD, _ = transformer.hidden_states(params, inputs_BT, shared, config)
+    return cross_entropy.token_losses(x_BTD, unembed_DV, tokens_BT[:, 1:]).mean()
 
 
 def balanced_clusters(points_NX: np.ndarray, k: int, *, seed: int, rounds: int = 10) -> np.ndarray:
@@ -317,10 +324,4 @@ def _of_block(gradient_BTD, x_BTD, block, *others, config, kind):
 
 @functools.partial(jax.jit, static_argnames="config")
 def _gradient(params, tokens_BT, config):
-    def loss(params):
-        inputs_BT, unembed_DV = tokens_BT[:, :-1], transformer.unembedding(params)
-        shared = one_document(inputs_BT)
-        x_BTD, _ = transformer.hidden_states(params, inputs_BT, shared, config)
-        return cross_entropy.token_losses(x_BTD, unembed_DV, tokens_BT[:, 1:]).mean()
-
-    return jax.grad(loss)(params)
+    return jax.grad(loss)(params, tokens_BT, config)

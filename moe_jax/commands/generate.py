@@ -211,7 +211,7 @@ def run(arguments) -> list[Text]:
     for prompt, prompt_ids, samples in zip(arguments.prompt, prompts, by_prompt, strict=True):
         begin = tokenizer.decode(prompt_ids)
         for ids in samples:
-            ids = ids[~np.logical_or.accumulate(np.isin(ids, ends))]
+            ids = generate.before_end(ids, ends)
             whole = tokenizer.decode(np.concatenate([prompt_ids, ids]))
             # A text decoded alone would lose the space before its first word in some tokenizers.
             joins = whole.startswith(begin)
@@ -259,7 +259,7 @@ def _chat(arguments) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What the user says, until the input ends."""
+    """The lines that the user types, until the input ends."""
     asks = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
         while True:

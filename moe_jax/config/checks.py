@@ -153,7 +153,7 @@ def _is_table(pairs: tuple, is_value: Callable[[Any], bool]) -> bool:
         names = [
             name for name, value in pairs if isinstance(name, str) and name and is_value(value)
         ]
-    except (ValueError, TypeError):  # they are no pairs
+    except (ValueError, TypeError):  # they are not pairs
         return False
     return len(set(names)) == len(pairs)
 

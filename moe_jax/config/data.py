@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from moe_jax.config import checks
 from moe_jax.config.checks import NOT_NEGATIVE, POSITIVE, SHARE, one_of
 from moe_jax.config.mixture import Mixture
+from moe_jax.config.objectives import TEXT
 from moe_jax.config.section import Section, key, part
 from moe_jax.data.packings import PACKINGS
 
@@ -50,9 +51,14 @@ class Data(Section, path="data", fixed=True):
         "concat cuts documents wherever a row is full; first_fit and best_fit cut only documents "
         "longer than a row, and pad rows",
         one_of(*PACKINGS),
+        TEXT,
     )
-    document_mask: bool = key(True, "False lets the tokens of a row attend to other documents")
-    reset_positions: bool = key(True, "False counts positions over a row, not over each document")
+    document_mask: bool = key(
+        True, "False lets the tokens of a row attend to other documents", None, TEXT
+    )
+    reset_positions: bool = key(
+        True, "False counts positions over a row, not over each document", None, TEXT
+    )
     workers: int = key(
         0, "processes that make batches; 0 uses threads of this one", NOT_NEGATIVE, fixed=False
     )

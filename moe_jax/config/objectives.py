@@ -44,6 +44,11 @@ class Distillation(Section, path="objective.distillation", needs=(TEACHER,)):
 
 
 PAIRS = Need(lambda run: run.objective.name != "next_token", "config.objective.name='dpo'")
+# A row of pairs is not packed, the mask tells its two answers apart, and each answer has the
+# positions with which the reference model has read it.
+TEXT = Need(
+    lambda run: not run.objective.preference.reference, "config.objective.name='next_token'"
+)
 SMOOTHED = Need(lambda run: run.objective.name == "cdpo", "config.objective.name='cdpo'")
 
 
@@ -72,7 +77,10 @@ class Preference(Section, path="objective.preference", needs=(PAIRS,)):
 class Objective(Section, path="objective"):
     name: str = key("next_token", "name of the loss that is minimised")
     average: str = key(
-        "token", "token, or document for equal weights of all records", one_of("token", "document")
+        "token",
+        "token, or document for equal weights of all records",
+        one_of("token", "document"),
+        TEXT,
     )
     logit_z_coefficient: float = key(
         0.0, "coefficient of the z-loss on the output logits", NOT_NEGATIVE

@@ -62,10 +62,11 @@ class Run(Section, path=""):
                 f"config.optimizer: warmup_steps={optimizer.warmup_steps} and "
                 f"decay_steps={optimizer.decay_steps} exceed training.num_steps={num_steps}"
             )
-        if self.profile.steps and self.profile.steps[1] > self.training.last_step:
+        last = self.training.last_step
+        if last and self.profile.steps and self.profile.steps[1] > last:
             yield (
-                f"config.profile.steps={self.profile.steps} end after the run's last step, "
-                f"{self.training.last_step}; choose earlier ones"
+                f"config.profile.steps={self.profile.steps} end after the run's last step, {last}; "
+                "choose earlier ones"
             )
         model = self.model
         yield from _problems_of_biases(model, self.balance)

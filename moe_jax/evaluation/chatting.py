@@ -55,7 +55,7 @@ class Chat:
         )
         for (more,) in pieces:
             ids = np.concatenate([ids, more])[: self.num_tokens]
-            kept = _before_end(ids, self.end_ids)
+            kept = generate.before_end(ids, self.end_ids)
             ended = len(kept) < len(ids) or len(ids) == self.num_tokens
             text = self.tokenizer.decode(kept)
             text = text if ended else text.rstrip(INCOMPLETE)
@@ -71,19 +71,15 @@ class Chat:
             self.params,
             self.config,
             [self.prompt(messages) for messages in conversations],
-            lambda ids: len(_before_end(ids, self.end_ids)) < len(ids),
+            lambda ids: len(generate.before_end(ids, self.end_ids)) < len(ids),
             num_tokens=self.num_tokens,
             sampling=self.sampling,
             key=key,
         )
-        return [self.tokenizer.decode(_before_end(ids, self.end_ids)) for ids in found]
+        return [self.tokenizer.decode(generate.before_end(ids, self.end_ids)) for ids in found]
 
     def _room(self, length: int) -> int:
         return min(length, self.config.max_position_embeddings - self.num_tokens)
-
-
-def _before_end(ids: np.ndarray, end_ids: Sequence[int]) -> np.ndarray:
-    return ids[~np.logical_or.accumulate(np.isin(ids, end_ids))]
 
 
 def settings(found: dict[str, Any]) -> Sampling:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -103,6 +103,11 @@ def generate_until(
     return list(found_BN[:, :num_tokens])
 
 
+def before_end(ids: np.ndarray, end_ids: Sequence[int]) -> np.ndarray:
+    """The ids before the first one that ends a text."""
+    return ids[~np.logical_or.accumulate(np.isin(ids, end_ids))]
+
+
 def independent(config: model.ModelConfig) -> model.ModelConfig:
     """The model in which a token depends neither on later tokens nor on other rows.
 
@@ -190,8 +195,8 @@ def _begin(params, tokens_BT, lengths_B, drawing, config, slots):
     jax.jit, static_argnames=("config", "number"), donate_argnames="drawn", inline=True
 )
 def _extend(params, drawn, lengths_B, first, drawing, config, number):
-    """What `number` more draws lead to, and tokens [number, B]: those of the indices from `first`
-    on."""
+    """The state after `number` more draws, and their tokens [number, B], whose indices in the new
+    text begin at `first`."""
 
     def step(drawn, i):
         # A shorter prompt's padding in the cache is overwritten before any query attends to it.

@@ -1,4 +1,4 @@
-"""How the next token is drawn from the logits."""
+"""Draws the next token from the logits: greedy, or by temperature, top-k, top-p and min-p."""
 
 import math
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class Sampling(NamedTuple):
 
 
 GREEDY = Sampling()
-# Setting -> (whether a value can be used, the values that can be).
+# Setting -> (a test of its value, the allowed values in words).
 RANGES = {
     "repetition_penalty": (lambda x: 0 < x < math.inf, "more than 0"),
     "temperature": (lambda x: 0 <= x < math.inf, "at least 0"),

@@ -76,6 +76,11 @@ def products(
 LOW_RANK = ("lora_a", "lora_b")  # the ends of the names of a matrix's low-rank pair
 
 
+def low_rank_pair(name: str) -> tuple[str, ...]:
+    """The names of the low-rank pair of a matrix."""
+    return tuple(f"{name}_{end}" for end in LOW_RANK)
+
+
 def add_low_rank(
     y: jax.Array, x: jax.Array, params: dict, name: str, product: Callable
 ) -> jax.Array:
@@ -84,7 +89,7 @@ def add_low_rank(
     LoRA (Hu et al., arXiv 2106.09685, §4.1). A B itself is never made: its gradient would be that
     of the whole matrix. `product(x, name)` is x times the parameter of this name.
     """
-    a, b = (f"{name}_{end}" for end in LOW_RANK)
+    a, b = low_rank_pair(name)
     return y + product(product(x, a), b) if a in params else y
 
 

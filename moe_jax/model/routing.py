@@ -65,7 +65,7 @@ class RouterStats:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """What the statistics of a training step hold besides the sums of each batch shard.
+    """Selects the statistics of a training step; by default they are the sums of a batch shard.
 
     by_row: the sums are those of each row instead. `num_dropped` and `shortfall_EH`, which no
       loss reads, keep one entry for each batch shard.

@@ -29,7 +29,7 @@ class Output:
 
 @struct.dataclass
 class Shared:
-    """What is the same for all layers."""
+    """The values that are the same for all layers: arrays, and the statistics to count."""
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array  # 0 is padding

@@ -1,8 +1,8 @@
 """Low-rank pairs beside a model's matrices (LoRA: Hu et al., arXiv 2106.09685).
 
 The pair of a matrix `gate` are its neighbours `gate_lora_a` and `gate_lora_b`; an expert has its
-own. The model adds (x A) B to x W (`model.layers.low_rank`). Here pairs are added to parameters,
-scaled for the model by alpha / rank, and merged into their matrices.
+own. The model adds (x A) B to x W (`model.layers.add_low_rank`). This file adds pairs to
+parameters, scales them for the model by alpha / rank, and merges them into their matrices.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from moe_jax import tree
 from moe_jax.config import sections
-from moe_jax.model.layers import LOW_RANK
+from moe_jax.model.layers import LOW_RANK, low_rank_pair
 from moe_jax.parallel import sharding
 from moe_jax.training import optimizer
 
@@ -43,7 +43,7 @@ def added(params: dict, lora: sections.Lora, key: jax.Array) -> dict:
     pairs = {}
     for name in (name for name in matrices if re.search(lora.targets, name)):
         stack, inputs, outputs = _axes(name, leaves[name].shape)
-        a, b = _pair(name)
+        a, b = low_rank_pair(name)
         shape, scale = (*stack, *inputs, lora.rank), math.prod(inputs) ** -0.5
         pairs[a] = scale * jax.random.normal(tree.fold_in(key, a), shape)
         pairs[b] = jnp.zeros((*stack, lora.rank, *outputs))
@@ -64,7 +64,7 @@ def merged(params: dict, lora: sections.Lora) -> dict:
     leaves = tree.flatten(scaled(params, lora))
     matrices = {n: w for n, w in leaves.items() if not n.endswith(LOW_RANK)}
     for name, w in matrices.items():
-        if (names := _pair(name))[0] in leaves:
+        if (names := low_rank_pair(name))[0] in leaves:
             stack, inputs, outputs = _axes(name, w.shape)
             rows, columns = (*stack, math.prod(inputs), -1), (*stack, -1, math.prod(outputs))
             a, b = (leaves[n].astype(jnp.float32) for n in names)
@@ -85,10 +85,6 @@ def merging(lora: sections.Lora, mesh: jax.sharding.Mesh) -> Callable[[dict], di
             return jax.jit(merge, out_shardings=shardings)(params)
 
     return on_mesh
-
-
-def _pair(name: str) -> tuple[str, ...]:
-    return tuple(f"{name}_{end}" for end in LOW_RANK)
 
 
 def _axes(name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -243,8 +243,8 @@ def _shortfalls(stats, counted: Counted) -> jax.Array | None:
 
 
 def _router_losses(context: Context) -> tuple[Counted, Callable]:
-    """What the layers count, and a function of parameters and the routers' statistics: the sum of
-    the auxiliary losses, and each of them."""
+    """The statistics that the layers count, and a function of the parameters and these statistics:
+    the sum of the auxiliary losses, and each of them."""
     run, batch = context.run, context.batch
     # Merged experts are not chosen between, so their load cannot be unbalanced.
     if not run.model.num_experts or run.model.dispatch == "merge":

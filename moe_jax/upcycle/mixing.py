@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.upcycle import pruning
+
 MOST_COPIES = 3  # copies of one expert before the next one is copied
 
 
@@ -27,8 +29,7 @@ def duplicated(P: int, E: int, utility_P: np.ndarray | None = None) -> np.ndarra
 
 def pruned(P: int, E: int, load_P: np.ndarray) -> np.ndarray:
     """The E experts with the highest load, in their old order."""
-    kept = np.sort(np.argsort(-np.asarray(load_P), kind="stable")[:E])
-    return np.eye(P)[kept]
+    return np.eye(P)[pruning.best(np.asarray(load_P), E)]
 
 
 def grouped(E: int, similarity_PP: np.ndarray, load_P: np.ndarray | None = None) -> np.ndarray:

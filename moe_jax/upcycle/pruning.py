@@ -139,7 +139,7 @@ def _group(config: ModelConfig) -> int:
 
 
 def _kept(importance: Importance, layer: int, smaller: ModelConfig) -> dict[str, np.ndarray]:
-    """What remains in a layer, by the names in AXES; neurons are chosen expert by expert."""
+    """The indices that remain in a layer, by the names in AXES; each expert has its own neurons."""
     keys, group = best(importance.heads[layer], smaller.num_kv_heads), _group(smaller)
     kept = {"key": keys, "query": (keys[:, None] * group + np.arange(group)).ravel()}
     neurons, experts = importance.neurons[layer], importance.experts[layer]

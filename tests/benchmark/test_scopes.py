@@ -216,3 +216,13 @@ def test_a_run_without_a_profile_is_refused_in_one_line(tmp_path, monkeypatch, c
 def test_steps_that_cannot_be_profiled_are_refused(steps, complaint):
     with pytest.raises(configs.ConfigError, match=complaint):
         configs.Run(model=TINY, profile=configs.Profile(steps=steps))
+
+
+def test_the_steps_of_a_run_by_epochs_are_compared_when_they_are_known():
+    by_epochs = configs.Training(num_steps=0, num_epochs=1.0, batch_size=8)
+    warmup, profile = configs.Optimizer(warmup_steps=0), configs.Profile(steps=(2, 3))
+    sections = {"optimizer": warmup, "training": by_epochs, "profile": profile}
+    run = configs.Run(model=TINY, config=configs.default(), **sections)
+    assert run.with_rows_per_epoch(24).training.last_step == 3
+    with pytest.raises(configs.ConfigError, match="end after the run's last step, 2"):
+        run.with_rows_per_epoch(16)

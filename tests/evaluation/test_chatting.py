@@ -53,7 +53,7 @@ def test_an_answer_in_parts_is_the_greedy_continuation_of_the_rendered_text():
     messages = said("Hello?", "Yes.", "And now?")
     prompt = BYTES.with_offsets("uHello?</s>aYes.</s>uAnd now?</s>a")[0]
     expected = generate.generate(params(), CONFIG, [prompt], num_tokens=NUM_TOKENS)[0]
-    kept = chatting._before_end(expected, (BYTES.eos_id,))
+    kept = generate.before_end(expected, (BYTES.eos_id,))
     parts = list(chat().stream(messages, jax.random.key(0)))
     assert "".join(parts) == BYTES.decode(kept)
     assert chat().answers([messages, said("?")], jax.random.key(0))[0] == BYTES.decode(kept)
