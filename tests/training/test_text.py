@@ -100,6 +100,12 @@ def test_a_run_resumed_in_a_stage_and_in_another_is_the_unbroken_one(unbroken, f
 
 
 @pytest.mark.long
+def test_a_run_whose_batches_are_made_by_a_worker_process_is_the_same(unbroken, folder, tmp_path):
+    run(folder, tmp_path, data__workers=1)
+    assert digests(tmp_path, 12) == digests(unbroken[0], 12)
+
+
+@pytest.mark.long
 def test_a_mixture_changed_at_resume_says_so_and_keeps_its_history(folder, tmp_path, capsys):
     run(folder, tmp_path, training__stop_step=4)
     other = {"data__mixture__shares": (("a", 1), ("b", 1))}
