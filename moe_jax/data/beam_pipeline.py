@@ -35,8 +35,7 @@ def write_shards(
     """
     if any(spec.partition(":")[0] == "near_duplicates" for spec in job.specs):
         raise ValueError("--filter=near_duplicates needs one machine: leave out --runner")
-    count = text.num_parts()
-    parts = [(rank, part) for rank in range(len(splits)) for part in range(count)]
+    parts = [(rank, part) for rank in range(len(splits)) for part in range(len(text.parts))]
     how: dict[str, Any] = dict(text=text, output=str(output), job=job, splits=tuple(splits))
     with beam.Pipeline(options=pipeline_options.PipelineOptions(list(options))) as pipeline:
         # Reshuffle, or the runner might fuse all parts into one piece of work.

@@ -86,7 +86,7 @@ class PairCorpus:
 
     @property
     def label_ids(self) -> np.ndarray:
-        return np.zeros(len(self.ends_R), np.int32)
+        return np.broadcast_to(np.int32(0), len(self.ends_R))
 
     @property
     def unpaired(self) -> int:

@@ -115,7 +115,7 @@ def _records(file: File, reading: Reading) -> "Records":
     return READERS[_ending(file.path.name)](file, reading)
 
 
-def parts(files: list[File]) -> list[slice]:
+def parts(files: list[File]) -> list[list[File]]:
     """The files in groups of neighbours; each but the last has at least `GROUP_BYTES`."""
     ends, size = [0], 0
     for number, file in enumerate(files, start=1):
@@ -123,7 +123,7 @@ def parts(files: list[File]) -> list[slice]:
         if size >= GROUP_BYTES or number == len(files):
             ends.append(number)
             size = 0
-    return [slice(*pair) for pair in itertools.pairwise(ends)]
+    return [files[first:end] for first, end in itertools.pairwise(ends)]
 
 
 def find(spec: str) -> list[File]:
