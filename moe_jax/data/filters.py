@@ -87,7 +87,8 @@ def _stop_words(document: Document) -> float:
 
 
 def most_repetitions(ids_N: np.ndarray, most_period: int = MOST_PERIOD) -> int:
-    """How often an n-gram of 1 to `most_period` tokens is repeated one after the other, at most."""
+    """The most times that an n-gram of 1 to `most_period` tokens follows itself, the first one
+    included."""
     most = min(1, len(ids_N))
     for period in range(1, min(most_period, len(ids_N) - 1) + 1):
         differs = np.flatnonzero(ids_N[period:] != ids_N[:-period])

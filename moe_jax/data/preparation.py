@@ -58,7 +58,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker must know to turn documents into a shard."""
+    """All that a worker needs to turn documents into a shard."""
 
     tokenizer: Tokenizer
     specs: tuple[str, ...] = ()  # of filters

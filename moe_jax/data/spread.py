@@ -31,7 +31,8 @@ class Spread:
         rounds = np.random.SeedSequence([*key, 0]).generate_state(8, np.uint64)
         self._rounds = [(a, b & ~np.uint64(1)) for a, b in rounds.reshape(4, 2)]
         bounds = [0, *self._ends.tolist()]
-        # Of each bound: the windows n = remainder (mod modulus), whose points are all below it.
+        # For each bound, remainders and moduli: the points below it are those of the rows n with
+        # n = remainder (mod modulus) for one of its pairs.
         self._classes = [self._classes_below(bound) for bound in bounds]
         self._window = Recent(self._plan_window, 64)
 

@@ -106,8 +106,8 @@ def documents(
 
 
 def _records(file: File, reading: Reading) -> "Records":
-    """The records of a file. Of a compressed file that is damaged none is yielded if damage is
-    skipped, because those before the damage was noticed may be damaged too."""
+    """The records of a file. If damage is skipped, a compressed file that is damaged yields none,
+    because those before the damage was noticed may be damaged too."""
     if reading.skip_damaged and file.path.suffix in compressed.OPENERS:
         with utf8.opened(file.path) as text:
             while text.read(compressed.BUFFER_BYTES):

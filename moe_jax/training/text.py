@@ -84,7 +84,7 @@ class Text:
 
     @property
     def facts(self) -> str:
-        """What must be equal in all processes."""
+        """The facts that must be equal in all processes."""
         stages = [stage.to_json() for stage in self.stages]
         return json.dumps([self.digests, stages], sort_keys=True)
 
