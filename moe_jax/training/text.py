@@ -34,6 +34,8 @@ from moe_jax.hf import folders
 from moe_jax.parallel import distributed
 from moe_jax.training import objective, reference
 
+SINGLE = [shares.Stage(0, {"": 1.0}, {})]  # the stages of a run on one source
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -126,9 +128,8 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
         pairs = _open_pairs(settings, tokenizer, cache)
         length, seed = data.sequence_length, settings.seed
         by_name = {"": PairPlan(pairs[TRAIN].pairs, sequence_length=length, seed=seed)}
-        stages = [shares.Stage(0, {"": 1.0}, {})]
         held_out, digests = MixedText(opened[VALIDATION]), digests | {TRAIN: pairs[TRAIN].digest}
-        return Text(*(opened, pairs[TRAIN], held_out, by_name, stages, digests), pairs[VALIDATION])
+        return Text(*(opened, pairs[TRAIN], held_out, by_name, SINGLE, digests), pairs[VALIDATION])
     named = by_label(opened[TRAIN]) if data.mixture.by_label else opened[TRAIN].items()
     train = MixedRecords(dict(named))
     plans = {
@@ -247,7 +248,7 @@ def _stages(
 ) -> list[shares.Stage]:
     """The stages that a config asks for. Raises: ConfigError if no source is left."""
     if not settings.is_set:
-        return [shares.Stage(0, dict.fromkeys(plans, 1.0), {})]
+        return SINGLE
     for line in settings.unknown(tuple(plans)):
         raise configs.ConfigError(line)
     sizes, few = {}, []
@@ -333,8 +334,7 @@ def rows(text: Text, settings: configs.Run, kept: Mapping, start: int) -> Rows:
     Raises: ConfigError if the sources end before the run.
     """
     size, left_out = settings.training.batch_size, tuple(kept["left_out"])
-    single = [shares.Stage(0, {"": 1.0}, {})]  # a checkpoint without stages is of such a run
-    before = [shares.Stage.of_json(stage) for stage in kept.get("mixture", ())] or single
+    before = [shares.Stage.of_json(stage) for stage in kept.get("mixture", ())] or SINGLE
     stages, changes = shares.resumed(before, text.stages, batches.number(start, left_out))
     if changes:
         distributed.say(*changes)
