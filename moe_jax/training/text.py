@@ -119,6 +119,11 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
                     reading=policy.of_config(data),
                     form=form,
                 )
+    if form and not any(text.weighted for found in opened.values() for text in found.values()):
+        raise configs.ConfigError(
+            f"config.data.conversations=True, but {data.in_words} has been prepared as text; give "
+            "the conversations themselves"
+        )
     digests = {
         f"{name}/{split}" if name else split: corpus.digest
         for split, corpora in opened.items()
