@@ -111,7 +111,7 @@ class Data(Section, path="data", fixed=True):
 
     @property
     def in_words(self) -> str:
-        """What the run is trained on, for people."""
+        """A line for people about the text that the run is trained on."""
         named = [f"{name}: {spec}" if name else spec for name, spec in self.named_sources.items()]
         return ", ".join(named)
 

@@ -27,8 +27,8 @@ Records = Iterator[tuple[str, Document] | UnusableError]
 def parquet(path: stored.Path, reading: Reading, label: str = "all") -> Records:
     """Yields the key and the document of each row of a Parquet file, or its error.
 
-    Row groups are streamed: a page, of about 1 MB, is decompressed as a whole. What cannot be read
-    of a row group is one error, with its number of rows.
+    Row groups are streamed: a page, of about 1 MB, is decompressed as a whole. The rows of a row
+    group that cannot be read are one error, with their number.
     """
     with contextlib.ExitStack() as held:
         try:

@@ -30,13 +30,11 @@ def write_shards(
       splits: in their order: a document that equals one of an earlier split is a duplicate.
       options: Beam's, such as "--runner=FlinkRunner".
 
-    Raises: ValueError if a filter keeps some of similar documents: which ones depends on all the
-      documents before.
+    Raises: ValueError if a filter must see documents in order.
     """
-    if any(spec.partition(":")[0] == "near_duplicates" for spec in job.specs):
-        raise ValueError("--filter=near_duplicates needs one machine: leave out --runner")
-    count = text.num_parts()
-    parts = [(rank, part) for rank in range(len(splits)) for part in range(count)]
+    for name in job.chosen.in_order:
+        raise ValueError(f"--filter={name} needs one machine: leave out --runner")
+    parts = [(rank, part) for rank in range(len(splits)) for part in range(len(text.parts))]
     how: dict[str, Any] = dict(text=text, output=str(output), job=job, splits=tuple(splits))
     with beam.Pipeline(options=pipeline_options.PipelineOptions(list(options))) as pipeline:
         # Reshuffle, or the runner might fuse all parts into one piece of work.

@@ -237,14 +237,14 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How conversations become tokens: by a template, in at most `most` tokens."""
+    """The form of conversations as tokens: their template, and the most tokens of one."""
 
     template: ChatTemplate
     most: int
 
     @property
     def key(self) -> list:
-        """What decides the tokens, for the key of a cache."""
+        """All that decides the tokens, for the key of a cache."""
         source = hashlib.sha256(self.template.source.encode()).hexdigest()
         return [source, self.template.tokens, self.most]
 

@@ -165,9 +165,9 @@ class _Worker:
             try:
                 process.stdin.write(line)
                 process.stdin.flush()
-                waiting = selectors.DefaultSelector()
-                waiting.register(process.stdout, selectors.EVENT_READ)
-                answer = process.stdout.readline() if waiting.select(SECONDS) else None
+                with selectors.DefaultSelector() as waiting:
+                    waiting.register(process.stdout, selectors.EVENT_READ)
+                    answer = process.stdout.readline() if waiting.select(SECONDS) else None
             except OSError:
                 answer = b""
             if answer:

@@ -115,7 +115,7 @@ class Counts(Protocol):
 
 
 class Counted:
-    """What follows from the counts of a text."""
+    """Numbers that follow from the counts of a text."""
 
     @property
     def num_tokens(self: Counts) -> int:

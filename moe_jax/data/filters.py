@@ -39,6 +39,8 @@ class Filter:
     judge: Callable[[str], Callable[..., Any]]
     default: str | None = None  # the argument if there is none; None if there must be one
     extra: str = ""  # the package that it needs
+    # Its keys of the documents that it drops do not count, so it must see documents in order.
+    in_order: bool = False
 
 
 def _within(measure: Callable[..., float]) -> Callable[[str], Callable[..., bool]]:
@@ -87,7 +89,8 @@ def _stop_words(document: Document) -> float:
 
 
 def most_repetitions(ids_N: np.ndarray, most_period: int = MOST_PERIOD) -> int:
-    """How often an n-gram of 1 to `most_period` tokens is repeated one after the other, at most."""
+    """The most times that an n-gram of 1 to `most_period` tokens follows itself, the first one
+    included."""
     most = min(1, len(ids_N))
     for period in range(1, min(most_period, len(ids_N) - 1) + 1):
         differs = np.flatnonzero(ids_N[period:] != ids_N[:-period])
@@ -178,6 +181,7 @@ FILTERS = {
         _near,
         "0.8",
         extra="datasketch",
+        in_order=True,
     ),
 }
 # The quality rules of MassiveWeb (Gopher, arXiv 2112.11446, appendix A.1.1), made for English.
@@ -197,6 +201,7 @@ class Chosen:
     def __init__(self, specs: Iterable[str] = ()):
         self.specs = tuple(specs)
         self._judges: dict[str, list[tuple[str, Callable]]] = {TEXT: [], TOKENS: [], OTHERS: []}
+        self.in_order: list[str] = []  # the names of filters that must see documents in order
         for spec in specs:
             name, _, argument = spec.partition(":")
             for member in GROUPS.get(name, (name,)):
@@ -218,6 +223,7 @@ class Chosen:
         except ValueError as error:
             raise ValueError(f"--filter={spec}: {error}") from error
         self._judges[row.reads].append((name, judge))
+        self.in_order += [name] if row.in_order else []
 
     def fault_of_text(self, document: Document) -> str | None:
         """The name of the first filter of the text that drops the document."""

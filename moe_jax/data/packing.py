@@ -5,7 +5,6 @@ pairs. Each pair is in exactly one row of an epoch.
 """
 
 import dataclasses
-import functools
 import mmap
 from typing import Protocol
 
@@ -13,6 +12,7 @@ import grain
 import numpy as np
 
 from moe_jax.data.packings import PACKINGS
+from moe_jax.data.recent import Recent
 
 NEIGHBOURS = 64  # records that stay together when records are dealt to cells
 SLACK = 1.005  # rows of a cell, relative to those that the first cell's fill would ask for
@@ -72,21 +72,9 @@ class RowPlan:
         self._sums_C = self._sum_cells()
         self._rows_C = self._count_rows()
         self.rows_per_epoch = int(self._rows_C.sum())
-        self._make_caches()
-
-    def _make_caches(self) -> None:
         # The caches belong to each plan and are small: threads need few cells at a time.
-        self._cell = functools.lru_cache(maxsize=4)(self._pack_cell)
-        self._epoch = functools.lru_cache(maxsize=2)(self._order_cells)
-
-    def __getstate__(self) -> dict:
-        return {
-            name: value for name, value in vars(self).items() if name not in ("_cell", "_epoch")
-        }
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._make_caches()
+        self._cell = Recent(self._pack_cell, 4)
+        self._epoch = Recent(self._order_cells, 2)
 
     @property
     def padding(self) -> float:

@@ -41,7 +41,7 @@ class Reading:
 
     @property
     def key(self) -> list:
-        """What decides which documents a source has, for the key of a cache."""
+        """All that decides which documents a source has, for the key of a cache."""
         found = [self.text_field, self.label_field, self.label_pattern, self.skip_damaged]
         found.append(self.max_line if self.skip_damaged else None)
         return [*found, "conversations"] if self.conversations else found

@@ -23,6 +23,7 @@ from moe_jax.data.cache import DATASETS, writing
 from moe_jax.data.document import Document
 from moe_jax.data.packing import Piece
 from moe_jax.data.policy import STRICT, Reading, Skipped
+from moe_jax.data.recent import Recent
 from moe_jax.data.tokenizers import Tokenizer
 
 FORMAT = 1  # the version of the cache's format, a part of its key
@@ -85,7 +86,7 @@ class PairCorpus:
 
     @property
     def label_ids(self) -> np.ndarray:
-        return np.zeros(len(self.ends_R), np.int32)
+        return np.broadcast_to(np.int32(0), len(self.ends_R))
 
     @property
     def unpaired(self) -> int:
@@ -125,7 +126,7 @@ class PairPlan:
     ):
         self._pairs, self.sequence_length, self._seed = pairs, sequence_length, seed
         self.rows_per_epoch, self._shuffled = len(pairs) // 2, shuffled
-        self._order = functools.lru_cache(maxsize=2)(self._order_of_epoch)
+        self._order = Recent(self._order_of_epoch, 2)
 
     def row(self, g: int) -> list[Piece]:
         """The pieces of row g: both records of a pair."""

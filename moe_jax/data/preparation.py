@@ -40,8 +40,10 @@ class Text:
     cache: pathlib.Path
     reading: Reading = STRICT
 
-    def num_parts(self) -> int:
-        return len(sources.parts(self.source))
+    @functools.cached_property
+    def parts(self) -> list[Any]:
+        """The values of `part` for `sources.documents`; to find them, all files are looked at."""
+        return sources.parts(self.source)
 
     def part(self, split: str, number: int, skipped: Skipped | None = None) -> Iterator[Document]:
         return sources.documents(
@@ -50,13 +52,13 @@ class Text:
             data_dir=self.cache / DATASETS,
             reading=self.reading,
             skipped=skipped,
-            part=sources.parts(self.source)[number],
+            part=self.parts[number],
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker must know to turn documents into a shard."""
+    """All that a worker needs to turn documents into a shard."""
 
     tokenizer: Tokenizer
     specs: tuple[str, ...] = ()  # of filters

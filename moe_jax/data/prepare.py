@@ -142,7 +142,7 @@ def prepare_folder(
                 shards.remove_facts(folder)
                 continue
             skipped = Skipped(text.reading.skip_damaged)
-            parts = (text.part(split, number, skipped) for number in range(text.num_parts()))
+            parts = (text.part(split, number, skipped) for number in range(len(text.parts)))
             facts = preparation.prepare(
                 *(folder, () if write_shards else parts, pool),
                 name=f"{text.source} {split}",

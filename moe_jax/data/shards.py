@@ -34,7 +34,7 @@ PRIME, BASE = 2**255 - 19, int.from_bytes(hashlib.sha256(b"a sequence of documen
 
 @dataclasses.dataclass
 class Facts:
-    """What is known of token records without reading them."""
+    """Counts and a hash of token records, and the documents that are not among them."""
 
     # Label -> its numbers of documents, bytes of text and predicted tokens, in order of appearance.
     labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)

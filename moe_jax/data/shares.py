@@ -10,7 +10,7 @@ DIGITS = 9  # of a share: the last bits of a power differ between machines
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How much text a source has."""
+    """The size of a source's text."""
 
     tokens: int
     documents: int

@@ -38,9 +38,9 @@ def _of_files(
 ) -> Source:
     """A source that consists of the files that `find` finds."""
 
-    def documents(spec, split, *, data_dir, part=slice(None), **options):
+    def documents(spec, split, *, data_dir, part=None, **options):
         del data_dir  # not needed: the files are read where they are
-        return text_files.documents(find(spec)[part], split, **options)
+        return text_files.documents(part or find(spec), split, **options)
 
     return Source(
         matches=matches,

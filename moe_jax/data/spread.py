@@ -9,11 +9,12 @@ WINDOW rows the points have another random order, so that a device or microbatch
 k-th row of a batch gets all sources.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from moe_jax.data.recent import Recent
 
 BITS = 52  # of a point: a share has no more in its float64
 WINDOW = 64  # rows: a window's order changes counts by at most 16 rows, for a share of one half
@@ -30,9 +31,10 @@ class Spread:
         rounds = np.random.SeedSequence([*key, 0]).generate_state(8, np.uint64)
         self._rounds = [(a, b & ~np.uint64(1)) for a, b in rounds.reshape(4, 2)]
         bounds = [0, *self._ends.tolist()]
-        # Of each bound: the windows n = remainder (mod modulus), whose points are all below it.
+        # For each bound, remainders and moduli: the points below it are those of the rows n with
+        # n = remainder (mod modulus) for one of its pairs.
         self._classes = [self._classes_below(bound) for bound in bounds]
-        self._window = functools.lru_cache(maxsize=64)(self._plan_window)
+        self._window = Recent(self._plan_window, 64)
 
     def source(self, n: int) -> tuple[int, int]:
         """The source of row n, and how many of the rows before n are that source's."""

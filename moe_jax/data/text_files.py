@@ -106,8 +106,8 @@ def documents(
 
 
 def _records(file: File, reading: Reading) -> "Records":
-    """The records of a file. Of a compressed file that is damaged none is yielded if damage is
-    skipped, because those before the damage was noticed may be damaged too."""
+    """The records of a file. If damage is skipped, a compressed file that is damaged yields none,
+    because those before the damage was noticed may be damaged too."""
     if reading.skip_damaged and file.path.suffix in compressed.OPENERS:
         with utf8.opened(file.path) as text:
             while text.read(compressed.BUFFER_BYTES):
@@ -115,7 +115,7 @@ def _records(file: File, reading: Reading) -> "Records":
     return READERS[_ending(file.path.name)](file, reading)
 
 
-def parts(files: list[File]) -> list[slice]:
+def parts(files: list[File]) -> list[list[File]]:
     """The files in groups of neighbours; each but the last has at least `GROUP_BYTES`."""
     ends, size = [0], 0
     for number, file in enumerate(files, start=1):
@@ -123,7 +123,7 @@ def parts(files: list[File]) -> list[slice]:
         if size >= GROUP_BYTES or number == len(files):
             ends.append(number)
             size = 0
-    return [slice(*pair) for pair in itertools.pairwise(ends)]
+    return [files[first:end] for first, end in itertools.pairwise(ends)]
 
 
 def find(spec: str) -> list[File]:

@@ -52,6 +52,11 @@ def _located(text: str, special: dict[str, int], of_part: Callable[[str], Locate
     return np.concatenate(ids), np.concatenate(offsets)
 
 
+def _keeps_text(tokenizer: "SentencePieceTokenizer | HuggingFaceTokenizer") -> bool:
+    """True if the tokenizer replaces and drops nothing of `PROBE`."""
+    return tokenizer.known(tokenizer.encode(PROBE)) == PROBE
+
+
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
     """Byte b has id b + 3, so every text decodes exactly."""
@@ -97,6 +102,8 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model, read from `path`."""
 
+    is_exact = functools.cached_property(_keeps_text)
+
     def __init__(self, path: str):
         self._processor = sentencepiece.SentencePieceProcessor(model_file=path)
         self.pad_id: int = self._processor.pad_id()
@@ -105,11 +112,6 @@ class SentencePieceTokenizer:
         self.end_ids = (self.eos_id,)
         self.vocab_size: int = self._processor.vocab_size()
         self.fingerprint = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-
-    @functools.cached_property
-    def is_exact(self) -> bool:
-        """Whether the ids stand for the text itself, judged by `PROBE`."""
-        return self.known(self.encode(PROBE)) == PROBE
 
     def encode(self, text: str) -> np.ndarray:
         return self._joined(map(self._processor.encode, text.split(SPACE)))
@@ -159,6 +161,8 @@ class HuggingFaceTokenizer:
 
     Ids and decoded text equal those of Transformers 5: tests/data/test_tokenizer_folders.py.
     """
+
+    is_exact = functools.cached_property(_keeps_text)
 
     def __init__(
         self,
@@ -238,11 +242,6 @@ class HuggingFaceTokenizer:
             for begin, end in [pair for pair in pairs if min(pair) >= 0][:1]:
                 ids = {"bos_token": begin} | ids | {"eos_token": end}
         return ids
-
-    @functools.cached_property
-    def is_exact(self) -> bool:
-        """Whether the ids stand for the text itself, judged by `PROBE`."""
-        return self.known(self.encode(PROBE)) == PROBE
 
     def encode(self, text: str) -> np.ndarray:
         if self._twin:

@@ -34,6 +34,8 @@ from moe_jax.hf import folders
 from moe_jax.parallel import distributed
 from moe_jax.training import objective, reference
 
+SINGLE = [shares.Stage(0, {"": 1.0}, {})]  # the stages of a run on one source
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -84,7 +86,7 @@ class Text:
 
     @property
     def facts(self) -> str:
-        """What must be equal in all processes."""
+        """The facts that must be equal in all processes."""
         stages = [stage.to_json() for stage in self.stages]
         return json.dumps([self.digests, stages], sort_keys=True)
 
@@ -99,11 +101,8 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
     of_folder = any(folders.is_folder(source.folder) for source in settings.init.sources)
     if data.named_sources == {"": "embedded"} and of_folder:
         distributed.say("config.data.source='embedded' is software help; set it to your own text")
-    if row.pairs and data.mixture.is_set:
-        raise configs.ConfigError(
-            f"config.data.mixture is not for objective.name={settings.objective.name!r}, which "
-            "trains on pairs of a single source; set mixture.shares=()"
-        )
+    if row.pairs:
+        _check_pairs(settings)
     with checks.refusing():
         form = chat.form_of(data)
     opened: dict[str, dict[str, TokenizedCorpus]] = {VALIDATION: {}}
@@ -120,6 +119,11 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
                     reading=policy.of_config(data),
                     form=form,
                 )
+    if form and not any(text.weighted for found in opened.values() for text in found.values()):
+        raise configs.ConfigError(
+            f"config.data.conversations=True, but {data.in_words} has been prepared as text; give "
+            "the conversations themselves"
+        )
     digests = {
         f"{name}/{split}" if name else split: corpus.digest
         for split, corpora in opened.items()
@@ -129,9 +133,8 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
         pairs = _open_pairs(settings, tokenizer, cache)
         length, seed = data.sequence_length, settings.seed
         by_name = {"": PairPlan(pairs[TRAIN].pairs, sequence_length=length, seed=seed)}
-        stages = [shares.Stage(0, {"": 1.0}, {})]
         held_out, digests = MixedText(opened[VALIDATION]), digests | {TRAIN: pairs[TRAIN].digest}
-        return Text(*(opened, pairs[TRAIN], held_out, by_name, stages, digests), pairs[VALIDATION])
+        return Text(*(opened, pairs[TRAIN], held_out, by_name, SINGLE, digests), pairs[VALIDATION])
     named = by_label(opened[TRAIN]) if data.mixture.by_label else opened[TRAIN].items()
     train = MixedRecords(dict(named))
     plans = {
@@ -152,6 +155,24 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
     per_document = settings.objective.average == "document"
     held_out = MixedText(opened[VALIDATION])
     return Text(*(opened, train, held_out, plans, stages, digests), per_document=per_document)
+
+
+def _check_pairs(settings: configs.Run) -> None:
+    """Refuses a setting that has no meaning for rows that hold the two answers of one pair."""
+    name, data = settings.objective.name, settings.data
+    if data.mixture.is_set:
+        raise configs.ConfigError(
+            f"config.data.mixture is not for objective.name={name!r}, which trains on pairs of a "
+            "single source; set mixture.shares=()"
+        )
+    of_data = ("conversations", "packing", "document_mask", "reset_positions")
+    for section, key in (*((data, key) for key in of_data), (settings.objective, "average")):
+        value, usual = getattr(section, key), type(section).__dataclass_fields__[key].default
+        if value != usual:
+            raise configs.ConfigError(
+                f"config.{section.path}.{key}={value!r} is not for objective.name={name!r}, whose "
+                f"rows hold the two answers of one pair; set {section.path}.{key}={usual!r}"
+            )
 
 
 def _open_pairs(
@@ -232,7 +253,7 @@ def _stages(
 ) -> list[shares.Stage]:
     """The stages that a config asks for. Raises: ConfigError if no source is left."""
     if not settings.is_set:
-        return [shares.Stage(0, dict.fromkeys(plans, 1.0), {})]
+        return SINGLE
     for line in settings.unknown(tuple(plans)):
         raise configs.ConfigError(line)
     sizes, few = {}, []
@@ -318,8 +339,7 @@ def rows(text: Text, settings: configs.Run, kept: Mapping, start: int) -> Rows:
     Raises: ConfigError if the sources end before the run.
     """
     size, left_out = settings.training.batch_size, tuple(kept["left_out"])
-    single = [shares.Stage(0, {"": 1.0}, {})]  # a checkpoint without stages is of such a run
-    before = [shares.Stage.of_json(stage) for stage in kept.get("mixture", ())] or single
+    before = [shares.Stage.of_json(stage) for stage in kept.get("mixture", ())] or SINGLE
     stages, changes = shares.resumed(before, text.stages, batches.number(start, left_out))
     if changes:
         distributed.say(*changes)

@@ -1,5 +1,6 @@
 """Loss falls on what the assistant would generate, for the published families of templates."""
 
+import gc
 import pathlib
 import time
 
@@ -188,6 +189,19 @@ def test_a_malicious_template_is_refused_in_time(source, problem, monkeypatch):
     assert "\n" not in str(refused.value) and "the chat template of here" in str(refused.value)
     assert time.monotonic() - began < 5
     assert of("{{ messages[0].content }}").render(TALK).text == "What is a router?"
+
+
+def test_many_renderings_leave_no_file_open():
+    descriptors = pathlib.Path("/dev/fd")
+    chat_template.PLAIN.render([])
+    before = len(list(descriptors.iterdir()))
+    gc.disable()  # it may close what nobody refers to, at some time
+    try:
+        for _ in range(20):
+            chat_template.PLAIN.render([])
+        assert len(list(descriptors.iterdir())) == before
+    finally:
+        gc.enable()
 
 
 def test_the_template_of_a_folder_is_found_where_each_version_of_transformers_keeps_it(tmp_path):

@@ -1,127 +1,73 @@
-"""Every kind of damaged input: refused in one line, or skipped and counted with the rest intact."""
+"""Damaged content: refused in one line, or skipped and counted with the rest intact."""
 
 import gzip
 import io
 import json
 import lzma
-import os
-import pathlib
 import struct
 import time
 
 import pyarrow
-import pyarrow.parquet
 import pytest
-from array_record.python import array_record_module
 
 from moe_jax import config as configs
 from moe_jax.config.data import Data
-from moe_jax.data import policy, prepare, sources, tokenizers
+from moe_jax.data import policy, sources
 from tests.data.test_formats import peak_bytes
-
-NOWHERE = pathlib.Path("not-used")
-GOOD = [{"text": f"good {n} é", "language": "en"} for n in range(4)]
-TEXTS = [record["text"] for record in GOOD]
-
-
-def line(record) -> bytes:
-    return json.dumps(record).encode() + b"\n"
-
-
-def around(bad: bytes) -> bytes:
-    """Lines of JSON with a bad one in the middle."""
-    return b"".join(map(line, GOOD[:2])) + bad + b"\n" + b"".join(map(line, GOOD[2:]))
-
-
-def zstandard(content: bytes) -> bytes:
-    return pyarrow.compress(content, "zstd", asbytes=True)
-
-
-def parquet(texts=TEXTS, **options) -> bytes:
-    table = texts if isinstance(texts, pyarrow.Table) else pyarrow.table({"text": texts})
-    pyarrow.parquet.write_table(table, written := io.BytesIO(), write_page_checksum=True, **options)
-    return written.getvalue()
-
-
-def arrow(texts=TEXTS, end=True) -> bytes:
-    table = pyarrow.table({"text": texts})
-    with pyarrow.ipc.new_stream(written := io.BytesIO(), table.schema) as stream:
-        stream.write_table(table, max_chunksize=2)
-    return written.getvalue()[: None if end else -8]
-
-
-def array_record(folder, records: list[bytes]) -> bytes:
-    path = folder / "written"
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:2,uncompressed")
-    for record in records:
-        writer.write(record)
-    writer.close()
-    content = path.read_bytes()
-    path.unlink()
-    return content
-
-
-def read(path, most=0, split="train", **fields):
-    reading = policy.Reading(skip_damaged=most, **fields)
-    skipped = policy.Skipped(most)
-    found = sources.documents(
-        str(path),
-        split,
-        validation_fraction=0.0,
-        data_dir=NOWHERE,
-        reading=reading,
-        skipped=skipped,
-    )
-    return [document.text for document in found], dict(skipped.by_reason)
-
-
-def refusal(path, **options) -> str:
-    with pytest.raises(ValueError) as refused:
-        read(path, **options)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
-
+from tests.data.written import (
+    GOOD,
+    LINES_OF_MANY,
+    MANY,
+    NOWHERE,
+    TEXTS,
+    around,
+    array_record,
+    arrow,
+    line,
+    open_corpus,
+    parquet,
+    read,
+    refusal,
+    zstandard,
+)
 
 # A bad line in JSON Lines, the words of its refusal, and the reason under which it is counted.
+NO_OBJECT, NO_STRING = "not a JSON object", '"text" is not a string'
 LINES = {
-    "cut": (b'{"text": "cut', "not a JSON object", "not a JSON object"),
     "not UTF-8": (b'{"text": "\xff"}', r"is not UTF-8 \(invalid start byte, line 3\)", "not UTF-8"),
     "not UTF-8 in another field": (b'{"text": "a", "url": "\xe4"}', "not UTF-8", "not UTF-8"),
-    "half a surrogate pair": (
-        b'{"text": "\\ud83d"}',
-        "half a surrogate pair",
-        "half a surrogate pair",
-    ),
     "surrogates in UTF-8": (b'{"text": "\xed\xa0\x80"}', "not UTF-8", "not UTF-8"),
+    "half a surrogate pair": (b'{"text": "\\ud83d"}', *["half a surrogate pair"] * 2),
     "deep": (b'{"a": ' + b"[" * 100_000, "RecursionError", "RecursionError"),
-    "a number": (b'{"text": 5}', '"text" is not a string', "a text that is no string"),
-    "nothing": (b'{"text": null}', '"text" is not a string', "a text that is no string"),
-    "not a number": (b'{"text": NaN}', '"text" is not a string', "a text that is no string"),
-    "nested": (b'{"text": {"text": "a"}}', '"text" is not', "a text that is no string"),
-    "a list": (b'{"text": ["a"]}', '"text" is not a string', "a text that is no string"),
     "two values": (b'{"text": "a", "text": "b"}', "two values", "a name with two values"),
     "another name": (b'{"content": "a"}', 'with "text"', "no text"),
     "another case": (b'{"Text": "a"}', 'with "text"', "no text"),
-    "an array": (b'["text"]', r"jq -c '\.\[\]'", "not a JSON object"),
-    "a string": (b'"text"', "not a JSON object", "not a JSON object"),
-    "a table": (b"text,language", "not a JSON object", "not a JSON object"),
-    "single quotes": (b"{'text': 'a'}", "not a JSON object", "not a JSON object"),
-    "two objects": (b'{"text": "a"}{"text": "b"}', "not a JSON object", "not a JSON object"),
-    "NUL": (b"\0\0\0\0", "not a JSON object", "not a JSON object"),
-    "a NUL in a string": (b'{"text": "a\0b"}', "not a JSON object", "not a JSON object"),
-    "a tab in a string": (b'{"text": "a\tb"}', "not a JSON object", "not a JSON object"),
-    "a long number": (
-        b'{"text": "a", "id": ' + b"9" * 5000 + b"}",
-        "not a JSON",
-        "not a JSON object",
-    ),
+    "an array": (b'["text"]', r"jq -c '\.\[\]'", NO_OBJECT),
     "a label that is a list": (
-        b'{"text": "a", "language": ["en"]}',
-        "data.label_field",
-        "a label that is no string",
+        *(b'{"text": "a", "language": ["en"]}', "data.label_field", "a label that is no string"),
     ),
     "too long": (b'{"text": "' + b"a" * 200_000 + b'"}', "data.max_line", "too long"),
 }
+for _kind, _bad in {
+    "cut": b'{"text": "cut',
+    "a string": b'"text"',
+    "a table": b"text,language",
+    "single quotes": b"{'text': 'a'}",
+    "two objects": b'{"text": "a"}{"text": "b"}',
+    "NUL": b"\0\0\0\0",
+    "a NUL in a string": b'{"text": "a\0b"}',
+    "a tab in a string": b'{"text": "a\tb"}',
+    "a long number": b'{"text": "a", "id": ' + b"9" * 5000 + b"}",
+}.items():
+    LINES[_kind] = _bad, NO_OBJECT, NO_OBJECT
+for _kind, _bad in {
+    "a number": b'{"text": 5}',
+    "nothing": b'{"text": null}',
+    "not a number": b'{"text": NaN}',
+    "nested": b'{"text": {"text": "a"}}',
+    "a list": b'{"text": ["a"]}',
+}.items():
+    LINES[_kind] = _bad, NO_STRING, "a text that is no string"
 
 
 @pytest.mark.parametrize("kind", LINES)
@@ -147,15 +93,13 @@ def flipped(content: bytes, part: bytes) -> bytes:
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-MANY = [f"{n:03d} " + "".join(map(chr, range(97, 123))) for n in range(300)]
-LINES_OF_MANY = b"".join(line({"text": text}) for text in MANY)
 GROUPS = {"row_group_size": 100, "compression": "none", "use_dictionary": False}
 
 
 def damaged_files(folder) -> dict[str, tuple[str, bytes, int, list[str]]]:
     """Name -> end of the file's name, content, the records that are lost, the texts that are left.
 
-    Of compressed files, and of files without a table of contents, the number is a lower bound.
+    The number is a lower bound for compressed files and for files without a table of contents.
     """
     gz, xz, zst = (
         compress(LINES_OF_MANY) for compress in (gzip.compress, lzma.compress, zstandard)
@@ -211,7 +155,8 @@ def test_a_damaged_file_is_refused_by_name_or_what_is_lost_of_it_is_counted(tmp_
         found, counts = read(folder, 1000)
         assert found == TEXTS + left + TEXTS, name
         assert sum(counts.values()) == lost, (name, counts)
-        assert len(capsys.readouterr().err.splitlines()) == lost if left and lost < 9 else 1, name
+        named = lost if left and lost < 9 else 1
+        assert len(capsys.readouterr().err.splitlines()) == named, name
         if lost > 1:
             assert "records cannot be used, and config.data.skip_damaged=1" in refusal(
                 folder, most=1
@@ -267,96 +212,16 @@ def test_bad_bytes_of_a_txt_file_cost_the_part_that_has_them(tmp_path):
     assert counts == {"not UTF-8": 1}
 
 
-def make_fifo(path):
-    os.mkfifo(path)
-
-
-def make_loop(path):
-    path.symlink_to(path.name)
-
-
-PLACES = {
-    "a link to nothing": (lambda path: path.symlink_to("missing"), "a link to nothing"),
-    "a link to itself": (make_loop, "a link to nothing"),
-    "a pipe": (make_fifo, "no regular file"),
-}
-
-
-@pytest.mark.parametrize("kind", PLACES)
-def test_what_is_no_file_is_refused_and_neither_waited_for_nor_left_out(kind, tmp_path):
-    make, words = PLACES[kind]
-    (tmp_path / "a.jsonl").write_bytes(around(b""))
-    make(tmp_path / "m.jsonl")
-    for spec in (tmp_path, tmp_path / "*.jsonl"):
-        assert f"{tmp_path / 'm.jsonl'} is {words}" in refusal(spec, most=9)
-
-
-def test_a_device_is_refused():
-    assert "is not one of" in refusal("/dev/zero")
-
-
-def test_a_folder_may_be_called_as_a_file(tmp_path):
-    (tmp_path / "x.jsonl").mkdir()
-    (tmp_path / "x.jsonl" / "a.jsonl").write_bytes(around(b""))
-    assert read(tmp_path)[0] == read(tmp_path / "x.jsonl")[0] == TEXTS
-
-
-def test_a_folder_behind_a_link_is_not_left_out(tmp_path):
-    text, other = tmp_path / "text", tmp_path / "other"
-    (other / "deep").mkdir(parents=True)
-    text.mkdir()
-    (text / "a.jsonl").write_bytes(around(b""))
-    (text / "link").symlink_to(other)
-    assert read(text)[0] == TEXTS  # nothing is lost
-    (other / "deep" / "b.jsonl").write_bytes(around(b""))
-    assert f"{text / 'link'} is a link to a folder of text" in refusal(text, most=9)
-    assert read(text / "**" / "*.jsonl")[0] == TEXTS * 2
-
-
-def test_a_folder_that_may_not_be_read_is_not_left_out(tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a.jsonl").write_bytes(around(b""))
-    access = os.access
-    shut = tmp_path / "a"  # root may read everything
-    monkeypatch.setattr(os, "access", lambda path, mode: path != shut and access(path, mode))
-    assert f"{shut} cannot be read; check its permissions" in refusal(tmp_path)
-
-
-@pytest.mark.parametrize("when", ["while it is read", "before its turn"])
-def test_a_file_that_changes_meanwhile_is_refused(when, tmp_path):
-    one, two = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    one.write_bytes(LINES_OF_MANY)
-    two.write_bytes(LINES_OF_MANY)
-    changed = one if when == "while it is read" else two
-    found = sources.documents(str(tmp_path), "train", validation_fraction=0.0, data_dir=NOWHERE)
-    next(found)
-    with changed.open("ab") as file:
-        file.write(line(GOOD[0]))
-    with pytest.raises(ValueError, match=f"{changed} changed while it was read"):
-        list(found)
-
-
 def test_each_record_is_named_up_to_some_and_the_cap_is_a_number_of_records(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(line(GOOD[0]) + b"bad\n" + line({"text": 1}) for _ in range(30)))
     assert read(path, 60)[1] == {"not a JSON object": 30, "a text that is no string": 30}
     said = capsys.readouterr().err.splitlines()
     assert len(said) == policy.MOST_NAMED + 1 and "are counted, but not named" in said[-1]
-    assert [f"{path}:{n}" in text for n, text in zip((2, 3, 5, 6), said[:4], strict=True)]
+    assert all(f"{path}:{n}" in text for n, text in zip((2, 3, 5, 6), said[:4], strict=True))
     assert f"{path}:90" in refusal(path, most=59)
     assert "(60 records cannot be used, and config.data.skip_damaged=59)" in refusal(path, most=59)
     assert f"{path}:2 is not" in refusal(path)
-
-
-def open_corpus(path, cache, **reading):
-    return prepare.open_corpus(
-        str(path),
-        "train",
-        tokenizers.load("bytes"),
-        validation_fraction=0.0,
-        cache=cache,
-        reading=policy.Reading(**reading),
-    )
 
 
 def test_the_counts_are_kept_with_the_tokens_of_this_policy(tmp_path, capsys):
@@ -370,20 +235,6 @@ def test_the_counts_are_kept_with_the_tokens_of_this_policy(tmp_path, capsys):
         assert corpus.documents_per_label == (4,)
     assert capsys.readouterr().err.count("skipped 1 of at most 1") == 1
     with pytest.raises(ValueError, match="a.jsonl:3"):  # tokens with a gap are not those without
-        open_corpus(path, tmp_path / "cache")
-
-
-def test_a_text_that_changes_while_it_is_tokenized_is_not_kept(tmp_path, monkeypatch):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(around(b""))
-    documents = sources.documents
-
-    def changed_before(*arguments, **options):
-        path.write_bytes(around(b'{"text": "more"}'))
-        return documents(*arguments, **options)
-
-    monkeypatch.setattr(sources, "documents", changed_before)
-    with pytest.raises(ValueError, match="changed while it was read"):
         open_corpus(path, tmp_path / "cache")
 
 

@@ -140,6 +140,12 @@ def test_near_duplicates_are_dropped_and_other_texts_kept(tmp_path):
     assert dropped == 40
 
 
+def test_only_a_filter_that_documents_can_pass_in_any_order_may_run_on_several_machines():
+    pytest.importorskip("datasketch")
+    chosen = filters.Chosen(["gopher", "exact_duplicates", "near_duplicates:0.7"])
+    assert chosen.in_order == ["near_duplicates"] and not filters.Chosen(["gopher"]).in_order
+
+
 def test_near_duplicates_are_found_in_scripts_without_spaces():
     assert filters.WORD.findall("ab, c字母ก d") == ["ab,", "c", "字", "母", "ก", "d"]
 

@@ -11,9 +11,9 @@ import struct
 import pyarrow
 import pyarrow.parquet
 import pytest
-from array_record.python import array_record_module
 
 from moe_jax.data import policy, sources, text_files
+from tests.data.written import array_record, zstandard
 
 RECORDS = [
     {"text": f"text {n} " * (n % 50), "language": ("en", "de")[n % 2], "doc": n // 3}
@@ -29,10 +29,6 @@ DOCUMENTS = collections.Counter((r["text"], r["language"] or "all") for r in REC
 
 def lines(records) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def zstandard(content: bytes) -> bytes:
-    return pyarrow.compress(content, "zstd", asbytes=True)
 
 
 def parquet(records, **options) -> bytes:
@@ -51,17 +47,6 @@ def arrow(records) -> bytes:
     with pyarrow.ipc.new_stream(written := io.BytesIO(), table.schema) as stream:
         stream.write_table(table, max_chunksize=100)
     return written.getvalue()
-
-
-def array_record(tmp_path, records: list[bytes]) -> bytes:
-    path = tmp_path / "written"
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:10")
-    for record in records:
-        writer.write(record)
-    writer.close()
-    content = path.read_bytes()
-    path.unlink()
-    return content
 
 
 def content(name, records, tmp_path) -> bytes:
@@ -83,7 +68,8 @@ def content(name, records, tmp_path) -> bytes:
         case "arrow":
             return arrow(records)
         case "array_record":
-            return array_record(tmp_path, [json.dumps(r).encode() for r in records])
+            records = [json.dumps(record).encode() for record in records]
+            return array_record(tmp_path, records, "group_size:10")
 
 
 LARGE_GROUP = {"row_group_size": 10**6, "compression": "none"}

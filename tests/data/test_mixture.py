@@ -3,6 +3,7 @@
 import collections
 import itertools
 import math
+import pickle
 
 import hypothesis
 import jax
@@ -126,6 +127,8 @@ def test_a_row_does_not_depend_on_what_was_asked_before_and_each_source_goes_on_
     assert {source for source, _ in rows[560:]} == {"a", "c"}
     other = Schedule(STAGES, batch_size=8, seed=6)
     assert any(other.source(g) != rows[g] for g in range(99))
+    sent = pickle.loads(pickle.dumps(schedule))  # as to a worker process
+    assert [sent.source(g) for g in range(1200)] == rows
 
 
 @hypothesis.given(splits=st.lists(st.integers(0, 90), max_size=4), seed=seeds)

@@ -1,6 +1,7 @@
 """Pairs of answers: what fits into a row, what is cut and counted, and the order of the rows."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -78,6 +79,13 @@ def test_an_epoch_has_each_pair_once_and_a_row_has_a_pair():
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(8)) and orders[0] != orders[1]
     plan = preferences.PairPlan(found.pairs, sequence_length=40, seed=3, shuffled=False)
     assert plan.row(2)[0] == Piece(4, 0, int(found.pairs[4]))
+
+
+def test_a_worker_process_gets_the_same_rows():
+    plan = preferences.PairPlan(corpus().pairs, sequence_length=40, seed=3)
+    rows = [plan.row(g) for g in range(16)]
+    sent = pickle.loads(pickle.dumps(plan))
+    assert [sent.row(g) for g in range(16)] == rows
 
 
 def test_batches_have_the_answers_weights_and_the_reference():

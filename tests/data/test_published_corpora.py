@@ -12,7 +12,7 @@ import pytest
 
 from moe_jax.config.data import Data
 from moe_jax.data import policy, sources
-from tests.data.test_damaged_inputs import zstandard
+from tests.data.written import zstandard
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "published_corpora.md"
 C4 = {"url": "https://a.example", "timestamp": "2019-04-25T12:57:54Z"}

@@ -12,8 +12,8 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moe_jax.data import policy, sources, stored, text_files
-from tests.data.test_damaged_inputs import LINES_OF_MANY, MANY, arrow, parquet, zstandard
 from tests.data.test_formats import lines
+from tests.data.written import LINES_OF_MANY, MANY, arrow, parquet, zstandard
 
 BUCKET = "s3://bucket/corpus"
 

@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax.data import policy, sources
 from moe_jax.data.corpora import text_corpus
-from tests.data.test_damaged_inputs import MANY, arrow, line, parquet
+from tests.data.written import MANY, arrow, line, parquet
 
 RECORDS = [
     {"content": text, "meta": {"language": ("en", "de")[n % 2]}} for n, text in enumerate(MANY)

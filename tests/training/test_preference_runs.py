@@ -136,6 +136,12 @@ REFUSED = {
     },
     "average='document' has no effect": {"objective.average": "document"},
     "label_smoothing=0.1 has no effect": {"objective.preference.label_smoothing": 0.1},
+    "data.conversations=True is not for objective": {"data.conversations": True},
+    "data.packing='best_fit' is not for objective": {"data.packing": "best_fit"},
+    # Two answers in one segment would be one answer.
+    "data.document_mask=False is not for objective": {"data.document_mask": False},
+    "data.reset_positions=False is not for objective": {"data.reset_positions": False},
+    "objective.average='document' is not for objective": {"objective.average": "document"},
     "set exactly one of them": {"training.num_steps": 10},
     "warmup_steps=100": {"optimizer.warmup_steps": 100},
     "no train pairs that fit into rows of 8": {"data.sequence_length": 8},

@@ -8,6 +8,7 @@ import pytest
 from moe_jax import config as configs
 from moe_jax import train
 from moe_jax.config import environment
+from moe_jax.data import preparation, prepare, tokenizers
 from moe_jax.report import page, records, tables
 from moe_jax.training import checkpoint, metrics
 
@@ -100,6 +101,12 @@ def test_a_run_resumed_in_a_stage_and_in_another_is_the_unbroken_one(unbroken, f
 
 
 @pytest.mark.long
+def test_a_run_whose_batches_are_made_by_a_worker_process_is_the_same(unbroken, folder, tmp_path):
+    run(folder, tmp_path, data__workers=1)
+    assert digests(tmp_path, 12) == digests(unbroken[0], 12)
+
+
+@pytest.mark.long
 def test_a_mixture_changed_at_resume_says_so_and_keeps_its_history(folder, tmp_path, capsys):
     run(folder, tmp_path, training__stop_step=4)
     other = {"data__mixture__shares": (("a", 1), ("b", 1))}
@@ -176,6 +183,16 @@ def test_sources_without_a_text_are_all_named(folder, tmp_path):
     assert "; y ('" in str(error.value) and "matches no file); give" in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_text_that_has_been_prepared_is_no_conversations(folder, tmp_path):
+    text = preparation.Text(str(folder / "a.jsonl"), 0.3, tmp_path)
+    prepare.prepare_folder(text, tmp_path / "made", preparation.Job(tokenizers.load("bytes")))
+    config = config_of(folder)
+    config.data.mixture = configs.default().data.mixture
+    config.data.update(source=f"prepared:{tmp_path / 'made'}", conversations=True)
+    with pytest.raises(configs.ConfigError, match="conversations=True, but prepared:.*made has"):
+        train.run(configs.resolve(config), tmp_path / "run")
 
 
 def test_sources_that_end_before_the_run_are_refused_with_the_step(folder, tmp_path):
