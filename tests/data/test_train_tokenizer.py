@@ -115,8 +115,8 @@ def test_it_converts_a_vocabulary_of_tiktoken_which_a_run_then_uses(command):
     ("arguments", "message"),
     [
         (["--output=full"], "full exists; choose another output or remove it"),
-        (["--source=missing"], "data.source='missing' matches no file"),
-        (["--source=bad.jsonl"], "data.source: bad.jsonl:1 is not a JSON obj"),
+        (["--source=missing"], "--source='missing' matches no file"),
+        (["--source=bad.jsonl"], "--source: bad.jsonl:1 is not a JSON obj"),
         (["--source=a.txt"], "vocab_size=4096 cannot be trained on this text"),
         (["--source=a.txt", "--vocab_size=9"], "vocab_size=9 is less than 261"),
         (["--source=a.txt", "--kind=word"], "--kind='word' is unknown"),
