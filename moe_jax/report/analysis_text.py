@@ -121,10 +121,14 @@ def _of_committee(report: dict) -> list[str]:
         f"members: experts among the {one['size']} busiest of every label; n = {one['n']:,} "
         f"stretches of text, {one['draws']} permutations"
     )
-    head = ("layer", "members", "share", "gini", "jaccard", "chance", "p")
-    head += ("shuffled", "p", "diverge", "p")
-    names = ("share", "gini", "jaccard", "chance", "p_shared")
-    names += ("shuffled", "p_labels", "divergence", "p_divergence")
+    head = (
+        *("layer", "members", "share", "gini", "jaccard", "chance", "p"),
+        *("shuffled", "p", "diverge", "p"),
+    )
+    names = (
+        *("share", "gini", "jaccard", "chance", "p_shared"),
+        *("shuffled", "p_labels", "divergence", "p_divergence"),
+    )
     rows = []
     for number, row in report["committee"].items():
         members = " ".join(map(str, row["members"]))
