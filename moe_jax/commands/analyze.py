@@ -70,14 +70,16 @@ def main() -> None:
     add("--sequence_length", type=int, help=rows)
     keep = "keep every token's routing in this folder"
     add("--save_routing", type=folder, metavar="FOLDER", help=keep)
-    add("--routing", type=folder, metavar="FOLDER", help="read such a folder instead of the model")
-    compared = "such a folder of a later checkpoint, or of a run with another seed"
+    read = "read the routing from a folder of --save_routing, and do not run the model"
+    add("--routing", type=folder, metavar="FOLDER", help=read)
+    compared = "a folder of --save_routing, of a later checkpoint or of a run with another seed"
     add("--compare", type=folder, metavar="FOLDER", help=compared)
     earlier = f"earlier checkpoints of the run for saturation curves: steps 100,200, or {ALL}"
     add("--steps", metavar="STEPS", help=earlier)
-    rows = "measure which experts answer their own router row; reads a third of the weights again"
+    rows = "measure whether each expert responds most to its own row of the router's matrix"
     add("--coupling", action="store_true", help=rows)
-    table = "a CSV of distances between languages, to correlate with the routing's"
+    table = "a CSV of distances, with the languages in its first row and in its first column, to "
+    table += "correlate with the distances of their routing"
     add("--distances", metavar="FILE", help=table)
     written = "write result.json, counts.npz, vocabulary.csv and figures here"
     add("--output", type=folder, metavar="DIR", help=written)
