@@ -21,6 +21,7 @@ from moe_jax.commands import profile_summary
 from moe_jax.data.batches import Batch
 from moe_jax.training import metrics, optimizer, step
 from moe_jax.training.state import TrainState
+from tests import tiny_runs
 
 PACKAGE = pathlib.Path(__file__).parents[2] / "moe_jax"
 TINY = model.ModelConfig(
@@ -148,17 +149,8 @@ def test_the_compiler_fuses_the_same_without_the_scopes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("profiled")
-    for i in range(10):
-        (folder / f"{i}.txt").write_text(f"one and two are {i} " * 20)
-    config = configs.default()
-    config.model.update(
-        {k: v for k, v in vars(TINY).items() if v is not None and k != "model_type"}
-    )
-    config.data.update(source=str(folder), sequence_length=16, validation_fraction=0.3)
-    config.data.cache_dir = str(folder / "cache")
-    config.training.update(num_steps=4, batch_size=8, log_every=1)
-    config.evaluation.update(batch_size=8, max_batches=1, final_max_batches=1)
+    config = tiny_runs.config(tmp_path_factory.mktemp("profiled"), TINY)
+    config.training.num_steps = 4
     return config
 
 
