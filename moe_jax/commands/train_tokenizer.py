@@ -100,6 +100,10 @@ def run(arguments: argparse.Namespace) -> tuple[tokenizers.Tokenizer, list[str]]
     assert isinstance(whole, int)
     if bool(arguments.tiktoken) != bool(arguments.pattern):
         raise ValueError("--tiktoken and --pattern belong together; give both or neither")
+    if arguments.tiktoken and not arguments.tiktoken.is_file():
+        raise ValueError(f"--tiktoken={arguments.tiktoken} is not a file")
+    if arguments.kind == "byte_bpe" and limits != tokenizer_training.MOST_CHARACTERS:
+        raise ValueError("--max_piece_length does nothing with --kind=byte_bpe; leave it out")
     smallest = {"vocab_multiple": (arguments.vocab_multiple, 1), "characters": (whole, 0)}
     for name, (value, least) in (smallest | {"alpha": (arguments.alpha, 0)}).items():
         if not least <= value < math.inf:

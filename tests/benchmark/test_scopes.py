@@ -196,6 +196,18 @@ def test_a_run_without_a_profile_is_refused_in_one_line(tmp_path, monkeypatch, c
     assert ended.value.code == 2 and said.count("\n") == 1 and "config.profile.steps" in said
 
 
+def test_a_profile_of_a_stranger_without_a_device_is_refused_in_one_line(
+    tmp_path, monkeypatch, capsys
+):
+    facts = {"steps": [2, 3], "seconds_per_step": 1.0, "devices": 1, "memory_of_step": {}}
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "profile.json").write_text(json.dumps(facts))
+    monkeypatch.setattr(sys, "argv", ["profile_summary", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        profile_summary.main()
+    assert "profile.json is not as a run writes it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("steps", "complaint"),
     [
