@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax import config as configs
-from moe_jax import stores, train
+from moe_jax import model, stores, train
 from moe_jax.analysis import measures
 from moe_jax.evaluation import evaluators
 from moe_jax.model import router, transformer
@@ -22,15 +22,12 @@ from moe_jax.report import figures, page
 from moe_jax.sweep import plan, results
 from moe_jax.training import metrics, objective
 from moe_jax.training.state import Measures
+from tests import tiny_runs
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("errands")
-    for i in range(10):
-        (folder / f"{i}.txt").write_text(f"one and two are {i} " * 20)
-    config = configs.default()
-    config.model.update(
+    tiny = model.ModelConfig(
         vocab_size=259,
         hidden_size=8,
         intermediate_size=8,
@@ -40,10 +37,8 @@ def config(tmp_path_factory):
         num_experts_per_tok=2,
         remat="none",
     )
-    config.data.update(source=str(folder), sequence_length=16, validation_fraction=0.3)
-    config.data.cache_dir = str(folder / "cache")
-    config.training.update(num_steps=2, batch_size=8, log_every=1)
-    config.evaluation.update(every_steps=1, batch_size=8, max_batches=1, final_max_batches=1)
+    config = tiny_runs.config(tmp_path_factory.mktemp("errands"), tiny)
+    config.evaluation.every_steps = 1
     return config
 
 

@@ -4,8 +4,10 @@ Their first cell installs the project into a runtime like Colab's, which has jax
 plugin: once with a pip that only records its arguments, and with --long into such a runtime.
 """
 
+import ast
 import contextlib
 import glob
+import importlib
 import importlib.util
 import io
 import json
@@ -50,6 +52,32 @@ def test_a_notebook_is_short_without_outputs_and_opens_itself_in_colab(name):
             assert not cell.outputs and cell.execution_count is None
     assert f"/blob/main/notebooks/{name}.ipynb" in cells[0].source
     assert first_cell(read(name)) == first_cell(read("quickstart"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_names_only_functions_and_files_that_exist(name):
+    cells = read(name).cells
+    code = "\n".join(
+        re.sub(r"^%.*", "", cell.source, flags=re.M) for cell in cells if cell.cell_type == "code"
+    )
+    nodes, modules = list(ast.walk(ast.parse(code))), {}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("moe_jax"):
+            for one in node.names:
+                with contextlib.suppress(ModuleNotFoundError):  # a class or a function
+                    module = importlib.import_module(f"{node.module}.{one.name}")
+                    modules[one.asname or one.name] = module
+                assert hasattr(importlib.import_module(node.module), one.name), one.name
+    used = {
+        (node.value.id, node.attr)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in modules
+    }
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    used |= {(m, a) for m, a in re.findall(r"`(\w+)\.(\w+)`", prose) if m in modules}
+    assert used and not {pair for pair in used if not hasattr(modules[pair[0]], pair[1])}
+    files = re.findall(r"\b(?:docs|scripts)/\w+\.(?:md|py|sh)", prose)
+    assert files and all((ROOT / file).is_file() for file in files)
 
 
 def runs_quickstart(text, num_images):

@@ -232,6 +232,8 @@ def read_distances(path: str | pathlib.Path) -> NamedDistances:
       unlike or repeated names, an entry that is not a number of 0 or more, a diagonal that is not
       0, or is not symmetric.
     """
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"{path} is not a file")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = [line for line in csv.reader(file) if any(map(str.strip, line))]

@@ -19,7 +19,8 @@ def compare(found: decisions.Decisions, other: decisions.Decisions) -> dict[int,
     Raises: ValueError if the two are not of the same text, layers and number of experts.
     """
     check_comparable(other, found.facts)
-    return {layer: _of_layer(found, other, layer) for layer in found.facts.layers}
+    unit_N = found.stretches()
+    return {layer: _of_layer(found, other, layer, unit_N) for layer in found.facts.layers}
 
 
 def check_comparable(other: decisions.Decisions, facts: decisions.Facts) -> None:
@@ -28,11 +29,12 @@ def check_comparable(other: decisions.Decisions, facts: decisions.Facts) -> None
     other.check_same(**{name: getattr(facts, name) for name in names})
 
 
-def _of_layer(found: decisions.Decisions, other: decisions.Decisions, layer: int) -> dict[str, Any]:
+def _of_layer(
+    found: decisions.Decisions, other: decisions.Decisions, layer: int, unit_N: np.ndarray
+) -> dict[str, Any]:
     E, N, k = (
         getattr(found.facts, n) for n in ("num_experts", "num_tokens", "num_experts_per_tok")
     )
-    unit_N = found.stretches()
     tokens_U = np.bincount(unit_N)
     load_2E = {size: np.zeros((2, E), np.int64) for size in (1, k)}
     joint_EE = np.zeros((E, E), np.int64)
@@ -50,17 +52,18 @@ def _of_layer(found: decisions.Decisions, other: decisions.Decisions, layer: int
     row: dict[str, Any] = {"n": N, "units": len(tokens_U)}
     # The number of an unused slot becomes one that the other has not.
     unmatched_E, matched_E = (np.append(x_E, -1) for x_E in (np.arange(E), matching.matched_E))
-    for name, size, renamed_E, level in (
-        ("top_1", 1, unmatched_E, chance[1]),
-        ("top_k", k, unmatched_E, chance[k]),
-        ("matched", k, matched_E, matching.chance),
-    ):
-        shared_N = np.concatenate(
-            [
-                routing_counts.count_shared(renamed_E[ours_NA[:, :size]], theirs_NA[:, :size])
-                for ours_NA, theirs_NA in _pairs(found, other, layer)
-            ]
-        )
+    agreements = {
+        "top_1": (1, unmatched_E, chance[1]),
+        "top_k": (k, unmatched_E, chance[k]),
+        "matched": (k, matched_E, matching.chance),
+    }
+    parts: dict[str, list] = {name: [] for name in agreements}
+    for ours_NA, theirs_NA in _pairs(found, other, layer):
+        for name, (size, renamed_E, _) in agreements.items():
+            both = renamed_E[ours_NA[:, :size]], theirs_NA[:, :size]
+            parts[name].append(routing_counts.count_shared(*both))
+    for name, (size, _, level) in agreements.items():
+        shared_N = np.concatenate(parts[name])
         shared_U = np.bincount(unit_N, weights=shared_N)
         row[name] = int(shared_N.sum(dtype=np.int64)) / (N * size)
         row[f"{name}_interval"] = routing.interval(shared_U, size * tokens_U)

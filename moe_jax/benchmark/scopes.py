@@ -81,8 +81,10 @@ def summary(workdir: pathlib.Path) -> tuple[list[Row], dict[str, Any]]:
         case {
             "steps": [int() as first, int() as last],
             "seconds_per_step": int() | float(),
+            "device": str(),
             "devices": int() as devices,
             "memory_of_step": dict(),
+            "memory_of_device": dict(),
         } if devices > 0 <= last - first:
             number = last - first + 1
         case _:

@@ -70,14 +70,16 @@ def main() -> None:
     add("--sequence_length", type=int, help=rows)
     keep = "keep every token's routing in this folder"
     add("--save_routing", type=folder, metavar="FOLDER", help=keep)
-    add("--routing", type=folder, metavar="FOLDER", help="read such a folder instead of the model")
-    compared = "such a folder of a later checkpoint, or of a run with another seed"
+    read = "read the routing from a folder of --save_routing, and do not run the model"
+    add("--routing", type=folder, metavar="FOLDER", help=read)
+    compared = "a folder of --save_routing, of a later checkpoint or of a run with another seed"
     add("--compare", type=folder, metavar="FOLDER", help=compared)
     earlier = f"earlier checkpoints of the run for saturation curves: steps 100,200, or {ALL}"
     add("--steps", metavar="STEPS", help=earlier)
-    rows = "measure which experts answer their own router row; reads a third of the weights again"
+    rows = "measure whether each expert responds most to its own row of the router's matrix"
     add("--coupling", action="store_true", help=rows)
-    table = "a CSV of distances between languages, to correlate with the routing's"
+    table = "a CSV of distances, with the languages in its first row and in its first column, to "
+    table += "correlate with the distances of their routing"
     add("--distances", metavar="FILE", help=table)
     written = "write result.json, counts.npz, vocabulary.csv and figures here"
     add("--output", type=folder, metavar="DIR", help=written)
@@ -96,6 +98,8 @@ def run(arguments: argparse.Namespace) -> dict:
     """The report. Raises: ValueError, in one line, before anything slow, for a mistake."""
     if not (arguments.checkpoint or arguments.routing):
         raise ValueError("give --checkpoint=DIR, or --routing=FOLDER of an earlier analysis")
+    if arguments.routing and arguments.save_routing:
+        raise ValueError("--routing reads what --save_routing has written; give one of them")
     for name in ("coupling", "steps"):
         if getattr(arguments, name) and not arguments.checkpoint:
             raise ValueError(f"--{name} needs the model: give --checkpoint")
@@ -107,12 +111,12 @@ def run(arguments: argparse.Namespace) -> dict:
     other = decisions.load(arguments.compare) if arguments.compare else None
     how = {"permutations": arguments.permutations, "seed": arguments.seed}
     with contextlib.ExitStack() as held:
-        made = _made(arguments, other, held)
-        found, facts = made.found, made.found.facts
+        routing = _routing(arguments, other, held)
+        found, facts = routing.found, routing.found.facts
         layers = routing_summary.layers_of(found)
         steps = {
             step: routing_comparison.compare(decisions.load(record()), found)
-            for step, record in made.earlier.items()
+            for step, record in routing.earlier.items()
         }
         committees = routing_summary.committees(found, **how)
         report = {
@@ -140,16 +144,16 @@ def run(arguments: argparse.Namespace) -> dict:
                     "p": row.p,
                     "n": facts.num_experts,
                 }
-                for layer, row in made.couplings.items()
+                for layer, row in routing.couplings.items()
             },
         }
     if arguments.output:
-        _write(arguments, report, made, layers)
+        _write(arguments, report, routing, layers)
     return report
 
 
 @dataclasses.dataclass(frozen=True)
-class _Made:
+class _Routing:
     """The routing to analyse, and what the model itself gives besides.
 
     earlier: functions that record the routing of earlier checkpoints, by step; they return the
@@ -162,15 +166,15 @@ class _Made:
     decode: Callable[[int], str] | None = None
 
 
-def _made(
+def _routing(
     arguments: argparse.Namespace, other: decisions.Decisions | None, held: contextlib.ExitStack
-) -> _Made:
+) -> _Routing:
     """The routing that is given, or that of the model on the text; what it records is removed when
     `held` closes."""
     if not arguments.checkpoint:
         if arguments.text:
             raise ValueError("--text with --routing needs --checkpoint, whose tokenizer reads it")
-        return _Made(decisions.load(arguments.routing))
+        return _Routing(decisions.load(arguments.routing))
     source = stores.find(arguments.checkpoint)
     config = configs.model_of(source.folder)
     recording.check(config)
@@ -208,7 +212,7 @@ def _made(
     weights = load(source)
     if given:
         given.check_same(model_digest=recording.model_digest(weights))
-    return _Made(
+    return _Routing(
         given or decisions.load(record(source, weights, arguments.save_routing)),
         {step: functools.partial(record_earlier, one) for step, one in earlier.items()},
         coupling.of_model(weights) if arguments.coupling else {},
@@ -275,14 +279,14 @@ def _rows(
     return list(rows), corpus.labels
 
 
-def _write(arguments, report: dict, made: _Made, layers: dict) -> None:
-    facts = made.found.facts
+def _write(arguments, report: dict, routing: _Routing, layers: dict) -> None:
+    facts = routing.found.facts
     with files.whole_folder(arguments.output) as unfinished:
         files.write_text(unfinished / "result.json", strict_json.text(report, indent=1))
         counts: dict[str, Any] = routing_summary.arrays(layers)
-        counts |= {f"coupling_{layer}": row.norm_EE for layer, row in made.couplings.items()}
+        counts |= {f"coupling_{layer}": row.norm_EE for layer, row in routing.couplings.items()}
         np.savez_compressed(unfinished / "counts.npz", labels=np.array(facts.labels), **counts)
-        _write_vocabulary(unfinished / "vocabulary.csv", layers, made.decode)
+        _write_vocabulary(unfinished / "vocabulary.csv", layers, routing.decode)
         steps, seed = report["steps"], arguments.seed
         analysis_figures.write(unfinished / "figures", facts, layers, steps=steps, seed=seed)
 

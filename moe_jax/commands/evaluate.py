@@ -14,7 +14,7 @@ The checkpoint is a run's workdir (or the start of its name, if it is unique) or
 folder. Without --source, the text is the run's own held-out text, found in your cache by the hash
 of its tokens: the paths in a run's config are not followed, because a stranger may have written
 them. With --source, all of its documents count, unless its files are named as splits
-(validation.jsonl): then those of the validation split.
+(validation.jsonl): then only those of the validation split count.
 
 --items reads a file of lines {"context", "choices", "answer"} (multiple choice by log-likelihood)
 or {"prompt", "answers"} (exact match and character F1 of greedy answers), each with an optional
@@ -27,8 +27,8 @@ lola and drop_upcycling are the lists of tasks of these papers.
 optional "prompt", "source", "language" and "label". A metric that needs an option says so.
 
 A number has a 95 % interval over the sequences, items or texts: it says how far another sample of
-them would move it. Too few of them have none. Compare the losses of models with
-different tokenizers by bits per byte.
+them would move it. A mean over fewer than 20 of them has no interval. Compare the losses of models
+with different tokenizers by bits per byte.
 """
 
 import argparse

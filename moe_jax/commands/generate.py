@@ -70,7 +70,8 @@ def main() -> None:
     )
     talks = 'a .jsonl file of conversations to answer, with --chat; "-" is the standard input'
     parser.add_argument("--messages", metavar="FILE", help=talks)
-    parser.add_argument("--system", default="", metavar="TEXT", help="the system's message")
+    system = "a system message, with --chat"
+    parser.add_argument("--system", default="", metavar="TEXT", help=system)
     parser.add_argument(
         "--num_tokens",
         type=int,

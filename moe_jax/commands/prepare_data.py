@@ -1,4 +1,4 @@
-"""Tokenizes a source into a folder that training reads as prepared:FOLDER, in all cores.
+"""Tokenizes a source into a folder that training reads as prepared:FOLDER, on all cores.
 
 Examples:
   python scripts/prepare_data.py --source='dolma/*.json.gz' --tokenizer=mine.model --output=tokens
@@ -11,8 +11,8 @@ Examples:
 Killed and started again with the same options, it goes on: finished shards are not made again. The
 folder has a corpus for each split, with a manifest of its shards, its counts by language, and the
 documents that were dropped, by filter. The filters of text come first, then those that compare
-documents (training text that equals held-out text is dropped), then those of tokens. What a name
-stands for, with its default after a colon:
+documents (training text that equals held-out text is dropped), then those of tokens. The filters,
+each with its default argument after a colon:
 """
 
 import argparse
@@ -142,8 +142,10 @@ def prepare_data(arguments: argparse.Namespace) -> list[str]:
             raise ValueError(f"--{name}={getattr(arguments, name)} must be at least {least}")
     if not 0 <= arguments.validation_fraction < 1:
         raise ValueError(
-            f"--validation_fraction={arguments.validation_fraction} is not at least 0 and below 1"
+            f"--validation_fraction={arguments.validation_fraction} must be at least 0 and below 1"
         )
+    if arguments.runner_options and not arguments.runner:
+        raise ValueError("--runner_options does nothing without --runner; give both or neither")
     if arguments.runner and arguments.skip_damaged:
         raise ValueError("--runner cannot count skipped records; leave out --skip_damaged")
     specs = tuple(arguments.filter or ())
@@ -156,7 +158,8 @@ def prepare_data(arguments: argparse.Namespace) -> list[str]:
     text = Text(arguments.source, arguments.validation_fraction, cache_folder(""), reading)
     how = {"write_shards": _by_beam(arguments)} if arguments.runner else {}
     workers = 1 if arguments.runner else arguments.workers
-    made = prepare.prepare_folder(text, arguments.output, job, workers=workers, **how)
+    with command_line.naming("--source", "data.source"):
+        made = prepare.prepare_folder(text, arguments.output, job, workers=workers, **how)
     lines = [line for split, facts in made.items() for line in summary(split, facts)]
     return [*lines, f"use --config.data.source=prepared:{arguments.output}"]
 

@@ -15,7 +15,7 @@ threads, and can be more than the step takes. "recomputed" is the forward pass t
 
 import dataclasses
 
-from moe_jax import command_line, strict_json
+from moe_jax import command_line, strict_json, untrusted
 from moe_jax.benchmark import scopes
 
 HEAD = "{:18}{:>9}{:>8}{:>10}{:>12}{:>10}   {}"
@@ -29,6 +29,8 @@ def main() -> None:
     add("--json", action="store_true", help="print the rows and facts as JSON (default: a table)")
     arguments = parser.parse_args()
     with parser.refusing():
+        if not arguments.workdir.is_dir():
+            raise ValueError(f"{arguments.workdir} is no folder; give a run's workdir")
         rows, facts = scopes.summary(arguments.workdir)
     if arguments.json:
         found = {"scopes": [dataclasses.asdict(row) for row in rows], **facts}
@@ -37,14 +39,14 @@ def main() -> None:
     first, last = facts["steps"]
     print(
         f"steps {first} to {last}: {1e3 * facts['seconds_per_step']:.1f} ms a step "
-        f"on {facts['device']} x {facts['devices']}; times in ms"
+        f"on {untrusted.label(facts['device'])} x {facts['devices']}; times in ms"
     )
     print(HEAD.format("scope", "a step", "share", "forward", "recomputed", "backward", ""))
     for row in rows:
         passes = (1e3 * seconds for seconds in (row.forward, row.recomputed, row.backward))
         about = scopes.SCOPES.get(row.scope, "")
         print(ROW.format(row.scope, 1e3 * row.seconds, row.share, *passes, about))
-    sizes = {**facts["memory_of_step"], **(facts.get("memory_of_device") or {})}
+    sizes = {**facts["memory_of_step"], **facts["memory_of_device"]}
     shown = {name: size for name, size in sizes.items() if isinstance(size, int) and size}
     print(
         "memory, MB:", ", ".join(f"{n.replace('_', ' ')} {b / 1e6:,.1f}" for n, b in shown.items())

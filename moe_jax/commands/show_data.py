@@ -36,10 +36,9 @@ def main() -> None:
     add("--config.SECTION.KEY", dest="override", metavar="VALUE", help="overrides one key")
     arguments, overrides = parser.parse_known_args()
     with parser.refusing():
-        if arguments.row < 0 or arguments.rows < 1:
-            raise ValueError(
-                f"--row={arguments.row} is at least 0, and --rows={arguments.rows} at least 1"
-            )
+        for name, least in (("row", 0), ("rows", 1)):
+            if (number := getattr(arguments, name)) < least:
+                raise ValueError(f"--{name}={number} must be at least {least}")
         settings = configs.resolve(configs.parse([f"--config={arguments.config}", *overrides]))
         for line in lines(settings, arguments.row, arguments.rows, colour=sys.stdout.isatty()):
             print(line)

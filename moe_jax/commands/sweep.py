@@ -36,10 +36,11 @@ def main() -> None:
     add("--config", metavar="FILE[:ARG]", required=True, help=file)
     kept = "where the runs, results.csv and report.html are kept"
     add("--workdir", metavar="DIR", required=True, type=command_line.folder, help=kept)
+    only = parser.add_mutually_exclusive_group()
     listed = "only print the runs with their FLOPs, estimated times and commands"
-    add("--list", action="store_true", help=listed)
+    only.add_argument("--list", action="store_true", help=listed)
     shown = "only print a table of what is done, running and left, live on a terminal"
-    add("--status", action="store_true", help=shown)
+    only.add_argument("--status", action="store_true", help=shown)
     some = "names of runs or groups to execute, with the runs that they start from: 'drop*,naive'"
     add("--only", metavar="PATTERNS", help=some)
     where = "where the runs are started: processes here, or jobs of Slurm"
@@ -51,7 +52,9 @@ def main() -> None:
     add("--slurm.NAME", dest="slurm", metavar="VALUE", help="an option of sbatch")
     arguments, others = parser.parse_known_args()
     if unknown := [text for text in others if not text.startswith("--slurm.")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        keys = [text for text in unknown if text.startswith("--config.")]
+        fix = "; a sweep takes no keys: edit its file" if keys else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{fix}")
     train = command_line.command("train")
     workdir = arguments.workdir
     with parser.refusing():

@@ -68,12 +68,16 @@ def main() -> None:
         help="most characters of a piece with a letter of the script (the first word of its "
         "Unicode name), at most 16; not for byte_bpe",
     )
-    add("--vocab_multiple", default=128, type=int, help="for the model's vocab_size that is shown")
-    add("--tiktoken", type=pathlib.Path, metavar="FILE", help="vocabulary to convert: no training")
-    add("--pattern", choices=tuple(tiktoken_files.FAMILIES), help="of the words of --tiktoken")
-    add("--output", required=True, type=command_line.folder, metavar="FOLDER", help="new folder")
+    multiple = "the model's vocab_size, which is printed at the end, is a multiple of this number"
+    add("--vocab_multiple", default=128, type=int, help=multiple)
+    converted = "a vocabulary file of tiktoken to convert, instead of training"
+    add("--tiktoken", type=pathlib.Path, metavar="FILE", help=converted)
+    family = "the family whose pattern splits text into words for --tiktoken"
+    add("--pattern", choices=tuple(tiktoken_files.FAMILIES), help=family)
+    new = "the folder to write, which must not exist yet"
+    add("--output", required=True, type=command_line.folder, metavar="FOLDER", help=new)
     arguments = parser.parse_args()
-    with parser.refusing():
+    with parser.refusing(), command_line.naming("--source", "data.source"):
         tokenizer, rows = run(arguments)
     for row in rows:
         print(row)
@@ -96,10 +100,16 @@ def run(arguments: argparse.Namespace) -> tuple[tokenizers.Tokenizer, list[str]]
     assert isinstance(whole, int)
     if bool(arguments.tiktoken) != bool(arguments.pattern):
         raise ValueError("--tiktoken and --pattern belong together; give both or neither")
+    if arguments.tiktoken and not arguments.tiktoken.is_file():
+        raise ValueError(f"--tiktoken={arguments.tiktoken} is not a file")
+    if arguments.kind == "byte_bpe" and limits != tokenizer_training.MOST_CHARACTERS:
+        raise ValueError("--max_piece_length does nothing with --kind=byte_bpe; leave it out")
     smallest = {"vocab_multiple": (arguments.vocab_multiple, 1), "characters": (whole, 0)}
     for name, (value, least) in (smallest | {"alpha": (arguments.alpha, 0)}).items():
         if not least <= value < math.inf:
             raise ValueError(f"--{name}={value} is not a number from {least}")
+    if arguments.alpha != 1 and not whole:
+        raise ValueError(f"--alpha={arguments.alpha} does nothing without --characters=N; give it")
     tokenizer_training.check_size(arguments.vocab_size, arguments.kind)
     sources.check(arguments.source)
     documents = functools.partial(_documents, arguments.source)

@@ -42,7 +42,7 @@ def differences(rule: Rule, data: Vectors) -> Differences:
     """The largest relative error of value and gradient for each check of a rule."""
     ways = {
         "plain": Way(),
-        "devices": Way(devices=max(rule.devices, DEVICES if rule.devices == 1 else 0)),
+        "devices": Way(devices=DEVICES if rule.devices == 1 else rule.devices),
         "microbatches": Way(microbatches=MICROBATCHES),
         "padding": Way(padding=2),
         "remat": Way(remat=True),

@@ -51,6 +51,8 @@ def _within(measure: Callable[..., float]) -> Callable[[str], Callable[..., bool
         if len(ends) != 2:
             raise ValueError("its argument is LEAST,MOST, of which one may be empty")
         low, high = float(ends[0] or "-inf"), float(ends[1] or "inf")
+        if low > high:
+            raise ValueError(f"its least number, {low:g}, is above its most, {high:g}")
         return lambda *read: low <= measure(*read) <= high
 
     return judge

@@ -190,8 +190,8 @@ def _claimed(output: pathlib.Path, plan: dict[str, Any]) -> Iterator[None]:
             there = strict_json.read_object(output / PLAN)
             if differing := [name for name in plan if there.get(name) != plan[name]]:
                 raise ValueError(
-                    f"--output={output} was begun with another {' and '.join(differing)}; choose "
-                    "another folder or remove it"
+                    f"--output={output} was begun with a different value of "
+                    f"{' and '.join(differing)}; choose another folder or remove it"
                 )
         else:
             files.write_text(output / PLAN, strict_json.text(plan, indent=1) + "\n")
@@ -205,6 +205,8 @@ def verify(output: pathlib.Path) -> Iterator[int]:
 
     Raises: DamagedError, with the name of a file that has changed.
     """
+    if not (output / TRAIN).is_dir():
+        raise ValueError(f"{output} is no folder of prepare_data: it has no folder {TRAIN}")
     for split in SPLITS:
         if split == TRAIN or (output / split).exists():
             yield from TokenizedCorpus.load(output / split).verify()

@@ -1,6 +1,7 @@
 """The report of `analyze` as tables of text."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -65,7 +66,8 @@ def text(report: dict) -> str:
         "even. Largest: the same of its assignments.",
         *_of_languages(report["languages"]),
     ]
-    return "\n".join([*lines, *(line for rows in SECTIONS for line in rows(report))])
+    sections = (section(report) for key, section in SECTIONS.items() if report[key])
+    return "\n".join([*lines, *itertools.chain(*sections)])
 
 
 def _interval(row: dict, name: str) -> str:
@@ -103,82 +105,80 @@ def _of_languages(found: dict | None) -> Iterator[str]:
 
 
 COMMITTEE = "{:>5} {:16} {:>6} {:>6} {:>8} {:>8} {:>7} {:>8} {:>7} {:>8} {:>7}"
-
-
-def _of_committee(report: dict) -> Iterator[str]:
-    if not report["committee"]:
-        return
-    one = next(iter(report["committee"].values()))
-    yield ""
-    yield (
-        f"members: experts among the {one['size']} busiest of every label; n = {one['n']:,} "
-        f"stretches of text, {one['draws']} permutations"
-    )
-    yield COMMITTEE.format(
-        *("layer", "members", "share", "gini", "jaccard", "chance", "p"),
-        *("shuffled", "p", "diverge", "p"),
-    )
-    for number, row in report["committee"].items():
-        members = " ".join(map(str, row["members"]))
-        yield COMMITTEE.format(
-            *(number, members if len(members) < 17 else f"{len(row['members'])} experts"),
-            *(f"{row[n]:.3f}" for n in ("share", "gini", "jaccard", "chance", "p_shared")),
-            *(f"{row[n]:.3f}" for n in ("shuffled", "p_labels", "divergence", "p_divergence")),
-        )
-
-
 COMPARED = "{:>5} {:>23} {:>7} {:>23} {:>7} {:>23} {:>7}"
-
-
-def _of_comparison(report: dict) -> Iterator[str]:
-    if not report["compared"]:
-        return
-    row = next(iter(report["compared"].values()))
-    yield ""
-    yield (
-        f"agreement with {untrusted.label(report['compared_with'])}: n = {row['n']:,} tokens in "
-        f"{row['units']:,} stretches of text, 95 % intervals"
-    )
-    yield COMPARED.format(
-        *("layer", "top-1", "chance", "top-k", "chance", "best matching", "chance")
-    )
-    for number, row in report["compared"].items():
-        cells = [
-            cell
-            for name in ("top_1", "top_k", "matched")
-            for cell in (_interval(row, name), f"{row[f'{name}_chance']:.3f}")
-        ]
-        yield COMPARED.format(number, *cells)
-
-
 STEP = "{:>9} {:>8} {:>8} {:>8} {:>8}"
-
-
-def _of_steps(report: dict) -> Iterator[str]:
-    if not report["steps"]:
-        return
-    yield ""
-    yield f"router saturation against {untrusted.label(report['checkpoint'])}, mean of the layers"
-    yield STEP.format("step", "top-1", "chance", "top-k", "chance")
-    for step, rows in report["steps"].items():
-        names = ("top_1", "top_1_chance", "top_k", "top_k_chance")
-        yield STEP.format(
-            step, *(f"{np.mean([row[name] for row in rows.values()]):.3f}" for name in names)
-        )
-
-
 COUPLING = "{:>5} {:>9} {:>8} {:>7} {:>4}"
 
 
-def _of_coupling(report: dict) -> Iterator[str]:
-    if not report["coupling"]:
-        return
-    yield ""
-    yield "router rows that their own expert answers the most, by chance 1/E"
-    yield COUPLING.format("layer", "own rows", "chance", "p", "n")
-    for number, row in report["coupling"].items():
-        chance, n = f"{1 / row['n']:.3f}", row["n"]
-        yield COUPLING.format(number, f"{row['rows']:.3f}", chance, f"{row['p']:.4f}", n)
+def _section(title: str, form: str, head: Iterable[str], rows: Iterable[Iterable]) -> list[str]:
+    """An empty line, a title, a head and the rows, each in this form."""
+    return ["", title, form.format(*head), *(form.format(*row) for row in rows)]
 
 
-SECTIONS = (_of_committee, _of_comparison, _of_steps, _of_coupling)
+def _of_committee(report: dict) -> list[str]:
+    one = next(iter(report["committee"].values()))
+    title = (
+        f"members: experts among the {one['size']} busiest of every label; n = {one['n']:,} "
+        f"stretches of text, {one['draws']} permutations"
+    )
+    head = (
+        *("layer", "members", "share", "gini", "jaccard", "chance", "p"),
+        *("shuffled", "p", "diverge", "p"),
+    )
+    names = (
+        *("share", "gini", "jaccard", "chance", "p_shared"),
+        *("shuffled", "p_labels", "divergence", "p_divergence"),
+    )
+    rows = []
+    for number, row in report["committee"].items():
+        members = " ".join(map(str, row["members"]))
+        shown = members if len(members) < 17 else f"{len(row['members'])} experts"
+        rows.append((number, shown, *(f"{row[name]:.3f}" for name in names)))
+    return _section(title, COMMITTEE, head, rows)
+
+
+def _of_comparison(report: dict) -> list[str]:
+    one = next(iter(report["compared"].values()))
+    title = (
+        f"agreement with {untrusted.label(report['compared_with'])}: n = {one['n']:,} tokens in "
+        f"{one['units']:,} stretches of text, 95 % intervals"
+    )
+    head = ("layer", "top-1", "chance", "top-k", "chance", "best matching", "chance")
+    rows = []
+    for number, row in report["compared"].items():
+        pairs = (
+            (_interval(row, name), f"{row[f'{name}_chance']:.3f}")
+            for name in ("top_1", "top_k", "matched")
+        )
+        rows.append((number, *itertools.chain(*pairs)))
+    return _section(title, COMPARED, head, rows)
+
+
+def _of_steps(report: dict) -> list[str]:
+    title = f"router saturation against {untrusted.label(report['checkpoint'])}, mean of the layers"
+    head = ("step", "top-1", "chance", "top-k", "chance")
+    names = ("top_1", "top_1_chance", "top_k", "top_k_chance")
+    rows = (
+        (step, *(f"{np.mean([row[name] for row in layers.values()]):.3f}" for name in names))
+        for step, layers in report["steps"].items()
+    )
+    return _section(title, STEP, head, rows)
+
+
+def _of_coupling(report: dict) -> list[str]:
+    title = "share of the router's rows that their own expert answers the most; by chance 1/E"
+    head = ("layer", "own rows", "chance", "p", "n")
+    rows = (
+        (number, f"{row['rows']:.3f}", f"{1 / row['n']:.3f}", f"{row['p']:.4f}", row["n"])
+        for number, row in report["coupling"].items()
+    )
+    return _section(title, COUPLING, head, rows)
+
+
+# By the key of the report, of whose rows it is made; left out without rows.
+SECTIONS = {
+    "committee": _of_committee,
+    "compared": _of_comparison,
+    "steps": _of_steps,
+    "coupling": _of_coupling,
+}

@@ -295,8 +295,8 @@ FIGURES: dict[str, Row] = {
     "preferences": Row(
         "Preferences",
         preference_figures.preferences,
-        "Held-out pairs of answers during training; of several seeds, the first. The distance is "
-        "half the mean squared log-ratio of the answers' tokens.",
+        "Held-out pairs of answers during training; bands: lowest to highest of the seeds. The "
+        "distance is half the mean squared log-ratio of the answers' tokens.",
         results.of_preferences,
     ),
     "experts_by_layer": Row(

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,22 +168,25 @@ class Group:
         values: list[Any] = [record.result.get(key) for record in self.records]
         return None if None in values else float(np.mean(values))
 
+    def averages(self, columns: Callable[[dict], Mapping[str, float | str]]) -> dict:
+        """The mean of each column of results.csv over the runs that have it; None if none has."""
+        rows = [columns(record.result) for record in self.records]
+        values = {name: [float(row[name]) for row in rows if row[name] != ""] for name in rows[0]}
+        return {name: float(np.mean(own)) if own else None for name, own in values.items()}
+
     def curve(self, phase: str, value: str) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, values [runs, points]) at the steps that all of its runs have logged.
 
-        phase: "training", "validation", "score" or "layers", whose value is the mean of the sparse
-          layers. A missing value is NaN.
+        phase: "training", "validation", "score", "preferences" or "layers", whose value is the mean
+          of the sparse layers. A missing value is NaN.
         """
         values_of: dict[str, Callable[[Record], dict]] = {
             "training": lambda run: {row["tokens"]: row[value] for row in run.training_rows},
             "validation": lambda run: {
                 row["tokens"]: row["validation"][value] for row in run.validation_rows
             },
-            "score": lambda run: {
-                row["tokens"]: row[SCORES][value]
-                for row in run.rows
-                if value in row.get(SCORES, {})
-            },
+            "score": lambda run: _of_evaluator(run, SCORES, value),
+            "preferences": lambda run: _of_evaluator(run, "preferences", value),
             "layers": lambda run: {
                 row["tokens"]: np.mean(row[value]) for row in run.rows if value in row
             },
@@ -192,6 +195,15 @@ class Group:
         tokens = sorted(set.intersection(*map(set, curves)))
         values = [[points[at] for at in tokens] for points in curves]
         return np.array(tokens, np.float64), np.array(values, np.float64).reshape(len(curves), -1)
+
+
+def _of_evaluator(run: Record, name: str, value: str) -> dict:
+    """A number of an evaluator's rows by tokens."""
+    return {
+        row["tokens"]: row[name][value]
+        for row in run.rows
+        if isinstance(row.get(name), dict) and value in row[name]
+    }
 
 
 def groups(records: Sequence[Record]) -> list[Group]:

@@ -75,12 +75,8 @@ def of_languages(records: list[Record]) -> str:
 
 
 def of_preferences(records: list[Record]) -> str:
-    found = [(g.name, answers.columns(g.first.result)) for g in groups(records)]
-    pairs = [
-        (name, f"{100 * float(row['preference_accuracy']):.1f} %")
-        for name, row in found
-        if row["preference_accuracy"] != ""
-    ]
+    found = [(g.name, g.averages(answers.columns)["preference_accuracy"]) for g in groups(records)]
+    pairs = [(name, f"{100 * value:.1f} %") for name, value in found if value is not None]
     return f"Held-out pairs whose chosen answer has the larger reward: {_listed(pairs)}."
 
 

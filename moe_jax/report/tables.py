@@ -56,7 +56,9 @@ def methods(every: Sequence[Group]) -> str:
 
 def summary(every: Sequence[Group]) -> str:
     """A row per group, with its differences to its parent and to its dense control."""
-    rows, on_pairs = [], any("preferences" in group.first.result for group in every)
+    rows, formats = [], {measures.columns: ".1f"}
+    if any("preferences" in group.first.result for group in every):
+        formats[answers.columns] = ".3g"
     for group in every:
         result = group.first.result
         half = comparisons.spread(group.bits)
@@ -73,13 +75,9 @@ def summary(every: Sequence[Group]) -> str:
             "parameters": _number(result["parameters"], "count"),
             "active": _number(result["active_parameters"], "count"),
         }
-        columns = [measures.columns(record.result) for record in group.records]
-        for name in columns[0]:
-            values = [float(own[name]) for own in columns if own[name] != ""]
-            cell = _number(sum(values) / len(values), ".1f") if values else EMPTY
-            row[name.replace("_", " ")] = cell
-        for name, value in answers.columns(result).items() if on_pairs else ():
-            row[name.replace("_", " ")] = EMPTY if value == "" else _number(float(value), ".3g")
+        for columns, form in formats.items():
+            for name, value in group.averages(columns).items():
+                row[name.replace("_", " ")] = _number(value, form)
         rows.append(row)
     best = comparisons.proven_best(every)
     return markup.table(rows, best=None if best is None else list(every).index(best))

@@ -131,7 +131,8 @@ def available_cores() -> list[int]:
 def shares(cores: Sequence[int], number: int) -> list[list[int]]:
     """The cores in `number` parts whose sizes differ by at most one.
 
-    Of more parts than cores, several have the same core; a single part is [], no restriction.
+    If there are more parts than cores, several parts have the same core. A single part is [], which
+    restricts nothing.
     """
     if number == 1 or not cores:
         return [[] for _ in range(number)]

@@ -36,7 +36,18 @@ class Rate:
 
 
 def steps(run: Run) -> int:
-    return run.settings.training.last_step if run.settings else 0
+    """The steps of a run; 0 for a number of epochs of a text that no process has read yet."""
+    last = run.settings.training.last_step if run.settings else 0
+    return last or _stored_steps(run)
+
+
+def _stored_steps(run: Run) -> int:
+    """The steps that a run with `training.num_epochs` has stored in its config.json, or 0."""
+    try:
+        found = strict_json.read_object(run.workdir / "config.json")["training"]["num_steps"]
+    except (ValueError, OSError, KeyError, TypeError):
+        return 0
+    return found if isinstance(found, int) else 0
 
 
 def cost(run: Run) -> float:
@@ -50,7 +61,8 @@ def cost(run: Run) -> float:
 
 def measured(runs: Sequence[Run]) -> Rate | None:
     """The rate of the finished runs; None if there is none."""
-    costs = [(cost(run), seconds) for run in runs if (seconds := _wall(run.result or {}))]
+    pairs = ((cost(run), _wall(run.result or {})) for run in runs)
+    costs = [(flops, seconds) for flops, seconds in pairs if flops and seconds]
     if not costs:
         return None
     total, seconds = np.sum(costs, axis=0)
@@ -108,14 +120,18 @@ def listing(runs: Sequence[Run], train: Sequence[str]) -> str:
     rows = []
     for run in runs:
         shown = f"{cost(run):8.2e} {'~' + duration(rate.seconds(cost(run))):>7}"
+        if not steps(run):
+            shown = f"{'unknown':>8} {'':7}"
         command = shlex.join(run.command(train))
         rows.append(f"{state(run):8} {run.run_id}  {run.name:{width}} {shown} {command}")
     costs = [cost(run) for run in results.distinct(runs)]
     groups = len({run.group for run in runs})
     total, seconds = sum(costs), sum(map(rate.seconds, costs))
+    unknown = sum(not steps(run) for run in results.distinct(runs))
+    but = f", without {_count(unknown, 'run')} whose steps depend on the text" if unknown else ""
     rows.append(
         f"{_count(len(runs), 'run')} in {_count(groups, 'group')}, {total:.2e} FLOP, "
-        f"about {duration(seconds)} one by one ({rate.origin})"
+        f"about {duration(seconds)} one by one{but} ({rate.origin})"
     )
     return "\n".join(rows)
 
@@ -145,7 +161,7 @@ def table(runs: Sequence[Run]) -> str:
         bits = (run.result or {}).get("bits_per_byte")
         shown = "-" if bits is None else f"{bits:.3f}"
         rest_shown = duration(rest) if rest else ""
-        rows.append([run.name, at, f"{step}/{steps(run)}", shown, rest_shown])
+        rows.append([run.name, at, f"{step}/{steps(run) or '?'}", shown, rest_shown])
     number = sum(row[1] == DONE for row in rows[1:])
     end = f"{number} of {len(rows) - 1} runs done"
     if left:

@@ -203,7 +203,7 @@ def test_labels_of_strangers_are_shown_without_their_control_characters(
         ("--max_tokens=0", "--max_tokens=0 must be at least 1"),
         ("--sequence_length=0", "--sequence_length=0 must be at least 1"),
         ("--tokenizer=words", "analyze.py: --tokenizer='words' is not a file"),
-        ("--distances=nowhere.csv", "cannot be read as CSV"),
+        ("--distances=nowhere.csv", "nowhere.csv is not a file"),
     ],
 )
 def test_a_mistake_is_one_line(option, complaint, root, monkeypatch, capsys):

@@ -263,7 +263,7 @@ def test_a_wrong_file_of_distances_is_refused_in_one_line(tmp_path, text, words)
     with pytest.raises(ValueError) as error:
         languages.read_distances(path)
     assert words in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="cannot be read as CSV"):
+    with pytest.raises(ValueError, match="is not a file"):
         languages.read_distances(tmp_path / "missing.csv")
 
 

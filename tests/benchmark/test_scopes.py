@@ -21,6 +21,7 @@ from moe_jax.commands import profile_summary
 from moe_jax.data.batches import Batch
 from moe_jax.training import metrics, optimizer, step
 from moe_jax.training.state import TrainState
+from tests import tiny_runs
 
 PACKAGE = pathlib.Path(__file__).parents[2] / "moe_jax"
 TINY = model.ModelConfig(
@@ -148,17 +149,8 @@ def test_the_compiler_fuses_the_same_without_the_scopes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("profiled")
-    for i in range(10):
-        (folder / f"{i}.txt").write_text(f"one and two are {i} " * 20)
-    config = configs.default()
-    config.model.update(
-        {k: v for k, v in vars(TINY).items() if v is not None and k != "model_type"}
-    )
-    config.data.update(source=str(folder), sequence_length=16, validation_fraction=0.3)
-    config.data.cache_dir = str(folder / "cache")
-    config.training.update(num_steps=4, batch_size=8, log_every=1)
-    config.evaluation.update(batch_size=8, max_batches=1, final_max_batches=1)
+    config = tiny_runs.config(tmp_path_factory.mktemp("profiled"), TINY)
+    config.training.num_steps = 4
     return config
 
 
@@ -202,6 +194,18 @@ def test_a_run_without_a_profile_is_refused_in_one_line(tmp_path, monkeypatch, c
         profile_summary.main()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count("\n") == 1 and "config.profile.steps" in said
+
+
+def test_a_profile_of_a_stranger_without_a_device_is_refused_in_one_line(
+    tmp_path, monkeypatch, capsys
+):
+    facts = {"steps": [2, 3], "seconds_per_step": 1.0, "devices": 1, "memory_of_step": {}}
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "profile.json").write_text(json.dumps(facts))
+    monkeypatch.setattr(sys, "argv", ["profile_summary", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        profile_summary.main()
+    assert "profile.json is not as a run writes it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

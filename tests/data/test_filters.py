@@ -90,6 +90,7 @@ def test_32_repetitions_of_up_to_13_tokens_are_dropped_as_olmoe_does(size):
         ("gofer", "did you mean"),
         ("language", "needs an argument"),
         ("words:5", "LEAST,MOST"),
+        ("words:9,3", "its least number, 9, is above its most, 3"),
         ("words:a,b", "--filter=words:a,b"),
         ("near_duplicates:2", "between 0 and 1"),
     ],

@@ -280,7 +280,7 @@ def test_tokens_are_not_read_as_text(whole, tmp_path):
 def test_another_job_in_the_same_folder_is_refused(whole, tmp_path):
     source, folder = whole
     folder = shutil.copytree(folder, tmp_path / "out")
-    with pytest.raises(ValueError, match="begun with another filters; choose"):
+    with pytest.raises(ValueError, match="begun with a different value of filters; choose"):
         make(source, folder)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").touch()

@@ -115,8 +115,8 @@ def test_it_converts_a_vocabulary_of_tiktoken_which_a_run_then_uses(command):
     ("arguments", "message"),
     [
         (["--output=full"], "full exists; choose another output or remove it"),
-        (["--source=missing"], "data.source='missing' matches no file"),
-        (["--source=bad.jsonl"], "data.source: bad.jsonl:1 is not a JSON obj"),
+        (["--source=missing"], "--source='missing' matches no file"),
+        (["--source=bad.jsonl"], "--source: bad.jsonl:1 is not a JSON obj"),
         (["--source=a.txt"], "vocab_size=4096 cannot be trained on this text"),
         (["--source=a.txt", "--vocab_size=9"], "vocab_size=9 is less than 261"),
         (["--source=a.txt", "--kind=word"], "--kind='word' is unknown"),
@@ -130,7 +130,12 @@ def test_it_converts_a_vocabulary_of_tiktoken_which_a_run_then_uses(command):
         (["--source=a.txt", "--vocab_multiple=0"], "--vocab_multiple=0 is not a number from 1"),
         (["--tiktoken=a.txt"], "--tiktoken and --pattern belong together; give both or neither"),
         (["--source=a.txt", "--tiktoken=a.txt", "--pattern=qwen"], "a.txt:1 is not a token in"),
-        (["--source=a.txt", "--tiktoken=no", "--pattern=qwen"], "[Errno 2] No such file"),
+        (["--source=a.txt", "--tiktoken=no", "--pattern=qwen"], "--tiktoken=no is not a file"),
+        (["--source=a.txt", "--alpha=0.3"], "--alpha=0.3 does nothing without --characters=N"),
+        (
+            ["--source=a.txt", "--kind=byte_bpe", "--max_piece_length=CJK=3"],
+            "--max_piece_length does nothing with --kind=byte_bpe",
+        ),
     ],
 )
 def test_it_says_in_one_line_what_is_wrong_and_writes_nothing(command, arguments, message):

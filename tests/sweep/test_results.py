@@ -118,6 +118,25 @@ def test_status_counts_what_is_done_and_estimates_what_is_left(folder):
     assert lines["1"][:5] == ["1", "of", "9", "runs", "done,"]
 
 
+def test_a_number_of_epochs_is_unknown_until_a_run_has_stored_its_steps(folder):
+    epochs = {"training.num_steps": 0, "training.num_epochs": 1.0}
+    runs = read(folder, arms.named({"whole": epochs, "dense": {}}))
+    whole, dense = runs
+    for finished in (0, 1):
+        shown = status.listing(runs, ["python"])
+        assert "unknown" in shown.splitlines()[0] and "without 1 run whose steps" in shown
+        assert status.table(runs).splitlines()[1].split()[2] == ("1/?" if finished else "0/?")
+        whole.workdir.mkdir(exist_ok=True)
+        (whole.workdir / "metrics.jsonl").write_text('{"step": 1, "tokens": 1, "loss": 2.0}\n')
+    (whole.workdir / "result.json").write_text('{"seconds": 5.0, "bits_per_byte": 3.0}')
+    assert status.measured(runs) is None  # nothing is divided by a cost of 0
+    stored = {"training": {"num_steps": 500, "num_epochs": 0.0}}
+    (whole.workdir / "config.json").write_text(json.dumps(stored))
+    assert status.steps(whole) == 500 and 2 * status.cost(whole) == status.cost(dense)
+    assert status.measured(runs).seconds(status.cost(dense)) == pytest.approx(10)
+    assert "unknown" not in status.listing(runs, ["python"])
+
+
 def test_estimated_flops_are_those_of_the_result(folder):
     runs = read(folder, SWEEP)
     dense = configs.resolve(configs.parse(list(runs[0].flags))).model

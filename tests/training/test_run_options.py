@@ -16,6 +16,7 @@ from moe_jax.parallel import mesh as meshes
 from moe_jax.training import checkpoint, metrics, optimizer
 from moe_jax.training.state import TrainState
 from moe_jax.upcycle import plan
+from tests import tiny_runs
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 STUDENT = model.ModelConfig(
@@ -32,18 +33,8 @@ STUDENT = model.ModelConfig(
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("options")
-    for i in range(10):
-        (folder / f"{i}.txt").write_text(f"one and two are {i} " * 20)
-    config = configs.default()
-    config.model.update(
-        {k: v for k, v in vars(STUDENT).items() if v is not None and k != "model_type"}
-    )
-    config.data.update(source=str(folder), sequence_length=16, validation_fraction=0.3)
-    config.data.cache_dir = str(folder / "cache")
+    config = tiny_runs.config(tmp_path_factory.mktemp("options"), STUDENT)
     config.optimizer.learning_rate = 1e-2
-    config.training.update(num_steps=2, batch_size=8, log_every=1)
-    config.evaluation.update(batch_size=8, max_batches=1, final_max_batches=1)
     return config
 
 
