@@ -162,10 +162,10 @@ def result(sums: Sums | None) -> dict[str, object]:
     return {name: None if sums is None else m.value(sums) for name, m in kept.items()}
 
 
-def columns(kept: Mapping[str, Any]) -> dict[str, float | str]:
+def columns(result: Mapping[str, Any]) -> dict[str, float | str]:
     """The columns of results.csv, one number each, from a result.json; "" for a missing one."""
     return {
-        name: "" if kept.get(name) is None else float(m.column(kept[name]))
+        name: "" if result.get(name) is None else float(m.column(result[name]))
         for name, m in MEASURES.items()
         if m.column
     }

@@ -56,9 +56,9 @@ def methods(every: Sequence[Group]) -> str:
 
 def summary(every: Sequence[Group]) -> str:
     """A row per group, with its differences to its parent and to its dense control."""
-    rows, formats = [], {measures.columns: ".1f"}
+    rows, formats = [], [(measures.columns, ".1f")]
     if any("preferences" in group.first.result for group in every):
-        formats[answers.columns] = ".3g"
+        formats.append((answers.columns, ".3g"))
     for group in every:
         result = group.first.result
         half = comparisons.spread(group.bits)
@@ -75,7 +75,7 @@ def summary(every: Sequence[Group]) -> str:
             "parameters": _number(result["parameters"], "count"),
             "active": _number(result["active_parameters"], "count"),
         }
-        for columns, form in formats.items():
+        for columns, form in formats:
             for name, value in group.averages(columns).items():
                 row[name.replace("_", " ")] = _number(value, form)
         rows.append(row)

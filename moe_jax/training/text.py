@@ -101,8 +101,11 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
     of_folder = any(folders.is_folder(source.folder) for source in settings.init.sources)
     if data.named_sources == {"": "embedded"} and of_folder:
         distributed.say("config.data.source='embedded' is software help; set it to your own text")
-    if row.pairs:
-        _check_pairs(settings)
+    if row.pairs and data.mixture.is_set:
+        raise configs.ConfigError(
+            f"config.data.mixture is not for objective.name={settings.objective.name!r}, which "
+            "trains on pairs of a single source; set mixture.shares=()"
+        )
     with checks.refusing():
         form = chat.form_of(data)
     opened: dict[str, dict[str, TokenizedCorpus]] = {VALIDATION: {}}
@@ -155,24 +158,6 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
     per_document = settings.objective.average == "document"
     held_out = MixedText(opened[VALIDATION])
     return Text(*(opened, train, held_out, plans, stages, digests), per_document=per_document)
-
-
-def _check_pairs(settings: configs.Run) -> None:
-    """Refuses a setting that has no meaning for rows that hold the two answers of one pair."""
-    name, data = settings.objective.name, settings.data
-    if data.mixture.is_set:
-        raise configs.ConfigError(
-            f"config.data.mixture is not for objective.name={name!r}, which trains on pairs of a "
-            "single source; set mixture.shares=()"
-        )
-    of_data = ("conversations", "packing", "document_mask", "reset_positions")
-    for section, key in (*((data, key) for key in of_data), (settings.objective, "average")):
-        value, usual = getattr(section, key), type(section).__dataclass_fields__[key].default
-        if value != usual:
-            raise configs.ConfigError(
-                f"config.{section.path}.{key}={value!r} is not for objective.name={name!r}, whose "
-                f"rows hold the two answers of one pair; set {section.path}.{key}={usual!r}"
-            )
 
 
 def _open_pairs(
