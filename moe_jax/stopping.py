@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -114,12 +115,14 @@ def requests(take: Callable[[signal.Signals], None], *, until_exit: bool = False
     def handle(number, _):
         for other in heard:
             signal.signal(other, _end_at_once)
-        sys.unraisablehook = _unraisable
+        hooks.append(sys.unraisablehook)
+        sys.unraisablehook = functools.partial(_unraisable, hooks[0])
         if not _over.is_set():
             take(signal.Signals(number))
 
     _over.clear()
-    before, hook = {number: signal.getsignal(number) for number in heard}, sys.unraisablehook
+    before = {number: signal.getsignal(number) for number in heard}
+    hooks: list[Callable] = []  # that of before a signal; without a signal none is replaced
     for number in heard:
         signal.signal(number, handle)
     try:
@@ -129,7 +132,8 @@ def requests(take: Callable[[signal.Signals], None], *, until_exit: bool = False
             signal.signal(number, _ignore if until_exit else handler)
             if until_exit:  # Python's end puts back the defaults for all but what is SIG_IGN
                 atexit.register(signal.signal, number, signal.SIG_IGN)
-        sys.unraisablehook = hook
+        if hooks:
+            sys.unraisablehook = hooks[0]
 
 
 def _ignore(*_) -> None:  # unlike SIG_IGN, a handler is not inherited by other programs
@@ -140,7 +144,7 @@ def _end_at_once(*_) -> NoReturn:
     os._exit(EXIT_INTERRUPTED)
 
 
-def _unraisable(swallowed) -> None:
-    """Python's report of what a callback swallowed, unless it was raised to stop the program."""
+def _unraisable(report: Callable, swallowed) -> None:
+    """Reports what a callback swallowed, unless it was raised to stop the program."""
     if issubclass(swallowed.exc_type, Exception):
-        sys.__unraisablehook__(swallowed)
+        report(swallowed)

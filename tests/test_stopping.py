@@ -39,6 +39,38 @@ def test_without_a_signal_the_handlers_are_as_before(number, heard):
         signal.signal(number, before)
 
 
+LATE = """
+import signal, sys
+from moe_jax import stopping
+class Falls:
+    def __init__(self, kind):
+        self.kind = kind
+    def __del__(self):
+        raise self.kind("of a callback")
+with stopping.requests(print):
+    sys.unraisablehook = lambda swallowed: print("hook", swallowed.exc_type.__name__)
+    {signal}
+    Falls(SystemExit)
+    Falls(ValueError)
+Falls(ValueError)
+"""
+
+
+@pytest.mark.parametrize(
+    "signalled, said",
+    [
+        ("pass", ["hook SystemExit", "hook ValueError", "hook ValueError"]),
+        ("signal.raise_signal(signal.SIGTERM)", ["15", "hook ValueError", "hook ValueError"]),
+    ],
+)
+def test_errors_of_callbacks_reach_the_hook_that_a_library_needs_also_after_the_block(
+    signalled, said, heard
+):
+    program = LATE.replace("{signal}", signalled)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout.splitlines(), done.stderr) == (said, "")
+
+
 DONE = """
 import signal
 from moe_jax import stopping
