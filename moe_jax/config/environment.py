@@ -249,8 +249,8 @@ def changed_text(before: dict[str, str], now: dict[str, str], run: Run) -> list[
         key = f"config.data.mixture, source {name}:" if name else "config.data.source="
         raise ConfigError(
             f"{key}{run.data.named_sources.get(name, '')!r} (tokenizer {run.data.tokenizer!r}) "
-            f"holds another {split} text than when the run in --workdir began; restore the files, "
-            "set config.data.other_text=True, or give another --workdir"
+            f"holds another {split} text than when the run in --workdir began (tokens or labels "
+            "differ); restore the files, set config.data.other_text=True, or give another --workdir"
         )
     return [f"the {split} text is another" for split in changed]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_jax import files, stopping, strict_json
 
-VERSION = 5  # of the format
+VERSION = 6  # of the format
 MANIFEST = "manifest.json"  # it is written last, so a folder without it is unfinished
 ARRAYS = ("pairs.npy", "label_ids.npy")
 # The bit of a stored token that is not trained, such as a token of a prompt.
@@ -146,7 +146,7 @@ class TokenizedCorpus(Counted):
     bytes_per_label: tuple[int, ...]  # bytes of text
     documents_per_label: tuple[int, ...]
     byte_counts: tuple[int, ...]  # occurrences of each of the 256 bytes
-    digest: str  # a hash of all tokens: equal tokens have equal digests, whatever the file names
+    digest: str  # a hash of all tokens and labels: equal ones have equal digests in any files
     tokenizer: str  # the tokenizer's fingerprint
     shards: tuple[Shard, ...]
     skipped: Mapping[str, int]  # records that could not be used, by reason

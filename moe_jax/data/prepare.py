@@ -90,7 +90,7 @@ def open_corpus(
 
 
 def of_digest(digest: str, cache: pathlib.Path) -> TokenizedCorpus | None:
-    """The corpus of the folder `cache` with this hash of its tokens; None if there is none."""
+    """The corpus of the folder `cache` with this digest; None if there is none."""
     if not re.fullmatch("[0-9a-f]{64}", digest):
         return None
     for path in sorted((cache / "tokens").glob(f"*/{corpus.MANIFEST}")):

@@ -58,7 +58,8 @@ class Facts:
         """Counts a document with its tokens; returns the number of its label."""
         ids = found.ids_N
         own_bytes = np.frombuffer(found.text.encode(), np.uint8)
-        own = hashlib.sha256(len(ids).to_bytes(8, "little") + ids.tobytes()).digest()
+        content = len(ids).to_bytes(8, "little") + ids.tobytes() + document.label.encode()
+        own = hashlib.sha256(content).digest()
         counts = {document.label: np.array([1, len(own_bytes), found.targets])}
         self.add(Facts(counts, np.bincount(own_bytes, minlength=256), int.from_bytes(own), 1))
         return list(self.labels).index(document.label)

@@ -42,7 +42,7 @@ class Text:
     """The tokenized splits of a run's sources, and a plan of rows for each source to train on.
 
     opened: the corpora of each split, by source.
-    digests: a hash of the tokens of each split, by "SOURCE/SPLIT", or by split for a single source.
+    digests: those of each split's corpus, by "SOURCE/SPLIT", or by split for a single source.
     pairs: held-out pairs of answers for an objective on pairs, which trains on pairs too.
     per_document: the loss is a mean over documents, and not over tokens.
     """

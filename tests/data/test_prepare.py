@@ -60,14 +60,16 @@ def test_another_text_tokenizer_split_or_fraction_is_kept_elsewhere(tmp_path):
     assert len({corpus.folder for corpus in corpora}) == len(corpora)
 
 
-def test_equal_tokens_have_equal_digests_whatever_the_files_are_called(tmp_path):
+def test_equal_tokens_and_labels_have_equal_digests_whatever_the_files_are_called(tmp_path):
     named, renamed = (write(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
     edited = write(tmp_path / "edited.jsonl", [*RECORDS[:-1], {"text": "!", "doc": "last"}])
+    relabelled = write(tmp_path / "labels.jsonl", [{**RECORDS[0], "language": "xx"}, *RECORDS[1:]])
     joined = [{"text": "ab"}, {"text": "c"}], [{"text": "a"}, {"text": "bc"}]
     texts = [
         named,
         renamed,
         edited,
+        relabelled,
         *(write(tmp_path / f"{i}.jsonl", j) for i, j in enumerate(joined)),
     ]
     first, second, *others = (open_corpus(text, tmp_path).digest for text in texts)
