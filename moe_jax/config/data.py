@@ -10,6 +10,13 @@ from moe_jax.config.mixture import Mixture
 from moe_jax.config.objectives import TEXT
 from moe_jax.config.section import Section, key, part
 from moe_jax.data.packings import PACKINGS
+from moe_jax.model.fields import Need
+
+# A folder that prepare_data has made holds tokens, labels and splits already.
+READ = Need(
+    lambda run: any(not s.startswith("prepared:") for s in run.data.named_sources.values()),
+    "a config.data.source that is not prepared",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,7 @@ class Data(Section, path="data", fixed=True):
         0, "processes that make batches; 0 uses threads of this one", NOT_NEGATIVE, fixed=False
     )
     validation_fraction: float = key(
-        0.05, "share of documents to hold out if no file or split is named validation", SHARE
+        0.05, "share of documents to hold out if no file or split is named validation", SHARE, READ
     )
     skip_batches: tuple = key(
         (),
@@ -77,25 +84,31 @@ class Data(Section, path="data", fixed=True):
         "most characters of a line of .jsonl or a record's text; a longer one is refused, for it "
         "has to fit into memory several times",
         POSITIVE,
+        READ,
         fixed=False,
     )
     text_field: str = key(
-        "text", "field of a record that has its text; a dot leads into a field: meta.text"
+        "text",
+        "field of a record that has its text; a dot leads into a field: meta.text",
+        None,
+        READ,
     )
     label_field: str = key(
-        "", "field of a record by which losses are reported; empty: language, or lang"
+        "", "field of a record by which losses are reported; empty: language, or lang", None, READ
     )
     label_pattern: str = key(
         "",
         "regular expression whose first group, found in a file's name or folder, is the label of "
         "its records that have none of their own",
         checks.pattern,
+        READ,
     )
     skip_damaged: int = key(
         0,
         "most records that may be skipped because they cannot be used; each is counted, and with 0 "
         "the first is refused",
         NOT_NEGATIVE,
+        READ,
         fixed=False,  # the tokens themselves are compared
     )
     cache_dir: str = key(

@@ -96,6 +96,7 @@ def test_a_key_of_balance_is_refused_for_a_dense_model(key):
 SPARSE = {"model.num_experts": 4}
 MERGED = {**SPARSE, "model.dispatch": "merge", "model.merge_segment_length": 128}
 BIASED = {**SPARSE, "model.router": "sigmoid_topk"}
+PREPARED = {"data.source": "prepared:tokens"}
 UPCYCLED = {"init.source": "a", "init.upcycle.recipe": "merge_back"}
 
 
@@ -141,6 +142,8 @@ UPCYCLED = {"init.source": "a", "init.upcycle.recipe": "merge_back"}
         ({}, "objective.distillation.temperature", 2.0, "config.objective.distillation.source"),
         ({}, "evaluation.continuation_tokens", 5, "config.evaluation.prompts"),
         (UPCYCLED, "init.upcycle.router", "normal", "recipe that makes a mixture"),
+        (PREPARED, "data.label_field", "topic", "config.data.source that is not prepared"),
+        (PREPARED, "data.validation_fraction", 0.5, "config.data.source that is not prepared"),
     ],
 )
 def test_a_key_that_another_key_switches_off_is_refused_with_that_key(others, key, value, needed):
