@@ -117,9 +117,8 @@ def main() -> None:
             for system, talk in talks.items()
             for turns in (1, 2)
         }
-        if (
-            family == "chatml"
-        ):  # Qwen2.5's template writes a system turn of its own if there is none
+        # Qwen2.5's template writes a system turn of its own if there is none.
+        if family == "chatml":
             whole = {name: record for name, record in whole.items() if "system" in name}
         if family in PUBLISHED:
             original = getattr(chat_template_utils, f"{PUBLISHED[family]}_chat_template")
