@@ -48,28 +48,36 @@ def conversation(record: Mapping[str, Any]) -> Conversation:
 
     Raises: ValueError, whose message begins with ":" or a space, for a record that has none.
     """
-    tools = record.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(map(_is_mapping, tools))):
-        raise ValueError(': "tools" is not a list of objects')
     prompt = 0
     if "messages" in record:
         messages = messages_of(record, "messages")
     elif "conversations" in record:
         messages = [_of_sharegpt(message) for message in messages_of(record, "conversations")]
     elif "prompt" in record and "completion" in record:
-        asked = _turns(record, "prompt", "user")
-        messages, prompt = [*asked, *_turns(record, "completion", ASSISTANT)], len(asked)
+        asked = turns(record, "prompt", "user")
+        messages, prompt = [*asked, *turns(record, "completion", ASSISTANT)], len(asked)
     else:
         raise ValueError(f" has none of {FORMS}")
+    return of_messages(record, messages, prompt)
+
+
+def of_messages(record: Mapping[str, Any], messages: Sequence[Any], first: int) -> Conversation:
+    """The conversation of a record's messages, with its tools; `first` is as in `Conversation`.
+
+    Raises: ValueError as `conversation` does.
+    """
+    tools = record.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(map(_is_mapping, tools))):
+        raise ValueError(': "tools" is not a list of objects')
     for number, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, str | list | None):
             raise ValueError(f': message {number} has no "role", or a "content" that is no text')
         if content is None and not message.get("tool_calls"):
             raise ValueError(f": message {number} has neither content nor tool calls")
-    if not any(message["role"] == ASSISTANT for message in messages[prompt:]):
+    if not any(message["role"] == ASSISTANT for message in messages[first:]):
         raise ValueError(": no message is the assistant's")
-    return Conversation(tuple(messages), tuple(tools) if tools else None, prompt)
+    return Conversation(tuple(messages), tuple(tools) if tools else None, first)
 
 
 def _is_mapping(value: Any) -> bool:
@@ -84,7 +92,7 @@ def messages_of(record: Mapping[str, Any], field: str) -> list[Any]:
     return value
 
 
-def _turns(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
+def turns(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
     """The messages of a field that is text or a list of messages."""
     text = record[field]
     return (
