@@ -29,6 +29,7 @@ def test_a_run_learns_answers_and_is_evaluated_and_asked_in_its_own_template(
         num_attention_heads=2,
         num_experts=4,
         num_experts_per_tok=2,
+        remat="none",
     )
     config.data.update(
         source=str(tmp_path / "talks.jsonl"),

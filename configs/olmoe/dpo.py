@@ -5,9 +5,10 @@
 
 arXiv 2409.02060: 3 epochs at 5e-7 with beta 0.1. The load-balancing loss is off, which gave 57.7 on
 average against 57.1 with it (--config.balance.load_balancing_coefficient=0.01). docs/adaptation.md
-says what a line of data.source is; the 61 k pairs of the paper (UltraFeedback) are not in this
-repository. A row holds one pair, so the batch is 32 pairs. The router is trained;
---config.optimizer.frozen=moe/router keeps it.
+says what a record of data.source is; the 61 k pairs of the paper (UltraFeedback) are not in this
+repository. Prompts and answers are messages, or texts that stand for one message each, and the chat
+template is that of the tokenizer's folder. A row holds one pair, so the batch is 32 pairs. The
+router is trained; --config.optimizer.frozen=moe/router keeps it.
 
 Differs from the paper: the schedule falls to 0 by a cosine instead of linearly,
 with a warmup of 570 steps, a tenth of those of 61 k pairs.
@@ -24,6 +25,7 @@ def get_config():
     config.model.remat = "full"
     config.init.source = "runs/olmoe-1b-7b-sft"
     config.data.source = "data/pairs/*.jsonl"
+    config.data.conversations = True
     config.data.sequence_length = 4096  # of both answers together
     config.objective.name = "dpo"
     config.objective.preference.reference = config.init.get_ref("source")

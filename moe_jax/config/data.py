@@ -42,7 +42,7 @@ class Data(Section, path="data", fixed=True):
         False, "allows a run to go on with another text than it began with", fixed=False
     )
     conversations: bool = key(
-        False, "records are conversations, of which the assistant's turns are trained", None, TEXT
+        False, "records are conversations, of which the assistant's turns are trained"
     )
     chat_template: str = key(
         "",

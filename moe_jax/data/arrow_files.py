@@ -100,9 +100,11 @@ def _arrow_file(path: stored.Path):
 
 def _columns(path: stored.Path, schema, reading: Reading, rows: int = 1) -> list[str]:
     """Those of the fields that the file has."""
-    if reading.conversations:
-        return [name for name in schema.names if name in reading.columns]
-    field = reading.text_field
+    field, columns = reading.text_field, reading.columns
+    is_preference = field not in schema.names and policy.is_preference(schema.names)
+    columns |= set(policy.PREFERENCE) if is_preference else set()
+    if reading.conversations or is_preference:
+        return [name for name in schema.names if name in columns]
     inside = field not in schema.names and "." in field
     name = field.partition(".")[0] if inside else field
     if schema.names.count(name) != 1:
@@ -120,7 +122,7 @@ def _columns(path: stored.Path, schema, reading: Reading, rows: int = 1) -> list
             "a file without a text column",
             rows,
         )
-    return [name for name in schema.names if name in reading.columns]
+    return [name for name in schema.names if name in columns]
 
 
 def _rows(path: stored.Path, first: int, batch, reading: Reading, label: str) -> Records:

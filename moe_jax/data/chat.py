@@ -4,8 +4,8 @@ A model is tuned on the assistant's turns only: all that it would generate itsel
 that end a turn. Where a template marks this by {% generation %}, the marks decide. Elsewhere a turn
 is what its rendering adds to the rendering of the messages before it, as a prompt; both must be
 beginnings of the text of the whole conversation. Some templates write earlier turns in another way
-than the last one (Qwen3 leaves out their thoughts); there, a turn is what stands at the place of
-the message's content, up to and with the first special token. A template for which neither holds
+than the last one (Qwen3 leaves out their thoughts); such a turn is what stands at the place of the
+message's content, up to and with the first special token. A template for which neither holds
 exactly is refused.
 """
 
@@ -48,28 +48,36 @@ def conversation(record: Mapping[str, Any]) -> Conversation:
 
     Raises: ValueError, whose message begins with ":" or a space, for a record that has none.
     """
-    tools = record.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(map(_is_mapping, tools))):
-        raise ValueError(': "tools" is not a list of objects')
     prompt = 0
     if "messages" in record:
         messages = messages_of(record, "messages")
     elif "conversations" in record:
         messages = [_of_sharegpt(message) for message in messages_of(record, "conversations")]
     elif "prompt" in record and "completion" in record:
-        asked = _turns(record, "prompt", "user")
-        messages, prompt = [*asked, *_turns(record, "completion", ASSISTANT)], len(asked)
+        asked = turns(record, "prompt", "user")
+        messages, prompt = [*asked, *turns(record, "completion", ASSISTANT)], len(asked)
     else:
         raise ValueError(f" has none of {FORMS}")
+    return of_messages(record, messages, prompt)
+
+
+def of_messages(record: Mapping[str, Any], messages: Sequence[Any], first: int) -> Conversation:
+    """The conversation of a record's messages, with its tools; `first` is as in `Conversation`.
+
+    Raises: ValueError as `conversation` does.
+    """
+    tools = record.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(map(_is_mapping, tools))):
+        raise ValueError(': "tools" is not a list of objects')
     for number, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, str | list | None):
             raise ValueError(f': message {number} has no "role", or a "content" that is no text')
         if content is None and not message.get("tool_calls"):
             raise ValueError(f": message {number} has neither content nor tool calls")
-    if not any(message["role"] == ASSISTANT for message in messages[prompt:]):
+    if not any(message["role"] == ASSISTANT for message in messages[first:]):
         raise ValueError(": no message is the assistant's")
-    return Conversation(tuple(messages), tuple(tools) if tools else None, prompt)
+    return Conversation(tuple(messages), tuple(tools) if tools else None, first)
 
 
 def _is_mapping(value: Any) -> bool:
@@ -84,7 +92,7 @@ def messages_of(record: Mapping[str, Any], field: str) -> list[Any]:
     return value
 
 
-def _turns(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
+def turns(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
     """The messages of a field that is text or a list of messages."""
     text = record[field]
     return (
@@ -117,44 +125,56 @@ def render(template: ChatTemplate, talk: Conversation, special: Sequence[str] = 
       show exactly where the assistant's turns are.
     """
     turns = [i for i, one in enumerate(talk.messages) if one["role"] == ASSISTANT]
+    trained = [turn for turn in turns if turn >= talk.first]
     try:
         whole = template.render(talk.messages, tools=talk.tools)
-        spans: Sequence[Span] | None = whole.generated
-        if template.marks_generation:
-            if len(whole.generated) != len(turns):
-                raise ValueError(
-                    f"the chat template of {template.place} marks {len(whole.generated)} of "
-                    f"{len(turns)} turns as generated"
-                )
-        else:
-            spans = _by_beginnings(template, talk, turns, whole.text)
-            spans = spans or _by_contents(template, talk, turns, whole.text, special)
+        if not template.marks_generation:
+            return Answers(whole.text, _spans(template, talk, trained, whole.text, special))
     except ValueError as error:
         raise ValueError(f": {error}") from None
-    if not spans:
+    if len(whole.generated) != len(turns):
         raise ValueError(
-            f": the chat template of {template.place} does not show where the assistant's turns "
-            "are; mark them in it by {% generation %} … {% endgeneration %}"
+            f": the chat template of {template.place} marks {len(whole.generated)} of "
+            f"{len(turns)} turns as generated"
         )
-    trained = [span for turn, span in zip(turns, spans, strict=True) if turn >= talk.first]
-    return Answers(whole.text, tuple(trained))
+    return Answers(whole.text, whole.generated[len(turns) - len(trained) :])
 
 
-def _by_beginnings(
-    template: ChatTemplate, talk: Conversation, turns: Sequence[int], text: str
-) -> list[Span] | None:
-    """The spans that each assistant's message adds, or None if the renderings do not continue."""
-    spans = []
-    for turn in turns:
-        before, with_turn = talk.messages[:turn], talk.messages[: turn + 1]
-        prompt = template.render(before, tools=talk.tools, prompt=True).text
-        until = text
-        if len(with_turn) < len(talk.messages):
-            until = template.render(with_turn, tools=talk.tools).text
-        if not (until.startswith(prompt) and text.startswith(until)):
-            return None
-        spans.append((len(prompt), len(until)))
+def _spans(
+    template: ChatTemplate,
+    talk: Conversation,
+    turns: Sequence[int],
+    text: str,
+    special: Sequence[str],
+) -> tuple[Span, ...]:
+    """The spans of turns without marks: by their beginnings, and elsewhere by their contents."""
+    found = [_by_beginning(template, talk, turn, text) for turn in turns]
+    if None in found:
+        contents = _by_contents(template, talk, turns, text, special) or []
+        # What the model writes before a content, such as a space, in the turns that are exact.
+        both = [(one, other) for one, other in zip(found, contents, strict=False) if one]
+        lead = text[both[-1][0][0] : both[-1][1][0]] if both else ""
+        for i, (start, stop) in enumerate(contents):
+            begins = start - len(lead) if text.endswith(lead, 0, start) else start
+            found[i] = found[i] or (begins, stop)
+    spans = tuple(span for span in found if span)
+    if len(spans) < len(turns):
+        raise ValueError(
+            f"the chat template of {template.place} does not show where the assistant's turns are; "
+            "mark them in it by {% generation %} … {% endgeneration %}"
+        )
     return spans
+
+
+def _by_beginning(template: ChatTemplate, talk: Conversation, turn: int, text: str) -> Span | None:
+    """The span that an assistant's message adds, or None if the renderings do not continue."""
+    before, with_turn = talk.messages[:turn], talk.messages[: turn + 1]
+    prompt = template.render(before, tools=talk.tools, prompt=True).text
+    until = text
+    if len(with_turn) < len(talk.messages):
+        until = template.render(with_turn, tools=talk.tools).text
+    is_added = until.startswith(prompt) and text.startswith(until)
+    return (len(prompt), len(until)) if is_added else None
 
 
 def _by_contents(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.data import chat
+from moe_jax.data import chat, chat_pairs, policy
 from moe_jax.data.policy import KEYS, Reading, UnusableError, check_length
 
 TRAIN, VALIDATION = "train", "validation"
@@ -29,7 +29,8 @@ class Document:
     label: str  # losses are reported by this label: a language, or "all"
     conversation: chat.Conversation | None = None  # `text` is then what its messages say
     labels: Mapping[str, str] | None = None  # further labels by kind, such as {"domain": "code"}
-    preference: Preference | None = None  # `text` is then its prompt and an answer
+    # `text` is then its prompt and an answer, and so is the conversation, if there is one.
+    preference: Preference | chat_pairs.Pair | None = None
 
 
 def is_held_out(key: str, fraction: float) -> bool:
@@ -102,19 +103,23 @@ def from_record(
 def _of_conversation(
     record: Mapping[str, Any], reading: Reading, label: str
 ) -> tuple[str, Document]:
-    """The key is the first message, so that no prompt is in both splits."""
+    """The key is the first message after those of the system, so that no question is in both
+    splits. A pair's conversation is that with the chosen answer."""
     try:
-        talk = chat.conversation(record)
-        text = "\n".join(str(message.get("content") or "") for message in talk.messages)
-        text.encode()
+        given = chat_pairs.pair(record) if reading.pairs else None
+        talks = given.both if given else (chat.conversation(record),)
+        texts = ["\n".join(str(one.get("content") or "") for one in t.messages) for t in talks]
+        "".join(texts).encode()
     except UnicodeEncodeError:
         raise UnusableError(" has half a surrogate pair", "half a surrogate pair") from None
     except ValueError as error:
         raise UnusableError(str(error), "no conversation") from None
-    check_length(text, reading.max_line)
-    first = str(talk.messages[0].get("content"))
+    for text in texts:
+        check_length(text, reading.max_line)
+    first = str(next(one for one in talks[0].messages if one["role"] != "system").get("content"))
     key = str(next((record[k] for k in KEYS if record.get(k) not in (None, "")), first))
-    return key, Document(text, _label(record, reading) or label, conversation=talk)
+    label = _label(record, reading) or label
+    return key, Document(texts[0], label, conversation=talks[0], preference=given)
 
 
 def _label(record: Mapping[str, Any], reading: Reading) -> str:
@@ -144,13 +149,17 @@ def _value(record: Mapping[str, Any], field: str) -> Any:
 
 def _preference(record: Mapping[str, Any]) -> Preference | None:
     """The preference of a record; None for a record of another form."""
-    is_pair = "chosen" in record or "rejected" in record
-    if "prompt" not in record or not (is_pair or {"completion", "label"} <= record.keys()):
+    if not policy.is_preference(record):
         return None
+    is_pair = "chosen" in record or "rejected" in record
     names = ("chosen", "rejected") if is_pair else ("completion",)
     for name in ("prompt", *names):
         if not isinstance(record.get(name), str):
-            raise UnusableError(f': "{name}" of a preference is not a string', "a damaged pair")
+            raise UnusableError(
+                f': "{name}" of a preference is not a string; for messages, set '
+                "data.conversations=True",
+                "a damaged pair",
+            )
     if is_pair:
         return Preference(record["prompt"], record["chosen"], record["rejected"])
     if not isinstance(label := record["label"], bool):

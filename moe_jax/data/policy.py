@@ -2,13 +2,16 @@
 
 import collections
 import dataclasses
+from collections.abc import Container
 from typing import Any
 
 from moe_jax import stopping
 from moe_jax.parallel import distributed
 
 LABELS, KEYS = ("language", "lang"), ("doc", "id")
-CONVERSATION = ("messages", "conversations", "prompt", "completion", "tools")  # its fields
+PREFERENCE = ("prompt", "chosen", "rejected", "completion", "label")  # its fields
+LABELLED = ("prompt", "completion", "label")  # those of a preference with one answer
+CONVERSATION = ("messages", "conversations", "tools", *PREFERENCE)  # its fields
 MOST_NAMED = 20  # skipped records that are named in the output; the others are counted
 
 
@@ -27,6 +30,7 @@ class Reading:
     label_pattern: str = ""
     skip_damaged: int = 0  # the most records that may be skipped; the first is refused by default
     conversations: bool = False  # records are conversations (`chat.conversation`), not text
+    pairs: bool = False  # with `conversations`: they are preferences (`chat_pairs.pair`)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -44,17 +48,23 @@ class Reading:
         """All that decides which documents a source has, for the key of a cache."""
         found = [self.text_field, self.label_field, self.label_pattern, self.skip_damaged]
         found.append(self.max_line if self.skip_damaged else None)
-        return [*found, "conversations"] if self.conversations else found
+        found += ["conversations by question"] * self.conversations
+        return [*found, "pairs"] if self.pairs and self.conversations else found
+
+
+def is_preference(fields: Container[str]) -> bool:
+    """True if a record with these fields is a preference: two answers, or one with a label."""
+    return "chosen" in fields or "rejected" in fields or all(name in fields for name in LABELLED)
 
 
 STRICT = Reading()  # refuses the first record that cannot be used
 
 
-def of_config(data: Any) -> Reading:
-    """The part of a run's `config.data` that says how records are read."""
-    return Reading(
-        **{field.name: getattr(data, field.name) for field in dataclasses.fields(Reading)}
-    )
+def of_config(data: Any, *, pairs: bool = False) -> Reading:
+    """The part of a run's `config.data` that says how records are read; `pairs` if it trains on
+    preferences."""
+    names = [field.name for field in dataclasses.fields(Reading) if field.name != "pairs"]
+    return Reading(**{name: getattr(data, name) for name in names}, pairs=pairs)
 
 
 class UnusableError(ValueError):

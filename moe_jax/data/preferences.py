@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from moe_jax import files, strict_json
-from moe_jax.data import sources
+from moe_jax.data import chat, chat_pairs, policy, sources
 from moe_jax.data.batches import Columns
 from moe_jax.data.cache import DATASETS, writing
 from moe_jax.data.document import Document
@@ -148,15 +148,18 @@ def open_pairs(
     validation_fraction: float,
     cache: pathlib.Path,
     reading: Reading = STRICT,
+    form: chat.Form | None = None,
 ) -> PairCorpus:
     """The pairs of a split as records, from the folder `cache` if it has them.
+
+    `form` says how conversations become tokens.
 
     Raises: ValueError if the split has no pairs that fit into a row, or a document is none.
     """
     datasets = cache / DATASETS
     content = sources.fingerprint(source, datasets)
     key = [FORMAT, content, split, validation_fraction, tokenizer.fingerprint, sequence_length]
-    key.append(reading.key)
+    key += [reading.key, *([form.key] if form else [])]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     folder = cache / "pairs" / name
     if not folder.exists():
@@ -169,7 +172,7 @@ def open_pairs(
             reading=reading,
             skipped=skipped,
         )
-        found = of_documents(documents, tokenizer, sequence_length)
+        found = of_documents(documents, tokenizer, sequence_length, form, skipped)
         found.counts.update(skipped.by_reason)
         if not found.counts["pairs"]:
             raise ValueError(
@@ -203,29 +206,30 @@ def load(folder: pathlib.Path) -> PairCorpus:
 
 
 def of_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, sequence_length: int
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    form: chat.Form | None = None,
+    skipped: Skipped | None = None,
 ) -> PairCorpus:
-    """The pairs of documents that have a `preference`, tokenized as plain strings.
+    """The pairs of documents that have a `preference`.
 
-    The prompt and its answers are tokenized apart, so that a token is of one of them.
+    Conversations are tokenized as `form` says. The prompt and the answers of plain strings are
+    tokenized apart, so that a token is of one of them. `skipped` counts documents that cannot be
+    tokenized.
 
-    Raises: ValueError for a document without a preference.
+    Raises: ValueError for a document without a preference, and for one that cannot be tokenized.
     """
+    skipped = skipped or Skipped(0)
     records: list[tuple[np.ndarray, int]] = []
     counts = collections.Counter({"pairs": 0, CUT: 0, LEFT_OUT: 0})
 
-    def answer(text: str | None) -> np.ndarray | None:
-        return None if text is None else np.append(tokenizer.encode(text), tokenizer.eos_id)
-
     for document in documents:
-        given = document.preference
-        if given is None:
-            raise ValueError(
-                f'data.source: {document.text[:40]!r} … is no pair; give "prompt", "chosen" and '
-                '"rejected", or config.objective.name="next_token" for text'
-            )
-        prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode(given.prompt)])
-        made = pair_rows(prompt, answer(given.chosen), answer(given.rejected), sequence_length)
+        try:
+            made = pair_rows(*_ids(document, tokenizer, form), sequence_length)
+        except policy.UnusableError as error:
+            skipped.add(policy.refusal(f"{document.text[:40]!r} …", error))
+            continue
         counts.update([LEFT_OUT] if made is None else ["pairs", *[CUT] * made[2]])
         records += made[:2] if made else ()
     tokens_X = np.concatenate([tokens for tokens, _ in records] or [np.zeros(0, np.uint32)])
@@ -234,6 +238,35 @@ def of_documents(
     return PairCorpus(
         *(tokens_X, ends_R, answers_R), dict(counts), _digest(tokens_X, ends_R, answers_R)
     )
+
+
+def _ids(
+    document: Document, tokenizer: Tokenizer, form: chat.Form | None
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """The tokens of the prompt, of the chosen and of the rejected answer.
+
+    Raises: ValueError as `of_documents` does.
+    """
+    given = document.preference
+    if isinstance(given, chat_pairs.Pair):
+        assert form is not None
+        special = tuple(tokenizer.special_tokens)
+        try:
+            return chat_pairs.ids(given, form, tokenizer.with_offsets, special)
+        except ValueError as error:
+            raise policy.UnusableError(str(error), "answers without tokens of their own") from None
+    if given is None:
+        raise policy.UnusableError(
+            ' is no pair; give "prompt", "chosen" and "rejected", or '
+            'config.objective.name="next_token" for text',
+            "no pair",
+        )
+
+    def answer(text: str | None) -> np.ndarray | None:
+        return None if text is None else np.append(tokenizer.encode(text), tokenizer.eos_id)
+
+    prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode(given.prompt)])
+    return prompt, answer(given.chosen), answer(given.rejected)
 
 
 def _digest(*arrays: np.ndarray) -> str:

@@ -119,7 +119,7 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
                     *(spec, split, tokenizer),
                     validation_fraction=data.validation_fraction,
                     cache=cache,
-                    reading=policy.of_config(data),
+                    reading=policy.of_config(data, pairs=row.pairs),
                     form=form,
                 )
     if form and not any(text.weighted for found in opened.values() for text in found.values()):
@@ -133,7 +133,7 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
         for name, corpus in corpora.items()
     }
     if row.pairs:
-        pairs = _open_pairs(settings, tokenizer, cache)
+        pairs = _open_pairs(settings, tokenizer, cache, form)
         length, seed = data.sequence_length, settings.seed
         by_name = {"": PairPlan(pairs[TRAIN].pairs, sequence_length=length, seed=seed)}
         held_out, digests = MixedText(opened[VALIDATION]), digests | {TRAIN: pairs[TRAIN].digest}
@@ -161,7 +161,10 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
 
 
 def _open_pairs(
-    settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pathlib.Path
+    settings: configs.Run,
+    tokenizer: tokenizers.Tokenizer,
+    cache: pathlib.Path,
+    form: chat.Form | None,
 ) -> dict[str, PairCorpus]:
     """The pairs of answers of each split. Raises: ConfigError for a source without any."""
     data, row = settings.data, objective.choose(settings.objective.name)
@@ -173,7 +176,8 @@ def _open_pairs(
                 sequence_length=data.sequence_length,
                 validation_fraction=data.validation_fraction,
                 cache=cache,
-                reading=policy.of_config(data),
+                reading=policy.of_config(data, pairs=True),
+                form=form,
             )
         counts = ", ".join(f"{name}: {number:,}" for name, number in pairs.counts.items())
         distributed.say(f"{split} {counts}")

@@ -29,6 +29,8 @@ ENDS = {
     "mistral": "</s>",
     "qwen3": "<|im_end|>",
 }
+# Qwen3 writes thoughts, here empty ones, and a line break in the last turn only.
+LAST = {"qwen3": "<think>\n\n</think>\n\n{}<|im_end|>\n"}
 
 
 def template(name):
@@ -50,8 +52,12 @@ def answers(name, messages, **how):
 @pytest.mark.parametrize("name", ENDS)
 def test_the_assistants_turns_with_their_ends_are_trained_and_nothing_else(name, system):
     text, trained = answers(name, [SYSTEM] * system + TALK)
-    for turn, message in zip(trained, (TALK[1], TALK[3]), strict=True):
-        assert turn.strip(" ") == (message["content"] + ENDS[name]).strip(" ")
+    begin = " " if name in ("llama2", "mistral") else ""
+    shown = begin + "{}" + ENDS[name]
+    assert trained == [
+        shown.format("A matrix."),
+        LAST.get(name, shown).format("A small network."),
+    ]
     rest = text
     for turn in trained:
         rest = rest.replace(turn, "", 1)

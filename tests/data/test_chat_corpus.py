@@ -1,5 +1,6 @@
 """Conversations as token records: the loss is that of the answers, whatever happens to prompts."""
 
+import functools
 import json
 
 import jax
@@ -88,14 +89,23 @@ CONFIG = model.ModelConfig(
 )
 
 
+@functools.cache
+def parameters():
+    return jax.jit(lambda key: model.init(CONFIG, key))(jax.random.key(0))
+
+
+@jax.jit
+def token_losses(params, batch):
+    x_BTD, _ = objective.hidden_states(params, batch, None, CONFIG)
+    return objective.token_losses(params, x_BTD, batch)
+
+
 def test_a_changed_prompt_target_changes_no_loss_and_a_changed_answer_changes_its_own(tmp_path):
     batch = made(opened(tmp_path))
-    params = model.init(CONFIG, jax.random.key(0))
-    x_BTD, _ = objective.hidden_states(params, batch, None, CONFIG)
 
     def losses(targets_BT):
         changed = batch.replace(targets_BT=targets_BT)
-        return np.asarray(objective.token_losses(params, x_BTD, changed) * batch.weights_BT)
+        return np.asarray(token_losses(parameters(), changed) * batch.weights_BT)
 
     before = losses(batch.targets_BT)
     is_answer = batch.weights_BT > 0
@@ -109,13 +119,11 @@ def test_a_changed_prompt_target_changes_no_loss_and_a_changed_answer_changes_it
 
 def test_the_held_out_loss_is_that_of_the_answers(tmp_path):
     held_out = MixedText({"": opened(tmp_path)})
-    how = {"sequence_length": T, "batch_size": 3, "columns": held_out.columns()}
+    how = {"sequence_length": T, "batch_size": 2, "columns": held_out.columns()}
     (batch,) = batches.evaluation_batches(held_out, **how)
-    params = model.init(CONFIG, jax.random.key(0))
     step = perplexity.make_eval_step(CONFIG, len(held_out.labels))
-    found = perplexity.evaluate(step, params, [batch], held_out.bytes_per_token).loss()
-    x_BTD, _ = objective.hidden_states(params, batch, None, CONFIG)
-    nats_BT = np.asarray(objective.token_losses(params, x_BTD, batch))
+    found = perplexity.evaluate(step, parameters(), [batch], held_out.bytes_per_token).loss()
+    nats_BT = np.asarray(token_losses(parameters(), batch))
     assert found.held_out_tokens == held_out.num_tokens == batch.weights_BT.sum()
     expected = (nats_BT * batch.weights_BT).sum() / batch.weights_BT.sum()
     assert found.loss == pytest.approx(expected, rel=1e-5)

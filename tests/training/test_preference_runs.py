@@ -16,7 +16,7 @@ from moe_jax.analysis import answers
 from moe_jax.data import document, preferences, tokenizers
 from moe_jax.data.policy import STRICT
 from moe_jax.parallel import mesh as meshes
-from moe_jax.training import metrics, reference
+from moe_jax.training import metrics, reference, text
 
 START = model.ModelConfig(
     vocab_size=259,
@@ -54,6 +54,39 @@ def run(tmp_path_factory):
     config.training.update(num_steps=0, num_epochs=2.5, batch_size=8, log_every=1, log_to=())
     config.evaluation.update(batch_size=16, every_steps=10, max_batches=1, final_max_batches=1)
     return config
+
+
+def test_a_run_on_messages_has_the_pairs_of_one_on_plain_strings(run, tmp_path):
+    """The template writes the prompt and the answer as they are, between begin and end token."""
+    config = run.copy_and_resolve_references()
+    (tmp_path / "bare.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    )
+    with open(tmp_path / "talks.jsonl", "w") as file:
+        for line in pathlib.Path(run.data.source).read_text().splitlines():
+            pair = json.loads(line)
+            asked = {"role": "user", "content": pair["prompt"]}
+            for name in ("chosen", "rejected"):
+                pair[name] = [asked, {"role": "assistant", "content": pair[name]}]
+            file.write(json.dumps(pair) + "\n")
+    config.data.update(source=str(tmp_path / "talks.jsonl"), conversations=True)
+    config.data.chat_template = str(tmp_path / "bare.jinja")
+    plain, made = (
+        text.open_text(configs.resolve(one), tokenizers.load("bytes"), pathlib.Path(tmp_path))
+        for one in (run, config)
+    )
+    assert made.digests["train"] == plain.digests["train"]
+    assert made.pairs.digest == plain.pairs.digest
+    # The held-out text is the same, but the loss of messages is that of the chosen answers.
+    held_out, weighted = plain.held_out, made.held_out
+    assert (
+        held_out.num_tokens
+        > weighted.num_tokens
+        == sum(
+            int(made.pairs.weights(record).sum()) for record in range(0, len(made.pairs.pairs), 2)
+        )
+    )
 
 
 def rows_of(workdir, key):
@@ -136,7 +169,7 @@ REFUSED = {
     },
     "average='document' has no effect": {"objective.average": "document"},
     "label_smoothing=0.1 has no effect": {"objective.preference.label_smoothing": 0.1},
-    "data.conversations=True has no effect": {"data.conversations": True},
+    "for messages, set data.conversations=True": {"data.source": "messages"},
     "data.packing='best_fit' has no effect": {"data.packing": "best_fit"},
     "data.reset_positions=False has no effect": {"data.reset_positions": False},
     "set exactly one of them": {"training.num_steps": 10},
@@ -148,16 +181,24 @@ REFUSED = {
 }
 
 
+WRONG = {
+    "text": lambda i: {"text": f"text {i}"},
+    "unpaired": lambda i: {"prompt": f"{i}", "completion": "b", "label": True},
+    "messages": lambda i: {
+        name: [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": name}]
+        for name in ("chosen", "rejected")
+    },
+}
+
+
 @pytest.mark.parametrize("complaint", REFUSED)
 def test_what_cannot_be_is_refused_in_one_line(complaint, run, tmp_path):
     config = run.copy_and_resolve_references()
     for key, value in REFUSED[complaint].items():
         *sections, name = key.split(".")
         functools.reduce(getattr, sections, config)[name] = value
-    if config.data.source in ("text", "unpaired"):
-        rows = [{"text": f"text {i}"} for i in range(20)]
-        if config.data.source == "unpaired":
-            rows = [{"prompt": f"{i}", "completion": "b", "label": True} for i in range(20)]
+    if config.data.source in WRONG:
+        rows = [WRONG[config.data.source](i) for i in range(20)]
         config.data.source = str(tmp_path / "rows.jsonl")
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.raises(configs.ConfigError) as error:

@@ -216,8 +216,13 @@ def test_a_step_is_the_same_accumulated_with_a_mean_over_the_whole_batch():
 def test_a_step_is_the_same_on_eight_devices_and_with_a_cached_reference():
     batch, reference = batch_of([[pair] for pair in random_pairs(16)]), parameters(1)
     whole = step_of("dpo", batch, reference)
-    x_BTD, _ = objective.hidden_states(reference, batch, None, MOE)
-    cached = batch.replace(reference_BT=-objective.token_losses(reference, x_BTD, batch))
+
+    @jax.jit
+    def log_probs(reference):
+        x_BTD, _ = objective.hidden_states(reference, batch, None, MOE)
+        return -objective.token_losses(reference, x_BTD, batch)
+
+    cached = batch.replace(reference_BT=log_probs(reference))
     mesh = meshes.make({"data": 2, "fsdp": 2, "expert": 2})
     spread = step_of("dpo", cached, mesh=mesh, accumulation_steps=2)
     assert_equal_steps(spread, whole, rtol=2e-6)
