@@ -10,6 +10,7 @@ from moe_jax.data import chat, chat_pairs, policy
 from moe_jax.data.policy import KEYS, Reading, UnusableError, check_length
 
 TRAIN, VALIDATION = "train", "validation"
+LONGEST_LABEL = 200  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,12 @@ def _label(record: Mapping[str, Any], reading: Reading) -> str:
             raise UnusableError(
                 f': "{field}" is not a string; set config.data.label_field to one that is',
                 "a label that is no string",
+            )
+        if found and len(str(found)) > LONGEST_LABEL:
+            raise UnusableError(
+                f': "{field}" has {len(str(found)):,} characters, more than the {LONGEST_LABEL} of '
+                "a label; set config.data.label_field to a shorter field",
+                "a label that is too long",
             )
         if found:
             return str(found)

@@ -46,6 +46,10 @@ LINES = {
     "a label that is a list": (
         *(b'{"text": "a", "language": ["en"]}', "data.label_field", "a label that is no string"),
     ),
+    "a label that is a text": (
+        *(b'{"text": "a", "language": "' + b"x" * 201 + b'"}', "201 characters, more than the 200"),
+        "a label that is too long",
+    ),
     "too long": (b'{"text": "' + b"a" * 200_000 + b'"}', "data.max_line", "too long"),
 }
 for _kind, _bad in {
