@@ -9,7 +9,7 @@ from typing import Any
 from moe_jax.data import chat
 from moe_jax.data.policy import KEYS, Reading, UnusableError, check_length
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
 @dataclasses.dataclass(frozen=True)
