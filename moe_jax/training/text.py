@@ -163,9 +163,7 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
     stages = _stages(data.mixture, train, plans)
     per_document = settings.objective.average == "document"
     held_out = MixedText(opened[VALIDATION])
-    return Text(
-        *(opened, train, held_out, plans, stages, digests, test), per_document=per_document
-    )
+    return Text(*(opened, train, held_out, plans, stages, digests, test), per_document=per_document)
 
 
 def _open_pairs(

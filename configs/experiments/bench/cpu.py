@@ -35,16 +35,15 @@ SHARDS = {
     "model.num_experts": 32,
     "model.num_experts_per_tok": 8,
     "model.moe_intermediate_size": WIDTH // 4,
-    "model.norm_topk_prob": False,
 }
 NO_SOFTMAX_LOSS = {"balance.load_balancing_coefficient": 0.0}
+EXACT = {"init.upcycle.scaling": "exact"}  # the paper's scaling is for squared ReLU
 NEEDS = {
     # Attention experts, all of which are computed.
     "bam": {"model.num_attention_experts": 2},
     # A token gets each shard at most once: the active parameters are those of the parent.
     "divmoe": {
         "model.num_experts_per_tok": 4,
-        "model.norm_topk_prob": True,
         "model.router": "group_topk",
         "model.num_expert_groups": 4,
     },
@@ -52,7 +51,6 @@ NEEDS = {
     "llama_moe": {
         "model.num_experts": 4,
         "model.num_experts_per_tok": 2,
-        "model.norm_topk_prob": None,
         "model.router": "noisy_topk_mlp",
         "init.upcycle.router": "torch_linear",
         "balance.importance_coefficient": 0.01,
@@ -113,6 +111,7 @@ def get_sweep():
             "init.source": "@european,@others" if row.several else "@dense",
             "init.upcycle.recipe": name,
             **(SHARDS if row.cut else {}),
+            **(EXACT if "scaling" in row.defaults else {}),
             **NEEDS.get(name, {}),
         }
         for name, row in RECIPES.items()
