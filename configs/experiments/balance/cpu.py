@@ -16,6 +16,7 @@ those. Results: docs/results.md.
 """
 
 from moe_jax import config as configs
+from moe_jax.experiments import study
 from moe_jax.sweep import arms
 
 STEPS, LENGTH, WIDTH = 1000, 128, 288
@@ -65,3 +66,38 @@ def get_sweep():
     recipes = arms.over("init.upcycle.recipe", ["naive", "drop"])
     runs = arms.product(arm, recipes, arms.named(RULES))
     return arms.seeds(arms.chain(arms.named({"dense": {}}), runs), 3)
+
+
+def get_study():
+    gains = {rule: study.minus(f"drop-{rule}", f"naive-{rule}") for rule in RULES}
+    others = [rule for rule in RULES if rule != "layer"]
+    scopes = tuple(
+        study.minus(f"{recipe}-{rule}", f"{recipe}-layer")
+        for recipe in ("naive", "drop")
+        for rule in others
+    )
+    violation = (study.minus(f"{r}-quantile", f"{r}-bias") for r in ("naive", "drop"))
+    return study.Study(
+        questions=(
+            study.Question("Does drop end below naive, under each rule?", tuple(gains.values())),
+            study.Question(
+                "Is its gain another one than under the loss of each layer?",
+                tuple(study.difference(gains[rule], gains["layer"]) for rule in others),
+            ),
+            study.Question(
+                "Does a rule use fewer experts than the loss of each layer?",
+                scopes,
+                measure="effective_experts",
+            ),
+            study.Question(
+                "Does drop keep its experts less alike, under each rule?",
+                tuple(gains.values()),
+                measure="expert_similarity",
+            ),
+            study.Question(
+                "Is the quantile rule as balanced as the bias rule?",
+                tuple(violation),
+                measure="max_violation_mean",
+            ),
+        ),
+    )

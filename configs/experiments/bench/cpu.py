@@ -18,6 +18,7 @@ A new recipe of `upcycle/recipes.py` is an arm of its own; `NEEDS` has what one 
 import dataclasses
 
 from moe_jax import config as configs
+from moe_jax.experiments import study
 from moe_jax.model.presets import PRESETS
 from moe_jax.sweep import arms
 from moe_jax.training import flops
@@ -92,6 +93,10 @@ def get_config():
     return config
 
 
+def of_dense_parents():
+    return {name: row for name, row in RECIPES.items() if row.takes == DENSE}
+
+
 def get_sweep():
     arm = {"seed": ARMS, "optimizer.learning_rate": 2.7e-3}  # 2/3 of the parent's, as in the paper
     languages = {"european": EUROPEAN, "others": OTHERS}
@@ -114,8 +119,7 @@ def get_sweep():
             **(EXACT if "scaling" in row.defaults else {}),
             **NEEDS.get(name, {}),
         }
-        for name, row in RECIPES.items()
-        if row.takes == DENSE
+        for name, row in of_dense_parents().items()
     }
     dense = dataclasses.replace(PRESETS["quickstart"], intermediate_size=WIDTH)
     moe = dense.to_moe(num_experts=8, num_experts_per_tok=2)
@@ -136,3 +140,30 @@ def get_sweep():
         },
     }
     return arms.seeds(arms.named({**parents, **controls, **recipes}), 3)
+
+
+def get_study():
+    names = list(of_dense_parents())
+    others = [name for name in names if name != "naive"]
+    controls = ("dense_continued", "dense_same_flops", "scratch", "scratch_same_flops")
+    return study.Study(
+        questions=(
+            study.Question(
+                "Does a recipe end below the parent trained further, at the naive arm's FLOPs?",
+                study.against(names, "dense_same_flops"),
+            ),
+            study.Question(
+                "Does a recipe end below naive upcycling?", study.against(others, "naive")
+            ),
+            study.Question(
+                "Does naive upcycling end below the controls?",
+                tuple(study.minus("naive", control) for control in controls),
+            ),
+        ),
+        crossings=(
+            ("naive", "dense_same_flops"),
+            ("naive", "scratch_same_flops"),
+            ("drop", "scratch_same_flops"),
+            ("drop", "naive"),
+        ),
+    )

@@ -13,6 +13,7 @@ those. Results: docs/results.md.
 """
 
 from moe_jax import config as configs
+from moe_jax.experiments import study
 from moe_jax.sweep import arms
 
 STEPS, LENGTH, WIDTH = 1000, 128, 288
@@ -67,3 +68,28 @@ def get_sweep():
     }
     runs = arms.chain(arms.named({"dense": {}}), arms.product(arm, arms.named(NAMED)))
     return arms.seeds(runs, 3)
+
+
+def get_study():
+    ratios = ["drop_0.1", "drop_0.25", "drop", "drop_0.75", "drop_1.0"]
+    code = ["drop_per_matrix", "drop_released"]
+    routers = ["drop_router_centred_uniform", "drop_router_torch_linear"]
+    return study.Study(
+        questions=(
+            study.Question(
+                "Which share of the neurons should be redrawn? (r of drop is 0.5, of naive 0)",
+                study.against(ratios, "naive"),
+            ),
+            study.Question(
+                "Does the released code end elsewhere than the paper's text?",
+                study.against(code, "drop"),
+            ),
+            study.Question("Does the initial router matter?", study.against(routers, "drop")),
+            study.Question(
+                "How alike do the experts stay?",
+                study.against(ratios, "naive"),
+                measure="expert_similarity",
+            ),
+        ),
+        crossings=tuple((name, "naive") for name in ratios),
+    )
