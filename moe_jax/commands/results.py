@@ -70,7 +70,7 @@ def _write_page(root: pathlib.Path, check: bool) -> tuple[str, list[str]]:
         lines = ["docs/results.md is old; run python scripts/results.py"] if old != new else []
         return f"{len(studies)} studies compared", lines
     files.write_text(target, new)
-    if studies:
+    for one in (one for one in studies if one.study.control):
         with files.whole_file(target.with_suffix(".svg")) as unfinished:
-            unfinished.write_bytes(figure.svg(studies[0]))
+            unfinished.write_bytes(figure.svg(one))
     return f"docs/results.md: {len(studies)} studies", []

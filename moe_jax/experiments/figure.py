@@ -1,47 +1,49 @@
-"""The figure of the bench: the test loss of each group, its seeds and the interval of its mean."""
+"""The figure of a study: the test loss of each group, relative to a control, with its interval."""
 
 import io
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 
-from moe_jax.experiments.page import Published
-from moe_jax.report import comparisons, style
+from moe_jax.experiments import page
+from moe_jax.experiments.rows import Row
+from moe_jax.experiments.study import BITS, minus
+from moe_jax.report import style
 from moe_jax.report.records import COLOURS
 
 KINDS = {"upcycled": COLOURS[0], "from scratch": COLOURS[3], "dense": COLOURS[6]}
 
 
-def svg(one: Published) -> bytes:
-    """The groups from the lowest loss to the highest, as SVG; equal rows give equal bytes."""
-    ranked = sorted(
-        one.groups.items(), key=lambda item: np.mean([r.test_bits_per_byte for r in item[1]])
-    )
+def svg(one: page.Published) -> bytes:
+    """The groups that no other starts from, as SVG, the lowest loss first: dots are the differences
+    of single seeds, bars the 95 % interval of their mean. Equal rows give equal bytes."""
+    parents = {name.rpartition("_s")[0] for row in one.rows for name in row.parents}
+    control, measure, found = one.study.control, page.MEASURES[BITS], {}
+    for name in one.groups.keys() - parents - {control}:
+        values = page.by_seed(minus(name, control), one.groups, measure)
+        if values:
+            found[name] = page.statistics.paired(values), values
+    ranked = sorted(found, key=lambda name: found[name][0].mean)
     with matplotlib.rc_context(style.STYLE):
-        figure = Figure(figsize=(7.2, 0.9 + 0.24 * len(ranked)), layout="constrained")
+        figure = Figure(figsize=(7.2, 1.2 + 0.24 * len(ranked)), layout="constrained")
         axes = figure.subplots()
-        for place, (_, own) in enumerate(ranked):
-            colour = KINDS[_kind(own[0])]
-            values = [row.test_bits_per_byte for row in own]
-            half = comparisons.spread(values) or 0.0
-            mean = float(np.mean(values))
-            axes.plot([mean - half, mean + half], [place, place], color=colour, linewidth=1.4)
-            axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=4)
-            axes.plot(mean, place, "|", color=colour, markersize=11, markeredgewidth=2)
-        for kind, colour in KINDS.items():
-            axes.plot([], [], "o", color=colour, label=kind)
-        axes.set_yticks(range(len(ranked)), [name for name, _ in ranked])
+        axes.axvline(0, **style.LEVEL)
+        for place, name in enumerate(ranked):
+            colour, (mean, values) = KINDS[_kind(one.groups[name][0])], found[name]
+            axes.plot(mean.interval or [mean.mean] * 2, [place] * 2, color=colour)
+            axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.5, markersize=4)
+        handles = [axes.plot([], [], "o-", color=colour)[0] for colour in KINDS.values()]
+        figure.legend(handles, KINDS, loc="outside upper left", ncols=len(KINDS))
+        axes.set_yticks(range(len(ranked)), ranked)
         axes.invert_yaxis()
-        axes.set_xlabel("bits per byte on the sealed test text (dots: seeds; line: 95 % interval)")
+        axes.set_xlabel(f"bits per byte on the test split, minus those of {control}, by seed")
         axes.grid(visible=False, axis="y")
-        axes.legend(loc="lower right")
         drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     return drawn.getvalue()
 
 
-def _kind(row) -> str:
+def _kind(row: Row) -> str:
     if row.effective_experts is None:
         return "dense"
     return "upcycled" if row.parents else "from scratch"

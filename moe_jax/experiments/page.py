@@ -118,13 +118,9 @@ def _facts(one: Published) -> str:
     versions = [", ".join(f"{n} {v}" for n, v in row.versions.items()) for row in distinct]
     of_all = [[row.hardware for row in distinct], versions, [row.commit for row in distinct]]
     hardware, software, commits = (", ".join(dict.fromkeys(values)) for values in of_all)
-    name = one.rows[0].name
     return (
         f"{len(distinct)} runs in {len(one.groups)} groups; {hours:.1f} hours of processes on "
-        f"{hardware}; {software}; commit {commits}. To reproduce a row bit for bit on the same "
-        f"software and cores:\n\n```bash\npython scripts/sweep.py --config={one.config} "
-        f"--workdir=runs/again --only={name} --max_parallel=2\npython scripts/results.py "
-        f"--collect=runs/again --config={one.config} --check\n```"
+        f"{hardware}; {software}; commit {commits}."
     )
 
 
@@ -165,31 +161,25 @@ def _cell(own: Sequence[Row], measure: Measure) -> str:
     return shown if half is None else f"{shown} ± {half:.{measure.digits}f}"
 
 
-def compare(
+def by_seed(
     comparison: Comparison, groups: Mapping[str, Sequence[Row]], measure: Measure
-) -> statistics.Paired | None:
-    """The comparison over the seeds that all of its groups have; None if there is none."""
-    values = [
-        {
-            row.number: value
-            for row in groups.get(name, ())
-            if (value := measure.value(row)) is not None
-        }
-        for name in comparison.weights
-    ]
-    seeds = sorted(set.intersection(*map(set, values)))
-    if not seeds:
-        return None
+) -> list[float]:
+    """The comparison for each seed that all of its groups have."""
+    values = []
+    for name in comparison.weights:
+        own = {row.number: measure.value(row) for row in groups.get(name, ())}
+        values.append({number: value for number, value in own.items() if value is not None})
     weights = list(comparison.weights.values())
-    return statistics.paired(
-        [sum(w * own[s] for w, own in zip(weights, values, strict=True)) for s in seeds]
-    )
+    return [
+        sum(weight * own[seed] for weight, own in zip(weights, values, strict=True))
+        for seed in sorted(set.intersection(*map(set, values)))
+    ]
 
 
 def _of_question(question: Question, groups: Mapping[str, Sequence[Row]]) -> str:
     measure = MEASURES[question.measure]
-    every = {c.label: compare(c, groups, measure) for c in question.comparisons}
-    found = {label: paired for label, paired in every.items() if paired}
+    every = {c.label: by_seed(c, groups, measure) for c in question.comparisons}
+    found = {label: statistics.paired(values) for label, values in every.items() if values}
     tests = {label: paired.p for label, paired in found.items() if paired.p is not None}
     corrected = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
     lines = []
@@ -244,12 +234,8 @@ def _crossings(one: Published) -> list[str]:
         lines.append(cells)
     if not lines:
         return []
-    note = (
-        "Validation curves on a sample of the validation text, of single seeds; each run has its "
-        "own learning-rate schedule, so a point before its end is not what a shorter run reaches."
-    )
     head = ["curves", "by tokens after the parents", "by FLOPs with parents"]
-    return [f"### Where do the curves cross?\n\n{note}\n\n{_table(head, lines)}"]
+    return [f"### Where do the curves cross?\n\n{_table(head, lines)}"]
 
 
 def _places(found: Sequence[catch_up.Crossing], names: tuple[str, str], of_flops: bool) -> str:

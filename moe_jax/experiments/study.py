@@ -54,9 +54,11 @@ class Question:
 class Study:
     """A study's questions, the pairs of groups whose curves may cross, and its conclusion.
 
+    control: the group that the figure shows the others' differences from; "" for no figure.
     conclusion: what its authors say follows, written by hand when the runs are done.
     """
 
     questions: tuple[Question, ...]
+    control: str = ""
     crossings: tuple[tuple[str, str], ...] = ()
     conclusion: str = ""

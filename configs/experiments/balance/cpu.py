@@ -1,7 +1,7 @@
 """Is Drop-Upcycling's gain over naive upcycling a gain in balance?
 
-    python scripts/sweep.py --config=configs/experiments/balance/cpu.py --workdir=runs/experiments \
-        --max_parallel=2
+    python scripts/sweep.py --config=configs/experiments/balance/cpu.py \\
+        --workdir=runs/experiments --max_parallel=2
     python scripts/results.py --collect=runs/experiments --config=configs/experiments/balance/cpu.py
 
 The authors of Drop-Upcycling (Nakamura et al., arXiv 2502.19261) trained all arms with a balance

@@ -1,7 +1,7 @@
 """Which upcycling recipe is best, and does any of them beat training on?
 
-    python scripts/sweep.py --config=configs/experiments/bench/cpu.py --workdir=runs/experiments \
-        --max_parallel=2
+    python scripts/sweep.py --config=configs/experiments/bench/cpu.py \\
+        --workdir=runs/experiments --max_parallel=2
     python scripts/results.py --collect=runs/experiments --config=configs/experiments/bench/cpu.py
 
 Every recipe that starts from dense parents, with three seeds, each of which has a parent of its
@@ -160,6 +160,7 @@ def get_study():
                 tuple(study.minus("naive", control) for control in controls),
             ),
         ),
+        control="dense_same_flops",
         crossings=(
             ("naive", "dense_same_flops"),
             ("naive", "scratch_same_flops"),

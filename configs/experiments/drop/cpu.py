@@ -1,7 +1,7 @@
 """How much should Drop-Upcycling redraw, and do its released code and its router matter?
 
-    python scripts/sweep.py --config=configs/experiments/drop/cpu.py --workdir=runs/experiments \
-        --max_parallel=2
+    python scripts/sweep.py --config=configs/experiments/drop/cpu.py \\
+        --workdir=runs/experiments --max_parallel=2
     python scripts/results.py --collect=runs/experiments --config=configs/experiments/drop/cpu.py
 
 Drop-Upcycling (Nakamura et al., arXiv 2502.19261) with r = 0 (naive), 0.1, 0.25, 0.5, 0.75 and 1;
