@@ -93,12 +93,8 @@ def _of_study(one: Published) -> str:
     tables += _crossings(one)
     parts = [f"## {first}", _as_markdown(rest), _facts(one), _groups(one), *tables]
     if one.study.conclusion:
-        parts.append(
-            f"**What follows.** {one.study.conclusion}".replace(
-                "**What follows.**", "What follows:"
-            )
-        )
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+        parts.append(f"### What follows\n\n{one.study.conclusion}")
+    return "\n\n".join(part.strip("\n") for part in parts)
 
 
 def _as_markdown(docstring: str) -> str:

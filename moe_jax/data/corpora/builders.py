@@ -58,7 +58,7 @@ class LoParallel19(tfds.core.GeneratorBasedBuilder):
 
 
 class LoParallel19Sealed(LoParallel19):
-    """The same pages, of which 27 that `LoParallel19` trains on are a test split.
+    """The same pages, of which 13 that `LoParallel19` trains on are a test split.
 
     Its validation split is that of `LoParallel19`, by which learning rates and sizes were chosen
     here; nothing was chosen by the test split.
