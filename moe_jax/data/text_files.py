@@ -51,7 +51,7 @@ def describe(spec: str, files: list[File]) -> str:
     shares = [f"{split}: {_number(n)}" for split, n in sorted(counts.items()) if split != TEST]
     if left_out := [file.name for file in files if file.split == TEST]:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        shares.append(f"not read, for the name says test: {', '.join(left_out[:3])}{more}")
+        shares.append(f"not trained on, for the name says test: {', '.join(left_out[:3])}{more}")
     return f"data.source={spec!r}: {_number(len(files))}, {num_bytes:,} bytes ({'; '.join(shares)})"
 
 

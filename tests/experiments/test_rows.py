@@ -49,7 +49,7 @@ def test_a_row_has_the_numbers_of_the_runs_files(run, row):
     assert row.validation_bits_per_byte == result["bits_per_byte"]
     assert (row.group, row.number, row.seed) == ("tiny", 1, 1)
     assert row.overrides == {"model.layers": ("moe",)} and row.tokens == 2 * 8 * 16
-    assert [tokens for tokens, _ in row.curve] == [8 * 16, 2 * 8 * 16]
+    assert [tokens for tokens, _ in row.curve] == [0, 8 * 16, 2 * 8 * 16]
     assert len(row.effective_experts) == len(row.max_violation) == 1
     assert 1 <= row.effective_experts[0] <= 2 and 0 <= row.max_violation_mean <= 1
     assert "core" in row.hardware and row.seconds > 0

@@ -76,7 +76,7 @@ def get_study():
         for recipe in ("naive", "drop")
         for rule in others
     )
-    violation = (study.minus(f"{r}-quantile", f"{r}-bias") for r in ("naive", "drop"))
+    violation = tuple(study.minus(f"{r}-quantile", f"{r}-bias") for r in ("naive", "drop"))
     return study.Study(
         questions=(
             study.Question("Does drop end below naive, under each rule?", tuple(gains.values())),
@@ -87,17 +87,17 @@ def get_study():
             study.Question(
                 "Does a rule use fewer experts than the loss of each layer?",
                 scopes,
-                measure="effective_experts",
+                "effective_experts",
             ),
             study.Question(
                 "Does drop keep its experts less alike, under each rule?",
                 tuple(gains.values()),
-                measure="expert_similarity",
+                "expert_similarity",
             ),
             study.Question(
                 "Is the quantile rule as balanced as the bias rule?",
-                tuple(violation),
-                measure="max_violation_mean",
+                violation,
+                "max_violation_mean",
             ),
         ),
     )

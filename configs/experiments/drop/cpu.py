@@ -88,7 +88,7 @@ def get_study():
             study.Question(
                 "How alike do the experts stay?",
                 study.against(ratios, "naive"),
-                measure="expert_similarity",
+                "expert_similarity",
             ),
         ),
         crossings=tuple((name, "naive") for name in ratios),
