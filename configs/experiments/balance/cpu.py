@@ -71,33 +71,21 @@ def get_sweep():
 def get_study():
     gains = {rule: study.minus(f"drop-{rule}", f"naive-{rule}") for rule in RULES}
     others = [rule for rule in RULES if rule != "layer"]
-    scopes = tuple(
+    gain = tuple(gains.values())
+    more = tuple(study.difference(gains[rule], gains["layer"]) for rule in others)
+    of_rules = tuple(
         study.minus(f"{recipe}-{rule}", f"{recipe}-layer")
         for recipe in ("naive", "drop")
         for rule in others
     )
     violation = tuple(study.minus(f"{r}-quantile", f"{r}-bias") for r in ("naive", "drop"))
+    experts, similarity = "effective_experts", "expert_similarity"
     return study.Study(
         questions=(
-            study.Question("Does drop end below naive, under each rule?", tuple(gains.values())),
-            study.Question(
-                "Is its gain another one than under the loss of each layer?",
-                tuple(study.difference(gains[rule], gains["layer"]) for rule in others),
-            ),
-            study.Question(
-                "Does a rule use fewer experts than the loss of each layer?",
-                scopes,
-                "effective_experts",
-            ),
-            study.Question(
-                "Does drop keep its experts less alike, under each rule?",
-                tuple(gains.values()),
-                "expert_similarity",
-            ),
-            study.Question(
-                "Is the quantile rule as balanced as the bias rule?",
-                violation,
-                "max_violation_mean",
-            ),
+            study.Question("Does drop end below naive, under each rule?", gain),
+            study.Question("Is its gain another one than under the loss of each layer?", more),
+            study.Question("Does a rule use other numbers of experts?", of_rules, experts),
+            study.Question("Does drop keep its experts less alike?", gain, similarity),
+            study.Question("Is quantile as balanced as bias?", violation, "max_violation_mean"),
         ),
     )
