@@ -73,11 +73,15 @@ def test_every_arm_can_be_made_of_its_parents_and_reads_the_sealed_test_split(na
 def test_the_studies_share_their_parents_and_arms(studies):
     ids = {n: {run.name: run.run_id for run in runs.values()} for n, runs in studies.items()}
     for seed in range(3):
-        assert len({ids[name][f"dense_s{seed}"] for name in NAMES}) == 1
+        parents = {own[f"dense_s{seed}"] for own in ids.values() if f"dense_s{seed}" in own}
+        assert len(parents) == 1
         for recipe in ("naive", "drop"):
             own = ids["bench"][f"{recipe}_s{seed}"]
             assert own == ids["drop"][f"{recipe}_s{seed}"]
             assert own == ids["balance"][f"{recipe}-layer_s{seed}"]
+        shards = ids["groups"][f"quarters_s{seed}"]
+        assert shards == ids["bench"][f"virtual_group_s{seed}"]
+        assert ids["skywork"][f"scratch_s{seed}"] == ids["bench"][f"scratch_s{seed}"]
 
 
 def test_no_arm_reads_its_text_in_the_order_of_its_parent(studies):
@@ -99,3 +103,15 @@ def test_the_controls_match_tokens_and_flops(studies):
     assert tokens >= 1e6 and cost("dense_continued")[0] == cost("scratch")[0] == tokens
     assert cost("dense_same_flops")[1] == pytest.approx(naive, rel=1e-3)
     assert cost("scratch_same_flops")[1] == pytest.approx(naive + parent, rel=1e-3)
+
+
+def test_the_budgets_of_skywork_are_shares_of_the_parents_flops(studies):
+    runs = studies["skywork"]
+
+    def cost(name):
+        settings = runs[f"{name}_s0"].settings
+        return settings.training.num_steps * flops.model_flops(settings.model, 128)
+
+    for name, share in (("two_thirds", 2 / 3), ("twice", 2.0)):
+        assert cost(f"naive-{name}") == pytest.approx(share * cost("dense"), rel=2e-3)
+        assert cost(f"naive-{name}") == cost(f"scratch-{name}")
