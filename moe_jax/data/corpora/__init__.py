@@ -6,6 +6,6 @@ from moe_jax.data.corpora.builders import LoParallel19, LoParallel19Sealed, Udhr
 
 BUILDERS: dict[str, Any] = {
     "lo_parallel19": LoParallel19,
-    "lo_parallel19_sealed": LoParallel19Sealed,
     "udhr_languages": UdhrLanguages,
+    "lo_parallel19_sealed": LoParallel19Sealed,
 }
