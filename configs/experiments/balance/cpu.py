@@ -11,8 +11,8 @@ a loss for each layer, with selection biases that are moved by a sign or solved 
 with no balancing at all. All losses have the paper's coefficient (0.02, not divided by k = 2). A
 selection bias needs the sigmoid router, so those two arms differ in their gates too. The arms, the
 parents and the three seeds are those of configs/experiments/bench/cpu.py: in the same workdir, the
-runs that both files have are executed once. Hardware and time: 2 CPU cores, about 0.6 hours besides
-those. Results: docs/results.md.
+runs that both files have are executed once. Hardware: 2 CPU cores. The hours that it took, and its
+results, are in docs/results.md.
 """
 
 from moe_jax import config as configs

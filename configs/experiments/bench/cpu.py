@@ -4,13 +4,13 @@
         --workdir=runs/experiments --max_parallel=2
     python scripts/results.py --collect=runs/experiments --config=configs/experiments/bench/cpu.py
 
-Every recipe that starts from dense parents, with three seeds, each of which has a parent of its
-own (0.71 M parameters, 1.0 M tokens). Controls: an MoE from scratch and the parent trained further,
+Every recipe that starts from dense parents, with three seeds, each of which has a parent of its own
+(0.71 M parameters, 1.0 M tokens). Controls: an MoE from scratch and the parent trained further,
 each for as many tokens as an arm, and each for as many FLOPs (those of the parents counted for the
 MoE from scratch). All arms train on 1.0 M tokens. Where a recipe allows it, they have as many
 parameters and active parameters as the naive one (3.8 M, 1.15 M); the table shows the FLOPs of
 each. The losses are those of the test split of the embedded text, which nothing was chosen by.
-Hardware and time: 2 CPU cores, about 1.5 hours. Results: docs/results.md.
+Hardware: 2 CPU cores. The hours that it took, and its results, are in docs/results.md.
 
 A new recipe of `upcycle/recipes.py` is an arm of its own; moe_jax/experiments/bench.py has what the
 recipes need besides.
