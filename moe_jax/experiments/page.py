@@ -36,6 +36,10 @@ def _mean(values: Sequence[float] | None) -> float | None:
 
 MEASURES = {
     BITS: Measure("bits per byte on the test split", lambda row: row.test_bits_per_byte),
+    "worst_label": Measure(
+        "bits per byte on the test split, of the worst label",
+        lambda row: max(row.test_bits_by_label.values()),
+    ),
     "effective_experts": Measure(
         "effective experts, mean of the layers", lambda row: _mean(row.effective_experts), 2
     ),

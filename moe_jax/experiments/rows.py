@@ -46,6 +46,7 @@ class Row:
     active_parameters: int
     test_loss: float
     test_bits_per_byte: float
+    test_bits_by_label: Mapping[str, float]
     validation_bits_per_byte: float
     curve: Sequence[Sequence[float]]
     effective_experts: Sequence[float] | None
@@ -84,6 +85,10 @@ def of_run(run: Run, result: Mapping[str, Any], hardware: str) -> Row:
         **{name: result[name] for name in ("parameters", "active_parameters", "versions")},
         test_loss=result["test"]["loss"],
         test_bits_per_byte=result["test"]["bits_per_byte"],
+        test_bits_by_label={
+            label: round(own["bits_per_byte"], 5)
+            for label, own in result["test"]["per_language"].items()
+        },
         validation_bits_per_byte=result["bits_per_byte"],
         curve=[[r["tokens"], round(r["validation"]["bits_per_byte"], 5)] for r in evaluated],
         effective_experts=result["effective_experts"] if sparse else None,

@@ -37,6 +37,7 @@ def row(group, number, bits, **others):
         **dict(run_id=f"{group}{number}", overrides={}, parents=[], steps=3, tokens=300),
         **dict(parent_tokens=0, training_flops=600.0, parent_training_flops=0.0, parameters=5),
         **dict(active_parameters=5, test_loss=bits, test_bits_per_byte=bits),
+        "test_bits_by_label": {"de": bits, "fr": bits + 1},
         **dict(validation_bits_per_byte=bits, curve=[[int(t), bits + 1 / t] for t in tokens]),
         **dict(effective_experts=None, expert_similarity=None, max_violation=None),
         **dict(max_violation_mean=None, seconds=1800.0, commit="abc", versions={"jax": "1"}),
@@ -156,3 +157,7 @@ def test_a_damaged_row_is_named_by_its_line(root):
 
 def test_docs_results_is_what_the_committed_rows_say():
     assert results._write_page(ROOT, check=True)[1] == []
+
+
+def test_the_worst_label_is_the_one_with_the_most_bits():
+    assert page.MEASURES["worst_label"].value(row("a", 0, 2.0)) == 3.0

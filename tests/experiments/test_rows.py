@@ -50,6 +50,7 @@ def test_a_row_has_the_numbers_of_the_runs_files(run, row):
     result = json.loads((run.workdir / "result.json").read_text())
     assert row.test_bits_per_byte == result["test"]["bits_per_byte"] != row.validation_bits_per_byte
     assert row.validation_bits_per_byte == result["bits_per_byte"]
+    assert row.test_bits_by_label == {"all": pytest.approx(row.test_bits_per_byte, abs=1e-5)}
     assert (row.group, row.number, row.seed) == ("tiny", 1, 1)
     assert row.overrides == {"model.layers": ("moe",)} and row.tokens == 2 * 8 * 16
     assert [tokens for tokens, _ in row.curve] == [0, 8 * 16, 2 * 8 * 16]
