@@ -168,7 +168,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
     routers = _routers_at_start(workdir, start, state.params, settings.model)
     parent = functools.partial(init.dense_parent, settings, mesh, kept["lineage"]["parents"])
     context = evaluators.Context(
-        *(settings, mesh, text.held_out, tokenizer, routers, parent, text.pairs)
+        *(settings, mesh, text.held_out, tokenizer, routers, parent, text.pairs, text.test)
     )
     saver = saving.Saver(directory, settings, {start} if restored else (), kept["losses"], owned)
     kept |= {"text": text.digests, "mixture": rows.to_json(), "versions": environment.versions()}

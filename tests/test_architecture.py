@@ -14,7 +14,7 @@ PACKAGE = ROOT / "moe_jax"
 ROOMS = (
     ("__main__",),
     ("commands",),
-    ("train", "sweep", "adviser"),
+    ("train", "sweep", "adviser", "experiments"),
     ("report",),
     ("dryrun", "benchmark", "conformance"),
     ("init",),

@@ -31,6 +31,7 @@ NOT_HERE = {
     r"^git clone ": "needs the network",
     r"^pip install\b": "needs the network and changes the environment; see test_wheel.py",
     r"^sbatch ": "needs Slurm; see test_slurm.py",
+    r"configs/experiments/": "trains for hours; see experiments/test_studies.py and test_rows.py",
     r"--launcher=slurm": "needs Slurm; see test_slurm.py",
     r"^tensorboard ": "a server that runs until it is stopped, of a package of its own",
     r"scripts/test\.sh": "is what runs this test",

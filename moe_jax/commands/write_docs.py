@@ -37,11 +37,16 @@ def main() -> None:
         for name, part in GENERATED.items():
             page = DOCS / name
             text = page.read_text(encoding="utf-8")
-            before, rest = text.split(BEGIN)
-            _, after = rest.split(END)
-            new = f"{before}{BEGIN}\n{part()}\n{END}{after}"
+            new = replaced(text, part())
             if arguments.check and new != text:
                 parser.exit(1, f"docs/{name} is old; run python scripts/write_docs.py\n")
             elif new != text:
                 page.write_text(new, encoding="utf-8")
                 print(f"docs/{name}")
+
+
+def replaced(page: str, part: str) -> str:
+    """The page with another generated part between its markers."""
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{part}\n{END}{after}"

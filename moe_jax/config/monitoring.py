@@ -32,6 +32,9 @@ class Evaluation(Section, path="evaluation"):
     final_max_batches: int = key(
         0, "batches of held-out text in the final evaluation; 0 for all", NOT_NEGATIVE
     )
+    test_split: bool = key(
+        False, "the text's own test split is evaluated too, once, when the run ends"
+    )
     prompts: tuple = key((), "texts for the trained model to continue", checks.texts)
     continuation_tokens: int = key(
         96, "number of tokens to continue a prompt with", POSITIVE, PROMPTS

@@ -9,7 +9,7 @@ from typing import Any
 from moe_jax.data import chat, chat_pairs, policy
 from moe_jax.data.policy import KEYS, Reading, UnusableError, check_length
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 LONGEST_LABEL = 200  # characters
 
 

@@ -14,7 +14,7 @@ from moe_jax import files, strict_json
 from moe_jax.data import chat, corpus, duplicates, preparation, shards, sources, text_files
 from moe_jax.data.cache import DATASETS, writing
 from moe_jax.data.corpus import DamagedError, TokenizedCorpus
-from moe_jax.data.document import TRAIN, VALIDATION
+from moe_jax.data.document import TEST, TRAIN, VALIDATION
 from moe_jax.data.policy import STRICT, Reading, Skipped
 from moe_jax.data.preparation import Job, Text
 from moe_jax.data.tokenizers import Tokenizer
@@ -79,11 +79,13 @@ def open_corpus(
         for reason, number in facts.dropped.items():
             distributed.say(f"{name}: left out, {reason}: {number:,}")
         if not facts.documents:
-            raise ValueError(
-                f"data.source={source!r} has no {split} documents; set config.data."
-                "validation_fraction to another value, or give more text: each record "
-                f"and {text_files.PART_CHARACTERS:,} characters of .txt are one document"
+            fix = (
+                "set config.data.validation_fraction to another value, or give more text: each "
+                f"record and {text_files.PART_CHARACTERS:,} characters of .txt are one document"
             )
+            if split == TEST:
+                fix = "add files whose names say test, or set config.evaluation.test_split=False"
+            raise ValueError(f"data.source={source!r} has no {split} documents; {fix}")
         if sources.fingerprint(source, datasets) != made_of["source"]:
             raise ValueError(f"data.source={source!r} changed while it was read; run again")
     return TokenizedCorpus.load(folder)

@@ -128,8 +128,8 @@ def documents(
         of `data/corpora` or a dataset prepared as ArrayRecord under `data_dir`,
         "hf:NAME[/CONFIG]", which the library `datasets` loads, or a file, folder or glob, of the
         formats of `text_files.READERS`.
-      split: "train" or "validation"; a TFDS dataset must have splits with these names. Files of a
-        folder or glob whose names say validation or test are never trained on.
+      split: "train", "validation" or "test"; a TFDS dataset must have splits with these names.
+        Files of a folder or glob whose names say validation or test are never trained on.
       validation_fraction: the fraction held out from a source without splits of its own.
       reading: the fields that are read, and how many records may be skipped.
       skipped: counts them, by reason; by default, the count is lost.

@@ -13,13 +13,13 @@ from typing import TextIO
 
 from moe_jax import untrusted
 from moe_jax.data import cache, compressed, document, policy, record_files, stored, utf8
-from moe_jax.data.document import TRAIN, VALIDATION, Document, is_held_out
+from moe_jax.data.document import TEST, TRAIN, VALIDATION, Document, is_held_out
 from moe_jax.data.policy import STRICT, Reading, Skipped, UnusableError
 from moe_jax.files import is_remote
 
 PART_CHARACTERS = 10_000
 GROUP_BYTES = 256 << 20
-TEST, DIVIDED = "test", "divided into train and validation"
+DIVIDED = "divided into train and validation"
 # The words in a file's name that decide its split: those of Hugging Face's datasets
 # (huggingface.co/docs/datasets/repository_structure), and a few more. The first match decides.
 WORDS = {
@@ -51,7 +51,7 @@ def describe(spec: str, files: list[File]) -> str:
     shares = [f"{split}: {_number(n)}" for split, n in sorted(counts.items()) if split != TEST]
     if left_out := [file.name for file in files if file.split == TEST]:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        shares.append(f"not read, for the name says test: {', '.join(left_out[:3])}{more}")
+        shares.append(f"not trained on, for the name says test: {', '.join(left_out[:3])}{more}")
     return f"data.source={spec!r}: {_number(len(files))}, {num_bytes:,} bytes ({'; '.join(shares)})"
 
 
@@ -83,7 +83,8 @@ def documents(
     line. A record that cannot be used is added to `skipped`.
     """
     skipped = skipped or Skipped(reading.skip_damaged)
-    files = [file for file in files if file.split in (split, DIVIDED)]
+    wanted = (split,) if split == TEST else (split, DIVIDED)
+    files = [file for file in files if file.split in wanted]
     before = {file: stored.state(file.path) for file in files}
     for file in files:
         # A run that divides a file has named its records when it read the training text.

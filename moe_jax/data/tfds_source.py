@@ -11,11 +11,10 @@ from typing import Any
 from moe_jax import files, stopping
 from moe_jax.data import chat, document, stored
 from moe_jax.data.cache import writing
-from moe_jax.data.document import VALIDATION, Document
+from moe_jax.data.document import TEST, VALIDATION, Document
 from moe_jax.data.policy import Reading, Skipped, UnusableError
 
 PREFIX = "tfds:"
-TEST = "test"
 EMBEDDED = "lo_parallel19"
 INSTRUCTIONS = "instructions"  # the embedded text as conversations
 

@@ -46,6 +46,7 @@ class Context:
     routers_at_start: Mapping[int, np.ndarray]  # kernels by layer, to measure how far they move
     parent: Callable[[], tuple[dict, ModelConfig]] | None = None
     pairs: PairCorpus | None = None  # held-out pairs of answers, with the reference's log-probs
+    test: MixedText | None = None  # the test split, if it is evaluated
 
     @functools.cached_property
     def model(self):
@@ -56,9 +57,27 @@ class Context:
     @functools.cached_property
     def eval_step(self) -> Callable:
         """The compiled function that computes the sums of a batch of held-out text."""
-        eval_step = perplexity.make_eval_step(self.model, len(self.held_out.labels))
+        return self._eval_step(len(self.held_out.labels))
+
+    def _eval_step(self, num_labels: int) -> Callable:
+        eval_step = perplexity.make_eval_step(self.model, num_labels)
         replicated = jax.NamedSharding(self.mesh, jax.P())
         return meshes.under(self.mesh, jax.jit(eval_step, out_shardings=replicated))
+
+    def sums(self, params: dict, text: MixedText, max_batches: int) -> perplexity.Sums:
+        """The sums over a text, or over its first batches; 0 is all."""
+        fed = batches.feed(
+            batches.evaluation_batches,
+            text,
+            sharding=jax.NamedSharding(self.mesh, sharding.BATCH),
+            batch_size=self.run.evaluation.batch_size,
+            sequence_length=self.run.data.sequence_length,
+            max_batches=max_batches,
+            columns=text.columns(),
+        )
+        same = len(text.labels) == len(self.held_out.labels)
+        eval_step = self.eval_step if same else self._eval_step(len(text.labels))
+        return perplexity.evaluate(eval_step, params, fed, text.bytes_per_token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +120,7 @@ def _held_out_loss(context: Context, max_batches: int) -> Callable[[dict], Evalu
     run, held_out = context.run, context.held_out
 
     def evaluate(params: dict) -> Evaluation:
-        text = batches.feed(
-            batches.evaluation_batches,
-            held_out,
-            sharding=jax.NamedSharding(context.mesh, sharding.BATCH),
-            batch_size=run.evaluation.batch_size,
-            sequence_length=run.data.sequence_length,
-            max_batches=max_batches,
-            columns=held_out.columns(),
-        )
-        bytes_per_token = held_out.bytes_per_token
-        measured = perplexity.evaluate(context.eval_step, params, text, bytes_per_token)
+        measured = context.sums(params, held_out, max_batches)
         found, sums = measured.loss(), None
         losses = {**found.row(), **measured.by_source(held_out.labels_of)}
         row = {"validation": losses}
@@ -125,6 +134,18 @@ def _held_out_loss(context: Context, max_batches: int) -> Callable[[dict], Evalu
             "byte_unigram_bits": held_out.byte_unigram_bits,
         }
         return Evaluation(row, result)
+
+    return evaluate
+
+
+def test_loss(context: Context) -> Callable[[dict], Evaluation]:
+    """Loss by language on the test split, which no run is trained on and nothing is chosen by."""
+
+    def evaluate(params: dict) -> Evaluation:
+        if context.test is None:
+            return Evaluation({}, {})
+        found = context.sums(params, context.test, max_batches=0).loss()
+        return Evaluation({}, {"test": found.row()})
 
     return evaluate
 
@@ -281,6 +302,7 @@ EVALUATORS: dict[str, Evaluator] = {
         held_out_loss, every=lambda evaluation: evaluation.every_steps, logged_at_end=True
     ),
     "final_loss": Evaluator(final_loss),
+    "test_loss": Evaluator(test_loss),
     "multiple_choice": Evaluator(
         answers_to_choices,
         every=lambda evaluation: evaluation.every_steps if evaluation.multiple_choice else 0,

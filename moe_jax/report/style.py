@@ -33,7 +33,8 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "moe_jax",
     "text.parse_math": False,  # a "$" in the label of a text or in the name of a run is a "$"
 }
-LEVEL = {"color": "#555555", "linewidth": 1, "linestyle": (0, (1, 1))}  # a dotted horizontal line
+# A dotted line at a level.
+LEVEL: dict[str, Any] = {"color": "#555555", "linewidth": 1, "linestyle": (0, (1, 1))}
 # A line behind those of the runs in front.
 OTHERS = {"color": "#bbbbbb", "linewidth": 0.9, "linestyle": "-", "zorder": 1, "marker": None}
 FILLS = ({"color": COLOURS[0]}, {"color": COLOURS[1], "hatch": "//"})  # of bars

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def cost(run: Run) -> float:
 
 def measured(runs: Sequence[Run]) -> Rate | None:
     """The rate of the finished runs; None if there is none."""
-    pairs = ((cost(run), _wall(run.result or {})) for run in runs)
+    pairs = ((cost(run), wall(run.result or {})) for run in runs)
     costs = [(flops, seconds) for flops, seconds in pairs if flops and seconds]
     if not costs:
         return None
@@ -69,7 +69,7 @@ def measured(runs: Sequence[Run]) -> Rate | None:
     return Rate(total / seconds, 0.0, f"as fast as the {len(costs)} finished")
 
 
-def _wall(result: dict) -> float:
+def wall(result: Mapping) -> float:
     """The seconds of a run with those of the processes that it resumed."""
     seconds, device = result.get("device_seconds"), str(result.get("device", ""))
     count = device.rpartition(" x ")[2]

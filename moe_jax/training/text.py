@@ -26,7 +26,7 @@ from moe_jax.data import (
 )
 from moe_jax.data.cache import DATASETS
 from moe_jax.data.corpus import TokenizedCorpus
-from moe_jax.data.document import TRAIN, VALIDATION
+from moe_jax.data.document import TEST, TRAIN, VALIDATION
 from moe_jax.data.mixed import MixedRecords, MixedText, by_label
 from moe_jax.data.packing import RowPlan
 from moe_jax.data.preferences import PairCorpus, PairPlan
@@ -43,6 +43,7 @@ class Text:
 
     opened: the corpora of each split, by source.
     digests: those of each split's corpus, by "SOURCE/SPLIT", or by split for a single source.
+    test: the test split, if the final evaluation reads it.
     pairs: held-out pairs of answers for an objective on pairs, which trains on pairs too.
     per_document: the loss is a mean over documents, and not over tokens.
     """
@@ -53,6 +54,7 @@ class Text:
     plans: Mapping[str, mixture.Plan]
     stages: Sequence[shares.Stage]  # those of the config
     digests: dict[str, str]
+    test: MixedText | None = None
     pairs: PairCorpus | None = None
     per_document: bool = False
 
@@ -110,6 +112,7 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
         form = chat.form_of(data)
     opened: dict[str, dict[str, TokenizedCorpus]] = {VALIDATION: {}}
     opened |= {} if row.pairs else {TRAIN: {}}
+    opened |= {TEST: {}} if settings.evaluation.test_split else {}
     for name, spec in data.named_sources.items():
         with checks.refusing(f"config.data.mixture, source {name}: " if name else ""):
             line = sources.describe(spec, cache / DATASETS)
@@ -132,12 +135,15 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
         for split, corpora in opened.items()
         for name, corpus in corpora.items()
     }
+    test = MixedText(opened[TEST]) if TEST in opened else None
     if row.pairs:
         pairs = _open_pairs(settings, tokenizer, cache, form)
         length, seed = data.sequence_length, settings.seed
         by_name = {"": PairPlan(pairs[TRAIN].pairs, sequence_length=length, seed=seed)}
         held_out, digests = MixedText(opened[VALIDATION]), digests | {TRAIN: pairs[TRAIN].digest}
-        return Text(*(opened, pairs[TRAIN], held_out, by_name, SINGLE, digests), pairs[VALIDATION])
+        return Text(
+            *(opened, pairs[TRAIN], held_out, by_name, SINGLE, digests, test, pairs[VALIDATION])
+        )
     named = by_label(opened[TRAIN]) if data.mixture.by_label else opened[TRAIN].items()
     train = MixedRecords(dict(named))
     plans = {
@@ -157,7 +163,7 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
     stages = _stages(data.mixture, train, plans)
     per_document = settings.objective.average == "document"
     held_out = MixedText(opened[VALIDATION])
-    return Text(*(opened, train, held_out, plans, stages, digests), per_document=per_document)
+    return Text(*(opened, train, held_out, plans, stages, digests, test), per_document=per_document)
 
 
 def _open_pairs(

@@ -237,7 +237,7 @@ def test_files_named_as_splits_are_these_and_test_files_are_never_trained_on(tmp
     num_bytes = sum(path.stat().st_size for path in tmp_path.rglob("*.jsonl"))
     assert sources.describe(str(tmp_path), NOWHERE) == (
         f"data.source={str(tmp_path)!r}: 4 files, {num_bytes:,} bytes "
-        "(train: 2 files; validation: 1 file; not read, for the name says test: x/test.jsonl)"
+        "(train: 2 files; validation: 1 file; not trained on, for the name says test: x/test.jsonl)"
     )
     # A file that is named itself, or lies in a folder that is, is what a person chose.
     assert len(read(tmp_path / "dev.jsonl")) == len(read(tmp_path / "x" / "test.jsonl")) == 40

@@ -2,6 +2,10 @@
 
 from typing import Any
 
-from moe_jax.data.corpora.builders import LoParallel19, UdhrLanguages
+from moe_jax.data.corpora.builders import LoParallel19, LoParallel19Sealed, UdhrLanguages
 
-BUILDERS: dict[str, Any] = {"lo_parallel19": LoParallel19, "udhr_languages": UdhrLanguages}
+BUILDERS: dict[str, Any] = {
+    "lo_parallel19": LoParallel19,
+    "udhr_languages": UdhrLanguages,
+    "lo_parallel19_sealed": LoParallel19Sealed,
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from moe_jax.data.document import is_held_out
+from moe_jax.data.document import TEST, TRAIN, VALIDATION, is_held_out
 
 FOLDER = pathlib.Path(__file__).parent
 HELD_OUT = 1 / 16  # the fraction of pages used as validation text
@@ -37,20 +37,39 @@ class LoParallel19(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
+    SPLITS: tuple[str, ...] = (TRAIN, VALIDATION)
 
     def _info(self):
         return information(self, "MPL-2.0", "text", "language", "doc", "domain")
 
     def _split_generators(self, dl_manager):
         del dl_manager  # nothing to download: the text is in the package
-        return {split: self._generate_examples(split) for split in ("train", "validation")}
+        return {split: self._generate_examples(split) for split in self.SPLITS}
+
+    def _split_of(self, page: str) -> str:
+        return VALIDATION if is_held_out(page, HELD_OUT) else TRAIN
 
     def _generate_examples(self, split):
         for record in records("lo_parallel19"):
-            if is_held_out(record["doc"], HELD_OUT) == (split == "validation"):
+            if self._split_of(record["doc"]) == split:
                 key = f"{record['doc']} {record['lang']}"
                 features = {name: record[name] for name in ("text", "doc", "domain")}
                 yield key, {**features, "language": record["lang"]}
+
+
+class LoParallel19Sealed(LoParallel19):
+    """The same pages, of which 13 that `LoParallel19` trains on are a test split.
+
+    Its validation split is that of `LoParallel19`, by which learning rates and sizes were chosen
+    here; nothing was chosen by the test split.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    SPLITS = (*LoParallel19.SPLITS, TEST)
+
+    def _split_of(self, page):
+        split = super()._split_of(page)
+        return TEST if split == TRAIN and is_held_out(f"sealed {page}", HELD_OUT / 2) else split
 
 
 class UdhrLanguages(tfds.core.GeneratorBasedBuilder):

@@ -1,0 +1,95 @@
+"""How much should Drop-Upcycling redraw, and do its released code and its router matter?
+
+    python scripts/sweep.py --config=configs/experiments/drop/cpu.py \\
+        --workdir=runs/experiments --max_parallel=2
+    python scripts/results.py --collect=runs/experiments --config=configs/experiments/drop/cpu.py
+
+Drop-Upcycling (Nakamura et al., arXiv 2502.19261) with r = 0 (naive), 0.1, 0.25, 0.5, 0.75 and 1;
+with r = 0.5 also as in its released code, which draws other neurons for each matrix and permutes
+them, as in that code without the permutation, and with other initial routers. The arms, the parents
+and the three seeds are those of configs/experiments/bench/cpu.py: in the same workdir, the runs
+that both files have are executed once. Hardware: 2 CPU cores. The hours that it took, and its
+results, are in docs/results.md.
+"""
+
+from moe_jax import config as configs
+from moe_jax.experiments import study
+from moe_jax.sweep import arms
+
+STEPS, LENGTH, WIDTH = 1000, 128, 288
+PARENT, ARMS = 0, 10  # seeds: arms read the text in another order
+RECIPE, RATIO, SHARING = (f"init.upcycle.{name}" for name in ("recipe", "ratio", "index_sharing"))
+DROP = {RECIPE: "drop"}
+NAMED = {
+    "naive": {RECIPE: "naive"},  # r = 0
+    **{f"drop_{r}": {**DROP, RATIO: r} for r in (0.1, 0.25)},
+    "drop": DROP,  # r = 0.5
+    **{f"drop_{r}": {**DROP, RATIO: r} for r in (0.75, 1.0)},
+    "drop_per_matrix": {**DROP, SHARING: "per_matrix"},
+    "drop_released": {**DROP, SHARING: "per_matrix", "init.upcycle.permute_neurons": True},
+    **{
+        f"drop_router_{name}": {**DROP, "init.upcycle.router": name}
+        for name in ("centred_uniform", "torch_linear")
+    },
+}
+
+
+def get_config():
+    config = configs.default()
+    config.seed = PARENT
+    config.model.preset = "quickstart"
+    config.model.intermediate_size = WIDTH
+    config.data.source = "tfds:lo_parallel19_sealed"
+    config.data.sequence_length = LENGTH
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 40
+    config.training.num_steps = STEPS
+    config.training.batch_size = 8
+    config.training.log_every = 25
+    config.training.log_to = ()
+    config.evaluation.every_steps = 125
+    config.evaluation.batch_size = 64
+    config.evaluation.max_batches = 4
+    config.evaluation.final_max_batches = 4
+    config.evaluation.test_split = True
+    config.checkpoint.every_steps = STEPS
+    config.checkpoint.keep = 1
+    return config
+
+
+def get_sweep():
+    arm = {
+        "seed": ARMS,
+        "init.source": "@dense",
+        "optimizer.learning_rate": 2.7e-3,
+        "model.num_experts": 8,
+        "model.num_experts_per_tok": 2,
+        "balance.load_balancing_coefficient": 0.04,
+    }
+    runs = arms.chain(arms.named({"dense": {}}), arms.product(arm, arms.named(NAMED)))
+    return arms.seeds(runs, 3)
+
+
+def get_study():
+    ratios = ["drop_0.1", "drop_0.25", "drop", "drop_0.75", "drop_1.0"]
+    code = ["drop_per_matrix", "drop_released"]
+    routers = ["drop_router_centred_uniform", "drop_router_torch_linear"]
+    return study.Study(
+        questions=(
+            study.Question(
+                "Which share of the neurons should be redrawn? (r of drop is 0.5, of naive 0)",
+                study.against(ratios, "naive"),
+            ),
+            study.Question(
+                "Does the released code end elsewhere than the paper's text?",
+                study.against(code, "drop"),
+            ),
+            study.Question("Does the initial router matter?", study.against(routers, "drop")),
+            study.Question(
+                "How alike do the experts stay?",
+                study.against(ratios, "naive"),
+                "expert_similarity",
+            ),
+        ),
+        crossings=tuple((name, "naive") for name in ratios),
+    )

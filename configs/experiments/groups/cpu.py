@@ -1,0 +1,90 @@
+"""Do virtual groups gain from granularity, and from starting at the parent's function?
+
+    python scripts/sweep.py --config=configs/experiments/groups/cpu.py \\
+        --workdir=runs/experiments --max_parallel=2
+    python scripts/results.py --collect=runs/experiments --config=configs/experiments/groups/cpu.py
+
+Virtual-group upcycling (He et al., arXiv 2410.07524) to experts of a half, a quarter and an eighth
+of the parent's width, with as many parameters and active parameters as 8 experts of its width,
+top-2 (naive). With a quarter, also with what keeps the parent's function at step 0 left out: the
+scale of the shards, weights that sum to one, one router column for a group. The parents and the
+three seeds are those of configs/experiments/bench/cpu.py: in the same workdir, the runs that both
+files have are executed once. Hardware: 2 CPU cores. It has not been run yet.
+"""
+
+from moe_jax import config as configs
+from moe_jax.experiments import study
+from moe_jax.sweep import arms
+
+STEPS, LENGTH, WIDTH = 1000, 128, 288
+PARENT, ARMS = 0, 10  # seeds: arms read the text in another order
+RECIPE, SCALING = "init.upcycle.recipe", "init.upcycle.scaling"
+
+
+def shards(granularity):
+    return {
+        RECIPE: "virtual_group",
+        SCALING: "exact",
+        "model.num_experts": 8 * granularity,
+        "model.num_experts_per_tok": 2 * granularity,
+        "model.moe_intermediate_size": WIDTH // granularity,
+    }
+
+
+WHOLE = {RECIPE: "naive", "model.num_experts": 8, "model.num_experts_per_tok": 2}
+NAMED = {
+    "naive": WHOLE,
+    "halves": shards(2),
+    "quarters": shards(4),
+    "eighths": shards(8),
+    "quarters_unscaled": {**shards(4), SCALING: "none"},
+    "quarters_plain_softmax": {**shards(4), "model.norm_topk_prob": False},
+    "quarters_normal_router": {**shards(4), "init.upcycle.router": "normal"},
+}
+
+
+def get_config():
+    config = configs.default()
+    config.seed = PARENT
+    config.model.preset = "quickstart"
+    config.model.intermediate_size = WIDTH
+    config.data.source = "tfds:lo_parallel19_sealed"
+    config.data.sequence_length = LENGTH
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 40
+    config.training.num_steps = STEPS
+    config.training.batch_size = 8
+    config.training.log_every = 25
+    config.training.log_to = ()
+    config.evaluation.every_steps = 125
+    config.evaluation.batch_size = 64
+    config.evaluation.max_batches = 4
+    config.evaluation.final_max_batches = 4
+    config.evaluation.test_split = True
+    config.checkpoint.every_steps = STEPS
+    config.checkpoint.keep = 1
+    return config
+
+
+def get_sweep():
+    arm = {
+        "seed": ARMS,
+        "init.source": "@dense",
+        "optimizer.learning_rate": 2.7e-3,
+        "balance.load_balancing_coefficient": 0.04,
+    }
+    runs = arms.chain(arms.named({"dense": {}}), arms.product(arm, arms.named(NAMED)))
+    return arms.seeds(runs, 3)
+
+
+def get_study():
+    finer = study.against(["halves", "quarters", "eighths"], "naive")
+    equal = [name for name in NAMED if name.startswith("quarters_")]
+    return study.Study(
+        questions=(
+            study.Question("Do finer experts end lower?", finer),
+            study.Question(
+                "Does a start at another function end elsewhere?", study.against(equal, "quarters")
+            ),
+        ),
+    )

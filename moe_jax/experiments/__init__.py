@@ -1,0 +1,1 @@
+"""Studies under configs/experiments: their questions, the rows that their runs leave, the page."""
