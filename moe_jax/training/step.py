@@ -12,6 +12,7 @@ import optax
 from moe_jax import config as configs
 from moe_jax import model
 from moe_jax.data.batches import Batch
+from moe_jax.model import moe
 from moe_jax.parallel import sharding
 from moe_jax.training import balance, guards, lora, objective, optimizer
 from moe_jax.training.state import Measures, TrainState
@@ -47,13 +48,15 @@ def make_train_step(
 
         trained, frozen = optimizer.split(state.params, run.optimizer.frozen)
 
-        def of_trained(trained, microbatch, key):
-            params = lora.scaled(optimizer.joined(trained, frozen), run.lora)
+        rounded = moe.with_rounded_experts(trained, run.model)
+
+        def of_rounded(rounded, microbatch, key):
+            params = lora.scaled(optimizer.joined(rounded, frozen), run.lora)
             return loss(params, microbatch, key)
 
-        grads, measures = summed(functools.partial(jax.grad(of_trained, has_aux=True), trained))
+        grads, measures = summed(functools.partial(jax.grad(of_rounded, has_aux=True), rounded))
         with jax.named_scope("optimizer"):
-            norm = optax.tree.norm(grads)
+            norm = optax.tree.norm(_in_float32(grads))
         spiked, history = jnp.bool(False), state.history
         if history is not None:
             spiked = guards.is_spike(history, measures.loss, norm, run.guards.spike_sigma)
@@ -61,7 +64,7 @@ def make_train_step(
         applied = jnp.isfinite(measures.loss) & jnp.isfinite(norm) & ~spiked
 
         def updated(state, grads):
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            updates, opt_state = tx.update(_in_float32(grads), state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             params, router_state = balance.updated(params, state.router_state, run, measures)
             new = state.replace(params=params, opt_state=opt_state, router_state=router_state)
@@ -91,6 +94,11 @@ def make_train_step(
     return train_step
 
 
+def _in_float32(arrays):
+    """The tree with float32 in place of bfloat16, as the gradients of rounded experts have."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, arrays)
+
+
 def _all_finite(params: dict) -> jax.Array:
     finite = jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
     return jax.tree.reduce(jnp.logical_and, finite, jnp.bool(True))
@@ -108,7 +116,10 @@ def over_microbatches(function: Callable, *, batch: Batch, key: jax.Array, numbe
         i, microbatch = numbered
         return jax.tree.map(jnp.add, total, function(microbatch, jax.random.fold_in(key, i))), None
 
-    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], microbatches), key)
+    def wide(microbatch, key):
+        return _in_float32(function(microbatch, key))
+
+    shapes = jax.eval_shape(wide, jax.tree.map(lambda x: x[0], microbatches), key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, (jnp.arange(number), microbatches))[0]
 
