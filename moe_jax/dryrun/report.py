@@ -157,7 +157,7 @@ def _read(
             filled=lowering.filled_rows(settings, mesh),
         ),
         "collectives": tuple(c for c in hlo.collectives(text, within) if c.axes),
-        "hbm_traffic_bytes": hlo_traffic.traffic(text),
+        "hbm_traffic_bytes": hlo_traffic.traffic(text, settings.model.num_experts),
     }
 
 

@@ -57,3 +57,11 @@ ENTRY %main (x: f32[5,8,128], i: s32[]) -> f32[5,8,128] {
 )
 def test_instructions_move_what_they_read_and_write(instruction, moved):
     assert hlo_traffic.traffic(TEXT.replace("INSTRUCTION", instruction)) == moved
+
+
+@pytest.mark.parametrize(("experts", "read"), [(0, STACK), (1, ROW), (5, STACK), (8, STACK)])
+def test_a_grouped_product_reads_one_layer_of_a_stack(experts, read):
+    call = '%gmm.1 = f32[8,128]{1,0:S(1)} custom-call(%i, %x), custom_call_target="tpu_custom_call"'
+    assert hlo_traffic.traffic(TEXT.replace("INSTRUCTION", call), experts) == read
+    other = call.replace("%gmm.1", "%splash.1")
+    assert hlo_traffic.traffic(TEXT.replace("INSTRUCTION", other), experts) == STACK
