@@ -55,6 +55,8 @@ class _Traffic:
         free = i.operation in _FREE or i.operation.endswith(("-done", "-update"))
         if free or computation in self.inner:
             return 0
+        if i.operation in ("slice-start", "dynamic-slice-start"):  # results: operands, slice, mark
+            return (i.resident[0] > 0) * i.sizes[-2] + i.resident[-2]
         if i.operation.endswith("-start"):  # the results include the operands
             return sum(i.resident)
         operands = [self.module.named[computation][x] for x in i.operands]

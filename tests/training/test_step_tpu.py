@@ -65,7 +65,7 @@ def test_a_step_executes_the_due_products_with_megablox_and_splash(libtpu, topol
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_both_passes_read_the_experts_of_all_layers_in_one_rounded_stack(libtpu, topology, remat):
     """No pass makes the array of one layer's experts, in which each of them rounded its own."""
-    E, F, layers = 8, 1024, 24  # a stack of 200 MB, more than VMEM holds
+    E, F, layers = 8, 1024, 6
     settings = step_config(E, 2, F, 512, devices=1, remat=remat, layers=layers)
     mesh = meshes.make({}, libtpu(topology)[:1])
     text = lowering.lower(settings, mesh).compile().as_text()
@@ -76,4 +76,4 @@ def test_both_passes_read_the_experts_of_all_layers_in_one_rounded_stack(libtpu,
     due = lowering.bytes_due(settings, state, settings.training.batch_size * T)
     moved = hlo_traffic.traffic(text, E)
     print(f"{topology}, remat {remat}: {moved / 1e9:.2f} GB moved, {due / 1e9:.2f} GB due")
-    assert due <= moved <= 4 * due
+    assert due <= moved <= 3 * due
