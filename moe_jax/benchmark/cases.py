@@ -145,7 +145,7 @@ def block_stack_cases() -> Iterator[Case]:
     large matrix products, so 1 / ratio is the MFU relative to the device's attainable rate."""
     B, T = sizes.here().B, sizes.here().T
     for name, sparse in sizes.here().models.items():
-        params = jax.jit(functools.partial(model.init, sparse))(jax.random.key(0))
+        params = _init(sparse)
         tokens_BT = jax.random.randint(jax.random.key(1), (B, T), 0, sparse.vocab_size)
         shared = transformer.Shared(
             jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), jnp.int32), jax.random.key(2)
@@ -166,6 +166,15 @@ def train_step_cases() -> Iterator[Case]:
     for name, sparse in sizes.here().models.items():
         dense = _train_step(_dense(sparse))
         yield _case(name, {"moe": _train_step(sparse)}, "dense_step", dense, config=sparse)
+
+
+def full_step_cases() -> Iterator[Case]:
+    """A step of all layers with remat "full"; the bound is that of `block_stack_cases` and of the
+    head's products. OLMoE-1B-7B needs 120 GB of a GPU's memory."""
+    B, T = sizes.here().B, sizes.here().T
+    for name, config in sizes.here().whole.items():
+        bound = large_products(B * T * flops.model_flops(config, T))
+        yield _case(name, {"moe": _train_step(config)}, "large products", bound)
 
 
 def forced_balance_cases() -> Iterator[Case]:
@@ -198,10 +207,11 @@ def window_cases() -> Iterator[Case]:
 
 
 def decode_cases() -> Iterator[Case]:
-    """Continuations of 8 prompts; the bound computes only the new tokens, without a cache."""
-    rows, length, num_tokens = 8, 32, 32
-    for name, config in sizes.here().models.items():
-        params = jax.jit(functools.partial(model.init, config))(jax.random.key(0))
+    """Continuations of a batch of prompts, with the weights in the computation's dtype; the bound
+    computes only the new tokens, without a cache."""
+    here, length, num_tokens = sizes.here(), 32, 32
+    for (name, config), rows in itertools.product(here.models.items(), here.decoded):
+        params = _init(config, config.dtype)
         prompts = list(np.random.default_rng(0).integers(0, config.vocab_size, (rows, length)))
 
         def decode(config=config, params=params, prompts=prompts):
@@ -216,8 +226,8 @@ def decode_cases() -> Iterator[Case]:
             return jax.lax.fori_loop(0, num_tokens, next_token, tokens_B)
 
         bound = functools.partial(products, params, jnp.zeros(rows, jnp.int32))
-        ours = {"kv cache": decode}
-        yield Case(name, rows * num_tokens, ours, "one position's products", bound)
+        name += f", {rows} rows"
+        yield Case(name, rows * num_tokens, {"kv cache": decode}, "one position's products", bound)
 
 
 def upcycle_cases() -> Iterator[Case]:
@@ -316,6 +326,7 @@ BENCHMARKS = {
     "moe_layer": moe_layer_cases,
     "block_stack": block_stack_cases,
     "train_step": train_step_cases,
+    "full_step": full_step_cases,
     "forced_balance": forced_balance_cases,
     "remat": remat_cases,
     "window": window_cases,
@@ -362,11 +373,14 @@ def _with_gradients(function: Callable, arrays: Sequence, cotangent: jax.Array) 
     return lambda: value_and_gradients(arrays, cotangent)
 
 
+def _init(config: model.ModelConfig, dtype: str = "float32") -> dict:
+    init = jax.jit(lambda key: jax.tree.map(lambda w: w.astype(dtype), model.init(config, key)))
+    return init(jax.random.key(0))
+
+
 def _train_step(config: model.ModelConfig, **sections) -> Callable:
-    params = jax.jit(functools.partial(model.init, config))(jax.random.key(0))
-    return train_step(
-        Run(model=config, **sections), params, rows=sizes.here().B, length=sizes.here().T
-    )
+    here, run = sizes.here(), Run(model=config, **sections)
+    return train_step(run, _init(config), rows=here.B, length=here.T)
 
 
 def train_step(settings: Run, params: dict, *, rows: int, length: int) -> Callable:

@@ -17,6 +17,8 @@ class Sizes:
     groups: dict[str, tuple[int, int, int, int]]  # rows, both widths and number of the matrices
     attention: tuple[tuple[int, int, int, int], ...]  # rows, positions, heads and head size
     vocabularies: tuple[int, ...]
+    decoded: tuple[int, ...]  # rows of a batch that is continued
+    whole: dict[str, model.ModelConfig]  # trained with all of their layers
     ceiling: int  # the width of a square product that reaches the device's highest rate
 
 
@@ -39,6 +41,10 @@ def _layers_of(preset: str) -> model.ModelConfig:
     )
 
 
+def _trainable(preset: str, dtype: str) -> model.ModelConfig:
+    return dataclasses.replace(model.PRESETS[preset], remat="full", dtype=dtype)
+
+
 CPU = Sizes(
     dtype="float32",
     B=8,
@@ -47,6 +53,8 @@ CPU = Sizes(
     groups={"E=16": (4096, 512, 1024, 16), "E=64": (4096, 512, 1024, 64)},
     attention=((8, 256, 8, 32), (1, 2048, 8, 64)),
     vocabularies=(1024, 32_000),
+    decoded=(8,),
+    whole={"quickstart-8e": _trainable("quickstart-8e", "float32")},
     ceiling=1024,
 )
 # One GPU's memory holds four layers of Drop-Upcycling 8x1.5B or OLMoE-1B-7B in training.
@@ -61,6 +69,8 @@ ACCELERATOR = Sizes(
     groups={"8x1.5b": (32_768, 2048, 7168, 8), "olmoe-1b-7b": (131_072, 2048, 1024, 64)},
     attention=((4, 4096, 16, 128),),
     vocabularies=(48_640,),
+    decoded=(1, 64),
+    whole={"olmoe-1b-7b": _trainable("olmoe-1b-7b", "bfloat16")},
     ceiling=8192,
 )
 

@@ -9,11 +9,12 @@ Examples:
   python scripts/dryrun.py --config=configs/quickstart.py --topology=cpu:8
 
 It prints, for one device and one step: memory use against the chip's memory, and whether it fits;
-FLOPs of the executed matrix products against the two analytic counts; bytes and number of
-collectives by mesh axis ("slices": between slices); and the minimum time for the products, memory
-(HBM) and networks (ICI, DCN). roofline_seconds is the slowest of these four, as if they overlapped
-perfectly; it bounds the MFU, the tokens per second, and the days and device hours of the whole run.
---price adds the cost.
+FLOPs of the executed matrix products against the two analytic counts; the bytes to and from memory
+against the least that any such step must move (state, weights, gradients and blocks' inputs); bytes
+and number of collectives by mesh axis ("slices": between slices); and the minimum time for the
+products, memory (HBM) and networks (ICI, DCN). roofline_seconds is the slowest of these four, as if
+they overlapped perfectly; it bounds the MFU, the tokens per second, and the days and device hours
+of the whole run. --price adds the cost.
 
 TPUs are v4, v5e, v5p, v6e and tpu7x, with the topology or Google Cloud's accelerator type:
 v5p:2x2x2 is v5p-16. No TPU is needed, only its compiler, libtpu: pip install 'jax[tpu]==' and the

@@ -12,21 +12,24 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _SAME = ("bitcast", "reshape", "convert", "copy")
 
 
-def traffic(text: str) -> int:
+def traffic(text: str, experts: int = 0) -> int:
     """Bytes that one device reads from and writes to main memory in one step.
 
     Each instruction reads its operands and writes its results once. If a fusion slices an array, it
     reads only the slice; if it updates one in place, it writes only the update. Arrays in a chip's
     on-chip memory (TPU's VMEM) do not count. An operand that a kernel reads several times counts
     once, so the sum is a lower bound.
+
+    Args: experts: the number of experts of one layer; a kernel that multiplies by matrices of all
+      layers (`ops/stacks.py`) reads this number of them. 0 counts all.
     """
-    reader = _Traffic(hlo_text.Module(text))
+    reader = _Traffic(hlo_text.Module(text), experts)
     return reader.module.total(lambda *which: {"bytes": reader.moved(*which)})["bytes"]
 
 
 class _Traffic:
-    def __init__(self, module: hlo_text.Module):
-        self.module, self.inner = module, set[str]()
+    def __init__(self, module: hlo_text.Module, experts: int = 0):
+        self.module, self.inner, self.experts = module, set[str](), experts
         self.users: dict = {}
         self.parameters: dict[str, dict[int, str]] = {}
         for name, instructions in module.computations.items():
@@ -52,6 +55,8 @@ class _Traffic:
         free = i.operation in _FREE or i.operation.endswith(("-done", "-update"))
         if free or computation in self.inner:
             return 0
+        if i.operation in ("slice-start", "dynamic-slice-start"):  # results: operands, slice, mark
+            return (i.resident[0] > 0) * i.sizes[-2] + i.resident[-2]
         if i.operation.endswith("-start"):  # the results include the operands
             return sum(i.resident)
         operands = [self.module.named[computation][x] for x in i.operands]
@@ -59,6 +64,8 @@ class _Traffic:
             return (1 + any(operands[0].resident)) * sum(i.resident)
         if i.operation == "dynamic-update-slice":
             return sum(operands[1].resident) + any(i.resident) * sum(operands[1].sizes)
+        if i.operation == "custom-call" and i.name.startswith("gmm"):
+            return sum(i.resident) + sum(map(self.of_one_layer, operands))
         if i.operation != "fusion":
             return sum(i.resident) + sum(sum(x.resident) for x in operands)
         inside = i.called[0]
@@ -71,6 +78,13 @@ class _Traffic:
             size if number >= len(written) else min(size, written[number])
             for number, size in enumerate(i.resident)
         )
+
+    def of_one_layer(self, operand: hlo_text.Instruction) -> int:
+        """Bytes that a grouped product reads of an operand: one layer's of a stack of matrices."""
+        number = operand.shapes[0][0] if len(operand.shapes[0]) == 3 else 0
+        if 0 < self.experts < number:
+            return sum(operand.resident) * self.experts // number
+        return sum(operand.resident)
 
     @functools.cache  # noqa: B019 - the object lives only while one text is read
     def read(self, computation: str, name: str) -> int:

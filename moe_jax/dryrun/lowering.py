@@ -9,8 +9,9 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from moe_jax import model
+from moe_jax import model, tree
 from moe_jax.config import Run
 from moe_jax.model import exchange_cost
 from moe_jax.ops import attention_kernels
@@ -38,10 +39,40 @@ def abstract_state(settings: Run, mesh: jax.sharding.Mesh) -> TrainState:
 
 def state_bytes(state: TrainState) -> int:
     """Bytes per device of a state from `abstract_state`."""
+    return _bytes(state)
+
+
+def _bytes(arrays: Any) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(state)
+        for leaf in jax.tree.leaves(arrays)
     )
+
+
+def bytes_due(settings: Run, state: TrainState, num_tokens: float) -> int:
+    """Bytes that a step must move to and from a device's main memory: a lower bound.
+
+    It reads the state once and writes once what it updates. In the computation's dtype, each
+    microbatch reads the weights in both passes, and writes each block's input and reads it again;
+    the step writes the gradients and reads them again, because their norm comes before the update.
+    Everything else could stay on the chip.
+
+    Args:
+      state: from `abstract_state`.
+      num_tokens: the tokens of one device.
+    """
+    model_config = settings.model
+    itemsize = jnp.dtype(model_config.dtype).itemsize
+    trained, frozen = optimizer.split(state.params, settings.optimizer.frozen)
+    weights = {**state.params, "embed": {}} if "unembed" in state.params else state.params
+    number = {
+        name: _bytes(part) / tree.FLOAT32.itemsize
+        for name, part in (("trained", trained), ("weights", weights))
+    }
+    inputs = num_tokens * model_config.hidden_size * model_config.num_hidden_layers
+    in_computation = 2 * settings.training.accumulation_steps * number["weights"]
+    in_computation += 2 * (number["trained"] + inputs)
+    return int(2 * state_bytes(state) - _bytes(frozen) + itemsize * in_computation)
 
 
 def lower(settings: Run, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:

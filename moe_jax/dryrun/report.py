@@ -52,6 +52,7 @@ class Report:
     model_flops: float
     collectives: tuple[hlo.Collective, ...] | None = None
     hbm_traffic_bytes: int | None = None
+    hbm_due_bytes: int  # what any such step must move to and from main memory
     roofline: rooflines.Seconds | None = None
     roofline_seconds: float | None = None
     mfu_bound: float | None = None
@@ -84,7 +85,8 @@ def run(
     objective.batch_shapes(settings, jax.ShapeDtypeStruct)
     with checks.refusing():
         mesh = meshes.make(vars(settings.mesh), devices)
-        arguments = lowering.state_bytes(lowering.abstract_state(settings, mesh))
+        state = lowering.abstract_state(settings, mesh)
+    arguments = lowering.state_bytes(state)
     with jax.set_mesh(mesh):
         analytic_flops = flops.analytic_flops(settings.model, settings.data.sequence_length)
     model_flops = flops.model_flops(settings.model, settings.data.sequence_length)
@@ -101,6 +103,7 @@ def run(
         "hbm_limit_bytes": limit,
         "analytic_flops": tokens * analytic_flops,
         "model_flops": tokens * model_flops,
+        "hbm_due_bytes": lowering.bytes_due(settings, state, tokens),
         "num_steps": settings.training.num_steps,
         "estimate": topology.compiles_here and chip is not None,
     }
@@ -154,7 +157,7 @@ def _read(
             filled=lowering.filled_rows(settings, mesh),
         ),
         "collectives": tuple(c for c in hlo.collectives(text, within) if c.axes),
-        "hbm_traffic_bytes": hlo_traffic.traffic(text),
+        "hbm_traffic_bytes": hlo_traffic.traffic(text, settings.model.num_experts),
     }
 
 
@@ -216,6 +219,11 @@ def text(report: Report, price: float = 0.0) -> str:
             f"x analytic, {report.step_flops / report.model_flops:.3f} x model"
         )
     if report.roofline is not None and report.mfu_bound is not None:
+        moved = report.hbm_traffic_bytes or 0
+        lines.append(
+            f"  traffic  {size(moved)} to and from memory = "
+            f"{moved / report.hbm_due_bytes:.2f} x the least"
+        )
         parts = dataclasses.asdict(report.roofline)
         shown = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
         lines.append(

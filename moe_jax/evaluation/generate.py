@@ -15,7 +15,7 @@ from moe_jax.model import transformer
 from moe_jax.model.layout import layer_groups
 from moe_jax.model.router import ROUTERS
 
-PADDED_TO = 32  # the number of tokens of prompts is rounded up to its multiples
+PADDED_TO = 32  # tokens; the least step between the lengths to which prompts are padded
 PIECE = 16  # tokens that `pieces` computes at a time
 
 
@@ -122,6 +122,16 @@ def independent(config: model.ModelConfig) -> model.ModelConfig:
     return dataclasses.replace(config, dispatch="dropless", router=router, remat="none")
 
 
+def padded_length(length: int) -> int:
+    """The length to which prompts are padded, so that similar ones share a compiled program.
+
+    It has four steps from one power of 2 to the next, so that at most a fifth of it is padding
+    beyond 128 tokens, and prompts of up to 4,096 tokens have 24 lengths.
+    """
+    step = max(PADDED_TO, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step
+
+
 def _checked(config, prompts, num_tokens, sampling):
     """The independent model, the padded prompts and their lengths; raises as `generate` does."""
     check(sampling)
@@ -138,8 +148,8 @@ def _checked(config, prompts, num_tokens, sampling):
     longest = int(lengths_B.max())
     fix = f"the longest prompt has {longest}; ask for fewer tokens after it"
     config.check_rows(longest + num_tokens, fix)
-    # Prompts of similar lengths share a compiled program; what they are padded with is not routed.
-    padded = -(-longest // PADDED_TO) * PADDED_TO
+    # What prompts are padded with is not routed.
+    padded = padded_length(longest)
     if config.position_embedding == "learned":
         padded = min(padded, config.max_position_embeddings)
     tokens_BT = np.zeros((len(prompts), padded), np.int32)

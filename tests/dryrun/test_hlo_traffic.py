@@ -48,12 +48,25 @@ ENTRY %main (x: f32[5,8,128], i: s32[]) -> f32[5,8,128] {
             2 * ROW,
         ),
         (
+            "%s = ((f32[5,8,128]{2,1,0}), f32[1,8,128]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%x)\n"
+            "  %y = f32[1,8,128]{2,1,0:S(1)} slice-done(%s)",
+            ROW,
+        ),
+        (
             "%s = (f32[5,8,128]{2,1,0:S(1)}, f32[5,8,128]{2,1,0}, u32[]{:S(2)}) copy-start(%x)\n"
             "  %y = f32[5,8,128]{2,1,0:S(1)} copy-done(%s)",
             STACK,
         ),
     ],
-    ids="plain vmem bitcast sliced sliced_to_vmem slice updated copied".split(),
+    ids="plain vmem bitcast sliced sliced_to_vmem slice updated sliced_ahead copied".split(),
 )
 def test_instructions_move_what_they_read_and_write(instruction, moved):
     assert hlo_traffic.traffic(TEXT.replace("INSTRUCTION", instruction)) == moved
+
+
+@pytest.mark.parametrize(("experts", "read"), [(0, STACK), (1, ROW), (5, STACK), (8, STACK)])
+def test_a_grouped_product_reads_one_layer_of_a_stack(experts, read):
+    call = '%gmm.1 = f32[8,128]{1,0:S(1)} custom-call(%i, %x), custom_call_target="tpu_custom_call"'
+    assert hlo_traffic.traffic(TEXT.replace("INSTRUCTION", call), experts) == read
+    other = call.replace("%gmm.1", "%splash.1")
+    assert hlo_traffic.traffic(TEXT.replace("INSTRUCTION", other), experts) == STACK

@@ -11,9 +11,10 @@ import jax
 import pytest
 
 from moe_jax import config as configs
+from moe_jax.dryrun import lowering, search, topologies
 from moe_jax.dryrun import report as dryrun
-from moe_jax.dryrun import search, topologies
 from moe_jax.parallel import chips
+from moe_jax.parallel import mesh as meshes
 
 ROOT = pathlib.Path(__file__).parents[2]
 CPUS = jax.devices()  # before topologies asks for another number of them
@@ -66,6 +67,21 @@ def test_memory_and_collectives_are_those_of_the_step(tiny):
     assert report.fits is None and report.roofline is None
     axes = {axis for row in report.collectives for axis in row.axes}
     assert axes == {"fsdp", "expert"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_least_that_a_step_moves_is_worked_by_hand(tiny, dtype):
+    changes = {"model.dtype": dtype, "training.accumulation_steps": 4, "optimizer.frozen": "router"}
+    settings = configs.resolve(configs.load(f"{tiny}:4", changes))
+    state = lowering.abstract_state(settings, meshes.make({}, CPUS[:1]))
+    D, V, T, rows, L, size = 64, 256, 128, 8, 1, 4 if dtype == "float32" else 2
+    all_of_them, router = parameters(vars(settings.model)), D * 4
+    trained = all_of_them - router
+    moved = 4 * (all_of_them + trained + 2 * 2 * trained)  # the moments are those of `trained`
+    weights = 2 * 4 * (all_of_them - V * D)  # in both passes of four microbatches, but not rows
+    kept = 2 * (trained + rows * T * D * L)  # written and read again
+    due = lowering.bytes_due(settings, state, rows * T)
+    assert due == pytest.approx(moved + size * (weights + kept), abs=128)  # the numbers of steps
 
 
 def test_the_command_prints_the_json_of_the_function(tiny):

@@ -45,6 +45,7 @@ def trial_within(limit, tried):
             fits=peak <= limit,
             hbm_limit_bytes=limit,
             hbm_peak_bytes=peak,
+            hbm_due_bytes=0,
             argument_bytes=0,
             analytic_flops=1.0,
             model_flops=1.0,

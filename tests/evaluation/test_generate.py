@@ -57,11 +57,20 @@ def test_a_row_does_not_depend_on_the_prompts_after_it():
 
 
 def test_prompts_of_similar_lengths_share_a_compiled_program():
-    config, params = loaded("lola")
+    config, params = loaded("llama")
     before = generate._continue._cache_size()
-    for prompt in (prompts_of(config)[0][:length] for length in (3, 7, 9)):
+    for length in (3, 7, 9, 33, 50, 64):
+        prompt = np.resize(prompts_of(config)[0], length)
         generate.generate(params, config, [prompt], num_tokens=NUM_TOKENS)
-    assert generate._continue._cache_size() <= before + 1
+    assert generate._continue._cache_size() <= before + 2  # for 32 and for 64 tokens
+
+
+def test_prompts_are_padded_to_few_lengths_that_are_little_longer():
+    lengths = range(1, 4097)
+    padded = [generate.padded_length(length) for length in lengths]
+    assert padded == sorted(padded) and len(set(padded)) == 24
+    padding = [(p - length, p) for length, p in zip(lengths, padded, strict=True)]
+    assert all(0 <= more < max(32, p / 5 + 1) for more, p in padding)
 
 
 def test_what_cannot_be_continued_is_refused():

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax import model
+from moe_jax.dryrun import hlo_text
 from moe_jax.evaluation import generate
+from moe_jax.evaluation.sampling import GREEDY, Sampling
 from moe_jax.ops import host_memory, implementations
 from moe_jax.parallel import mesh as meshes
 from tests.ops.test_stacks import copies_of_a_layer
@@ -29,6 +31,12 @@ def small_mixture():
     )
 
 
+def drawing(array):
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    settings = (array((), jnp.asarray(x).dtype) for x in GREEDY)
+    return generate._Drawing(array(key.shape, key.dtype), Sampling(*settings))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 @pytest.mark.parametrize("rows", [1, 64])
@@ -42,10 +50,9 @@ def test_no_layer_of_experts_is_copied_out_of_its_stack(libtpu, topology, rows):
 
     shapes = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
     params = jax.tree.map(lambda x: array(x.shape, jnp.bfloat16), shapes)
-    key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (
         *(params, array((rows, 128), jnp.int32), array((rows,), jnp.int32)),
-        *(array(key.shape, key.dtype), array((), jnp.float32), array((), jnp.float32)),
+        drawing(array),
     )
     with jax.set_mesh(mesh):
         traced = generate._continue.trace(*arguments, config=config, num_tokens=128)
@@ -80,10 +87,9 @@ def test_experts_in_the_hosts_memory_are_sent_as_the_tokens_choose_them(
         )
         for name, x in experts.items()
     }
-    key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (
         *(params, array((1, 128), jnp.int32), array((1,), jnp.int32)),
-        *(array(key.shape, key.dtype), array((), jnp.float32), array((), jnp.float32)),
+        drawing(array),
     )
     traced = generate._continue.trace(*arguments, config=config, num_tokens=128)
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
@@ -97,3 +103,12 @@ def test_experts_in_the_hosts_memory_are_sent_as_the_tokens_choose_them(
     for shape, number in (((1, D, F), 2 * 2), ((1, F, D), 2)):
         sent = rf"bf16\[{','.join(map(str, shape))}\]\S*, \S+ dynamic-slice-start\("
         assert len(re.findall(sent, text)) == number
+    # No array of all experts lies on the chip, and it is sent what is due and not a byte more: the
+    # experts of each layer for the prompt, and the two of each of 127 tokens.
+    places = re.findall(rf"bf16\[{L * E},(?:{D},{F}|{F},{D})\]{{([^}}]*)}}", text)
+    assert places and all(place.endswith("S(5)") for place in places)
+    bytes_sent = hlo_text.Module(text).total(
+        lambda _, i: {"sent": sum(i.sizes[1:])} if i.operation == "dynamic-slice-start" else {}
+    )["sent"]
+    numbers = 4 * 4 * 3 * (L + 127 * L * 2)  # each copy's results have four indices beside the data
+    assert bytes_sent - numbers == of_layer // E * (L * E + 127 * L * 2)

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from moe_jax import config as configs
-from moe_jax.dryrun import hlo, lowering
+from moe_jax.dryrun import hlo, hlo_traffic, lowering
 from moe_jax.ops import attention_kernels, grouped_tpu
 from moe_jax.parallel import mesh as meshes
 from moe_jax.training import flops
@@ -12,22 +12,22 @@ from moe_jax.training import flops
 T, D, N, DEVICES = 1024, 512, 4, 4
 
 
-def step_config(E, A, F, rows_per_expert):
-    """bfloat16, full remat, on each device as many rows as give its experts `rows_per_expert`."""
+def step_config(E, A, F, rows_per_expert, devices=DEVICES, remat="full", layers=2):
+    """bfloat16, on each device as many rows as give its experts `rows_per_expert`."""
     config = configs.default()
     config.model.update(
         vocab_size=2048,
         hidden_size=D,
         intermediate_size=F,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=N,
         num_experts=E,
         num_experts_per_tok=A,
         dtype="bfloat16",
-        remat="full",
+        remat=remat,
     )
     config.data.sequence_length = T
-    config.training.batch_size = DEVICES * rows_per_expert * E // A // T
+    config.training.batch_size = devices * rows_per_expert * E // A // T
     return configs.resolve(config)
 
 
@@ -57,3 +57,16 @@ def test_a_step_executes_the_due_products_with_megablox_and_splash(libtpu, topol
         assert kernel in names, names
     dense = {s for s in hlo.buffer_shapes(text) if len(s) >= 3 and s[0] == E and s[1] in (M, B * T)}
     assert not dense
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_a_step_moves_less_than_three_times_the_bytes_that_are_due(libtpu, topology):
+    settings = step_config(8, 2, 1024, 512, devices=1, remat="none", layers=6)
+    mesh = meshes.make({}, libtpu(topology)[:1])
+    text = lowering.lower(settings, mesh).compile().as_text()
+    state = lowering.abstract_state(settings, mesh)
+    due = lowering.bytes_due(settings, state, settings.training.batch_size * T)
+    moved = hlo_traffic.traffic(text)
+    print(f"{topology}: {moved / 1e9:.2f} GB moved, {due / 1e9:.2f} GB due")
+    assert due <= moved < 3 * due
