@@ -28,11 +28,15 @@ RANGE = 4.0  # the last rate of the range test, relative to the config's peak
 FAR = 0.1  # the rise of the loss, relative to the start's, that counts as too high a rate
 
 
+CONSTANT = {
+    **{"schedule": "cosine", "final_learning_rate_ratio": 1.0, "warmup_steps": 0},
+    **{"decay_steps": 0, "initial_learning_rate_ratio": 0.0},
+}
+
+
 def _constant(rate: float | None) -> dict | None:
     """The overrides for a constant rate; None for none."""
-    schedule = {"schedule": "cosine", "final_learning_rate_ratio": 1.0, "learning_rate": rate}
-    unused = {"warmup_steps": 0, "decay_steps": 0, "initial_learning_rate_ratio": 0.0}
-    return {"optimizer": schedule | unused} if rate else None
+    return {"optimizer": {**CONSTANT, "learning_rate": rate}} if rate else None
 
 
 # What each arm overrides, given the config's optimizer and the parent's last rate; None if it
@@ -75,8 +79,8 @@ def entries(
     """The runs as `sweep.plan.runs_of` reads them: a range test, then each arm with each seed.
 
     The range test raises the rate linearly from 0 to RANGE times the config's peak (Smith, arXiv
-    1506.01186, section 3.3). An arm makes the first steps of the config's training. Equal arms
-    are made once.
+    1506.01186, section 3.3). An arm makes the first steps of the config's training. Equal arms are
+    made once. All evaluations are on the sample of held-out text of the loss curve.
 
     Args: given: overrides of the config's file by dotted key.
 
@@ -94,10 +98,13 @@ def entries(
             f"{optimizer.warmup_steps}: use more steps, or a shorter warm-up"
         )
     every = max(steps // EVALUATIONS, 1)
-    all_runs = {**given, "seed": settings.seed, "evaluation.every_steps": every}
-    rising = _constant(RANGE * optimizer.learning_rate) or {}
-    rising["optimizer"] |= {"warmup_steps": steps}
-    of_test = {"num_steps": steps, "num_epochs": 0.0, "stop_step": 0, "log_every": every}
+    one_sample = {"every_steps": every, "final_max_batches": settings.evaluation.max_batches}
+    all_runs = {**given, "seed": settings.seed, "evaluation": one_sample}
+    top = {"learning_rate": RANGE * optimizer.learning_rate, "warmup_steps": steps}
+    test = {
+        "optimizer": {**CONSTANT, **top},
+        "training": {"num_steps": steps, "num_epochs": 0.0, "stop_step": 0, "log_every": every},
+    }
     made = {name: make(optimizer, inherited) for name, make in ARMS.items()}
     distinct: dict[str, dict] = {}
     for name, own in made.items():
@@ -105,14 +112,14 @@ def entries(
             distinct[name] = own
     measured = arms.product({**all_runs, "training.stop_step": steps}, arms.named(distinct))
     return arms.chain(
-        arms.product(all_runs, arms.named({RANGE_TEST: {**rising, "training": of_test}})),
+        arms.product(all_runs, arms.named({RANGE_TEST: test})),
         arms.seeds(measured, seeds) if seeds > 1 else measured,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """The result of one arm. rate: its highest learning rate. bits: per byte of all held-out text
+    """The result of one arm. rate: its highest learning rate. bits: bits per byte of held-out text
     at the end, in the mean over seeds."""
 
     name: str
