@@ -67,7 +67,10 @@ OTHER = {
     r"(benchmark\.py train_step)$": r"\1 --repeats=1",
 }
 # Commands of about a second that write nothing: they run by default, in the repository itself.
-CHEAP = r"--help$|--list|--print_config|--reasons|scripts/(recipes|advise|config_diff)\.py"
+CHEAP = (
+    r"--help$|--list|--print_config|--reasons|scripts/(recipes|config_diff)\.py"
+    r"|scripts/advise\.py(?! --measure)"
+)
 
 
 def not_here(command: str) -> bool:
