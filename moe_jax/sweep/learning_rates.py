@@ -6,7 +6,6 @@ long as billions of tokens at full size. A rate that is too low learns little.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -178,10 +177,10 @@ def advice(runs: Sequence[Run], parent: Record | None) -> Advice | None:
     tied = [d.b for d in differences if not _is_sure(d, least)]
     settings = ended[0].settings
     of_steps = settings.training.num_steps if settings else 0
-    test = [
-        point for run in tests for point in range_of(metrics.read(run.workdir / "metrics.jsonl"))
-    ]
-    return Advice(test, rows, tied, differences, least, every[0].result["steps"], of_steps)
+    kept = [row for run in tests for row in metrics.read(run.workdir / "metrics.jsonl")]
+    return Advice(
+        range_of(kept), rows, tied, differences, least, every[0].result["steps"], of_steps
+    )
 
 
 def _is_sure(difference: comparisons.Difference, least: float | None) -> bool:
@@ -210,10 +209,9 @@ def least_difference(group: Group) -> float:
 def range_of(rows: Sequence[Mapping]) -> list[tuple[float, float]]:
     """(learning rate, held-out bits per byte) of each evaluation; its losses are finite."""
     rates = {row["step"]: row["learning_rate"] for row in rows if "learning_rate" in row}
-    found = [
-        (row["step"], row["validation"]["bits_per_byte"]) for row in rows if "validation" in row
-    ]
-    return [(rates.get(step, 0.0), bits) for step, bits in found if bits is not None]
+    evaluated = [row for row in rows if "validation" in row]
+    found = [(rates.get(row["step"], 0.0), row["validation"]["bits_per_byte"]) for row in evaluated]
+    return [(rate, bits) for rate, bits in found if bits is not None]
 
 
 def in_words(advice: Advice) -> str:
@@ -229,31 +227,31 @@ def in_words(advice: Advice) -> str:
         table.append((arm.name, f"{arm.rate:.2e}", f"{arm.bits:.4f}", dip, back, str(arm.seeds)))
     lines += [f"Arms after {advice.steps} steps, the best first:", *adviser.aligned(head, table)]
     if first := advice.arms[0].recovery:
-        whose = "the parent's" if first.of_parent else "their own at the start"
-        lines.append(
-            f"They start at {first.start:.3f}, and recover at {whose}, {first.target:.3f}."
-        )
+        whose = "their parent's" if first.of_parent else "that"
+        lines.append(f"They start at {first.start:.3f}; recovered is back at {whose}, ")
+        lines[-1] += f"{first.target:.3f}."
     lines += ["", *map(comparisons.sentence, advice.differences), "", verdict(advice)]
     return "\n".join(lines)
 
 
 def verdict(advice: Advice) -> str:
     """Which arm to take, and how sure that is."""
-    best, seeds = advice.arms[0], advice.arms[0].seeds
-    told = "with several seeds" if advice.least is None else "beyond the noise of text and training"
+    best = advice.arms[0]
     if advice.tied:
         words = f"Take {best.name}, or {' or '.join(advice.tied)}: they cannot be told apart."
     elif advice.differences:
-        words = f"Take {best.name}: it is ahead of every other arm {told}."
+        words = f"Take {best.name}: it is ahead of every other arm."
     else:
         words = f"Only {best.name} has a result."
-    if advice.least is not None:
+    if advice.least is None:
+        words += f" This rests on {best.seeds} seeds."
+    elif advice.least < math.inf:
         words += (
             f" One seed cannot rank differences below {advice.least:.4f} bits/byte, twice the "
-            "scatter of the evaluations; seeds may differ by more: --seeds=3 measures it."
+            "scatter of the evaluations; seeds may differ by more, which --seeds=3 measures."
         )
     else:
-        words += f" {seeds} seeds."
+        words += " One seed with so few evaluations ranks nothing; use more --steps and --seeds."
     if advice.steps < advice.of_steps:
         words += (
             f" These are the first {advice.steps} of {advice.of_steps} steps: a rate that falls "
@@ -266,14 +264,12 @@ def _range_in_words(points: Sequence[tuple[float, float]]) -> list[str]:
     if len(points) < 2:
         return ["The range test has no result.", ""]
     (_, start), *later = points
-    table = [(f"{rate:.2e}", f"{bits:.3f}", f"{bits - start:+.3f}") for rate, bits in later]
-    far = next((rate for rate, bits in later if bits > (1 + FAR) * start), None)
-    above = list(itertools.takewhile(lambda point: point[1] <= start, later))
-    first = later[len(above)][0] if len(above) < len(later) else None
-    words = f"it is above the start's ({start:.3f}) "
-    words += f"from {first:.2e} on" if first else f"nowhere up to {later[-1][0]:.2e}"
-    words += f", and more than {FAR:.0%} above it " + (
-        f"from {far:.2e} on." if far else f"nowhere up to {later[-1][0]:.2e}."
-    )
+    shown = later[1::2] or later
+    table = [(f"{rate:.2e}", f"{bits:.3f}", f"{bits - start:+.3f}") for rate, bits in shown]
+    words = []
+    for what, limit in ((f"{start:.3f}", start), (f"{FAR:.0%} more", (1 + FAR) * start)):
+        first = next((f"first at {rate:.2e}" for rate, bits in later if bits > limit), "nowhere")
+        words.append(f"above {what} {first}")
     head = ("rate", "bits/byte", "against the start")
-    return ["Range test:", *adviser.aligned(head, table), f"Held-out loss: {words}", ""]
+    said = f"The held-out loss starts at {start:.3f}; it is {' and '.join(words)}."
+    return ["Range test, with a rising rate:", *adviser.aligned(head, table), said, ""]
