@@ -175,7 +175,7 @@ def advice(runs: Sequence[Run], parent: Record | None) -> Advice | None:
     alone = all(len(group.bits) == 1 for group in ranked)
     least = max(map(least_difference, ranked)) if alone else None
     tied = [d.b for d in differences if not _is_sure(d, least)]
-    settings = ended[0].settings
+    settings, steps = ended[0].settings, every[0].result["steps"]
     of_steps = settings.training.num_steps if settings else 0
     kept = [row for run in tests for row in metrics.read(run.workdir / "metrics.jsonl")]
     return Advice(
@@ -271,5 +271,5 @@ def _range_in_words(points: Sequence[tuple[float, float]]) -> list[str]:
         first = next((f"first at {rate:.2e}" for rate, bits in later if bits > limit), "nowhere")
         words.append(f"above {what} {first}")
     head = ("rate", "bits/byte", "against the start")
-    said = f"The held-out loss starts at {start:.3f}; it is {' and '.join(words)}."
+    said = f"The held-out loss is {start:.3f} at first, then {' and '.join(words)}."
     return ["Range test, with a rising rate:", *adviser.aligned(head, table), said, ""]

@@ -173,7 +173,7 @@ def test_the_command_executes_the_runs_and_says_what_to_take(folder, monkeypatch
     page = (folder / "out" / "report.html").read_text()
     assert "Dip and recovery" in page and "range_test" not in page.split("<h2>Commands")[0]
     assert measure(folder, monkeypatch, "--seeds=3", "--inherited_rate=3e-4") == 0
-    assert "starts" not in capsys.readouterr().out  # all runs are done
+    assert ": starts" not in capsys.readouterr().out  # all runs are done
 
 
 def test_one_seed_says_below_what_it_ranks_nothing_and_a_failed_arm_is_left_out(
