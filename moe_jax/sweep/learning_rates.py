@@ -178,9 +178,7 @@ def advice(runs: Sequence[Run], parent: Record | None) -> Advice | None:
     settings, steps = ended[0].settings, every[0].result["steps"]
     of_steps = settings.training.num_steps if settings else 0
     kept = [row for run in tests for row in metrics.read(run.workdir / "metrics.jsonl")]
-    return Advice(
-        range_of(kept), rows, tied, differences, least, every[0].result["steps"], of_steps
-    )
+    return Advice(range_of(kept), rows, tied, differences, least, steps, of_steps)
 
 
 def _is_sure(difference: comparisons.Difference, least: float | None) -> bool:
