@@ -118,7 +118,7 @@ def entries(
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """The result of one arm. rate: its highest learning rate. bits: bits per byte of held-out text
+    """The result of one arm. rate: the peak of its schedule. bits: bits per byte of held-out text
     at the end, in the mean over seeds."""
 
     name: str
@@ -160,10 +160,11 @@ def advice(runs: Sequence[Run], parent: Record | None) -> Advice | None:
         return None
     shown = every if parent is None else [*every, parent]
     ranked = sorted(found, key=lambda group: group.mean_bits)
+    peaks = [run.settings.optimizer.learning_rate if run.settings else 0.0 for run in ended]
     rows = [
         Arm(
             group.name,
-            max(row["learning_rate"] for row in group.first.training_rows),
+            peaks[group.first.place],
             len(group.bits),
             group.mean_bits,
             recovery.recovery(group, shown),
@@ -226,7 +227,7 @@ def in_words(advice: Advice) -> str:
     lines += [f"Arms after {advice.steps} steps, the best first:", *adviser.aligned(head, table)]
     if first := advice.arms[0].recovery:
         whose = "their parent's" if first.of_parent else "that"
-        lines.append(f"They start at {first.start:.3f}; recovered is back at {whose}, ")
+        lines.append(f"They start from {first.start:.3f}, and have recovered at {whose}, ")
         lines[-1] += f"{first.target:.3f}."
     lines += ["", *map(comparisons.sentence, advice.differences), "", verdict(advice)]
     return "\n".join(lines)
@@ -264,10 +265,13 @@ def _range_in_words(points: Sequence[tuple[float, float]]) -> list[str]:
     (_, start), *later = points
     shown = later[1::2] or later
     table = [(f"{rate:.2e}", f"{bits:.3f}", f"{bits - start:+.3f}") for rate, bits in shown]
-    words = []
-    for what, limit in ((f"{start:.3f}", start), (f"{FAR:.0%} more", (1 + FAR) * start)):
-        first = next((f"first at {rate:.2e}" for rate, bits in later if bits > limit), "nowhere")
-        words.append(f"above {what} {first}")
+    rises = []
+    for limit in (start, (1 + FAR) * start):
+        first = next(
+            (f"at a rate of {rate:.2e}" for rate, bits in later if bits > limit), "nowhere"
+        )
+        rises.append(first)
     head = ("rate", "bits/byte", "against the start")
-    said = f"The held-out loss is {start:.3f} at first, then {' and '.join(words)}."
+    said = f"The held-out loss starts from {start:.3f}. It first rises above that {rises[0]}, "
+    said += f"and {FAR:.0%} above it {rises[1]}."
     return ["Range test, with a rising rate:", *adviser.aligned(head, table), said, ""]

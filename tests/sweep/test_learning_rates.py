@@ -168,6 +168,7 @@ def test_the_command_executes_the_runs_and_says_what_to_take(folder, monkeypatch
     assert "the first 240 of 1000 steps" in said
     kept = json.loads((folder / "out" / "advice.json").read_text())
     assert [arm["name"] for arm in kept["arms"]] == ["inherited", "minimum", "re-warmed"]
+    assert [arm["rate"] for arm in kept["arms"]] == [3e-4, 2e-4, 2e-3]
     assert kept["tied"] == [] and kept["least"] is None and len(kept["range_test"]) == 13
     assert kept["arms"][0]["recovery"]["of_parent"] is True
     page = (folder / "out" / "report.html").read_text()
