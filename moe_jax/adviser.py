@@ -249,9 +249,9 @@ def report(b: Budgets) -> str:
         for v in found
     ]
     lines = [_described("MoE", b.moe), _described("parent", b.dense), ""]
-    lines += _aligned(("way", "tokens", "FLOP", "with parent's", "/ parent's", "with it"), costs)
+    lines += aligned(("way", "tokens", "FLOP", "with parent's", "/ parent's", "with it"), costs)
     head = ("rule", "verdict", "judged on", "here", "upcycle <", "scratch >=")
-    lines += ["", *_aligned(head, judged, left=3)]
+    lines += ["", *aligned(head, judged, left=3)]
     wrapped = functools.partial(
         textwrap.fill, width=96, subsequent_indent="  ", break_on_hyphens=False
     )
@@ -297,7 +297,7 @@ def _count(number: float) -> str:
     return f"{number / unit[0]:.3g} {unit[1]}".strip()
 
 
-def _aligned(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int = 1) -> list[str]:
+def aligned(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int = 1) -> list[str]:
     """Lines with columns as wide as their widest cell; the first `left` are left-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     form = "  ".join(f"{{:{'<' if i < left else '>'}{width}}}" for i, width in enumerate(widths))

@@ -65,10 +65,14 @@ CONFIG_FILES = {"configs/quickstart.py": QUICK, "configs/sweeps/relatives.py": Q
 # A name that stands for any, and another number that makes a command short.
 OTHER = {
     r"recipes\.py NAME": "recipes.py drop",
+    r"(advise\.py --measure)": r"\1 --steps=3",
     r"(benchmark\.py train_step)$": r"\1 --repeats=1",
 }
 # Commands of about a second that write nothing: they run by default, in the repository itself.
-CHEAP = r"--help$|--list|--print_config|--reasons|scripts/(recipes|advise|config_diff)\.py"
+CHEAP = (
+    r"--help$|--list|--print_config|--reasons|scripts/(recipes|config_diff)\.py"
+    r"|scripts/advise\.py(?! --measure)"
+)
 
 
 def not_here(command: str) -> bool:

@@ -52,6 +52,7 @@ SYSTEMS = {
         "balance.load_balancing_schedule": "adaptive",
     },
     "loss_free": {ROUTER: "sigmoid_topk", BALANCE: 0.0, "balance.bias_update_rate": 1e-3},
+    "quantile": {ROUTER: "sigmoid_topk", BALANCE: 0.0, "balance.bias_update": "quantile"},
     "expert_choice": {ROUTER: "expert_choice", "model.dispatch": "capacity"},
     "lory": {"model.dispatch": "merge", "model.merge_segment_length": 32, BALANCE: 0.0},
     "ds_moe": {

@@ -6,7 +6,7 @@ own.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,29 @@ from moe_jax.model import attention, layers, layout, transformer
 from moe_jax.model.config import DENSE, BlockKind, ModelConfig
 from moe_jax.upcycle.pruning import Importance
 
+# How experts are ranked -> their scores from the sums over the tokens routed to them, of
+# weight · ||output|| and of 1. REAP: Lasby et al., arXiv 2510.13999, eq. 9; its weights are those
+# that the model multiplies outputs by.
+EXPERT_SCORES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "reap": lambda saliency_E, load_E: saliency_E / np.maximum(load_E, 1),
+    "frequency": lambda saliency_E, load_E: load_E,
+}
 
-def measure(params: dict, config: ModelConfig, tokens_NBT: Sequence[np.ndarray]) -> Importance:
+
+def measure(
+    params: dict,
+    config: ModelConfig,
+    tokens_NBT: Sequence[np.ndarray],
+    experts_by: str = "reap",
+) -> Importance:
     """The importances on N batches of tokens, with all rows of the batches as one batch.
 
     Channels: outputs of the norms before attention and feed-forward, summed over these. Heads: the
     norm of a head's output, summed over heads that share keys. Neurons: the input of the down
     projection; in an expert, for the tokens routed to it. Layers: block influence, the mean of
     1 - cos between a block's input and its output (Men et al., ShortGPT, arXiv 2403.03853, eq. 1).
-    Experts: the mean, over the tokens routed to it, of weight · ||output|| (Lasby et al., REAP,
-    arXiv 2510.13999).
+    Experts: the row `experts_by` of EXPERT_SCORES; "reap" is the mean of weight · ||output|| over
+    the tokens routed to an expert, "frequency" the number of these tokens.
 
     Raises: ValueError for tokens that this model cannot read.
     """
@@ -41,6 +54,7 @@ def measure(params: dict, config: ModelConfig, tokens_NBT: Sequence[np.ndarray])
             x_BTD, found = _block(x_BTD, block, {"index": layer}, shared, **own)
             for name, value in jax.device_get(found).items():
                 sums[layer][name] = sums[layer].get(name, 0) + np.asarray(value, np.float64)
+    score_experts = EXPERT_SCORES[experts_by]
     K, tokens = config.num_kv_heads, sum(tokens_BT.size for tokens_BT in tokens_NBT)
     score = [{n: np.sqrt(s[n]).mean(axis=0) for n in SQUARES} for s in sums]
     return Importance(
@@ -48,7 +62,7 @@ def measure(params: dict, config: ModelConfig, tokens_NBT: Sequence[np.ndarray])
         layers_L=np.array([s["influence"] for s in sums]) / tokens,
         heads=[s["heads"].reshape(K, -1).sum(axis=1) for s in score],
         neurons=[s["neurons"] for s in score],
-        experts=[s["saliency"] / np.maximum(s["load"], 1) if "load" in s else None for s in sums],
+        experts=[score_experts(s["saliency"], s["load"]) if "load" in s else None for s in sums],
     )
 
 

@@ -10,10 +10,11 @@ Examples:
 
 The text decides what is important. Channels, heads and neurons are ranked by their activations
 (Minitron, arXiv 2407.14679), layers by the angle between their input and output (ShortGPT, arXiv
-2403.03853), experts by the weighted norm of their outputs (REAP, arXiv 2510.13999). What remains is
-the parent's, unchanged; the loss before and after, on the same text, is printed and kept in the
-output's pruning.json. Then train the model, for example with configs/distil_pruned.py. The source,
-a Hugging Face folder or a run's workdir, is held in memory.
+2403.03853), experts by the weighted norm of their outputs (REAP, arXiv 2510.13999) or, with
+--experts_by=frequency, by the number of tokens routed to them. What remains is the parent's,
+unchanged; the loss before and after, on the same text, is printed and kept in the output's
+pruning.json. Then train the model, for example with configs/distil_pruned.py. The source, a Hugging
+Face folder or a run's workdir, is held in memory.
 """
 
 from moe_jax import command_line, files, stores, strict_json
@@ -42,6 +43,13 @@ def main() -> None:
     parser.add_argument("--to", default="hf", choices=("hf", "orbax"), help="format of the output")
     collect_statistics.add_sample(parser)
     parser.add_argument("--allow_nonfinite", **stores.ALLOW_NONFINITE)
+    parser.add_argument(
+        "--experts_by",
+        default="reap",
+        choices=tuple(importance.EXPERT_SCORES),
+        metavar="NAME",
+        help="the score that experts are ranked by, one of %(choices)s",
+    )
     sizes = "a smaller size: NAME is one of " + ", ".join(pruning.SIZES)
     parser.add_argument("--model.NAME", metavar="VALUE", help=sizes)
     arguments, others = parser.parse_known_args()
@@ -59,11 +67,12 @@ def run(arguments, sizes: dict[str, int]) -> dict:
         hf_configs.write(smaller)  # refuses early a model that no folder can hold
     tokenizer = stores.tokenizer_for(source.folder, config, arguments.tokenizer)
     tokens_NBT = collect_statistics.batches_of(arguments, tokenizer)
-    found = importance.measure(params, config, tokens_NBT)
+    found = importance.measure(params, config, tokens_NBT, arguments.experts_by)
     smaller, made = pruning.pruned(params, config, smaller, found)
     report = {
         "parent": str(source),
         "sizes": sizes,
+        "experts_by": arguments.experts_by,
         "layers": pruning.best(found.layers_L, smaller.num_hidden_layers).tolist(),
         "block_influence": found.layers_L.round(6).tolist(),
         "parameters": [transformer.count_parameters(c)[0] for c in (config, smaller)],

@@ -22,8 +22,10 @@ or Ctrl-C (run again to resume).
 """
 
 import contextlib
+import functools
+import pathlib
 import shlex
-import sys
+from collections.abc import Callable, Mapping, Sequence
 
 from moe_jax import command_line
 from moe_jax.sweep import execution, launchers, plan, results, slurm
@@ -76,26 +78,46 @@ def main() -> None:
     if arguments.status:
         status.watch(chosen)
         return
-    with contextlib.ExitStack() as held:
-        with parser.refusing():
-            held.enter_context(execution.alone(workdir))
-            at_once = arguments.max_parallel or 1
-            launcher: launchers.Launcher = launchers.Local(train, at_once)
-            if arguments.launcher == "slurm":
-                launcher = slurm.Slurm(train, workdir, options)
-                at_once = arguments.max_parallel or len(chosen)
-        how = {"max_parallel": at_once, "retries": arguments.retries, "chosen": chosen}
-        ended = execution.Execution(runs, launcher, workdir, **how).execute()
-    finished = [run for run in runs if ended[run.name] == results.DONE]
+    at_once = arguments.max_parallel or (1 if arguments.launcher == "local" else len(chosen))
+    make: Callable[[], launchers.Launcher] = functools.partial(launchers.Local, train, at_once)
+    if arguments.launcher == "slurm":
+        make = functools.partial(slurm.Slurm, train, workdir, options)
+    how = {"max_parallel": at_once, "retries": arguments.retries, "chosen": chosen}
+    finished = execute(parser, runs, workdir, make, **how)
     if finished:
-        from moe_jax.report import page  # matplotlib takes a second
-
-        commands = [[*command_line.command("sweep"), *sys.argv[1:]]]
-        commands += [run.command(train) for run in runs]
         folders = {run.name: run.workdir if run in finished else None for run in runs}
-        with parser.refusing():
-            words = [shlex.join(command) for command in commands]
-            written = page.write(workdir, folders, words)
+        written = write_report(parser, workdir, folders, [run.command(train) for run in runs])
         print(results.table(runs))
         print(f"report: {written}")
     raise SystemExit(0 if all(run in finished for run in chosen) else 1)
+
+
+def execute(
+    parser: command_line.Parser,
+    runs: Sequence[plan.Run],
+    workdir: pathlib.Path,
+    make: Callable[[], launchers.Launcher],
+    **how,
+) -> list[plan.Run]:
+    """Executes the runs on the launcher that `make` returns, with keyword arguments of
+    `execution.Execution`; returns those that are finished."""
+    with contextlib.ExitStack() as held:
+        with parser.refusing():
+            held.enter_context(execution.alone(workdir))
+            launcher = make()
+        ended = execution.Execution(runs, launcher, workdir, **how).execute()
+    return [run for run in runs if ended[run.name] == results.DONE]
+
+
+def write_report(
+    parser: command_line.Parser,
+    workdir: pathlib.Path,
+    folders: Mapping[str, pathlib.Path | None],
+    commands: Sequence[Sequence[str]],
+) -> pathlib.Path:
+    """Writes report.html with this command and those of the runs; returns its path."""
+    from moe_jax.report import page  # matplotlib takes a second
+
+    words = [command_line.this_command(), *map(shlex.join, commands)]
+    with parser.refusing():
+        return page.write(workdir, dict(folders), words)

@@ -128,6 +128,8 @@ def _compute(report: Report) -> str:
     parts = ["<h2>Compute</h2>", tables.compute(report.groups, report.records)]
     if crossings := tables.crossings(report.groups):
         parts += ["<h3>Catching up</h3>", crossings]
+    if recoveries := tables.recoveries(report.groups, report.records):
+        parts += ["<h3>Dip and recovery after a start from a parent</h3>", recoveries]
     return "\n".join(parts)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from moe_jax import untrusted
 from moe_jax.analysis import answers, measures
 from moe_jax.evaluation.text_metrics import METRICS
-from moe_jax.report import catch_up, comparisons, markup
+from moe_jax.report import catch_up, comparisons, markup, recovery
 from moe_jax.report.markup import Cell
 from moe_jax.report.records import (
     Group,
@@ -240,6 +240,33 @@ def _crossing(found: catch_up.CatchUp | None, of_flops: bool) -> Cell:
     if crossing.number > 1:
         text += f", the last of {crossing.number}"
     return Cell(text, crossing.at)
+
+
+def recoveries(every: Sequence[Group], records: Sequence[Record]) -> str:
+    """How far the loss of each group with a parent rises at first, and when it is back; "" if none
+    has been evaluated at its start."""
+    rows, at_start = [], False
+    for group in every:
+        if found := recovery.recovery(group, records):
+            at_start |= not found.of_parent
+            back = Cell("not yet") if found.tokens is None else _number(found.tokens, "tokens")
+            rows.append(
+                {
+                    "run": Cell(group.name),
+                    "bits/byte at the start": _number(found.start, ".3f"),
+                    "to come back to": _number(found.target, ".3f"),
+                    "dip": _number(found.dip, ".3f"),
+                    "tokens to recover": back,
+                }
+            )
+    if not rows:
+        return ""
+    note = (
+        "On the text sample of the loss curves. The dip is the highest loss above the start's. A "
+        "run has recovered when its loss has come back for good to its parent's"
+    )
+    note += ", or to its own at the start if the parent's is not shown." if at_start else "."
+    return markup.table(rows) + markup.paragraph(note)
 
 
 def of_texts(records: Sequence[Record]) -> str:

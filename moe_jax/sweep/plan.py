@@ -57,19 +57,24 @@ class Run:
 
 
 def read(path: str, workdir: pathlib.Path) -> list[Run]:
-    """The runs of the sweep file FILE[:arg], ordered so that each follows those it waits for.
+    """`runs_of` the entries that get_sweep() of the file FILE[:arg] returns."""
+    return runs_of(path, _get_sweep(path), workdir)
 
-    An entry of get_sweep() is {"name", "overrides": {dotted key: value}, "after": [names]}; a dict
-    as a value has the keys of a section, and None gives a key its default. The value "@NAME" of
-    init.source stands for that run's workdir, "@NAME@STEP" for its checkpoint of a step, "@A,@B"
-    for several. A run's workdir is <workdir>/<name>-<id>.
+
+def runs_of(path: str, sweep: Sequence[Mapping], workdir: pathlib.Path) -> list[Run]:
+    """The runs of a list, whose config is that of FILE[:arg]; each follows those it waits for.
+
+    An entry is {"name", "overrides": {dotted key: value}, "after": [names]}; a dict as a value has
+    the keys of a section, and None gives a key its default. The value "@NAME" of init.source stands
+    for that run's workdir, "@NAME@STEP" for its checkpoint of a step, "@A,@B" for several. A run's
+    workdir is <workdir>/<name>-<id>.
 
     Raises: ConfigError for a mistake in any run, before anything is started.
     """
     if "," in str(workdir):
         raise configs.ConfigError(f"--workdir={workdir}: commas separate parents; use none")
     entries = {}
-    for entry in _get_sweep(path):
+    for entry in _checked(path, sweep):
         if unknown := set(entry) - ENTRY:
             key = min(unknown)
             meant = spelling.did_you_mean(key, ENTRY)
@@ -175,14 +180,17 @@ def _with_defaults(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _get_sweep(path: str) -> list[dict]:
-    """The entries of a file, each with its overrides and the runs that it waits for."""
     try:
-        entries = list(program.call(path, "get_sweep"))
+        return list(program.call(path, "get_sweep"))
     except configs.ConfigError as error:
         alone = "scripts/train.py runs a file without a sweep"
         raise configs.ConfigError(f"{error}; {alone}") from None
     except Exception as error:  # a user's file can raise any type
         raise configs.ConfigError(f"{path}: {error!r}") from error
+
+
+def _checked(path: str, entries: Sequence) -> list[dict]:
+    """The entries of a list, each with its overrides and the runs that it waits for."""
     found = []
     for entry in entries:
         if not isinstance(entry, dict):

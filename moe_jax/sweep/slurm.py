@@ -119,11 +119,14 @@ class Slurm:
         return job
 
     def _known(self, number: pathlib.Path) -> Any:
-        """The job that an earlier sweep has submitted, if it is in the queue or has a result."""
-        if self._cluster != "slurm" or not number.is_file():
+        """The job that an earlier sweep has submitted, if it has not ended or has a result."""
+        if not number.is_file():
             return None
-        job: Any = self._submitit.SlurmJob(self._folder, number.read_text().strip())
-        return job if job.paths.result_pickle.exists() or _in_queue(job.job_id) else None
+        kinds = {"slurm": (self._submitit.SlurmJob, _in_queue)}
+        kinds["local"] = self._submitit.LocalJob, _is_running
+        make, goes_on = kinds[self._cluster]
+        job: Any = make(self._folder, number.read_text().strip())
+        return job if job.paths.result_pickle.exists() or goes_on(job.job_id) else None
 
     def _is_lost(self, job: Any) -> bool:
         """True for a job that is neither in the queue nor has a result, as one that was cancelled.
@@ -131,7 +134,8 @@ class Slurm:
         It asks only from time to time.
         """
         if self._cluster != "slurm":
-            return job.done() and not job.paths.result_pickle.exists()
+            ended = job.done() and not _is_running(job.job_id)  # an earlier sweep's is always done
+            return ended and not job.paths.result_pickle.exists()
         asked = getattr(job, "asked", 0.0)
         if time.monotonic() - asked < SQUEUE_SECONDS:
             return False
@@ -156,6 +160,15 @@ def _submitit() -> Any:
         if asked is None:  # a job on a node says what happens to it
             del os.environ["SUBMITIT_LOG_LEVEL"]
     return submitit
+
+
+def _is_running(number: str) -> bool:
+    """True for the process of a job of submitit's local executor; False where there is no /proc."""
+    try:
+        words = pathlib.Path("/proc", number, "cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"submitit" in words  # a process that has ended has no words, another one others
 
 
 def _in_queue(number: str) -> bool:

@@ -124,16 +124,21 @@ def listing(runs: Sequence[Run], train: Sequence[str]) -> str:
             shown = f"{'unknown':>8} {'':7}"
         command = shlex.join(run.command(train))
         rows.append(f"{state(run):8} {run.run_id}  {run.name:{width}} {shown} {command}")
+    return "\n".join([*rows, total(runs, rate)])
+
+
+def total(runs: Sequence[Run], rate: Rate | None = None) -> str:
+    """A line with the number, the FLOPs and the estimated time of the runs."""
+    rate = rate or measured(runs) or assumed()
     costs = [cost(run) for run in results.distinct(runs)]
     groups = len({run.group for run in runs})
-    total, seconds = sum(costs), sum(map(rate.seconds, costs))
+    flops_of_all, seconds = sum(costs), sum(map(rate.seconds, costs))
     unknown = sum(not steps(run) for run in results.distinct(runs))
     but = f", without {_count(unknown, 'run')} whose steps depend on the text" if unknown else ""
-    rows.append(
-        f"{_count(len(runs), 'run')} in {_count(groups, 'group')}, {total:.2e} FLOP, "
+    return (
+        f"{_count(len(runs), 'run')} in {_count(groups, 'group')}, {flops_of_all:.2e} FLOP, "
         f"about {duration(seconds)} one by one{but} ({rate.origin})"
     )
-    return "\n".join(rows)
 
 
 def _count(number: int, what: str) -> str:

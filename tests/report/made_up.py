@@ -56,6 +56,7 @@ def write_run(folder, *, seed, start, end, num_experts=0, source="", recipe="", 
             row |= {"parent_similarity": [1 - away, 1.0], "parent_distance": [away, 0.0]}
         if step:
             training = {"loss": bits * 0.7 + rng.normal(0, 0.02), "tokens_per_second": 5000.0}
+            training["learning_rate"] = 1e-3
             rows.append({"step": step, "tokens": step * TOKENS_PER_STEP, **training})
         rows.append(row)
     kept = {} if share_LE is None else router_rows(share_LE)

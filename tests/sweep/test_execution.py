@@ -322,3 +322,22 @@ def test_a_missing_submitit_is_named_with_its_command(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ValueError, match="pip install submitit"):
         slurm.Slurm(["python"], folder, {})
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
+def test_a_job_of_the_local_executor_that_outlives_its_sweep_is_waited_for(folder, monkeypatch):
+    if importlib.util.find_spec("submitit") is None:
+        pytest.skip("submitit, an optional extra, is not installed")
+    monkeypatch.setenv("SHARES", "1")  # the run takes a second
+    [run] = read(folder, [entry("a", seed=5)])
+    first, second = (
+        slurm.Slurm(stand_in.train(folder), folder / "out", {"cluster": "local"}) for _ in "ab"
+    )
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        sweep = pool.submit(first.launch, run)
+        while not (run.workdir / "config.json").exists():
+            time.sleep(0.01)
+        first.stop()
+        assert "goes on" in sweep.result().error
+    assert second.launch(run).status == "done"
+    assert order(folder) == ["a"]

@@ -119,6 +119,8 @@ def test_the_importance_of_neurons_channels_layers_and_experts_equals_a_numpy_tw
         out[b, t] += h @ shared["down"]
     np.testing.assert_allclose(found.neurons[0], np.sqrt(squares).mean(axis=0), rtol=2e-4)
     np.testing.assert_allclose(found.experts[0], saliency / load, rtol=2e-4)
+    counted = importance.measure(params, config, TOKENS_NBT, "frequency")
+    np.testing.assert_array_equal(counted.experts[0], load)
     z = middle + out
     cosine = (x * z).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(z, axis=-1)
     np.testing.assert_allclose(found.layers_L, [(1 - cosine).mean()], rtol=1e-3)
