@@ -117,7 +117,7 @@ def runs_adapt_your_mixture(text, num_images):
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        pytest.param("adapt_your_mixture", 4, marks=pytest.mark.long),
+        pytest.param("adapt_your_mixture", 2, marks=pytest.mark.long),
         ("quickstart", 6),
         pytest.param("upcycle_your_checkpoint", 12, marks=pytest.mark.long),
         pytest.param("what_experts_learn", 8, marks=pytest.mark.long),
