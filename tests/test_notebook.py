@@ -19,12 +19,15 @@ import sys
 import types
 from importlib import metadata
 
+import jax
 import nbclient
 import nbformat
 import numpy as np
 import pytest
 
 from moe_jax.analysis import routing
+from moe_jax.data import chat_template
+from moe_jax.training import optimizer
 from tests import test_docs_run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -98,9 +101,23 @@ def runs_what_experts_learn(text, num_images):
     assert re.search(r"mantel: -?0\.\d+, by chance \S+, p = \d\.\d+, n = 19", text)
 
 
+def runs_adapt_your_mixture(text, num_images):
+    found = re.findall(r"(\S.*): held-out answer loss (\S+) -> (\S+); trains +(\S+) of", text)
+    arms = {name: (float(before), float(after), number) for name, before, after, number in found}
+    assert list(arms) == ["balance loss", "no balance loss", "no balance loss, LoRA"]
+    assert all(after < before for before, after, _ in arms.values())
+    assert [number for *_, number in arms.values()] == ["362,176", "362,176", "69,632"]
+    assert len({before for before, *_ in arms.values()}) == 1  # LoRA begins as the mixture
+    accuracy = re.search(r"preference_accuracy: 0.000 -> (\S+)", text)
+    assert float(accuracy[1]) > 0.6 and num_images == 2
+    assert "\x1b[32m" in text  # what is trained is green
+    assert "chat_template.jinja" in text and "the folder answers as the run does: True" in text
+
+
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
+        pytest.param("adapt_your_mixture", 2, marks=pytest.mark.long),
         ("quickstart", 6),
         pytest.param("upcycle_your_checkpoint", 12, marks=pytest.mark.long),
         pytest.param("what_experts_learn", 8, marks=pytest.mark.long),
@@ -113,8 +130,9 @@ def test_a_notebook_runs(name, steps, monkeypatch, tmp_path):
 
 
 @pytest.mark.long
-def test_a_checkpoint_with_a_tokenizer_goes_through_both_notebooks(monkeypatch, tmp_path):
+def test_a_checkpoint_with_a_tokenizer_goes_through_three_notebooks(monkeypatch, tmp_path):
     test_docs_run.tiny_model(tmp_path / "dense")
+    (tmp_path / "dense" / chat_template.FILE).write_text(chat_template.PLAIN.source)
     monkeypatch.setenv("MOE_JAX_NOTEBOOK_CHECKPOINT", str(tmp_path / "dense"))
     text, _ = executed("upcycle_your_checkpoint", 6, monkeypatch, tmp_path)
     for goal in ("the folder holds a mixture", "the function is preserved at step 0"):
@@ -126,6 +144,11 @@ def test_a_checkpoint_with_a_tokenizer_goes_through_both_notebooks(monkeypatch, 
     monkeypatch.setenv("MOE_JAX_NOTEBOOK_CHECKPOINT", str(mixture))
     text, num_images = executed("what_experts_learn", 6, monkeypatch, tmp_path)
     assert "19 labels, 2 sparse layers" in text and num_images == 3  # one checkpoint: no saturation
+    text, num_images = executed("adapt_your_mixture", 2, monkeypatch, tmp_path)
+    assert "the folder answers as the run does: True" in text and num_images == 2
+    adapted = tmp_path / "runs" / "adapted" / "moe"
+    for name in ("tokenizer.json", chat_template.FILE):
+        assert (adapted / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
 
 
 def executed(name, steps, monkeypatch, folder):
@@ -147,6 +170,16 @@ MOE = types.SimpleNamespace(num_experts_per_tok=2, num_hidden_layers=3)
 DENSE = types.SimpleNamespace(hidden_size=4, intermediate_size=6, num_hidden_layers=3)
 # By notebook: what its cells know before the exercises, and the right answers.
 EXERCISES = {
+    "adapt_your_mixture": (
+        {
+            **{"E": 8, "jax": jax, "optimizer": optimizer},
+            "adapted": (
+                types.SimpleNamespace(hidden_size=4, expert_size=6, num_hidden_layers=3),
+                {"moe": {"router": np.zeros((3, 4, 8))}, "attention": {"wq": np.zeros((3, 4, 4))}},
+            ),
+        },
+        ["np.log(2)", "L * E * r * 3 * (D + F)", '"moe/router"'],
+    ),
     "quickstart": (
         {
             **{"dense": DENSE, "moe": MOE, "total": 10_000, "E": 8},
