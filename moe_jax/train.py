@@ -65,6 +65,11 @@ OWN_FILES = [
 ]
 
 
+def _keep_compiled(folder: pathlib.Path) -> None:
+    if jax.config.jax_compilation_cache_dir is None:  # else JAX_COMPILATION_CACHE_DIR says where
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1) -> dict:
     """Trains with these settings, or resumes the run in `workdir`; returns the run's result.
 
@@ -90,7 +95,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         backends.check(settings.training.log_to)
     evaluators.check(settings)
     # Runs of a sweep that differ only in the values of their parameters share one compilation.
-    jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
+    _keep_compiled(cache / "compiled")
 
     # mesh -----------------------------------------------------------------------------------
     mesh = meshes.make(vars(settings.mesh))

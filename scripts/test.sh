@@ -13,4 +13,6 @@ if [ "${1:-}" = --help ]; then
 fi
 source scripts/venv.sh
 activate_venv requirements-dev.txt
+# The commands that tests start would compile the package's source again, a second each.
+unset PYTHONDONTWRITEBYTECODE
 python -m pytest --numprocesses 2 --dist worksteal "$@"

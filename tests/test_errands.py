@@ -97,6 +97,8 @@ def test_a_measure_from_outside_is_in_the_metrics_the_results_and_the_report(
         panel=measures.Panel("Entropy of the routers", "nats", np.mean),
     )
     monkeypatch.setitem(measures.MEASURES, "router_entropy", toy)
+    health = figures.FIGURES["router_health"]
+    monkeypatch.setattr(figures, "FIGURES", {"router_health": health})  # the others take seconds
     workdir = tmp_path / "run"
     result = train.run(configs.resolve(config), workdir)
     rows = metrics.read(workdir / "metrics.jsonl")

@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax import hf, model
 from moe_jax.benchmark import peers, real
+from moe_jax.commands import benchmark as benchmark_command
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 DENSE = model.ModelConfig(
@@ -67,12 +68,14 @@ def test_a_row_for_each_work_and_implementation(small, work, monkeypatch):
         assert row.bound_seconds > 0
 
 
-def test_mistakes_are_one_line():
+def test_mistakes_are_one_line(monkeypatch, capsys):
     def said(*options):
-        command = [sys.executable, "scripts/benchmark.py", *options]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        return done.stderr
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+        with pytest.raises(SystemExit) as ended:
+            benchmark_command.main()
+        [line] = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2
+        return line
 
     assert "the benchmark real needs --model=DIR" in said("real")
     assert "only it takes --model" in said("decode", "--model=tests/golden/llama")

@@ -54,6 +54,8 @@ def write_config(folder: pathlib.Path) -> pathlib.Path:
 def start(config_file, workdir, *flags, **environment) -> subprocess.Popen:
     """train.py; its messages come with `ended`."""
     script = str(ROOT / "scripts" / "train.py")
+    # A kill may leave half a program in the cache, which other tests do not have to read.
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(config_file).parent / "compiled")
     return subprocess.Popen(
         [sys.executable, script, f"--config={config_file}", f"--workdir={workdir}", *flags],
         env={**os.environ, **ENVIRONMENT, **environment},

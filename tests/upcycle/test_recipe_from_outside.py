@@ -12,6 +12,7 @@ from moe_jax import hf, init, stores, train, upcycle
 from moe_jax.hf import folders
 from moe_jax.parallel import mesh as meshes
 from moe_jax.upcycle import parameters, plan, recipes, step_zero
+from tests import tiny_runs
 from tests.hf.test_golden import GOLDEN
 from tests.upcycle.test_recipes import DENSE, parents_of
 
@@ -63,14 +64,11 @@ def test_a_recipe_that_is_registered_is_one_of_a_runs_config(toy, tmp_path):
     parent = dataclasses.replace(DENSE, vocab_size=259)
     [params] = parents_of(parent, 1)
     stores.save(tmp_path / "parent", parent, params)
-    config = configs.default()
+    moe = parent.to_moe(num_experts=4, num_experts_per_tok=2)
+    config = tiny_runs.config(tmp_path, moe)
     config.init.source = str(tmp_path / "parent")
     config.init.upcycle.update(recipe="toy", quiet=0.25)
-    moe = parent.to_moe(num_experts=4, num_experts_per_tok=2)
-    config.model.update({k: v for k, v in vars(moe).items() if v is not None})
-    config.data.update(sequence_length=16, cache_dir=str(tmp_path / "cache"))
-    config.training.update(num_steps=1, batch_size=8)
-    config.evaluation.update(batch_size=8, max_batches=1, final_max_batches=1)
+    config.training.num_steps = 1
     mesh = meshes.one_device()
     settings = configs.resolve(config)
     down = init.parameters(settings, mesh, init.plan_of(settings))["blocks"]["0"]["moe"]["experts"][
