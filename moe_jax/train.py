@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import os
 import pathlib
 import time
 from typing import Any
@@ -66,7 +67,7 @@ OWN_FILES = [
 
 
 def _keep_compiled(folder: pathlib.Path) -> None:
-    if jax.config.jax_compilation_cache_dir is None:  # else JAX_COMPILATION_CACHE_DIR says where
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # it says where, as in all programs of jax
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
