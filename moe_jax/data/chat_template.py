@@ -85,17 +85,19 @@ PLAIN = ChatTemplate(
 )
 
 
-def named(name: str) -> ChatTemplate:
-    """The template "plain", or that of a Jinja file, with the special tokens of its folder.
+def named(name: str, folder: pathlib.Path | None) -> ChatTemplate:
+    """The template "plain", or that of a Jinja file, with the special tokens of a tokenizer.
 
-    Raises: ValueError if it is neither.
+    Args: folder: the folder of the tokenizer's files; None is the byte tokenizer, which has none.
+
+    Raises: ValueError if the name is neither.
     """
+    tokens = PLAIN.tokens if folder is None else _tokens(tokenizer_files.Folder(folder))
     if name == PLAIN.place:
-        return PLAIN
+        return dataclasses.replace(PLAIN, tokens=tokens)
     path = pathlib.Path(name)
     if not path.is_file():
         raise ValueError(f"data.chat_template={name!r} is no file; give a Jinja file, or 'plain'")
-    tokens = _tokens(tokenizer_files.Folder(path.parent))
     return ChatTemplate(path.read_text(encoding="utf-8"), tokens, name)
 
 

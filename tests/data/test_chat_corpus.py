@@ -162,6 +162,24 @@ def test_the_form_of_a_config(keys, place):
         chat.form_of(Data(conversations=True, chat_template="none.jinja"))
 
 
+@pytest.mark.parametrize("given", ["plain", "elsewhere/mine.jinja"])
+def test_a_named_template_writes_the_special_tokens_of_the_tokenizer(given, tmp_path, monkeypatch):
+    """A run's copy of the template is read beside its tokenizer: both must be the same text."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("elsewhere", "model"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "elsewhere" / "mine.jinja").write_text("{{ messages[0].content + eos_token }}")
+    roles = {"bos_token": "<|begin|>", "eos_token": "<|turn|>"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(roles))
+    tokenizer = str(tmp_path / "model" / "tokenizer.json")
+    form = chat.form_of(Data(conversations=True, tokenizer=tokenizer, chat_template=given))
+    messages = [{"role": "user", "content": "a"}]
+    text = form.template.render(messages).text
+    assert "a<|turn|>" in text and "</s>" not in text
+    (tmp_path / "model" / chat_template.FILE).write_text(form.template.source)
+    assert chat_template.load(tmp_path / "model").render(messages).text == text
+
+
 def test_the_embedded_pages_are_questions_and_answers(tmp_path):
     from moe_jax.data import sources
     from moe_jax.data.cache import DATASETS, cache_folder
