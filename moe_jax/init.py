@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax import cards, files, model, stores, tree
+from moe_jax import cards, files, model, stores, strict_json, tree
 from moe_jax import config as configs
 from moe_jax.analysis import parent_statistics
-from moe_jax.data import chat, tokenizers
+from moe_jax.data import chat, chat_template, tokenizer_files, tokenizers
 from moe_jax.hf import folders
 from moe_jax.model import comparison
 from moe_jax.parallel import distributed, sharding
@@ -93,15 +93,35 @@ def dense_parent(
     return params, config
 
 
-def keep_from_parents(settings: configs.Run, workdir: pathlib.Path) -> None:
+def keep_from_parents(
+    settings: configs.Run, tokenizer: tokenizers.Tokenizer, workdir: pathlib.Path
+) -> None:
     """Copies the tokenizer, the chat template and the parents' cards into a run's workdir, where
     they are found when it is read: the paths in a stored config are not followed."""
     stores.keep_tokenizer(workdir, settings.data.tokenizer)
     if form := chat.form_of(settings.data):
-        kept = stores.template_of(workdir)
-        kept.parent.mkdir(exist_ok=True)
-        files.write_text(kept, form.template.source)
+        _keep_template(form.template, tokenizer, stores.tokenizer_folder(workdir))
     cards.keep(workdir, [source.folder for source in settings.init.sources])
+
+
+def _keep_template(
+    template: chat_template.ChatTemplate, tokenizer: tokenizers.Tokenizer, folder: pathlib.Path
+) -> None:
+    """Writes a chat template, and the token that ends its turns into generation_config.json:
+    Transformers ends an answer at no other tokens than those of that file."""
+    folder.mkdir(exist_ok=True)
+    files.write_text(folder / chat_template.FILE, template.source)
+    special, beside = tokenizer.special_tokens, tokenizer_files.Folder(folder)
+    ends = [special[token] for token in chat.turn_ends(template, tuple(special))]
+    if not ends:
+        distributed.say(
+            f"the chat template of {template.place} ends the assistant's turns with no special "
+            "token of the tokenizer, so nothing will end an answer"
+        )
+    known = tokenizer_files.ends(beside) or tokenizer.end_ids
+    if not set(ends) <= set(known):
+        values = beside.read(tokenizer_files.GENERATION) | {"eos_token_id": [*known, *ends]}
+        files.write_text(folder / tokenizer_files.GENERATION, strict_json.text(values) + "\n")
 
 
 def _saw_these_rows(source: str, settings: configs.Run) -> bool:

@@ -162,7 +162,7 @@ def run(settings: configs.Run, workdir: pathlib.Path, *, leave_out_to: int = -1)
         if at is not None:
             checkpoint.set_aside_after(directory, at)
         configs.save_json(settings.config, workdir)
-        init.keep_from_parents(settings, workdir)
+        init.keep_from_parents(settings, tokenizer, workdir)
     fed = _feed(settings, mesh, text, rows.plan, start, kept["left_out"])
 
     # step -----------------------------------------------------------------------------------

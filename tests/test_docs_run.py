@@ -37,6 +37,7 @@ NOT_HERE = {
     r"scripts/test\.sh": "is what runs this test",
     r"scripts/smollm2\.py": "downloads a model; see hf/test_scripts.py",
     r"--peer=(hf|transformers)": "needs PyTorch and Transformers",
+    r"^from transformers import": "needs PyTorch and Transformers; see hf/test_transformers.py",
     r"--tasks=|scripts/harness\.py": "needs lm-evaluation-harness; see evaluation/test_harness.py",
     r"source=hf:": "needs the network; see data/test_hub.py",
     r"--tiktoken=": "needs a published vocabulary; see data/test_train_tokenizer.py",
@@ -50,7 +51,7 @@ NUMBERS = {
     "--config.training.batch_size": 8,
     "--config.evaluation.batch_size": 8,
     "--config.evaluation.max_batches": 1,
-    "--config.data.sequence_length": 32,
+    "--config.data.sequence_length": 128,  # a conversation has to fit
     "--config.optimizer.warmup_steps": 1,
 }
 # Commands without such options read these files; here in the copy, (pattern, replacement).
@@ -130,7 +131,7 @@ def virtual_environment(folder: pathlib.Path) -> None:
 
 
 def tiny_model(folder: pathlib.Path) -> None:
-    """A Hugging Face folder of a Llama, with a tokenizer of single bytes."""
+    """A Hugging Face folder of a Llama, with a tokenizer of single bytes and a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ids = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     tokenizer = tokenizers.Tokenizer(models.BPE(ids, []))
@@ -149,6 +150,10 @@ def tiny_model(folder: pathlib.Path) -> None:
     hf.save(folder, config, model.init(config, jax.random.key(0)))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role[0] + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,13 @@
 import json
 import sys
 
+import pytest
+import tokenizers
+
 from moe_jax import config as configs
-from moe_jax import train
+from moe_jax import init, train
 from moe_jax.commands import evaluate, generate
+from moe_jax.data import tokenizers as data_tokenizers
 
 
 def test_a_run_learns_answers_and_is_evaluated_and_asked_in_its_own_template(
@@ -58,3 +62,47 @@ def test_a_run_learns_answers_and_is_evaluated_and_asked_in_its_own_template(
     generate.main()
     answer = json.loads(capsys.readouterr().out)["answer"]
     assert set(answer) <= set("yesno")
+
+
+@pytest.mark.parametrize(
+    ("end", "settings", "expected"),
+    [
+        ("<|turn|>", None, {"eos_token_id": [1, 2]}),
+        ("<|turn|>", {"top_k": 5, "eos_token_id": 0}, {"top_k": 5, "eos_token_id": [0, 2]}),
+        ("</s>", None, None),  # the tokenizer's own end token
+        ("\n", None, None),
+    ],
+)
+def test_a_run_keeps_the_token_that_ends_a_turn_where_transformers_looks_for_it(
+    end, settings, expected, tmp_path, capsys
+):
+    """A base model's end token ends texts, and a chat template's often another one turns."""
+    words = {"<s>": 0, "</s>": 1, "<|turn|>": 2, "a": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "a"))
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|turn|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    roles = {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+    if settings:
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    (tmp_path / "mine.jinja").write_text(
+        "{% for m in messages %}{{ m.content + '" + end + "' }}{% endfor %}"
+    )
+    config = configs.default()
+    config.model.update(
+        vocab_size=4, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
+    )
+    config.data.update(
+        source="talks.jsonl",
+        conversations=True,
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        chat_template=str(tmp_path / "mine.jinja"),
+    )
+    (tmp_path / "run").mkdir()
+    for _ in range(2):  # a resumed run changes nothing
+        init.keep_from_parents(
+            configs.resolve(config), data_tokenizers.load(config.data.tokenizer), tmp_path / "run"
+        )
+    kept = tmp_path / "run" / "tokenizer" / "generation_config.json"
+    assert (json.loads(kept.read_text()) if kept.exists() else None) == expected
+    assert ("nothing will end an answer" in capsys.readouterr().err) == (end == "\n")

@@ -296,10 +296,9 @@ def form_of(data: Any) -> Form | None:
     """
     if not data.conversations:
         return None
-    if data.chat_template:
-        template = chat_template.named(data.chat_template)
-    elif data.tokenizer == "bytes":
-        template = chat_template.PLAIN
+    folder = None if data.tokenizer == "bytes" else pathlib.Path(data.tokenizer).parent
+    if data.chat_template or folder is None:
+        template = chat_template.named(data.chat_template or chat_template.PLAIN.place, folder)
     else:
-        template = chat_template.load(pathlib.Path(data.tokenizer).parent)
+        template = chat_template.load(folder)
     return Form(template, data.sequence_length + 1)

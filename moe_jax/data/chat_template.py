@@ -18,6 +18,7 @@ from typing import Any
 
 from moe_jax import strict_json
 from moe_jax.data import tokenizer_files, tokenizers
+from moe_jax.data.tokenizers import BEGIN, END
 
 PROGRAM = pathlib.Path(__file__).with_name("template_worker.py")
 SECONDS = 4.0  # the most time of one rendering
@@ -80,22 +81,24 @@ PLAIN = ChatTemplate(
     "{{ bos_token }}{% for message in messages %}"
     "{{ message.role + ':\n' + message.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}",
-    (("bos_token", tokenizers.BEGIN), ("eos_token", tokenizers.END)),
+    (("bos_token", BEGIN), ("eos_token", END)),
     "plain",
 )
 
 
-def named(name: str) -> ChatTemplate:
-    """The template "plain", or that of a Jinja file, with the special tokens of its folder.
+def named(name: str, folder: pathlib.Path | None) -> ChatTemplate:
+    """The template "plain", or that of a Jinja file, with the special tokens of a tokenizer.
 
-    Raises: ValueError if it is neither.
+    Args: folder: the folder of the tokenizer's files; None is the byte tokenizer, which has none.
+
+    Raises: ValueError if the name is neither.
     """
+    tokens = PLAIN.tokens if folder is None else _tokens(tokenizer_files.Folder(folder))
     if name == PLAIN.place:
-        return PLAIN
+        return dataclasses.replace(PLAIN, tokens=tokens)
     path = pathlib.Path(name)
     if not path.is_file():
         raise ValueError(f"data.chat_template={name!r} is no file; give a Jinja file, or 'plain'")
-    tokens = _tokens(tokenizer_files.Folder(path.parent))
     return ChatTemplate(path.read_text(encoding="utf-8"), tokens, name)
 
 
@@ -124,13 +127,20 @@ def load(folder: pathlib.Path) -> ChatTemplate:
 def _tokens(files: tokenizer_files.Folder) -> tuple[tuple[str, str], ...]:
     """The contents of the special tokens, by role; the usual ones if no file names any."""
     values = files.read("special_tokens_map.json") | files.read("tokenizer_config.json")
-    found = {} if values else {"bos_token": tokenizers.BEGIN, "eos_token": tokenizers.END}
+    found = {} if values else dict(zip(("bos_token", "eos_token"), _usual(files), strict=True))
     for role in tokenizer_files.ROLES:
         token = values.get(role)
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str):
             found[role] = content
     return tuple(found.items())
+
+
+def _usual(files: tokenizer_files.Folder) -> tuple[str, str]:
+    """The begin and end tokens that `tokenizers` takes in a folder whose files name none."""
+    added = files.read("tokenizer.json").get("added_tokens", ())
+    known = {token.get("content") for token in added if isinstance(token, dict)}
+    return next((pair for pair in tokenizers.USUAL if known >= {*pair}), (BEGIN, END))
 
 
 def _without_marks(text: str, begin: str, end: str, place: str) -> Rendered:

@@ -17,6 +17,7 @@ from moe_jax import strict_json
 
 FILES = ("tokenizer.json", "tokenizer.model")  # if both are there, Transformers uses the first
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+GENERATION = "generation_config.json"
 # The keys of config.json that describe the tokenizer and not the model.
 OF_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class")
 GENERIC, LLAMA, QWEN = "TokenizersBackend", "LlamaTokenizer", "Qwen2Tokenizer"
@@ -216,7 +217,7 @@ def ends(folder: Folder) -> tuple[int, ...]:
 
     Raises: DamagedError for ids that are neither a number nor a list of numbers.
     """
-    for name in ("generation_config.json", "config.json"):
+    for name in (GENERATION, "config.json"):
         ids = folder.read(name).get("eos_token_id")
         if ids is not None and ids != []:
             ids = ids if isinstance(ids, list) else [ids]

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers as hf_tokenizers
 
 from moe_jax import model
 from moe_jax.config.data import Data
@@ -168,6 +169,35 @@ def test_the_form_of_a_config(keys, place):
     assert (form and form.template.place) == place
     with pytest.raises(ValueError, match="data.chat_template='none.jinja' is no file"):
         chat.form_of(Data(conversations=True, chat_template="none.jinja"))
+
+
+@pytest.mark.parametrize("given", ["plain", "elsewhere/mine.jinja"])
+def test_a_named_template_writes_the_special_tokens_of_the_tokenizer(given, tmp_path, monkeypatch):
+    """A run's copy of the template is read beside its tokenizer: both must be the same text."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("elsewhere", "model"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "elsewhere" / "mine.jinja").write_text("{{ messages[0].content + eos_token }}")
+    roles = {"bos_token": "<|begin|>", "eos_token": "<|turn|>"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(roles))
+    tokenizer = str(tmp_path / "model" / "tokenizer.json")
+    form = chat.form_of(Data(conversations=True, tokenizer=tokenizer, chat_template=given))
+    messages = [{"role": "user", "content": "a"}]
+    text = form.template.render(messages).text
+    assert "a<|turn|>" in text and "</s>" not in text
+    (tmp_path / "model" / chat_template.FILE).write_text(form.template.source)
+    assert chat_template.load(tmp_path / "model").render(messages).text == text
+
+
+def test_a_tokenizer_alone_ends_turns_by_the_token_that_ends_its_texts(tmp_path):
+    tokenizer = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel({"<|endoftext|>": 0}))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    path = str(tmp_path / "tokenizer.json")
+    tokenizer.save(path)
+    form = chat.form_of(Data(conversations=True, tokenizer=path, chat_template="plain"))
+    own = tokenizers.load(path)
+    (end,) = chat.turn_ends(form.template, tuple(own.special_tokens))
+    assert own.special_tokens[end] == own.eos_id
 
 
 def test_the_embedded_pages_are_questions_and_answers(tmp_path):
