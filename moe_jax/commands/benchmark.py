@@ -25,8 +25,8 @@ from moe_jax.benchmark import rows as benchmark
 from moe_jax.config import machine
 from moe_jax.parallel import allocator
 
-HEAD = "{:24} {:15} {:>10} {:>10}  {:26} {:>10} {:>7}"
-ROW = "{:24} {:15} {:10.1f} {:10,.0f}  {:26} {:10.1f} {:7.2f}"
+HEAD = "{:32} {:15} {:>10} {:>16}  {:26} {:>10} {:>8}"
+ROW = "{:32} {:15} {:>10} {:16,.0f}  {:26} {:>10} {:8.2f}"
 
 
 def main() -> None:
@@ -67,6 +67,13 @@ def main() -> None:
     else:
         print(HEAD.format("case", "impl.", "ms", "tokens/s", "bound", "its ms", "ratio"))
         for row in rows:
-            milliseconds, bound = 1e3 * row.median_seconds, 1e3 * row.bound_seconds
+            milliseconds, bound = (
+                _milliseconds(row.median_seconds),
+                _milliseconds(row.bound_seconds),
+            )
             first = row.case, row.implementation, milliseconds, row.tokens_per_second
             print(ROW.format(*first, row.bound, bound, row.ratio_to_bound), flush=True)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}" if seconds >= 1e-3 else f"{1e3 * seconds:.4f}"
