@@ -238,6 +238,7 @@ def _usable(path: pathlib.Path, root: pathlib.Path, split: str) -> File:
         raise ValueError(f"data.source: {path} is {kind}; remove it, or put the file itself there")
     elif not os.access(path, os.R_OK):
         raise ValueError(f"data.source: {path} cannot be read; check its permissions")
+    untrusted.check_name(path, "data.source: ")
     return File(path, path.relative_to(root).as_posix(), split)
 
 
