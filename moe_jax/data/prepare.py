@@ -80,9 +80,11 @@ def open_corpus(
             distributed.say(f"{name}: left out, {reason}: {number:,}")
         if not facts.documents:
             raise ValueError(
-                f"data.source={source!r} has no {split} documents; set config.data."
-                "validation_fraction to another value, or give more text: each record "
-                f"and {text_files.PART_CHARACTERS:,} characters of .txt are one document"
+                f"data.source={source!r} has no {split} documents"
+                + (f", and {lost}; mend them, or " if (lost := skipped.in_words) else "; ")
+                + "set config.data.validation_fraction to another value, or give more text: each "
+                f"record and {text_files.PART_CHARACTERS:,} characters of .txt are one document; "
+                "join a small source of a mixture with another one by a glob"
             )
         if sources.fingerprint(source, datasets) != made_of["source"]:
             raise ValueError(f"data.source={source!r} changed while it was read; run again")
@@ -152,7 +154,7 @@ def prepare_folder(
                 rank=rank,
             )
             if not facts.documents:
-                _refuse_or_remove(text, folder, split, facts)
+                _refuse_or_remove(text, folder, split, facts, skipped)
         if seen:
             seen.remove()
         if sources.fingerprint(text.source, text.cache / DATASETS) != made_of["source"]:
@@ -161,12 +163,15 @@ def prepare_folder(
     return {split: corpus.read_manifest(output / split) for split in found}
 
 
-def _refuse_or_remove(text: Text, folder: pathlib.Path, split: str, facts: shards.Facts) -> None:
+def _refuse_or_remove(
+    text: Text, folder: pathlib.Path, split: str, facts: shards.Facts, skipped: Skipped
+) -> None:
     if split == TRAIN:
         reasons = ", ".join(f"{number:,} by {name}" for name, number in facts.dropped.items())
         raise ValueError(
             f"--source={text.source}: no documents are left to train on (dropped: "
-            f"{reasons or 'none'}); give more text or other filters"
+            f"{'; '.join(filter(None, (reasons or 'none', skipped.in_words)))}); give more text or "
+            "other filters"
         )
     files.remove_folder(folder)
 

@@ -1,6 +1,7 @@
 """ArrayRecord files as a source, and the choice of the Arrow files of a saved dataset."""
 
 import collections
+import itertools
 import pathlib
 from collections.abc import Iterator
 
@@ -18,12 +19,28 @@ def array_record(
     """Yields the key and the document of each record of an ArrayRecord file, or its error.
 
     A record that begins with { is a JSON object, as a line of .jsonl; any other is a text. Errors
-    name records by their numbers, which begin with 0.
+    name records by their numbers, which begin with 0. Neighbours that are damaged in the same way,
+    such as all records of a chunk, are one error.
     """
     if (path.parent / "features.json").exists():
         raise ValueError(f"{path} belongs to a TFDS dataset; prepare it, and give tfds:NAME")
     if (path.parent / "manifest.json").exists():
         raise ValueError(f"{path} has tokens, no text; give prepared:{path.parent.parent}")
+    contents = itertools.groupby(_contents(path), lambda one: isinstance(one[1], str) and one[1])
+    for damage, found in contents:
+        if damage:
+            numbers = [number for number, _ in itertools.islice(found, reading.skip_damaged + 1)]
+            yield _lost(path, numbers[0], len(numbers), str(damage))
+        else:
+            for number, content in found:
+                yield _found(f"{path}: record {number}", bytes(content), reading, label)
+
+
+def _contents(path: pathlib.Path) -> Iterator[tuple[int, bytes | str]]:
+    """The number of each record and its content, or the reason why it cannot be read.
+
+    Raises: UnusableError, if nothing from a record on can be read.
+    """
     reader, number, end = None, 0, 1
     while number < end:
         try:
@@ -34,16 +51,21 @@ def array_record(
             stopping.pass_on(error)
             # The message is empty if the file is truncated.
             words = " ".join(str(error).split()) or "it is damaged or truncated"
-            message = f"{path} cannot be read at record {number} ({words}); replace it"
-            damage = UnusableError(message, "a damaged file")
             if reader is None:
-                raise damage from error
+                raise _lost(path, number, 1, words) from error
             reader = None  # one that has failed reads nothing more
-            yield damage
+            yield number, words
         else:
             if content is not None:
-                yield _found(f"{path}: record {number}", content, reading, label)
+                yield number, content
         number += 1
+
+
+def _lost(path: pathlib.Path, first: int, number: int, words: str) -> UnusableError:
+    """The error for `number` records from `first` on, which cannot be read."""
+    where = f"record {first}" if number == 1 else f"records {first} to {first + number - 1}"
+    message = f"{path} cannot be read at {where} ({words}); replace it"
+    return UnusableError(message, "a damaged file", number)
 
 
 def _reader(path: pathlib.Path, at: int):

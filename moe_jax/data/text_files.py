@@ -86,19 +86,17 @@ def documents(
     files = [file for file in files if file.split in (split, DIVIDED)]
     before = {file: stored.state(file.path) for file in files}
     for file in files:
-        # A run that divides a file has named its records when it read the training text.
-        named = (file.split, split) != (DIVIDED, VALIDATION)
         try:
             for found in _records(file, reading):
                 if isinstance(found, UnusableError):
-                    skipped.add(found, named=named)
+                    skipped.add(found)
                     continue
                 key, text = found
                 held_out = is_held_out(key, validation_fraction)
                 if file.split == split or held_out == (split == VALIDATION):
                     yield text
         except UnusableError as error:  # the rest of the file is lost
-            skipped.add(error, named=named)
+            skipped.add(error)
         if stored.state(file.path) != before[file]:
             raise ValueError(
                 f"data.source: {file.path} changed while it was read; wait until it is complete"

@@ -304,7 +304,10 @@ def test_verify_finds_a_changed_byte_that_opening_does_not_read(whole, tmp_path)
         corpus.TokenizedCorpus.load(folder / "train")
 
 
-def test_a_corpus_whose_documents_are_all_dropped_says_by_what(tmp_path):
+def test_a_corpus_of_which_nothing_is_left_says_why(tmp_path):
+    (tmp_path / "b.jsonl").write_text("bad\n" * 3)
+    with pytest.raises(ValueError, match=r"none; 3 records were skipped \(not a JSON object: 3\)"):
+        make(str(tmp_path / "b.jsonl"), tmp_path / "bad", skip_damaged=3)
     source = write(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"no documents are left .*dropped: \d+ by language\)"):
         make(source, tmp_path / "out", specs=["language:xx"])
