@@ -99,7 +99,8 @@ class Skipped:
         total = self.by_reason.total() + error.records
         if total > self._most:
             more = f" ({total:,} records cannot be used, and config.data.skip_damaged={self._most})"
-            raise ValueError(f"data.source: {error}{more if self._most else ''}") from error
+            place = "" if str(error).startswith("data.source") else "data.source: "
+            raise ValueError(f"{place}{error}{more if self._most else ''}") from error
         self.by_reason[error.reason] += error.records
         self.errors.append((str(error), error.reason))
         self._named += 1
