@@ -202,7 +202,10 @@ def load(folder: pathlib.Path) -> PairCorpus:
             raise ValueError("its arrays are not those of meta.json")
         return PairCorpus(tokens_X, ends_R, answers_R, meta["counts"], meta["digest"])
     except (ValueError, KeyError, TypeError, EOFError, FileNotFoundError) as error:
-        raise ValueError(f"{folder} is damaged ({error!r}); delete the folder") from error
+        reason = "" if isinstance(error, KeyError) else f" ({' '.join(str(error).split())[:200]})"
+        raise ValueError(
+            f"{folder} is damaged{reason}; delete the folder, and the next run makes it again"
+        ) from error
 
 
 def of_documents(

@@ -58,7 +58,7 @@ def open_corpus(
         try:
             return TokenizedCorpus.load(folder)
         except DamagedError as error:
-            distributed.say(f"{error}; it is made anew")
+            distributed.say(f"{str(error).partition('; ')[0]}; it is made anew")
             files.remove_folder(folder)
     skipped = Skipped(reading.skip_damaged)
     documents = sources.documents(
@@ -133,6 +133,7 @@ def prepare_folder(
     with contextlib.ExitStack() as held:
         held.enter_context(_claimed(output, {"version": corpus.VERSION, **made_of}))
         pool = held.enter_context(preparation.pool_of(job, workers))
+        _remake(output, job)
         seen = None
         if write_shards:
             write_shards(text, output, job, SPLITS)
@@ -161,6 +162,20 @@ def prepare_folder(
             raise ValueError(f"--source={text.source} changed while it was read; begin anew")
     found = [split for split in SPLITS if (output / split).exists()]
     return {split: corpus.read_manifest(output / split) for split in found}
+
+
+def _remake(output: pathlib.Path, job: Job) -> None:
+    """Lets a split be made again of whose finished files one is missing: with all others if a
+    filter compares documents."""
+    lacking = []
+    for split in SPLITS:
+        folder = output / split
+        if (folder / corpus.MANIFEST).exists():
+            names = [shard[0] for shard in corpus.read_manifest(folder)["shards"]]
+            if not all((folder / name).exists() for name in (*corpus.ARRAYS, *names)):
+                lacking.append(split)
+    for split in SPLITS if lacking and job.chosen.compares else lacking:
+        (output / split / corpus.MANIFEST).unlink(missing_ok=True)
 
 
 def _refuse_or_remove(

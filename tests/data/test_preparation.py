@@ -296,12 +296,40 @@ def test_verify_finds_a_changed_byte_that_opening_does_not_read(whole, tmp_path)
     changed = bytearray(path.read_bytes())
     changed[len(changed) // 2] ^= 1
     path.write_bytes(changed)
-    corpus.TokenizedCorpus.load(folder / "train")
+    opened = corpus.TokenizedCorpus.load(folder / "train")
+    words = rf"{path.name} is damaged at record [01] \(.*; remove it, and prepare_data with the same"
+    with pytest.raises(corpus.DamagedError, match=words):
+        tokens_of(opened)
     with pytest.raises(corpus.DamagedError, match=path.name):
         list(prepare.verify(folder))
     path.write_bytes(changed[:-1])
     with pytest.raises(corpus.DamagedError, match=path.name):
         corpus.TokenizedCorpus.load(folder / "train")
+
+
+DAMAGE = {  # the end of a file's name, what is done to it, and the words that say so
+    "manifest.json": [(lambda c: c[:-9], "damaged (is not JSON"), (None, "unfinished: it has no m")],
+    "pairs.npy": [(lambda c: c[:-1], "damaged ("), (lambda c: b"", "damaged ("), (None, "missing;")],
+    ".array_record": [(lambda c: c[:-1], "damaged (it has "), (None, "missing;")],
+}
+
+
+@pytest.mark.parametrize("specs", [(), ("exact_duplicates",)])
+def test_a_damaged_file_is_named_and_made_again_when_it_is_removed(specs, tmp_path, capsys):
+    source, folder = write(tmp_path / "a.jsonl", RECORDS * 2), tmp_path / "out"
+    make(source, folder, specs=specs)
+    before = content(folder)
+    for ending, damages in DAMAGE.items():
+        path = sorted(folder.glob(f"train/*{ending}"))[-1]
+        for damage, words in damages:
+            path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+            with pytest.raises(corpus.DamagedError) as refused:
+                corpus.TokenizedCorpus.load(folder / "train")
+            said, named = str(refused.value), path.parent if "unfin" in words else path
+            assert said.startswith(f"{named} is {words}") and "with the same options" in said
+            path.unlink(missing_ok=True)
+            make(source, folder, specs=specs)
+            assert content(folder) == before
 
 
 def test_a_corpus_of_which_nothing_is_left_says_why(tmp_path):
