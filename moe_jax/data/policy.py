@@ -44,6 +44,12 @@ class Reading:
         return frozenset({*fields, *(field.split(".")[0] for field in fields)})
 
     @property
+    def of_preparation(self) -> dict[str, Any]:
+        """What decides which documents a source has, by option of `prepare_data`. Any number of
+        records may be skipped, but none is another matter: the text before damage is then read."""
+        return {**dataclasses.asdict(self), "skip_damaged": self.skip_damaged > 0}
+
+    @property
     def key(self) -> list:
         """All that decides which documents a source has, for the key of a cache."""
         found = [self.text_field, self.label_field, self.label_pattern, self.skip_damaged]

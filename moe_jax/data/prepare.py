@@ -131,7 +131,16 @@ def prepare_folder(
         "reading": text.reading.key,
     }
     with contextlib.ExitStack() as held:
-        held.enter_context(_claimed(output, {"version": corpus.VERSION, **made_of}))
+        plan = {
+            "version": corpus.VERSION,
+            "source": made_of["source"],
+            "validation_fraction": text.validation_fraction,
+            "tokenizer": job.tokenizer.fingerprint,
+            "filter": list(job.specs),
+            "shard_mb": job.shard_bytes / 2**20,
+            **text.reading.of_preparation,
+        }
+        held.enter_context(_claimed(output, plan))
         pool = held.enter_context(preparation.pool_of(job, workers))
         _remake(output, job)
         seen = None
@@ -193,11 +202,13 @@ def _refuse_or_remove(
 
 @contextlib.contextmanager
 def _claimed(output: pathlib.Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Locks the folder against another process, and notes what it is to hold."""
+    """Locks the folder against another process, and notes what it is to hold: by option, so that
+    a different value can be named. As long as no shard is finished, other options may follow."""
     if output.exists() and not (output.is_dir() and (output / PLAN).exists()):
         if not output.is_dir() or any(output.iterdir()):
             raise ValueError(f"--output={output} has something else; choose another folder")
     output.mkdir(parents=True, exist_ok=True)
+    folders = [output / split for split in SPLITS]
     lock = os.open(output, os.O_RDONLY)
     try:
         try:
@@ -206,14 +217,19 @@ def _claimed(output: pathlib.Path, plan: dict[str, Any]) -> Iterator[None]:
             raise ValueError(f"--output={output}: another process is preparing it") from None
         except OSError:  # a file system without locks
             pass
-        if (output / PLAN).exists():
-            there = strict_json.read_object(output / PLAN)
-            if differing := [name for name in plan if there.get(name) != plan[name]]:
+        there = strict_json.read_object(output / PLAN) if (output / PLAN).exists() else {}
+        if differing := [name for name in plan if there.get(name) != plan[name]]:
+            if any(output.glob(f"*/{corpus.MANIFEST}")) or any(map(shards.finished, folders)):
+                options = " and ".join(f"--{name}" for name in differing if name != "version")
                 raise ValueError(
-                    f"--output={output} was begun with a different value of "
-                    f"{' and '.join(differing)}; choose another folder or remove it"
+                    f"--output={output} was begun with "
+                    f"{f'a different value of {options}' if options else 'another version'}; "
+                    "give the same, choose another folder or remove it"
                 )
-        else:
+            for left in (folder for folder in folders if folder.exists()):
+                files.remove_folder(left)
+            for left in output.glob(f"{SEEN}*"):
+                left.unlink()
             files.write_text(output / PLAN, strict_json.text(plan, indent=1) + "\n")
         yield
     finally:

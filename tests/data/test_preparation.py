@@ -280,12 +280,28 @@ def test_tokens_are_not_read_as_text(whole, tmp_path):
 def test_another_job_in_the_same_folder_is_refused(whole, tmp_path):
     source, folder = whole
     folder = shutil.copytree(folder, tmp_path / "out")
-    with pytest.raises(ValueError, match="begun with a different value of filters; choose"):
-        make(source, folder)
+    with pytest.raises(ValueError, match="begun with a different value of --filter and --shard_mb; g"):
+        make(source, folder, shard_bytes=300)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").touch()
     with pytest.raises(ValueError, match="has something else; choose another folder"):
         make(source, tmp_path / "full")
+
+
+def test_other_options_may_follow_until_a_shard_is_finished_and_another_cap_at_any_time(tmp_path):
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    text = pathlib.Path(write(path)).read_text()
+    path.write_text("bad\n" + text + "bad\n")
+    how = dict(specs=["exact_duplicates"], shard_bytes=10**6)
+    with pytest.raises(ValueError, match="a.jsonl:1 is not"):
+        make(str(path), out, **how)
+    with pytest.raises(ValueError, match="2 records cannot be used"):
+        make(str(path), out, skip_damaged=1)
+    with pytest.raises(ValueError, match="begun with a different value of --skip_damaged; give"):
+        make(str(path), out)
+    make(str(path), out, skip_damaged=3)
+    make(str(path), tmp_path / "at once", skip_damaged=3)
+    assert content(out) == content(tmp_path / "at once")
 
 
 def test_verify_finds_a_changed_byte_that_opening_does_not_read(whole, tmp_path):
