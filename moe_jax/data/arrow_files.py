@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from moe_jax import untrusted
-from moe_jax.data import document, policy, stored
+from moe_jax.data import compressed, document, policy, stored
 from moe_jax.data.document import Document
 from moe_jax.data.policy import Reading, UnusableError
 from moe_jax.files import is_remote
@@ -64,22 +64,25 @@ def parquet(path: stored.Path, reading: Reading, label: str = "all") -> Records:
 
 
 def arrow(path: stored.Path, reading: Reading, label: str = "all") -> Records:
-    """Yields the key and the document of each row of an Arrow stream, or its error.
+    """Yields the key and the document of each row of an Arrow stream or file, or its error.
 
-    `datasets` writes such streams. Those from the first damage on are lost: their number is not
-    known, and they count as one.
+    `datasets` writes streams. Rows from the first damage on are lost: their number is not known,
+    and they count as one.
     """
     number = 0
     try:
         with _arrow_file(path) as file:
             # A stream that is cut between two batches is otherwise read as a shorter one.
-            is_whole = file.read_at(8, max(0, file.size() - 8)) == END_OF_STREAM
+            is_file = file.read_at(6, 0) == b"ARROW1"
+            is_whole = is_file or file.read_at(8, max(0, file.size() - 8)) == END_OF_STREAM
             if not is_whole and not reading.skip_damaged:
                 raise OSError("it does not end as an Arrow stream does")
             file.seek(0)
-            with pyarrow.ipc.open_stream(file) as stream:
+            opened = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+            with opened(file) as stream:
                 columns = _columns(path, stream.schema, reading)
-                for batch in stream:
+                numbers = range(stream.num_record_batches) if is_file else ()
+                for batch in map(stream.get_batch, numbers) if is_file else stream:
                     yield from _rows(path, number, batch.select(columns), reading, label)
                     number += len(batch)
             if not is_whole:
@@ -140,6 +143,8 @@ def _rows(path: stored.Path, first: int, batch, reading: Reading, label: str) ->
 
 def _lost(path: stored.Path, number: int, error: Exception, records: int = 1) -> UnusableError:
     """The error for `records` records from `number` on, which cannot be read."""
+    if not number and (found := compressed.format_of(path)):
+        return UnusableError(f"{path} is {found}", "a file of another format", records)
     after = f" after record {number - 1}" if number else ""
     reason = " ".join(str(error).split())
     return UnusableError(

@@ -89,6 +89,8 @@ def documents(
         try:
             for found in _records(file, reading):
                 if isinstance(found, UnusableError):
+                    if not reading.skip_damaged:
+                        _check_whole(file)  # it may be what damage to the file looks like
                     skipped.add(found)
                     continue
                 key, text = found
@@ -106,11 +108,18 @@ def documents(
 def _records(file: File, reading: Reading) -> "Records":
     """The records of a file. If damage is skipped, a compressed file that is damaged yields none,
     because those before the damage was noticed may be damaged too."""
-    if reading.skip_damaged and file.path.suffix in compressed.OPENERS:
+    if reading.skip_damaged:
+        _check_whole(file)
+    return READERS[_ending(file.path.name)](file, reading)
+
+
+def _check_whole(file: File) -> None:
+    """Raises UnusableError for a compressed file that cannot be read to its end, where its checksum
+    is. An endless line costs no memory."""
+    if file.path.suffix in compressed.OPENERS:
         with utf8.opened(file.path) as text:
             while text.read(compressed.BUFFER_BYTES):
                 pass
-    return READERS[_ending(file.path.name)](file, reading)
 
 
 def parts(files: list[File]) -> list[list[File]]:
