@@ -43,9 +43,7 @@ def check_name(path: os.PathLike, before: str = "") -> None:
     Raises: ValueError, with `before` in front.
     """
     if (name := str(path)) != name.encode(errors="replace").decode():
-        raise ValueError(
-            f"{before}the name {ascii(name)} is not UTF-8; rename the file or folder"
-        )
+        raise ValueError(f"{before}the name {ascii(name)} is not UTF-8; rename the file or folder")
 
 
 def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:

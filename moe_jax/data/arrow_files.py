@@ -6,6 +6,7 @@ because pyarrow takes a third of a second to import.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -112,9 +113,14 @@ def _columns(path: stored.Path, schema, reading: Reading, rows: int = 1) -> list
     name = field.partition(".")[0] if inside else field
     if schema.names.count(name) != 1:
         names = untrusted.label(", ".join(schema.names))
+        number = schema.names.count(name)
         raise UnusableError(
-            f'{path} has no single column "{name}" among {names}; rename the column, or set '
-            "config.data.text_field",
+            f'{path} has {f"{number} columns" if number else "no column"} "{name}" among {names}; '
+            + (
+                "keep one of them"
+                if number
+                else "set config.data.text_field to the one with the text"
+            ),
             "a file without a text column",
             rows,
         )
@@ -135,10 +141,18 @@ def _rows(path: stored.Path, first: int, batch, reading: Reading, label: str) ->
             if damage and (problem := _damage(batch.slice(row, 1))):
                 raise UnusableError(f" is damaged ({problem})", "a damaged record")
             columns = zip(batch.schema.names, batch.columns, strict=True)
-            record = {name: column[row].as_py() for name, column in columns}
+            record = {name: _value(name, column[row]) for name, column in columns}
             yield document.from_record(record, reading, label)
         except Exception as error:  # a value can be of any type
             yield policy.refusal(f"{path}: record {first + row}", error)
+
+
+def _value(name: str, scalar: pyarrow.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):  # such as a time after the year 9999
+        problem = f': "{name}" has a {scalar.type} that Python cannot hold; store it as a string'
+        raise UnusableError(problem, "a value that cannot be held") from None
 
 
 def _lost(path: stored.Path, number: int, error: Exception, records: int = 1) -> UnusableError:

@@ -76,6 +76,12 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
         return manifest["facts"] | {"arrays": manifest["arrays"]}
 
 
+def in_shards(facts: Mapping[str, Any]) -> str:
+    """The number of shards of a manifest's facts, in words."""
+    number = len(facts["shards"])
+    return "1 shard" if number == 1 else f"{number:,} shards"
+
+
 class _naming:
     """Raises DamagedError for any error of the block that does not mean that the file is sound,
     because damaged JSON text or arrays can raise any type."""
@@ -96,7 +102,9 @@ class _naming:
         if not passing or isinstance(error, EOFError):
             reason = " ".join(str(error).split()) if type(error) is ValueError else CHANGED
             reason = reason.removeprefix(f"{self._path} ")[:200]
-            raise DamagedError(f"{self._path} is damaged ({reason}); remove it, and {MAKE}") from error
+            raise DamagedError(
+                f"{self._path} is damaged ({reason}); remove it, and {MAKE}"
+            ) from error
 
 
 class Records(Protocol):

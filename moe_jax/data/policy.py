@@ -118,7 +118,6 @@ class Skipped:
         else:
             distributed.say("further records that are skipped are counted, but not named")
 
-
     @property
     def in_words(self) -> str:
         """The counts by reason; "" if there are none."""

@@ -61,7 +61,8 @@ def test_a_cache_that_is_truncated_after_it_was_opened_is_called_damaged(keep, t
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if keep == 0.5 else keep])
     with pytest.raises(
-        ValueError, match=rf"^{re.escape(str(path))} is damaged at record \d+ .*; remove it, and prep"
+        ValueError,
+        match=rf"^{re.escape(str(path))} is damaged at record \d+ .*; remove it, and prep",
     ) as error:
         batches(corpus, 1)
     assert "\n" not in str(error.value)

@@ -42,7 +42,10 @@ LINES = {
     "deep": (b'{"a": ' + b"[" * 100_000, "RecursionError", "RecursionError"),
     "two values": (b'{"text": "a", "text": "b"}', "two values", "a name with two values"),
     "another name": (
-        *(b'{"content": "a", "b": 1}', r'no "text" \(its fields: content, b\); set config.data.text_'),
+        *(
+            b'{"content": "a", "b": 1}',
+            r'no "text" \(its fields: content, b\); set config.data.text_',
+        ),
         "no text",
     ),
     "another case": (b'{"Text": "a"}', r'no "text" \(its fields: Text\); set', "no text"),

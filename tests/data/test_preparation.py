@@ -50,6 +50,8 @@ def whole(tmp_path_factory):
     source = write(folder / "a.jsonl", RECORDS * 2)
     made = make(source, folder / "out", specs=["exact_duplicates"])
     assert len(made["train"]["shards"]) > 3
+    assert corpus.in_shards({"shards": [1]}) == "1 shard"
+    assert corpus.in_shards(made["train"]) == f"{len(made['train']['shards'])} shards"
     return source, folder / "out"
 
 
@@ -280,7 +282,9 @@ def test_tokens_are_not_read_as_text(whole, tmp_path):
 def test_another_job_in_the_same_folder_is_refused(whole, tmp_path):
     source, folder = whole
     folder = shutil.copytree(folder, tmp_path / "out")
-    with pytest.raises(ValueError, match="begun with a different value of --filter and --shard_mb; g"):
+    with pytest.raises(
+        ValueError, match="begun with a different value of --filter and --shard_mb; g"
+    ):
         make(source, folder, shard_bytes=300)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").touch()
@@ -313,7 +317,9 @@ def test_verify_finds_a_changed_byte_that_opening_does_not_read(whole, tmp_path)
     changed[len(changed) // 2] ^= 1
     path.write_bytes(changed)
     opened = corpus.TokenizedCorpus.load(folder / "train")
-    words = rf"{path.name} is damaged at record [01] \(.*; remove it, and prepare_data with the same"
+    words = (
+        rf"{path.name} is damaged at record [01] \(.*; remove it, and prepare_data with the same"
+    )
     with pytest.raises(corpus.DamagedError, match=words):
         tokens_of(opened)
     with pytest.raises(corpus.DamagedError, match=path.name):
@@ -324,8 +330,15 @@ def test_verify_finds_a_changed_byte_that_opening_does_not_read(whole, tmp_path)
 
 
 DAMAGE = {  # the end of a file's name, what is done to it, and the words that say so
-    "manifest.json": [(lambda c: c[:-9], "damaged (is not JSON"), (None, "unfinished: it has no m")],
-    "pairs.npy": [(lambda c: c[:-1], "damaged ("), (lambda c: b"", "damaged ("), (None, "missing;")],
+    "manifest.json": [
+        (lambda c: c[:-9], "damaged (is not JSON"),
+        (None, "unfinished: it has no m"),
+    ],
+    "pairs.npy": [
+        (lambda c: c[:-1], "damaged ("),
+        (lambda c: b"", "damaged ("),
+        (None, "missing;"),
+    ],
     ".array_record": [(lambda c: c[:-1], "damaged (it has "), (None, "missing;")],
 }
 

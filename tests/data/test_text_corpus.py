@@ -35,8 +35,9 @@ def folder(tmp_path):
     return folder
 
 
-def test_a_text_corpus_has_the_documents_of_its_source_in_the_same_splits(folder, tmp_path):
+def test_a_text_corpus_has_the_documents_of_its_source_in_the_same_splits(folder, tmp_path, caplog):
     prepared(folder, tmp_path / "tfds", validation_fraction=0.2, reading=READING)
+    assert "custom data configuration" not in caplog.text  # a warning of TFDS
     for split in ("train", "validation"):
         found = read("tfds:text_corpus/mine", split, tmp_path / "tfds")
         assert len(found) > 30 and found == read(str(folder), split, tmp_path, 0.2, READING)

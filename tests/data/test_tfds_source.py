@@ -74,7 +74,9 @@ def test_a_record_without_a_text_is_refused_with_its_number(tmp_path, monkeypatc
             yield 0, {"sentence": "text under another name"}
 
     monkeypatch.setitem(corpora.BUILDERS, "other", Other)
-    with pytest.raises(ValueError, match="'tfds:other': record 0 of test has no \"text\" .its fields"):
+    with pytest.raises(
+        ValueError, match="'tfds:other': record 0 of test has no \"text\" .its fields"
+    ):
         read("tfds:other", "test", tmp_path)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 
 import tensorflow_datasets as tfds
+from absl import logging
 
 from moe_jax.data import cache, policy, sources
 from moe_jax.data.corpora import builders
@@ -87,7 +88,12 @@ def text_corpus(
         reading=reading,
         fingerprint=repr([sources.fingerprint(source, folder), validation_fraction, reading.key]),
     )
-    builder = TextCorpus(config=config, data_dir=folder, file_format="array_record")
+    said = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of every config that is not in its class
+    try:
+        builder = TextCorpus(config=config, data_dir=folder, file_format="array_record")
+    finally:
+        logging.set_verbosity(said)
     if (builder.info.metadata or {}).get("fingerprint") != config.fingerprint:
         raise ValueError(
             f"{builder.data_dir} has been prepared from another text or with other options; give "
