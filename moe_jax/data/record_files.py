@@ -4,6 +4,7 @@ import collections
 import itertools
 import pathlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from array_record.python import array_record_module
 
@@ -26,18 +27,23 @@ def array_record(
         raise ValueError(f"{path} belongs to a TFDS dataset; prepare it, and give tfds:NAME")
     if (path.parent / "manifest.json").exists():
         raise ValueError(f"{path} has tokens, no text; give prepared:{path.parent.parent}")
-    contents = itertools.groupby(_contents(path), lambda one: isinstance(one[1], str) and one[1])
-    for damage, found in contents:
+    for damage, found in itertools.groupby(_contents(path), lambda one: one.damage):
         if damage:
-            numbers = [number for number, _ in itertools.islice(found, reading.skip_damaged + 1)]
-            yield _lost(path, numbers[0], len(numbers), str(damage))
+            numbers = [one.number for one in itertools.islice(found, reading.skip_damaged + 1)]
+            yield _lost(path, numbers[0], len(numbers), damage)
         else:
-            for number, content in found:
-                yield _found(f"{path}: record {number}", bytes(content), reading, label)
+            for one in found:
+                yield _found(f"{path}: record {one.number}", one.content, reading, label)
 
 
-def _contents(path: pathlib.Path) -> Iterator[tuple[int, bytes | str]]:
-    """The number of each record and its content, or the reason why it cannot be read.
+class _Record(NamedTuple):
+    number: int
+    content: bytes
+    damage: str = ""  # the reason why it cannot be read
+
+
+def _contents(path: pathlib.Path) -> Iterator[_Record]:
+    """The records of a file.
 
     Raises: UnusableError, if nothing from a record on can be read.
     """
@@ -54,10 +60,10 @@ def _contents(path: pathlib.Path) -> Iterator[tuple[int, bytes | str]]:
             if reader is None:
                 raise _lost(path, number, 1, words) from error
             reader = None  # one that has failed reads nothing more
-            yield number, words
+            yield _Record(number, b"", words)
         else:
             if content is not None:
-                yield number, content
+                yield _Record(number, content)
         number += 1
 
 

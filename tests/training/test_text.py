@@ -157,7 +157,7 @@ WRONG = {
     "data__mixture__shares=()": "has no effect without config.data.mixture.sources",
     "data__mixture__shares=(('a', 0),)": "needs mixture.shares with a positive weight",
     "data__source='a.jsonl'": "a, b have no text of their own, and data.source='a.jsonl' has no",
-    "data__mixture__stages=((0, (('b', 1),)),)": "use pairs (step, shares) of growing steps above 0",
+    "data__mixture__stages=((0, (('b', 1),)),)": "pairs (step, shares) of growing steps above 0",
     "data__mixture__stages=((9, (('c', 1),)),)": "step 9: source='c' is unknown; use one of a",
     "data__mixture__stages=((12, (('b', 1),)),)": "step 12, never begins: training.num_steps=12",
     "data__mixture__most_epochs=(('c', 1),)": "mixture.most_epochs: source='c' is unknown",
