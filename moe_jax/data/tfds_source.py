@@ -76,7 +76,7 @@ def _read(records: Sequence[Mapping[str, Any]], number: int) -> Mapping[str, Any
         stopping.pass_on(error)
         reason = " ".join(str(error).split())
         message = f" cannot be read ({reason}); replace the dataset's files or prepare it again"
-        raise UnusableError(message, "a damaged file") from error
+        raise UnusableError(message, "a damaged record") from error
 
 
 def instructions(spec: str, split: str, *, reading: Reading, **how: Any) -> Iterator[Document]:

@@ -81,7 +81,7 @@ def test_a_name_stands_for_one_text(folder, tmp_path):
 
 
 def test_a_mistake_is_one_line_and_leaves_nothing_prepared(folder, tmp_path):
-    with pytest.raises(ValueError, match='a.jsonl:1 is not a JSON object with "text"'):
+    with pytest.raises(ValueError, match='a.jsonl:1 has no "text" .its fields: content, meta.'):
         prepared(folder, tmp_path / "tfds")
     with pytest.raises(ValueError, match="has no validation documents"):
         prepared(folder, tmp_path / "tfds", validation_fraction=1e-9, reading=READING)
