@@ -53,14 +53,16 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder):
             validation_fraction=config.validation_fraction,
             data_dir=self._data_dir_root,
             reading=config.reading,
+            skipped=(skipped := policy.Skipped(config.reading.skip_damaged)),
         )
         number = -1
         for number, document in enumerate(documents):
             yield number, {"text": document.text, "language": document.label}
         if number < 0:
+            lost = f", and {skipped.in_words}" if skipped.by_reason else ""
             raise ValueError(
-                f"{config.source} has no {split} documents; set validation_fraction to another "
-                "value (0 makes no validation split), or give more text"
+                f"{config.source} has no {split} documents{lost}; set validation_fraction to "
+                "another value (0 makes no validation split), or give more text"
             )
 
 
