@@ -35,7 +35,7 @@ def test_a_file_of_another_format_is_called_by_its_first_bytes(kind, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
 def test_what_damage_does_to_a_text_is_not_blamed_on_the_text(suffix, tmp_path):
-    """A changed byte in what is stored as it is makes a bad line long before the checksum is read."""
+    """A changed byte of stored text makes a bad line long before the checksum is read."""
     compress = {".gz": lambda c: gzip.compress(c, 0), ".xz": lzma.compress}
     noise = np.random.default_rng(0).permutation(range(35, 92)).tolist() * 9
     content = b"".join(b'{"text": "' + bytes(noise) + b"%d" % n + b'"}\n' for n in range(999))
