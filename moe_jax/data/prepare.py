@@ -220,11 +220,14 @@ def _claimed(output: pathlib.Path, plan: dict[str, Any]) -> Iterator[None]:
         there = strict_json.read_object(output / PLAN) if (output / PLAN).exists() else {}
         if differing := [name for name in plan if there.get(name) != plan[name]]:
             if any(output.glob(f"*/{corpus.MANIFEST}")) or any(map(shards.finished, folders)):
-                options = " and ".join(f"--{name}" for name in differing if name != "version")
+                names = (
+                    differing if there.keys() == plan.keys() and "version" not in differing else ()
+                )
+                options = " and ".join(f"--{name}" for name in names)
                 raise ValueError(
                     f"--output={output} was begun with "
                     f"{f'a different value of {options}' if options else 'another version'}; "
-                    "give the same, choose another folder or remove it"
+                    "use the same, choose another folder or remove it"
                 )
             for left in (folder for folder in folders if folder.exists()):
                 files.remove_folder(left)
