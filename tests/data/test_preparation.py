@@ -283,9 +283,13 @@ def test_another_job_in_the_same_folder_is_refused(whole, tmp_path):
     source, folder = whole
     folder = shutil.copytree(folder, tmp_path / "out")
     with pytest.raises(
-        ValueError, match="begun with a different value of --filter and --shard_mb; g"
+        ValueError, match="begun with a different value of --filter and --shard_mb; u"
     ):
         make(source, folder, shard_bytes=300)
+    plan = (folder / prepare.PLAN).read_text()
+    (folder / prepare.PLAN).write_text(plan.replace('"filter"', '"filters"'))
+    with pytest.raises(ValueError, match="begun with another version; use the same, choose"):
+        make(source, folder)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").touch()
     with pytest.raises(ValueError, match="has something else; choose another folder"):
@@ -301,7 +305,7 @@ def test_other_options_may_follow_until_a_shard_is_finished_and_another_cap_at_a
         make(str(path), out, **how)
     with pytest.raises(ValueError, match="2 records cannot be used"):
         make(str(path), out, skip_damaged=1)
-    with pytest.raises(ValueError, match="begun with a different value of --skip_damaged; give"):
+    with pytest.raises(ValueError, match="begun with a different value of --skip_damaged; use"):
         make(str(path), out)
     make(str(path), out, skip_damaged=3)
     make(str(path), tmp_path / "at once", skip_damaged=3)
