@@ -37,6 +37,15 @@ def check_folder(workdir: pathlib.Path) -> None:
             raise ValueError(f"{path} is neither a file nor a folder; remove it")
 
 
+def check_name(path: os.PathLike, before: str = "") -> None:
+    """Refuses a path that is not UTF-8: libraries in C++ cannot open it, nor can JSON hold it.
+
+    Raises: ValueError, with `before` in front.
+    """
+    if (name := str(path)) != name.encode(errors="replace").decode():
+        raise ValueError(f"{before}the name {ascii(name)} is not UTF-8; rename the file or folder")
+
+
 def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
     """True if a link leads from a file below `folder` to a place that is not below it.
 

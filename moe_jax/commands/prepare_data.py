@@ -27,7 +27,7 @@ import tqdm
 
 from moe_jax import command_line, config
 from moe_jax.config.data import Data
-from moe_jax.data import filters, policy, prepare, tokenizers
+from moe_jax.data import corpus, filters, policy, prepare, tokenizers
 from moe_jax.data.cache import cache_folder
 from moe_jax.data.preparation import SHARD_BYTES, Job, Text
 
@@ -186,7 +186,7 @@ def summary(split: str, facts: dict) -> list[str]:
     )
     lines = [
         f"{split}: {documents:,} documents, {num_bytes:,} bytes, {tokens:,} tokens "
-        f"({num_bytes / tokens:.2f} bytes/token) in {len(facts['shards']):,} shards"
+        f"({num_bytes / tokens:.2f} bytes/token) in {corpus.in_shards(facts)}"
     ]
     lines += [f"  dropped by {name}: {number:,}" for name, number in facts["dropped"].items()]
     lines += [f"  skipped, {reason}: {number:,}" for reason, number in facts["skipped"].items()]

@@ -133,7 +133,7 @@ def named_numbers(name: str, value: tuple) -> None:
 
 def stages(name: str, value: tuple) -> None:
     """Refuses anything but pairs of a step and a table for `named_numbers`, by growing steps."""
-    need = "pairs (step, shares) of growing steps, such as \"((9000, (('wiki', 1),)),)\""
+    need = "pairs (step, shares) of growing steps above 0, such as \"((9000, (('wiki', 1),)),)\""
     before = 0
     for stage in value:
         match stage:

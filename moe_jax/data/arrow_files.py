@@ -6,12 +6,13 @@ because pyarrow takes a third of a second to import.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from moe_jax import untrusted
-from moe_jax.data import document, policy, stored
+from moe_jax.data import compressed, document, policy, stored
 from moe_jax.data.document import Document
 from moe_jax.data.policy import Reading, UnusableError
 from moe_jax.files import is_remote
@@ -64,22 +65,25 @@ def parquet(path: stored.Path, reading: Reading, label: str = "all") -> Records:
 
 
 def arrow(path: stored.Path, reading: Reading, label: str = "all") -> Records:
-    """Yields the key and the document of each row of an Arrow stream, or its error.
+    """Yields the key and the document of each row of an Arrow stream or file, or its error.
 
-    `datasets` writes such streams. Those from the first damage on are lost: their number is not
-    known, and they count as one.
+    `datasets` writes streams. Rows from the first damage on are lost: their number is not known,
+    and they count as one.
     """
     number = 0
     try:
         with _arrow_file(path) as file:
             # A stream that is cut between two batches is otherwise read as a shorter one.
-            is_whole = file.read_at(8, max(0, file.size() - 8)) == END_OF_STREAM
+            is_file = file.read_at(6, 0) == b"ARROW1"
+            is_whole = is_file or file.read_at(8, max(0, file.size() - 8)) == END_OF_STREAM
             if not is_whole and not reading.skip_damaged:
                 raise OSError("it does not end as an Arrow stream does")
             file.seek(0)
-            with pyarrow.ipc.open_stream(file) as stream:
+            opened = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+            with opened(file) as stream:
                 columns = _columns(path, stream.schema, reading)
-                for batch in stream:
+                numbers = range(stream.num_record_batches) if is_file else ()
+                for batch in map(stream.get_batch, numbers) if is_file else stream:
                     yield from _rows(path, number, batch.select(columns), reading, label)
                     number += len(batch)
             if not is_whole:
@@ -109,9 +113,14 @@ def _columns(path: stored.Path, schema, reading: Reading, rows: int = 1) -> list
     name = field.partition(".")[0] if inside else field
     if schema.names.count(name) != 1:
         names = untrusted.label(", ".join(schema.names))
+        number = schema.names.count(name)
         raise UnusableError(
-            f'{path} has no single column "{name}" among {names}; rename the column, or set '
-            "config.data.text_field",
+            f'{path} has {f"{number} columns" if number else "no column"} "{name}" among {names}; '
+            + (
+                "keep one of them"
+                if number
+                else "set config.data.text_field to the one with the text"
+            ),
             "a file without a text column",
             rows,
         )
@@ -132,14 +141,24 @@ def _rows(path: stored.Path, first: int, batch, reading: Reading, label: str) ->
             if damage and (problem := _damage(batch.slice(row, 1))):
                 raise UnusableError(f" is damaged ({problem})", "a damaged record")
             columns = zip(batch.schema.names, batch.columns, strict=True)
-            record = {name: column[row].as_py() for name, column in columns}
+            record = {name: _value(name, column[row]) for name, column in columns}
             yield document.from_record(record, reading, label)
         except Exception as error:  # a value can be of any type
             yield policy.refusal(f"{path}: record {first + row}", error)
 
 
+def _value(name: str, scalar: pyarrow.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):  # such as a time after the year 9999
+        problem = f': "{name}" has a {scalar.type} that Python cannot hold; store it as a string'
+        raise UnusableError(problem, "a value that cannot be held") from None
+
+
 def _lost(path: stored.Path, number: int, error: Exception, records: int = 1) -> UnusableError:
     """The error for `records` records from `number` on, which cannot be read."""
+    if not number and (found := compressed.format_of(path)):
+        return UnusableError(f"{path} is {found}", "a file of another format", records)
     after = f" after record {number - 1}" if number else ""
     reason = " ".join(str(error).split())
     return UnusableError(

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
@@ -12,6 +13,33 @@ from moe_jax.data import stored
 
 ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)  # raised by the streams of `open_file`
 BUFFER_BYTES = 65_536
+# How files of other formats begin, and what to do with one whose name says that it is text.
+MAGIC = {
+    rb"\x1f\x8b": ("gzip", "let its name end with .gz"),
+    rb"\xfd7zXZ\0": ("xz", "let its name end with .xz"),
+    rb"\x28\xb5\x2f\xfd": ("Zstandard", "let its name end with .zst"),
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": ("bzip2", "decompress it"),
+    rb"PK\x03\x04": ("a ZIP archive", "unpack it"),
+    rb"PAR1[\x15\x19]": ("Parquet", "let its name end with .parquet"),
+    rb"ARROW1\0\0": ("an Arrow file", "let its name end with .arrow"),
+    rb"version https://git-lfs": ("a pointer of Git LFS", "get the file with git lfs pull"),
+}
+
+
+def format_of(path: stored.Path, sample: bytes | None = None) -> str:
+    """The format of a file by its first bytes, with what to do; "" for one that is not known, or
+    that the file's name says. `sample` is the beginning of its content, which may be compressed."""
+    is_outer = sample is None or path.suffix not in OPENERS
+    if sample is None:
+        with contextlib.suppress(OSError), stored.opened(path) as file:
+            sample = file.read(64)
+    for form, (kind, fix) in MAGIC.items():
+        is_named = is_outer and path.name.endswith(fix.rpartition(" ")[2])
+        if re.match(form, sample or b"") and not is_named:
+            return f"{kind}; {fix}"
+    return ""
+
+
 # Files of `xz -9` need 65 MB; a file can declare a dictionary of up to 4 GB.
 XZ_MEMORY = 512 << 20
 

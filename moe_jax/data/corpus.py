@@ -23,6 +23,11 @@ NO_LOSS = np.uint32(1 << 31)
 HASHED_BYTES = 1 << 27
 
 
+# What makes a file again that is not there; nothing else need be removed.
+MAKE = "prepare_data with the same options makes it again, or, in the cache, the next run"
+CHANGED = "its content has changed since it was written"
+
+
 class DamagedError(ValueError):
     """The folder's contents have changed since they were written."""
 
@@ -59,19 +64,30 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 
     Raises: DamagedError if the manifest has changed or is of another version.
     """
-    with _naming(folder):
-        manifest = strict_json.read_object(folder / MANIFEST)
-        if manifest.pop("sha256") != _hash(manifest) or manifest["version"] != VERSION:
-            raise ValueError(MANIFEST)
+    path = folder / MANIFEST
+    if folder.is_dir() and not path.exists():
+        raise DamagedError(f"{folder} is unfinished: it has no {MANIFEST}; {MAKE}")
+    with _naming(path):
+        manifest = strict_json.read_object(path)
+        if manifest.get("version", VERSION) != VERSION:
+            raise ValueError(f"its format is version {manifest['version']}, not {VERSION}")
+        if manifest.pop("sha256") != _hash(manifest):
+            raise ValueError(CHANGED)
         return manifest["facts"] | {"arrays": manifest["arrays"]}
 
 
+def in_shards(facts: Mapping[str, Any]) -> str:
+    """The number of shards of a manifest's facts, in words."""
+    number = len(facts["shards"])
+    return "1 shard" if number == 1 else f"{number:,} shards"
+
+
 class _naming:
-    """Raises DamagedError for any error of the block that does not mean that the files are sound,
+    """Raises DamagedError for any error of the block that does not mean that the file is sound,
     because damaged JSON text or arrays can raise any type."""
 
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
+    def __init__(self, path: pathlib.Path):
+        self._path = path
 
     def __enter__(self) -> None:
         pass
@@ -81,8 +97,14 @@ class _naming:
             return
         stopping.pass_on(error)
         passing = isinstance(error, OSError | MemoryError)
-        if not passing or isinstance(error, FileNotFoundError | EOFError):
-            raise DamagedError(f"{self._folder} is damaged ({error!r})") from error
+        if isinstance(error, FileNotFoundError):
+            raise DamagedError(f"{self._path} is missing; {MAKE}") from error
+        if not passing or isinstance(error, EOFError):
+            reason = " ".join(str(error).split()) if type(error) is ValueError else CHANGED
+            reason = reason.removeprefix(f"{self._path} ")[:200]
+            raise DamagedError(
+                f"{self._path} is damaged ({reason}); remove it, and {MAKE}"
+            ) from error
 
 
 class Records(Protocol):
@@ -159,18 +181,15 @@ class TokenizedCorpus(Counted):
         Raises: DamagedError if it has changed since it was written.
         """
         facts = read_manifest(folder)
-        with _naming(folder):
-            pairs, label_ids = (np.load(folder / name, mmap_mode="r") for name in ARRAYS)
+        with _naming(folder / MANIFEST):
             shards = tuple(Shard(*shard) for shard in facts["shards"])
             records = sum(shard.records for shard in shards)
-            for name, array in zip(ARRAYS, (pairs, label_ids), strict=True):
-                if array.shape != (records,) or array.dtype != np.int32:
-                    raise ValueError(name)
-                if array.nbytes <= HASHED_BYTES:
-                    _check_hash(folder / name, facts["arrays"][name])
-            for shard in shards:
-                if (folder / shard.name).stat().st_size != shard.bytes:
-                    raise ValueError(shard.name)
+        pairs, label_ids = (_array(folder / name, records, facts["arrays"]) for name in ARRAYS)
+        for shard in shards:
+            with _naming(folder / shard.name):
+                if (size := (folder / shard.name).stat().st_size) != shard.bytes:
+                    raise ValueError(f"it has {size:,} bytes, not {shard.bytes:,}")
+        with _naming(folder / MANIFEST):
             return cls(
                 folder=folder,
                 labels=tuple(facts["labels"]),
@@ -194,7 +213,7 @@ class TokenizedCorpus(Counted):
         """
         hashes = read_manifest(self.folder)["arrays"]
         for name, sha256 in [*hashes.items(), *((s.name, s.sha256) for s in self.shards)]:
-            with _naming(self.folder):
+            with _naming(self.folder / name):
                 _check_hash(self.folder / name, sha256)
             yield (self.folder / name).stat().st_size
 
@@ -217,13 +236,29 @@ class TokenizedCorpus(Counted):
         try:
             tokens = np.frombuffer(self._records[int(record)], np.uint32)
             if len(tokens) != self.pairs[record] + 1:
-                raise ValueError(f"record {record}")
+                raise ValueError(f"it has not the {self.pairs[record] + 1} tokens of {ARRAYS[0]}")
         except Exception as error:  # the reader has no exception class for damaged files
             stopping.pass_on(error)
-            raise DamagedError(f"{self.folder} is damaged ({error}); delete the folder") from error
+            ends = np.cumsum([shard.records for shard in self.shards])
+            shard = int(np.searchsorted(ends, record, side="right"))
+            own, path = record - ends[shard] + self.shards[shard].records, self.shards[shard].name
+            reason = " ".join(str(error).split())[:200]
+            raise DamagedError(
+                f"{self.folder / path} is damaged at record {own} ({reason}); remove it, and {MAKE}"
+            ) from error
         return tokens
+
+
+def _array(path: pathlib.Path, records: int, hashes: Mapping[str, str]) -> np.ndarray:
+    with _naming(path):
+        array = np.load(path, mmap_mode="r")
+        if array.shape != (records,) or array.dtype != np.int32:
+            raise ValueError(f"it has not the {records:,} numbers of the manifest")
+        if array.nbytes <= HASHED_BYTES:
+            _check_hash(path, hashes[path.name])
+        return array
 
 
 def _check_hash(path: pathlib.Path, sha256: str) -> None:
     if hash_file(path) != sha256:
-        raise ValueError(path.name)
+        raise ValueError(CHANGED)

@@ -3,9 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax import untrusted
 from moe_jax.data import chat, chat_pairs, policy
 from moe_jax.data.policy import KEYS, Reading, UnusableError, check_length
 
@@ -42,18 +44,23 @@ def is_held_out(key: str, fraction: float) -> bool:
 def from_json(line: str, reading: Reading, label: str = "all") -> tuple[str, Document]:
     """`from_record` of a JSON object."""
     # A name that is written twice has two values, of which `json` would take the last.
-    twice = line.count(f'"{reading.text_field}"') > 1
+    twice, what = line.count(f'"{reading.text_field}"') > 1, ""
     try:
         record = json.loads(line, object_pairs_hook=_without_duplicates if twice else None)
     except UnusableError:
         raise
-    except ValueError:
-        record = None
+    except json.JSONDecodeError as error:
+        record, what = None, f" ({error.msg.removesuffix(' at')}, column {error.colno})"
+    except ValueError:  # the only one of Python's own
+        most = f"{sys.get_int_max_str_digits():,}"
+        problem = f" has a whole number of more than {most} digits; write it as a string"
+        raise UnusableError(problem, "a number that is too long") from None
     if not isinstance(record, dict):
         hint = "; it begins an array or an object of several lines: write one object per line, for "
         hint += "example with jq -c '.[]' or jq -c ."
         begins = line.startswith("[") or line.strip() == "{"
-        problem = f' is not a JSON object with "{reading.text_field}"{hint if begins else ""}'
+        what = hint if begins else what
+        problem = f' is not a JSON object with "{reading.text_field}"{what}'
         raise UnusableError(problem, "not a JSON object")
     return from_record(record, reading, label)
 
@@ -87,7 +94,9 @@ def from_record(
         record = {**record, name: preference.prompt + str(answer)}
     text = _value(record, name)
     if text is None and name not in record:
-        raise UnusableError(f' is not a JSON object with "{name}"', "no text")
+        names = untrusted.label(", ".join(_names(record, name)))
+        fix = "set config.data.text_field to the one with the text"
+        raise UnusableError(f' has no "{name}" (its fields: {names or "none"}); {fix}', "no text")
     if not isinstance(text, str):
         raise UnusableError(f': "{name}" is not a string', "a text that is no string")
     label = _label(record, reading) or label
@@ -121,6 +130,14 @@ def _of_conversation(
     key = str(next((record[k] for k in KEYS if record.get(k) not in (None, "")), first))
     label = _label(record, reading) or label
     return key, Document(texts[0], label, conversation=talks[0], preference=given)
+
+
+def _names(record: Mapping[str, Any], field: str) -> list[str]:
+    """The names of the fields that a record has, with those inside of the one that leads to
+    `field`."""
+    outer, _, _ = field.rpartition(".")
+    inner = _value(record, outer) if outer else None
+    return [*record, *(f"{outer}.{name}" for name in (inner if isinstance(inner, dict) else ()))]
 
 
 def _label(record: Mapping[str, Any], reading: Reading) -> str:

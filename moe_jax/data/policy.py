@@ -44,6 +44,12 @@ class Reading:
         return frozenset({*fields, *(field.split(".")[0] for field in fields)})
 
     @property
+    def of_preparation(self) -> dict[str, Any]:
+        """What decides which documents a source has, by option of `prepare_data`. Any number of
+        records may be skipped, but none is another matter: the text before damage is then read."""
+        return {**dataclasses.asdict(self), "skip_damaged": self.skip_damaged > 0}
+
+    @property
     def key(self) -> list:
         """All that decides which documents a source has, for the key of a cache."""
         found = [self.text_field, self.label_field, self.label_pattern, self.skip_damaged]
@@ -79,6 +85,9 @@ class UnusableError(ValueError):
         self.reason, self.records = reason, max(1, records)
 
 
+_said = set[str]()  # a few messages of each source
+
+
 class Skipped:
     """Counts the records of a source that are skipped, by reason, up to the most that may be.
 
@@ -90,21 +99,30 @@ class Skipped:
         self.by_reason = collections.Counter[str]()
         self.errors: list[tuple[str, str]] = []
 
-    def add(self, error: UnusableError, *, named: bool = True) -> None:
-        """Counts a record, and names it in the output; raises ValueError if it is one too many."""
+    def add(self, error: UnusableError) -> None:
+        """Counts a record, and names it in the output unless this process has already done so, for
+        a run reads a file once for each split; raises ValueError if it is one too many."""
         total = self.by_reason.total() + error.records
         if total > self._most:
             more = f" ({total:,} records cannot be used, and config.data.skip_damaged={self._most})"
-            raise ValueError(f"data.source: {error}{more if self._most else ''}") from error
+            place = "" if str(error).startswith("data.source") else "data.source: "
+            raise ValueError(f"{place}{error}{more if self._most else ''}") from error
         self.by_reason[error.reason] += error.records
         self.errors.append((str(error), error.reason))
-        self._named += named
-        if not named:
+        self._named += 1
+        if self._named > MOST_NAMED + 1 or str(error) in _said:
             return
+        _said.add(str(error))
         if self._named <= MOST_NAMED:
             distributed.say(f"skipped {total:,} of at most {self._most:,}: {error}")
-        elif self._named == MOST_NAMED + 1:
+        else:
             distributed.say("further records that are skipped are counted, but not named")
+
+    @property
+    def in_words(self) -> str:
+        """The counts by reason; "" if there are none."""
+        counts = ", ".join(f"{reason}: {number:,}" for reason, number in self.by_reason.items())
+        return f"{self.by_reason.total():,} records were skipped ({counts})" if counts else ""
 
 
 def check_length(text: str | bytes, max_line: int) -> None:

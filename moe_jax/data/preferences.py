@@ -175,9 +175,10 @@ def open_pairs(
         found = of_documents(documents, tokenizer, sequence_length, form, skipped)
         found.counts.update(skipped.by_reason)
         if not found.counts["pairs"]:
+            lost = f"; {skipped.in_words}" if skipped.by_reason else ""
             raise ValueError(
                 f"data.source={source!r} has no {split} pairs that fit into rows of "
-                f"{sequence_length} tokens ({found.counts[LEFT_OUT]} do not fit); raise "
+                f"{sequence_length} tokens ({found.counts[LEFT_OUT]} do not fit{lost}); raise "
                 "data.sequence_length, or set data.validation_fraction to another value"
             )
         with writing(cache), files.whole_folder(folder, shared=True) as unfinished:
@@ -202,7 +203,10 @@ def load(folder: pathlib.Path) -> PairCorpus:
             raise ValueError("its arrays are not those of meta.json")
         return PairCorpus(tokens_X, ends_R, answers_R, meta["counts"], meta["digest"])
     except (ValueError, KeyError, TypeError, EOFError, FileNotFoundError) as error:
-        raise ValueError(f"{folder} is damaged ({error!r}); delete the folder") from error
+        reason = "" if isinstance(error, KeyError) else f" ({' '.join(str(error).split())[:200]})"
+        raise ValueError(
+            f"{folder} is damaged{reason}; delete the folder, and the next run makes it again"
+        ) from error
 
 
 def of_documents(

@@ -191,7 +191,7 @@ def prepare(
 
     Args:
       parts: the parts of the source, each with its documents.
-      name: begins the line of progress, and of errors.
+      name: begins the line of progress, and of errors about a document's tokens.
       made_of: goes into the manifest; among it "tokenizer", the fingerprint.
       seen: the documents of the splits of lower `rank`, if a filter compares documents.
       skipped: counts the records that reading `parts` skips.
@@ -218,6 +218,8 @@ def prepare(
                     break
         _check_bad(folder, most, skipped)
     except ValueError as error:
+        if str(error).startswith("data.source"):  # it names the file and the record
+            raise
         raise ValueError(f"{name}: {error}") from error
     return shards.finish(folder, made_of, skipped.by_reason)
 

@@ -58,7 +58,7 @@ def open_corpus(
         try:
             return TokenizedCorpus.load(folder)
         except DamagedError as error:
-            distributed.say(f"{error}; it is made anew")
+            distributed.say(f"{str(error).partition('; ')[0]}; it is made anew")
             files.remove_folder(folder)
     skipped = Skipped(reading.skip_damaged)
     documents = sources.documents(
@@ -81,11 +81,13 @@ def open_corpus(
         if not facts.documents:
             fix = (
                 "set config.data.validation_fraction to another value, or give more text: each "
-                f"record and {text_files.PART_CHARACTERS:,} characters of .txt are one document"
+                f"record and {text_files.PART_CHARACTERS:,} characters of .txt are one document; "
+                "join a small source of a mixture with another one by a glob"
             )
             if split == TEST:
                 fix = "add files whose names say test, or set config.evaluation.test_split=False"
-            raise ValueError(f"data.source={source!r} has no {split} documents; {fix}")
+            lost = f", and {skipped.in_words}; mend them, or " if skipped.in_words else "; "
+            raise ValueError(f"data.source={source!r} has no {split} documents{lost}{fix}")
         if sources.fingerprint(source, datasets) != made_of["source"]:
             raise ValueError(f"data.source={source!r} changed while it was read; run again")
     return TokenizedCorpus.load(folder)
@@ -131,8 +133,18 @@ def prepare_folder(
         "reading": text.reading.key,
     }
     with contextlib.ExitStack() as held:
-        held.enter_context(_claimed(output, {"version": corpus.VERSION, **made_of}))
+        plan = {
+            "version": corpus.VERSION,
+            "source": made_of["source"],
+            "validation_fraction": text.validation_fraction,
+            "tokenizer": job.tokenizer.fingerprint,
+            "filter": list(job.specs),
+            "shard_mb": job.shard_bytes / 2**20,
+            **text.reading.of_preparation,
+        }
+        held.enter_context(_claimed(output, plan))
         pool = held.enter_context(preparation.pool_of(job, workers))
+        _remake(output, job)
         seen = None
         if write_shards:
             write_shards(text, output, job, SPLITS)
@@ -154,7 +166,7 @@ def prepare_folder(
                 rank=rank,
             )
             if not facts.documents:
-                _refuse_or_remove(text, folder, split, facts)
+                _refuse_or_remove(text, folder, split, facts, skipped)
         if seen:
             seen.remove()
         if sources.fingerprint(text.source, text.cache / DATASETS) != made_of["source"]:
@@ -163,23 +175,42 @@ def prepare_folder(
     return {split: corpus.read_manifest(output / split) for split in found}
 
 
-def _refuse_or_remove(text: Text, folder: pathlib.Path, split: str, facts: shards.Facts) -> None:
+def _remake(output: pathlib.Path, job: Job) -> None:
+    """Lets a split be made again of whose finished files one is missing: with all others if a
+    filter compares documents."""
+    lacking = []
+    for split in SPLITS:
+        folder = output / split
+        if (folder / corpus.MANIFEST).exists():
+            names = [shard[0] for shard in corpus.read_manifest(folder)["shards"]]
+            if not all((folder / name).exists() for name in (*corpus.ARRAYS, *names)):
+                lacking.append(split)
+    for split in SPLITS if lacking and job.chosen.compares else lacking:
+        (output / split / corpus.MANIFEST).unlink(missing_ok=True)
+
+
+def _refuse_or_remove(
+    text: Text, folder: pathlib.Path, split: str, facts: shards.Facts, skipped: Skipped
+) -> None:
     if split == TRAIN:
         reasons = ", ".join(f"{number:,} by {name}" for name, number in facts.dropped.items())
         raise ValueError(
             f"--source={text.source}: no documents are left to train on (dropped: "
-            f"{reasons or 'none'}); give more text or other filters"
+            f"{'; '.join(filter(None, (reasons or 'none', skipped.in_words)))}); give more text or "
+            "other filters"
         )
     files.remove_folder(folder)
 
 
 @contextlib.contextmanager
 def _claimed(output: pathlib.Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Locks the folder against another process, and notes what it is to hold."""
+    """Locks the folder against another process, and notes what it is to hold: by option, so that
+    a different value can be named. As long as no shard is finished, other options may follow."""
     if output.exists() and not (output.is_dir() and (output / PLAN).exists()):
         if not output.is_dir() or any(output.iterdir()):
             raise ValueError(f"--output={output} has something else; choose another folder")
     output.mkdir(parents=True, exist_ok=True)
+    folders = [output / split for split in SPLITS]
     lock = os.open(output, os.O_RDONLY)
     try:
         try:
@@ -188,14 +219,22 @@ def _claimed(output: pathlib.Path, plan: dict[str, Any]) -> Iterator[None]:
             raise ValueError(f"--output={output}: another process is preparing it") from None
         except OSError:  # a file system without locks
             pass
-        if (output / PLAN).exists():
-            there = strict_json.read_object(output / PLAN)
-            if differing := [name for name in plan if there.get(name) != plan[name]]:
-                raise ValueError(
-                    f"--output={output} was begun with a different value of "
-                    f"{' and '.join(differing)}; choose another folder or remove it"
+        there = strict_json.read_object(output / PLAN) if (output / PLAN).exists() else {}
+        if differing := [name for name in plan if there.get(name) != plan[name]]:
+            if any(output.glob(f"*/{corpus.MANIFEST}")) or any(map(shards.finished, folders)):
+                names = (
+                    differing if there.keys() == plan.keys() and "version" not in differing else ()
                 )
-        else:
+                options = " and ".join(f"--{name}" for name in names)
+                raise ValueError(
+                    f"--output={output} was begun with "
+                    f"{f'a different value of {options}' if options else 'another version'}; "
+                    "use the same, choose another folder or remove it"
+                )
+            for left in (folder for folder in folders if folder.exists()):
+                files.remove_folder(left)
+            for left in output.glob(f"{SEEN}*"):
+                left.unlink()
             files.write_text(output / PLAN, strict_json.text(plan, indent=1) + "\n")
         yield
     finally:

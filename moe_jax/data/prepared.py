@@ -38,8 +38,7 @@ def describe(spec: str) -> str:
             facts = corpus.read_manifest(folder / split)
             documents, tokens = (sum(facts[f"{name}_per_label"]) for name in ("documents", "pairs"))
             parts.append(
-                f"{split}: {documents:,} documents, {tokens:,} tokens in "
-                f"{len(facts['shards']):,} shards"
+                f"{split}: {documents:,} documents, {tokens:,} tokens in {corpus.in_shards(facts)}"
             )
     return f"data.source={spec!r}: {'; '.join(parts)}"
 

@@ -1,8 +1,10 @@
 """ArrayRecord files as a source, and the choice of the Arrow files of a saved dataset."""
 
 import collections
+import itertools
 import pathlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from array_record.python import array_record_module
 
@@ -18,12 +20,33 @@ def array_record(
     """Yields the key and the document of each record of an ArrayRecord file, or its error.
 
     A record that begins with { is a JSON object, as a line of .jsonl; any other is a text. Errors
-    name records by their numbers, which begin with 0.
+    name records by their numbers, which begin with 0. Neighbours that are damaged in the same way,
+    such as all records of a chunk, are one error.
     """
     if (path.parent / "features.json").exists():
         raise ValueError(f"{path} belongs to a TFDS dataset; prepare it, and give tfds:NAME")
     if (path.parent / "manifest.json").exists():
         raise ValueError(f"{path} has tokens, no text; give prepared:{path.parent.parent}")
+    for damage, found in itertools.groupby(_contents(path), lambda one: one.damage):
+        if damage:
+            numbers = [one.number for one in itertools.islice(found, reading.skip_damaged + 1)]
+            yield _lost(path, numbers[0], len(numbers), damage)
+        else:
+            for one in found:
+                yield _found(f"{path}: record {one.number}", one.content, reading, label)
+
+
+class _Record(NamedTuple):
+    number: int
+    content: bytes
+    damage: str = ""  # the reason why it cannot be read
+
+
+def _contents(path: pathlib.Path) -> Iterator[_Record]:
+    """The records of a file.
+
+    Raises: UnusableError, if nothing from a record on can be read.
+    """
     reader, number, end = None, 0, 1
     while number < end:
         try:
@@ -34,16 +57,21 @@ def array_record(
             stopping.pass_on(error)
             # The message is empty if the file is truncated.
             words = " ".join(str(error).split()) or "it is damaged or truncated"
-            message = f"{path} cannot be read at record {number} ({words}); replace it"
-            damage = UnusableError(message, "a damaged file")
             if reader is None:
-                raise damage from error
+                raise _lost(path, number, 1, words) from error
             reader = None  # one that has failed reads nothing more
-            yield damage
+            yield _Record(number, b"", words)
         else:
             if content is not None:
-                yield _found(f"{path}: record {number}", content, reading, label)
+                yield _Record(number, content)
         number += 1
+
+
+def _lost(path: pathlib.Path, first: int, number: int, words: str) -> UnusableError:
+    """The error for `number` records from `first` on, which cannot be read."""
+    where = f"record {first}" if number == 1 else f"records {first} to {first + number - 1}"
+    message = f"{path} cannot be read at {where} ({words}); replace it"
+    return UnusableError(message, "a damaged file", number)
 
 
 def _reader(path: pathlib.Path, at: int):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from moe_jax import files, strict_json
+from moe_jax import files, strict_json, untrusted
 from moe_jax.data import chat, corpus, encoding, filters
 from moe_jax.data.document import Document
 from moe_jax.data.encoding import Encoded
@@ -115,8 +115,9 @@ def write(
       dropped: documents, by reason, that were dropped before.
       skip_damaged: documents that cannot be tokenized are counted; if there are more, it raises.
 
-    Raises: ValueError, with the beginning of the text.
+    Raises: ValueError, with the beginning of the text, or for a path that is not UTF-8.
     """
+    untrusted.check_name(path)
     facts, rows = Facts(dropped=collections.Counter(dropped or {})), list[tuple[int, int]]()
     with files.whole_file(path.with_suffix(".array_record")) as unfinished:
         writer = array_record_module.ArrayRecordWriter(str(unfinished), WRITER)

@@ -87,19 +87,19 @@ def documents(
     files = [file for file in files if file.split in wanted]
     before = {file: stored.state(file.path) for file in files}
     for file in files:
-        # A run that divides a file has named its records when it read the training text.
-        named = (file.split, split) != (DIVIDED, VALIDATION)
         try:
             for found in _records(file, reading):
                 if isinstance(found, UnusableError):
-                    skipped.add(found, named=named)
+                    if not reading.skip_damaged:
+                        _check_whole(file)  # it may be what damage to the file looks like
+                    skipped.add(found)
                     continue
                 key, text = found
                 held_out = is_held_out(key, validation_fraction)
                 if file.split == split or held_out == (split == VALIDATION):
                     yield text
         except UnusableError as error:  # the rest of the file is lost
-            skipped.add(error, named=named)
+            skipped.add(error)
         if stored.state(file.path) != before[file]:
             raise ValueError(
                 f"data.source: {file.path} changed while it was read; wait until it is complete"
@@ -109,11 +109,18 @@ def documents(
 def _records(file: File, reading: Reading) -> "Records":
     """The records of a file. If damage is skipped, a compressed file that is damaged yields none,
     because those before the damage was noticed may be damaged too."""
-    if reading.skip_damaged and file.path.suffix in compressed.OPENERS:
+    if reading.skip_damaged:
+        _check_whole(file)
+    return READERS[_ending(file.path.name)](file, reading)
+
+
+def _check_whole(file: File) -> None:
+    """Raises UnusableError for a compressed file that cannot be read to its end, where its checksum
+    is. An endless line costs no memory."""
+    if file.path.suffix in compressed.OPENERS:
         with utf8.opened(file.path) as text:
             while text.read(compressed.BUFFER_BYTES):
                 pass
-    return READERS[_ending(file.path.name)](file, reading)
 
 
 def parts(files: list[File]) -> list[list[File]]:
@@ -239,6 +246,7 @@ def _usable(path: pathlib.Path, root: pathlib.Path, split: str) -> File:
         raise ValueError(f"data.source: {path} is {kind}; remove it, or put the file itself there")
     elif not os.access(path, os.R_OK):
         raise ValueError(f"data.source: {path} cannot be read; check its permissions")
+    untrusted.check_name(path, "data.source: ")
     return File(path, path.relative_to(root).as_posix(), split)
 
 

@@ -5,11 +5,11 @@ import dataclasses
 import functools
 import io
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_jax import files, stopping
-from moe_jax.data import chat, document, stored
+from moe_jax.data import chat, document, policy, stored
 from moe_jax.data.cache import writing
 from moe_jax.data.document import TEST, VALIDATION, Document
 from moe_jax.data.policy import Reading, Skipped, UnusableError
@@ -59,18 +59,23 @@ def documents(
     records = builder.as_data_source(split)
     for number in range(len(records)):
         try:
-            found = {name: _plain(value) for name, value in records[number].items()}
+            record = _read(records, number)
+            found = {name: _plain(value) for name, value in record.items()}
             text = document.from_record(found, reading)[1]
-        except Exception as error:  # the reader has no exception class for damaged files
-            stopping.pass_on(error)
-            message = (
-                f"data.source={spec!r}: record {number} of {split} is not one with text in UTF-8 "
-                f"({error!r}); mend the dataset"
-            )
-            reason = error.reason if isinstance(error, UnusableError) else "a damaged record"
-            skipped.add(UnusableError(message, reason))
+        except Exception as error:  # a value can be of any type
+            skipped.add(policy.refusal(f"data.source={spec!r}: record {number} of {split}", error))
             continue
         yield text
+
+
+def _read(records: Sequence[Mapping[str, Any]], number: int) -> Mapping[str, Any]:
+    try:
+        return records[number]
+    except Exception as error:  # the reader has no exception class for damaged files
+        stopping.pass_on(error)
+        reason = " ".join(str(error).split())
+        message = f" cannot be read ({reason}); replace the dataset's files or prepare it again"
+        raise UnusableError(message, "a damaged record") from error
 
 
 def instructions(spec: str, split: str, *, reading: Reading, **how: Any) -> Iterator[Document]:
@@ -92,7 +97,10 @@ def instructions(spec: str, split: str, *, reading: Reading, **how: Any) -> Iter
 
 
 def _plain(value):
-    return value.decode() if isinstance(value, bytes) else value
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise UnusableError(f" is not UTF-8 ({error.reason}); mend it", "not UTF-8") from None
 
 
 def _builder(spec: str, data_dir: pathlib.Path):

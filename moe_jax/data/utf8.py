@@ -10,6 +10,7 @@ from typing import TextIO
 from moe_jax.data import compressed, stored
 from moe_jax.data.policy import UnusableError
 
+OTHER_FORMAT = "a file of another format"  # the reason for which it is counted
 BYTE_ORDER_MARK = "\ufeff"
 # Byte order marks of encodings other than UTF-8. UTF-32 comes first: its mark begins with UTF-16's.
 MARKS = {
@@ -36,7 +37,11 @@ def opened(path: stored.Path) -> Iterator[TextIO]:
     """
     try:
         with compressed.open_file(path) as content:
-            kind = _encoding(content.read(SAMPLE_BYTES))
+            sample = content.read(SAMPLE_BYTES)
+        if found := compressed.format_of(path, sample):
+            of = "the content of " * (path.suffix in compressed.OPENERS)
+            raise UnusableError(f"{of}{path} is {found}", OTHER_FORMAT)
+        kind = _encoding(sample)
         if kind != "UTF-8":
             fix = f"convert it, for example with iconv -f {kind} -t UTF-8"
             message, lines = f"{path} is {kind}, not UTF-8; {fix}", _good_lines(path)
@@ -44,7 +49,10 @@ def opened(path: stored.Path) -> Iterator[TextIO]:
         with compressed.open_file(path) as content:
             yield io.TextIOWrapper(content, encoding="utf-8", errors="surrogateescape")
     except compressed.ERRORS as error:
-        where = f" after line {number}" if (number := _good_lines(path)) else ""
+        number = _good_lines(path)
+        if not number and (found := compressed.format_of(path)):
+            raise UnusableError(f"{path} is {found}", OTHER_FORMAT) from error
+        where = f" after line {number}" if number else ""
         message = f"{path} cannot be read{where} ({' '.join(str(error).split())}); replace it"
         raise UnusableError(message, "a damaged file", number) from error
 
@@ -58,7 +66,9 @@ def check(path: stored.Path, text: str, first_line: int) -> None:
             text.encode("utf-8", "surrogateescape").decode()
         except UnicodeDecodeError as error:
             line = first_line + error.object[: error.start].count(b"\n")
-            message = f"{path} is not UTF-8 ({error.reason}, line {line}); convert it"
+            # Files of the other formats end with a checksum, which is compared before.
+            fix = "convert it" + ", or replace it if it is damaged" * (path.suffix == ".zst")
+            message = f"{path} is not UTF-8 ({error.reason}, line {line}); {fix}"
             raise UnusableError(message, "not UTF-8") from None
 
 

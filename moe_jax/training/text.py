@@ -344,8 +344,8 @@ def rows(text: Text, settings: configs.Run, kept: Mapping, start: int) -> Rows:
         ends = sum(batches.number(n, left_out) < schedule.num_rows // size for n in range(last))
         raise configs.ConfigError(
             f"config.data.mixture: the sources have given all that most_epochs allows at step "
-            f"{ends}, before the run's last step {last}; raise most_epochs, or set "
-            f"training.num_steps={ends}"
+            f"{ends}, before the run's last step {last}; raise most_epochs"
+            + (f", or set training.num_steps={ends}" if ends > start else "")
         )
     first = text.train.first_record if isinstance(text.train, MixedRecords) else {"": 0}
     plan = mixture.MixturePlan(schedule, text.plans, first)

@@ -61,7 +61,8 @@ def test_a_cache_that_is_truncated_after_it_was_opened_is_called_damaged(keep, t
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if keep == 0.5 else keep])
     with pytest.raises(
-        ValueError, match=rf"{re.escape(str(corpus.folder))} is damaged .*; delete the"
+        ValueError,
+        match=rf"^{re.escape(str(path))} is damaged at record \d+ .*; remove it, and prep",
     ) as error:
         batches(corpus, 1)
     assert "\n" not in str(error.value)
@@ -84,7 +85,7 @@ def test_a_flipped_bit_is_called_damage_or_lies_in_padding(tmp_path):
         try:
             assert tokens_of(reader) == expected
         except ValueError as error:
-            assert "is damaged" in str(error)
+            assert str(error).startswith(f"{path} is damaged at record ")
             damaged += 1
     assert damaged >= 20
 
@@ -96,5 +97,5 @@ def test_records_of_another_text_are_called_damage(tmp_path):
     (other.folder / "tokens-00000-00000.array_record").rename(
         corpus.folder / "tokens-00000-00000.array_record"
     )
-    with pytest.raises(ValueError, match=r"is damaged \(record \d+\); delete the folder"):
+    with pytest.raises(ValueError, match=r"at record \d+ \(it has not the \d+ tokens of pairs"):
         batches(open_corpus(source, tmp_path), 1)

@@ -229,10 +229,23 @@ def fewer_rows_than_the_footer_says() -> bytes:
     return bytes(written)
 
 
+def two_texts() -> bytes:
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = pyarrow.Table.from_arrays(columns, names=["text", "text"])
+    pyarrow.parquet.write_table(table, written := io.BytesIO())
+    return written.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.parquet", column(content=["a"], id=[1]), 'no single column "text" among content, id;'),
+        ("a.parquet", column(content=["a"], id=[1]), 'no column "text" among content, id; set'),
+        ("a.parquet", two_texts(), r'has 2 columns "text" among text, text; keep one of them'),
+        (
+            "a.parquet",
+            column(text=["a"], id=pyarrow.array([2**62], pyarrow.timestamp("ns"))),
+            r'record 0: "id" has a timestamp\[ns\] that Python cannot hold; store it as a string',
+        ),
         ("a.parquet", column(text=[1, 2]), r'a\.parquet: "text" is int64, not string'),
         ("a.parquet", column(text=[b"a"]), r'a\.parquet: "text" is binary, not string'),
         ("a.parquet", column(text=[["a"]]), r'"text" is list<.*>, not string'),
@@ -248,7 +261,7 @@ def fewer_rows_than_the_footer_says() -> bytes:
         ("a.arrow", outside(), r"a\.arrow: record \d is damaged \(.*offset"),
         ("a.arrow", b"ARROW1\0\0" + b"\0" * 90, r"a\.arrow cannot be read \("),
         ("a.array_record", [b"text", b"\xff"], r"a\.array_record: record 1 cannot be read \(Unico"),
-        ("a.array_record", [b"{}"], r'record 0 is not a JSON object with "text"; mend it'),
+        ("a.array_record", [b"{}"], r'record 0 has no "text" .its fields: none.; set config'),
         ("a.array_record", [b"t", b'{"text": 1}'], r'record 1: "text" is not a string; mend it'),
         ("a.array_record", [b'{"a": ' + b"[" * 10**5], r"record 0 cannot be read \(Recursion"),
         ("a.array_record", b"text" * 40_000, r"a\.array_record cannot be read at record 0 \("),

@@ -136,5 +136,5 @@ def test_pairs_are_cached_and_damage_is_noticed(tmp_path):
     assert opened().digest == first.digest and first.counts["pairs"] < 20
     [path] = (tmp_path / "cache" / "pairs").glob("*/tokens.npy")
     np.save(path, first.tokens_X + 1)
-    with pytest.raises(ValueError, match="is damaged .*; delete the folder"):
+    with pytest.raises(ValueError, match="is damaged .*; delete the folder, and the next"):
         opened()

@@ -50,6 +50,8 @@ def whole(tmp_path_factory):
     source = write(folder / "a.jsonl", RECORDS * 2)
     made = make(source, folder / "out", specs=["exact_duplicates"])
     assert len(made["train"]["shards"]) > 3
+    assert corpus.in_shards({"shards": [1]}) == "1 shard"
+    assert corpus.in_shards(made["train"]) == f"{len(made['train']['shards'])} shards"
     return source, folder / "out"
 
 
@@ -280,12 +282,34 @@ def test_tokens_are_not_read_as_text(whole, tmp_path):
 def test_another_job_in_the_same_folder_is_refused(whole, tmp_path):
     source, folder = whole
     folder = shutil.copytree(folder, tmp_path / "out")
-    with pytest.raises(ValueError, match="begun with a different value of filters; choose"):
+    with pytest.raises(
+        ValueError, match="begun with a different value of --filter and --shard_mb; u"
+    ):
+        make(source, folder, shard_bytes=300)
+    plan = (folder / prepare.PLAN).read_text()
+    (folder / prepare.PLAN).write_text(plan.replace('"filter"', '"filters"'))
+    with pytest.raises(ValueError, match="begun with another version; use the same, choose"):
         make(source, folder)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").touch()
     with pytest.raises(ValueError, match="has something else; choose another folder"):
         make(source, tmp_path / "full")
+
+
+def test_other_options_may_follow_until_a_shard_is_finished_and_another_cap_at_any_time(tmp_path):
+    path, out = tmp_path / "a.jsonl", tmp_path / "out"
+    text = pathlib.Path(write(path)).read_text()
+    path.write_text("bad\n" + text + "bad\n")
+    how = dict(specs=["exact_duplicates"], shard_bytes=10**6)
+    with pytest.raises(ValueError, match="a.jsonl:1 is not"):
+        make(str(path), out, **how)
+    with pytest.raises(ValueError, match="2 records cannot be used"):
+        make(str(path), out, skip_damaged=1)
+    with pytest.raises(ValueError, match="begun with a different value of --skip_damaged; use"):
+        make(str(path), out)
+    make(str(path), out, skip_damaged=3)
+    make(str(path), tmp_path / "at once", skip_damaged=3)
+    assert content(out) == content(tmp_path / "at once")
 
 
 def test_verify_finds_a_changed_byte_that_opening_does_not_read(whole, tmp_path):
@@ -296,7 +320,12 @@ def test_verify_finds_a_changed_byte_that_opening_does_not_read(whole, tmp_path)
     changed = bytearray(path.read_bytes())
     changed[len(changed) // 2] ^= 1
     path.write_bytes(changed)
-    corpus.TokenizedCorpus.load(folder / "train")
+    opened = corpus.TokenizedCorpus.load(folder / "train")
+    words = (
+        rf"{path.name} is damaged at record [01] \(.*; remove it, and prepare_data with the same"
+    )
+    with pytest.raises(corpus.DamagedError, match=words):
+        tokens_of(opened)
     with pytest.raises(corpus.DamagedError, match=path.name):
         list(prepare.verify(folder))
     path.write_bytes(changed[:-1])
@@ -304,7 +333,42 @@ def test_verify_finds_a_changed_byte_that_opening_does_not_read(whole, tmp_path)
         corpus.TokenizedCorpus.load(folder / "train")
 
 
-def test_a_corpus_whose_documents_are_all_dropped_says_by_what(tmp_path):
+DAMAGE = {  # the end of a file's name, what is done to it, and the words that say so
+    "manifest.json": [
+        (lambda c: c[:-9], "damaged (is not JSON"),
+        (None, "unfinished: it has no m"),
+    ],
+    "pairs.npy": [
+        (lambda c: c[:-1], "damaged ("),
+        (lambda c: b"", "damaged ("),
+        (None, "missing;"),
+    ],
+    ".array_record": [(lambda c: c[:-1], "damaged (it has "), (None, "missing;")],
+}
+
+
+@pytest.mark.parametrize("specs", [(), ("exact_duplicates",)])
+def test_a_damaged_file_is_named_and_made_again_when_it_is_removed(specs, tmp_path, capsys):
+    source, folder = write(tmp_path / "a.jsonl", RECORDS * 2), tmp_path / "out"
+    make(source, folder, specs=specs)
+    before = content(folder)
+    for ending, damages in DAMAGE.items():
+        path = sorted(folder.glob(f"train/*{ending}"))[-1]
+        for damage, words in damages:
+            path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+            with pytest.raises(corpus.DamagedError) as refused:
+                corpus.TokenizedCorpus.load(folder / "train")
+            said, named = str(refused.value), path.parent if "unfin" in words else path
+            assert said.startswith(f"{named} is {words}") and "with the same options" in said
+            path.unlink(missing_ok=True)
+            make(source, folder, specs=specs)
+            assert content(folder) == before
+
+
+def test_a_corpus_of_which_nothing_is_left_says_why(tmp_path):
+    (tmp_path / "b.jsonl").write_text("bad\n" * 3)
+    with pytest.raises(ValueError, match=r"none; 3 records were skipped \(not a JSON object: 3\)"):
+        make(str(tmp_path / "b.jsonl"), tmp_path / "bad", skip_damaged=3)
     source = write(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"no documents are left .*dropped: \d+ by language\)"):
         make(source, tmp_path / "out", specs=["language:xx"])

@@ -35,8 +35,9 @@ def folder(tmp_path):
     return folder
 
 
-def test_a_text_corpus_has_the_documents_of_its_source_in_the_same_splits(folder, tmp_path):
+def test_a_text_corpus_has_the_documents_of_its_source_in_the_same_splits(folder, tmp_path, caplog):
     prepared(folder, tmp_path / "tfds", validation_fraction=0.2, reading=READING)
+    assert "custom data configuration" not in caplog.text  # a warning of TFDS
     for split in ("train", "validation"):
         found = read("tfds:text_corpus/mine", split, tmp_path / "tfds")
         assert len(found) > 30 and found == read(str(folder), split, tmp_path, 0.2, READING)
@@ -80,7 +81,7 @@ def test_a_name_stands_for_one_text(folder, tmp_path):
 
 
 def test_a_mistake_is_one_line_and_leaves_nothing_prepared(folder, tmp_path):
-    with pytest.raises(ValueError, match='a.jsonl:1 is not a JSON object with "text"'):
+    with pytest.raises(ValueError, match='a.jsonl:1 has no "text" .its fields: content, meta.'):
         prepared(folder, tmp_path / "tfds")
     with pytest.raises(ValueError, match="has no validation documents"):
         prepared(folder, tmp_path / "tfds", validation_fraction=1e-9, reading=READING)

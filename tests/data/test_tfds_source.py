@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from moe_jax.data import corpora, sources
-from moe_jax.data.corpora import builders
+from moe_jax.data.corpora import builders, text_corpus
 
 
 def read(source, split, data_dir):
@@ -74,7 +74,9 @@ def test_a_record_without_a_text_is_refused_with_its_number(tmp_path, monkeypatc
             yield 0, {"sentence": "text under another name"}
 
     monkeypatch.setitem(corpora.BUILDERS, "other", Other)
-    with pytest.raises(ValueError, match="'tfds:other': record 0 of test is not one with text"):
+    with pytest.raises(
+        ValueError, match="'tfds:other': record 0 of test has no \"text\" .its fields"
+    ):
         read("tfds:other", "test", tmp_path)
 
 
@@ -88,3 +90,16 @@ def test_the_documents_of_each_split_are_said(tfds_dir):
 def test_tfds_without_a_name_is_refused():
     with pytest.raises(ValueError, match="use tfds:NAME"):
         sources.check("tfds:")
+
+
+def test_damage_to_a_dataset_is_named_once_with_its_record(tmp_path):
+    (path := tmp_path / "a.jsonl").write_text('{"text": "some text"}\n' * 9)
+    made = text_corpus.text_corpus(str(path), "mine", data_dir=tmp_path, validation_fraction=0)
+    made.download_and_prepare()
+    (records,) = tmp_path.glob("text_corpus/mine/*/*array_record*")
+    records.write_bytes(records.read_bytes()[:-9])
+    with pytest.raises(ValueError) as refused:
+        read("tfds:text_corpus/mine", "train", tmp_path)
+    begin = "data.source='tfds:text_corpus/mine': record 0 of train cannot be read ("
+    assert str(refused.value).startswith(begin) and str(refused.value).count("data.source") == 1
+    assert str(refused.value).endswith("; replace the dataset's files or prepare it again")

@@ -52,6 +52,19 @@ def test_a_folder_may_be_called_as_a_file(tmp_path):
     assert read(tmp_path)[0] == read(tmp_path / "x.jsonl")[0] == TEXTS
 
 
+@pytest.mark.parametrize("name", [b"a\xff.jsonl", b"ja\xff/a.jsonl"])
+def test_a_name_that_is_not_utf_8_is_refused_by_name(name, tmp_path):
+    path = tmp_path / os.fsdecode(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(around(b""))
+    for spec in (tmp_path, path):
+        assert "xff" not in (said := refusal(spec)) and said.isascii()
+        assert "\\udcff" in said and said.endswith("is not UTF-8; rename the file or folder")
+    (tmp_path / "a.jsonl").write_bytes(around(b""))
+    with pytest.raises(ValueError, match=r"the name .*\\udcff/.* is not UTF-8; rename"):
+        open_corpus(tmp_path / "a.jsonl", tmp_path / os.fsdecode(b"cache\xff"))
+
+
 def test_a_folder_behind_a_link_is_not_left_out(tmp_path):
     text, other = tmp_path / "text", tmp_path / "other"
     (other / "deep").mkdir(parents=True)

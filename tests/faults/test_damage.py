@@ -154,7 +154,7 @@ def test_damage_to_a_file_of_the_token_cache_is_made_anew_or_named(flips, tmp_pa
             counts["flipped" if damage is flipped else "other"] += 1
             capsys.readouterr()
             corpus = open_corpus(source, tmp_path)
-            anew = f"{whole.folder} is damaged" in capsys.readouterr().err
+            anew = f"{whole.folder / name} is " in capsys.readouterr().err
             try:
                 found = (corpus.labels, corpus.digest, tokens_of(corpus))
             except prepare.DamagedError as error:

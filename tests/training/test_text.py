@@ -157,6 +157,7 @@ WRONG = {
     "data__mixture__shares=()": "has no effect without config.data.mixture.sources",
     "data__mixture__shares=(('a', 0),)": "needs mixture.shares with a positive weight",
     "data__source='a.jsonl'": "a, b have no text of their own, and data.source='a.jsonl' has no",
+    "data__mixture__stages=((0, (('b', 1),)),)": "pairs (step, shares) of growing steps above 0",
     "data__mixture__stages=((9, (('c', 1),)),)": "step 9: source='c' is unknown; use one of a",
     "data__mixture__stages=((12, (('b', 1),)),)": "step 12, never begins: training.num_steps=12",
     "data__mixture__most_epochs=(('c', 1),)": "mixture.most_epochs: source='c' is unknown",
@@ -200,9 +201,25 @@ def test_sources_that_end_before_the_run_are_refused_with_the_step(folder, tmp_p
     with pytest.raises(configs.ConfigError) as error:
         run(folder, tmp_path / "run", **ends)
     [step] = re.findall(r"allows at step (\d+), before the run's last step 1000", str(error.value))
+    assert str(error.value).endswith(f"; raise most_epochs, or set training.num_steps={step}")
     ends["training__num_steps"] = int(step) + 1
     with pytest.raises(configs.ConfigError):
         run(folder, tmp_path / "run", **ends)
+    ends["data__mixture__most_epochs"] = (("*", 0.001),)
+    with pytest.raises(configs.ConfigError, match="at step 0, before .*; raise most_epochs$"):
+        run(folder, tmp_path / "run", **ends)
+
+
+def test_a_source_too_small_to_hold_out_a_document_is_named_with_what_helps_it_alone(
+    folder, tmp_path
+):
+    (folder / "c.jsonl").write_text('{"text": "g"}')
+    shares = {"data__mixture__shares": (("a", 1), ("c", 1)), "data__mixture__stages": ()}
+    with pytest.raises(configs.ConfigError) as error:
+        run(folder, tmp_path / "run", **shares, data__mixture__most_epochs=())
+    assert str(error.value).startswith("config.data.mixture, source c: data.source='")
+    assert "has no validation documents; " in str(error.value)
+    assert str(error.value).endswith("join a small source of a mixture with another one by a glob")
 
 
 def test_a_mixture_survives_the_command_line_and_json(folder, tmp_path):

@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 
 import tensorflow_datasets as tfds
+from absl import logging
 
 from moe_jax.data import cache, policy, sources
 from moe_jax.data.corpora import builders
@@ -52,14 +53,16 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder):
             validation_fraction=config.validation_fraction,
             data_dir=self._data_dir_root,
             reading=config.reading,
+            skipped=(skipped := policy.Skipped(config.reading.skip_damaged)),
         )
         number = -1
         for number, document in enumerate(documents):
             yield number, {"text": document.text, "language": document.label}
         if number < 0:
+            lost = f", and {skipped.in_words}" if skipped.by_reason else ""
             raise ValueError(
-                f"{config.source} has no {split} documents; set validation_fraction to another "
-                "value (0 makes no validation split), or give more text"
+                f"{config.source} has no {split} documents{lost}; set validation_fraction to "
+                "another value (0 makes no validation split), or give more text"
             )
 
 
@@ -87,7 +90,12 @@ def text_corpus(
         reading=reading,
         fingerprint=repr([sources.fingerprint(source, folder), validation_fraction, reading.key]),
     )
-    builder = TextCorpus(config=config, data_dir=folder, file_format="array_record")
+    said = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of every config that is not in its class
+    try:
+        builder = TextCorpus(config=config, data_dir=folder, file_format="array_record")
+    finally:
+        logging.set_verbosity(said)
     if (builder.info.metadata or {}).get("fingerprint") != config.fingerprint:
         raise ValueError(
             f"{builder.data_dir} has been prepared from another text or with other options; give "
