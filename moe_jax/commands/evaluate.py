@@ -282,7 +282,7 @@ def _data(
             f"the config of {folder} has rows of {own.sequence_length} tokens, not of 1 to "
             f"{LONGEST_STORED}; give --sequence_length=N"
         )
-    fields: dict = {} if source == own.source else dataclasses.asdict(policy.STRICT)
+    fields: dict = {} if source == own.source else policy.keys(policy.STRICT)
     template = stores.template_of(folder)
     fields["chat_template"] = str(template) if template.exists() else ""
     data = dataclasses.replace(

@@ -69,8 +69,12 @@ STRICT = Reading()  # refuses the first record that cannot be used
 def of_config(data: Any, *, pairs: bool = False) -> Reading:
     """The part of a run's `config.data` that says how records are read; `pairs` if it trains on
     preferences."""
-    names = [field.name for field in dataclasses.fields(Reading) if field.name != "pairs"]
-    return Reading(**{name: getattr(data, name) for name in names}, pairs=pairs)
+    return Reading(**{name: getattr(data, name) for name in keys(STRICT)}, pairs=pairs)
+
+
+def keys(reading: Reading) -> dict[str, Any]:
+    """The keys of `config.data` that give this reading."""
+    return {name: value for name, value in vars(reading).items() if name != "pairs"}
 
 
 class UnusableError(ValueError):

@@ -191,7 +191,8 @@ def test_text_that_has_been_prepared_is_no_conversations(folder, tmp_path):
     prepare.prepare_folder(text, tmp_path / "made", preparation.Job(tokenizers.load("bytes")))
     config = config_of(folder)
     config.data.mixture = configs.default().data.mixture
-    config.data.update(source=f"prepared:{tmp_path / 'made'}", conversations=True)
+    source = f"prepared:{tmp_path / 'made'}"
+    config.data.update(source=source, conversations=True, validation_fraction=0.05)
     with pytest.raises(configs.ConfigError, match="conversations=True, but prepared:.*made has"):
         train.run(configs.resolve(config), tmp_path / "run")
 
