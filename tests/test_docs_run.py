@@ -42,6 +42,7 @@ NOT_HERE = {
     r"source=hf:": "needs the network; see data/test_hub.py",
     r"--tiktoken=": "needs a published vocabulary; see data/test_train_tokenizer.py",
     r"^(hf|wget|grep) |source=corpora/": "needs the network; see data/test_published_corpora.py",
+    r"^source beam/|--runner=": "needs a venv with Beam; see data/test_beam_pipeline.py",
     r"source=gs:": "needs a bucket; see data/test_stored.py",
     r"--coordinator=host0:": "needs a second host; see test_train_processes.py",
 }
@@ -67,6 +68,7 @@ CONFIG_FILES = {"configs/quickstart.py": QUICK, "configs/sweeps/relatives.py": Q
 OTHER = {
     r"recipes\.py NAME": "recipes.py drop",
     r"(advise\.py --measure)": r"\1 --steps=3",
+    r"stages=\(\(50,": "stages=((2,",
     r"(benchmark\.py train_step)$": r"\1 --repeats=1",
 }
 # Commands of about a second that write nothing: they run by default, in the repository itself.
