@@ -155,6 +155,11 @@ def open_text(settings: configs.Run, tokenizer: tokenizers.Tokenizer, cache: pat
         )
         for name, part in train.sources.items()
     }
+    if form and data.packing == "concat":
+        distributed.say(
+            "data.packing=concat cuts conversations wherever a row is full; set "
+            "data.packing=best_fit to keep those whole that fit into a row"
+        )
     for name, plan in plans.items() if data.packing != "concat" else ():
         beginning = f"{name}: " if name else ""
         distributed.say(
