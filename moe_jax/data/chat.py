@@ -22,6 +22,7 @@ from moe_jax.data import chat_template
 from moe_jax.data.chat_template import ChatTemplate, Message
 
 ASSISTANT = "assistant"
+CONTENT = "content"  # a key that is kept if it is null: templates read it in each message
 # ShareGPT's names of the roles (https://huggingface.co/docs/trl/dataset_formats).
 ROLES = {"human": "user", "gpt": ASSISTANT, "function_call": ASSISTANT, "observation": "tool"}
 FORMS = '"messages", "conversations", or "prompt" and "completion"'
@@ -77,7 +78,7 @@ def of_messages(record: Mapping[str, Any], messages: Sequence[Any], first: int) 
             raise ValueError(f": message {number} has neither content nor tool calls")
     if not any(message["role"] == ASSISTANT for message in messages[first:]):
         raise ValueError(": no message is the assistant's")
-    return Conversation(tuple(messages), tuple(tools) if tools else None, first)
+    return Conversation(tuple(messages), tuple(without_nulls(tools)) if tools else None, first)
 
 
 def _is_mapping(value: Any) -> bool:
@@ -85,11 +86,29 @@ def _is_mapping(value: Any) -> bool:
 
 
 def messages_of(record: Mapping[str, Any], field: str) -> list[Any]:
-    """The list of messages in a field; ValueError for anything else."""
+    """The list of messages in a field, without nulls; ValueError for anything else."""
     value = record[field]
     if not isinstance(value, list) or not value or not all(map(_is_mapping, value)):
         raise ValueError(f': "{field}" is not a list of messages')
-    return value
+    return [
+        {
+            key: without_nulls(value)
+            for key, value in one.items()
+            if value is not None or key == CONTENT
+        }
+        for one in value
+    ]
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys of objects whose value is null.
+
+    A table has all keys in each of its objects, null where a record had none; templates ask whether
+    a key is there.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def turns(record: Mapping[str, Any], field: str, role: str) -> list[Any]:

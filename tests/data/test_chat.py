@@ -5,6 +5,7 @@ import pathlib
 import time
 
 import numpy as np
+import pyarrow
 import pytest
 
 from moe_jax.data import chat, chat_template, tokenizer_training, tokenizers
@@ -247,3 +248,38 @@ def test_tokens_have_the_places_of_their_text(tmp_path):
         assert plain == expected
         starts = offsets_N2[:, 0]
         assert (np.diff(starts) >= 0).all() and offsets_N2.max() == len(text)
+
+
+def test_the_nulls_of_a_table_change_no_token():
+    """A table gives each message all keys of any message, and each call all arguments of any."""
+    calls = [
+        {"function": {"name": "add", "arguments": arguments}} for arguments in ({"a": 1}, {"b": 2})
+    ]
+    tools = [
+        {"name": "add", "parameters": {"a": {"type": "int"}, "b": {"type": "int", "unit": "m"}}}
+    ]
+    rows = [
+        {"messages": [TALK[0], call, {"role": "tool", "content": "3"}, TALK[1]], "tools": tools}
+        for call in ({"role": "assistant", "content": None, "tool_calls": [c]} for c in calls)
+    ]
+    shows = of(
+        "{{ tools | tojson }}{% for m in messages %}<|{{ m.role }}|>{% if 'tool_calls' in m %}"
+        "{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    form = chat.Form(shows, 10**6)
+    table = pyarrow.Table.from_pylist(rows).to_pylist()
+    assert "tool_calls" in table[0]["messages"][0]
+    for row, filled in zip(rows, table, strict=True):
+        expected, found = (
+            form.tokens(chat.conversation(one), by_character, SPECIAL) for one in (row, filled)
+        )
+        assert found.text == expected.text and "null" not in found.text
+        np.testing.assert_array_equal(found.ids_N, expected.ids_N)
+        np.testing.assert_array_equal(found.weights_N, expected.weights_N)
+
+
+def by_character(text):
+    """A toy tokenizer whose tokens are the characters."""
+    places = np.arange(len(text))
+    return np.array([ord(c) for c in text]), np.stack([places, places + 1], axis=1)
