@@ -1,15 +1,12 @@
 """Conversations as training text: which characters the assistant wrote, and which tokens they are.
 
 A model is tuned on the assistant's turns only: all that it would generate itself, with the tokens
-that end a turn. Where a template marks this by {% generation %}, the marks decide. Elsewhere a turn
-is what its rendering adds to the rendering of the messages before it, as a prompt; both must be
-beginnings of the text of the whole conversation. Some templates write earlier turns in another way
-than the last one (Qwen3 leaves out their thoughts); such a turn is what stands at the place of the
-message's content, up to and with the first special token. A template for which neither holds
-exactly is refused.
+that end a turn. Where a template marks this by {% generation %}, the marks decide; elsewhere the
+turns are found by rendering parts of the conversation (`data/chat_turns.py`).
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import secrets
@@ -18,30 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data import chat_template
-from moe_jax.data.chat_template import ChatTemplate, Message
+from moe_jax.data import chat_template, chat_turns
+from moe_jax.data.chat_template import ChatTemplate
+from moe_jax.data.chat_turns import ASSISTANT, CONTENT, Conversation, Span
 
-ASSISTANT = "assistant"
-CONTENT = "content"  # a key that is kept if it is null: templates read it in each message
 # ShareGPT's names of the roles (https://huggingface.co/docs/trl/dataset_formats).
 ROLES = {"human": "user", "gpt": ASSISTANT, "function_call": ASSISTANT, "observation": "tool"}
 FORMS = '"messages", "conversations", or "prompt" and "completion"'
-
-Span = tuple[int, int]  # characters [start, stop)
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """Messages, and the tools that a template may describe.
-
-    Attributes:
-      first: the number of messages that are the prompt of a record with "prompt" and "completion";
-        only the assistant's messages from there on are trained.
-    """
-
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] | None = None
-    first: int = 0
 
 
 def conversation(record: Mapping[str, Any]) -> Conversation:
@@ -148,7 +128,9 @@ def render(template: ChatTemplate, talk: Conversation, special: Sequence[str] = 
     try:
         whole = template.render(talk.messages, tools=talk.tools)
         if not template.marks_generation:
-            return Answers(whole.text, _spans(template, talk, trained, whole.text, special))
+            ends = functools.partial(turn_ends, template, special)
+            spans = chat_turns.spans(template, talk, trained, whole.text, special, ends)
+            return Answers(whole.text, spans)
     except ValueError as error:
         raise ValueError(f": {error}") from None
     if len(whole.generated) != len(turns):
@@ -157,81 +139,6 @@ def render(template: ChatTemplate, talk: Conversation, special: Sequence[str] = 
             f"{len(turns)} turns as generated"
         )
     return Answers(whole.text, whole.generated[len(turns) - len(trained) :])
-
-
-def _spans(
-    template: ChatTemplate,
-    talk: Conversation,
-    turns: Sequence[int],
-    text: str,
-    special: Sequence[str],
-) -> tuple[Span, ...]:
-    """The spans of turns without marks: by their beginnings, and elsewhere by their contents."""
-    found = [_by_beginning(template, talk, turn, text) for turn in turns]
-    if None in found:
-        contents = _by_contents(template, talk, turns, text, special) or []
-        # What the model writes before a content, such as a space, in the turns that are exact.
-        both = [(one, other) for one, other in zip(found, contents, strict=False) if one]
-        lead = text[both[-1][0][0] : both[-1][1][0]] if both else ""
-        for i, (start, stop) in enumerate(contents):
-            begins = start - len(lead) if text.endswith(lead, 0, start) else start
-            found[i] = found[i] or (begins, stop)
-    spans = tuple(span for span in found if span)
-    if len(spans) < len(turns):
-        raise ValueError(
-            f"the chat template of {template.place} does not show where the assistant's turns are; "
-            "mark them in it by {% generation %} … {% endgeneration %}"
-        )
-    return spans
-
-
-def _by_beginning(template: ChatTemplate, talk: Conversation, turn: int, text: str) -> Span | None:
-    """The span that an assistant's message adds, or None if the renderings do not continue."""
-    before, with_turn = talk.messages[:turn], talk.messages[: turn + 1]
-    prompt = template.render(before, tools=talk.tools, prompt=True).text
-    until = text
-    if len(with_turn) < len(talk.messages):
-        until = template.render(with_turn, tools=talk.tools).text
-    is_added = until.startswith(prompt) and text.startswith(until)
-    return (len(prompt), len(until)) if is_added else None
-
-
-def _by_contents(
-    template: ChatTemplate,
-    talk: Conversation,
-    turns: Sequence[int],
-    text: str,
-    special: Sequence[str],
-) -> list[Span] | None:
-    """The spans from each content to the end of the special token after it.
-
-    The contents are replaced by words that do not occur; None if the text with the contents at the
-    places of these words is not the text, or if no special token follows.
-    """
-    words = {turn: secrets.token_hex(16) for turn in turns}
-    replaced = [
-        {**message, "content": words[i]} if i in words else message
-        for i, message in enumerate(talk.messages)
-    ]
-    rest = template.render(replaced, tools=talk.tools).text
-    made, spans = "", []
-    for turn in turns:
-        before, found, rest = rest.partition(words[turn])
-        content = talk.messages[turn]["content"]
-        if not found or not isinstance(content, str):
-            return None
-        for shown in (content, content.strip()):
-            if text.startswith(made + before + shown):
-                break
-        else:
-            return None
-        made += before
-        start, made = len(made), made + shown
-        ends = [rest.index(token) + len(token) for token in special if token in rest]
-        if not ends:
-            return None
-        spans.append((start, len(made) + min(ends)))
-    return spans if made + rest == text else None
 
 
 def turn_ends(template: ChatTemplate, special: Sequence[str]) -> tuple[str, ...]:
