@@ -127,18 +127,38 @@ def render(template: ChatTemplate, talk: Conversation, special: Sequence[str] = 
     trained = [turn for turn in turns if turn >= talk.first]
     try:
         whole = template.render(talk.messages, tools=talk.tools)
+        spans = whole.generated[len(turns) - len(trained) :]
         if not template.marks_generation:
             ends = functools.partial(turn_ends, template, special)
             spans = chat_turns.spans(template, talk, trained, whole.text, special, ends)
-            return Answers(whole.text, spans)
     except ValueError as error:
         raise ValueError(f": {error}") from None
-    if len(whole.generated) != len(turns):
+    if template.marks_generation and len(whole.generated) != len(turns):
         raise ValueError(
             f": the chat template of {template.place} marks {len(whole.generated)} of "
             f"{len(turns)} turns as generated"
         )
-    return Answers(whole.text, whole.generated[len(turns) - len(trained) :])
+    return _answers(template, talk, trained, whole.text, spans)
+
+
+def _answers(
+    template: ChatTemplate,
+    talk: Conversation,
+    turns: Sequence[int],
+    text: str,
+    spans: Sequence[Span],
+) -> Answers:
+    """The answers; ValueError if the template writes nothing of one that says something."""
+    for turn, (start, stop) in zip(turns, spans, strict=True):
+        message = talk.messages[turn]
+        content = message.get(CONTENT) or ""
+        said = content.strip() if isinstance(content, str) else content
+        if start == stop and (said or message.get("tool_calls")):
+            raise ValueError(
+                f": the chat template of {template.place} writes nothing of the assistant's answer "
+                f"in message {turn + 1}, so it does not show where the assistant's turns are"
+            )
+    return Answers(text, tuple(spans))
 
 
 def turn_ends(template: ChatTemplate, special: Sequence[str]) -> tuple[str, ...]:

@@ -363,3 +363,16 @@ def test_tojson_has_the_arguments_that_transformers_gives_it():
     assert shows.render([{"b": "é", "a": [1]}]).text == '{"a":[1],"b":"\\u00e9"}'
     plain = of("{{ messages[0] | tojson }} {{ messages[0] | tojson(indent=1) }}")
     assert plain.render([{"b": "é"}]).text == '{"b": "é"} {\n "b": "é"\n}'
+
+
+@pytest.mark.parametrize(
+    "source", ["hello", "{% for m in messages %}{% generation %}{% endgeneration %}{% endfor %}"]
+)
+def test_a_template_that_never_writes_the_answer_is_refused(source):
+    talk = asked("a"), answered("b")
+    talk = talk if source == "hello" else talk[1:]
+    with pytest.raises(ValueError, match=r"^: the chat template of here writes nothing of") as said:
+        trained_by(of(source), *talk)
+    assert f"message {len(talk)}," in str(said.value)
+    bare = of("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert trained_by(bare, asked("a"), answered("")) == [""]
