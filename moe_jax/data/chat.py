@@ -15,12 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax import strict_json, untrusted
 from moe_jax.data import chat_template, chat_turns
 from moe_jax.data.chat_template import ChatTemplate
 from moe_jax.data.chat_turns import ASSISTANT, CONTENT, Conversation, Span
 
 # ShareGPT's names of the roles (https://huggingface.co/docs/trl/dataset_formats).
-ROLES = {"human": "user", "gpt": ASSISTANT, "function_call": ASSISTANT, "observation": "tool"}
+SHAREGPT = {
+    "human": "user",
+    "gpt": ASSISTANT,
+    "function_call": ASSISTANT,
+    "observation": "tool",
+    **{role: role for role in ("system", "user", ASSISTANT, "tool")},
+}
+RULES = 2  # the version of the rules by which this module makes tokens, for the key of a cache
 FORMS = '"messages", "conversations", or "prompt" and "completion"'
 
 
@@ -33,7 +41,7 @@ def conversation(record: Mapping[str, Any]) -> Conversation:
     if "messages" in record:
         messages = messages_of(record, "messages")
     elif "conversations" in record:
-        messages = [_of_sharegpt(message) for message in messages_of(record, "conversations")]
+        messages = _of_sharegpt(record)
     elif "prompt" in record and "completion" in record:
         asked = turns(record, "prompt", "user")
         messages, prompt = [*asked, *turns(record, "completion", ASSISTANT)], len(asked)
@@ -47,9 +55,6 @@ def of_messages(record: Mapping[str, Any], messages: Sequence[Any], first: int) 
 
     Raises: ValueError as `conversation` does.
     """
-    tools = record.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(map(_is_mapping, tools))):
-        raise ValueError(': "tools" is not a list of objects')
     for number, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, str | list | None):
@@ -57,8 +62,26 @@ def of_messages(record: Mapping[str, Any], messages: Sequence[Any], first: int) 
         if content is None and not message.get("tool_calls"):
             raise ValueError(f": message {number} has neither content nor tool calls")
     if not any(message["role"] == ASSISTANT for message in messages[first:]):
-        raise ValueError(": no message is the assistant's")
-    return Conversation(tuple(messages), tuple(without_nulls(tools)) if tools else None, first)
+        seen = dict.fromkeys(_quoted(message["role"]) for message in messages[first:])
+        names = ", ".join(list(seen)[:8])
+        raise ValueError(
+            f": no message is the assistant's: the roles are {names}; an answer has the role "
+            f'"{ASSISTANT}", or in ShareGPT\'s form is from "gpt"'
+        )
+    return Conversation(tuple(messages), _tools(record), first)
+
+
+def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
+    """The tools of a record, which tables often hold as a JSON text; None for no tool."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = strict_json.parse(tools) if tools.strip() else None
+        except ValueError:
+            pass  # it is refused as a text
+    if tools is not None and not (isinstance(tools, list) and all(map(_is_mapping, tools))):
+        raise ValueError(': "tools" is not a list of objects, nor the JSON text of one')
+    return tuple(without_nulls(tools)) if tools else None
 
 
 def _is_mapping(value: Any) -> bool:
@@ -99,11 +122,27 @@ def turns(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
     )
 
 
-def _of_sharegpt(message: Mapping[str, Any]) -> dict[str, Any]:
-    if "from" not in message:  # some files use the names of `messages` here
-        return dict(message)
-    role = message["from"]
-    return {"role": ROLES.get(role, role), "content": message.get("value")}
+def _of_sharegpt(record: Mapping[str, Any]) -> list[Any]:
+    """The messages of "conversations", after the text of "system", if none of them is its own."""
+    messages = []
+    for number, message in enumerate(messages_of(record, "conversations"), 1):
+        if "from" not in message:  # some files use the names of `messages` here
+            messages.append(message)
+            continue
+        if str(role := message["from"]) not in SHAREGPT:
+            raise ValueError(
+                f': message {number} is from {_quoted(role)}; the known names of "from" are '
+                f"{', '.join(SHAREGPT)}"
+            )
+        messages.append({"role": SHAREGPT[role], CONTENT: message.get("value")})
+    system = record.get("system")
+    if system and isinstance(system, str) and messages[0].get("role") != "system":
+        return [{"role": "system", CONTENT: system}, *messages]
+    return messages
+
+
+def _quoted(role: Any) -> str:
+    return f'"{untrusted.label(str(role)[:40])}"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,16 +210,19 @@ def turn_ends(template: ChatTemplate, special: Sequence[str]) -> tuple[str, ...]
 
 
 def weights(offsets_N2: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """The loss weight [N] of each token: 1 if it begins inside of a span, and 0 elsewhere.
+    """The loss weight [N] of each token: 1 if all of it is inside of spans, and 0 elsewhere.
 
     Args:
-      offsets_N2: the characters [start, stop) of each token; a token that begins before a span and
-        ends inside of it has no weight, because the prompt has a part in it.
+      offsets_N2: the characters [start, stop) of each token; a token that begins before a span, or
+        ends after it, has no weight, because a prompt has a part in it.
     """
-    weights_N = np.zeros(len(offsets_N2), np.float32)
+    starts_N, stops_N = offsets_N2[:, 0], offsets_N2[:, 1]
+    is_answer_C = np.zeros(1 + max([0, *stops_N, *(stop for _, stop in spans)]), bool)
     for start, stop in spans:
-        weights_N[(offsets_N2[:, 0] >= start) & (offsets_N2[:, 0] < stop)] = 1
-    return weights_N
+        is_answer_C[start:stop] = True
+    before_C = np.cumsum(is_answer_C) - is_answer_C  # characters of answers before each one
+    inside_N = before_C[stops_N] - before_C[starts_N] == stops_N - starts_N
+    return (is_answer_C[starts_N] & inside_N).astype(np.float32)
 
 
 Encode = Callable[[str], tuple[np.ndarray, np.ndarray]]  # text -> ids [N], offsets [N, 2]
@@ -212,7 +254,7 @@ class Form:
     def key(self) -> list:
         """All that decides the tokens, for the key of a cache."""
         source = hashlib.sha256(self.template.source.encode()).hexdigest()
-        return [source, self.template.tokens, self.most]
+        return [RULES, source, self.template.tokens, self.most]
 
     def tokens(self, talk: Conversation, encode: Encode, special: Sequence[str]) -> Tokens | None:
         """The tokens of a conversation; None if not even its first turn fits.

@@ -1,6 +1,7 @@
 """Loss falls on what the assistant would generate, for the published families of templates."""
 
 import gc
+import json
 import pathlib
 import time
 
@@ -106,8 +107,19 @@ def test_three_forms_of_a_record_are_one_conversation():
         ({"messages": [{"role": "user", "content": 3}]}, "message 1 has no"),
         ({"messages": [{"role": "assistant", "content": None}]}, "neither content nor tool"),
         ({"messages": TALK[:1]}, "no message is the assistant's"),
-        ({"messages": TALK, "tools": "no"}, '"tools" is not a list'),
+        ({"messages": TALK, "tools": 3}, '"tools" is not a list'),
         ({"prompt": TALK, "completion": TALK[:1]}, "no message is the assistant's"),
+        (
+            {"messages": [TALK[0], {"role": "model", "content": "no"}]},
+            'are "user", "model"; an ans',
+        ),
+        (
+            {"conversations": [{"from": "bing", "value": "no"}]},
+            '1 is from "bing"; the known .* gpt',
+        ),
+        ({"conversations": [{"from": ["gpt"], "value": "no"}]}, "message 1 is from"),
+        ({"messages": TALK, "tools": "[{"}, '"tools" is not .* nor the JSON'),
+        ({"messages": TALK, "tools": "{}"}, '"tools" is not a list of objects'),
     ],
 )
 def test_a_record_that_is_no_conversation_is_refused(record, problem):
@@ -148,7 +160,12 @@ def encode(text):
 
 def test_a_token_with_a_part_of_the_prompt_has_no_weight():
     offsets = np.array([(0, 4), (4, 8), (8, 12), (12, 16)])
-    np.testing.assert_array_equal(chat.weights(offsets, [(6, 13)]), [0, 0, 1, 1])
+    np.testing.assert_array_equal(chat.weights(offsets, [(6, 13)]), [0, 0, 1, 0])
+    np.testing.assert_array_equal(chat.weights(offsets, [(6, 16)]), [0, 0, 1, 1])
+    two_answers = [(0, 6), (6, 13)]  # no prompt between them
+    np.testing.assert_array_equal(chat.weights(offsets, two_answers), [1, 1, 1, 0])
+    empty = np.array([(3, 3), (6, 6), (13, 13), (13, 14)])
+    np.testing.assert_array_equal(chat.weights(empty, [(6, 13)]), [0, 1, 0, 0])
     np.testing.assert_array_equal(chat.weights(offsets, []), [0, 0, 0, 0])
 
 
@@ -376,3 +393,25 @@ def test_a_template_that_never_writes_the_answer_is_refused(source):
     assert f"message {len(talk)}," in str(said.value)
     bare = of("{% for m in messages %}{{ m.content }}{% endfor %}")
     assert trained_by(bare, asked("a"), answered("")) == [""]
+
+
+def test_the_system_of_a_sharegpt_record_is_its_first_message():
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    own = {"from": "system", "value": "Be long."}
+
+    def roles(system, *first):
+        talk = chat.conversation({"conversations": [*first, *turns], "system": system})
+        return [(one["role"], one["content"]) for one in talk.messages]
+
+    talk = [("user", "a"), ("assistant", "b")]
+    assert roles("Be brief.") == [("system", "Be brief."), *talk]
+    assert roles("Be brief.", own) == [("system", "Be long."), *talk]
+    assert roles("") == roles(None) == talk
+
+
+def test_tools_as_a_text_are_those_tools():
+    tools = [{"name": "add", "parameters": {"a": "int"}}]
+    as_text = chat.conversation({"messages": TALK, "tools": json.dumps(tools)})
+    assert as_text == chat.conversation({"messages": TALK, "tools": tools})
+    assert as_text.tools == tuple(tools)
+    assert chat.conversation({"messages": TALK, "tools": ""}).tools is None
