@@ -415,3 +415,23 @@ def test_tools_as_a_text_are_those_tools():
     assert as_text == chat.conversation({"messages": TALK, "tools": tools})
     assert as_text.tools == tuple(tools)
     assert chat.conversation({"messages": TALK, "tools": ""}).tools is None
+
+
+@pytest.mark.parametrize(
+    ("source", "turns"),
+    [
+        # No prompt adds a header, and no special token ends a turn.
+        ("[{{ m.content }}]" + "{% if m.role == 'user' %}>{% endif %}", ["[Hello.]", "[b]"]),
+        # An answer after another message is written otherwise than one that begins.
+        (
+            "<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last and loop.index0 %}"
+            "<think></think>{% endif %}"
+            "{{ m.content }}.",
+            ["Hello..", "<think></think>b."],
+        ),
+    ],
+)
+def test_a_first_answers_header_is_what_stands_before_the_same_answer_elsewhere(source, turns):
+    header = "{% if add_generation_prompt %}<|assistant|>{% endif %}" if "think" in source else ""
+    shown = of("{% for m in messages %}" + source + "{% endfor %}" + header)
+    assert trained_by(shown, answered("Hello."), asked("a"), answered("b")) == turns
