@@ -1,15 +1,12 @@
 """Conversations as training text: which characters the assistant wrote, and which tokens they are.
 
 A model is tuned on the assistant's turns only: all that it would generate itself, with the tokens
-that end a turn. Where a template marks this by {% generation %}, the marks decide. Elsewhere a turn
-is what its rendering adds to the rendering of the messages before it, as a prompt; both must be
-beginnings of the text of the whole conversation. Some templates write earlier turns in another way
-than the last one (Qwen3 leaves out their thoughts); such a turn is what stands at the place of the
-message's content, up to and with the first special token. A template for which neither holds
-exactly is refused.
+that end a turn. Where a template marks this by {% generation %}, the marks decide; elsewhere the
+turns are found by rendering parts of the conversation (`data/chat_turns.py`).
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import secrets
@@ -18,29 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data import chat_template
-from moe_jax.data.chat_template import ChatTemplate, Message
+from moe_jax import strict_json, untrusted
+from moe_jax.data import chat_template, chat_turns
+from moe_jax.data.chat_template import ChatTemplate
+from moe_jax.data.chat_turns import ASSISTANT, CONTENT, Conversation, Span
 
-ASSISTANT = "assistant"
 # ShareGPT's names of the roles (https://huggingface.co/docs/trl/dataset_formats).
-ROLES = {"human": "user", "gpt": ASSISTANT, "function_call": ASSISTANT, "observation": "tool"}
+SHAREGPT = {
+    "human": "user",
+    "gpt": ASSISTANT,
+    "function_call": ASSISTANT,
+    "observation": "tool",
+    **{role: role for role in ("system", "user", ASSISTANT, "tool")},
+}
+RULES = 2  # the version of the rules by which this module makes tokens, for the key of a cache
 FORMS = '"messages", "conversations", or "prompt" and "completion"'
-
-Span = tuple[int, int]  # characters [start, stop)
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """Messages, and the tools that a template may describe.
-
-    Attributes:
-      first: the number of messages that are the prompt of a record with "prompt" and "completion";
-        only the assistant's messages from there on are trained.
-    """
-
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] | None = None
-    first: int = 0
 
 
 def conversation(record: Mapping[str, Any]) -> Conversation:
@@ -52,7 +41,7 @@ def conversation(record: Mapping[str, Any]) -> Conversation:
     if "messages" in record:
         messages = messages_of(record, "messages")
     elif "conversations" in record:
-        messages = [_of_sharegpt(message) for message in messages_of(record, "conversations")]
+        messages = _of_sharegpt(record)
     elif "prompt" in record and "completion" in record:
         asked = turns(record, "prompt", "user")
         messages, prompt = [*asked, *turns(record, "completion", ASSISTANT)], len(asked)
@@ -66,9 +55,6 @@ def of_messages(record: Mapping[str, Any], messages: Sequence[Any], first: int) 
 
     Raises: ValueError as `conversation` does.
     """
-    tools = record.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(map(_is_mapping, tools))):
-        raise ValueError(': "tools" is not a list of objects')
     for number, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, str | list | None):
@@ -76,8 +62,26 @@ def of_messages(record: Mapping[str, Any], messages: Sequence[Any], first: int) 
         if content is None and not message.get("tool_calls"):
             raise ValueError(f": message {number} has neither content nor tool calls")
     if not any(message["role"] == ASSISTANT for message in messages[first:]):
-        raise ValueError(": no message is the assistant's")
-    return Conversation(tuple(messages), tuple(tools) if tools else None, first)
+        seen = dict.fromkeys(_quoted(message["role"]) for message in messages[first:])
+        names = ", ".join(list(seen)[:8])
+        raise ValueError(
+            f": no message is the assistant's: the roles are {names}; an answer has the role "
+            f'"{ASSISTANT}", or in ShareGPT\'s form is from "gpt"'
+        )
+    return Conversation(tuple(messages), _tools(record), first)
+
+
+def _tools(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...] | None:
+    """The tools of a record, which tables often hold as a JSON text; None for no tool."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = strict_json.parse(tools) if tools.strip() else None
+        except ValueError:
+            pass  # it is refused as a text
+    if tools is not None and not (isinstance(tools, list) and all(map(_is_mapping, tools))):
+        raise ValueError(': "tools" is not a list of objects, nor the JSON text of one')
+    return tuple(without_nulls(tools)) if tools else None
 
 
 def _is_mapping(value: Any) -> bool:
@@ -85,11 +89,29 @@ def _is_mapping(value: Any) -> bool:
 
 
 def messages_of(record: Mapping[str, Any], field: str) -> list[Any]:
-    """The list of messages in a field; ValueError for anything else."""
+    """The list of messages in a field, without nulls; ValueError for anything else."""
     value = record[field]
     if not isinstance(value, list) or not value or not all(map(_is_mapping, value)):
         raise ValueError(f': "{field}" is not a list of messages')
-    return value
+    return [
+        {
+            key: without_nulls(value)
+            for key, value in one.items()
+            if value is not None or key == CONTENT
+        }
+        for one in value
+    ]
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys of objects whose value is null.
+
+    A table has all keys in each of its objects, null where a record had none; templates ask whether
+    a key is there.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def turns(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
@@ -100,11 +122,27 @@ def turns(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
     )
 
 
-def _of_sharegpt(message: Mapping[str, Any]) -> dict[str, Any]:
-    if "from" not in message:  # some files use the names of `messages` here
-        return dict(message)
-    role = message["from"]
-    return {"role": ROLES.get(role, role), "content": message.get("value")}
+def _of_sharegpt(record: Mapping[str, Any]) -> list[Any]:
+    """The messages of "conversations", after the text of "system", if none of them is its own."""
+    messages = []
+    for number, message in enumerate(messages_of(record, "conversations"), 1):
+        if "from" not in message:  # some files use the names of `messages` here
+            messages.append(message)
+            continue
+        if str(role := message["from"]) not in SHAREGPT:
+            raise ValueError(
+                f': message {number} is from {_quoted(role)}; the known names of "from" are '
+                f"{', '.join(SHAREGPT)}"
+            )
+        messages.append({"role": SHAREGPT[role], CONTENT: message.get("value")})
+    system = record.get("system")
+    if system and isinstance(system, str) and messages[0].get("role") != "system":
+        return [{"role": "system", CONTENT: system}, *messages]
+    return messages
+
+
+def _quoted(role: Any) -> str:
+    return f'"{untrusted.label(str(role)[:40])}"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,91 +166,38 @@ def render(template: ChatTemplate, talk: Conversation, special: Sequence[str] = 
     trained = [turn for turn in turns if turn >= talk.first]
     try:
         whole = template.render(talk.messages, tools=talk.tools)
+        spans = whole.generated[len(turns) - len(trained) :]
         if not template.marks_generation:
-            return Answers(whole.text, _spans(template, talk, trained, whole.text, special))
+            ends = functools.partial(turn_ends, template, special)
+            spans = chat_turns.spans(template, talk, trained, whole.text, special, ends)
     except ValueError as error:
         raise ValueError(f": {error}") from None
-    if len(whole.generated) != len(turns):
+    if template.marks_generation and len(whole.generated) != len(turns):
         raise ValueError(
             f": the chat template of {template.place} marks {len(whole.generated)} of "
             f"{len(turns)} turns as generated"
         )
-    return Answers(whole.text, whole.generated[len(turns) - len(trained) :])
+    return _answers(template, talk, trained, whole.text, spans)
 
 
-def _spans(
+def _answers(
     template: ChatTemplate,
     talk: Conversation,
     turns: Sequence[int],
     text: str,
-    special: Sequence[str],
-) -> tuple[Span, ...]:
-    """The spans of turns without marks: by their beginnings, and elsewhere by their contents."""
-    found = [_by_beginning(template, talk, turn, text) for turn in turns]
-    if None in found:
-        contents = _by_contents(template, talk, turns, text, special) or []
-        # What the model writes before a content, such as a space, in the turns that are exact.
-        both = [(one, other) for one, other in zip(found, contents, strict=False) if one]
-        lead = text[both[-1][0][0] : both[-1][1][0]] if both else ""
-        for i, (start, stop) in enumerate(contents):
-            begins = start - len(lead) if text.endswith(lead, 0, start) else start
-            found[i] = found[i] or (begins, stop)
-    spans = tuple(span for span in found if span)
-    if len(spans) < len(turns):
-        raise ValueError(
-            f"the chat template of {template.place} does not show where the assistant's turns are; "
-            "mark them in it by {% generation %} … {% endgeneration %}"
-        )
-    return spans
-
-
-def _by_beginning(template: ChatTemplate, talk: Conversation, turn: int, text: str) -> Span | None:
-    """The span that an assistant's message adds, or None if the renderings do not continue."""
-    before, with_turn = talk.messages[:turn], talk.messages[: turn + 1]
-    prompt = template.render(before, tools=talk.tools, prompt=True).text
-    until = text
-    if len(with_turn) < len(talk.messages):
-        until = template.render(with_turn, tools=talk.tools).text
-    is_added = until.startswith(prompt) and text.startswith(until)
-    return (len(prompt), len(until)) if is_added else None
-
-
-def _by_contents(
-    template: ChatTemplate,
-    talk: Conversation,
-    turns: Sequence[int],
-    text: str,
-    special: Sequence[str],
-) -> list[Span] | None:
-    """The spans from each content to the end of the special token after it.
-
-    The contents are replaced by words that do not occur; None if the text with the contents at the
-    places of these words is not the text, or if no special token follows.
-    """
-    words = {turn: secrets.token_hex(16) for turn in turns}
-    replaced = [
-        {**message, "content": words[i]} if i in words else message
-        for i, message in enumerate(talk.messages)
-    ]
-    rest = template.render(replaced, tools=talk.tools).text
-    made, spans = "", []
-    for turn in turns:
-        before, found, rest = rest.partition(words[turn])
-        content = talk.messages[turn]["content"]
-        if not found or not isinstance(content, str):
-            return None
-        for shown in (content, content.strip()):
-            if text.startswith(made + before + shown):
-                break
-        else:
-            return None
-        made += before
-        start, made = len(made), made + shown
-        ends = [rest.index(token) + len(token) for token in special if token in rest]
-        if not ends:
-            return None
-        spans.append((start, len(made) + min(ends)))
-    return spans if made + rest == text else None
+    spans: Sequence[Span],
+) -> Answers:
+    """The answers; ValueError if the template writes nothing of one that says something."""
+    for turn, (start, stop) in zip(turns, spans, strict=True):
+        message = talk.messages[turn]
+        content = message.get(CONTENT) or ""
+        said = content.strip() if isinstance(content, str) else content
+        if start == stop and (said or message.get("tool_calls")):
+            raise ValueError(
+                f": the chat template of {template.place} writes nothing of the assistant's answer "
+                f"in message {turn + 1}, so it does not show where the assistant's turns are"
+            )
+    return Answers(text, tuple(spans))
 
 
 def turn_ends(template: ChatTemplate, special: Sequence[str]) -> tuple[str, ...]:
@@ -225,16 +210,19 @@ def turn_ends(template: ChatTemplate, special: Sequence[str]) -> tuple[str, ...]
 
 
 def weights(offsets_N2: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """The loss weight [N] of each token: 1 if it begins inside of a span, and 0 elsewhere.
+    """The loss weight [N] of each token: 1 if all of it is inside of spans, and 0 elsewhere.
 
     Args:
-      offsets_N2: the characters [start, stop) of each token; a token that begins before a span and
-        ends inside of it has no weight, because the prompt has a part in it.
+      offsets_N2: the characters [start, stop) of each token; a token that begins before a span, or
+        ends after it, has no weight, because a prompt has a part in it.
     """
-    weights_N = np.zeros(len(offsets_N2), np.float32)
+    starts_N, stops_N = offsets_N2[:, 0], offsets_N2[:, 1]
+    is_answer_C = np.zeros(1 + max([0, *stops_N, *(stop for _, stop in spans)]), bool)
     for start, stop in spans:
-        weights_N[(offsets_N2[:, 0] >= start) & (offsets_N2[:, 0] < stop)] = 1
-    return weights_N
+        is_answer_C[start:stop] = True
+    before_C = np.cumsum(is_answer_C) - is_answer_C  # characters of answers before each one
+    inside_N = before_C[stops_N] - before_C[starts_N] == stops_N - starts_N
+    return (is_answer_C[starts_N] & inside_N).astype(np.float32)
 
 
 Encode = Callable[[str], tuple[np.ndarray, np.ndarray]]  # text -> ids [N], offsets [N, 2]
@@ -266,7 +254,7 @@ class Form:
     def key(self) -> list:
         """All that decides the tokens, for the key of a cache."""
         source = hashlib.sha256(self.template.source.encode()).hexdigest()
-        return [source, self.template.tokens, self.most]
+        return [RULES, source, self.template.tokens, self.most]
 
     def tokens(self, talk: Conversation, encode: Encode, special: Sequence[str]) -> Tokens | None:
         """The tokens of a conversation; None if not even its first turn fits.

@@ -44,8 +44,8 @@ def pair(record: Mapping[str, Any]) -> Pair | None:
     for name in names:
         if name not in record:
             raise ValueError(f' has no "{name}"')
-    answers = [_messages(record, name, ASSISTANT) for name in names]
-    prompt = _messages(record, "prompt", "user") if "prompt" in record else _shared(answers)
+    answers = [chat.turns(record, name, ASSISTANT) for name in names]
+    prompt = chat.turns(record, "prompt", "user") if "prompt" in record else _shared(answers)
     if not prompt:
         raise ValueError(': "chosen" and "rejected" share no first messages, and have no "prompt"')
     talks = [_answered(record, name, prompt, own) for name, own in zip(names, answers, strict=True)]
@@ -54,14 +54,6 @@ def pair(record: Mapping[str, Any]) -> Pair | None:
     if not isinstance(label := record["label"], bool):
         raise ValueError(': "label" of a completion is neither true nor false')
     return Pair(talks[0], None) if label else Pair(None, talks[0])
-
-
-def _messages(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
-    """The messages of a field, without the keys that a table has for other messages only."""
-    return [
-        {key: value for key, value in message.items() if value is not None or key == "content"}
-        for message in chat.turns(record, field, role)
-    ]
 
 
 def _shared(answers: Sequence[Sequence[Any]]) -> list[Any]:

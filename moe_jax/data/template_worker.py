@@ -42,9 +42,12 @@ def refuse(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def as_json(value, indent=None) -> str:
-    """`tojson` of templates, which does not escape for HTML as Jinja's own does."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def as_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """`tojson` of templates, with the arguments that Transformers gives it; it does not escape for
+    HTML as Jinja's own does."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

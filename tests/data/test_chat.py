@@ -1,10 +1,12 @@
 """Loss falls on what the assistant would generate, for the published families of templates."""
 
 import gc
+import json
 import pathlib
 import time
 
 import numpy as np
+import pyarrow
 import pytest
 
 from moe_jax.data import chat, chat_template, tokenizer_training, tokenizers
@@ -105,8 +107,19 @@ def test_three_forms_of_a_record_are_one_conversation():
         ({"messages": [{"role": "user", "content": 3}]}, "message 1 has no"),
         ({"messages": [{"role": "assistant", "content": None}]}, "neither content nor tool"),
         ({"messages": TALK[:1]}, "no message is the assistant's"),
-        ({"messages": TALK, "tools": "no"}, '"tools" is not a list'),
+        ({"messages": TALK, "tools": 3}, '"tools" is not a list'),
         ({"prompt": TALK, "completion": TALK[:1]}, "no message is the assistant's"),
+        (
+            {"messages": [TALK[0], {"role": "model", "content": "no"}]},
+            'are "user", "model"; an ans',
+        ),
+        (
+            {"conversations": [{"from": "bing", "value": "no"}]},
+            '1 is from "bing"; the known .* gpt',
+        ),
+        ({"conversations": [{"from": ["gpt"], "value": "no"}]}, "message 1 is from"),
+        ({"messages": TALK, "tools": "[{"}, '"tools" is not .* nor the JSON'),
+        ({"messages": TALK, "tools": "{}"}, '"tools" is not a list of objects'),
     ],
 )
 def test_a_record_that_is_no_conversation_is_refused(record, problem):
@@ -147,7 +160,12 @@ def encode(text):
 
 def test_a_token_with_a_part_of_the_prompt_has_no_weight():
     offsets = np.array([(0, 4), (4, 8), (8, 12), (12, 16)])
-    np.testing.assert_array_equal(chat.weights(offsets, [(6, 13)]), [0, 0, 1, 1])
+    np.testing.assert_array_equal(chat.weights(offsets, [(6, 13)]), [0, 0, 1, 0])
+    np.testing.assert_array_equal(chat.weights(offsets, [(6, 16)]), [0, 0, 1, 1])
+    two_answers = [(0, 6), (6, 13)]  # no prompt between them
+    np.testing.assert_array_equal(chat.weights(offsets, two_answers), [1, 1, 1, 0])
+    empty = np.array([(3, 3), (6, 6), (13, 13), (13, 14)])
+    np.testing.assert_array_equal(chat.weights(empty, [(6, 13)]), [0, 1, 0, 0])
     np.testing.assert_array_equal(chat.weights(offsets, []), [0, 0, 0, 0])
 
 
@@ -247,3 +265,173 @@ def test_tokens_have_the_places_of_their_text(tmp_path):
         assert plain == expected
         starts = offsets_N2[:, 0]
         assert (np.diff(starts) >= 0).all() and offsets_N2.max() == len(text)
+
+
+def test_the_nulls_of_a_table_change_no_token():
+    """A table gives each message all keys of any message, and each call all arguments of any."""
+    calls = [
+        {"function": {"name": "add", "arguments": arguments}} for arguments in ({"a": 1}, {"b": 2})
+    ]
+    tools = [
+        {"name": "add", "parameters": {"a": {"type": "int"}, "b": {"type": "int", "unit": "m"}}}
+    ]
+    rows = [
+        {"messages": [TALK[0], call, {"role": "tool", "content": "3"}, TALK[1]], "tools": tools}
+        for call in ({"role": "assistant", "content": None, "tool_calls": [c]} for c in calls)
+    ]
+    shows = of(
+        "{{ tools | tojson }}{% for m in messages %}<|{{ m.role }}|>{% if 'tool_calls' in m %}"
+        "{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    form = chat.Form(shows, 10**6)
+    table = pyarrow.Table.from_pylist(rows).to_pylist()
+    assert "tool_calls" in table[0]["messages"][0]
+    for row, filled in zip(rows, table, strict=True):
+        expected, found = (
+            form.tokens(chat.conversation(one), by_character, SPECIAL) for one in (row, filled)
+        )
+        assert found.text == expected.text and "null" not in found.text
+        np.testing.assert_array_equal(found.ids_N, expected.ids_N)
+        np.testing.assert_array_equal(found.weights_N, expected.weights_N)
+
+
+def by_character(text):
+    """A toy tokenizer whose tokens are the characters."""
+    places = np.arange(len(text))
+    return np.array([ord(c) for c in text]), np.stack([places, places + 1], axis=1)
+
+
+# As Qwen3's, it writes thoughts into turns after the last question only, and empty ones into the
+# last message; a line break stands between a content and a call.
+THINKS = of(
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% set c = m.content or '' %}"
+    "{% if m.role == 'assistant' %}{% set parts = c.split('</think>') %}"
+    "{% if loop.index0 > ns.last and (loop.last or parts[1:]) %}"
+    "{{ '<think>' + parts[:-1][0] | default('') | replace('<think>', '') + '</think>' }}{% endif %}"
+    "{{ parts[-1] }}{% for call in m.tool_calls or [] %}"
+    "{% if parts[-1] %}{{ '\n' }}{% endif %}{{ '<call>' + call.name + '</call>' }}{% endfor %}"
+    "{% else %}{{ c }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def trained_by(shown, *messages):
+    found = chat.render(shown, chat.conversation({"messages": list(messages)}), SPECIAL)
+    return [found.text[start:stop] for start, stop in found.spans]
+
+
+def asked(content):
+    return {"role": "user", "content": content}
+
+
+def answered(content, **keys):
+    return {"role": "assistant", "content": content, **keys}
+
+
+@pytest.mark.parametrize("content", ["", None, "I add."])
+def test_calls_of_a_tool_are_trained_in_a_template_that_writes_the_last_turn_otherwise(content):
+    call = answered(content, tool_calls=[{"name": "add"}])
+    tool = {"role": "tool", "content": "5"}
+    begins = f"{content}\n" if content else ""
+    assert trained_by(THINKS, asked("2+3?"), call, tool, call, tool, answered("5")) == [
+        begins + "<call>add</call><|im_end|>",
+        begins + "<call>add</call><|im_end|>",
+        "<think></think>5<|im_end|>\n",
+    ]
+
+
+def test_thoughts_in_contents_are_trained_where_the_template_writes_them():
+    talk = [asked("a"), answered("<think>u</think>x"), asked("b"), answered("<think>v</think>y")]
+    last = "<think>v</think>y<|im_end|>\n"
+    assert trained_by(THINKS, *talk) == ["x<|im_end|>", last]
+    assert trained_by(THINKS, asked("a"), answered("x"), *talk[2:]) == ["x<|im_end|>", last]
+
+
+def test_a_turn_with_the_end_token_in_it_is_not_cut_there():
+    twice = "x<|im_end|>\n<|im_start|>user\ny"
+    talk = asked("a"), answered(twice), asked("b"), answered("z")
+    assert trained_by(THINKS, *talk)[0] == twice + "<|im_end|>"
+    with pytest.raises(ValueError, match="message 2: neither its rendering"):
+        trained_by(THINKS, talk[0], answered("<think>u</think>" + twice), *talk[2:])
+
+
+@pytest.mark.parametrize("name", [*sorted(ENDS.keys() - {"chatml_marked", "mistral"}), "plain"])
+def test_the_header_of_an_answer_that_begins_a_conversation_is_not_trained(name):
+    shown = chat_template.PLAIN if name == "plain" else template(name)
+    found = trained_by(shown, answered("Hello."), asked("a"), answered("b"))
+    expected = trained_by(shown, asked("c"), answered("Hello."), asked("a"), answered("b"))
+    assert [turn.rstrip() for turn in found] == [turn.rstrip() for turn in expected]
+    assert len(found) == 2
+
+
+def test_a_first_answer_without_a_known_header_is_refused():
+    swaps = of("{% for m in messages | reverse %}{{ m.role + m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match="message 1: the conversation begins with it"):
+        trained_by(swaps, answered("b"), asked("a"))
+
+
+def test_tojson_has_the_arguments_that_transformers_gives_it():
+    shows = of(
+        "{{ messages[0] | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}"
+    )
+    assert shows.render([{"b": "é", "a": [1]}]).text == '{"a":[1],"b":"\\u00e9"}'
+    plain = of("{{ messages[0] | tojson }} {{ messages[0] | tojson(indent=1) }}")
+    assert plain.render([{"b": "é"}]).text == '{"b": "é"} {\n "b": "é"\n}'
+
+
+@pytest.mark.parametrize(
+    "source", ["hello", "{% for m in messages %}{% generation %}{% endgeneration %}{% endfor %}"]
+)
+def test_a_template_that_never_writes_the_answer_is_refused(source):
+    talk = asked("a"), answered("b")
+    talk = talk if source == "hello" else talk[1:]
+    with pytest.raises(ValueError, match=r"^: the chat template of here writes nothing of") as said:
+        trained_by(of(source), *talk)
+    assert f"message {len(talk)}," in str(said.value)
+    bare = of("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert trained_by(bare, asked("a"), answered("")) == [""]
+
+
+def test_the_system_of_a_sharegpt_record_is_its_first_message():
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    own = {"from": "system", "value": "Be long."}
+
+    def roles(system, *first):
+        talk = chat.conversation({"conversations": [*first, *turns], "system": system})
+        return [(one["role"], one["content"]) for one in talk.messages]
+
+    talk = [("user", "a"), ("assistant", "b")]
+    assert roles("Be brief.") == [("system", "Be brief."), *talk]
+    assert roles("Be brief.", own) == [("system", "Be long."), *talk]
+    assert roles("") == roles(None) == talk
+
+
+def test_tools_as_a_text_are_those_tools():
+    tools = [{"name": "add", "parameters": {"a": "int"}}]
+    as_text = chat.conversation({"messages": TALK, "tools": json.dumps(tools)})
+    assert as_text == chat.conversation({"messages": TALK, "tools": tools})
+    assert as_text.tools == tuple(tools)
+    assert chat.conversation({"messages": TALK, "tools": ""}).tools is None
+
+
+@pytest.mark.parametrize(
+    ("source", "turns"),
+    [
+        # No prompt adds a header, and no special token ends a turn.
+        ("[{{ m.content }}]" + "{% if m.role == 'user' %}>{% endif %}", ["[Hello.]", "[b]"]),
+        # An answer after another message is written otherwise than one that begins.
+        (
+            "<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last and loop.index0 %}"
+            "<think></think>{% endif %}"
+            "{{ m.content }}.",
+            ["Hello..", "<think></think>b."],
+        ),
+    ],
+)
+def test_a_first_answers_header_is_what_stands_before_the_same_answer_elsewhere(source, turns):
+    header = "{% if add_generation_prompt %}<|assistant|>{% endif %}" if "think" in source else ""
+    shown = of("{% for m in messages %}" + source + "{% endfor %}" + header)
+    assert trained_by(shown, answered("Hello."), asked("a"), answered("b")) == turns
