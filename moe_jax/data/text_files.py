@@ -85,6 +85,11 @@ def documents(
     skipped = skipped or Skipped(reading.skip_damaged)
     wanted = (split,) if split == TEST else (split, DIVIDED)
     files = [file for file in files if file.split in wanted]
+    if reading.conversations and (text := [f for f in files if _ending(f.path.name) == ".txt"]):
+        raise ValueError(
+            f"data.source: {text[0].path} is text, which has no conversations; give .jsonl or "
+            ".parquet, or set config.data.conversations=False"
+        )
     before = {file: stored.state(file.path) for file in files}
     for file in files:
         try:
