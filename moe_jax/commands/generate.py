@@ -227,7 +227,7 @@ def _chat(arguments) -> None:
     """Answers the conversations of a file, or what is said on the standard input."""
     beside = stores.tokenizer_folder(stores.find(arguments.checkpoint).folder)
     template = chat_template.load(beside)
-    talks = _conversations(arguments) if arguments.messages else []
+    talks = _conversations(arguments, template) if arguments.messages else []
     found = tokenizer_files.Folder(beside).read("generation_config.json")
     settings = _sampling(arguments, chatting.settings(found))
     config, params, tokenizer, folder, store = _load(arguments)
@@ -278,13 +278,16 @@ def _lines() -> Iterator[str]:
                 yield line
 
 
-def _conversations(arguments) -> list[chat.Conversation]:
-    """The conversation of each record of a .jsonl file, after the system's message."""
+def _conversations(arguments, template: chat_template.ChatTemplate) -> list[chat.Conversation]:
+    """The conversation of each record of a .jsonl file, after the system's message; one that the
+    template refuses is named."""
     first = ({"role": "system", "content": arguments.system},) if arguments.system else ()
 
     def parse(record: dict) -> chat.Conversation:
         talk = chatting.asked(record)
-        return dataclasses.replace(talk, messages=(*first, *talk.messages))
+        talk = dataclasses.replace(talk, messages=(*first, *talk.messages))
+        template.render(talk.messages, tools=talk.tools, prompt=True)
+        return talk
 
     return json_lines.read(arguments.messages, parse)
 

@@ -187,8 +187,13 @@ def test_the_command_answers_a_file_of_conversations(tmp_path, capsys, monkeypat
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [record["messages"][1]["content"] for record in records] == ["1", "2"]
     assert all(isinstance(record["answer"], str) for record in records)
-    for line, words in (('{"text": "1"}', "has none of"), ('{"messages": ', "is not JSON")):
+    refused = {"messages": [{"role": "user", "content": None, "tool_calls": [{}]}]}
+    for line, words in (
+        ('{"text": "1"}', "it has none of"),
+        ('{"messages": ', "it is not JSON"),
+        (json.dumps(refused), "the chat template of"),
+    ):
         talks.write_text(f"{line}\n")
         with pytest.raises(SystemExit):
             run(f"--messages={talks}")
-        assert f"line 1: it {words}" in capsys.readouterr().err
+        assert f"line 1: {words}" in capsys.readouterr().err
