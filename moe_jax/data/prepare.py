@@ -124,13 +124,13 @@ def _nothing_left(
     causes, fixes = [], []
     if form and (too_long := facts.dropped[encoding.TOO_LONG]):
         row = f"a row of {form.most - 1:,} tokens"
-        causes.append(f"conversations that do not fit into {row}: {too_long:,}")
+        causes.append(f"conversations do not fit into {row}: {too_long:,}")
         fixes.append("raise config.data.sequence_length")
     if skipped.in_words:
         causes.append(skipped.in_words)
     if facts.bad:
         such = " ".join(facts.bad[0])
-        causes.append(f"documents that could not be tokenized: {len(facts.bad):,}, such as {such}")
+        causes.append(f"documents could not be tokenized: {len(facts.bad):,}, such as {such}")
     if skipped.in_words or facts.bad:
         fixes.append("mend them")
     if split == TEST:
@@ -141,7 +141,7 @@ def _nothing_left(
             f"and {text_files.PART_CHARACTERS:,} characters of .txt are one document; join a small "
             "source of a mixture with another one by a glob"
         )
-    why = f" ({'; '.join(causes)})" if causes else ""
+    why = "".join(f", and {cause}" for cause in causes)
     return f"data.source={source!r} has no {split} documents{why}; {', or '.join(fixes)}"
 
 

@@ -194,10 +194,10 @@ def test_a_split_that_lost_all_conversations_says_why(tmp_path):
     with pytest.raises(ValueError) as error:
         opened(tmp_path, TALKS[3:])
     assert str(error.value).endswith(
-        "has no train documents (conversations that do not fit into a row of 64 tokens: 1); raise "
+        "has no train documents, and conversations do not fit into a row of 64 tokens: 1; raise "
         "config.data.sequence_length"
     )
-    with pytest.raises(ValueError, match="were skipped .no conversation: 1..; mend them, or set"):
+    with pytest.raises(ValueError, match="were skipped .no conversation: 1.; mend them, or set"):
         opened(tmp_path, [{"text": "a"}], skip_damaged=5)
     with pytest.raises(ValueError, match="not be tokenized: 2, such as .*raises.*; mend them$"):
         raising = marking("{{ raise_exception('raises') }}")
