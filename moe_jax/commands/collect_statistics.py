@@ -100,7 +100,8 @@ def batches_of(arguments, tokenizer) -> list[np.ndarray]:
     wanted, parts, number = int(np.prod(shape)), [], 0
     cache = cache_folder("") / DATASETS
     sources.check(arguments.text)
-    texts = sources.documents(arguments.text, TRAIN, validation_fraction=0, data_dir=cache)
+    how: dict[str, Any] = {"validation_fraction": 0, "data_dir": cache}
+    texts = sources.texts("--text", arguments.text, TRAIN, **how)
     for document in texts:
         parts.append(np.asarray(tokenizer.encode(document.text), np.int32))
         number += len(parts[-1])

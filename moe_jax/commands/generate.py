@@ -20,11 +20,14 @@ writes a line {"prompt", "text"} for each text, which evaluate.py --generated re
 --chat puts what is said into the folder's chat template, answers line by line, and begins anew at
 the line /reset; the conversation ends with the input (Ctrl-D). The settings of sampling that are
 not given are those of generation_config.json. --messages answers the conversations of a .jsonl
-file instead, each a record with "messages".
+file instead: each record has "messages", ShareGPT's "conversations" or "prompt", and "tools" if the
+template describes any.
 """
 
 import contextlib
+import dataclasses
 import functools
+import io
 import math
 import pathlib
 import sys
@@ -38,7 +41,6 @@ import numpy as np
 from moe_jax import command_line, files, model, stores, strict_json, untrusted
 from moe_jax import config as configs
 from moe_jax.data import chat, chat_template, tokenizer_files, tokenizers
-from moe_jax.data.chat_template import Message
 from moe_jax.evaluation import chatting, generate, json_lines, sampling
 from moe_jax.evaluation.sampling import GREEDY, Sampling
 from moe_jax.hf import folders, offload
@@ -225,7 +227,7 @@ def _chat(arguments) -> None:
     """Answers the conversations of a file, or what is said on the standard input."""
     beside = stores.tokenizer_folder(stores.find(arguments.checkpoint).folder)
     template = chat_template.load(beside)
-    talks = _conversations(arguments) if arguments.messages else []
+    talks = _conversations(arguments, template) if arguments.messages else []
     found = tokenizer_files.Folder(beside).read("generation_config.json")
     settings = _sampling(arguments, chatting.settings(found))
     config, params, tokenizer, folder, store = _load(arguments)
@@ -241,8 +243,14 @@ def _chat(arguments) -> None:
     with store.failing_as_it_is() if store else contextlib.nullcontext():
         if arguments.messages:
             answers = partner.answers(talks, jax.random.key(arguments.seed))
-            pairs = zip(talks, answers, strict=True)
-            records = [{"messages": list(talk), "answer": answer} for talk, answer in pairs]
+            records = [
+                {
+                    "messages": list(talk.messages),
+                    **({"tools": list(talk.tools)} if talk.tools else {}),
+                    "answer": answer,
+                }
+                for talk, answer in zip(talks, answers, strict=True)
+            ]
             if arguments.output:
                 _write(arguments.output, records)
             else:
@@ -261,6 +269,8 @@ def _chat(arguments) -> None:
 
 def _lines() -> Iterator[str]:
     """The lines that the user types, until the input ends."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 is no end of the talk
     asks = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
         while True:
@@ -268,15 +278,16 @@ def _lines() -> Iterator[str]:
                 yield line
 
 
-def _conversations(arguments) -> list[tuple[Message, ...]]:
-    """The messages of each record of a .jsonl file."""
-    first = [{"role": "system", "content": arguments.system}] if arguments.system else []
+def _conversations(arguments, template: chat_template.ChatTemplate) -> list[chat.Conversation]:
+    """The conversation of each record of a .jsonl file, after the system's message; one that the
+    template refuses is named."""
+    first = ({"role": "system", "content": arguments.system},) if arguments.system else ()
 
-    def parse(record: dict) -> tuple[Message, ...]:
-        try:
-            return (*first, *chat.messages_of(record, "messages"))
-        except (KeyError, ValueError):
-            raise ValueError('"messages" is not a list of messages') from None
+    def parse(record: dict) -> chat.Conversation:
+        talk = chatting.asked(record)
+        talk = dataclasses.replace(talk, messages=(*first, *talk.messages))
+        template.render(talk.messages, tools=talk.tools, prompt=True)
+        return talk
 
     return json_lines.read(arguments.messages, parse)
 

@@ -7,8 +7,8 @@ Examples:
 
 Tokens with a loss are green, the others are grey, and a line stands between documents that do not
 see each other. Without a terminal, [[ and ]] stand around what is trained. The text is tokenized
-as a run would do it, and kept in the cache for the run. A row is shown as its targets: the begin
-token of a document is an input only.
+as a run would do it, and kept in the cache for the run. A row is shown as its targets, with special
+tokens such as </s>: the begin token of a document is an input only.
 """
 
 import itertools
@@ -85,6 +85,17 @@ def _documents(row: batches.Batch, tokenizer: tokenizers.Tokenizer, colour: bool
         for part in np.split(own, np.flatnonzero(np.diff(weights[own] > 0)) + 1):
             is_trained = weights[part[0]] > 0
             begin, end = (trained_from, trained_to) if is_trained else (others_from, others_to)
-            parts.append(f"{begin}{clean(tokenizer.decode(targets[part]))}{end}")
+            parts.append(f"{begin}{clean(_decoded(targets[part], tokenizer))}{end}")
         yield "".join(parts)
         yield "-" * 20
+
+
+def _decoded(ids: np.ndarray, tokenizer: tokenizers.Tokenizer) -> str:
+    """The text of ids, with the special tokens, which `decode` leaves out: one of them ends a
+    turn."""
+    special = {i: token for token, i in tokenizer.special_tokens.items()}
+    runs = itertools.groupby(ids.tolist(), key=special.get)
+    return "".join(
+        token * len(list(run)) if token is not None else tokenizer.decode(np.array(list(run)))
+        for token, run in runs
+    )

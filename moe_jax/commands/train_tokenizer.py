@@ -163,9 +163,8 @@ def _first(documents: Iterator[Document], characters: int) -> Iterator[Document]
 
 
 def _documents(source: str, split: str) -> Iterator[Document]:
-    documents = sources.documents(
-        source,
-        split,
+    documents = sources.texts(
+        *("--source", source, split),
         validation_fraction=config.default().data.validation_fraction,
         data_dir=cache_folder("") / DATASETS,
     )

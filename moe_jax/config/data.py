@@ -17,6 +17,7 @@ READ = Need(
     lambda run: any(not s.startswith("prepared:") for s in run.data.named_sources.values()),
     "a config.data.source that is not prepared",
 )
+TALKS = Need(lambda run: run.data.conversations, "config.data.conversations=True")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,8 @@ class Data(Section, path="data", fixed=True):
         "",
         "Jinja file that makes text of a conversation, or plain; empty uses that beside the "
         "tokenizer, or plain for bytes",
+        None,
+        TALKS,
         fixed=False,  # the tokens themselves are compared
     )
     sequence_length: int = key(

@@ -116,11 +116,7 @@ def _columns(path: stored.Path, schema, reading: Reading, rows: int = 1) -> list
         number = schema.names.count(name)
         raise UnusableError(
             f'{path} has {f"{number} columns" if number else "no column"} "{name}" among {names}; '
-            + (
-                "keep one of them"
-                if number
-                else "set config.data.text_field to the one with the text"
-            ),
+            + ("keep one of them" if number else policy.fix_of_text(schema.names)),
             "a file without a text column",
             rows,
         )

@@ -99,7 +99,17 @@ def named(name: str, folder: pathlib.Path | None) -> ChatTemplate:
     path = pathlib.Path(name)
     if not path.is_file():
         raise ValueError(f"data.chat_template={name!r} is no file; give a Jinja file, or 'plain'")
-    return ChatTemplate(path.read_text(encoding="utf-8"), tokens, name)
+    return ChatTemplate(_source(path), tokens, name)
+
+
+def _source(path: pathlib.Path) -> str:
+    """The program in a file; ValueError, with the file's name, if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the chat template {path} is not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
 
 
 def load(folder: pathlib.Path) -> ChatTemplate:
@@ -110,7 +120,7 @@ def load(folder: pathlib.Path) -> ChatTemplate:
     files = tokenizer_files.Folder(folder)
     config = files.read("tokenizer_config.json")
     if (folder / FILE).is_file():
-        source = (folder / FILE).read_text(encoding="utf-8")
+        source = _source(folder / FILE)
     else:
         found = config.get("chat_template") or files.read("chat_template.json").get("chat_template")
         if isinstance(found, list):  # templates with names
@@ -118,7 +128,8 @@ def load(folder: pathlib.Path) -> ChatTemplate:
             found = named.get(DEFAULT)
         if not isinstance(found, str):
             raise ValueError(
-                f"{folder} has no chat template; give one by data.chat_template=FILE, a Jinja file"
+                f"{folder} has no chat template; put a Jinja file into it as {FILE}, or train with "
+                "data.chat_template=FILE"
             )
         source = found
     return ChatTemplate(source, _tokens(files), str(folder))

@@ -145,9 +145,9 @@ class Counted:
 
     @property
     def bytes_per_token(self: Counts) -> dict[str, float]:
-        """Mean bytes of text per predicted token, by label."""
+        """Mean bytes of text per predicted token, by label; 0 for one without any."""
         rows = zip(self.labels, self.bytes_per_label, self.pairs_per_label, strict=True)
-        return {label: num_bytes / num_pairs for label, num_bytes, num_pairs in rows}
+        return {label: num_bytes / max(num_pairs, 1) for label, num_bytes, num_pairs in rows}
 
     @property
     def byte_unigram_bits(self: Counts) -> float:

@@ -60,7 +60,8 @@ def from_json(line: str, reading: Reading, label: str = "all") -> tuple[str, Doc
         hint += "example with jq -c '.[]' or jq -c ."
         begins = line.startswith("[") or line.strip() == "{"
         what = hint if begins else what
-        problem = f' is not a JSON object with "{reading.text_field}"{what}'
+        fields = chat.FORMS if reading.conversations else f'"{reading.text_field}"'
+        problem = f" is not a JSON object with {fields}{what}"
         raise UnusableError(problem, "not a JSON object")
     return from_record(record, reading, label)
 
@@ -95,7 +96,7 @@ def from_record(
     text = _value(record, name)
     if text is None and name not in record:
         names = untrusted.label(", ".join(_names(record, name)))
-        fix = "set config.data.text_field to the one with the text"
+        fix = policy.fix_of_text(record)
         raise UnusableError(f' has no "{name}" (its fields: {names or "none"}); {fix}', "no text")
     if not isinstance(text, str):
         raise UnusableError(f': "{name}" is not a string', "a text that is no string")

@@ -63,6 +63,14 @@ def is_preference(fields: Container[str]) -> bool:
     return "chosen" in fields or "rejected" in fields or all(name in fields for name in LABELLED)
 
 
+def fix_of_text(fields: Container[str]) -> str:
+    """What to set for records with these fields, none of which is the text."""
+    talks = "messages" in fields or "conversations" in fields
+    if talks or ("prompt" in fields and "completion" in fields):
+        return "set config.data.conversations=True"
+    return "set config.data.text_field to the one with the text"
+
+
 STRICT = Reading()  # refuses the first record that cannot be used
 
 

@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from moe_jax import files, strict_json
-from moe_jax.data import chat, corpus, duplicates, preparation, shards, sources, text_files
+from moe_jax.data import (
+    chat,
+    corpus,
+    duplicates,
+    encoding,
+    preparation,
+    shards,
+    sources,
+    text_files,
+)
 from moe_jax.data.cache import DATASETS, writing
 from moe_jax.data.corpus import DamagedError, TokenizedCorpus
 from moe_jax.data.document import TEST, TRAIN, VALIDATION
@@ -56,7 +65,7 @@ def open_corpus(
     folder = cache / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     if folder.exists():
         try:
-            return TokenizedCorpus.load(folder)
+            return _with_loss(TokenizedCorpus.load(folder), source, split, form)
         except DamagedError as error:
             distributed.say(f"{str(error).partition('; ')[0]}; it is made anew")
             files.remove_folder(folder)
@@ -79,18 +88,61 @@ def open_corpus(
         for reason, number in facts.dropped.items():
             distributed.say(f"{name}: left out, {reason}: {number:,}")
         if not facts.documents:
-            fix = (
-                "set config.data.validation_fraction to another value, or give more text: each "
-                f"record and {text_files.PART_CHARACTERS:,} characters of .txt are one document; "
-                "join a small source of a mixture with another one by a glob"
+            raise ValueError(_nothing_left(source, split, facts, skipped, form))
+        if not (unfinished / corpus.MANIFEST).exists():  # no document has a token
+            raise ValueError(
+                f"data.source={source!r}: no {split} conversation has any text, as "
+                f"{_writing(form)} writes it; check the template"
             )
-            if split == TEST:
-                fix = "add files whose names say test, or set config.evaluation.test_split=False"
-            lost = f", and {skipped.in_words}; mend them, or " if skipped.in_words else "; "
-            raise ValueError(f"data.source={source!r} has no {split} documents{lost}{fix}")
         if sources.fingerprint(source, datasets) != made_of["source"]:
             raise ValueError(f"data.source={source!r} changed while it was read; run again")
-    return TokenizedCorpus.load(folder)
+    return _with_loss(TokenizedCorpus.load(folder), source, split, form)
+
+
+def _with_loss(
+    found: TokenizedCorpus, source: str, split: str, form: chat.Form | None
+) -> TokenizedCorpus:
+    """The corpus. Raises: ValueError if none of its tokens has a loss."""
+    if not found.num_tokens:
+        raise ValueError(
+            f"data.source={source!r}: no token of its {split} conversations has a loss, for all "
+            f"answers are empty, as {_writing(form)} writes them; give answers with text, or check "
+            "the template"
+        )
+    return found
+
+
+def _writing(form: chat.Form | None) -> str:
+    """The template of conversations, in words."""
+    return f"the chat template of {form.template.place}" if form else "the tokenizer"
+
+
+def _nothing_left(
+    source: str, split: str, facts: shards.Facts, skipped: Skipped, form: chat.Form | None
+) -> str:
+    """The line that refuses a split without documents: why there are none, and the fix."""
+    causes, fixes = [], []
+    if form and (too_long := facts.dropped[encoding.TOO_LONG]):
+        row = f"a row of {form.most - 1:,} tokens"
+        causes.append(f"conversations do not fit into {row}: {too_long:,}")
+        fixes.append("raise config.data.sequence_length")
+    if skipped.in_words:
+        causes.append(skipped.in_words)
+    if facts.bad:
+        such = " ".join(facts.bad[0])
+        causes.append(f"documents could not be tokenized: {len(facts.bad):,}, such as {such}")
+    if skipped.in_words or facts.bad:
+        fixes.append("mend them")
+    if split == TEST:
+        fixes.append("add files whose names say test, or set config.evaluation.test_split=False")
+    elif not facts.bad and not facts.dropped:
+        fixes.append(
+            "set config.data.validation_fraction to another value, or give more text: each record "
+            f"and {text_files.PART_CHARACTERS:,} characters of .txt are one document; join a small "
+            "source of a mixture with another one by a glob"
+        )
+    why = "".join(f", and {cause}" for cause in causes)
+    return f"data.source={source!r} has no {split} documents{why}; {', or '.join(fixes)}"
 
 
 def of_digest(digest: str, cache: pathlib.Path) -> TokenizedCorpus | None:

@@ -146,5 +146,20 @@ def documents(
     return source.documents(spec, split, **options)
 
 
+def texts(option: str, spec: str, split: str, **how: Any) -> Iterator[Document]:
+    """`documents` of strict reading, for a command whose `option` gives the source and that has no
+    config: an error whose fix is a key of a config names what works there instead."""
+    try:
+        yield from documents(spec, split, **how)
+    except ValueError as error:
+        problem, _, key = str(error).partition("; set config.data.")
+        if not key:
+            raise
+        problem = problem.removeprefix("data.source: ")
+        raise ValueError(
+            f'{option}: {problem}; write the text of each record as its "text"'
+        ) from error
+
+
 def _source(spec: str) -> Source:
     return next(source for source in reversed(SOURCES.values()) if source.matches(spec))

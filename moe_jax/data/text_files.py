@@ -85,6 +85,12 @@ def documents(
     skipped = skipped or Skipped(reading.skip_damaged)
     wanted = (split,) if split == TEST else (split, DIVIDED)
     files = [file for file in files if file.split in wanted]
+    plain = [file.path for file in files if _ending(file.path.name) == ".txt"]
+    if reading.conversations and plain:
+        raise ValueError(
+            f"data.source: {plain[0]} is text, which has no conversations; give .jsonl or "
+            ".parquet, or set config.data.conversations=False"
+        )
     before = {file: stored.state(file.path) for file in files}
     for file in files:
         try:

@@ -1,14 +1,14 @@
 """Conversations with a model that was tuned on a chat template."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from moe_jax import model
-from moe_jax.data import tokenizers
+from moe_jax.data import chat, tokenizers
 from moe_jax.data.chat_template import ChatTemplate, Message
 from moe_jax.evaluation import generate
 from moe_jax.evaluation.sampling import GREEDY, RANGES, Sampling
@@ -16,6 +16,12 @@ from moe_jax.evaluation.sampling import GREEDY, RANGES, Sampling
 STREAMED = 4  # tokens that appear at a time
 INCOMPLETE = "\ufffd"  # what the first bytes of a character decode to
 RESET = "/reset"
+# The field of a record that is answered -> the answer that `chat.conversation` finds after it.
+EMPTY = {
+    "messages": {"role": chat.ASSISTANT, "content": ""},
+    "conversations": {"from": "gpt", "value": ""},
+}
+FORMS = '"messages", "conversations", or "prompt"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +36,9 @@ class Chat:
     num_tokens: int
     sampling: Sampling = GREEDY
 
-    def prompt(self, messages: Sequence[Message]) -> np.ndarray:
+    def prompt(self, talk: chat.Conversation) -> np.ndarray:
         """The ids that the model continues; raises ValueError if the template fails."""
-        text = self.template.render(messages, prompt=True).text
+        text = self.template.render(talk.messages, tools=talk.tools, prompt=True).text
         return self.tokenizer.with_offsets(text)[0]
 
     def stream(self, messages: Sequence[Message], key: jax.Array) -> Iterator[str]:
@@ -41,7 +47,7 @@ class Chat:
         Raises: ValueError if the model has no room for the conversation and an answer.
         """
         ids, shown = np.zeros(0, np.int32), ""
-        prompt = self.prompt(messages)
+        prompt = self.prompt(chat.Conversation(tuple(messages)))
         pieces = generate.pieces(
             self.params,
             self.config,
@@ -65,12 +71,12 @@ class Chat:
             if ended:
                 return
 
-    def answers(self, conversations: Sequence[Sequence[Message]], key: jax.Array) -> list[str]:
+    def answers(self, conversations: Sequence[chat.Conversation], key: jax.Array) -> list[str]:
         """The answers to conversations of any lengths, in one batch."""
         found = generate.generate_until(
             self.params,
             self.config,
-            [self.prompt(messages) for messages in conversations],
+            [self.prompt(talk) for talk in conversations],
             lambda ids: len(generate.before_end(ids, self.end_ids)) < len(ids),
             num_tokens=self.num_tokens,
             sampling=self.sampling,
@@ -80,6 +86,28 @@ class Chat:
 
     def _room(self, length: int) -> int:
         return min(length, self.config.max_position_embeddings - self.num_tokens)
+
+
+def asked(record: Mapping[str, Any]) -> chat.Conversation:
+    """The conversation of a record in one of the forms of training, for a model to answer.
+
+    It is read as in training, with an empty answer at its end, which is then left out. The
+    "completion" after a "prompt" is left out too.
+
+    Raises: ValueError for a record that has none.
+    """
+    field = next((name for name in (*EMPTY, "prompt") if name in record), None)
+    if field is None:
+        raise ValueError(f"it has none of {FORMS}; write one of them")
+    try:
+        if field in EMPTY:
+            record = {**record, field: [*chat.messages_of(record, field), EMPTY[field]]}
+        else:
+            record = {**record, "completion": ""}
+        talk = chat.conversation(record)
+    except ValueError as error:
+        raise ValueError(f"{str(error).lstrip(': ')}; mend it") from None
+    return dataclasses.replace(talk, messages=talk.messages[:-1], first=0)
 
 
 def settings(found: dict[str, Any]) -> Sampling:

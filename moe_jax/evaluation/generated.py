@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -137,9 +138,8 @@ def tools(
 
 
 def _training_text(source: str) -> Iterator[str]:
-    documents = sources.documents(
-        source, TRAIN, validation_fraction=0.0, data_dir=cache_folder("") / DATASETS
-    )
+    how: dict[str, Any] = {"validation_fraction": 0.0, "data_dir": cache_folder("") / DATASETS}
+    documents = sources.texts("--training_text", source, TRAIN, **how)
     name = f"reading {source}"
     return (d.text for d in tqdm.tqdm(documents, name, unit=" documents", disable=None))
 

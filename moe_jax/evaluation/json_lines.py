@@ -1,5 +1,6 @@
 """Files of items, one JSON object per line."""
 
+import json
 import pathlib
 import reprlib
 from collections.abc import Callable
@@ -37,7 +38,13 @@ def read(path: str | pathlib.Path, parse: Callable[[dict[str, Any]], Item]) -> l
 def _object(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE:
         raise ValueError(f"it has more than {MAX_LINE:,} bytes; divide or remove it")
-    values = strict_json.parse(line.decode("utf-8-sig"))  # some editors write a BOM
+    try:
+        values = strict_json.parse(line.decode("utf-8-sig"))  # some editors write a BOM
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg.removesuffix(' at')}, column {error.colno}"
+        raise ValueError(f"it is not JSON ({problem}); write one JSON object per line") from None
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")
     return values

@@ -5,12 +5,23 @@ import json
 
 import jax
 import numpy as np
+import pyarrow
 import pytest
 import tokenizers as hf_tokenizers
+from pyarrow import parquet
 
 from moe_jax import model
 from moe_jax.config.data import Data
-from moe_jax.data import batches, chat, chat_template, policy, prepare, tokenizers
+from moe_jax.data import (
+    batches,
+    chat,
+    chat_template,
+    document,
+    policy,
+    prepare,
+    sources,
+    tokenizers,
+)
 from moe_jax.data.mixed import MixedText
 from moe_jax.data.packing import RowPlan
 from moe_jax.evaluation import perplexity
@@ -18,6 +29,8 @@ from moe_jax.training import objective
 
 BYTES = tokenizers.load("bytes")
 T = 64
+PLAIN = chat.Form(chat_template.PLAIN, T + 1)
+HOW = {"validation_fraction": 0}
 
 
 def talk(*contents):
@@ -34,18 +47,16 @@ TALKS = [
 ]
 
 
-def opened(tmp_path, records=TALKS, most=T + 1, **how):
+def opened(tmp_path, records=TALKS, most=T + 1, template=chat_template.PLAIN, **how):
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    form = chat.Form(chat_template.PLAIN, most)
+    return open_path(tmp_path, tmp_path / "talks.jsonl", chat.Form(template, most), **how)
+
+
+def open_path(tmp_path, path, form=PLAIN, **how):
     reading = policy.Reading(conversations=True, **how)
+    cache = tmp_path / "cache"
     return prepare.open_corpus(
-        str(tmp_path / "talks.jsonl"),
-        "train",
-        BYTES,
-        validation_fraction=0,
-        cache=tmp_path / "cache",
-        reading=reading,
-        form=form,
+        *(str(path), "train", BYTES), **HOW, cache=cache, reading=reading, form=form
     )
 
 
@@ -143,6 +154,93 @@ def test_a_record_that_is_no_conversation_is_named_or_skipped_and_counted(tmp_pa
         opened(tmp_path, records)
     corpus = opened(tmp_path, records, skip_damaged=2)
     assert corpus.skipped == {"no conversation": 2} and len(corpus.pairs) == 1
+
+
+def marking(source):
+    return chat_template.ChatTemplate(source, (), "here.jinja")
+
+
+SILENT = marking(
+    "{% for m in messages %}{{ m.role }}"
+    "{% if m.role == 'assistant' %}{% generation %}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+def test_text_of_which_no_token_has_a_loss_is_refused_each_time(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no token of its train conversations has a loss") as e:
+            opened(tmp_path, TALKS[:2], template=SILENT)
+        assert "here.jinja" in str(e.value) and "give answers with text" in str(e.value)
+
+
+def test_a_label_without_a_loss_has_no_bytes_per_token(tmp_path):
+    source = (
+        "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}{% generation %}"
+        "{% if m.content != 'So.' %}{{ m.content }}{% endif %}"
+        "{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    records = [{**talk("?", "So."), "lang": "a"}, {**talk("!", "Yes."), "lang": "b"}]
+    found = opened(tmp_path, records, template=marking(source))
+    assert found.bytes_per_token == {"a": 0.0, "b": 1.0}
+
+
+def test_a_template_that_writes_nothing_is_named(tmp_path):
+    empty = "{% for m in messages if m.role == 'assistant' %}{% generation %}{% endgeneration %}"
+    with pytest.raises(ValueError, match="no train conversation has any text, as .* here.jinja"):
+        opened(tmp_path, template=marking(empty + "{% endfor %}"))
+
+
+def test_a_split_that_lost_all_conversations_says_why(tmp_path):
+    with pytest.raises(ValueError) as error:
+        opened(tmp_path, TALKS[3:])
+    assert str(error.value).endswith(
+        "has no train documents, and conversations do not fit into a row of 64 tokens: 1; raise "
+        "config.data.sequence_length"
+    )
+    with pytest.raises(ValueError, match="were skipped .no conversation: 1.; mend them, or set"):
+        opened(tmp_path, [{"text": "a"}], skip_damaged=5)
+    with pytest.raises(ValueError, match="not be tokenized: 2, such as .*raises.*; mend them$"):
+        raising = marking("{{ raise_exception('raises') }}")
+        opened(tmp_path, TALKS[:2], template=raising, skip_damaged=5)
+
+
+def test_a_text_file_has_no_conversations(tmp_path):
+    (tmp_path / "a.txt").write_text("plain text")
+    with pytest.raises(ValueError, match=r"a.txt is text, which has no conversations; give .jsonl"):
+        open_path(tmp_path, tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("record", "fix"),
+    [
+        ({"messages": []}, "set config.data.conversations=True"),
+        ({"conversations": []}, "set config.data.conversations=True"),
+        ({"prompt": "a", "completion": "b"}, "set config.data.conversations=True"),
+        ({"prompt": "a"}, "set config.data.text_field to the one with the text"),
+    ],
+)
+def test_conversations_read_as_text_say_which_key_reads_them(record, fix, tmp_path):
+    with pytest.raises(policy.UnusableError) as error:
+        document.from_record(record, policy.STRICT)
+    assert str(error.value).endswith(fix)
+    table = pyarrow.Table.from_pylist([record])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError) as error:
+        list(sources.documents(*(str(tmp_path / "a.parquet"), "train"), **HOW, data_dir=tmp_path))
+    assert fix in str(error.value)
+
+
+def test_a_command_without_a_config_names_a_fix_that_it_has(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"messages": []}\n')
+    read = sources.texts("--text", str(tmp_path / "a.jsonl"), "train", **HOW, data_dir=tmp_path)
+    with pytest.raises(ValueError, match="^--text: .*a.jsonl:1 has no .text.*; write the text of"):
+        list(read)
+
+
+def test_a_line_that_is_no_json_names_the_fields_of_conversations(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"messages": \n')
+    with pytest.raises(ValueError, match='bad.jsonl:1 is not a JSON object with "messages", "conv'):
+        open_path(tmp_path, tmp_path / "bad.jsonl")
 
 
 def test_text_and_conversations_can_be_mixed(tmp_path):

@@ -4,8 +4,10 @@ import json
 import sys
 
 import pytest
+import tokenizers as hf_tokenizers
 
 from moe_jax.commands import show_data
+from moe_jax.data import tokenizers
 
 
 @pytest.fixture
@@ -42,10 +44,24 @@ def test_the_answers_of_conversations_are_marked(talks, monkeypatch, capsys):
     for document in text.split("-" * 20)[:-1]:
         prompt, _, answer = document.partition("[[")
         number = prompt.split("user:\n")[1].split("?")[0]
-        assert answer.strip() == f"{number}.\n]]"
+        assert answer.strip() == f"{number}.</s>\n]]"  # one sees that the turn's end is trained
+        assert prompt.endswith(f"user:\n{number}?</s>\nassistant:\n")
 
 
 def test_all_of_a_text_is_marked(monkeypatch, capsys):
     text = shown(monkeypatch, capsys, "--row=3")
     assert "row 3: 128 of 128 tokens" in text and "128 tokens with a loss" in text
     assert text.count("[[") == text.count("-" * 20)
+
+
+def test_special_tokens_stand_where_they_are(tmp_path):
+    """A template's tokens of a Hugging Face tokenizer, also some in a row and at the ends."""
+    made = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE({c: i for i, c in enumerate("ab")}, []))
+    made.add_special_tokens(["<|im_end|>", "<s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = tokenizers.load(str(tmp_path / "tokenizer.json"))
+    text = "<s>a<|im_end|><|im_end|>b<s>"
+    ids = tokenizer.with_offsets(text)[0]
+    assert show_data._decoded(ids, tokenizer) == text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from moe_jax import hf, model
 from moe_jax.commands import generate as generate_command
 from moe_jax.data import tokenizer_training, tokenizers
+from moe_jax.data.chat import Conversation
 from moe_jax.data.chat_template import ChatTemplate
 from moe_jax.evaluation import chatting, generate
 from moe_jax.evaluation.sampling import GREEDY, Sampling
@@ -20,6 +22,7 @@ SOURCE = (
     "{% if add_generation_prompt %}a{% endif %}"
 )
 TEMPLATE = ChatTemplate(SOURCE, (("eos_token", "</s>"),), "here")
+TURNS = "human", "gpt", "human"
 BYTES = tokenizers.load("bytes")
 NUM_TOKENS = 12
 CONFIG = model.ModelConfig(
@@ -49,6 +52,10 @@ def said(*contents):
     return [{"role": role, "content": one} for role, one in zip(roles, contents, strict=False)]
 
 
+def talk(*contents):
+    return Conversation(tuple(said(*contents)))
+
+
 def test_an_answer_in_parts_is_the_greedy_continuation_of_the_rendered_text():
     messages = said("Hello?", "Yes.", "And now?")
     prompt = BYTES.with_offsets("uHello?</s>aYes.</s>uAnd now?</s>a")[0]
@@ -56,17 +63,19 @@ def test_an_answer_in_parts_is_the_greedy_continuation_of_the_rendered_text():
     kept = generate.before_end(expected, (BYTES.eos_id,))
     parts = list(chat().stream(messages, jax.random.key(0)))
     assert "".join(parts) == BYTES.decode(kept)
-    assert chat().answers([messages, said("?")], jax.random.key(0))[0] == BYTES.decode(kept)
+    assert chat().answers([Conversation(tuple(messages)), talk("?")], jax.random.key(0))[
+        0
+    ] == BYTES.decode(kept)
 
 
 def test_an_answer_ends_before_an_end_token():
-    prompt = chat().prompt(said("?"))
+    prompt = chat().prompt(talk("?"))
     whole = generate.generate(params(), CONFIG, [prompt], num_tokens=NUM_TOKENS)[0]
     end = int(whole[5])
     kept = whole[: whole.tolist().index(end)]
     ended = chat(end_ids=(end,))
     assert "".join(ended.stream(said("?"), jax.random.key(0))) == BYTES.decode(kept)
-    assert ended.answers([said("?")], jax.random.key(0)) == [BYTES.decode(kept)]
+    assert ended.answers([talk("?")], jax.random.key(0)) == [BYTES.decode(kept)]
 
 
 def test_a_conversation_goes_on_and_begins_anew():
@@ -108,6 +117,47 @@ def test_a_setting_out_of_range_is_refused(value):
         chatting.settings({"do_sample": True, "top_p": value})
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": said("a", "b", "c")},
+        {"conversations": [{"from": f, "value": v} for f, v in zip(TURNS, "abc", strict=True)]},
+        {"prompt": said("a", "b", "c")},
+        {"prompt": said("a", "b", "c"), "completion": "d"},
+    ],
+)
+def test_a_record_is_asked_in_every_form_of_training_with_its_tools(record):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert chatting.asked(record) == Conversation(tuple(said("a", "b", "c")))
+    found = chatting.asked({**record, "tools": tools})
+    assert found == Conversation(tuple(said("a", "b", "c")), tuple(tools))
+    source = "{{ tools | tojson if tools }}{{ messages[0].content }}"
+    partner = dataclasses.replace(chat(), template=ChatTemplate(source, (), "here"))
+    assert BYTES.decode(partner.prompt(found)) == json.dumps(tools) + "a"
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"text": "a"}, 'none of "messages", "conversations", or "prompt"; write'),
+        ({"messages": []}, '"messages" is not a list of messages; mend'),
+        ({"messages": "a"}, '"messages" is not a list of messages; mend'),
+        ({"conversations": [{"from": "human"}]}, "message 1 has neither"),
+        ({"prompt": 3}, '"prompt" is not a list of messages'),
+        ({"prompt": "a", "tools": 3}, '"tools" is not a list'),
+    ],
+)
+def test_a_record_that_cannot_be_asked_is_refused(record, words):
+    with pytest.raises(ValueError, match=words):
+        chatting.asked(record)
+
+
+def test_a_line_that_is_not_utf8_is_read(monkeypatch):
+    given = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nb\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", given)
+    assert list(generate_command._lines()) == ["caf\ufffd", "b"]
+
+
 def test_the_command_answers_a_file_of_conversations(tmp_path, capsys, monkeypatch):
     config = dataclasses.replace(CONFIG, vocab_size=270)
     hf.save(tmp_path / "moe", config, model.init(config, jax.random.key(1)))
@@ -123,7 +173,13 @@ def test_the_command_answers_a_file_of_conversations(tmp_path, capsys, monkeypat
 
     with pytest.raises(SystemExit) as ended:
         run()
-    assert ended.value.code == 2 and "has no chat template" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "has no chat template; put a Jinja file into it" in error
+    (tmp_path / "moe" / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(SystemExit):
+        run()
+    error = capsys.readouterr().err
+    assert "chat_template.jinja is not UTF-8 (byte 0); save it as UTF-8" in error
     (tmp_path / "moe" / "chat_template.jinja").write_text(SOURCE)
     talks = tmp_path / "talks.jsonl"
     talks.write_text("".join(json.dumps({"messages": said(text)}) + "\n" for text in "12"))
@@ -131,7 +187,13 @@ def test_the_command_answers_a_file_of_conversations(tmp_path, capsys, monkeypat
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [record["messages"][1]["content"] for record in records] == ["1", "2"]
     assert all(isinstance(record["answer"], str) for record in records)
-    talks.write_text('{"text": "1"}\n')
-    with pytest.raises(SystemExit):
-        run(f"--messages={talks}")
-    assert "line 1" in capsys.readouterr().err.splitlines()[-1]
+    refused = {"messages": [{"role": "user", "content": None, "tool_calls": [{}]}]}
+    for line, words in (
+        ('{"text": "1"}', "it has none of"),
+        ('{"messages": ', "it is not JSON"),
+        (json.dumps(refused), "the chat template of"),
+    ):
+        talks.write_text(f"{line}\n")
+        with pytest.raises(SystemExit):
+            run(f"--messages={talks}")
+        assert f"line 1: {words}" in capsys.readouterr().err
