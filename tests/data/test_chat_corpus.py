@@ -160,34 +160,29 @@ def marking(source):
     return chat_template.ChatTemplate(source, (), "here.jinja")
 
 
-SILENT = marking(
-    "{% for m in messages %}{{ m.role }}"
-    "{% if m.role == 'assistant' %}{% generation %}{% endgeneration %}{% endif %}{% endfor %}"
+ANSWER_ALONE = marking(
+    "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
 )
 
 
 def test_text_of_which_no_token_has_a_loss_is_refused_each_time(tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match="no token of its train conversations has a loss") as e:
-            opened(tmp_path, TALKS[:2], template=SILENT)
+            opened(tmp_path, [talk("?", ""), talk("!", "")], template=ANSWER_ALONE)
         assert "here.jinja" in str(e.value) and "give answers with text" in str(e.value)
 
 
 def test_a_label_without_a_loss_has_no_bytes_per_token(tmp_path):
-    source = (
-        "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}{% generation %}"
-        "{% if m.content != 'So.' %}{{ m.content }}{% endif %}"
-        "{% endgeneration %}{% endif %}{% endfor %}"
-    )
-    records = [{**talk("?", "So."), "lang": "a"}, {**talk("!", "Yes."), "lang": "b"}]
-    found = opened(tmp_path, records, template=marking(source))
+    records = [{**talk("?", ""), "lang": "a"}, {**talk("!", "Yes."), "lang": "b"}]
+    found = opened(tmp_path, records, template=ANSWER_ALONE)
     assert found.bytes_per_token == {"a": 0.0, "b": 1.0}
 
 
 def test_a_template_that_writes_nothing_is_named(tmp_path):
     empty = "{% for m in messages if m.role == 'assistant' %}{% generation %}{% endgeneration %}"
     with pytest.raises(ValueError, match="no train conversation has any text, as .* here.jinja"):
-        opened(tmp_path, template=marking(empty + "{% endfor %}"))
+        opened(tmp_path, [talk("?", "")], template=marking(empty + "{% endfor %}"))
 
 
 def test_a_split_that_lost_all_conversations_says_why(tmp_path):

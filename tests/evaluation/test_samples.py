@@ -36,7 +36,7 @@ def test_fields_of_a_line_are_those_of_its_sample(tmp_path):
         (b'{"text": "a\0b"}', "Invalid control character"),
         (b'{"text": "\\ud800"}', "surrogate"),
         (b'{"text": "a", "prompt": "\\udfff"}', "surrogate"),
-        (b'{"text": "\xff"}', "utf-8"),
+        (b'{"text": "\xff"}', "UTF-8"),
         (b'{"text": 3}', "text"),
         (b'{"text": "a", "label": ["b"]}', "label"),
         (b'{"text": "a", "text": "b"}', "twice"),
