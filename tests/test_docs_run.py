@@ -43,6 +43,7 @@ NOT_HERE = {
     r"--tiktoken=": "needs a published vocabulary; see data/test_train_tokenizer.py",
     r"^(hf|wget|grep) |source=corpora/": "needs the network; see data/test_published_corpora.py",
     r"^source beam/|--runner=": "needs a venv with Beam; see data/test_beam_pipeline.py",
+    r"configs/olmoe/1b_7b\.py --workdir": "needs OLMoE's corpora; see data/test_mixture.py",
     r"source=gs:": "needs a bucket; see data/test_stored.py",
     r"--coordinator=host0:": "needs a second host; see test_train_processes.py",
 }
