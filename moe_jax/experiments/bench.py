@@ -75,6 +75,12 @@ def recipes(arm: Overrides, width: int, *, one: str, several: str) -> dict[str, 
     }
 
 
+def flops_ratio(dense: ModelConfig, length: int) -> float:
+    """The model FLOPs of a step of the naive arm, relative to one of its dense parent."""
+    sparse = dense.to_moe(num_experts=8, num_experts_per_tok=2)
+    return flops.model_flops(sparse, length) / flops.model_flops(dense, length)
+
+
 def controls(
     arm: Overrides, scratch: Overrides, dense: ModelConfig, *, one: str, steps: int, length: int
 ) -> dict[str, Overrides]:
@@ -84,8 +90,7 @@ def controls(
     Args: arm, scratch: overrides of runs from a parent and from scratch. dense: the parent's model.
       steps: of an arm and of the parent. length: of a row, in tokens.
     """
-    sparse = dense.to_moe(num_experts=8, num_experts_per_tok=2)
-    ratio = flops.model_flops(sparse, length) / flops.model_flops(dense, length)
+    ratio = flops_ratio(dense, length)
     continued, scratch = {**arm, "init.source": one}, {**scratch, **MOE}
     return {
         "dense_continued": continued,

@@ -15,12 +15,9 @@ runs that both files have are executed once. Hardware: 2 CPU cores. The hours th
 results, are in docs/results.md.
 """
 
-from moe_jax import config as configs
-from moe_jax.experiments import study
+from moe_jax.experiments import cpu, study
 from moe_jax.sweep import arms
 
-STEPS, LENGTH, WIDTH = 1000, 128, 288
-PARENT, ARMS = 0, 10  # seeds: arms read the text in another order
 COEFFICIENT = "balance.load_balancing_coefficient"
 SIGMOID = {COEFFICIENT: 0.0, "model.router": "sigmoid_topk"}
 RULES = {
@@ -32,32 +29,12 @@ RULES = {
 }
 
 
-def get_config():
-    config = configs.default()
-    config.seed = PARENT
-    config.model.preset = "quickstart"
-    config.model.intermediate_size = WIDTH
-    config.data.source = "tfds:lo_parallel19_sealed"
-    config.data.sequence_length = LENGTH
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.warmup_steps = 40
-    config.training.num_steps = STEPS
-    config.training.batch_size = 8
-    config.training.log_every = 25
-    config.training.log_to = ()
-    config.evaluation.every_steps = 125
-    config.evaluation.batch_size = 64
-    config.evaluation.max_batches = 4
-    config.evaluation.final_max_batches = 4
-    config.evaluation.test_split = True
-    config.checkpoint.every_steps = STEPS
-    config.checkpoint.keep = 1
-    return config
+get_config = cpu.config
 
 
 def get_sweep():
     arm = {
-        "seed": ARMS,
+        "seed": cpu.ARMS,
         "init.source": "@dense",
         "optimizer.learning_rate": 2.7e-3,
         "model.num_experts": 8,

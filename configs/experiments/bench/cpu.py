@@ -16,15 +16,9 @@ A new recipe of `upcycle/recipes.py` is an arm of its own; moe_jax/experiments/b
 recipes need besides.
 """
 
-import dataclasses
-
-from moe_jax import config as configs
-from moe_jax.experiments import bench
-from moe_jax.model.presets import PRESETS
+from moe_jax.experiments import bench, cpu
 from moe_jax.sweep import arms
 
-STEPS, LENGTH, WIDTH = 1000, 128, 288
-PARENT, ARMS = 0, 10  # seeds: arms read the text in another order
 # Parents for the recipes that take several: the dense one, trained further on some languages.
 BRANCHES = {
     "european": (20, ("en-us", "de", "nl", "fr", "es", "it", "pt-br", "pl", "cs", "hu")),
@@ -32,45 +26,29 @@ BRANCHES = {
 }
 
 
-def get_config():
-    config = configs.default()
-    config.seed = PARENT
-    config.model.preset = "quickstart"
-    config.model.intermediate_size = WIDTH
-    config.data.source = "tfds:lo_parallel19_sealed"
-    config.data.sequence_length = LENGTH
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.warmup_steps = 40
-    config.training.num_steps = STEPS
-    config.training.batch_size = 8
-    config.training.log_every = 25
-    config.training.log_to = ()
-    config.evaluation.every_steps = 125
-    config.evaluation.batch_size = 64
-    config.evaluation.max_batches = 4
-    config.evaluation.final_max_batches = 4
-    config.evaluation.test_split = True
-    config.checkpoint.every_steps = STEPS
-    config.checkpoint.keep = 1
-    return config
+get_config = cpu.config
 
 
 def get_sweep():
-    arm = {"seed": ARMS, "optimizer.learning_rate": 2.7e-3}  # 2/3 of the parent's, as in the paper
-    scratch = {"seed": ARMS}  # the parent's learning rate
-    dense = dataclasses.replace(PRESETS["quickstart"], intermediate_size=WIDTH)
+    arm = {
+        "seed": cpu.ARMS,
+        "optimizer.learning_rate": 2.7e-3,
+    }  # 2/3 of the parent's, as in the paper
+    scratch = {"seed": cpu.ARMS}  # the parent's learning rate
     branches = {
         name: {
             **arm,
             "seed": seed,
             "init.source": "@dense",
-            "training.num_steps": STEPS // 2,
+            "training.num_steps": cpu.STEPS // 2,
             "data.mixture": {"by_label": True, "shares": tuple((label, 1.0) for label in labels)},
         }
         for name, (seed, labels) in BRANCHES.items()
     }
-    controls = bench.controls(arm, scratch, dense, one="@dense", steps=STEPS, length=LENGTH)
-    recipes = bench.recipes(arm, WIDTH, one="@dense", several="@european,@others")
+    controls = bench.controls(
+        arm, scratch, cpu.DENSE, one="@dense", steps=cpu.STEPS, length=cpu.LENGTH
+    )
+    recipes = bench.recipes(arm, cpu.WIDTH, one="@dense", several="@european,@others")
     return arms.seeds(arms.named({"dense": {}, **branches, **controls, **recipes}), 3)
 
 

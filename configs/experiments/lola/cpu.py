@@ -11,12 +11,9 @@ same shares to the power of 0.3, or equal ones. Which experts the languages use 
 been run yet.
 """
 
-from moe_jax import config as configs
-from moe_jax.experiments import study
+from moe_jax.experiments import cpu, study
 from moe_jax.sweep import arms
 
-STEPS, LENGTH, WIDTH = 1000, 128, 288
-PARENT = 0  # seed
 LANGUAGES = (
     *("en-us", "de", "ru", "es", "fr", "ja", "zh-cn", "it", "pl", "pt-br"),
     *("nl", "vi", "tr", "cs", "id", "el", "ko", "hu", "fi"),
@@ -24,27 +21,7 @@ LANGUAGES = (
 EXPONENTS = {"uneven": 1.0, "temperature": 0.3, "uniform": 0.0}
 
 
-def get_config():
-    config = configs.default()
-    config.seed = PARENT
-    config.model.preset = "quickstart"
-    config.model.intermediate_size = WIDTH
-    config.data.source = "tfds:lo_parallel19_sealed"
-    config.data.sequence_length = LENGTH
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.warmup_steps = 40
-    config.training.num_steps = STEPS
-    config.training.batch_size = 8
-    config.training.log_every = 25
-    config.training.log_to = ()
-    config.evaluation.every_steps = 125
-    config.evaluation.batch_size = 64
-    config.evaluation.max_batches = 4
-    config.evaluation.final_max_batches = 4
-    config.evaluation.test_split = True
-    config.checkpoint.every_steps = STEPS
-    config.checkpoint.keep = 1
-    return config
+get_config = cpu.config
 
 
 def get_sweep():

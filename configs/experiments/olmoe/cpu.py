@@ -11,12 +11,8 @@ router z-loss, with QK-norm, and with experts that choose tokens. Hardware: 2 CP
 been run yet.
 """
 
-from moe_jax import config as configs
-from moe_jax.experiments import study
+from moe_jax.experiments import cpu, study
 from moe_jax.sweep import arms
-
-STEPS, LENGTH, WIDTH = 1000, 128, 288
-PARENT = 0  # seed
 
 
 def experts(number, active, width, **others):
@@ -28,6 +24,7 @@ def experts(number, active, width, **others):
     }
 
 
+QUARTER = cpu.WIDTH // 4
 COEFFICIENT = "balance.load_balancing_coefficient"
 CHOICE = {
     "model.router": "expert_choice",
@@ -36,37 +33,17 @@ CHOICE = {
     COEFFICIENT: 0.0,
 }
 NAMED = {
-    "fine": experts(32, 8, WIDTH // 4),
-    "medium": experts(16, 4, WIDTH // 2),
-    "coarse": experts(8, 2, WIDTH),
-    "shared": experts(31, 7, WIDTH // 4, **{"model.shared_expert_intermediate_size": WIDTH // 4}),
-    "z_loss": experts(32, 8, WIDTH // 4, **{"balance.router_z_coefficient": 1e-3}),
-    "qk_norm": experts(32, 8, WIDTH // 4, **{"model.qk_norm": "full"}),
-    "expert_choice": experts(32, 8, WIDTH // 4, **CHOICE),
+    "fine": experts(32, 8, QUARTER),
+    "medium": experts(16, 4, cpu.WIDTH // 2),
+    "coarse": experts(8, 2, cpu.WIDTH),
+    "shared": experts(31, 7, QUARTER, **{"model.shared_expert_intermediate_size": QUARTER}),
+    "z_loss": experts(32, 8, QUARTER, **{"balance.router_z_coefficient": 1e-3}),
+    "qk_norm": experts(32, 8, QUARTER, **{"model.qk_norm": "full"}),
+    "expert_choice": experts(32, 8, QUARTER, **CHOICE),
 }
 
 
-def get_config():
-    config = configs.default()
-    config.seed = PARENT
-    config.model.preset = "quickstart"
-    config.model.intermediate_size = WIDTH
-    config.data.source = "tfds:lo_parallel19_sealed"
-    config.data.sequence_length = LENGTH
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.warmup_steps = 40
-    config.training.num_steps = STEPS
-    config.training.batch_size = 8
-    config.training.log_every = 25
-    config.training.log_to = ()
-    config.evaluation.every_steps = 125
-    config.evaluation.batch_size = 64
-    config.evaluation.max_batches = 4
-    config.evaluation.final_max_batches = 4
-    config.evaluation.test_split = True
-    config.checkpoint.every_steps = STEPS
-    config.checkpoint.keep = 1
-    return config
+get_config = cpu.config
 
 
 def get_sweep():

@@ -13,12 +13,9 @@ seeds are those of configs/experiments/bench/cpu.py: in the same workdir, the ru
 have are executed once. Hardware: 2 CPU cores. It has not been run yet.
 """
 
-from moe_jax import config as configs
-from moe_jax.experiments import study
+from moe_jax.experiments import bench, cpu, study
 from moe_jax.sweep import arms
 
-STEPS, LENGTH, WIDTH = 1000, 128, 288
-PARENT, ARMS = 0, 10  # seeds: arms read the text in another order
 MOE = {"model.num_experts": 8, "model.num_experts_per_tok": 2}
 FIXED = {"balance.load_balancing_coefficient": 0.04}
 ADAPTIVE = {
@@ -33,42 +30,22 @@ RULES = {
     "adaptive": ADAPTIVE,
     "both": {**ADAPTIVE, **NORMALISED},
 }
-RATIO = 1.605  # the FLOPs of a step of the MoE relative to one of its parent
-BUDGETS = {"two_thirds": round(2 / 3 * STEPS / RATIO), "twice": round(2 * STEPS / RATIO)}
+RATIO = bench.flops_ratio(cpu.DENSE, cpu.LENGTH)
+BUDGETS = {"two_thirds": round(2 / 3 * cpu.STEPS / RATIO), "twice": round(2 * cpu.STEPS / RATIO)}
 
 
-def get_config():
-    config = configs.default()
-    config.seed = PARENT
-    config.model.preset = "quickstart"
-    config.model.intermediate_size = WIDTH
-    config.data.source = "tfds:lo_parallel19_sealed"
-    config.data.sequence_length = LENGTH
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.warmup_steps = 40
-    config.training.num_steps = STEPS
-    config.training.batch_size = 8
-    config.training.log_every = 25
-    config.training.log_to = ()
-    config.evaluation.every_steps = 125
-    config.evaluation.batch_size = 64
-    config.evaluation.max_batches = 4
-    config.evaluation.final_max_batches = 4
-    config.evaluation.test_split = True
-    config.checkpoint.every_steps = STEPS
-    config.checkpoint.keep = 1
-    return config
+get_config = cpu.config
 
 
 def get_sweep():
     upcycled = {
-        "seed": ARMS,
+        "seed": cpu.ARMS,
         "init.source": "@dense",
         "init.upcycle.recipe": "naive",
         "optimizer.learning_rate": 2.7e-3,
         **MOE,
     }
-    scratch = {"scratch": {"seed": ARMS, **MOE, **FIXED}}  # the parent's learning rate
+    scratch = {"scratch": {"seed": cpu.ARMS, **MOE, **FIXED}}  # the parent's learning rate
     equal = arms.chain(arms.product(upcycled, arms.named(RULES)), arms.named(scratch))
     others = arms.product(
         arms.named({"naive": {**upcycled, **FIXED}, **scratch}),
