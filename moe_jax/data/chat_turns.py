@@ -76,7 +76,7 @@ def spans(
 
 
 def _unknown(template: ChatTemplate, talk: Conversation, turn: int) -> str:
-    """What is said of a turn that is not found."""
+    """The message that refuses a template in which a turn is not found."""
     why = "neither its rendering as an answer nor its content stands there exactly"
     if not turn:
         why = "the conversation begins with it, so that no prompt shows where it begins"

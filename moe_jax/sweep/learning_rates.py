@@ -1,6 +1,6 @@
-"""Which learning rate after upcycling? The short runs that measure it, and what they show.
+"""Short runs show which learning rate a run should have after upcycling.
 
-No published rule says it. NVIDIA restarts at the peak of pre-training (He et al., arXiv
+No published rule says that. NVIDIA restarts at the peak of pre-training (He et al., arXiv
 2410.07524), and Drop-Upcycling at 2/3 of it (arXiv 2502.19261): the loss then rises first, for as
 long as billions of tokens at full size. A rate that is too low learns little.
 """
@@ -234,7 +234,7 @@ def in_words(advice: Advice) -> str:
 
 
 def verdict(advice: Advice) -> str:
-    """Which arm to take, and how sure that is."""
+    """The lines that name the arm to take, and how sure that is."""
     best = advice.arms[0]
     if advice.tied:
         words = f"Take {best.name}, or {' or '.join(advice.tied)}: they cannot be told apart."

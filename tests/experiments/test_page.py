@@ -46,7 +46,7 @@ def row(group, number, bits, **others):
     return rows.Row(**{**values, **others})
 
 
-# Of parents that differ much: b is below a by 0.1 for each seed, c by 0.1 on average only.
+# The parents differ much: b is below a by 0.1 for each seed, c by 0.1 on average only.
 ROWS = [
     *(row("a", i, 3.0 + i) for i in range(3)),
     *(row("b", i, 2.9 + i + 0.001 * (i - 1)) for i in range(3)),

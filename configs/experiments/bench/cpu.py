@@ -1,4 +1,4 @@
-"""Which upcycling recipe is best, and does any of them beat training on?
+"""Which upcycling recipe is best, and does any end below its parent trained further?
 
     python scripts/sweep.py --config=configs/experiments/bench/cpu.py \\
         --workdir=runs/experiments --max_parallel=2
