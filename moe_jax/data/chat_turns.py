@@ -60,7 +60,7 @@ def spans(
                 stop = _end_by_token(template, talk, turn, text, len(prompt), ends)
             found[turn] = None if stop is None else (len(prompt), stop)
     if missing := [turn for turn in turns if not found[turn]]:
-        # What the model writes before a content, such as a space, in the last turn that is exact.
+        # The text that the model writes before a content, such as a space, in the last exact turn.
         exact = {turn: span for turn, span in found.items() if span}
         last = list(exact)[-1:]
         both = zip(last, _by_contents(template, talk, last, text, special) or (), strict=False)
@@ -115,7 +115,7 @@ def _prompt(template: ChatTemplate, talk: Conversation, turn: int) -> str | None
 def _end_by_rendering(
     template: ChatTemplate, talk: Conversation, turn: int, text: str, start: int
 ) -> int | None:
-    """Where a turn ends that begins at `start`, or None if its rendering does not continue."""
+    """The place where a turn ends that begins at `start`, or None if its rendering does not continue."""
     if turn + 1 == len(talk.messages):
         return len(text)
     until = template.render(talk.messages[: turn + 1], tools=talk.tools).text

@@ -23,7 +23,7 @@ NO_LOSS = np.uint32(1 << 31)
 HASHED_BYTES = 1 << 27
 
 
-# What makes a file again that is not there; nothing else need be removed.
+# The words that say what makes a missing file again; nothing else need be removed.
 MAKE = "prepare_data with the same options makes it again, or, in the cache, the next run"
 CHANGED = "its content has changed since it was written"
 

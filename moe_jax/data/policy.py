@@ -45,7 +45,7 @@ class Reading:
 
     @property
     def of_preparation(self) -> dict[str, Any]:
-        """What decides which documents a source has, by option of `prepare_data`. Any number of
+        """The values that decide which documents a source has, by option of `prepare_data`. Any number of
         records may be skipped, but none is another matter: the text before damage is then read."""
         return {**dataclasses.asdict(self), "skip_damaged": self.skip_damaged > 0}
 
@@ -64,7 +64,7 @@ def is_preference(fields: Container[str]) -> bool:
 
 
 def fix_of_text(fields: Container[str]) -> str:
-    """What to set for records with these fields, none of which is the text."""
+    """The advice for records with these fields, none of which is the text."""
     talks = "messages" in fields or "conversations" in fields
     if talks or ("prompt" in fields and "completion" in fields):
         return "set config.data.conversations=True"

@@ -239,7 +239,7 @@ def _crossings(one: Published) -> list[str]:
 
 
 def _places(found: Sequence[catch_up.Crossing], names: tuple[str, str], of_flops: bool) -> str:
-    """Where the curves cross, and which is lower at the end, over the seeds."""
+    """The place where the curves cross, and which is lower at the end, over the seeds."""
     if not found:
         return "–"
     if any(one.is_apart for one in found):

@@ -1,4 +1,4 @@
-"""What held-out loss does after a start from a parent: the dip, and the way back.
+"""The course of the held-out loss after a start from a parent: the dip, and the way back.
 
 An upcycled run gets worse at first, because its learning rate warms up again and its moments start
 at zero.
@@ -49,7 +49,7 @@ def recovery(group: Group, records: Sequence[Record]) -> Recovery | None:
 
 
 def _back(tokens: np.ndarray, bits: np.ndarray, target: float) -> float | None:
-    """Where a curve last falls to the target, interpolated linearly between evaluations."""
+    """The place where a curve last falls to the target, interpolated linearly between evaluations."""
     above = np.flatnonzero(bits > target + TIE)
     if not len(above):
         return 0.0

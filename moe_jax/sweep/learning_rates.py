@@ -38,7 +38,7 @@ def _constant(rate: float | None) -> dict | None:
     return {"optimizer": {**CONSTANT, "learning_rate": rate}} if rate else None
 
 
-# What each arm overrides, given the config's optimizer and the parent's last rate; None if it
+# The overrides of each arm, given the config's optimizer and the parent's last rate; None if it
 # cannot be run.
 ARMS: dict[str, Callable[[Optimizer, float | None], dict | None]] = {
     "re-warmed": lambda optimizer, last: {},  # the config's own schedule
@@ -130,7 +130,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """What the runs show.
+    """The findings of the runs.
 
     range_test: (learning rate, held-out bits per byte) from the start on. arms: the best first.
     tied: the arms that cannot be told from the best. differences: of the best from each other arm.
@@ -148,7 +148,7 @@ class Advice:
 
 
 def advice(runs: Sequence[Run], parent: Record | None) -> Advice | None:
-    """What the finished runs show; None without a finished arm.
+    """The findings of the finished runs; None without a finished arm.
 
     Raises: ValueError for a damaged file of a run.
     """
