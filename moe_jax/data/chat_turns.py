@@ -115,7 +115,7 @@ def _prompt(template: ChatTemplate, talk: Conversation, turn: int) -> str | None
 def _end_by_rendering(
     template: ChatTemplate, talk: Conversation, turn: int, text: str, start: int
 ) -> int | None:
-    """The place where a turn ends that begins at `start`, or None if its rendering does not continue."""
+    """The end of the turn that begins at `start`; None if its rendering does not continue."""
     if turn + 1 == len(talk.messages):
         return len(text)
     until = template.render(talk.messages[: turn + 1], tools=talk.tools).text

@@ -45,8 +45,9 @@ class Reading:
 
     @property
     def of_preparation(self) -> dict[str, Any]:
-        """The values that decide which documents a source has, by option of `prepare_data`. Any number of
-        records may be skipped, but none is another matter: the text before damage is then read."""
+        """The values that decide which documents a source has, by option of `prepare_data`. Any
+        number of records may be skipped, but none is another matter: the text before damage is
+        then read."""
         return {**dataclasses.asdict(self), "skip_damaged": self.skip_damaged > 0}
 
     @property

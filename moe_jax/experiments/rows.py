@@ -21,7 +21,8 @@ OF_THE_EXECUTION = ("seconds", "commit")  # fields in which a repetition of a ru
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The numbers that a run leaves for the page of results. Losses are in nats per token or bits per byte.
+    """The numbers that a run leaves for the page of results. Losses are in nats per token or
+    bits per byte.
 
     number: its place among the seeds of its group; runs of one number share their parent.
     tokens, training_flops: without those of its parents, which follow.

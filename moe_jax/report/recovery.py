@@ -49,7 +49,7 @@ def recovery(group: Group, records: Sequence[Record]) -> Recovery | None:
 
 
 def _back(tokens: np.ndarray, bits: np.ndarray, target: float) -> float | None:
-    """The place where a curve last falls to the target, interpolated linearly between evaluations."""
+    """The tokens at which a curve last falls to the target, linearly between evaluations."""
     above = np.flatnonzero(bits > target + TIE)
     if not len(above):
         return 0.0
