@@ -229,8 +229,10 @@ def evaluation_batches(
     """One pass over the corpus, always in the same shuffled order, with the last batch padded.
 
     Because of the shuffle, its first `max_batches` (0 is all) are a fair sample of the documents.
+    Records with loss weights, such as conversations, are not cut: an answer sees its whole prompt.
     """
-    plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=0)
+    packing = "best_fit" if columns else "concat"
+    plan = RowPlan(corpus.pairs, sequence_length=sequence_length, seed=0, packing=packing)
     how: dict[str, Any] = {"max_batches": max_batches, "rows": rows, "columns": columns}
     return one_pass(corpus, plan, batch_size=batch_size, **how)
 

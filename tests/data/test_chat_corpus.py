@@ -141,6 +141,16 @@ def test_the_held_out_loss_is_that_of_the_answers(tmp_path):
     assert found.loss == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_held_out_conversation_is_whole(tmp_path):
+    held_out = MixedText({"": opened(tmp_path, [talk("Why?" * n, "So.") for n in range(1, 9)])})
+    how = {"sequence_length": T, "batch_size": 2, "columns": held_out.columns()}
+    lengths = []
+    for batch in batches.evaluation_batches(held_out, **how):
+        for segments_T in batch.segment_ids_BT:
+            lengths += np.bincount(segments_T)[1:].tolist()
+    assert sorted(filter(None, lengths)) == sorted(held_out.pairs)
+
+
 def test_per_document_the_weights_of_each_conversation_sum_to_1(tmp_path):
     batch = made(opened(tmp_path), per_document=True)
     for weights_T, segments_T in zip(batch.weights_BT, batch.segment_ids_BT, strict=True):
