@@ -34,12 +34,26 @@ def _mean(values: Sequence[float] | None) -> float | None:
     return None if values is None else float(np.mean(values))
 
 
+def _early(row: Row) -> float:
+    """The first point of the curve from a quarter of the run's tokens on."""
+    return next(bits for tokens, bits in row.curve if tokens >= row.tokens / 4)
+
+
+def _dip(row: Row) -> float:
+    bits = [bits for _, bits in row.curve]
+    return max(bits) - bits[0]
+
+
 MEASURES = {
     BITS: Measure("bits per byte on the test split", lambda row: row.test_bits_per_byte),
     "worst_label": Measure(
         "bits per byte on the test split, of the worst label",
         lambda row: max(row.test_bits_by_label.values()),
     ),
+    "early": Measure(
+        "bits per byte on the validation sample, after a quarter of the steps", _early
+    ),
+    "dip": Measure("rise of the validation loss above the start's, in bits per byte", _dip),
     "effective_experts": Measure(
         "effective experts, mean of the layers", lambda row: _mean(row.effective_experts), 2
     ),

@@ -33,7 +33,7 @@ CONSTANT = {
 }
 
 
-def _constant(rate: float | None) -> dict | None:
+def constant(rate: float | None) -> dict | None:
     """The overrides for a constant rate; None for none."""
     return {"optimizer": {**CONSTANT, "learning_rate": rate}} if rate else None
 
@@ -42,8 +42,8 @@ def _constant(rate: float | None) -> dict | None:
 # cannot be run.
 ARMS: dict[str, Callable[[Optimizer, float | None], dict | None]] = {
     "re-warmed": lambda optimizer, last: {},  # the config's own schedule
-    "inherited": lambda optimizer, last: _constant(last),
-    "minimum": lambda optimizer, last: _constant(
+    "inherited": lambda optimizer, last: constant(last),
+    "minimum": lambda optimizer, last: constant(
         optimizer.learning_rate * optimizer.final_learning_rate_ratio
     ),
 }

@@ -113,6 +113,14 @@ def test_an_interaction_is_a_difference_of_differences():
     assert page.by_seed(asked, groups, page.MEASURES[study.BITS]) == [-1.0]
 
 
+def test_the_early_loss_is_of_a_quarter_of_the_steps_and_the_dip_is_above_the_start():
+    curve = [[0, 3.0], [100, 3.4], [200, 3.1], [400, 2.5]]
+    made = row("a", 0, 2.5, curve=curve, tokens=400)
+    assert page.MEASURES["early"].value(made) == 3.4
+    assert page.MEASURES["dip"].value(made) == pytest.approx(0.4)
+    assert page.MEASURES["dip"].value(row("a", 0, 2.5, curve=[[0, 3.0], [300, 2.0]])) == 0
+
+
 def test_a_seed_that_one_group_lacks_is_left_out():
     made = [row("a", i, 3.0) for i in range(3)] + [row("b", i, 2.0) for i in (0, 2)]
     groups = page.Published("x.py", "", study.Study(()), made).groups

@@ -79,6 +79,7 @@ def test_the_studies_share_their_parents_and_arms(studies):
             own = ids["bench"][f"{recipe}_s{seed}"]
             assert own == ids["drop"][f"{recipe}_s{seed}"]
             assert own == ids["balance"][f"{recipe}-layer_s{seed}"]
+            assert own == ids["rates"][f"{recipe}-re-warmed_s{seed}"]
         shards = ids["groups"][f"quarters_s{seed}"]
         assert shards == ids["bench"][f"virtual_group_s{seed}"]
         assert ids["skywork"][f"scratch_s{seed}"] == ids["bench"][f"scratch_s{seed}"]
