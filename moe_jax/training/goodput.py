@@ -90,7 +90,7 @@ def shares(seconds: Mapping[str, float], skipped: float = 0.0) -> dict[str, floa
     total = max(sum(seconds.values()), 1e-9)
     lost = seconds["compute"] * skipped
     changed = {"compute": seconds["compute"] - lost, "lost": seconds["lost"] + lost}
-    return {part: round(s / total, 4) for part, s in {**seconds, **changed}.items()}
+    return {part: round(s / total, 6) for part, s in {**seconds, **changed}.items()}
 
 
 def line(shares: Mapping[str, float]) -> str:

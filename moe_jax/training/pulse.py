@@ -95,7 +95,7 @@ class Pulse:
             "time": round(time.time(), 1),
             "host": socket.gethostname(),
             "process": os.getpid(),
-            "spent": {part: round(s, 1) for part, s in self.clock.seconds().items()},
+            "spent": {part: round(s, 6) for part, s in self.clock.seconds().items()},
         }
         with contextlib.suppress(OSError):  # a full disk ends the run at its checkpoint, not here
             files.write_text(self._path, strict_json.text(beat) + "\n")
