@@ -82,19 +82,30 @@ def flops_ratio(dense: ModelConfig, length: int) -> float:
 
 
 def controls(
-    arm: Overrides, scratch: Overrides, dense: ModelConfig, *, one: str, steps: int, length: int
+    arm: Overrides,
+    scratch: Overrides,
+    dense: ModelConfig,
+    *,
+    one: str,
+    steps: int,
+    branches: int,
+    length: int,
 ) -> dict[str, Overrides]:
     """The dense parent trained further, and an MoE from scratch: each for as many tokens as an arm,
-    and for as many FLOPs as the naive one, those of its parent counted for the MoE from scratch.
+    and for as many FLOPs as the naive one, those of its parent counted for the MoE from scratch. A
+    third dense run has the FLOPs of an arm with several parents, those of its branches counted.
 
     Args: arm, scratch: overrides of runs from a parent and from scratch. dense: the parent's model.
-      steps: of an arm and of the parent. length: of a row, in tokens.
+      steps: of an arm and of the parent. branches: the steps of all branches together. length: of a
+      row, in tokens.
     """
     ratio = flops_ratio(dense, length)
     continued, scratch = {**arm, "init.source": one}, {**scratch, **MOE}
+    further = round(steps * ratio)
     return {
         "dense_continued": continued,
-        "dense_same_flops": {**continued, "training.num_steps": round(steps * ratio)},
+        "dense_same_flops": {**continued, "training.num_steps": further},
+        "dense_branch_flops": {**continued, "training.num_steps": further + branches},
         "scratch": scratch,
         "scratch_same_flops": {**scratch, "training.num_steps": round(steps * (1 + 1 / ratio))},
     }
@@ -104,12 +115,18 @@ def questions() -> study.Study:
     """The bench's questions about these arms."""
     names = list(of_dense_parents())
     others = [name for name in names if name != "naive"]
+    several = [name for name, row in of_dense_parents().items() if row.several]
     against = ("dense_continued", "dense_same_flops", "scratch", "scratch_same_flops")
     return study.Study(
         questions=(
             study.Question(
                 "Does a recipe end below the parent trained further, at the naive arm's FLOPs?",
                 study.against(names, "dense_same_flops"),
+            ),
+            study.Question(
+                "Does a recipe with several parents end below the parent trained further, at these "
+                "FLOPs and those of the branches?",
+                study.against(several, "dense_branch_flops"),
             ),
             study.Question(
                 "Does a recipe end below naive upcycling?", study.against(others, "naive")

@@ -104,6 +104,8 @@ def test_the_controls_match_tokens_and_flops(studies):
     assert tokens >= 1e6 and cost("dense_continued")[0] == cost("scratch")[0] == tokens
     assert cost("dense_same_flops")[1] == pytest.approx(naive, rel=1e-3)
     assert cost("scratch_same_flops")[1] == pytest.approx(naive + parent, rel=1e-3)
+    branches = cost("european")[1] + cost("others")[1]
+    assert cost("dense_branch_flops")[1] == pytest.approx(naive + branches, rel=1e-3)
 
 
 def test_the_budgets_of_skywork_are_shares_of_the_parents_flops(studies):

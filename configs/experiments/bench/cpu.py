@@ -7,9 +7,10 @@
 Every recipe that starts from dense parents, with three seeds, each of which has a parent of its own
 (0.71 M parameters, 1.0 M tokens). Controls: an MoE from scratch and the parent trained further,
 each for as many tokens as an arm, and each for as many FLOPs (those of the parents counted for the
-MoE from scratch). All arms train on 1.0 M tokens. Where a recipe allows it, they have as many
-parameters and active parameters as the naive one (3.8 M, 1.15 M); the table shows the FLOPs of
-each. The losses are those of the test split of the embedded text, which nothing was chosen by.
+MoE from scratch; a third dense run also has those of the branches). All arms train on 1.0 M tokens.
+Where a recipe allows it, they have as many parameters and active parameters as the naive one
+(3.8 M, 1.15 M); the table shows the FLOPs of each. The losses are those of the test split of the
+embedded text, which nothing was chosen by.
 Hardware: 2 CPU cores. The hours that it took, and its results, are in docs/results.md.
 
 A new recipe of `upcycle/recipes.py` is an arm of its own; moe_jax/experiments/bench.py has what the
@@ -24,6 +25,7 @@ BRANCHES = {
     "european": (20, ("en-us", "de", "nl", "fr", "es", "it", "pt-br", "pl", "cs", "hu")),
     "others": (30, ("ru", "fi", "el", "tr", "ja", "ko", "zh-cn", "vi", "id")),
 }
+BRANCH_STEPS = cpu.STEPS // 2
 
 
 get_config = cpu.config
@@ -40,14 +42,13 @@ def get_sweep():
             **arm,
             "seed": seed,
             "init.source": "@dense",
-            "training.num_steps": cpu.STEPS // 2,
+            "training.num_steps": BRANCH_STEPS,
             "data.mixture": {"by_label": True, "shares": tuple((label, 1.0) for label in labels)},
         }
         for name, (seed, labels) in BRANCHES.items()
     }
-    controls = bench.controls(
-        arm, scratch, cpu.DENSE, one="@dense", steps=cpu.STEPS, length=cpu.LENGTH
-    )
+    sizes = {"steps": cpu.STEPS, "branches": len(BRANCHES) * BRANCH_STEPS, "length": cpu.LENGTH}
+    controls = bench.controls(arm, scratch, cpu.DENSE, one="@dense", **sizes)
     recipes = bench.recipes(arm, cpu.WIDTH, one="@dense", several="@european,@others")
     return arms.seeds(arms.named({"dense": {}, **branches, **controls, **recipes}), 3)
 
