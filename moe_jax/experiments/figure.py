@@ -11,7 +11,12 @@ from moe_jax.experiments.study import BITS, minus
 from moe_jax.report import style
 from moe_jax.report.records import COLOURS
 
-KINDS = {"upcycled": COLOURS[0], "from scratch": COLOURS[3], "dense": COLOURS[6]}
+KINDS = {
+    "upcycled": COLOURS[0],
+    "upcycled from several parents": COLOURS[2],
+    "from scratch": COLOURS[3],
+    "dense": COLOURS[6],
+}
 
 
 def svg(one: page.Published) -> bytes:
@@ -46,4 +51,6 @@ def svg(one: page.Published) -> bytes:
 def _kind(row: Row) -> str:
     if row.effective_experts is None:
         return "dense"
+    if len(row.parents) > 1:
+        return "upcycled from several parents"
     return "upcycled" if row.parents else "from scratch"

@@ -18,6 +18,7 @@ from moe_jax.experiments.rows import Row
 from moe_jax.experiments.study import BITS, Comparison, Question, Study
 from moe_jax.report import catch_up, comparisons
 
+PAGE = "docs/results.md"
 LEVEL = 0.05  # of a test, after the correction
 
 
@@ -109,16 +110,18 @@ def _of_study(one: Published) -> str:
     first, _, rest = one.docstring.partition("\n")
     tables = [_of_question(question, one.groups) for question in one.study.questions]
     tables += _crossings(one)
-    parts = [f"## {first}", _as_markdown(rest), _facts(one), _groups(one), *tables]
-    if one.study.conclusion:
-        parts.append(f"### What follows\n\n{one.study.conclusion}")
-    return "\n\n".join(part.strip("\n") for part in parts)
+    parts = [f"## {first}", one.study.conclusion, "### How was it measured?", _as_markdown(rest)]
+    parts += [_facts(one), _groups(one), *tables]
+    return "\n\n".join(part.strip("\n") for part in parts if part)
 
 
 def _as_markdown(docstring: str) -> str:
-    """The paragraphs of a docstring, each on one line; indented ones are commands."""
+    """The paragraphs of a docstring, each on one line; indented ones are commands, and one that
+    sends the reader to this page is left out."""
     shown = []
     for paragraph in textwrap.dedent(docstring).strip("\n").split("\n\n"):
+        if PAGE in paragraph:
+            continue
         if paragraph.startswith("    "):
             shown.append(f"```bash\n{textwrap.dedent(paragraph)}\n```")
         else:

@@ -18,6 +18,8 @@ CONFIG = '''"""Is b better than a?
 
 Some text of
 two lines.
+
+The results are in docs/results.md.
 """
 
 from moe_jax.experiments import study
@@ -83,13 +85,14 @@ def test_a_difference_is_bold_only_if_the_paired_interval_excludes_zero(root):
 def test_the_page_has_the_questions_commands_facts_and_conclusion(root):
     text = page.text(page.read(root))
     assert text.startswith(
-        "## Is b better than a?\n\n```bash\npython scripts/sweep.py --config=x.py"
+        "## Is b better than a?\n\nSo it is.\n\n### How was it measured?\n\n"
+        "```bash\npython scripts/sweep.py --config=x.py"
     )
     assert "Some text of two lines." in text and "### Is one lower?" in text
     assert (
         "9 runs in 3 groups; 4.5 hours of processes on a CPU, 2 cores; jax 1; commit abc." in text
     )
-    assert text.endswith("So it is.")
+    assert "docs/results.md" not in text
     assert "no crossing; lower at the end: b in 3 of 3 seeds" in text
 
 

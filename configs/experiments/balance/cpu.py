@@ -11,8 +11,9 @@ a loss for each layer, with selection biases that are moved by a sign or solved 
 with no balancing at all. All losses have the paper's coefficient (0.02, not divided by k = 2). A
 selection bias needs the sigmoid router, so those two arms differ in their gates too. The arms, the
 parents and the three seeds are those of configs/experiments/bench/cpu.py: in the same workdir, the
-runs that both files have are executed once. Hardware: 2 CPU cores. The hours that it took, and its
-results, are in docs/results.md.
+runs that both files have are executed once. Hardware: 2 CPU cores.
+
+The hours that it took, and its results, are in docs/results.md.
 """
 
 from moe_jax.experiments import cpu, study

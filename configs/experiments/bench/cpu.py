@@ -8,13 +8,14 @@ Every recipe that starts from dense parents, with three seeds, each of which has
 (0.71 M parameters, 1.0 M tokens). Controls: an MoE from scratch and the parent trained further,
 each for as many tokens as an arm, and each for as many FLOPs (those of the parents counted for the
 MoE from scratch; a third dense run also has those of the branches). All arms train on 1.0 M tokens.
-Where a recipe allows it, they have as many parameters and active parameters as the naive one
-(3.8 M, 1.15 M); the table shows the FLOPs of each. The losses are those of the test split of the
-embedded text, which nothing was chosen by.
-Hardware: 2 CPU cores. The hours that it took, and its results, are in docs/results.md.
+Where a recipe allows it, they have as many parameters and active parameters as the naive one (3.8
+M, 1.15 M); the table shows the FLOPs of each. The losses are those of the test split of the
+embedded text, which nothing was chosen by. Hardware: 2 CPU cores.
 
 A new recipe of `upcycle/recipes.py` is an arm of its own; moe_jax/experiments/bench.py has what the
 recipes need besides.
+
+The hours that it took, and its results, are in docs/results.md.
 """
 
 from moe_jax.experiments import bench, cpu

@@ -8,8 +8,9 @@ Drop-Upcycling (Nakamura et al., arXiv 2502.19261) with r = 0 (naive), 0.1, 0.25
 with r = 0.5 also as in its released code, which draws other neurons for each matrix and permutes
 them, as in that code without the permutation, and with other initial routers. The arms, the parents
 and the three seeds are those of configs/experiments/bench/cpu.py: in the same workdir, the runs
-that both files have are executed once. Hardware: 2 CPU cores. The hours that it took, and its
-results, are in docs/results.md.
+that both files have are executed once. Hardware: 2 CPU cores.
+
+The hours that it took, and its results, are in docs/results.md.
 """
 
 from moe_jax.experiments import cpu, study

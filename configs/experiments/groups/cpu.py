@@ -9,7 +9,9 @@ of the parent's width, with as many parameters and active parameters as 8 expert
 top-2 (naive). With a quarter, also with what keeps the parent's function at step 0 left out: the
 scale of the shards, weights that sum to one, one router column for a group. The parents and the
 three seeds are those of configs/experiments/bench/cpu.py: in the same workdir, the runs that both
-files have are executed once. Hardware: 2 CPU cores. It has not been run yet.
+files have are executed once. Hardware: 2 CPU cores.
+
+The hours that it took, and its results, are in docs/results.md.
 """
 
 from moe_jax.experiments import cpu, study

@@ -7,8 +7,9 @@
 LOLA's MoE (Srivastava et al., arXiv 2409.11272) at this size: every second layer has 16 experts,
 top-1, from scratch. The 19 languages of the text get uneven shares (that of rank i is i^-1.5), the
 same shares to the power of 0.3, or equal ones. Which experts the languages use is shown by
-`scripts/analyze.py --checkpoint=RUN --text=tfds:udhr_languages`. Hardware: 2 CPU cores. It has not
-been run yet.
+`scripts/analyze.py --checkpoint=RUN --text=tfds:udhr_languages`. Hardware: 2 CPU cores.
+
+The hours that it took, and its results, are in docs/results.md.
 """
 
 from moe_jax.experiments import cpu, study

@@ -10,7 +10,9 @@ Nakamura et al., arXiv 2502.19261), stays at the parent's last rate (inherited),
 last rate of the re-warmed schedule (minimum). `advise --measure` compares them after 200 steps;
 here they are compared after 250 steps and after 1,000. The parents and the three seeds are those of
 configs/experiments/bench/cpu.py: in the same workdir, the runs that both files have are executed
-once. Hardware: 2 CPU cores. The hours that it took, and its results, are in docs/results.md.
+once. Hardware: 2 CPU cores.
+
+The hours that it took, and its results, are in docs/results.md.
 """
 
 from moe_jax.experiments import cpu, study

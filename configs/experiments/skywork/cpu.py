@@ -10,7 +10,9 @@ with 2/3 of the parent's budget, and that scratch is better with twice that budg
 upcycling with each of the two rules, with both and with none; and naive upcycling and training from
 scratch with 2/3, 1.6 (as many tokens) and 2 times the parent's FLOPs. The parents and the three
 seeds are those of configs/experiments/bench/cpu.py: in the same workdir, the runs that both files
-have are executed once. Hardware: 2 CPU cores. It has not been run yet.
+have are executed once. Hardware: 2 CPU cores.
+
+The hours that it took, and its results, are in docs/results.md.
 """
 
 from moe_jax.experiments import bench, cpu, study
