@@ -30,11 +30,11 @@ def loss(records: list[Record], layout: Layout = WIDE) -> Figure | None:
     With more arms than a reader can tell apart there is a panel for each, with its held-out loss in
     front of the others'.
     """
-    arms = groups(results.arms(records))
+    arms = results.arms(records)
     if not any(record.rows for record in records):
         return None
-    shown = {record.name for record in results.arms(records)}
-    levels = [_level(group) for group in groups(records) if group.first.name not in shown]
+    shown = {arm.name for arm in arms}
+    levels = [_level(group) for group in groups(records) if group.name not in shown]
     if len(arms) > len(looks(arms)):
         return _loss_in_panels(front(arms, MOST_PANELS), levels, layout)
     figure, (left, right) = style.panels(2, layout, width=4.8, height=3.8)

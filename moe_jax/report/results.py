@@ -11,9 +11,13 @@ from moe_jax.report.records import Group, Record, groups
 MOST_NAMED = 7  # runs in a sentence
 
 
-def arms(records: Sequence[Record]) -> list[Record]:
-    """The sparse runs and those that start from another run, or all runs if there are none."""
-    return [r for r in records if r.is_sparse or r.sources] or list(records)
+def arms(records: Sequence[Record]) -> list[Group]:
+    """The groups of sparse runs and of those that start from another run, or all if there are none.
+
+    All runs are grouped first: without their parents, seeds of one arm would look like other arms.
+    """
+    every = groups(records)
+    return [g for g in every if g.first.is_sparse or g.first.sources] or every
 
 
 def flops_of(record: Record) -> float:
@@ -23,7 +27,7 @@ def flops_of(record: Record) -> float:
 
 def sparse(records: Sequence[Record]) -> list[Group]:
     """The groups of the sparse runs."""
-    return groups([record for record in records if record.is_sparse])
+    return [group for group in groups(records) if group.first.is_sparse]
 
 
 def least_even(load_LE: np.ndarray) -> int:
@@ -37,8 +41,8 @@ def _listed(pairs: Sequence[tuple[str, str]]) -> str:
     return shown + (f"; and {rest} more" if rest > 0 else "")
 
 
-def _ranked(records: Sequence[Record]) -> list[Group]:
-    return sorted(groups(records), key=lambda group: group.mean_bits)
+def _ranked(every: Sequence[Group]) -> list[Group]:
+    return sorted(every, key=lambda group: group.mean_bits)
 
 
 def _bits(group: Group) -> str:
@@ -52,7 +56,7 @@ def of_loss(records: list[Record]) -> str:
 
 
 def of_loss_against_flops(records: list[Record]) -> str:
-    ranked = _ranked(records)
+    ranked = _ranked(groups(records))
     pairs = [
         (g.name, f"{_bits(g)} at {g.first.result['training_flops']:.3g} FLOP alone and "
          f"{flops_of(g.first):.3g} with its parents")
@@ -109,9 +113,8 @@ def of_drop_rates(records: list[Record]) -> str:
 
 
 def of_router_health(records: list[Record]) -> str:
-    found = [
-        (g.name, measures.columns(g.first.result)["effective_experts"]) for g in _ranked(records)
-    ]
+    ranked = _ranked(groups(records))
+    found = [(g.name, measures.columns(g.first.result)["effective_experts"]) for g in ranked]
     pairs = [(name, f"{value:.2f}") for name, value in found if value != ""]
     return f"Effective experts at the end, mean of the layers: {_listed(pairs)}."
 

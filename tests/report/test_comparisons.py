@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe_jax.report import comparisons, records, tables
+from moe_jax.report import comparisons, records, results, tables
 from tests.report import made_up
 
 
@@ -72,6 +72,11 @@ def test_children_of_parents_of_several_seeds_are_one_group(tmp_path):
     assert names(found)["naive"] == ["naive_s1", "naive_s2"]
     assert names(found)["dense"] == ["dense_s0", "dense_s1"]
     by_name = {g.name: g for g in found}
+    arms = names(found)
+    del arms["dense"]
+    assert names(results.arms(runs)) == arms
+    del arms["dense_continued"]
+    assert names(results.sparse(runs)) == arms
     assert records.parent_of(by_name["naive"], found) is by_name["dense"]
     assert records.continued(by_name["naive"], found) is by_name["dense_continued"]
 
