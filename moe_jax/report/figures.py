@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moe_jax import untrusted
 from moe_jax.report import catch_up, load_figures, preference_figures, results, style
-from moe_jax.report.records import Group, Record, front, groups, looks
+from moe_jax.report.records import Group, Record, front, groups, looks, parents_of
 from moe_jax.report.style import LEVEL, NARROW, OTHERS, WIDE, Layout
 
 MOST_LABELS = 100  # lines of a figure; the hardest texts are shown
@@ -93,8 +93,12 @@ def _level(parent: Group) -> tuple[str, float, float]:
 
 def _limits(arms: Sequence[Group]) -> tuple[float | None, float | None]:
     """Limits of held-out loss that show the last two thirds of what is learned after the first
-    evaluation, and each end: a run from scratch would compress all other curves."""
-    curves = [arm.curve("validation", "bits_per_byte") for arm in arms]
+    evaluation, and each end: a run from scratch would compress all other curves, and so would the
+    parents of others, such as those that specialise in a part of the text."""
+    records = [record for arm in arms for record in arm.records]
+    parents = {parent.name for record in records for parent in parents_of(record, records)}
+    shown = [arm for arm in arms if arm.first.name not in parents] or arms
+    curves = [arm.curve("validation", "bits_per_byte") for arm in shown]
     trained = [values[:, tokens > 0] for tokens, values in curves]
     every = np.concatenate([values.ravel() for values in trained])
     every = every[np.isfinite(every)]

@@ -230,3 +230,15 @@ def test_a_score_is_drawn_below_the_loss(sweep_of_22):
     axes = figures.loss_against_flops(records).axes
     assert [panel.get_ylabel() for panel in axes[2:]] == ["accuracy"] * 2
     assert [list(panel.lines[0].get_ydata()) for panel in axes[2:]] == [[0.25, 0.5]] * 2
+
+
+def test_parents_of_other_runs_do_not_stretch_the_scale_of_the_losses(tmp_path):
+    """Branches that forget most of the text end far above the mixture of them."""
+    kept = {"source": "runs/dense"}
+    folders = {"dense": made_up.write_run(tmp_path / "dense", seed=0, start=6.0, end=3.4)}
+    for seed, name in enumerate(("some", "others"), start=1):
+        folders[name] = made_up.write_run(tmp_path / name, seed=seed, start=3.4, end=9.0, **kept)
+    mixed = {"source": "runs/some,runs/others", "seed": 3, "num_experts": 8}
+    folders["mixed"] = made_up.write_run(tmp_path / "mixed", start=4.0, end=3.0, **mixed)
+    right = figures.loss(page.records_of(folders)).axes[1]
+    assert right.get_ylim()[1] < 5
