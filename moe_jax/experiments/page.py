@@ -110,7 +110,8 @@ def _of_study(one: Published) -> str:
     first, _, rest = one.docstring.partition("\n")
     tables = [_of_question(question, one.groups) for question in one.study.questions]
     tables += _crossings(one)
-    parts = [f"## {first}", one.study.conclusion, "### How was it measured?", _as_markdown(rest)]
+    conclusion = _as_markdown(one.study.conclusion)
+    parts = [f"## {first}", conclusion, "### How was it measured?", _as_markdown(rest)]
     parts += [_facts(one), _groups(one), *tables]
     return "\n\n".join(part.strip("\n") for part in parts if part)
 

@@ -55,7 +55,8 @@ class Study:
     """A study's questions, the pairs of groups whose curves may cross, and its conclusion.
 
     control: the group that the figure shows the others' differences from; "" for no figure.
-    conclusion: what its authors say follows, written by hand when the runs are done.
+    conclusion: what its authors say follows, written by hand when the runs are done. Its numbers
+      with a point are those of the page's tables, without signs.
     """
 
     questions: tuple[Question, ...]

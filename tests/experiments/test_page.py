@@ -172,3 +172,13 @@ def test_docs_results_is_what_the_committed_rows_say():
 
 def test_the_worst_label_is_the_one_with_the_most_bits():
     assert page.MEASURES["worst_label"].value(row("a", 0, 2.0)) == 3.0
+
+
+@pytest.mark.parametrize("one", page.read(ROOT), ids=lambda one: one.config.split("/")[-2])
+def test_a_conclusion_has_no_number_that_the_tables_lack(one):
+    """A result that was typed in by hand would outlive the rows that it was read from."""
+    silent = dataclasses.replace(one.study, conclusion="")
+    tables = page.text([dataclasses.replace(one, study=silent)])
+    known = {float(number) for number in re.findall(r"\d+\.\d+", tables)}
+    claimed = {float(number) for number in re.findall(r"\d+\.\d+", one.study.conclusion)}
+    assert claimed <= known
