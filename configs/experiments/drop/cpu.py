@@ -41,8 +41,8 @@ r = 0.1 to 0.75, each seed begins above naive and is below it from 0.31 to 0.86 
 r = 1 it never is.
 
 The released code, with or without its permutation of neurons, cannot be told from the paper's text
-(differences of at most 0.004), and the other initial routers cannot be told from the default one (at
-most 0.012).
+(differences of at most 0.004), and the other initial routers cannot be told from the default one
+(at most 0.012).
 """
 
 
