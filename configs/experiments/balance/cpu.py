@@ -81,10 +81,8 @@ def get_study():
     return study.Study(
         questions=(
             study.Question("Does drop end below naive, under each rule?", gain),
-            study.Question("Is its gain another one than under the loss of each layer?", more),
-            study.Question(
-                "Does another rule end elsewhere than the loss of each layer?", of_rules
-            ),
+            study.Question("Is its gain another one than under a loss for each layer?", more),
+            study.Question("Does another rule end elsewhere than a loss for each layer?", of_rules),
             study.Question("Does a rule use other numbers of experts?", of_rules, experts),
             study.Question("Does drop use more experts than naive?", gain, experts),
             study.Question("Does drop keep its experts less alike?", gain, similarity),
