@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import hashlib
+import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from moe_jax import cards, files, model, stores, strict_json, tree
 from moe_jax import config as configs
@@ -204,36 +207,60 @@ NO_LINEAGE: dict[str, Any] = {
     "training_flops": 0.0,
     "device_seconds": 0.0,
     "parents": [],
+    "runs": {},
 }
+NUMBERS = ("tokens", "training_flops", "device_seconds")
 
 
 def lineage(parents: Sequence[configs.Source]) -> dict[str, Any]:
     """The tokens, FLOPs and device seconds of training behind these models, added up, and the
     models' names.
 
+    `runs` has the same numbers of each run behind them: one that several parents come from counts
+    once. Runs of equal configs are the same run; at different steps, the later one counts.
+
     If a run is given without a step, its newest checkpoint counts, and the name has its step. The
     numbers are 0 for a Hugging Face folder, which does not record them; its device seconds are
     None, as are those of older runs. A run keeps its parents' numbers in its own checkpoints, so it
     needs the parents only for its first step.
     """
-    total = {**NO_LINEAGE, "parents": [str(parent) for parent in parents]}
-    for number, parent in enumerate(parents):
+    names: list[str] = []
+    runs: dict[str, dict[str, Any]] = {}
+    for parent in parents:
         folder = parent.folder
         if folders.is_folder(folder):
-            total["device_seconds"] = None
+            names.append(str(parent))
+            runs[str(folder)] = {"tokens": 0, "training_flops": 0.0, "device_seconds": None}
             continue
         run = configs.load_json(folder)
         data = checkpoint.newest_data(parent.checkpoints, parent.step)
-        total["parents"][number] = str(configs.Source(folder, data.get("step", parent.step)))
+        names.append(str(configs.Source(folder, data.get("step", parent.step))))
         length = run.data.sequence_length
         tokens = data.get("step", 0) * run.training.batch_size * length
-        per_token = flops.model_flops(configs.model_of(folder), length)
-        earlier = data.get("lineage", NO_LINEAGE)  # an imported model has none
-        total["tokens"] += earlier["tokens"] + tokens
-        total["training_flops"] += earlier["training_flops"] + tokens * per_token
-        seconds = total["device_seconds"], earlier.get("device_seconds"), data.get("device_seconds")
-        total["device_seconds"] = None if None in seconds else sum(seconds)
-    return total
+        spent = tokens * flops.model_flops(configs.model_of(folder), length)
+        own = dict(zip(NUMBERS, (tokens, spent, data.get("device_seconds")), strict=True))
+        for name, numbers in [*_behind(data, _identity(run)), (_identity(run), own)]:
+            if name not in runs or runs[name]["tokens"] < numbers["tokens"]:
+                runs[name] = numbers
+    total = {key: [numbers[key] for numbers in runs.values()] for key in NUMBERS}
+    added = {key: None if None in every else sum(every) for key, every in total.items()}
+    return {**NO_LINEAGE, **added, "parents": names, "runs": runs}
+
+
+def _behind(data: dict, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """The runs behind the parent whose checkpoint keeps this data; of an older version, which kept
+    their sums only, one in place of all."""
+    earlier = data.get("lineage", NO_LINEAGE)  # an imported model has none
+    if "runs" in earlier:
+        return list(earlier["runs"].items())
+    return [(f"before {name}", {key: earlier.get(key) for key in NUMBERS})]
+
+
+def _identity(run: ConfigDict) -> str:
+    """A hash of a run's config without what is of the machine."""
+    values = run.to_dict()
+    values["data"] = {key: value for key, value in values["data"].items() if key != "cache_dir"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @jax.jit

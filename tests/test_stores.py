@@ -235,6 +235,34 @@ def test_a_run_starts_from_the_step_and_records_it(root, tmp_path):
     assert newest["device_seconds"] is None  # the checkpoints do not say it
 
 
+def test_a_run_that_several_parents_come_from_counts_once(root, tmp_path):
+    """Two branches of one parent: the parent's tokens are spent once, as its FLOPs are."""
+    base = configs.source_of(str(root / "run"))
+    behind = init.lineage((base,))
+    per_step, kept = behind["tokens"] // 4, {"lineage": behind}
+    for seed, name in enumerate(("one", "two"), start=7):
+        shutil.copytree(root / "run", tmp_path / name)
+        config = configs.load_json(tmp_path / name)
+        config.seed = seed
+        configs.save_json(config, tmp_path / name)
+        _, params = stores.load(base, meshes.one_device())
+        how = {"data": kept, "config": config.to_dict()}
+        checkpoint.save(tmp_path / name / "checkpoints", 6, {"params": params}, **how)
+    one, two = (configs.source_of(str(tmp_path / name)) for name in ("one", "two"))
+    both = init.lineage((one, two))
+    assert both["tokens"] == (4 + 6 + 6) * per_step
+    assert both["training_flops"] == behind["training_flops"] / 4 * (4 + 6 + 6)
+    assert both["parents"] == [f"{tmp_path / name}@6" for name in ("one", "two")]
+    early = configs.Source(base.folder, 2)
+    assert init.lineage((early, one))["tokens"] == (4 + 6) * per_step
+
+    kept["lineage"] = {key: value for key, value in behind.items() if key != "runs"}
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / "6")
+    how = {"data": kept, "config": configs.load_json(tmp_path / "one").to_dict()}
+    checkpoint.save(tmp_path / "one" / "checkpoints", 6, {"params": params}, **how)
+    assert init.lineage((one,))["tokens"] == (4 + 6) * per_step  # of an older version
+
+
 def test_the_config_in_a_checkpoint_is_compared(root, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["config_diff", f"{root / 'run'}@2", f"{root / 'run'}@4"])
     config_diff.main()

@@ -62,10 +62,19 @@ def _are_losses(value: object) -> bool:
 
 def _is_lineage(value: object) -> bool:
     match value:
-        case {"tokens": tokens, "training_flops": training_flops, "parents": parents, **rest}:
+        case {"parents": parents, **numbers}:
+            runs = numbers.get("runs", {})  # older versions kept the sums only
+            every = [numbers, *runs.values()] if isinstance(runs, dict) else [None]
             are_names = _is_list(parents, lambda name: isinstance(name, str))
+            return are_names and all(map(_are_spent, every))
+    return False
+
+
+def _are_spent(numbers: object) -> bool:
+    match numbers:
+        case {"tokens": tokens, "training_flops": training_flops, **rest}:
             is_known = _is_size_or_unknown(rest.get("device_seconds"))
-            return _is_count(tokens) and _is_size(training_flops) and are_names and is_known
+            return _is_count(tokens) and _is_size(training_flops) and is_known
     return False
 
 
