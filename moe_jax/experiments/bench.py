@@ -120,6 +120,10 @@ def questions() -> study.Study:
     return study.Study(
         questions=(
             study.Question(
+                "Does a recipe end below the parent trained further, for as many tokens?",
+                study.against(names, "dense_continued"),
+            ),
+            study.Question(
                 "Does a recipe end below the parent trained further, at the naive arm's FLOPs?",
                 study.against(names, "dense_same_flops"),
             ),

@@ -35,8 +35,8 @@ parent end above it by 0.052 (drop) or more. Those from several parents are trai
 the FLOPs of their branches, the dense parent ends below them by 0.081 (bam) or more. A comparison
 that forgets the branches says the opposite, and puts bam 0.144 below the dense parent.
 
-At as many tokens, naive upcycling ends 0.120 below the parent trained further. It ends 0.201 below
-an MoE from scratch that has the FLOPs of the parent too.
+At as many tokens, ten of the twelve recipes end below the parent trained further, naive upcycling by
+0.120. That also ends 0.201 below an MoE from scratch that has the FLOPs of the parent too.
 
 Of the recipes from one parent, none ends below naive upcycling with a corrected p under 0.05. The
 nearest are virtual_group+drop (0.009 lower, 0.053 corrected) and drop (0.011 lower). LLaMA-MoE and
