@@ -31,12 +31,13 @@ BRANCHES = {
 BRANCH_STEPS = cpu.STEPS // 2
 CONCLUSION = """
 At this size no recipe beats the dense parent trained further with as many FLOPs. Those from one
-parent end above it by 0.052 (drop) or more. Those from several parents are trained for more: with
-the FLOPs of their branches, the dense parent ends below them by 0.081 (bam) or more. A comparison
-that forgets the branches says the opposite, and puts bam 0.144 below the dense parent.
+parent end above it by 0.052 (drop) or more; of these, LLaMA-MoE has fewer FLOPs than the control.
+Those from several parents cost more: with the FLOPs of their branches, the dense parent ends below
+them by 0.081 (bam) or more. A comparison that forgets the branches says the opposite, and puts bam
+0.144 below the dense parent.
 
-At as many tokens, ten of the twelve recipes end below the parent trained further, naive upcycling by
-0.120. That also ends 0.201 below an MoE from scratch that has the FLOPs of the parent too.
+At as many tokens, ten of the twelve recipes end below the parent trained further, naive upcycling
+by 0.120. That also ends 0.201 below an MoE from scratch that has the FLOPs of the parent too.
 
 Of the recipes from one parent, none ends below naive upcycling with a corrected p under 0.05. The
 nearest are virtual_group+drop (0.009 lower, 0.053 corrected) and drop (0.011 lower). LLaMA-MoE and
