@@ -7,6 +7,7 @@ text.
 import ast
 import dataclasses
 import pathlib
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 
@@ -103,7 +104,16 @@ def read(root: pathlib.Path) -> list[Published]:
 
 def text(studies: Sequence[Published]) -> str:
     """The generated part of the page, in Markdown."""
-    return "\n\n".join(map(_of_study, studies)) or "No study has rows yet."
+    if not studies:
+        return "No study has rows yet."
+    titles = [one.docstring.partition("\n")[0] for one in studies]
+    contents = "\n".join(f"- [{title}](#{_anchor(title)})" for title in titles)
+    return "\n\n".join([contents, *map(_of_study, studies)])
+
+
+def _anchor(heading: str) -> str:
+    """The name that GitHub gives a heading in links."""
+    return re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-")
 
 
 def _of_study(one: Published) -> str:
