@@ -85,7 +85,8 @@ def test_a_difference_is_bold_only_if_the_paired_interval_excludes_zero(root):
 def test_the_page_has_the_questions_commands_facts_and_conclusion(root):
     text = page.text(page.read(root))
     assert text.startswith(
-        "- [Is b better than a?](#is-b-better-than-a)\n\n## Is b better than a?\n\nSo it is.\n\n### How was it measured?\n\n"
+        "- [Is b better than a?](#is-b-better-than-a)\n\n## Is b better than a?\n\n"
+        "So it is.\n\n### How was it measured?\n\n"
         "```bash\npython scripts/sweep.py --config=x.py"
     )
     assert "Some text of two lines." in text and "### Is one lower?" in text
