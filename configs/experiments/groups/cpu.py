@@ -11,7 +11,7 @@ scale of the shards, weights that sum to one, one router column for a group. The
 three seeds are those of configs/experiments/bench/cpu.py: in the same workdir, the runs that both
 files have are executed once. Hardware: 2 CPU cores.
 
-The hours that it took, and its results, are in docs/results.md.
+It has not been run yet; its results will be in docs/results.md.
 """
 
 from moe_jax.experiments import cpu, study

@@ -9,7 +9,7 @@ top-1, from scratch. The 19 languages of the text get uneven shares (that of ran
 same shares to the power of 0.3, or equal ones. Which experts the languages use is shown by
 `scripts/analyze.py --checkpoint=RUN --text=tfds:udhr_languages`. Hardware: 2 CPU cores.
 
-The hours that it took, and its results, are in docs/results.md.
+It has not been run yet; its results will be in docs/results.md.
 """
 
 from moe_jax.experiments import cpu, study

@@ -9,7 +9,7 @@ token chooses several. Here an MoE from scratch with 32 experts, top-8, is compa
 ones of the same size and FLOPs, with one of its active experts shared by all tokens, with the
 router z-loss, with QK-norm, and with experts that choose tokens. Hardware: 2 CPU cores.
 
-The hours that it took, and its results, are in docs/results.md.
+It has not been run yet; its results will be in docs/results.md.
 """
 
 from moe_jax.experiments import cpu, study

@@ -12,7 +12,7 @@ scratch with 2/3, 1.6 (as many tokens) and 2 times the parent's FLOPs. The paren
 seeds are those of configs/experiments/bench/cpu.py: in the same workdir, the runs that both files
 have are executed once. Hardware: 2 CPU cores.
 
-The hours that it took, and its results, are in docs/results.md.
+It has not been run yet; its results will be in docs/results.md.
 """
 
 from moe_jax.experiments import bench, cpu, study
