@@ -269,14 +269,21 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the checkout that this program runs from, with "-dirty" if files of it differ;
-    "" without a checkout or git."""
+    """The commit of the checkout that this program runs from, with "-dirty" if files of the package
+    differ; "" without a checkout or git."""
     root = pathlib.Path(moe_jax.__file__).parents[1]
     if not (root / ".git").exists():  # as in a folder of installed packages
         return ""
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    name = _git(root, "describe", "--always", "--exclude=*")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "moe_jax")
+    return f"{name}-dirty" if name and changed else name
+
+
+def _git(root: pathlib.Path, *arguments: str) -> str:
+    """What git says; "" without git."""
+    command = ["git", "-C", str(root), *arguments]
     try:
-        asked = subprocess.run(describe, capture_output=True, text=True, timeout=20)
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return asked.stdout.strip()

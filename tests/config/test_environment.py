@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 
 import pytest
 import tokenizers
@@ -191,3 +192,25 @@ def test_the_largest_id_of_a_tokenizer_decides_not_the_number_of_its_tokens(tmp_
         environment.validate_environment(run, 8)
     model = dataclasses.replace(RUN.model, vocab_size=301)
     environment.validate_environment(dataclasses.replace(run, model=model), 8)
+
+
+def test_the_commit_is_dirty_if_the_package_differs_and_not_if_rows_do(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+
+    (tmp_path / "moe_jax").mkdir()
+    code, rows = tmp_path / "moe_jax" / "__init__.py", tmp_path / "cpu.jsonl"
+    code.write_text("")
+    rows.write_text("")
+    monkeypatch.setattr(environment.moe_jax, "__file__", str(code))
+    assert environment.commit() == ""
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    name = environment.commit()
+    assert len(name) >= 7 and not name.endswith("-dirty")
+    rows.write_text("{}")
+    assert environment.commit() == name
+    code.write_text("changed = True")
+    assert environment.commit() == f"{name}-dirty"
