@@ -239,7 +239,7 @@ def lineage(parents: Sequence[configs.Source]) -> dict[str, Any]:
         tokens = data.get("step", 0) * run.training.batch_size * length
         spent = tokens * flops.model_flops(configs.model_of(folder), length)
         own = dict(zip(NUMBERS, (tokens, spent, data.get("device_seconds")), strict=True))
-        for name, numbers in [*_behind(data, _identity(run)), (_identity(run), own)]:
+        for name, numbers in [*_behind(data), (_identity(run), own)]:
             if name not in runs or runs[name]["tokens"] < numbers["tokens"]:
                 runs[name] = numbers
     total = {key: [numbers[key] for numbers in runs.values()] for key in NUMBERS}
@@ -247,13 +247,13 @@ def lineage(parents: Sequence[configs.Source]) -> dict[str, Any]:
     return {**NO_LINEAGE, **added, "parents": names, "runs": runs}
 
 
-def _behind(data: dict, name: str) -> list[tuple[str, dict[str, Any]]]:
+def _behind(data: dict) -> list[tuple[str, dict[str, Any]]]:
     """The runs behind the parent whose checkpoint keeps this data; of an older version, which kept
-    their sums only, one in place of all."""
+    their sums only, one in place of all, known by their names."""
     earlier = data.get("lineage", NO_LINEAGE)  # an imported model has none
     if "runs" in earlier:
         return list(earlier["runs"].items())
-    return [(f"before {name}", {key: earlier.get(key) for key in NUMBERS})]
+    return [(",".join(earlier["parents"]), {key: earlier.get(key) for key in NUMBERS})]
 
 
 def _identity(run: ConfigDict) -> str:
