@@ -39,7 +39,7 @@ them by 0.081 (bam) or more. A comparison that forgets the branches says the opp
 At as many tokens, ten of the twelve recipes end below the parent trained further, naive upcycling
 by 0.120. That also ends 0.201 below an MoE from scratch that has the FLOPs of the parent too.
 
-Of the recipes from one parent, none ends below naive upcycling with a corrected p under 0.05. The
+None of the recipes from one parent ends below naive upcycling with a corrected p under 0.05. The
 nearest are virtual_group+drop (0.009 lower, 0.053 corrected) and drop (0.011 lower). LLaMA-MoE and
 MoE-CT end above naive, but are made for other purposes: LLaMA-MoE for 0.49 M active parameters of
 the parent's 0.71 M, MoE-CT for a model whose parent's parameters stay as they are.
@@ -54,11 +54,9 @@ get_config = cpu.config
 
 
 def get_sweep():
-    arm = {
-        "seed": cpu.ARMS,
-        "optimizer.learning_rate": 2.7e-3,
-    }  # 2/3 of the parent's, as in the paper
-    scratch = {"seed": cpu.ARMS}  # the parent's learning rate
+    # Runs from a parent have 2/3 of its learning rate, as in Drop-Upcycling's paper.
+    arm = {"seed": cpu.ARMS, "optimizer.learning_rate": 2.7e-3}
+    scratch = {"seed": cpu.ARMS}
     branches = {
         name: {
             **arm,
