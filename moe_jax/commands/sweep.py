@@ -36,8 +36,8 @@ def main() -> None:
     add = parser.add_argument
     file = "a Python file with get_config() and get_sweep(); edit the file to change keys"
     add("--config", metavar="FILE[:ARG]", required=True, help=file)
-    kept = "where the runs, results.csv and report.html are kept"
-    add("--workdir", metavar="DIR", required=True, type=command_line.folder, help=kept)
+    kept = "where the runs, results.csv and report.html are kept; --list works without it"
+    add("--workdir", metavar="DIR", type=command_line.folder, help=kept)
     only = parser.add_mutually_exclusive_group()
     listed = "only print the runs with their FLOPs, estimated times and commands"
     only.add_argument("--list", action="store_true", help=listed)
@@ -57,8 +57,10 @@ def main() -> None:
         keys = [text for text in unknown if text.startswith("--config.")]
         fix = "; a sweep takes no keys: edit its file" if keys else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{fix}")
+    if not (arguments.workdir or arguments.list):
+        parser.error("the following arguments are required: --workdir")
     train = command_line.command("train")
-    workdir = arguments.workdir
+    workdir = arguments.workdir or pathlib.Path("DIR")  # as in --help
     with parser.refusing():
         options = command_line.options("slurm", others)
         if options and arguments.launcher != "slurm":

@@ -170,6 +170,18 @@ def test_list_shows_every_command_and_starts_nothing(tmp_path):
     assert json.dumps(listed.stderr) == '""'
 
 
+def test_a_list_needs_no_workdir_and_all_else_does(monkeypatch, capsys):
+    command = ["sweep.py", f"--config={ROOT / 'configs' / 'quickstart.py'}"]
+    monkeypatch.setattr(sys, "argv", [*command, "--list"])
+    sweep.main()
+    assert capsys.readouterr().out.count(" --workdir=DIR/") == 6
+    for more in ([], ["--status"]):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        with pytest.raises(SystemExit, match="2"):
+            sweep.main()
+        assert "arguments are required: --workdir" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("entry", "complaint"),
     [
