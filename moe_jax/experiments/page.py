@@ -166,7 +166,7 @@ def _groups(one: Published) -> str:
         sizes += (
             "" if first.effective_experts is None else f" ({first.active_parameters / 1e6:.2f} M)"
         )
-        every = first.training_flops + _behind(first, one.rows)
+        every = first.training_flops + first.parent_training_flops
         cells = [name, str(len(own)), _cell(own, MEASURES[BITS])]
         cells += [_cell(own, Measure("", lambda row: row.validation_bits_per_byte))]
         cells += [
@@ -235,31 +235,8 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _behind(row: Row, every: Sequence[Row]) -> float:
-    """The FLOPs of the runs behind a row, each once; of parents outside of the study, as it says.
-
-    The rows of versions that counted a common parent of several branches once for each have larger
-    numbers of their own.
-    """
-    if not row.parents:
-        return row.parent_training_flops
-    known = {other.name: other for other in every}
-    found: dict[str, float] = {}
-    waiting = list(row.parents)
-    while waiting:
-        name = waiting.pop()
-        found[name] = known[name].training_flops
-        waiting += known[name].parents
-    return sum(found.values())
-
-
-def crossings(
-    a: Sequence[Row], b: Sequence[Row], *, of_flops: bool, every: Sequence[Row] = ()
-) -> list[catch_up.Crossing]:
-    """The crossing of two groups' validation curves for each seed that both have.
-
-    every: the rows of the study, for the FLOPs of the parents.
-    """
+def crossings(a: Sequence[Row], b: Sequence[Row], *, of_flops: bool) -> list[catch_up.Crossing]:
+    """The crossing of two groups' validation curves for each seed that both have."""
     theirs = {row.number: row for row in b}
     pairs = [(row, theirs[row.number]) for row in a if row.number in theirs]
     found = []
@@ -267,7 +244,7 @@ def crossings(
         curves = []
         for row in pair:
             tokens, bits = np.array(row.curve, np.float64).T
-            cost = tokens * row.training_flops / row.tokens + _behind(row, every)
+            cost = tokens * row.training_flops / row.tokens + row.parent_training_flops
             curves += [cost if of_flops else tokens, bits]
         found.append(catch_up.crossing(*curves))
     return found
@@ -280,7 +257,7 @@ def _crossings(one: Published) -> list[str]:
             continue
         cells = [f"{a}, {b}"]
         for of_flops in (False, True):
-            found = crossings(one.groups[a], one.groups[b], of_flops=of_flops, every=one.rows)
+            found = crossings(one.groups[a], one.groups[b], of_flops=of_flops)
             cells.append(_places(found, (a, b), of_flops))
         lines.append(cells)
     if not lines:

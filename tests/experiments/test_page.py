@@ -143,15 +143,6 @@ def test_curves_cross_at_the_tokens_and_at_the_flops_with_parents():
     assert (tokens.at, tokens.ahead) == (1.0, 0) and flops.at == pytest.approx(1.25)
 
 
-def test_a_parent_of_several_branches_counts_once():
-    made = [row("dense", 0, 3.0, training_flops=4.0)]
-    for name in ("one", "two"):
-        made.append(row(name, 0, 3.0, training_flops=2.0, parents=["dense_s0"]))
-    own = dict(parents=["one_s0", "two_s0"], parent_training_flops=12.0)
-    made.append(row("mixed", 0, 3.0, training_flops=1.0, **own))
-    assert page._behind(made[-1], made) == 8.0 and page._behind(made[1], made) == 4.0
-
-
 def test_equal_rows_give_an_equal_figure_of_the_groups_that_are_no_parents(root):
     [one] = page.read(root)
     first = figure.svg(one)
