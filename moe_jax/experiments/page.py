@@ -52,6 +52,9 @@ MEASURES = {
         "bits per byte on the test split, of the worst label",
         lambda row: max(row.test_bits_by_label.values()),
     ),
+    "start": Measure(
+        "bits per byte on the validation sample, at step 0", lambda row: row.curve[0][1]
+    ),
     "early": Measure(
         "bits per byte on the validation sample, after a quarter of the steps", _early
     ),
