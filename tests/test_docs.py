@@ -125,7 +125,8 @@ def test_a_command_of_the_pages_exists_with_its_options(command):
             assert (ROOT / script).is_file()
             return
         case [program, *_]:
-            assert program in ("source", "pip", "git", "tensorboard", "hf", "wget", "grep")
+            known = ("source", "pip", "git", "tensorboard", "hf", "wget", "grep", "for", "done")
+            assert program in known
             return
     shown = help_of(name)
     of_config = [a for a in arguments if a.startswith("--config.")]

@@ -68,6 +68,14 @@ MEASURES = {
     "max_violation_mean": Measure(
         "largest violation of balance over training, worst layer", lambda r: r.max_violation_mean, 2
     ),
+    "divergence": Measure(
+        "divergence between languages' routing, in bits, mean of the layers",
+        lambda row: row.languages and row.languages["divergence"],
+    ),
+    "family": Measure(
+        "correlation of languages' routing distance with family (Mantel)",
+        lambda row: row.languages and row.languages["family"],
+    ),
 }
 
 
@@ -207,8 +215,17 @@ def by_seed(
     ]
 
 
+def measure_of(name: str) -> Measure:
+    """A row of MEASURES; or the loss of the label whose name follows "label/"."""
+    label = name.removeprefix("label/")
+    if label == name:
+        return MEASURES[name]
+    title = f"bits per byte on the test split, of the label {label}"
+    return Measure(title, lambda row: row.test_bits_by_label[label])
+
+
 def _of_question(question: Question, groups: Mapping[str, Sequence[Row]]) -> str:
-    measure = MEASURES[question.measure]
+    measure = measure_of(question.measure)
     every = {c.label: by_seed(c, groups, measure) for c in question.comparisons}
     found = {label: statistics.paired(values) for label, values in every.items() if values}
     tests = {label: paired.p for label, paired in found.items() if paired.p is not None}

@@ -29,6 +29,9 @@ class Row:
     curve: [tokens, bits per byte on a sample of the validation text] of each evaluation.
     effective_experts, expert_similarity, max_violation: of each sparse layer at the end; None for
       a dense model. max_violation_mean: over training, of the worst layer.
+    languages: how the languages of the held-out text are routed, if `analyze` has written it to the
+      run's folder analysis/: `divergence`, the mean Jensen-Shannon divergence between them in bits,
+      mean of the layers, and `family`, the correlation of their distances with those of family.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Row:
     commit: str
     versions: Mapping[str, str]
     hardware: str
+    languages: Mapping[str, float] | None = None
 
 
 def of_run(run: Run, result: Mapping[str, Any], hardware: str) -> Row:
@@ -100,7 +104,17 @@ def of_run(run: Run, result: Mapping[str, Any], hardware: str) -> Row:
         else None,
         seconds=status.wall(result),
         hardware=hardware,
+        languages=_languages(run.workdir / "analysis" / "result.json"),
     )
+
+
+def _languages(path: pathlib.Path) -> dict[str, float] | None:
+    if not path.exists():
+        return None
+    found = strict_json.read_object(path)
+    layers = [layer["label_divergence"] for layer in found["layers"].values()]
+    family = found["languages"]["mantel"]["statistic"]
+    return {"divergence": round(float(np.mean(layers)), 5), "family": round(family, 5)}
 
 
 def hardware(result: Mapping[str, Any]) -> str:
@@ -128,11 +142,12 @@ def collect(runs: Iterable[Run]) -> list[Row]:
 
 def differences(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
     """A line for each field in which two rows of the same run are not equal bit for bit; the fields
-    of its execution may differ."""
+    of its execution may differ, and a repetition need not be analysed."""
     before, found = {row.name: row for row in old}, []
     for row in (row for row in new if row.name in before):
         was, now = (strict_json.plain(dataclasses.asdict(r)) for r in (before[row.name], row))
-        names = [name for name in was if name not in OF_THE_EXECUTION and was[name] != now[name]]
+        free = OF_THE_EXECUTION if now["languages"] else (*OF_THE_EXECUTION, "languages")
+        names = [name for name in was if name not in free and was[name] != now[name]]
         found += [f"{row.name}: {name}={now[name]}, not {was[name]}" for name in names]
     return found
 

@@ -15,7 +15,8 @@ BITS = "test_bits_per_byte"
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A contrast of groups: the sum of their values times these weights, which sum to zero."""
+    """A contrast of groups: the sum of their values times these weights, which sum to zero; or the
+    mean of one group, which is compared with zero."""
 
     label: str
     weights: Mapping[str, float]
@@ -31,6 +32,11 @@ def against(names: Iterable[str], control: str) -> tuple[Comparison, ...]:
     return tuple(minus(name, control) for name in names)
 
 
+def alone(names: Iterable[str]) -> tuple[Comparison, ...]:
+    """Each of these groups, compared with zero."""
+    return tuple(Comparison(name, {name: 1.0}) for name in names)
+
+
 def difference(a: Comparison, b: Comparison) -> Comparison:
     """How much larger `a` is than `b`: the interaction of two factors, if each is an effect."""
     names = dict.fromkeys([*a.weights, *b.weights])
@@ -42,7 +48,7 @@ def difference(a: Comparison, b: Comparison) -> Comparison:
 class Question:
     """Comparisons of one measure that answer a question; their tests are corrected together.
 
-    measure: a row of `page.MEASURES`.
+    measure: a row of `page.MEASURES`, or "label/NAME" for the loss of one label of the text.
     """
 
     text: str

@@ -171,8 +171,20 @@ def test_docs_results_is_what_the_committed_rows_say():
     assert results._write_page(ROOT, check=True)[1] == []
 
 
-def test_the_worst_label_is_the_one_with_the_most_bits():
-    assert page.MEASURES["worst_label"].value(row("a", 0, 2.0)) == 3.0
+def test_the_worst_label_is_the_one_with_the_most_bits_and_one_can_be_named():
+    made = row("a", 0, 2.0)
+    assert (
+        page.MEASURES["worst_label"].value(made) == page.measure_of("label/fr").value(made) == 3.0
+    )
+    assert page.measure_of("label/de").value(made) == 2.0
+
+
+def test_a_group_alone_is_compared_with_zero_and_a_row_without_the_measure_is_left_out():
+    found = [0.2, 0.3, 0.4, None]
+    made = [row("a", i, 3.0, languages=v and {"family": v}) for i, v in enumerate(found)]
+    groups = page.Published("x.py", "", study.Study(()), made).groups
+    asked = study.Question("?", study.alone(["a"]), "family")
+    assert "| a | **+0.300** | [+0.052, +0.548] | 3 | 0.035 |" in page._of_question(asked, groups)
 
 
 @pytest.mark.parametrize("one", page.read(ROOT), ids=lambda one: one.config.split("/")[-2])

@@ -78,6 +78,22 @@ def test_only_what_is_of_the_execution_may_differ_between_repetitions(row, tmp_p
     assert rows.differences(old, [dataclasses.replace(row, name="new")]) == []
 
 
+def test_what_analyze_left_in_the_folder_of_a_run_is_in_its_row(run, row, tmp_path):
+    """A repetition that was not analysed has the same row, another finding is a difference."""
+    folder = run.workdir / "analysis"
+    folder.mkdir()
+    layers = {"0": {"label_divergence": 0.25}, "1": {"label_divergence": 0.5}}
+    found = {"layers": layers, "languages": {"mantel": {"statistic": 0.125}}}
+    (folder / "result.json").write_text(json.dumps(found))
+    [analysed] = rows.collect([run])
+    assert row.languages is None
+    assert analysed.languages == {"divergence": 0.375, "family": 0.125}
+    assert rows.differences([analysed], [row]) == []
+    other = dataclasses.replace(row, languages={"divergence": 0.375, "family": 0.25})
+    [line] = rows.differences([analysed], [other])
+    assert line.startswith("tiny_s1: languages=")
+
+
 def test_a_run_without_a_test_loss_is_refused(run, row):
     result = json.loads((run.workdir / "result.json").read_text())
     del result["test"]
