@@ -70,11 +70,11 @@ MEASURES = {
     ),
     "divergence": Measure(
         "divergence between languages' routing, in bits, mean of the layers",
-        lambda row: row.languages and row.languages["divergence"],
+        lambda row: row.languages["divergence"] if row.languages else None,
     ),
     "family": Measure(
         "correlation of languages' routing distance with family (Mantel)",
-        lambda row: row.languages and row.languages["family"],
+        lambda row: row.languages["family"] if row.languages else None,
     ),
 }
 
