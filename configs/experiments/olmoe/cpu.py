@@ -9,7 +9,7 @@ token chooses several. Here an MoE from scratch with 32 experts, top-8, is compa
 ones of the same size and FLOPs, with one of its active experts shared by all tokens, with the
 router z-loss, with QK-norm, and with experts that choose tokens. Hardware: 2 CPU cores.
 
-It has not been run yet; its results will be in docs/results.md.
+The hours that it took, and its results, are in docs/results.md.
 """
 
 from moe_jax.experiments import cpu, study
@@ -42,6 +42,17 @@ NAMED = {
     "qk_norm": experts(32, 8, QUARTER, **{"model.qk_norm": "full"}),
     "expert_choice": experts(32, 8, QUARTER, **CHOICE),
 }
+CONCLUSION = """
+No choice of OLMoE's is proven at this size: with three seeds, whose initialisations differ too,
+none of the six differences passes its correction. Two intervals exclude zero by themselves, both on
+the paper's side: QK-norm ends 0.141 bits per byte lower, and experts that choose tokens end 0.119
+higher. These two we would try first with more seeds.
+
+Of the others, coarser experts end higher on average, as in the paper (by 0.038 and 0.056), a shared
+expert lower, against the paper (by 0.034), and the z-loss ends as low as without it (within 0.041).
+Each of these four intervals has both signs, so they neither confirm the paper nor contradict it.
+The z-loss is there for the stability of long runs, which a million tokens cannot show.
+"""
 
 
 get_config = cpu.config
@@ -53,11 +64,18 @@ def get_sweep():
 
 def get_study():
     others = [name for name in NAMED if name != "fine"]
-    every = study.against(others, "fine")
+    as_many = [name for name in others if NAMED[name]["model.num_experts"] > 30]
     return study.Study(
         questions=(
-            study.Question("Does a choice end elsewhere than the 32 fine experts?", every),
-            study.Question("Does it use other numbers of experts?", every, "effective_experts"),
+            study.Question(
+                "Does a choice end elsewhere than the 32 fine experts?",
+                study.against(others, "fine"),
+            ),
+            study.Question(
+                "Does it use other numbers of experts?",
+                study.against(as_many, "fine"),
+                "effective_experts",
+            ),
         ),
-        crossings=tuple((name, "fine") for name in others),
+        conclusion=CONCLUSION,
     )
