@@ -5,6 +5,7 @@ import functools
 import logging
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,9 +36,10 @@ def quiet() -> Iterator[None]:
 
 @functools.cache
 def report_first_failure_only() -> None:
-    """From now on, Orbax's reads print no traceback: when files of a checkpoint are missing, many
-    reads fail at once, and Orbax raises the error of the first. The others are those that nobody
-    waits for any more, and those that TensorStore answers after the event loop has been closed."""
+    """From now on, Orbax's reads print no traceback and no warning: when files of a checkpoint are
+    missing, many reads fail at once, and Orbax raises the error of the first. The others are those
+    that nobody waits for any more, those that were not begun, and those that TensorStore answers
+    after the event loop has been closed."""
     hook = sys.unraisablehook
 
     def report(unraisable: Any) -> None:
@@ -50,3 +52,4 @@ def report_first_failure_only() -> None:
 
     sys.unraisablehook = report
     logging.getLogger("asyncio").addFilter(is_awaited)
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
