@@ -6,7 +6,7 @@ A small mixture is trained on the embedded help texts, and then tuned on the sam
 conversations (a page's title asks, its body answers) in four arms: with and without the balance
 loss, the routers trained or frozen. OLMoE (Muennighoff et al., arXiv 2409.02060, section 4.4) found
 tuning without the balance loss better (54.0 against 52.8 on average).
-Hardware and time: 2 CPU cores, about 13 minutes. Result: docs/adaptation.md has the table.
+Hardware and time: 2 CPU cores, 8 to 13 minutes. Result: docs/adaptation.md has the table.
 """
 
 from moe_jax import config as configs
