@@ -12,7 +12,8 @@ Collect on the machine of the runs, whose processor is written down. Without it,
 docs/results.svg are made from the rows of all studies; the runs are not needed.
 
 --check writes nothing, and exits with status 1 if the page differs from its rows or, with
---collect, if a collected run differs from its row in anything but its time and its commit.
+--collect, if a collected run differs from its row in anything but its time and its commit. Its
+analysis, where the row has one, is compared if it was made again.
 """
 
 import pathlib

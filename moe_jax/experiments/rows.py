@@ -112,6 +112,8 @@ def _languages(path: pathlib.Path) -> dict[str, float] | None:
     if not path.exists():
         return None
     found = strict_json.read_object(path)
+    if "mantel" not in (found["languages"] or {}):  # the text had no related languages
+        return None
     layers = [layer["label_divergence"] for layer in found["layers"].values()]
     family = found["languages"]["mantel"]["statistic"]
     return {"divergence": round(float(np.mean(layers)), 5), "family": round(family, 5)}

@@ -92,6 +92,8 @@ def test_what_analyze_left_in_the_folder_of_a_run_is_in_its_row(run, row, tmp_pa
     other = dataclasses.replace(row, languages={"divergence": 0.375, "family": 0.25})
     [line] = rows.differences([analysed], [other])
     assert line.startswith("tiny_s1: languages=")
+    (folder / "result.json").write_text(json.dumps(found | {"languages": None}))
+    assert rows.collect([run])[0].languages is None  # the text had no related languages
 
 
 def test_a_run_without_a_test_loss_is_refused(run, row):

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from moe_jax.config import program
-from moe_jax.experiments import page
+from moe_jax.experiments import page, study
 from moe_jax.sweep import plan
 from moe_jax.training import flops
 from moe_jax.upcycle import plan as plans
@@ -48,7 +48,8 @@ def test_a_study_asks_about_groups_that_it_has_and_measures_that_there_are(name,
         assert page.measure_of(question.measure)
         for comparison in question.comparisons:
             assert comparison.weights.keys() <= groups, comparison.label
-            assert sum(comparison.weights.values()) == 0 or len(comparison.weights) == 1
+            of_one = comparison in study.alone(comparison.weights)
+            assert of_one or sum(comparison.weights.values()) == 0
     assert {name for pair in asked.crossings for name in pair} <= groups
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from moe_jax.commands import doctor
 from moe_jax.ops import grouped_matmul, implementations, verify
 
 
@@ -54,3 +55,17 @@ def test_a_wrong_gradient_is_found_and_refused(wrong_kernel):
 def test_an_implementation_that_cannot_run_is_refused_before_it_is_tried(name, complaint):
     with pytest.raises(ValueError, match=f"attention implementation='{name}' {complaint}; use"):
         verify.verify("attention", name)
+
+
+def test_doctor_names_the_first_blas_that_tells_its_kernels(monkeypatch):
+    """numpy's is the first that is loaded; Accelerate, for example, names no processor."""
+    of_numpy = {"user_api": "blas", "internal_api": "openblas", "version": "0.3"}
+    loaded = [
+        {"user_api": "openmp", "internal_api": "openmp", "architecture": "none", "version": "1"},
+        of_numpy | {"architecture": "Haswell"},
+        of_numpy | {"architecture": "SkylakeX"},
+    ]
+    monkeypatch.setattr(doctor.threadpoolctl, "threadpool_info", lambda: loaded)
+    assert doctor._blas() == ["openblas 0.3 with kernels for Haswell"]
+    monkeypatch.setattr(doctor.threadpoolctl, "threadpool_info", lambda: [of_numpy])
+    assert doctor._blas() == []

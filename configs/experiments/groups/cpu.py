@@ -41,15 +41,16 @@ NAMED = {
     "quarters_normal_router": {**shards(4), "init.upcycle.router": "normal"},
 }
 CONCLUSION = """
-Finer experts do not end lower at this size. Those of a half and of a quarter of the parent's width
-are not shown to differ from naive upcycling, and their intervals exclude a gain of more than 0.015
-bits per byte; those of an eighth end 0.027 higher, with as many parameters and nearly as many
-FLOPs. The paper's best setting is experts of an eighth, so its gain is not reproduced here.
+No finer experts are shown to end lower at this size. Those of a half and of a quarter of the
+parent's width are not shown to differ from naive upcycling, and their intervals exclude a gain of
+more than 0.015 bits per byte; those of an eighth end 0.027 higher, with as many parameters and
+nearly as many FLOPs. The paper's best setting is experts of an eighth, so its gain is not
+reproduced here.
 
 A start at the parent's function does not decide the end. Without the scale of the shards, a model
 starts 0.492 above its parent and ends 0.020 below the scaled one. With weights that do not sum to
 one, it starts only 0.011 above, and ends 0.055 above. With a router column for each shard, it
-starts 0.044 above, and no difference is left at the end. So what a change does to the loss of step
+starts 0.044 above, and no difference is shown at the end. So what a change does to the loss of step
 0 says little about a run of a million tokens. The paper found the scale to help, and weights that
 do not sum to one to be better than those that do: both come out the other way here.
 """

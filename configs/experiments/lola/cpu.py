@@ -29,8 +29,8 @@ CONCLUSION = """
 More even shares help the rare languages and cost the frequent ones. The worst language
 ends 0.557 bits per byte lower than with uneven shares, and 0.707 lower with equal ones. English,
 the most frequent, pays more than that, 0.718 and 0.989. The loss of all languages together, in
-which each has as much text, is 0.253 and 0.262 lower: temperature has nearly all of the gain of
-equal shares.
+which each has as much text, is 0.253 and 0.262 lower: on average, temperature has nearly all of
+the gain of equal shares.
 
 Routing follows the families of languages in every arm, a little: the correlation of the distances
 is 0.187 to 0.256, and its interval excludes zero. Temperature is not shown to change how far apart
